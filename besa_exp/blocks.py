@@ -1,0 +1,174 @@
+"""The decoder blocks of a model, discovered and made callable on their own.
+
+A block is called with exactly the arguments that the model itself gives it: they are captured by hooks from a real
+forward pass and replayed verbatim, block by block, so that rotary tables, masks and whatever a next release of
+transformers adds arrive untouched. `check_replay` proves it at the start of every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from besa_exp.errors import RunError
+
+Hidden = Float[Tensor, "sample seq hidden"]
+
+
+class _Reached(Exception):
+    """Ends a forward pass as soon as the captured block is reached."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer: its module, its linears by path (`self_attn.q_proj`), and its captured call arguments.
+
+    `arguments` gives, for a batch size, the positional arguments after the hidden states and all keyword arguments."""
+
+    index: int
+    name: str
+    module: nn.Module
+    linears: Mapping[str, nn.Linear]
+    arguments: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
+
+    def __call__(self, hidden: Hidden, weights: Mapping[str, Tensor] | None = None) -> Hidden:
+        """The block's output, with `weights` (linear path to [out in]) in place of its own where given."""
+        args, kwargs = self.arguments(hidden.shape[0])
+        if weights is None:
+            output = self.module(hidden, *args, **kwargs)
+        else:
+            parameters = {f"{name}.weight": weight for name, weight in weights.items()}
+            output = torch.func.functional_call(self.module, parameters, (hidden, *args), kwargs)
+        output = output[0] if isinstance(output, tuple) else output
+        assert output.shape == hidden.shape, f"{self.name} turned {tuple(hidden.shape)} into {tuple(output.shape)}"
+        return output
+
+    @torch.no_grad()
+    def outputs(self, inputs: Hidden, batch_size: int, weights: Mapping[str, Tensor] | None = None) -> Hidden:
+        """The outputs for all samples, `batch_size` at a time, in the inputs' dtype."""
+        return torch.cat([self(batch, weights) for batch in inputs.split(batch_size)])
+
+
+def discover_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """The decoder layers with their path: the ModuleList that holds the most weights of linears in equal modules.
+
+    RunError when there is none."""
+    best: tuple[int, str, list[nn.Module]] = (0, "", [])
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1:
+            weights = sum(linear.weight.numel() for linear in module.modules() if isinstance(linear, nn.Linear))
+            best = max(best, (weights, path, list(module)), key=lambda found: found[0])
+    if not best[2]:
+        raise RunError(
+            f"{type(model).__name__} has no decoder blocks that can be pruned: looked for a torch.nn.ModuleList of equal "
+            "modules that hold torch.nn.Linear; prune a decoder-only transformers model."
+        )
+    return best[1], best[2]
+
+
+def capture_blocks(model: nn.Module, input_ids: Int[Tensor, "sample seq"]) -> list[Block]:
+    """The model's blocks in order. Arguments are captured on demand, once for each batch size, from the first samples
+    of `input_ids` (they depend on the shape of the batch alone)."""
+    path, modules = discover_blocks(model)
+    captured: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+
+    def arguments_of(index: int) -> Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]:
+        def arguments(batch_size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if batch_size not in captured:
+                captured[batch_size] = _capture_arguments(model, modules, input_ids[:batch_size])
+            return captured[batch_size][index]
+
+        return arguments
+
+    return [
+        Block(index, f"{path}.{index}", module, discover_linears(module), arguments_of(index))
+        for index, module in enumerate(modules)
+    ]
+
+
+def discover_linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """Every nn.Linear of a block by its path."""
+    return {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+@torch.no_grad()
+def _capture_arguments(
+    model: nn.Module, modules: list[nn.Module], input_ids: Tensor
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rest = dict(kwargs)
+        rest.pop("hidden_states", None)
+        seen.append((args[1:], rest))
+
+    hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
+    try:
+        model(input_ids.to(next(model.parameters()).device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(seen) == len(modules), f"{len(modules)} blocks, {len(seen)} calls: a block is skipped or shared"
+    return seen
+
+
+@torch.no_grad()
+def embed(model: nn.Module, blocks: list[Block], input_ids: Int[Tensor, "sample seq"], batch_size: int) -> Hidden:
+    """The hidden states that enter block 0, for all samples."""
+    states: list[Tensor] = []
+
+    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states.append(args[0] if args else kwargs["hidden_states"])
+        raise _Reached
+
+    hook = blocks[0].module.register_forward_pre_hook(catch, with_kwargs=True)
+    device = next(model.parameters()).device
+    try:
+        for batch in input_ids.split(batch_size):
+            try:
+                model(batch.to(device), use_cache=False)
+            except _Reached:
+                pass
+    finally:
+        hook.remove()
+    return torch.cat(states)
+
+
+@torch.no_grad()
+def check_replay(model: nn.Module, blocks: list[Block], input_ids: Int[Tensor, "sample seq"]) -> None:
+    """Prove that replaying the blocks reproduces the model's own hidden states. RunError names the first block that
+    does not."""
+    own: list[Tensor] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        own.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [block.module.register_forward_hook(record) for block in blocks]
+    try:
+        model(input_ids.to(next(model.parameters()).device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    hidden = embed(model, blocks, input_ids, len(input_ids))
+    for block, expected in zip(blocks, own, strict=True):
+        hidden = block(hidden)
+        error = (hidden.float() - expected.float()).norm() / expected.float().norm()
+        if not error < 1e-3:
+            raise RunError(
+                f"{block.name}: replaying the block does not reproduce the model's own hidden states (relative error "
+                f"{float(error):.2e}); the model calls its blocks in a way the block loop does not know. "
+                "Please report the model's class and the transformers version."
+            )
+
+
+def reconstruction_loss(outputs: Hidden, targets: Hidden) -> Float[Tensor, ""]:
+    """sum(((Y - Yhat) / ||Y||_channel)^2) / hidden in fp32, the norm per output channel over the batch's tokens
+    (BESA, Eq. 1, as the authors' code scales it): the mean relative squared error of the channels."""
+    targets = targets.float()
+    norm = targets.flatten(0, 1).norm(dim=0)
+    return ((targets - outputs.float()) / norm).square().sum() / targets.shape[-1]

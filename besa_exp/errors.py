@@ -1,0 +1,21 @@
+"""Errors that reach a person. Each says what is wrong, where, the rule, and the remedy, in one message."""
+
+from __future__ import annotations
+
+
+class ConfigurationError(ValueError):
+    """The request cannot be carried out as written; found before any long work. Exit code 2.
+
+    `problems` holds one complete sentence or more for each problem, so that all are shown together."""
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class RunError(RuntimeError):
+    """A run that had begun cannot go on: the block and linear are named. Exit code 1."""
+
+
+class Unavailable(Exception):
+    """A data set or task that cannot be had here; the run records the reason as n/a and goes on."""

@@ -1,0 +1,64 @@
+"""Importance: a score for every weight of a linear [out, in]; the lowest are pruned first. All in fp32."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from besa_exp.errors import RunError
+
+log = logging.getLogger(__name__)
+
+
+def magnitude_importance(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    """|W|."""
+    return weight.float().abs()
+
+
+def wanda_importance(
+    weight: Float[Tensor, "out in"], squared_norm: Float[Tensor, " in"]
+) -> Float[Tensor, "out in"]:
+    """|W_ij| ||X_j||_2 (Wanda, arXiv 2306.11695, Eq. 1)."""
+    return weight.float().abs() * squared_norm.sqrt()
+
+
+def obs_importance(
+    weight: Float[Tensor, "out in"], factor: Float[Tensor, "in in"], squared: bool = True
+) -> Float[Tensor, "out in"]:
+    """W_ij^2 / U_jj^2 with U the factor of `inverse_factor`: the rise of the squared error when weight ij goes (SparseGPT,
+    arXiv 2301.00774, Eq. 2). BESA's authors divide by U_jj instead (`squared=False`)."""
+    diagonal = factor.diagonal()
+    return weight.float().square() / (diagonal.square() if squared else diagonal)
+
+
+def dead_inputs(hessian: Float[Tensor, "in in"]) -> Tensor:
+    """Inputs that were zero on every token: their weights cannot matter."""
+    return hessian.diagonal() == 0
+
+
+def inverse_factor(hessian: Float[Tensor, "in in"], damping: float, where: str) -> Float[Tensor, "in in"]:
+    """U, upper triangular, with U^T U = (H + damping * mean(diag H) I)^-1; dead inputs count with H_ii = 1.
+
+    The damping is raised tenfold, at most three times, and logged, when H is not positive definite. RunError: still
+    not, `where` names the block and linear."""
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    diagonal[dead_inputs(hessian)] = 1
+    mean = diagonal.mean()
+    for attempt in range(4):
+        relative = damping * 10**attempt
+        damped = hessian.clone()
+        damped.diagonal().add_(relative * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and bool(factor.isfinite().all()):
+                return factor
+        log.warning("%s: the Hessian is not positive definite at damping %g, trying %g", where, relative, relative * 10)
+    raise RunError(
+        f"{where}: the Hessian of its inputs is not positive definite even at damping {damping * 1000:g} of its mean "
+        "diagonal; use more calibration tokens or a larger pruner.damping."
+    )

@@ -1,0 +1,86 @@
+"""Which weights go: counts in integers, ranks, keep masks and the N:M pattern.
+
+The published threshold form, `threshold = sort(importance)[k]; prune = importance <= threshold`, prunes k + 1 weights
+and more on ties. Here every selection is by rank in a stable sort, so exactly k weights go and ties go by position.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a block must give up: a sparsity in [0, 1), or N kept of every M consecutive inputs (which fixes it)."""
+
+    sparsity: float
+    pattern: tuple[int, int] | None = None
+
+    @staticmethod
+    def parse(sparsity: float, pattern: str) -> Target:
+        """Read `pattern` ("unstructured" or "N:M", N kept of M). ValueError: neither, or not 0 < N < M."""
+        if pattern == "unstructured":
+            return Target(sparsity)
+        found = re.fullmatch(r"(\d+):(\d+)", pattern)
+        if not found or not 0 < int(found[1]) < int(found[2]):
+            raise ValueError(
+                f"pattern={pattern}: must be 'unstructured' or 'N:M' with 0 < N < M (N weights kept of every M "
+                "consecutive inputs); write for example pattern=2:4"
+            )
+        kept, group = int(found[1]), int(found[2])
+        return Target(1 - kept / group, (kept, group))
+
+
+def rank_in_row(importance: Float[Tensor, "out in"]) -> Int[Tensor, "out in"]:
+    """Position of each weight in its row by importance, 0 = least; ties by position. 2 bytes a weight up to 32,767
+    inputs, 4 beyond."""
+    order = torch.argsort(importance, dim=1, stable=True)
+    columns = importance.shape[1]
+    dtype = torch.int16 if columns <= torch.iinfo(torch.int16).max else torch.int32
+    positions = torch.arange(columns, dtype=dtype, device=importance.device).expand_as(order)
+    return torch.empty_like(order, dtype=dtype).scatter_(1, order, positions)
+
+
+def keep_by_rank(rank: Int[Tensor, "out in"], pruned: Int[Tensor, " out"]) -> Bool[Tensor, "out in"]:
+    """Keep mask that prunes the `pruned[row]` least important weights of each row."""
+    return rank >= pruned.to(rank.dtype)[:, None]
+
+
+def keep_largest(importance: Float[Tensor, "out in"], pruned: int) -> Bool[Tensor, "out in"]:
+    """Keep mask that prunes exactly the `pruned` least important weights of the whole matrix."""
+    keep_mask = torch.ones(importance.numel(), dtype=torch.bool, device=importance.device)
+    keep_mask[torch.argsort(importance.flatten(), stable=True)[:pruned]] = False
+    return keep_mask.view_as(importance)
+
+
+def keep_n_of_m(importance: Float[Tensor, "out in"], kept: int, group: int) -> Bool[Tensor, "out in"]:
+    """Keep the `kept` most important of every `group` consecutive inputs of a row. `in` must be divisible by `group`."""
+    rows, columns = importance.shape
+    rank = rank_in_row(importance.reshape(-1, group))
+    return (rank >= group - kept).view(rows, columns)
+
+
+def keep_per_row(importance: Float[Tensor, "out in"], target: Target) -> Bool[Tensor, "out in"]:
+    """The uniform allocation per row: N:M, or the floor(sparsity * in) least important weights of every row (Wanda)."""
+    if target.pattern:
+        return keep_n_of_m(importance, *target.pattern)
+    rows, columns = importance.shape
+    pruned = torch.full((rows,), int(columns * target.sparsity), device=importance.device)
+    return keep_by_rank(rank_in_row(importance), pruned)
+
+
+def round_to_total(counts: Float[Tensor, " rows"], total: int) -> Int[Tensor, " rows"]:
+    """Integers next to `counts` that sum to exactly `total`: the largest remainders are rounded up, ties by position.
+
+    `total` must lie between the sums of the floors and of the ceilings."""
+    floors = counts.floor()
+    missing = total - int(floors.sum())
+    assert 0 <= missing <= counts.numel(), f"{missing} counts to place on {counts.numel()} rows"
+    rounded = floors.long()
+    rounded[torch.argsort(counts - floors, descending=True, stable=True)[:missing]] += 1
+    return rounded

@@ -1,0 +1,256 @@
+"""BESA as its authors' code computes it (Xu et al., arXiv 2402.16880; OpenGVLab/LLMPrune-BESA), every switch included.
+
+For each row (or linear) logits theta over D + 1 candidate sparsities p_d; beta = softmax(sigmoid(theta)); the row's
+sparsity is alpha = sum_d beta_d p_d (Eq. 4). Hard mask: the floor(alpha * in) least important weights of the row go. Its
+gradient is that of the soft mask, in which the weight at rank r is pruned with probability
+sum of beta_d over candidates with floor(in * p_d) > r (Eq. 3). Per step (Eq. 5)
+
+    loss = sum(((Y - Yhat) / ||Y||_channel)^2) / hidden + penalty * ((s - target) / target)^2.
+
+This file keeps the limits of that code, because the published numbers came from it: softmax(sigmoid(.)) over 101
+candidates reaches only row sparsities in [0.376, 0.624], every row starts at 0.5, the floor loses up to one weight a row,
+and the float candidates drift (arange from 1.0 down). `besa.py` is the method without them. The masks here are
+functions of the weight's rank: no sort indices, no scatter of hard and soft masks; the gradient to beta is a prefix sum
+over ranks. The result is the same up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from prodigyopt import Prodigy
+from torch import Tensor, nn
+
+from besa_exp.blocks import Block, Hidden, reconstruction_loss
+from besa_exp.importance import dead_inputs, inverse_factor, magnitude_importance, obs_importance, wanda_importance
+from besa_exp.masks import Target, keep_by_rank, rank_in_row
+from besa_exp.pruning import PrunedBlock, finite_step
+from besa_exp.reports import Step
+from besa_exp.statistics import Hessian, InputNorm, Statistic, by_shared_input
+
+
+def float_candidates(step: float) -> Float[Tensor, " candidate"]:
+    """1.0, 1.0 - step, ... 0.0 in fp32 as the authors' range drifts: the one meant as 0.5 prunes 2047 of 4096."""
+    candidates = torch.arange(1.0, -step, -step)
+    candidates[-1] = 0.0
+    return candidates
+
+
+class SoftmaxInLanes(torch.autograd.Function):
+    """softmax over candidates whose denominator is summed in 16 lanes that are then halved, on every machine.
+
+    All rows start at alpha = 0.5 and the first steps move alpha by a few units of fp32 rounding; floor(alpha * in) turns
+    these into masks, so that runs on CPUs of different vector widths part at the second step (4e-3 in the loss, seen).
+    The order of the sum is therefore part of the algorithm here. Sixteen lanes reproduce the recorded runs."""
+
+    @staticmethod
+    def forward(ctx, logits: Float[Tensor, "*row candidate"], lanes: int) -> Float[Tensor, "*row candidate"]:
+        """beta."""
+        powers = (logits - logits.amax(dim=-1, keepdim=True)).exp()
+        first, *others = nn.functional.pad(powers, (0, -powers.shape[-1] % lanes)).split(lanes, dim=-1)
+        partial = sum(others, start=first)
+        while partial.shape[-1] > 1:
+            low, high = partial.chunk(2, dim=-1)
+            partial = low + high
+        beta = powers * (1 / partial)
+        ctx.save_for_backward(beta)
+        return beta
+
+    @staticmethod
+    def backward(ctx, gradient: Float[Tensor, "*row candidate"]):
+        """beta_d (g_d - sum_e beta_e g_e)."""
+        (beta,) = ctx.saved_tensors
+        return beta * (gradient - (beta * gradient).sum(dim=-1, keepdim=True)), None
+
+
+class CandidateMask(torch.autograd.Function):
+    """W * hard mask, with the gradient of the soft mask to the candidates' probabilities beta.
+
+    With P(r) = sum of beta_d over cut_d > r, d(W (1 - P)) / d beta_d = -W at ranks below cut_d, so that the gradient is
+    minus the sum of W * dL/dW over ranks below cut_d: a prefix sum over buckets of ranks."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        weight: Float[Tensor, "out in"],
+        rank: Int[Tensor, "out in"],
+        pruned: Int[Tensor, " out"],
+        beta: Float[Tensor, "*row candidate"],
+        cuts: Int[Tensor, " candidate"],
+    ) -> Float[Tensor, "out in"]:
+        """`cuts` [candidate] = floor(in * p_d)."""
+        ctx.save_for_backward(weight, rank, cuts)
+        ctx.shared = beta.dim() == 1
+        return weight * keep_by_rank(rank, pruned)
+
+    @staticmethod
+    def backward(ctx, gradient: Float[Tensor, "out in"]):
+        """Only beta has a gradient: the weights are frozen."""
+        weight, rank, cuts = ctx.saved_tensors
+        edges, candidate_of_edge = torch.unique(cuts, return_inverse=True)
+        bucket_of_rank = torch.bucketize(torch.arange(weight.shape[1], device=cuts.device), edges, right=True)
+        product = weight.float() * gradient.float()
+        sums = product.new_zeros(len(weight), len(edges) + 1)
+        sums.scatter_add_(1, bucket_of_rank[rank.long()], product)
+        if ctx.shared:
+            sums = sums.sum(dim=0)
+        below_edge = sums.cumsum(dim=-1)[..., :-1]
+        return None, None, None, -below_edge[..., candidate_of_edge], None
+
+
+@dataclass(frozen=True)
+class BesaPaper:
+    """The authors' algorithm. Names of their flags in brackets where they differ.
+
+    `granularity` row or linear; `metric` Wanda, Weight, SparseGPT or SparseGPT-Git [metric-type]; `sigmoid` smooths the
+    logits; `dense_targets` [prune-dense]; `sparsity_step` = 1/D; `penalty` [sparsity-beta], lambda of Eq. 5; `optimizer` prodigy or adamw [normal-opt];
+    `d_coef` per model in the published runs (5 for row-wise 7B and 13B); `lr` 1 for prodigy, 0.01 for adamw."""
+
+    granularity: str = "row"
+    metric: str = "Wanda"
+    sigmoid: bool = True
+    dense_targets: bool = False
+    sparsity_step: float = 0.01
+    penalty: float = 5.0
+    epochs: int = 1
+    batch_size: int = 1
+    optimizer: str = "prodigy"
+    lr: float = 1.0
+    d_coef: float = 5.0
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        choices = {
+            "granularity": ("row", "linear"),
+            "metric": ("Wanda", "Weight", "SparseGPT", "SparseGPT-Git"),
+            "optimizer": ("prodigy", "adamw"),
+        }
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"pruner.{field}={getattr(self, field)}: must be one of {', '.join(allowed)}")
+        for field in ("epochs", "batch_size", "lr", "d_coef", "damping", "sparsity_step"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"pruner.{field}={getattr(self, field)}: must be above 0")
+        if self.sparsity_step > 0.5:
+            raise ValueError(f"pruner.sparsity_step={self.sparsity_step}: must be at most 0.5; the paper uses 0.01")
+
+    @property
+    def statistic(self) -> type[Statistic] | None:
+        """What the metric needs."""
+        return {"Weight": None, "Wanda": InputNorm}.get(self.metric, Hessian)
+
+    def check(self, sparsity: float, pattern: str) -> list[str]:
+        """The penalty divides by the target; N:M leaves nothing to allocate."""
+        problems = []
+        if pattern != "unstructured":
+            problems.append(
+                f"pattern={pattern}: besa_paper allocates sparsity between rows, and N:M fixes it in every row; use "
+                "pattern=unstructured, or pruner=wanda, sparsegpt or magnitude for N:M."
+            )
+        if not sparsity > 0:
+            problems.append(f"sparsity={sparsity:g}: besa_paper needs a target above 0 (its penalty divides by it).")
+        return problems
+
+    def prune_block(
+        self,
+        block: Block,
+        inputs: Hidden,
+        targets: Hidden,
+        statistics: Mapping[str, Statistic],
+        target: Target,
+        on_step: Callable[[Step], None],
+    ) -> PrunedBlock:
+        """Learn theta for `epochs` passes over the samples in order, then fix the hard masks."""
+        weights, importances = self._importances(block, statistics)
+        allocations = {
+            name: _Allocation(weights[name], importance, self.granularity == "row", self.sigmoid, self.sparsity_step)
+            for name, importance in importances.items()
+        }
+        start_masks = {name: allocation.keep_mask() for name, allocation in allocations.items()}
+        thetas = [allocation.theta for allocation in allocations.values()]
+        total = sum(weight.numel() for weight in weights.values())
+        optimizer = self._optimizer(thetas)
+        steps: list[Step] = []
+        batches = list(zip(inputs.split(self.batch_size), targets.split(self.batch_size), strict=True))
+        for batch_inputs, batch_targets in batches * self.epochs:
+            masked, sparsity = {}, torch.zeros((), device=inputs.device)
+            for name, allocation in allocations.items():
+                masked[name], linear_sparsity = allocation()
+                sparsity = sparsity + linear_sparsity * (weights[name].numel() / total)
+            reconstruction = reconstruction_loss(block(batch_inputs, masked), batch_targets)
+            penalty = self.penalty * ((sparsity - target.sparsity) / target.sparsity) ** 2
+            loss = reconstruction + penalty
+            steps.append(finite_step(block, len(steps), loss, reconstruction, penalty, sparsity))
+            on_step(steps[-1])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return PrunedBlock(
+            keep_masks={name: allocation.keep_mask() for name, allocation in allocations.items()},
+            allocated={name: allocation.row_sparsity().detach() for name, allocation in allocations.items()},
+            weights=weights,
+            start_masks=start_masks,
+            steps=tuple(steps),
+        )
+
+    def _optimizer(self, thetas: list[nn.Parameter]) -> torch.optim.Optimizer:
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(thetas, lr=self.lr, weight_decay=0)
+        return Prodigy(thetas, lr=self.lr, weight_decay=0, d_coef=self.d_coef)
+
+    def _importances(
+        self, block: Block, statistics: Mapping[str, Statistic]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        weights = {name: linear.weight.detach() for name, linear in block.linears.items()}
+        if self.metric == "Weight":
+            return weights, {name: magnitude_importance(weight) for name, weight in weights.items()}
+        importances = {}
+        for statistic, names in by_shared_input(statistics):
+            if isinstance(statistic, InputNorm):
+                for name in names:
+                    importances[name] = wanda_importance(weights[name], statistic.squared_norm)
+            elif isinstance(statistic, Hessian):
+                dead = dead_inputs(statistic.matrix)
+                factor = inverse_factor(statistic.matrix, self.damping, f"{block.name}.{names[0]}")
+                for name in names:
+                    weights[name] = weights[name].masked_fill(dead, 0)
+                    importances[name] = obs_importance(weights[name], factor, self.metric == "SparseGPT-Git")
+        return weights, importances
+
+
+class _Allocation(nn.Module):
+    """The learnable allocation of one linear: theta [out candidate], or [candidate] when the rows share it."""
+
+    def __init__(self, weight: Tensor, importance: Tensor, per_row: bool, sigmoid: bool, step: float) -> None:
+        super().__init__()
+        self.weight, self.rank, self.sigmoid = weight, rank_in_row(importance), sigmoid
+        self.candidates = float_candidates(step).to(weight.device)
+        rows, self.columns = weight.shape
+        self.cuts = torch.tensor([int(self.columns * float(p)) for p in self.candidates], device=weight.device)
+        shape = (rows, len(self.candidates)) if per_row else (len(self.candidates),)
+        self.theta = nn.Parameter(torch.zeros(shape, device=weight.device))
+
+    def beta(self) -> Tensor:
+        logits = self.theta.sigmoid() if self.sigmoid else self.theta
+        return SoftmaxInLanes.apply(logits, 16)
+
+    def row_sparsity(self) -> Tensor:
+        """alpha of every row [out]."""
+        return (self.beta() @ self.candidates).expand(len(self.weight))
+
+    def pruned(self, alpha: Tensor) -> Tensor:
+        return (alpha.detach() * self.columns).long()
+
+    @torch.no_grad()
+    def keep_mask(self) -> Tensor:
+        return keep_by_rank(self.rank, self.pruned(self.row_sparsity()))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The masked weight and the linear's expected sparsity."""
+        beta = self.beta()
+        alpha = (beta @ self.candidates).expand(len(self.weight))
+        masked = CandidateMask.apply(self.weight, self.rank, self.pruned(alpha), beta, self.cuts)
+        return masked, alpha.mean()

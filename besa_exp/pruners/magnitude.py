@@ -1,0 +1,32 @@
+"""Magnitude pruning: |W|, the same sparsity in every linear, no data, no update (Han et al., arXiv 1506.02626)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from besa_exp.importance import magnitude_importance
+from besa_exp.masks import keep_largest, keep_n_of_m
+from besa_exp.pruning import PrunedBlock, pruned_by_masks
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Prunes the round(sparsity * weights) smallest weights of each linear, or N:M."""
+
+    statistic = None
+    dense_targets = False
+
+    def check(self, sparsity: float, pattern: str) -> list[str]:
+        """Any sparsity, any N:M."""
+        return []
+
+    def prune_block(self, block, inputs, targets, statistics, target, on_step) -> PrunedBlock:
+        """Each linear by itself."""
+        keep_masks = {}
+        for name, linear in block.linears.items():
+            importance = magnitude_importance(linear.weight.detach())
+            if target.pattern:
+                keep_masks[name] = keep_n_of_m(importance, *target.pattern)
+            else:
+                keep_masks[name] = keep_largest(importance, round(target.sparsity * importance.numel()))
+        return pruned_by_masks(keep_masks)

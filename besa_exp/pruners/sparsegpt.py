@@ -1,0 +1,97 @@
+"""SparseGPT (Frantar and Alistarh, arXiv 2301.00774): prune column by column, kept weights make up for the pruned.
+
+With H = 2/n X^T X and U the upper Cholesky factor of its damped inverse, removing weight (i, j) with the best update of
+the row's later weights adds w^2 / U_jj^2 to the squared error; the update is w_i,k -= (w_ij / U_jj) U_jk for k > j.
+Columns go in groups: the mask of a group is chosen when the group is reached, lowest w^2 / U_jj^2 first over all rows.
+
+The authors' threshold takes one weight too many per group (`<=` against the sorted value at the count); here the count
+is exact. With a mask given, the result does not depend on the group size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from besa_exp.importance import dead_inputs, inverse_factor, obs_importance
+from besa_exp.masks import Target, keep_largest, keep_n_of_m
+from besa_exp.pruning import PrunedBlock
+from besa_exp.statistics import Hessian, by_shared_input
+
+
+def sparsegpt(
+    weight: Float[Tensor, "out in"],
+    factor: Float[Tensor, "in in"],
+    target: Target,
+    group_size: int = 128,
+    keep_mask: Bool[Tensor, "out in"] | None = None,
+) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
+    """The pruned and updated weight in fp32, and its keep mask (Algorithm 1). `factor` is U of `inverse_factor`.
+
+    `keep_mask` fixes the mask; else it is chosen group by group, or for N:M every M columns."""
+    weight = weight.float().clone()
+    columns = weight.shape[1]
+    chosen = torch.ones_like(weight, dtype=torch.bool) if keep_mask is None else keep_mask
+    choose_every = target.pattern[1] if target.pattern else group_size
+    for start in range(0, columns, group_size):
+        end = min(start + group_size, columns)
+        errors = torch.zeros_like(weight[:, start:end])
+        for j in range(start, end):
+            if keep_mask is None and (j - start) % choose_every == 0:
+                here = slice(j, min(j + choose_every, end))
+                chosen[:, here] = _choose(weight[:, here], factor[here, here], target)
+            pruned_part = torch.where(chosen[:, j], 0, weight[:, j])
+            errors[:, j - start] = pruned_part / factor[j, j]
+            weight[:, j:end] -= errors[:, j - start, None] * factor[j, j:end]
+        weight[:, end:] -= errors @ factor[start:end, end:]
+    return weight * chosen, chosen
+
+
+def _choose(weight: Tensor, factor: Tensor, target: Target) -> Tensor:
+    importance = obs_importance(weight, factor)
+    if target.pattern:
+        return keep_n_of_m(importance, *target.pattern)
+    return keep_largest(importance, int(importance.numel() * target.sparsity))
+
+
+@dataclass(frozen=True)
+class SparseGPT:
+    """Mask and update group by group. `damping` is relative to the mean diagonal of H."""
+
+    group_size: int = 128
+    damping: float = 0.01
+
+    statistic = Hessian
+    dense_targets = False
+
+    def __post_init__(self) -> None:
+        if self.group_size < 1:
+            raise ValueError(f"pruner.group_size={self.group_size}: must be at least 1; the paper uses 128")
+        if not self.damping > 0:
+            raise ValueError(f"pruner.damping={self.damping}: must be above 0; the paper uses 0.01")
+
+    def check(self, sparsity: float, pattern: str) -> list[str]:
+        """Any sparsity; N:M when M divides the group size."""
+        group = Target.parse(sparsity, pattern).pattern
+        if group and self.group_size % group[1]:
+            return [
+                f"pattern={pattern}: M must divide pruner.group_size={self.group_size}, so that no group of weights is "
+                f"cut in two; set pruner.group_size to a multiple of {group[1]}."
+            ]
+        return []
+
+    def prune_block(self, block, inputs, targets, statistics, target, on_step) -> PrunedBlock:
+        """One factor for each shared input."""
+        weights, keep_masks = {}, {}
+        for hessian, names in by_shared_input(statistics):
+            matrix = hessian.matrix
+            factor = inverse_factor(matrix, self.damping, f"{block.name}.{names[0]}")
+            for name in names:
+                weight = block.linears[name].weight.detach().float()
+                weight = weight.masked_fill(dead_inputs(matrix), 0)
+                weights[name], keep_masks[name] = sparsegpt(weight, factor, target, self.group_size)
+        allocated = {name: 1 - mask.float().mean(dim=1) for name, mask in keep_masks.items()}
+        return PrunedBlock(keep_masks, allocated, weights, start_masks=keep_masks)

@@ -1,0 +1,153 @@
+"""The block loop. One loop for all methods: observe, prune, write, go on with the pruned block's outputs.
+
+Every block is pruned on the outputs of the pruned blocks before it (the pruned prefix), as Wanda, SparseGPT and BESA do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from besa_exp.blocks import Block, Hidden, reconstruction_loss
+from besa_exp.errors import RunError
+from besa_exp.masks import Target
+from besa_exp.reports import BlockReport, LinearReport, Step
+from besa_exp.statistics import Statistic, observe
+
+
+@dataclass(frozen=True)
+class PrunedBlock:
+    """What a pruner decided: the keep mask of every linear [out in], new weights where the kept ones moved, the
+    sparsity allocated to every row [out], and the search's course. `start_masks` is where a search began."""
+
+    keep_masks: Mapping[str, Bool[Tensor, "out in"]]
+    allocated: Mapping[str, Float[Tensor, " out"]]
+    weights: Mapping[str, Float[Tensor, "out in"]] | None = None
+    start_masks: Mapping[str, Bool[Tensor, "out in"]] | None = None
+    steps: tuple[Step, ...] = ()
+
+
+def pruned_by_masks(keep_masks: Mapping[str, Bool[Tensor, "out in"]]) -> PrunedBlock:
+    """The result of a method that decides masks alone, in one go."""
+    return PrunedBlock(keep_masks, {name: 1 - mask.float().mean(dim=1) for name, mask in keep_masks.items()})
+
+
+class Pruner(Protocol):
+    """A method knows one block, its inputs, the targets and the statistics; never a model, a data set or a config."""
+
+    @property
+    def statistic(self) -> type[Statistic] | None:
+        """What to observe about the inputs of each linear; None: nothing."""
+        ...
+
+    @property
+    def dense_targets(self) -> bool:
+        """Whether targets come from dense inputs (else: the dense block on the pruned prefix's outputs)."""
+        ...
+
+    def check(self, sparsity: float, pattern: str) -> list[str]:
+        """Problems with this target, in complete sentences."""
+        ...
+
+    def prune_block(
+        self,
+        block: Block,
+        inputs: Hidden,
+        targets: Hidden,
+        statistics: Mapping[str, Any],
+        target: Target,
+        on_step: Callable[[Step], None],
+    ) -> PrunedBlock:
+        """Decide the block's masks (and weights). Must not change the block."""
+        ...
+
+
+def finite_step(
+    block: Block, step: int, loss: Tensor, reconstruction: Tensor, penalty: Tensor | float, sparsity: Tensor | float
+) -> Step:
+    """The record of one optimisation step. RunError: the loss is not finite."""
+    if not torch.isfinite(loss.detach()):
+        raise RunError(
+            f"{block.name}: the loss is {float(loss)} at step {step}; its inputs or targets are not finite, or the model's "
+            "dtype overflows: load it in float32 or bfloat16 (model.dtype)."
+        )
+    values = (float(torch.as_tensor(value).detach()) for value in (loss, reconstruction, penalty, sparsity))
+    return Step(block.index, step, *values)
+
+
+def num_probe_samples(num_samples: int) -> int:
+    """How many samples, the last ones, a search does not learn from: they choose between its states and give the
+    reported losses."""
+    return max(1, min(16, num_samples // 8))
+
+
+@torch.no_grad()
+def write_weights(block: Block, pruned: PrunedBlock) -> None:
+    """Write the pruned weights into the block: the one place where weights change. RunError: a weight is not finite."""
+    for name, linear in block.linears.items():
+        weight = linear.weight if pruned.weights is None else pruned.weights[name].to(linear.weight.dtype)
+        weight = torch.where(pruned.keep_masks[name], weight, torch.zeros_like(weight))
+        if not weight.isfinite().all():
+            raise RunError(f"{block.name}.{name}: the pruned weights are not finite in {weight.dtype}.")
+        linear.weight.copy_(weight)
+
+
+def prune_blocks(
+    blocks: list[Block],
+    inputs: Hidden,
+    pruner: Pruner,
+    target: Target,
+    batch_size: int,
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> Iterator[tuple[BlockReport, PrunedBlock]]:
+    """Prune the blocks in place, one after the other, `batch_size` samples a forward pass. RunError: a statistic, loss
+    or weight is not finite; the block and the linear are named."""
+    dense_inputs = inputs
+    for block in blocks:
+        started = time.perf_counter()
+        statistics, targets = observe(block, inputs, pruner.statistic, batch_size)
+        if pruner.dense_targets:
+            dense_inputs = targets = block.outputs(dense_inputs, batch_size)
+        pruned = pruner.prune_block(block, inputs, targets, statistics, target, on_step)
+        before = _start_loss(block, inputs, targets, pruned)
+        write_weights(block, pruned)
+        inputs = block.outputs(inputs, batch_size)
+        after = _probe_loss(block, inputs, targets)
+        seconds = time.perf_counter() - started
+        yield _report(block, pruned, after if before is None else before, after, seconds), pruned
+
+
+def _start_loss(block: Block, inputs: Hidden, targets: Hidden, pruned: PrunedBlock) -> float | None:
+    """The probe samples' loss where the search began; None when nothing was searched or updated."""
+    if pruned.start_masks is None:
+        return None
+    weights = {name: linear.weight.detach() * pruned.start_masks[name] for name, linear in block.linears.items()}
+    probe = num_probe_samples(len(inputs))
+    return _probe_loss(block, block.outputs(inputs[-probe:], probe, weights), targets)
+
+
+def _probe_loss(block: Block, outputs: Hidden, targets: Hidden) -> float:
+    probe = num_probe_samples(len(targets))
+    loss = float(reconstruction_loss(outputs[-probe:], targets[-probe:]))
+    if loss != loss or loss in (float("inf"), float("-inf")):
+        raise RunError(f"{block.name}: the reconstruction loss is {loss}; its inputs, targets or outputs are not finite.")
+    return loss
+
+
+def _report(block: Block, pruned: PrunedBlock, before: float, after: float, seconds: float) -> BlockReport:
+    linears = tuple(
+        LinearReport(
+            name,
+            linear.weight.numel(),
+            int((linear.weight == 0).sum()),
+            float(pruned.allocated[name].float().mean()),
+        )
+        for name, linear in block.linears.items()
+    )
+    return BlockReport(block.index, linears, before, after, seconds, pruned.steps)

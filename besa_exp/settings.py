@@ -1,0 +1,88 @@
+"""What a run is asked to do, as frozen dataclasses: the only form in which configuration passes the door.
+
+Nothing here imports torch or Hydra, so that a configuration is read and checked before any long work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The model to prune: `path` is a folder, a hub id, or `embedded` for the model that the package carries."""
+
+    name: str
+    path: str
+    revision: str | None = None
+    dtype: str = "auto"  # auto (as saved), float32, bfloat16, float16
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """Where the calibration tokens come from; `path` (text or a .safetensors of `input_ids`) wins over `name`."""
+
+    name: str
+    path: str | None = None
+    num_samples: int = 128
+    seq_len: int = 2048
+    seed: int = 0
+    batch_size: int = 8  # samples a forward pass of the block loop holds
+    save_tokens: bool = False
+
+
+@dataclass(frozen=True)
+class EvaluatorSettings:
+    """What is scored after pruning (and before it with `dense`)."""
+
+    name: str
+    perplexity_sets: tuple[str, ...] = ()
+    seq_len: int | None = None  # perplexity window; None: min(2048, the model's context)
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch_size: int = 8
+    data_dir: str | None = None
+    dense: bool = False
+
+
+@dataclass(frozen=True)
+class TrackerSettings:
+    """Where the run is logged besides its own folder."""
+
+    name: str  # wandb or none
+    mode: str = "offline"  # offline, online, disabled
+    project: str = "besa"
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SaveSettings:
+    """What the run folder keeps of the weights."""
+
+    model: bool = True
+    masks: bool = True
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """One prune. `pruner` is the pruner object itself, `pruner_name` the preset it came from."""
+
+    model: ModelSettings
+    calibration: CalibrationSettings
+    pruner: Any
+    pruner_name: str
+    evaluator: EvaluatorSettings
+    tracker: TrackerSettings
+    sparsity: float = 0.5
+    pattern: str = "unstructured"  # or "N:M": N kept of every M consecutive inputs
+    seed: int = 0
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    deterministic: bool = True
+    offline: bool = False
+    overwrite: bool = False
+    save: SaveSettings = field(default_factory=SaveSettings)
