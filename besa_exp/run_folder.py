@@ -1,0 +1,235 @@
+"""The folder of one run: locked while the run lives, its files whole or line by line, its state always told.
+
+`metrics.jsonl` is the source of truth, one JSON object a line: `step` (one optimisation step), `block` (one pruned
+block), `scores` (of the pruned or the dense model). W&B and the console only show what stands there. No torch here.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import math
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from besa_exp import atomic
+from besa_exp.environment import masked
+from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.reports import BlockReport, Step
+from besa_exp.run_log import logging_to
+
+if TYPE_CHECKING:
+    from besa_exp.evaluation import Scores
+
+WRITTEN = (  # what a run leaves besides .lock and status.json; nothing else in the folder is ever removed
+    "results.json",
+    "metrics.jsonl",
+    "sparsity.csv",
+    "run.log",
+    "config.yaml",
+    "environment.json",
+    "masks.safetensors",
+    "calibration.safetensors",
+    "model",
+    "wandb",
+)
+LEFTOVERS = tuple(f".{name}.{state}" for name in (*WRITTEN, "status.json") for state in ("partial", "replaced"))
+SPARSITY_COLUMNS = ("block", "linear", "weights", "pruned", "sparsity")
+
+
+class RunFolder:
+    """An open run folder, made by `RunFolder.open`; the paths are where a run puts its larger files."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.model = path / "model"
+        self.masks = path / "masks.safetensors"
+        self.tokens = path / "calibration.safetensors"
+        self.metrics = path / "metrics.jsonl"
+        self.sparsity = path / "sparsity.csv"
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path, overwrite: bool = False) -> Iterator[RunFolder]:
+        """Locks `path` and starts a run in it: status.json says running, then done, or failed with the error.
+
+        An unfinished run's files make way for the new ones, a finished run's only with `overwrite`. Log records go to
+        run.log too, with the traceback of a failure; what was measured until then stays. Raises ConfigurationError
+        when the folder cannot be written to, is in use, holds a finished run, or holds files that no run wrote."""
+        with _locked(path):
+            _check_free(path, overwrite)
+            started = _now()
+            _write_status(path, "running", started)
+            for name in (*WRITTEN, *LEFTOVERS):
+                atomic.remove(path / name)
+            try:
+                with logging_to(path / "run.log"):
+                    yield cls(path)
+            except BaseException as error:
+                with suppress(OSError):  # a full disk must not hide the error that is on its way
+                    _write_status(path, "failed", started, error)
+                raise
+            _write_status(path, "done", started)
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """config.yaml: the resolved configuration, with `***` in the place of secrets."""
+        text = yaml.safe_dump(masked(config), sort_keys=False, allow_unicode=True)
+        atomic.write_text(self.path / "config.yaml", text)
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        """environment.json: see `environment.environment`."""
+        atomic.write_text(self.path / "environment.json", _json(environment, "environment.json", indent=2) + "\n")
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """results.json, keys sorted: equal results are equal bytes. Raises RunError on a number that is not finite."""
+        atomic.write_text(self.path / "results.json", _json(results, "results.json", indent=2) + "\n")
+
+    def log_step(self, step: Step) -> None:
+        """One line of metrics.jsonl. Raises RunError, naming block and step, on a number that is not finite."""
+        self._append({"kind": "step", **asdict(step)}, f"block {step.block}, step {step.step}")
+
+    def log_block(self, report: BlockReport) -> None:
+        """One line of metrics.jsonl, and one row a linear of sparsity.csv."""
+        line = {
+            "kind": "block",
+            "block": report.index,
+            "sparsity": report.sparsity,
+            "reconstruction_loss": report.loss_after,
+            "reconstruction_loss_before": report.loss_before,
+            "seconds": report.seconds,
+            "linears": {
+                linear.name: {
+                    "weights": linear.weights,
+                    "pruned": linear.pruned,
+                    "sparsity": linear.sparsity,
+                    "allocated": linear.allocated,
+                }
+                for linear in report.linears
+            },
+        }
+        self._append(line, f"block {report.index}")
+        is_new = not self.sparsity.exists()
+        with self.sparsity.open("a", encoding="utf-8", newline="") as file:
+            rows = csv.writer(file, lineterminator="\n")
+            if is_new:
+                rows.writerow(SPARSITY_COLUMNS)
+            for linear in report.linears:
+                rows.writerow((report.index, linear.name, linear.weights, linear.pruned, linear.sparsity))
+
+    def log_scores(self, which: str, scores: Scores) -> None:
+        """One line of metrics.jsonl; `which` is `pruned` or `dense`."""
+        line = {
+            "kind": "scores",
+            "which": which,
+            "perplexity": scores.perplexity,
+            "zero_shot": scores.zero_shot,
+            "unavailable": scores.unavailable,
+        }
+        self._append(line, f"scores of the {which} model")
+
+    def _append(self, line: dict[str, Any], where: str) -> None:
+        text = _json(line, where)
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+
+def read_status(path: Path) -> dict[str, Any] | None:
+    """status.json (`status`, `started`, `finished`, `process`, `host`, `error`); None where there is no run's."""
+    try:
+        status = json.loads((path / "status.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return status if isinstance(status, dict) and "status" in status and "process" in status else None
+
+
+def is_done(path: Path) -> bool:
+    """Whether `path` holds a finished run with its results."""
+    status = read_status(path)
+    return status is not None and status["status"] == "done" and (path / "results.json").is_file()
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """results.json of a finished run."""
+    return json.loads((path / "results.json").read_text(encoding="utf-8"))
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if is_done(path) and not overwrite:
+        raise ConfigurationError(
+            f"{path} holds a finished run, which is left alone; "
+            "overwrite=true starts anew there, hydra.run.dir= names another folder"
+        )
+    # run.log is left out: the command's own logging may have begun it
+    foreign = [name for name in (*WRITTEN, "status.json") if name != "run.log" and (path / name).exists()]
+    if foreign and read_status(path) is None:
+        raise ConfigurationError(
+            f"{path} holds {', '.join(foreign)}, which a run would replace, but is no run's folder: "
+            "a run needs a folder of its own; name another with hydra.run.dir="
+        )
+
+
+def _write_status(path: Path, status: str, started: str, error: BaseException | None = None) -> None:
+    record = {
+        "status": status,
+        "started": started,
+        "finished": None if status == "running" else _now(),
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "error": f"{type(error).__name__}: {error}" if error else None,
+    }
+    atomic.write_text(path / "status.json", json.dumps(record, indent=2) + "\n")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds `path/.lock`; the system frees it when the process ends, however it ends."""
+    lock = path / ".lock"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} cannot hold a run ({error.strerror}): a run folder must be a folder that can be written to; "
+            "name another with hydra.run.dir="
+        ) from error
+    with lock.open("r+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigurationError(
+                f"{path} is in use by {file.read().strip() or 'another process'}: one folder holds one run at a time; "
+                "wait for that run, stop it, or name another folder with hydra.run.dir="
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {_now()}\n")
+        file.flush()
+        yield
+
+
+def _json(value: Any, where: str, indent: int | None = None) -> str:
+    _check_finite(value, where)
+    return json.dumps(value, indent=indent, sort_keys=True, allow_nan=False, ensure_ascii=False)
+
+
+def _check_finite(value: Any, where: str) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_finite(item, f"{where}, {key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_finite(item, f"{where}, {index}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise RunError(f"{where} is {value}: only finite numbers are recorded; model.dtype=float32 avoids overflow")

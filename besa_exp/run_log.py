@@ -1,0 +1,34 @@
+"""run.log: what a run said, with times, and the traceback of its failure."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Sends every log record of level INFO and above, the project's own among them, to `path` as well.
+
+    The traceback of an exception that passes through goes to `path` alone: a person is shown one message elsewhere."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setLevel(logging.INFO)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    project, root = logging.getLogger("besa_exp"), logging.getLogger()
+    level = project.level
+    if not project.isEnabledFor(logging.INFO):
+        project.setLevel(logging.INFO)
+    root.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        text = "".join(traceback.format_exception(error))
+        handler.handle(logging.LogRecord("besa_exp", logging.ERROR, __file__, 0, "the run failed\n%s", (text,), None))
+        raise
+    finally:
+        root.removeHandler(handler)
+        project.setLevel(level)
+        handler.close()
