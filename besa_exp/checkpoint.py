@@ -1,0 +1,180 @@
+"""What a run writes of a model: a plain Hugging Face folder with exact zeros, and the kept weights as one bit each.
+
+Sparse checkpoint formats were removed upstream, so the folder holds dense tensors and no sparsity_config: it loads
+wherever the dense model does. Equal content is equal bytes; a folder or file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from besa_exp import atomic
+from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.settings import SaveSettings
+
+SHARD_SIZE = "5GB"
+BESIDE_WEIGHTS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken")
+BESIDE_WEIGHTS += ("chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*")
+MASKS_KEY = "besa_masks"  # one key only: safetensors orders several at random
+MASKS_VERSION = 1
+SPARE_BYTES = 64 * 2**20  # logs, metrics, W&B's files
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    card: str,
+    sources: Path | None = None,
+    shard_size: str = SHARD_SIZE,
+) -> None:
+    """Writes config, safetensors shards, tokenizer, generation config and `card` as README.md; replaces `folder`.
+
+    Tied weights stay tied, the config's dtype becomes the weights'. From `sources`, the dense model's folder, come
+    tokenizer and licence files that the libraries did not write. Raises RunError, and leaves an older `folder` then."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise RunError(f"{folder}: a quantised model cannot be saved as plain weights; prune the unquantised one")
+    try:
+        with atomic.replaced_folder(folder) as partial:
+            _save_weights(model, partial, shard_size)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            _copy_missing(sources, partial)
+            (partial / "README.md").write_text(card, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{folder} could not be written ({error}); free disk space or set save.model=false") from error
+
+
+def write_card(folder: Path, card: str) -> None:
+    """Replaces the README.md of a saved model: scores are known only after the saved model has been evaluated."""
+    atomic.write_text(folder / "README.md", card)
+
+
+def save_masks(keep_masks: Mapping[str, Bool[Tensor, "out in"]], path: Path, dense_sha256: str | None = None) -> None:
+    """keep_mask of each linear by its full name, one bit a weight: row-major, highest bit first, 1 = kept.
+
+    `dense_sha256` (see `weights_sha256`) names the dense weights that the masks belong to."""
+    names = sorted(keep_masks)
+    packed = {name: torch.from_numpy(np.packbits(keep_masks[name].cpu().numpy())) for name in names}
+    description = {
+        "format_version": MASKS_VERSION,
+        "shapes": {name: list(keep_masks[name].shape) for name in names},
+        "dense_sha256": dense_sha256,
+    }
+    try:
+        with atomic.replaced_file(path) as partial:
+            save_file(packed, partial, metadata={MASKS_KEY: json.dumps(description, sort_keys=True)})
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} could not be written ({error}); free disk space or set save.masks=false") from error
+
+
+def load_masks(path: Path) -> dict[str, Bool[Tensor, "out in"]]:
+    """The keep_masks that `save_masks` wrote. Raises ConfigurationError when `path` is no such file."""
+    shapes = masks_description(path)["shapes"]
+    keep_masks = {}
+    with safe_open(path, framework="pt") as file:
+        for name, (rows, columns) in shapes.items():
+            bits = np.unpackbits(file.get_tensor(name).numpy(), count=rows * columns)
+            keep_masks[name] = torch.from_numpy(bits).bool().view(rows, columns)
+    return keep_masks
+
+
+def masks_description(path: Path) -> dict:
+    """`format_version`, `shapes` {name: [out, in]} and `dense_sha256` of a masks file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(MASKS_KEY)
+    except (OSError, SafetensorError) as error:
+        raise ConfigurationError(f"{path} cannot be read as masks ({error}); give a run's masks.safetensors") from error
+    description = json.loads(text) if text else {}
+    if description.get("format_version") != MASKS_VERSION:
+        raise ConfigurationError(
+            f"{path} holds no masks of format {MASKS_VERSION}; give the masks.safetensors of a run of this version"
+        )
+    return description
+
+
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """One hash over names, dtypes, shapes and bytes, whatever the order of `weights`."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        weight = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
+        digest.update(weight.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def count_zeros(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """(weights, zeros) of each named tensor, counted in the saved files one tensor at a time.
+
+    Raises RunError, naming folder and tensor, for a name that the files do not hold."""
+    shards = _shards(folder)
+    counts = {}
+    for name in names:
+        if name not in shards:
+            raise RunError(f"{folder} holds no weight {name}; the saved model is not the one that was pruned")
+        with safe_open(folder / shards[name], framework="pt") as file:
+            weight = file.get_tensor(name)
+        counts[name] = (weight.numel(), weight.numel() - int(torch.count_nonzero(weight)))
+    return counts
+
+
+def required_bytes(model_bytes: int, pruned_weights: int, save: SaveSettings) -> int:
+    """Disk a run needs: the weights as they will be saved, one bit a weight of the linears, and some to spare."""
+    return SPARE_BYTES + (model_bytes if save.model else 0) + (-(-pruned_weights // 8) if save.masks else 0)
+
+
+def check_disk(folder: Path, needed: int) -> list[str]:
+    """The problem, if any, of writing `needed` bytes in `folder`, which need not exist yet."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free >= needed:
+        return []
+    return [
+        f"hydra.run.dir={folder}: the run writes about {_size(needed)} but {_size(free)} are free on that disk; "
+        "free some, choose another disk, or set save.model=false (masks alone take one bit a weight)"
+    ]
+
+
+def _save_weights(model: PreTrainedModel, folder: Path, shard_size: str) -> None:
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "sparsity_config")}
+    path.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _copy_missing(sources: Path | None, folder: Path) -> None:
+    if sources is None:
+        return
+    for pattern in BESIDE_WEIGHTS:
+        for file in sources.glob(pattern):
+            if file.is_file() and not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
+
+
+def _shards(folder: Path) -> dict[str, str]:
+    """Tensor name to the file that holds it."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return dict.fromkeys(file.keys(), "model.safetensors")
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"

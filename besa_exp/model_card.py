@@ -1,0 +1,81 @@
+"""The README.md of a pruned model folder: what it is, how it was made, how sparse it is and what it scores."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from besa_exp.environment import masked_command
+from besa_exp.sparsity_table import type_counts
+
+HONESTY = (
+    "The zeros are stored as ordinary dense numbers. This checkpoint takes the same disk space, memory and time as the "
+    "dense one: unstructured zeros save neither memory nor time on today's hardware."
+)
+HONESTY_N_M = (
+    "The zeros are stored as ordinary dense numbers: as it is, this checkpoint takes the same disk space, memory and "
+    "time as the dense one. Hardware and software that know an N:M pattern (2:4 today) can use it after a conversion of their own."
+)
+
+
+def model_card(
+    results: Mapping[str, Any], command: Sequence[str], hub_id: str | None = None, revision: str | None = None
+) -> str:
+    """Markdown from the content of results.json (without scores: a card that names none) and the command's words.
+
+    `hub_id` is the dense model's name on the Hugging Face hub, where it has one."""
+    model = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else results["model"]
+    target, measured = results["target_sparsity"], results["measured_sparsity"]
+    calibration = results.get("calibration")
+    lines = [
+        *_front_matter(hub_id),
+        f"# {results['model']}, pruned to {measured:.1%} by {results['pruner']}",
+        "",
+        f"- Base model: {model}" + (f", revision `{revision}`" if revision else ""),
+        f"- Method: {results['pruner']}, pattern {results['pattern']}, seed {results['seed']}",
+        f"- Sparsity of the pruned linears: target {target:.4f}, measured {measured:.4f}",
+    ]
+    if calibration:
+        samples, length = calibration["num_samples"], calibration["seq_len"]
+        lines.append(f"- Calibration: {calibration['name']}, {samples} samples of {length} tokens")
+    honesty = HONESTY if results["pattern"] == "unstructured" else HONESTY_N_M
+    lines += ["", honesty, "", "## Sparsity by linear type", "", "| linear | weights | zeros | sparsity |"]
+    lines += ["|---|---:|---:|---:|"]
+    for name, (weights, pruned) in type_counts(results["blocks"]).items():
+        lines.append(f"| {name} | {weights:,} | {pruned:,} | {pruned / weights:.4f} |")
+    lines += ["", *_scores(results), "## Command", "", "```", shlex.join(masked_command(command)), "```", ""]
+    return "\n".join(lines)
+
+
+def _front_matter(hub_id: str | None) -> list[str]:
+    base = [f"base_model: {json.dumps(hub_id)}"] if hub_id else []
+    return ["---", "library_name: transformers", *base, "tags:", "- pruning", "- sparsity", "- besa", "---", ""]
+
+
+def _scores(results: Mapping[str, Any]) -> list[str]:
+    """The scores, beside the dense model's where it was scored too; nothing where nothing was."""
+    pruned, dense = score_rows(results), score_rows(results.get("dense") or {})
+    if not pruned:
+        return []
+    lines = ["## Scores", "", "| measure | dense | pruned |", "|---|---:|---:|"]
+    for name, value in pruned.items():
+        lines.append(f"| {name} | {_number(dense.get(name))} | {_number(value)} |")
+    reasons = [f"- n/a, {name}: {reason}" for name, reason in sorted((results.get("unavailable") or {}).items())]
+    return [*lines, "", *reasons, *([""] if reasons else [])]
+
+
+def score_rows(scores: Mapping[str, Any]) -> dict[str, float | None]:
+    """`perplexity <set>` and `<task> <metric>` to value; standard errors are left out, None is not available."""
+    rows = {f"perplexity {name}": value for name, value in sorted((scores.get("perplexity") or {}).items())}
+    for task, metrics in sorted((scores.get("zero_shot") or {}).items()):
+        for key, value in sorted(metrics.items()):
+            metric, _, which = key.partition(",")
+            if not metric.endswith("_stderr") and isinstance(value, (int, float)):
+                rows[f"{task} {metric}" + (f" ({which})" if which not in ("", "none") else "")] = value
+    return rows
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4f}"
