@@ -1,0 +1,253 @@
+"""What a run sends to Weights & Biases besides its own folder; offline by default, and never able to end a run.
+
+`step/*` is drawn over `optimisation_step` (which counts on from block to block), `block/*` and `allocated/<linear>`
+over `block`; scores are summary values. Any failure of W&B is one warning: metrics.jsonl holds the same numbers. The
+network is touched in mode `online` alone; a server that does not answer costs INIT_TIMEOUT, then the run is offline.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from besa_exp.environment import masked
+from besa_exp.reports import BlockReport, Step
+from besa_exp.settings import TrackerSettings
+
+if TYPE_CHECKING:
+    import wandb
+
+    from besa_exp.evaluation import Scores
+
+INIT_TIMEOUT = 60.0  # seconds
+FINISH_TIMEOUT = 300.0  # seconds for the upload at the end; what was not sent stays in the run folder
+STEP_METRICS = {"step/*": "optimisation_step", "block/*": "block", "allocated/*": "block"}
+TABLE_COLUMNS = ("block", "linear", "weights", "pruned", "sparsity", "allocated")
+logger = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """Where a run's numbers go as they appear."""
+
+    def log_step(self, step: Step) -> None:
+        """One optimisation step."""
+        ...
+
+    def log_block(self, report: BlockReport) -> None:
+        """One pruned block; its steps have been logged already."""
+        ...
+
+    def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
+        """Scores of the pruned model, and of the dense one where it was scored."""
+        ...
+
+    def finish(self, reports: Sequence[BlockReport], failed: bool = False) -> None:
+        """Closes the run, with the table of all `reports` where there are any."""
+        ...
+
+
+class NoTracker:
+    """Tracks nothing."""
+
+    def log_step(self, step: Step) -> None:
+        pass
+
+    def log_block(self, report: BlockReport) -> None:
+        pass
+
+    def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
+        pass
+
+    def finish(self, reports: Sequence[BlockReport], failed: bool = False) -> None:
+        pass
+
+
+class WandbTracker:
+    """Tracks in an open W&B run until the first failure, then says so once and tracks nothing."""
+
+    def __init__(self, run: wandb.Run):
+        self._run = run
+        self._num_steps = 0
+        self._works = True
+
+    def log_step(self, step: Step) -> None:
+        values = {
+            "optimisation_step": self._num_steps,
+            "step/block": step.block,
+            "step/loss": step.loss,
+            "step/reconstruction": step.reconstruction,
+            "step/penalty": step.penalty,
+            "step/expected_sparsity": step.expected_sparsity,
+        }
+        self._num_steps += 1
+        self._attempt(lambda: self._run.log(values))
+
+    def log_block(self, report: BlockReport) -> None:
+        values = {
+            "block": report.index,
+            "block/sparsity": report.sparsity,
+            "block/reconstruction_loss": report.loss_after,
+            "block/reconstruction_loss_before": report.loss_before,
+            **{f"allocated/{linear.name}": linear.allocated for linear in report.linears},
+        }
+        self._attempt(lambda: self._run.log(values))
+
+    def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
+        values = dict(_flat_scores(scores))
+        if dense is not None:
+            values |= {f"dense/{name}": value for name, value in _flat_scores(dense)}
+        self._attempt(lambda: self._run.summary.update(values))
+
+    def finish(self, reports: Sequence[BlockReport], failed: bool = False) -> None:
+        if reports:
+            self._attempt(lambda: self._log_allocation(reports))
+        self._works = True  # a run that failed to log is closed all the same
+        self._attempt(lambda: self._run.finish(exit_code=int(failed)))
+
+    def _log_allocation(self, reports: Sequence[BlockReport]) -> None:
+        import wandb
+
+        rows: list[Any] = [
+            [report.index, linear.name, linear.weights, linear.pruned, linear.sparsity, linear.allocated]
+            for report in reports
+            for linear in report.linears
+        ]
+        values: dict[str, Any] = {"sparsity/table": wandb.Table(columns=[*TABLE_COLUMNS], data=rows)}
+        if importlib.util.find_spec("matplotlib"):
+            values["sparsity/heat_map"] = wandb.Image(_heat_map(reports))
+        else:
+            logger.info("no heat map of the sparsity for W&B: it needs matplotlib (pip install 'besa-exp[plots]')")
+        self._run.log(values)
+        weights, pruned = sum(row[2] for row in rows), sum(row[3] for row in rows)
+        self._run.summary["sparsity"] = pruned / weights
+
+    def _attempt(self, act: Callable[[], object]) -> None:
+        if not self._works:
+            return
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run is worth more
+            self._works = False
+            logger.warning("W&B failed (%s) and is left out from here on; metrics.jsonl has it all", _one_line(error))
+
+
+def start_tracker(
+    settings: TrackerSettings, folder: Path, config: Mapping[str, Any], run_name: str, pruner: str
+) -> Tracker:
+    """The tracker that `settings` ask for, its files in `folder`/wandb; without W&B a warning and a tracker of nothing.
+
+    `config` (plain values) is logged with its secrets masked. A second start in one folder goes on with the same id."""
+    if settings.name == "none" or settings.mode == "disabled":
+        return NoTracker()
+    try:
+        return WandbTracker(_start_run(settings, folder, config, run_name, pruner))
+    except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run is worth more
+        if settings.mode == "online":
+            logger.warning("W&B cannot be reached (%s): logging offline, `wandb sync` sends it later", _one_line(error))
+            (folder / "wandb" / "run_id").unlink(missing_ok=True)  # W&B's process still holds the one that failed
+            return start_tracker(replace(settings, mode="offline"), folder, config, run_name, pruner)
+        logger.warning("W&B cannot be used (%s): going on without; metrics.jsonl has it all", _one_line(error))
+        return NoTracker()
+
+
+def _start_run(
+    settings: TrackerSettings, folder: Path, config: Mapping[str, Any], run_name: str, pruner: str
+) -> wandb.Run:
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read at import: no crash reports over the network
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True))  # no lines of its own, and no question for an API key
+    run = wandb.init(
+        project=settings.project,
+        entity=settings.entity,
+        group=settings.group,
+        tags=[*settings.tags, pruner],
+        name=run_name,
+        id=_run_id(folder / "wandb"),
+        resume="allow",
+        job_type="prune",
+        config=masked(config),
+        reinit="create_new",
+        settings=_wandb_settings(settings.mode, folder),
+    )
+    for metric, step_metric in STEP_METRICS.items():
+        run.define_metric(step_metric, hidden=True)
+        run.define_metric(metric, step_metric=step_metric)
+    return run
+
+
+def _wandb_settings(mode: str, folder: Path) -> wandb.Settings:
+    """Everything inside `folder`, nothing about the machine, its packages, code or git state, no output captured."""
+    import wandb
+
+    return wandb.Settings(
+        mode=mode,  # pyright: ignore[reportArgumentType] - checked there
+        root_dir=str(folder),
+        silent=True,
+        console="off",
+        host="",
+        disable_git=True,
+        disable_code=True,
+        save_code=False,
+        symlink=False,
+        allow_offline_artifacts=False,  # their files would lie outside the run folder
+        x_save_requirements=False,
+        x_disable_stats=True,
+        x_disable_meta=True,
+        x_disable_machine_info=True,
+        init_timeout=INIT_TIMEOUT,
+        finish_timeout=FINISH_TIMEOUT,
+    )
+
+
+def _run_id(folder: Path) -> str:
+    """The id kept in `folder`; a new one at first. Not drawn from a generator that a seed governs."""
+    path = folder / "run_id"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(secrets.token_hex(6), encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _flat_scores(scores: Scores) -> Iterator[tuple[str, float | str]]:
+    for name, value in scores.perplexity.items():
+        if value is not None:
+            yield f"perplexity/{name}", value
+    for task, metrics in scores.zero_shot.items():
+        for metric, value in metrics.items():
+            yield f"zero_shot/{task}/{metric}", value
+    for name, reason in scores.unavailable.items():
+        yield f"unavailable/{name}", reason
+
+
+def _heat_map(reports: Sequence[BlockReport]) -> Any:
+    """Measured sparsity as a picture, blocks down and linears across; colours span the values that occur."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyplot would choose a display and keep the figure
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    names = list(dict.fromkeys(linear.name for report in reports for linear in report.linears))
+    by_block = [{linear.name: linear.sparsity for linear in report.linears} for report in reports]
+    grid = [[block.get(name, float("nan")) for name in names] for block in by_block]
+    figure = Figure(figsize=(2.5 + 0.8 * len(names), 1.8 + 0.3 * len(reports)), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    picture = axes.imshow(grid, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(reports)), [str(report.index) for report in reports])
+    axes.set_ylabel("block")
+    figure.colorbar(picture, ax=axes, label="sparsity")
+    png = BytesIO()
+    canvas.print_png(png)
+    return Image.open(png)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
