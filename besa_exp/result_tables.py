@@ -1,0 +1,116 @@
+"""A run's plan and results as rich tables: sparsity by block and linear type with losses, scores against dense."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from io import StringIO
+from typing import Any
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from besa_exp.model_card import score_rows
+from besa_exp.settings import RunSettings
+from besa_exp.sparsity_table import block_counts, short_names, type_counts
+
+
+def plan_table(settings: RunSettings, facts: Mapping[str, Any]) -> Table:
+    """Two columns: what is chosen, then `facts`."""
+    pruner, calibration, evaluator = settings.pruner, settings.calibration, settings.evaluator
+    tokens = f"{calibration.num_samples} x {calibration.seq_len} tokens"
+    choices = ", ".join(f"{field.name}={getattr(pruner, field.name)}" for field in fields(pruner))
+    scored = [*evaluator.perplexity_sets, *evaluator.tasks]
+    rows = {
+        "model": f"{settings.model.name} ({settings.model.path})",
+        "pruner": settings.pruner_name + (f" ({choices})" if choices else ""),
+        "target": f"sparsity {settings.sparsity:g}, {settings.pattern}",
+        "calibration": f"{calibration.path or calibration.name}, {tokens}",
+        "scores": (", ".join(scored) or "none") + (", dense too" if evaluator.dense and scored else ""),
+        "tracker": settings.tracker.name + (f", {settings.tracker.mode}" if settings.tracker.name != "none" else ""),
+        "seed": settings.seed,
+        **facts,
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(Text(str(name)), Text(str(value)))
+    return table
+
+
+def result_tables(results: Mapping[str, Any], width: int, style: box.Box) -> list[RenderableType]:
+    """The tables of a results.json. Where `width` columns do not hold all linear types, the rest has its own table."""
+    types = list(type_counts(results["blocks"]))
+    tables: list[RenderableType] = []
+    for number in range(len(types), 0, -1):  # as many types side by side as fit
+        parts = [types[start : start + number] for start in range(0, len(types), number)]
+        sparsity = [_sparsity_table(results["blocks"], part, style) for part in parts]
+        if number == 1 or all(_width(table) <= width for table in sparsity):
+            tables += sparsity
+            break
+    scores = score_rows(results)
+    if scores:
+        tables.append(_score_table(scores, score_rows(results.get("dense") or {}), style))
+    tables += [Text(f"n/a {name}: {reason}") for name, reason in sorted((results.get("unavailable") or {}).items())]
+    return tables
+
+
+def as_text(content: RenderableType, width: int) -> str:
+    """`content` without colours, `width` columns."""
+    file = StringIO()
+    Console(file=file, width=width, force_terminal=False, color_system=None, emoji=False).print(content)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
+def _sparsity_table(blocks: Sequence[Mapping[str, Any]], types: Sequence[str], style: box.Box) -> Table:
+    """Percent of zeros: a row a block, a column each of `types`, then the whole block and its losses."""
+    table = Table(box=style, title="zeros in %, reconstruction loss", title_justify="left")
+    names = short_names(type_counts(blocks))
+    for head in ("block", *(names[kind] for kind in types), "all", "loss before", "loss after"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for block in blocks:
+        counts, loss = type_counts([block]), block["reconstruction_loss"]
+        cells = [_percent(*counts[kind]) if kind in counts else "" for kind in types]
+        losses = (f"{loss['before']:.4g}", f"{loss['after']:.4g}")
+        table.add_row(str(block["index"]), *cells, _percent(*block_counts(block)), *losses)
+    counts = type_counts(blocks)
+    weights, pruned = (sum(column) for column in zip(*counts.values(), strict=True))
+    table.add_section()
+    table.add_row("all", *(_percent(*counts[kind]) for kind in types), _percent(weights, pruned), "", "", style="bold")
+    return table
+
+
+def _score_table(pruned: Mapping[str, float | None], dense: Mapping[str, float | None], style: box.Box) -> Table:
+    """Perplexities (lower is better, difference in percent) and task metrics (higher is better, plain difference)."""
+    table = Table(box=style, title="scores", title_justify="left")
+    table.add_column("measure", overflow="fold")
+    for head in ("dense", "pruned", "difference") if dense else ("pruned",):
+        table.add_column(head, justify="right", no_wrap=True)
+    for name in dict.fromkeys([*pruned, *dense]):
+        after, before = pruned.get(name), dense.get(name)
+        compared = [_score(before), _score(after), _difference(name, before, after)] if dense else [_score(after)]
+        table.add_row(Text(name), *compared)
+    return table
+
+
+def _difference(name: str, before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return ""
+    return f"{(after - before) / before:+.2%}" if name.startswith("perplexity ") else f"{after - before:+.4f}"
+
+
+def _score(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4f}"
+
+
+def _percent(weights: int, pruned: int) -> str:
+    return f"{100 * pruned / weights:.2f}"
+
+
+def _width(table: Table) -> int:
+    wide = Console(width=10_000, file=StringIO())
+    return Measurement.get(wide, wide.options, table).maximum
