@@ -11,11 +11,8 @@ from pathlib import Path
 
 def write_text(path: Path, text: str) -> None:
     """Replaces `path` by `text` (UTF-8): a reader sees the old content or the new one, never a part of either."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-    _flush(partial)
-    partial.replace(path)
+    with replaced_file(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
 
 
 @contextmanager

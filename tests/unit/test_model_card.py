@@ -1,0 +1,73 @@
+"""The model card says what a reader of a pruned model needs to know."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from besa_exp.model_card import model_card
+
+LINEARS = {
+    "self_attn.q_proj": {"weights": 100, "pruned": 40, "sparsity": 0.4},
+    "mlp.experts.0.w1": {"weights": 1000, "pruned": 500, "sparsity": 0.5},
+    "mlp.experts.1.w1": {"weights": 1000, "pruned": 700, "sparsity": 0.7},
+}
+RESULTS = {
+    "model": "tiny",
+    "pruner": "besa",
+    "pattern": "unstructured",
+    "seed": 7,
+    "target_sparsity": 0.6,
+    "measured_sparsity": 0.5905,
+    "calibration": {"name": "c4", "num_samples": 128, "seq_len": 2048, "tokens_sha256": "x"},
+    "blocks": [{"index": 0, "linears": LINEARS}, {"index": 1, "linears": LINEARS}],
+    "perplexity": {"wikitext2": 6.25, "ptb": None},
+    "zero_shot": {"piqa": {"acc,none": 0.75, "acc_stderr,none": 0.01, "acc_norm,none": 0.5}},
+    "dense": {"perplexity": {"wikitext2": 5.5}, "zero_shot": {"piqa": {"acc,none": 0.8}}},
+    "unavailable": {"ptb": "no network"},
+}
+COMMAND = ("besa", "prune", "sparsity=0.6", "+hf_token=abc", "model.path=my models/tiny")
+
+
+def test_the_card_names_method_target_measured_sparsity_and_command() -> None:
+    card = model_card(RESULTS, COMMAND, hub_id="org/tiny", revision="abc123")
+    assert "[org/tiny](https://huggingface.co/org/tiny), revision `abc123`" in card
+    assert "besa, pattern unstructured, seed 7" in card
+    assert "target 0.6000, measured 0.5905" in card
+    assert "c4, 128 samples of 2048 tokens" in card
+    assert "besa prune sparsity=0.6 '+hf_token=***' 'model.path=my models/tiny'" in card
+
+
+def test_the_card_gives_the_sparsity_of_each_linear_type() -> None:
+    card = model_card(RESULTS, COMMAND)
+    assert "| self_attn.q_proj | 200 | 80 | 0.4000 |" in card
+    assert "| mlp.experts.w1 | 4,000 | 2,400 | 0.6000 |" in card
+
+
+def test_the_card_sets_scores_beside_the_dense_ones_with_reasons_for_gaps() -> None:
+    card = model_card(RESULTS, COMMAND)
+    assert "| perplexity wikitext2 | 5.5000 | 6.2500 |" in card
+    assert "| perplexity ptb | n/a | n/a |" in card
+    assert "| piqa acc | 0.8000 | 0.7500 |" in card
+    assert "| piqa acc_norm | n/a | 0.5000 |" in card
+    assert "- n/a, ptb: no network" in card
+    assert "stderr" not in card
+
+
+def test_a_card_without_scores_has_no_table_of_them() -> None:
+    unscored = {key: value for key, value in RESULTS.items() if key not in ("perplexity", "zero_shot", "dense")}
+    assert "## Scores" not in model_card(unscored, COMMAND)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_the_card_says_that_zeros_save_nothing_by_themselves(pattern: str) -> None:
+    card = model_card({**RESULTS, "pattern": pattern}, COMMAND)
+    assert "same disk space, memory and time as the dense one" in card
+    assert ("unstructured zeros save neither memory nor time" in card) == (pattern == "unstructured")
+
+
+def test_the_front_matter_is_yaml_and_claims_a_hub_model_only_where_there_is_one() -> None:
+    for hub_id in ("org/tiny", None):
+        front = yaml.safe_load(model_card(RESULTS, COMMAND, hub_id=hub_id).split("---\n")[1])
+        assert front["library_name"] == "transformers"
+        assert front.get("base_model") == hub_id
