@@ -85,4 +85,5 @@ class RunSettings:
     deterministic: bool = True
     offline: bool = False
     overwrite: bool = False
+    profile: bool = False  # write profile.txt into the run folder
     save: SaveSettings = field(default_factory=SaveSettings)
