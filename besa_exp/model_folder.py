@@ -1,0 +1,100 @@
+"""What a folder says about its model before any weight is read: config.json and the headers of the safetensors files.
+
+A safetensors file is 8 bytes (the header's length, little-endian), the header (JSON: name to dtype, shape and
+data_offsets), then the data. A file that was cut off is shorter than its own header says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+IN_A_BLOCK = re.compile(r"\.\d+\.(?:.+\.)?\w+\.weight$")  # model.layers.3.mlp.down_proj.weight
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """`context`: longest window in tokens, None where the config does not say. `linears`: name to [out, in] of the
+    two-dimensional weights inside blocks. `weights`: count over all tensors. `saved_bytes`: their size as saved."""
+
+    context: int | None
+    linears: dict[str, tuple[int, int]]
+    weights: int
+    saved_bytes: int
+
+
+def inspect_model_folder(folder: Path, key: str = "model.path") -> tuple[ModelFolder | None, list[str]]:
+    """The facts, or the problems that make the folder unusable; `key` is what a person set to name it."""
+    where = f"{key}={folder}"
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        return None, [f"{where}: no config.json in it; give the folder that save_pretrained wrote"]
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return None, [f"{config_file}: cannot be read as JSON ({error}); copy the model folder again"]
+    files, problems = _weight_files(folder, where)
+    tensors: dict[str, Any] = {}
+    for file in files:
+        header, problem = read_header(file)
+        tensors |= header
+        problems += [problem] if problem else []
+    return (None, problems) if problems else (_facts(config, tensors), [])
+
+
+def read_header(file: Path) -> tuple[dict[str, Any], str | None]:
+    """A safetensors file's header, {tensor: {dtype, shape, data_offsets}}, or the problem that makes it unreadable."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(LARGEST_HEADER, size - 8):
+            return {}, f"{file}: {size} bytes are too few for its header: it was cut off; copy or download it again"
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            return {}, f"{file}: its header is not JSON: it is no safetensors file; copy or download it again"
+    header.pop("__metadata__", None)
+    told = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    if size != told:
+        return {}, f"{file}: {size:,} bytes where its header says {told:,}: it was cut off; copy or download it again"
+    return header, None
+
+
+def _weight_files(folder: Path, where: str) -> tuple[list[Path], list[str]]:
+    """The safetensors files that make up the model, and what is wrong with the set."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            return [], [f"{index}: cannot be read as an index ({error!r}); copy the model folder again"]
+        missing = [name for name in names if not (folder / name).is_file()]
+        problems = [f"{where}: {', '.join(missing)} missing, which its index names; copy them too"] if missing else []
+        return [folder / name for name in names if name not in missing], problems
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"], []
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        return [], [
+            f"{where}: only pickled weights ({pickles[0]}), which can run code when they are read; safetensors "
+            "are needed: load it once where you trust it and write it with save_pretrained(folder)"
+        ]
+    return [], [f"{where}: no model.safetensors in it; give the folder that save_pretrained wrote"]
+
+
+def _facts(config: dict[str, Any], tensors: dict[str, Any]) -> ModelFolder:
+    text = config.get("text_config", config)
+    context = text.get("max_position_embeddings") or text.get("n_positions")
+    shapes = {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
+    sizes = [tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in tensors.values()]
+    return ModelFolder(
+        context=context if isinstance(context, int) else None,
+        linears={name: shape for name, shape in shapes.items() if len(shape) == 2 and IN_A_BLOCK.search(name)},
+        weights=sum(math.prod(shape) for shape in shapes.values()),
+        saved_bytes=sum(sizes),
+    )

@@ -1,0 +1,160 @@
+"""All that can be found wrong with a run before anything is loaded: every problem, in complete sentences, in seconds.
+
+Each says what is wrong, where (the key), the rule, and the remedy. Neither a model nor transformers is imported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from besa_exp.calibration import check_calibration
+from besa_exp.disk import check_disk, required_bytes
+from besa_exp.embedded.text import MODEL_DIR
+from besa_exp.evaluation import check_evaluator
+from besa_exp.masks import Target
+from besa_exp.model_folder import ModelFolder, inspect_model_folder
+from besa_exp.nearest import did_you_mean
+from besa_exp.settings import ModelSettings, RunSettings, TrackerSettings
+
+BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}  # auto: as saved
+TRACKER_MODES = ("offline", "online", "disabled")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+LARGEST_SEED = 2**32 - 1
+
+
+def preflight(
+    settings: RunSettings, folder: Path = Path("outputs"), unknown: Collection[str] = (), here: bool = True
+) -> list[str]:
+    """The problems of a run that would write to `folder`; none: it may start.
+
+    `unknown` names the groups whose preset could not be found, about which nothing is said. `here` False: the run will
+    be on another machine, whose device and disk are not this one's."""
+    facts, problems = None, []
+    if "model" not in unknown:
+        facts, problems = _check_model(settings.model, settings.offline)
+    context = facts.context if facts else None
+    problems += _check_target(settings, facts, "pruner" not in unknown)
+    if "calibration" not in unknown:
+        problems += check_calibration(settings.calibration, context)
+    if "evaluator" not in unknown:
+        problems += check_evaluator(settings.evaluator, context)
+    if "tracker" not in unknown:
+        problems += _check_tracker(settings.tracker, settings.offline)
+    problems += _check_seed(settings.seed)
+    if here:
+        problems += _check_device(settings.device)
+        if facts:
+            problems += check_disk(folder, _needed_bytes(settings, facts))
+    return problems
+
+
+def model_folder(settings: ModelSettings) -> Path | None:
+    """The local folder that `model.path` names; None: it names none, as a hub id does not."""
+    if settings.path == "embedded":
+        return MODEL_DIR
+    folder = Path(settings.path).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def _check_model(settings: ModelSettings, offline: bool) -> tuple[ModelFolder | None, list[str]]:
+    dtypes = ("auto", *BYTES_OF_DTYPE)
+    wrong_dtype = []
+    if settings.dtype not in dtypes:
+        near = did_you_mean(settings.dtype, dtypes)
+        wrong_dtype = [f"model.dtype={settings.dtype}: must be one of {', '.join(dtypes)}{near}"]
+    folder = model_folder(settings)
+    if folder is None:
+        facts, problems = _check_hub_id(settings, offline)
+    else:
+        facts, problems = inspect_model_folder(folder)
+    return facts, wrong_dtype + problems
+
+
+def _check_hub_id(settings: ModelSettings, offline: bool) -> tuple[ModelFolder | None, list[str]]:
+    path = settings.path
+    owner_is_folder = Path(path.split("/")[0]).expanduser().is_dir()
+    if Path(path).expanduser().exists():
+        return None, [f"model.path={path}: is a file; give the folder that holds config.json and the safetensors"]
+    if not HUB_ID.fullmatch(path) or owner_is_folder or path.startswith("."):
+        return None, [f"model.path={path}: there is no such folder, and it is no hub id (owner/name); check the path"]
+    from huggingface_hub import try_to_load_from_cache  # half a second that only hub models need
+
+    cached = try_to_load_from_cache(path, "config.json", revision=settings.revision)
+    facts, problems = inspect_model_folder(Path(cached).parent) if isinstance(cached, str) else (None, [])
+    if not offline:
+        return facts, []  # what is missing or broken in the cache is fetched
+    if isinstance(cached, str):
+        return facts, problems
+    return None, [
+        f"model.path={path}: not in the local cache, and offline=true forbids to fetch it; "
+        "run once with offline=false, or give model.path a folder"
+    ]
+
+
+def _check_target(settings: RunSettings, facts: ModelFolder | None, with_pruner: bool) -> list[str]:
+    sparsity, problems = settings.sparsity, []
+    if not 0 <= sparsity < 1:
+        problems.append(
+            f"sparsity={sparsity:g}: must be in [0, 1), the fraction of weights that become zero; "
+            "write for example sparsity=0.5"
+        )
+    try:
+        pattern = Target.parse(min(max(sparsity, 0.0), 0.5), settings.pattern).pattern
+    except ValueError as error:
+        return [*problems, f"{error} (in a YAML file in quotes: pattern: '2:4')"]
+    if pattern and facts:
+        problems += _indivisible(settings.pattern, pattern[1], facts)
+    if with_pruner and not problems:
+        problems += settings.pruner.check(sparsity, settings.pattern)
+    return problems
+
+
+def _indivisible(pattern: str, group: int, facts: ModelFolder) -> list[str]:
+    odd = [f"{name.removesuffix('.weight')} ({shape[1]})" for name, shape in facts.linears.items() if shape[1] % group]
+    if not odd:
+        return []
+    more = f" and {len(odd) - 2} more" if len(odd) > 2 else ""
+    return [
+        f"pattern={pattern}: the inputs of a linear must be divisible by {group}, not as those of "
+        f"{', '.join(odd[:2])}{more}; choose another pattern or pattern=unstructured"
+    ]
+
+
+def _check_tracker(settings: TrackerSettings, offline: bool) -> list[str]:
+    if settings.mode not in TRACKER_MODES:
+        near = did_you_mean(settings.mode, TRACKER_MODES)
+        return [f"tracker.mode={settings.mode}: must be one of {', '.join(TRACKER_MODES)}{near}"]
+    if offline and settings.mode == "online":
+        return ["tracker.mode=online: needs the network, which offline=true forbids; set tracker.mode=offline"]
+    return []
+
+
+def _check_seed(seed: int) -> list[str]:
+    if 0 <= seed <= LARGEST_SEED:
+        return []
+    return [f"seed={seed}: must be in [0, {LARGEST_SEED}]; write for example seed=0"]
+
+
+def _check_device(device: str) -> list[str]:
+    if device in ("auto", "cpu"):
+        return []
+    found = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if not found:
+        near = did_you_mean(device, ("auto", "cpu", "cuda"))
+        return [f"device={device}: must be auto, cpu, cuda or cuda:N{near}"]
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(found[1] or 0) < count:
+        return []
+    there = f"this machine has cuda:0 to cuda:{count - 1}" if count else "PyTorch finds no CUDA device on this machine"
+    return [f"device={device}: {there}; set device=auto or device=cpu"]
+
+
+def _needed_bytes(settings: RunSettings, facts: ModelFolder) -> int:
+    a_weight = BYTES_OF_DTYPE.get(settings.model.dtype)
+    model_bytes = facts.weights * a_weight if a_weight else facts.saved_bytes
+    in_linears = sum(rows * columns for rows, columns in facts.linears.values())
+    return required_bytes(model_bytes, in_linears, settings.save)
