@@ -1,0 +1,26 @@
+"""Completion in the shell: commands here, everything after `besa prune` by Hydra.
+
+Hydra's script calls `besa -sc query=bash` with the line so far in COMP_LINE and takes its first word for the program;
+so the word `prune` is taken out before Hydra sees the line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+
+def complete(arguments: Sequence[str], commands: Sequence[str]) -> int:
+    """Answers `install=SHELL`, `uninstall=SHELL` and `query=SHELL`."""
+    from besa_exp.prune_command import hydra_flags
+
+    if not any(argument.startswith("query=") for argument in arguments):
+        return hydra_flags(["-sc", *arguments])
+    words = os.environ.get("COMP_LINE", "").split(" ")
+    if len(words) < 3:
+        print(" ".join(command for command in commands if command.startswith(words[-1] if len(words) > 1 else "")))
+        return 0
+    if words[1] != "prune":
+        return 0
+    os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])
+    return hydra_flags(["-sc", *arguments])

@@ -1,0 +1,161 @@
+"""Jobs as Hydra runs them, here or in another process, and what became of each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from besa_exp.configuration import as_values, read_settings
+from besa_exp.environment_variables import set_before_imports
+from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.profiling import profiling
+from besa_exp.request import Request
+from besa_exp.run_folder import RunFolder, is_done, read_results, read_status
+
+Status = Literal["done", "finished before", "refused", "failed"]
+WIDTH_OF_FILES = 200  # columns of a table that no terminal shows
+EXIT_CODES: Mapping[Status, int] = {"done": 0, "finished before": 0, "failed": 1, "refused": 2}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job. `text` is the results in a line, or the error."""
+
+    folder: Path
+    status: Status
+    text: str
+
+    @property
+    def exit_code(self) -> int:
+        """0 where the results are there, 1 for a failure inside the run, 2 for a configuration that is refused."""
+        return EXIT_CODES[self.status]
+
+
+def run_job(config: DictConfig) -> Outcome:
+    """One job, in whatever process the launcher chose. Never raises: a job that fails must not take others with it."""
+    hydra_config = HydraConfig.get()
+    sweep = hydra_config.mode == RunMode.MULTIRUN
+    folder = Path(hydra_config.runtime.output_dir)
+    folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    before = read_status(folder)
+    try:
+        if is_done(folder) and not config.overwrite:
+            return finished_before(folder)
+        if sweep:
+            print(f"job {hydra_config.job.num}: {' '.join(hydra_config.overrides.task)} -> {folder}", flush=True)
+        set_before_imports(offline=config.offline)
+        results = _prune(config, str(hydra_config.runtime.choices["pruner"]), folder)
+        return Outcome(folder, "done", summary_line(results))
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure alone, and told as such
+        if full_errors():
+            traceback.print_exc()
+        refused = isinstance(error, ConfigurationError)
+        if read_status(folder) == before and (sweep or not refused):
+            _record(folder, error)
+        return Outcome(folder, "refused" if refused else "failed", str(error) if refused else _named(error))
+
+
+def _named(error: Exception) -> str:
+    return str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
+
+
+def _record(folder: Path, error: Exception) -> None:
+    """Gives the folder the status of a failure that came before the run had opened it."""
+    with suppress(type(error), ConfigurationError, OSError), RunFolder.open(folder):
+        raise error
+
+
+def _prune(config: DictConfig, pruner_name: str, folder: Path) -> dict[str, Any]:
+    from besa_exp.preflight import preflight  # these two import torch
+    from besa_exp.run import prune
+
+    settings = read_settings(config, pruner_name)
+    if problems := preflight(settings, folder):  # anew: this may be another machine than the one that asked
+        raise ConfigurationError(*problems)
+    with profiling(folder) if settings.profile else nullcontext():
+        return prune(settings, folder, as_values(config))
+
+
+def finished_before(folder: Path) -> Outcome:
+    """The outcome of a run whose results were there already."""
+    return Outcome(folder, "finished before", summary_line(read_results(folder)))
+
+
+def full_errors() -> bool:
+    """Whether the user asked for tracebacks, as Hydra has it."""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+def launch(request: Request) -> list[Outcome]:
+    """Runs the jobs by Hydra's launcher. Hydra must be initialized as it was for the request."""
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    if request.multirun:
+        batches = hydra.multirun(request.config_name, run_job, [*request.lines, "hydra.mode=MULTIRUN"])
+        return [job.return_value for batch in batches for job in batch]
+    (job,) = request.jobs
+    if job.finished:
+        return [finished_before(job.folder)]
+    was_there = job.folder.exists()
+    outcome = hydra.run(request.config_name, run_job, [*request.lines, "hydra.mode=RUN"]).return_value
+    if outcome.status == "refused" and not was_there:
+        _remove_refused(job.folder)
+    return [outcome]
+
+
+def _remove_refused(folder: Path) -> None:
+    """A folder that this command made for a run that could not begin; another process's run in it is left alone."""
+    status = read_status(folder)
+    if status is None or (status["status"] == "failed" and status["process"] == os.getpid()):
+        shutil.rmtree(folder)
+
+
+def summary_line(results: Mapping[str, Any]) -> str:
+    """The results of one run in a line: measured sparsity, and each score with the dense model's."""
+    dense = results.get("dense") or {}
+    parts = [f"{100 * results['measured_sparsity']:.2f} % zeros"]
+    for name, value in results["perplexity"].items():
+        before = (dense.get("perplexity") or {}).get(name)
+        parts.append(f"perplexity {Path(name).name} {_number(value, 3)}" + (f" (dense {before:.3f})" if before else ""))
+    for task, metrics in results["zero_shot"].items():
+        key = "acc_norm,none" if "acc_norm,none" in metrics else "acc,none"
+        before = (dense.get("zero_shot") or {}).get(task, {}).get(key)
+        shown = f"{task} {key.split(',')[0]} {_number(metrics.get(key), 4)}"
+        parts.append(shown + (f" (dense {before:.4f})" if before else ""))
+    return ", ".join(parts)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def show(outcomes: Sequence[Outcome]) -> None:
+    """A line for one job, on stderr for a failure; a table for several."""
+    if len(outcomes) == 1:
+        (outcome,) = outcomes
+        where = f"; see {outcome.folder / 'run.log'}" if outcome.exit_code else f" -> {outcome.folder}"
+        print(f"{outcome.status}: {outcome.text}{where}", file=sys.stderr if outcome.exit_code else sys.stdout)
+        return
+    table = Table(box=box.SIMPLE)
+    for column in ("job", "status", "folder", "results or error"):
+        table.add_column(column, overflow="fold")
+    for number, outcome in enumerate(outcomes):
+        style = "red" if outcome.exit_code else None
+        table.add_row(str(number), outcome.status, str(outcome.folder), escape(outcome.text), style=style)
+    Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES).print(table)

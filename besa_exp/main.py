@@ -1,0 +1,93 @@
+"""The command line: which command is meant. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from besa_exp import __version__
+from besa_exp.errors import ConfigurationError
+from besa_exp.nearest import did_you_mean
+
+HELP = """\
+besa: prunes language models block by block (BESA, arXiv 2402.16880) and compares methods.
+
+  besa prune [key=value ...]     prune a model; with no arguments the embedded one: no network, account or GPU
+  besa prune -m key=a,b,c ...    one job for each value
+  besa list [group ...]          the presets there are, with a line each
+  besa --version
+
+  besa prune --help              all groups, keys and flags
+  besa prune --cfg job           the configuration of a run, without running it
+  eval "$(besa -sc install=bash)"  completes commands, presets and keys (zsh too)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 1 for a failure inside a run, 2 for a request that is refused."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command not in COMMANDS:
+        print(f"besa: {command}: no such command{did_you_mean(command, COMMANDS)}", file=sys.stderr)
+        print(f"commands: {', '.join(name for name in COMMANDS if name[0] != '-')}; besa --help", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[command](rest)
+    except ConfigurationError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(_refusal(command, error.problems), file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of a pipe has gone: nothing more can be said
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print("besa: interrupted", file=sys.stderr)
+        return 130
+
+
+def _refusal(command: str, problems: Sequence[str]) -> str:
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return "\n".join([f"besa {command}: {count}, nothing was done", *(f"  - {problem}" for problem in problems)])
+
+
+def _help(_: Sequence[str]) -> int:
+    print(HELP, end="")
+    return 0
+
+
+def _version(_: Sequence[str]) -> int:
+    print(f"besa-exp {__version__}")
+    return 0
+
+
+def _list(groups: Sequence[str]) -> int:
+    from besa_exp.presets import listing
+
+    print(listing(groups))
+    return 0
+
+
+def _prune(arguments: Sequence[str]) -> int:
+    from besa_exp.prune_command import prune
+
+    return prune(arguments)
+
+
+def _complete(arguments: Sequence[str]) -> int:
+    from besa_exp.completion import complete
+
+    return complete(arguments, [name for name in COMMANDS if name[0] != "-"])
+
+
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
+    "prune": _prune,
+    "list": _list,
+    "--help": _help,
+    "-h": _help,
+    "help": _help,
+    "--version": _version,
+    "-sc": _complete,
+    "--shell-completion": _complete,
+}

@@ -1,0 +1,72 @@
+"""`besa prune`: checks the request, then lets Hydra run its jobs; flags that only show something are Hydra's own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import hydra
+from hydra import initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from omegaconf import DictConfig
+
+from besa_exp.configuration import CONF_DIR
+from besa_exp.errors import ConfigurationError
+from besa_exp.jobs import launch, run_job, show
+from besa_exp.request import CONFIG_NAME, check_composition, read_request
+
+HYDRA_VERSION = "1.3"
+ANSWERED_BY_HYDRA = ("help", "hydra_help", "cfg", "info", "shell_completion", "experimental_rerun")
+
+
+def prune(arguments: Sequence[str]) -> int:
+    """The exit code: the highest of the jobs' own."""
+    parser = get_args_parser()
+    parser.prog = "besa prune"
+    parsed = parser.parse_intermixed_args(list(arguments))
+    conf_dir = str(Path(parsed.config_path or CONF_DIR).absolute())
+    with initialize_config_dir(conf_dir, job_name="besa", version_base=HYDRA_VERSION):
+        if not any(getattr(parsed, flag) for flag in ANSWERED_BY_HYDRA):
+            return _run(parsed)
+        if parsed.cfg or parsed.info or parsed.help:
+            check_composition(parsed)
+    return hydra_flags(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    request = read_request(arguments)
+    outcomes = launch(request)
+    if not request.multirun and outcomes[0].status == "refused":
+        raise ConfigurationError(*outcomes[0].text.splitlines())
+    show(outcomes)
+    return max(outcome.exit_code for outcome in outcomes)
+
+
+def hydra_flags(arguments: Sequence[str]) -> int:
+    """--cfg, --info, --help, completion and the like, as any Hydra program answers them."""
+    with _command_line(["besa", *arguments]):
+        try:
+            hydra.main(config_path=str(CONF_DIR), config_name=CONFIG_NAME, version_base=HYDRA_VERSION)(_rerun)()
+        except ValueError as error:  # flags that exclude each other
+            raise ConfigurationError(str(error)) from error
+    return 0
+
+
+def _rerun(config: DictConfig) -> None:
+    """What --experimental-rerun runs."""
+    outcome = run_job(config)
+    show([outcome])
+    sys.exit(outcome.exit_code)
+
+
+@contextmanager
+def _command_line(arguments: Sequence[str]) -> Iterator[None]:
+    """`hydra.main` reads sys.argv."""
+    saved, sys.argv = sys.argv, list(arguments)
+    try:
+        yield
+    finally:
+        sys.argv = saved
