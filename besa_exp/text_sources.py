@@ -1,0 +1,243 @@
+"""Where calibration and perplexity text comes from: named sets of the hub, the embedded text, local files.
+
+The named sets follow the paper's protocol (arXiv 2402.16880, Section 4, as its authors' code carries it out): C4
+calibrates with single documents of the first training shard and scores the first 1,100 validation documents joined by
+spaces; WikiText-2 and PTB are one text each, joined by blank lines and by spaces. They are fetched as single files, so
+nothing but one shard of C4 is downloaded, no data set script runs, and offline means that no connection is tried.
+
+Nothing here imports torch, so that names and paths are checked before any long work.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from besa_exp.errors import ConfigurationError, Unavailable
+from besa_exp.nearest import did_you_mean
+
+Use = Literal["calibration", "perplexity"]
+
+EMBEDDED = "embedded"
+SEPARATOR = "<|endoftext|>"  # between the documents of a plain text file
+PLAIN = (".txt", ".raw", ".tokens")  # the last two are WikiText's own
+LINES = (".jsonl", ".jsonl.gz", ".json.gz")  # the last is C4's own
+PARQUET = (".parquet",)
+TOKENS = (".safetensors",)
+SUFFIXES = PLAIN + LINES + PARQUET + TOKENS
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents to be tokenised, each by itself; one document where a protocol joins a set into one text.
+
+    `max_windows` is where a protocol stops counting. `provenance` says what was read."""
+
+    documents: tuple[str, ...]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    max_windows: int | None = None
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file of a data set of the hub, and how its rows become documents (`joiner` None: each row is one)."""
+
+    repository: str
+    filename: str
+    revision: str | None = None
+    column: str = "text"
+    joiner: str | None = None
+    max_rows: int | None = None
+    max_windows: int | None = None
+
+
+_PTB = "ptb-text-only/ptb_text_only"
+_PTB_REVISION = "refs/convert/parquet"  # the hub's conversion: the data set itself is a script, and those no longer run
+HUB_FILES: dict[str, dict[Use, HubFile]] = {
+    "c4": {
+        "calibration": HubFile("allenai/c4", "en/c4-train.00000-of-01024.json.gz"),
+        "perplexity": HubFile(
+            "allenai/c4", "en/c4-validation.00000-of-00008.json.gz", joiner=" ", max_rows=1100, max_windows=256
+        ),
+    },
+    "wikitext2": {
+        "calibration": HubFile("Salesforce/wikitext", "wikitext-2-raw-v1/train-00000-of-00001.parquet", joiner="\n\n"),
+        "perplexity": HubFile("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet", joiner="\n\n"),
+    },
+    "ptb": {
+        "calibration": HubFile(_PTB, "penn_treebank/train/0000.parquet", _PTB_REVISION, "sentence", " "),
+        "perplexity": HubFile(_PTB, "penn_treebank/test/0000.parquet", _PTB_REVISION, "sentence", " "),
+    },
+}
+SET_NAMES = (EMBEDDED, *HUB_FILES)
+
+
+def is_token_file(source: str) -> bool:
+    """Whether `source` names a file of exact token ids."""
+    return source.lower().endswith(TOKENS)
+
+
+def check_source(source: str, key: str, offline: bool = False) -> list[str]:
+    """What is wrong with `source` (the name of a set, or a path) as the value of `key`, in complete sentences.
+
+    `offline`: a set of the hub must be in the local cache already."""
+    if source in SET_NAMES:
+        return _uncached(source, key) if offline and source in HUB_FILES else []
+    path = Path(source).expanduser()
+    if not (os.sep in source or path.suffix or path.exists()):
+        near = did_you_mean(source, SET_NAMES)
+        return [f"{key}={source}: no such set{near}; sets: {', '.join(SET_NAMES)}, or a path to a text or token file"]
+    if not path.exists():
+        return [f"{key}={source}: there is no such file; give the path of an existing one ({', '.join(SUFFIXES)})"]
+    if not path.is_file():
+        return [f"{key}={source}: is a folder and must be a file; name one text or token file in it"]
+    if not source.lower().endswith(SUFFIXES):
+        return [f"{key}={source}: a file of this kind cannot be read; it must end in one of {', '.join(SUFFIXES)}"]
+    if not os.access(path, os.R_OK):
+        return [f"{key}={source}: you may not read this file; change its permissions or name another"]
+    return []
+
+
+def _uncached(source: str, key: str) -> list[str]:
+    try:
+        fetch(source, "calibration", offline=True)
+    except Unavailable as error:
+        return [f"{key}={error}"]
+    return []
+
+
+def read_text(source: str, use: Use, offline: bool) -> Text:
+    """The documents of a named set or a local text file.
+
+    Raises Unavailable for a set of the hub that cannot be had, ConfigurationError for a file that cannot be read.
+    """
+    if source == EMBEDDED:
+        return _embedded(use)
+    if source in HUB_FILES:
+        return _from_hub(source, use, offline)
+    if problems := check_source(source, "path"):
+        raise ConfigurationError(*problems)
+    documents = tuple(text for text in _file_documents(Path(source).expanduser()) if text.strip())
+    if not documents:
+        raise ConfigurationError(f"{source}: holds no text; give a file with some")
+    return Text(documents, {"file": source, "documents": len(documents)})
+
+
+def fetch(source: str, use: Use, offline: bool) -> Path:
+    """The local path of a named set's file, downloaded unless it is in the cache. Raises Unavailable."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
+
+    wanted = HUB_FILES[source][use]
+    try:
+        path = hf_hub_download(
+            wanted.repository, wanted.filename, repo_type="dataset", revision=wanted.revision, local_files_only=offline
+        )
+    except (OSError, HTTPError) as error:
+        cause = "offline=true and it is not in the local cache" if offline else _first_line(error)
+        raise Unavailable(
+            f"{source}: cannot get {wanted.filename} of the data set {wanted.repository} ({cause}); fetch it where "
+            f"there is a network with `besa prefetch` and the same keys, or give a local file instead of the name"
+        ) from error
+    return Path(path)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+
+
+def _embedded(use: Use) -> Text:
+    from besa_exp.embedded.text import calibration_documents, perplexity_documents
+
+    text = calibration_documents() if use == "calibration" else perplexity_documents()
+    record = {"set": EMBEDDED, "documents": len(text.documents), "text_sha256": text.sha256, "versions": text.versions}
+    return Text(text.documents, record)
+
+
+def _from_hub(source: str, use: Use, offline: bool) -> Text:
+    wanted = HUB_FILES[source][use]
+    path = fetch(source, use, offline)
+    rows = tuple(_rows(path, wanted.column, wanted.max_rows))
+    record = {
+        "set": source,
+        "repository": wanted.repository,
+        "file": wanted.filename,
+        "revision": _commit(path),
+        "documents": len(rows),
+        "joined_by": wanted.joiner,
+    }
+    return Text(rows if wanted.joiner is None else (wanted.joiner.join(rows),), record, wanted.max_windows)
+
+
+def _commit(path: Path) -> str | None:
+    """The commit that a file in the hub's cache belongs to: .../snapshots/COMMIT/..."""
+    parts = path.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+
+
+def _file_documents(path: Path) -> Iterator[str]:
+    if path.name.lower().endswith(PLAIN):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigurationError(
+                f"{path}: is not UTF-8 text (byte {error.start}); convert it, for example with iconv -t utf-8"
+            ) from error
+        yield from (document.strip("\n") for document in text.split(SEPARATOR)) if SEPARATOR in text else (text,)
+    else:
+        yield from _rows(path, "text", None)
+
+
+def _rows(path: Path, column: str, max_rows: int | None) -> Iterator[str]:
+    rows = _parquet_rows(path, column) if path.name.lower().endswith(PARQUET) else _json_rows(path, column)
+    for number, row in enumerate(rows):
+        if number == max_rows:
+            return
+        yield row
+
+
+def _json_rows(path: Path, column: str) -> Iterator[str]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    read = 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                if line.strip():
+                    yield _json_text(json.loads(line), column)
+                read += 1
+    except (ValueError, EOFError, OSError) as error:  # not JSON, not UTF-8, not gzip, cut short
+        raise ConfigurationError(
+            f"{path}, line {read + 1}: cannot be read as JSON lines ({_first_line(error)}); each line must be an "
+            f'object such as {{"{column}": "..."}}, in UTF-8.'
+        ) from error
+
+
+def _json_text(row: Any, column: str) -> str:
+    text = row.get(column) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f"no text under {column!r}")
+    return text
+
+
+def _parquet_rows(path: Path, column: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if column not in columns:
+                raise ConfigurationError(
+                    f"{path}: has no column {column!r} but {', '.join(columns)}; rename the one with the documents"
+                )
+            for batch in file.iter_batches(columns=[column]):
+                yield from (text for text in batch.column(0).to_pylist() if isinstance(text, str))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigurationError(
+            f"{path}: cannot be read as parquet ({_first_line(error)}); it may be cut short: copy or convert it again"
+        ) from error
