@@ -1,0 +1,42 @@
+"""A random Llama and a byte tokenizer, both made on the spot: what the tests of calibration and evaluation score."""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+BOS, EOS = "<s>", "</s>"
+
+
+def byte_tokenizer(adds_bos: bool = True, specials: bool = True) -> PreTrainedTokenizerFast:
+    """One token a byte; ids 256 and 257 are BOS and EOS where `specials`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={character: number for number, character in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    if not specials:
+        return PreTrainedTokenizerFast(tokenizer_object=backend)
+    backend.add_special_tokens([BOS, EOS])
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 256)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BOS, eos_token=EOS)
+
+
+def tiny_llama(context: int = 64, seed: int = 0) -> LlamaForCausalLM:
+    """Two blocks, hidden 64; logits far from uniform, so that a wrong position or mask shows."""
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        initializer_range=0.3,
+        bos_token_id=256,
+        eos_token_id=257,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
