@@ -22,14 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa_exp import atomic
 from besa_exp.errors import ConfigurationError, RunError
-from besa_exp.settings import SaveSettings
 
 SHARD_SIZE = "5GB"
 BESIDE_WEIGHTS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken")
 BESIDE_WEIGHTS += ("chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*")
 MASKS_KEY = "besa_masks"  # one key only: safetensors orders several at random
 MASKS_VERSION = 1
-SPARE_BYTES = 64 * 2**20  # logs, metrics, W&B's files
 
 
 def save_model(
@@ -131,25 +129,6 @@ def count_zeros(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int]
     return counts
 
 
-def required_bytes(model_bytes: int, pruned_weights: int, save: SaveSettings) -> int:
-    """Disk a run needs: the weights as they will be saved, one bit a weight of the linears, and some to spare."""
-    return SPARE_BYTES + (model_bytes if save.model else 0) + (-(-pruned_weights // 8) if save.masks else 0)
-
-
-def check_disk(folder: Path, needed: int) -> list[str]:
-    """The problem, if any, of writing `needed` bytes in `folder`, which need not exist yet."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free >= needed:
-        return []
-    return [
-        f"hydra.run.dir={folder}: the run writes about {_size(needed)} but {_size(free)} are free on that disk; "
-        "free some, choose another disk, or set save.model=false (masks alone take one bit a weight)"
-    ]
-
-
 def _save_weights(model: PreTrainedModel, folder: Path, shard_size: str) -> None:
     model.save_pretrained(folder, max_shard_size=shard_size)
     path = folder / "config.json"
@@ -174,7 +153,3 @@ def _shards(folder: Path) -> dict[str, str]:
         return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         return dict.fromkeys(file.keys(), "model.safetensors")
-
-
-def _size(number: int) -> str:
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"

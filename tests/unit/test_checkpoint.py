@@ -14,19 +14,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from besa_exp.checkpoint import (
-    SPARE_BYTES,
-    check_disk,
     count_zeros,
     load_masks,
     masks_description,
-    required_bytes,
     save_masks,
     save_model,
     weights_sha256,
     write_card,
 )
 from besa_exp.errors import ConfigurationError, RunError
-from besa_exp.settings import SaveSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENS = torch.arange(24).view(2, 12)
@@ -189,19 +185,3 @@ def test_the_hash_of_weights_depends_on_every_weight_and_not_on_their_order() ->
     assert weights_sha256({name: weight.float() for name, weight in weights.items()}) != first
     weights["model.layers.1.mlp.up_proj.weight"].data[3, 7] += 0.5
     assert weights_sha256(weights) != first
-
-
-def test_what_is_saved_decides_what_disk_is_needed() -> None:
-    assert required_bytes(1000, 81, SaveSettings(model=True, masks=True)) == SPARE_BYTES + 1000 + 11
-    assert required_bytes(1000, 81, SaveSettings(model=True, masks=False)) == SPARE_BYTES + 1000
-    assert required_bytes(1000, 81, SaveSettings(model=False, masks=True)) == SPARE_BYTES + 11
-
-
-def test_too_little_disk_is_one_problem_with_its_remedy(tmp_path: Path) -> None:
-    folder = tmp_path / "not" / "yet" / "there"
-    assert check_disk(folder, 1) == []
-    (problem,) = check_disk(folder, 10**18)
-    assert str(folder) in problem
-    assert "1000000000.0 GB" in problem
-    assert "save.model=false" in problem
-    assert not folder.exists()
