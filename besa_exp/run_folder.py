@@ -87,11 +87,13 @@ class RunFolder:
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """environment.json: see `environment.environment`."""
-        atomic.write_text(self.path / "environment.json", _json(environment, "environment.json", indent=2) + "\n")
+        self._write_json("environment.json", environment)
 
     def write_results(self, results: Mapping[str, Any]) -> None:
-        """results.json, keys sorted: equal results are equal bytes. Raises RunError on a number that is not finite."""
-        atomic.write_text(self.path / "results.json", _json(results, "results.json", indent=2) + "\n")
+        """results.json, keys sorted but for `linears`, which keep the model's order: equal results are equal bytes.
+
+        Raises RunError, naming the place, on a number that is not finite."""
+        self._write_json("results.json", results)
 
     def log_step(self, step: Step) -> None:
         """One line of metrics.jsonl. Raises RunError, naming block and step, on a number that is not finite."""
@@ -137,9 +139,14 @@ class RunFolder:
         self._append(line, f"scores of the {which} model")
 
     def _append(self, line: dict[str, Any], where: str) -> None:
-        text = _json(line, where)
+        _check_finite(line, where)
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+            file.write(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n")
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        _check_finite(content, name)
+        text = json.dumps(_ordered(content), indent=2, allow_nan=False, ensure_ascii=False)
+        atomic.write_text(self.path / name, text + "\n")
 
 
 def read_status(path: Path) -> dict[str, Any] | None:
@@ -219,9 +226,10 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _json(value: Any, where: str, indent: int | None = None) -> str:
-    _check_finite(value, where)
-    return json.dumps(value, indent=indent, sort_keys=True, allow_nan=False, ensure_ascii=False)
+def _ordered(value: Any, name: str = "") -> Any:
+    if isinstance(value, Mapping):
+        return {key: _ordered(value[key], key) for key in (value if name == "linears" else sorted(value))}
+    return [_ordered(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _check_finite(value: Any, where: str) -> None:

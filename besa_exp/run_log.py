@@ -11,11 +11,12 @@ from pathlib import Path
 
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
-    """Sends every log record of level INFO and above, the project's own among them, to `path` as well.
+    """Sends the project's log records of level INFO and above, and everybody's warnings, to `path` as well.
 
     The traceback of an exception that passes through goes to `path` alone: a person is shown one message elsewhere."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setLevel(logging.INFO)
+    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith("besa_exp"))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     project, root = logging.getLogger("besa_exp"), logging.getLogger()
     level = project.level

@@ -6,10 +6,6 @@ import csv
 import json
 import logging
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,25 +24,6 @@ REPORT = BlockReport(
     loss_after=0.5,
     seconds=1.5,
 )
-HOLDER = """
-import sys
-from pathlib import Path
-from besa_exp.run_folder import RunFolder
-with RunFolder.open(Path(sys.argv[1])) as folder:
-    print("open", flush=True)
-    sys.stdin.read()
-"""
-
-
-@pytest.fixture
-def other_run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process with a run in `tmp_path`/run."""
-    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "open\n"
-        yield process
-        process.kill()
 
 
 def finish_run(path: Path) -> None:
@@ -113,29 +90,6 @@ def test_an_interrupted_run_says_failed(tmp_path: Path) -> None:
     status = read_status(tmp_path)
     assert status is not None
     assert (status["status"], status["error"]) == ("failed", "KeyboardInterrupt: ")
-
-
-def test_a_second_process_in_the_folder_is_told_who_holds_it(tmp_path: Path, other_run: subprocess.Popen[str]) -> None:
-    status = (tmp_path / "run" / "status.json").read_bytes()
-    match = rf"run is in use by process {other_run.pid} on .*one folder holds one run.*hydra\.run\.dir="
-    with pytest.raises(ConfigurationError, match=match), RunFolder.open(tmp_path / "run", overwrite=True):
-        pass
-    assert (tmp_path / "run" / "status.json").read_bytes() == status
-
-
-def test_a_killed_run_frees_its_folder_and_the_next_starts_over(
-    tmp_path: Path, other_run: subprocess.Popen[str]
-) -> None:
-    (tmp_path / "run" / "metrics.jsonl").write_text("half a li")
-    (tmp_path / "run" / ".model.partial").mkdir()
-    os.kill(other_run.pid, signal.SIGKILL)
-    other_run.wait()
-    with RunFolder.open(tmp_path / "run") as folder:
-        folder.log_step(STEP)
-        folder.write_results({})
-    assert len(metrics(tmp_path / "run")) == 1
-    assert not (tmp_path / "run" / ".model.partial").exists()
-    assert is_done(tmp_path / "run")
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
@@ -215,11 +169,18 @@ def test_a_number_that_is_not_finite_stops_the_run_and_is_not_written(tmp_path: 
 
 def test_equal_results_are_equal_bytes_whatever_the_order_of_keys(tmp_path: Path) -> None:
     contents = []
-    for number, results in enumerate(({"b": {"d": 1, "c": 0.1}, "a": 2}, {"a": 2, "b": {"c": 0.1, "d": 1}})):
+    for number, results in enumerate(({"b": [{"d": 1, "c": 0.1}], "a": 2}, {"a": 2, "b": [{"c": 0.1, "d": 1}]})):
         with RunFolder.open(tmp_path / str(number)) as folder:
             folder.write_results(results)
         contents.append((tmp_path / str(number) / "results.json").read_text())
-    assert contents[0] == contents[1] == '{\n  "a": 2,\n  "b": {\n    "c": 0.1,\n    "d": 1\n  }\n}\n'
+    assert contents[0] == contents[1]
+    assert contents[0].index('"a"') < contents[0].index('"b"') < contents[0].index('"c"') < contents[0].index('"d"')
+
+
+def test_linears_keep_the_models_order_in_results_json(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path) as folder:
+        folder.write_results({"blocks": [{"linears": {"q_proj": {}, "k_proj": {}, "down_proj": {}}}], "linears": 3})
+    assert list(read_results(tmp_path)["blocks"][0]["linears"]) == ["q_proj", "k_proj", "down_proj"]
 
 
 def test_sparsity_csv_has_a_row_for_each_linear_of_each_block(tmp_path: Path) -> None:
@@ -234,15 +195,20 @@ def test_sparsity_csv_has_a_row_for_each_linear_of_each_block(tmp_path: Path) ->
     assert float(rows[1]["sparsity"]) == 13 / 24
 
 
-def test_run_log_holds_the_projects_lines_and_logging_is_left_as_it_was(tmp_path: Path) -> None:
+def test_run_log_holds_the_projects_lines_and_all_warnings_and_logging_is_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     project, root = logging.getLogger("besa_exp"), logging.getLogger()
     before = (project.level, list(root.handlers))
+    monkeypatch.setattr(logging.getLogger("elsewhere"), "level", logging.DEBUG)
     with RunFolder.open(tmp_path):
         logging.getLogger("besa_exp.anything").info("block 1 is pruned")
         logging.getLogger("elsewhere").warning("a library warns")
+        logging.getLogger("elsewhere").info("a library chats")
     logging.getLogger("besa_exp.anything").error("after the run")
     log = (tmp_path / "run.log").read_text()
     assert "INFO besa_exp.anything: block 1 is pruned" in log
     assert "WARNING elsewhere: a library warns" in log
+    assert "a library chats" not in log
     assert "after the run" not in log
     assert (project.level, list(root.handlers)) == before
