@@ -68,9 +68,9 @@ def as_text(content: RenderableType, width: int) -> str:
 
 def _sparsity_table(blocks: Sequence[Mapping[str, Any]], types: Sequence[str], style: box.Box) -> Table:
     """Percent of zeros: a row a block, a column each of `types`, then the whole block and its losses."""
-    table = Table(box=style, title="zeros in %, reconstruction loss", title_justify="left")
+    table = _table("zeros in %, reconstruction loss before and after", style)
     names = short_names(type_counts(blocks))
-    for head in ("block", *(names[kind] for kind in types), "all", "loss before", "loss after"):
+    for head in ("block", *(names[kind] for kind in types), "all", "before", "after"):
         table.add_column(head, justify="right", no_wrap=True)
     for block in blocks:
         counts, loss = type_counts([block]), block["reconstruction_loss"]
@@ -86,7 +86,7 @@ def _sparsity_table(blocks: Sequence[Mapping[str, Any]], types: Sequence[str], s
 
 def _score_table(pruned: Mapping[str, float | None], dense: Mapping[str, float | None], style: box.Box) -> Table:
     """Perplexities (lower is better, difference in percent) and task metrics (higher is better, plain difference)."""
-    table = Table(box=style, title="scores", title_justify="left")
+    table = _table("scores", style)
     table.add_column("measure", overflow="fold")
     for head in ("dense", "pruned", "difference") if dense else ("pruned",):
         table.add_column(head, justify="right", no_wrap=True)
@@ -95,6 +95,12 @@ def _score_table(pruned: Mapping[str, float | None], dense: Mapping[str, float |
         compared = [_score(before), _score(after), _difference(name, before, after)] if dense else [_score(after)]
         table.add_row(Text(name), *compared)
     return table
+
+
+def _table(title: str, style: box.Box) -> Table:
+    """An empty table, its columns close together except where they have edges."""
+    padding = (0, 1) if style is box.MARKDOWN else (0, 1, 0, 0)
+    return Table(box=style, title=title, title_justify="left", padding=padding)
 
 
 def _difference(name: str, before: float | None, after: float | None) -> str:
