@@ -8,6 +8,7 @@ transformers adds arrive untouched. `check_replay` proves it at the start of eve
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +66,8 @@ def discover_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
             best = max(best, (weights, path, list(module)), key=lambda found: found[0])
     if not best[2]:
         raise RunError(
-            f"{type(model).__name__} has no decoder blocks that can be pruned: looked for a torch.nn.ModuleList of equal "
-            "modules that hold torch.nn.Linear; prune a decoder-only transformers model."
+            f"{type(model).__name__} has no decoder blocks that can be pruned: looked for a torch.nn.ModuleList of "
+            "equal modules that hold torch.nn.Linear; prune a decoder-only transformers model."
         )
     return best[1], best[2]
 
@@ -130,10 +131,8 @@ def embed(model: nn.Module, blocks: list[Block], input_ids: Int[Tensor, "sample 
     device = next(model.parameters()).device
     try:
         for batch in input_ids.split(batch_size):
-            try:
+            with suppress(_Reached):
                 model(batch.to(device), use_cache=False)
-            except _Reached:
-                pass
     finally:
         hook.remove()
     return torch.cat(states)

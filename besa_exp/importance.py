@@ -18,9 +18,7 @@ def magnitude_importance(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out 
     return weight.float().abs()
 
 
-def wanda_importance(
-    weight: Float[Tensor, "out in"], squared_norm: Float[Tensor, " in"]
-) -> Float[Tensor, "out in"]:
+def wanda_importance(weight: Float[Tensor, "out in"], squared_norm: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
     """|W_ij| ||X_j||_2 (Wanda, arXiv 2306.11695, Eq. 1)."""
     return weight.float().abs() * squared_norm.sqrt()
 
@@ -28,8 +26,8 @@ def wanda_importance(
 def obs_importance(
     weight: Float[Tensor, "out in"], factor: Float[Tensor, "in in"], squared: bool = True
 ) -> Float[Tensor, "out in"]:
-    """W_ij^2 / U_jj^2 with U the factor of `inverse_factor`: the rise of the squared error when weight ij goes (SparseGPT,
-    arXiv 2301.00774, Eq. 2). BESA's authors divide by U_jj instead (`squared=False`)."""
+    """W_ij^2 / U_jj^2 with U the factor of `inverse_factor`: the rise of the squared error when weight ij goes
+    (SparseGPT, arXiv 2301.00774, Eq. 2). BESA's authors divide by U_jj instead (`squared=False`)."""
     diagonal = factor.diagonal()
     return weight.float().square() / (diagonal.square() if squared else diagonal)
 

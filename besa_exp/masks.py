@@ -59,7 +59,7 @@ def keep_largest(importance: Float[Tensor, "out in"], pruned: int) -> Bool[Tenso
 
 
 def keep_n_of_m(importance: Float[Tensor, "out in"], kept: int, group: int) -> Bool[Tensor, "out in"]:
-    """Keep the `kept` most important of every `group` consecutive inputs of a row. `in` must be divisible by `group`."""
+    """Keep the `kept` most important of every `group` consecutive inputs of a row; `group` must divide `in`."""
     rows, columns = importance.shape
     rank = rank_in_row(importance.reshape(-1, group))
     return (rank >= group - kept).view(rows, columns)

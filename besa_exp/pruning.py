@@ -1,6 +1,6 @@
 """The block loop. One loop for all methods: observe, prune, write, go on with the pruned block's outputs.
 
-Every block is pruned on the outputs of the pruned blocks before it (the pruned prefix), as Wanda, SparseGPT and BESA do.
+Every block is pruned on the outputs of the pruned blocks before it (the pruned prefix), as in Wanda, SparseGPT, BESA.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def finite_step(
     """The record of one optimisation step. RunError: the loss is not finite."""
     if not torch.isfinite(loss.detach()):
         raise RunError(
-            f"{block.name}: the loss is {float(loss)} at step {step}; its inputs or targets are not finite, or the model's "
-            "dtype overflows: load it in float32 or bfloat16 (model.dtype)."
+            f"{block.name}: the loss is {float(loss)} at step {step}; its inputs or targets are not finite, or the "
+            "model's dtype overflows: load it in float32 or bfloat16 (model.dtype)."
         )
     values = (float(torch.as_tensor(value).detach()) for value in (loss, reconstruction, penalty, sparsity))
     return Step(block.index, step, *values)
@@ -136,7 +136,9 @@ def _probe_loss(block: Block, outputs: Hidden, targets: Hidden) -> float:
     probe = num_probe_samples(len(targets))
     loss = float(reconstruction_loss(outputs[-probe:], targets[-probe:]))
     if loss != loss or loss in (float("inf"), float("-inf")):
-        raise RunError(f"{block.name}: the reconstruction loss is {loss}; its inputs, targets or outputs are not finite.")
+        raise RunError(
+            f"{block.name}: the reconstruction loss is {loss}; its inputs, targets or outputs are not finite."
+        )
     return loss
 
 

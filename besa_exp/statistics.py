@@ -18,6 +18,7 @@ from besa_exp.errors import RunError
 
 S = TypeVar("S")
 
+
 class Statistic(Protocol):
     """Accumulates over batches of a linear's inputs."""
 
@@ -90,7 +91,10 @@ def observe(
     tensor share one) and the outputs. RunError: a statistic is not finite, or a linear was never called."""
     if statistic is None:
         return {}, block.outputs(inputs, batch_size)
-    leaders = _shared_inputs(block, inputs[:1])
+    batches = inputs.split(batch_size)
+    for batch in batches:
+        block.arguments(len(batch))  # captured by a pass of the whole model, which must not meet the hooks below
+    leaders = _shared_inputs(block, batches[0])
     statistics = {
         leader: statistic(block.linears[leader].in_features, inputs.device) for leader in set(leaders.values())
     }

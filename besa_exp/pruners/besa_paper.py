@@ -1,15 +1,15 @@
 """BESA as its authors' code computes it (Xu et al., arXiv 2402.16880; OpenGVLab/LLMPrune-BESA), every switch included.
 
 For each row (or linear) logits theta over D + 1 candidate sparsities p_d; beta = softmax(sigmoid(theta)); the row's
-sparsity is alpha = sum_d beta_d p_d (Eq. 4). Hard mask: the floor(alpha * in) least important weights of the row go. Its
-gradient is that of the soft mask, in which the weight at rank r is pruned with probability
+sparsity is alpha = sum_d beta_d p_d (Eq. 4). Hard mask: the floor(alpha * in) least important weights of the row go.
+Its gradient is that of the soft mask, in which the weight at rank r is pruned with probability
 sum of beta_d over candidates with floor(in * p_d) > r (Eq. 3). Per step (Eq. 5)
 
     loss = sum(((Y - Yhat) / ||Y||_channel)^2) / hidden + penalty * ((s - target) / target)^2.
 
 This file keeps the limits of that code, because the published numbers came from it: softmax(sigmoid(.)) over 101
-candidates reaches only row sparsities in [0.376, 0.624], every row starts at 0.5, the floor loses up to one weight a row,
-and the float candidates drift (arange from 1.0 down). `besa.py` is the method without them. The masks here are
+candidates reaches only row sparsities in [0.376, 0.624], every row starts at 0.5, the floor loses up to one weight a
+row, and the float candidates drift (arange from 1.0 down). `besa.py` is the method without them. The masks here are
 functions of the weight's rank: no sort indices, no scatter of hard and soft masks; the gradient to beta is a prefix sum
 over ranks. The result is the same up to rounding.
 """
@@ -42,8 +42,8 @@ def float_candidates(step: float) -> Float[Tensor, " candidate"]:
 class SoftmaxInLanes(torch.autograd.Function):
     """softmax over candidates whose denominator is summed in 16 lanes that are then halved, on every machine.
 
-    All rows start at alpha = 0.5 and the first steps move alpha by a few units of fp32 rounding; floor(alpha * in) turns
-    these into masks, so that runs on CPUs of different vector widths part at the second step (4e-3 in the loss, seen).
+    All rows start at alpha = 0.5 and the first steps move alpha by a few units of fp32 rounding; floor(alpha * in)
+    turns these into masks, so that runs on CPUs of other vector widths part at the second step (4e-3 in the loss, seen).
     The order of the sum is therefore part of the algorithm here. Sixteen lanes reproduce the recorded runs."""
 
     @staticmethod
@@ -103,11 +103,12 @@ class CandidateMask(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class BesaPaper:
-    """The authors' algorithm. Names of their flags in brackets where they differ.
+    """The authors' algorithm, their flags in brackets where the names differ.
 
-    `granularity` row or linear; `metric` Wanda, Weight, SparseGPT or SparseGPT-Git [metric-type]; `sigmoid` smooths the
-    logits; `dense_targets` [prune-dense]; `sparsity_step` = 1/D; `penalty` [sparsity-beta], lambda of Eq. 5; `optimizer` prodigy or adamw [normal-opt];
-    `d_coef` per model in the published runs (5 for row-wise 7B and 13B); `lr` 1 for prodigy, 0.01 for adamw."""
+    `granularity`: row or linear. `metric`: Wanda, Weight, SparseGPT or SparseGPT-Git [metric-type]. `sigmoid` smooths
+    the logits. `dense_targets` [prune-dense]. `sparsity_step` = 1/D. `penalty`: lambda of Eq. 5 [sparsity-beta].
+    `optimizer`: prodigy or adamw [normal-opt]. `lr`: 1 for prodigy, 0.01 for adamw. `d_coef`: per model in the
+    published runs, 5 for row-wise 7B and 13B."""
 
     granularity: str = "row"
     metric: str = "Wanda"

@@ -1,0 +1,162 @@
+"""The block loop sees what the model does: same arguments, same hidden states, shared inputs, loud failures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_llama import tiny_llama
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from besa_exp.blocks import capture_blocks, check_replay, discover_blocks, embed, reconstruction_loss
+from besa_exp.errors import RunError
+from besa_exp.masks import Target
+from besa_exp.pruners.besa import Besa
+from besa_exp.pruners.wanda import Wanda
+from besa_exp.pruning import prune_blocks
+from besa_exp.statistics import Hessian, InputNorm, observe
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 8},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 8, "num_hidden_layers": 6},
+    "phi3": {"pad_token_id": 0},
+    "olmo2": {},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "bloom": {"n_layer": 2, "n_head": 4},
+}
+INPUT_IDS = torch.randint(1, 64, (5, 24), generator=torch.Generator().manual_seed(3))
+
+
+def tiny(family):
+    config = AutoConfig.for_model(family, **(SIZES | FAMILIES[family]))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replayed_blocks_reproduce_the_models_hidden_states_for_all_samples(family):
+    model = tiny(family)
+    blocks = capture_blocks(model, INPUT_IDS)
+    assert len(blocks) == model.config.num_hidden_layers
+    check_replay(model, blocks, INPUT_IDS)
+    hidden = embed(model, blocks, INPUT_IDS, batch_size=2)
+    for block in blocks:
+        hidden = block.outputs(hidden, batch_size=3)
+    own = []
+    hook = blocks[-1].module.register_forward_hook(
+        lambda module, args, output: own.append(output[0] if isinstance(output, tuple) else output)
+    )
+    model(INPUT_IDS, use_cache=False)
+    hook.remove()
+    torch.testing.assert_close(hidden, own[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "opt"])
+@pytest.mark.parametrize("pruner", [Wanda(), Besa(checks=1)], ids=["wanda", "besa"])
+def test_other_families_are_pruned_to_the_target(family, pruner):
+    model = tiny(family)
+    blocks = capture_blocks(model, INPUT_IDS)
+    reports = list(prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 2), pruner, Target(0.5), 2))
+    assert all(abs(report.sparsity - 0.5) < 0.001 for report, _ in reports)
+
+
+def test_a_model_that_calls_its_blocks_unlike_the_loop_is_refused_by_the_self_check():
+    model = tiny("llama")
+    blocks = capture_blocks(model, INPUT_IDS)
+    blocks[0].arguments(5)
+    model.model.layers[1].register_forward_hook(
+        lambda module, args, output: output * 1.5 if args[0].shape[0] == 5 else output
+    )
+    args = blocks[1].arguments(5)
+    broken = [
+        blocks[0],
+        type(blocks[1])(1, blocks[1].name, model.model.layers[0], blocks[1].linears, lambda size: args),
+    ]
+    with pytest.raises(RunError, match=r"model\.layers\.1.*does not reproduce"):
+        check_replay(model, broken, INPUT_IDS)
+
+
+def test_a_model_without_blocks_is_refused_with_what_was_looked_for():
+    with pytest.raises(RunError, match="ModuleList"):
+        discover_blocks(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_linears_that_are_given_the_same_tensor_share_one_statistic():
+    model = tiny("llama")
+    blocks = capture_blocks(model, INPUT_IDS)
+    statistics, _ = observe(blocks[0], embed(model, blocks, INPUT_IDS, 5), Hessian, 2)
+    attention = {id(statistics[f"self_attn.{name}_proj"]) for name in "qkv"}
+    mlp = {id(statistics["mlp.gate_proj"]), id(statistics["mlp.up_proj"])}
+    assert len(attention) == len(mlp) == 1
+    assert len({id(statistic) for statistic in statistics.values()}) == 4
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_statistics_and_outputs_do_not_depend_on_the_batch_size(batch_size):
+    model = tiny("llama")
+    blocks = capture_blocks(model, INPUT_IDS)
+    inputs = embed(model, blocks, INPUT_IDS, batch_size)
+    statistics, outputs = observe(blocks[0], inputs, InputNorm, batch_size)
+    recorded = []
+    hook = blocks[0].linears["mlp.down_proj"].register_forward_pre_hook(lambda module, args: recorded.append(args[0]))
+    whole = blocks[0](inputs)
+    hook.remove()
+    torch.testing.assert_close(outputs, whole, rtol=1e-4, atol=1e-6)
+    expected = recorded[0].double().square().sum(dim=(0, 1)) / len(INPUT_IDS)
+    torch.testing.assert_close(statistics["mlp.down_proj"].squared_norm.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_statistics_are_taken_on_the_pruned_prefix():
+    model = tiny("llama")
+    blocks = capture_blocks(model, INPUT_IDS)
+    inputs = embed(model, blocks, INPUT_IDS, 5)
+    list(prune_blocks(blocks[:1], inputs, Wanda(), Target(0.9), 5))
+    pruned_prefix = blocks[0].outputs(inputs, 5)
+    fresh = tiny("llama")
+    fresh_blocks = capture_blocks(fresh, INPUT_IDS)
+    (_, second) = list(prune_blocks(fresh_blocks, embed(fresh, fresh_blocks, INPUT_IDS, 5), Wanda(), Target(0.9), 5))
+    statistics, _ = observe(blocks[1], pruned_prefix, InputNorm, 5)
+    importance = blocks[1].linears["mlp.up_proj"].weight.abs() * statistics["mlp.up_proj"].squared_norm.sqrt()
+    count = int(0.9 * importance.shape[1])
+    expected = importance >= importance.sort(dim=1).values[:, count : count + 1]
+    assert torch.equal(second[1].keep_masks["mlp.up_proj"], expected)
+
+
+def test_reconstruction_loss_is_the_papers_formula_in_fp64():
+    generator = torch.Generator().manual_seed(0)
+    targets, outputs = torch.randn(3, 7, 5, generator=generator), torch.randn(3, 7, 5, generator=generator)
+    y, yhat = targets.double().reshape(-1, 5), outputs.double().reshape(-1, 5)
+    expected = sum(((y[:, c] - yhat[:, c]) ** 2).sum() / (y[:, c] ** 2).sum() for c in range(5)) / 5
+    assert float(reconstruction_loss(outputs, targets)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_statistic_that_overflows_stops_the_run_naming_block_and_linear():
+    model = tiny_llama(context=32)
+    model.requires_grad_(False)
+    model.model.layers[1].mlp.up_proj.weight[0] = float("inf")
+    blocks = capture_blocks(model, INPUT_IDS)
+    with pytest.raises(RunError, match=r"model\.layers\.1\.mlp\.down_proj.*not finite"):
+        list(prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 5), Wanda(), Target(0.5), 5))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_naming_the_block():
+    model = tiny_llama(context=32).half().requires_grad_(False)
+    model.model.layers[0].mlp.down_proj.weight *= 1e4
+    blocks = capture_blocks(model, INPUT_IDS)
+    with pytest.raises(RunError, match=r"model\.layers\.[01]"):
+        list(prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 5), Besa(), Target(0.5), 5))

@@ -1,0 +1,164 @@
+"""Every pruner, one row each: what all of them promise. A new pruner adds a row to PRUNERS."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_llama import tiny_llama
+
+from besa_exp.blocks import capture_blocks, embed
+from besa_exp.masks import Target
+from besa_exp.pruners.besa import Besa
+from besa_exp.pruners.besa_paper import BesaPaper
+from besa_exp.pruners.dense import Dense
+from besa_exp.pruners.magnitude import Magnitude
+from besa_exp.pruners.sparsegpt import SparseGPT
+from besa_exp.pruners.wanda import Wanda
+from besa_exp.pruning import prune_blocks
+
+PRUNERS = {  # name: (pruner, how far from a 50 % target its measured sparsity may be, takes N:M)
+    "dense": (Dense(), 0.5, True),
+    "magnitude": (Magnitude(), 0.0005, True),
+    "wanda": (Wanda(), 0.0005, True),
+    "sparsegpt": (SparseGPT(group_size=32), 0.0005, True),
+    "besa_paper": (BesaPaper(), 0.02, False),
+    "besa": (Besa(checks=2), 0.0005, False),
+    "besa_linear": (Besa(granularity="linear", checks=2), 0.0005, False),
+}
+INPUT_IDS = torch.randint(0, 258, (10, 32), generator=torch.Generator().manual_seed(1))
+DENSE = tiny_llama(context=32).requires_grad_(False)
+
+
+def prune_tiny(pruner, sparsity=0.5, pattern="unstructured", dtype=torch.float32, batch_size=4):
+    model = copy.deepcopy(DENSE).to(dtype)
+    blocks = capture_blocks(model, INPUT_IDS)
+    inputs = embed(model, blocks, INPUT_IDS, batch_size)
+    return model, list(prune_blocks(blocks, inputs, pruner, Target.parse(sparsity, pattern), batch_size))
+
+
+def measured(results):
+    linears = [linear for report, _ in results for linear in report.linears]
+    return sum(linear.pruned for linear in linears) / sum(linear.weights for linear in linears)
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_zeros_are_where_the_keep_masks_say_and_counts_are_reported(name):
+    model, results = prune_tiny(PRUNERS[name][0])
+    assert len(results) == 2
+    for report, pruned in results:
+        for linear in report.linears:
+            weight = model.get_submodule(f"model.layers.{report.index}.{linear.name}").weight
+            keep_mask = pruned.keep_masks[linear.name]
+            assert weight[~keep_mask].eq(0).all()
+            assert linear.pruned == int((weight == 0).sum()) == int((~keep_mask).sum())
+            assert linear.weights == weight.numel()
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_the_target_is_met(name):
+    pruner, tolerance, _ = PRUNERS[name]
+    sparsity = measured(prune_tiny(pruner)[1])
+    assert abs(sparsity - 0.5) <= tolerance + 1e-9
+    assert sparsity > 0 or name == "dense"
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_everything_but_the_linears_of_the_blocks_is_untouched(name):
+    model, _ = prune_tiny(PRUNERS[name][0])
+    dense = dict(DENSE.named_parameters())
+    for parameter_name, parameter in model.named_parameters():
+        if "proj" not in parameter_name:
+            assert torch.equal(parameter, dense[parameter_name]), parameter_name
+
+
+@pytest.mark.parametrize("name", sorted(set(PRUNERS) - {"sparsegpt"}))
+def test_kept_weights_of_mask_only_methods_are_the_dense_ones(name):
+    model, results = prune_tiny(PRUNERS[name][0])
+    for report, pruned in results:
+        for linear, keep_mask in pruned.keep_masks.items():
+            path = f"model.layers.{report.index}.{linear}"
+            dense = DENSE.get_submodule(path).weight
+            assert torch.equal(model.get_submodule(path).weight, dense * keep_mask)
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_equal_runs_give_equal_bytes(name):
+    first, second = prune_tiny(PRUNERS[name][0])[0], prune_tiny(PRUNERS[name][0])[0]
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_pruned_and_stay_finite(name, dtype):
+    pruner, tolerance, _ = PRUNERS[name]
+    model, results = prune_tiny(pruner, dtype=dtype)
+    assert abs(measured(results) - 0.5) <= tolerance + 1e-9
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4"])
+@pytest.mark.parametrize("name", [name for name, row in PRUNERS.items() if row[2] and name != "dense"])
+def test_n_of_m_holds_in_every_group_of_the_written_weights(name, pattern):
+    kept, group = (int(number) for number in pattern.split(":"))
+    model, results = prune_tiny(PRUNERS[name][0], pattern=pattern)
+    for report, pruned in results:
+        for linear in pruned.keep_masks:
+            weight = model.get_submodule(f"model.layers.{report.index}.{linear}").weight
+            assert (weight != 0).view(len(weight), -1, group).sum(-1).eq(kept).all()
+
+
+@pytest.mark.parametrize("name", [name for name, row in PRUNERS.items() if not row[2]])
+def test_a_learned_allocation_refuses_n_of_m_and_names_what_takes_it(name):
+    (problem,) = PRUNERS[name][0].check(0.5, "2:4")
+    assert "2:4" in problem
+    assert "pruner=wanda" in problem
+
+
+@pytest.mark.parametrize("granularity", ["row", "linear"])
+@pytest.mark.parametrize("sparsity", [0.05, 0.35, 0.7, 0.95])
+def test_besa_reaches_any_target_and_keeps_the_budget_at_every_step(granularity, sparsity):
+    _, results = prune_tiny(Besa(granularity=granularity, checks=2, lr=0.5), sparsity)
+    assert abs(measured(results) - sparsity) < 0.0005
+    for report, _ in results:
+        assert all(abs(step.expected_sparsity - sparsity) < 0.0005 for step in report.steps)
+
+
+def test_besa_allocates_unlike_uniform_and_never_ends_above_its_start_on_the_probe():
+    for report, pruned in prune_tiny(Besa(lr=0.2))[1]:
+        assert report.loss_after <= report.loss_before
+        assert pruned.allocated["mlp.down_proj"].std() > 0
+
+
+def test_besa_linear_shares_one_sparsity_per_linear():
+    for _, pruned in prune_tiny(Besa(granularity="linear", lr=0.2))[1]:
+        for name, mask in pruned.keep_masks.items():
+            counts = (~mask).sum(dim=1)
+            assert counts.max() - counts.min() <= 1, name
+
+
+def test_besa_paper_cannot_leave_its_published_range():
+    results = prune_tiny(BesaPaper(d_coef=1000, penalty=1000), sparsity=0.9)[1]
+    for _, pruned in results:
+        for allocated in pruned.allocated.values():
+            assert float(allocated.min()) > 0.37 and float(allocated.max()) < 0.63
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: Besa(granularity="column"), "pruner.granularity=column"),
+        (lambda: Besa(lr=0), "pruner.lr=0"),
+        (lambda: Besa(epochs=0), "pruner.epochs=0"),
+        (lambda: BesaPaper(metric="wanda"), "pruner.metric=wanda"),
+        (lambda: BesaPaper(d_coef=0), "pruner.d_coef=0"),
+        (lambda: SparseGPT(damping=0), "pruner.damping=0"),
+        (lambda: SparseGPT(group_size=0), "pruner.group_size=0"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_key_and_value(make, field):
+    with pytest.raises(ValueError, match=field):
+        make()
