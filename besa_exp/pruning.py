@@ -72,7 +72,8 @@ def finite_step(
     block: Block, step: int, loss: Tensor, reconstruction: Tensor, penalty: Tensor | float, sparsity: Tensor | float
 ) -> Step:
     """The record of one optimisation step. RunError: the loss is not finite."""
-    if not torch.isfinite(loss.detach()):
+    loss, reconstruction = loss.detach(), reconstruction.detach()
+    if not torch.isfinite(loss):
         raise RunError(
             f"{block.name}: the loss is {float(loss)} at step {step}; its inputs or targets are not finite, or the "
             "model's dtype overflows: load it in float32 or bfloat16 (model.dtype)."

@@ -1,0 +1,127 @@
+"""Collects the study's run folders into results.json, tables.md and perplexity.png beside this file.
+
+python experiments/first_results/collect.py [--runs outputs/first_results]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+HERE = Path(__file__).parent
+MODELS = ("embedded", "babyllama-105", "stories260K")
+METHODS = ("magnitude", "wanda", "sparsegpt", "besa_paper", "besa_linear", "besa")
+TASK = ("embedded_continuations", "acc,none")
+
+
+def read_runs(folder: Path) -> list[dict]:
+    """What the study keeps of every finished run of one model."""
+    runs = []
+    for path in sorted(folder.glob("*/results.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        ((name, perplexity),) = results["perplexity"].items()
+        runs.append(
+            {
+                "pruner": results["pruner"],
+                "target_sparsity": results["target_sparsity"],
+                "measured_sparsity": results["measured_sparsity"],
+                "seed": results["seed"],
+                "perplexity": perplexity,
+                "accuracy": results["zero_shot"].get(TASK[0], {}).get(TASK[1]),
+                "prune_seconds": results["seconds"]["prune"],
+                "tokens_sha256": results["provenance"]["perplexity"][name]["tokens_sha256"],
+                "calibration_sha256": results["calibration"]["tokens_sha256"],
+                "environment": results["environment"],
+            }
+        )
+    return runs
+
+
+def cell(runs: list[dict], pruner: str, sparsity: float, key: str, digits: int) -> str:
+    """Mean and, over several seeds, the sample standard deviation."""
+    chosen = [run for run in runs if run["pruner"] == pruner and run["target_sparsity"] == sparsity]
+    values = [run[key] for run in chosen if run[key] is not None]
+    if not values:
+        return "n/a"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def table(runs: list[dict], key: str, digits: int) -> list[str]:
+    """Methods by target sparsity, as Markdown."""
+    targets = sorted({run["target_sparsity"] for run in runs if run["pruner"] in METHODS})
+    lines = ["| method | " + " | ".join(f"{target:.0%}" for target in targets) + " |"]
+    lines.append("|---" * (len(targets) + 1) + "|")
+    for method in METHODS:
+        lines.append(
+            f"| {method} | " + " | ".join(cell(runs, method, target, key, digits) for target in targets) + " |"
+        )
+    return lines
+
+
+def tables(by_model: dict[str, list[dict]]) -> str:
+    """All tables."""
+    lines = []
+    for model, runs in by_model.items():
+        if not runs:
+            lines += [f"## {model}", "", "n/a: no runs (its weights and text are not part of this repository)", ""]
+            continue
+        dense = next((run for run in runs if run["pruner"] == "dense"), None)
+        lines += [f"## {model}", ""]
+        if dense:
+            accuracy = f", zero-shot accuracy {dense['accuracy']:.4f}" if dense["accuracy"] is not None else ""
+            lines += [f"Dense: perplexity {dense['perplexity']:.3f}{accuracy}.", ""]
+        lines += ["Held-out perplexity:", "", *table(runs, "perplexity", 3), ""]
+        if any(run["accuracy"] is not None for run in runs):
+            lines += ["Zero-shot accuracy (four choices, chance 0.25):", "", *table(runs, "accuracy", 4), ""]
+        lines += ["Measured sparsity:", "", *table(runs, "measured_sparsity", 4), ""]
+        lines += ["Seconds of the block loop:", "", *table(runs, "prune_seconds", 1), ""]
+    return "\n".join(lines)
+
+
+def plot(by_model: dict[str, list[dict]], path: Path) -> None:
+    """Perplexity over dense against target sparsity, one panel a model."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    drawn = {model: runs for model, runs in by_model.items() if runs}
+    figure, axes = pyplot.subplots(1, len(drawn), figsize=(5 * len(drawn), 4), squeeze=False)
+    for axis, (model, runs) in zip(axes[0], drawn.items(), strict=True):
+        dense = next(run["perplexity"] for run in runs if run["pruner"] == "dense")
+        targets = sorted({run["target_sparsity"] for run in runs if run["pruner"] in METHODS})
+        for method in METHODS:
+            values = [
+                [
+                    run["perplexity"] / dense
+                    for run in runs
+                    if (run["pruner"], run["target_sparsity"]) == (method, target)
+                ]
+                for target in targets
+            ]
+            if all(values):
+                means = [statistics.mean(value) for value in values]
+                errors = [statistics.stdev(value) if len(value) > 1 else 0 for value in values]
+                axis.errorbar(targets, means, errors, marker="o", label=method)
+        axis.set(title=model, xlabel="target sparsity", ylabel="perplexity / dense", yscale="log")
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Reads the runs, writes the three files."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, default=Path("outputs/first_results"))
+    by_model = {model: read_runs(parser.parse_args().runs / model) for model in MODELS}
+    (HERE / "results.json").write_text(json.dumps(by_model, indent=1) + "\n", encoding="utf-8")
+    (HERE / "tables.md").write_text(tables(by_model), encoding="utf-8")
+    plot(by_model, HERE / "perplexity.png")
+    print((HERE / "tables.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""`besa prune` on the embedded model by its real command line: what it leaves can be loaded, recounted, compared."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from besa_exp.checkpoint import load_masks
+from besa_exp.embedded.text import MODEL_DIR, TASKS_DIR, calibration_documents
+from besa_exp.main import main
+
+FILES = "results.json metrics.jsonl sparsity.csv status.json run.log config.yaml environment.json masks.safetensors wandb model"
+RESULTS = (
+    "model pruner pattern seed target_sparsity measured_sparsity linears perplexity zero_shot dense blocks seconds "
+    "peak_memory_bytes calibration environment"
+)
+TASK = "embedded_continuations"
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight windows of 64 tokens of the embedded text."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    ids = torch.tensor(tokenizer.encode(calibration_documents().documents[0] * 3)[:512]).view(8, 64)
+    path = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
+    save_file({"input_ids": ids}, path)
+    return path
+
+
+def arguments(tokens: Path, folder: Path) -> list[str]:
+    keys = [f"calibration.path={tokens}", f"evaluator.perplexity_sets=[{tokens}]", f"hydra.run.dir={folder}"]
+    return ["prune", *keys, "evaluator.limit=6", "sparsity=0.6", "pruner.checks=2", "seed=3", "device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a finished run and what it printed."""
+    folder = tmp_path_factory.mktemp("run") / "first"
+    command = [sys.executable, "-m", "besa_exp", *arguments(tokens, folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+@pytest.fixture(scope="module")
+def results(run) -> dict:
+    return json.loads((run[0] / "results.json").read_text())
+
+
+def test_the_run_folder_holds_what_is_promised_and_says_done(run, results):
+    assert set(FILES.split()) <= {path.name for path in run[0].iterdir()}
+    assert set(RESULTS.split()) <= set(results)
+    assert json.loads((run[0] / "status.json").read_text())["status"] == "done"
+
+
+def test_what_is_printed_where_there_is_no_terminal_is_plain_and_tells_blocks_and_scores(run):
+    assert "\x1b" not in run[1]
+    assert "block 5/5" in run[1]
+    assert "measured sparsity 0.6000" in run[1]
+
+
+def test_the_saved_model_is_an_ordinary_folder_that_gives_the_scores_again(run, results, tokens):
+    folder = run[0] / "model"
+    assert not {"sparsity_config", "quantization_config"} & set(json.loads((folder / "config.json").read_text()))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).bos_token_id is not None
+    ids = load_file(tokens)["input_ids"]
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(
+            model(ids).logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="mean"
+        )
+    assert results["perplexity"][str(tokens)] == pytest.approx(math.exp(losses), rel=1e-6)
+
+
+def test_sparsity_is_what_is_counted_in_the_saved_file_and_in_the_masks(run, results):
+    weights = load_file(run[0] / "model" / "model.safetensors")
+    masks = load_masks(run[0] / "masks.safetensors")
+    zeros = {name: int((weights[name] == 0).sum()) for name in masks}
+    assert all(torch.equal(weights[name] != 0, mask) for name, mask in masks.items())
+    total = sum(weights[name].numel() for name in masks)
+    assert results["measured_sparsity"] == pytest.approx(sum(zeros.values()) / total)
+    assert abs(results["measured_sparsity"] - 0.6) < 0.0005
+    with (run[0] / "sparsity.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == results["linears"] == len(masks)
+    for row in rows:
+        assert int(row["pruned"]) == zeros[f"model.layers.{row['block']}.{row['linear']}.weight"]
+
+
+def test_metrics_hold_a_line_for_each_step_and_block_and_agree_with_the_results(run, results):
+    lines = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
+    blocks = [line for line in lines if line["kind"] == "block"]
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert [line["block"] for line in blocks] == list(range(5))
+    assert len(steps) == 5 * 7  # eight samples, one of them the probe
+    for line, block in zip(blocks, results["blocks"], strict=True):
+        assert line["reconstruction_loss"] == block["reconstruction_loss"]["after"]
+    assert [line["which"] for line in lines if line["kind"] == "scores"] == ["dense", "pruned"]
+
+
+def test_the_same_seed_gives_the_same_bytes_but_for_times(run, results, tokens, tmp_path):
+    folder = tmp_path / "second"
+    assert main(arguments(tokens, folder)) == 0
+    for name in ("model/model.safetensors", "masks.safetensors", "sparsity.csv"):
+        assert (folder / name).read_bytes() == (run[0] / name).read_bytes(), name
+    again = json.loads((folder / "results.json").read_text())
+    for one in (again, results := json.loads(json.dumps(results))):
+        one.pop("seconds")
+        one.pop("peak_memory_bytes")
+        for block in one["blocks"]:
+            block.pop("seconds")
+    again["environment"].pop("threads")  # a worker of the test run has fewer
+    results["environment"].pop("threads")
+    assert again == results
+
+
+def test_lm_eval_runs_on_the_saved_model_and_gives_the_same_scores(run, results, tmp_path):
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={run[0] / 'model'}"]
+    command += ["--tasks", TASK, "--include_path", str(TASKS_DIR), "--limit", "6", "--device", "cpu"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, "--output_path", str(tmp_path)], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (written,) = tmp_path.rglob("results*.json")
+    scores = json.loads(written.read_text())["results"][TASK]
+    for key in ("acc,none", "acc_norm,none"):
+        assert scores[key] == pytest.approx(results["zero_shot"][TASK][key], abs=1e-6)
