@@ -19,3 +19,9 @@ class RunError(RuntimeError):
 
 class Unavailable(Exception):
     """A data set or task that cannot be had here; the run records the reason as n/a and goes on."""
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, short enough to be part of a message: its type and its first line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from besa_exp.errors import ConfigurationError, Unavailable
+from besa_exp.errors import ConfigurationError, Unavailable, first_line
 from besa_exp.nearest import did_you_mean
 
 Use = Literal["calibration", "perplexity"]
@@ -139,16 +139,12 @@ def fetch(source: str, use: Use, offline: bool) -> Path:
             wanted.repository, wanted.filename, repo_type="dataset", revision=wanted.revision, local_files_only=offline
         )
     except (OSError, HTTPError) as error:
-        cause = "offline=true and it is not in the local cache" if offline else _first_line(error)
+        cause = "offline=true and it is not in the local cache" if offline else first_line(error)
         raise Unavailable(
             f"{source}: cannot get {wanted.filename} of the data set {wanted.repository} ({cause}); fetch it where "
             f"there is a network with `besa prefetch` and the same keys, or give a local file instead of the name"
         ) from error
     return Path(path)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 
 
 def _embedded(use: Use) -> Text:
@@ -212,7 +208,7 @@ def _json_rows(path: Path, column: str) -> Iterator[str]:
                 read += 1
     except (ValueError, EOFError, OSError) as error:  # not JSON, not UTF-8, not gzip, cut short
         raise ConfigurationError(
-            f"{path}, line {read + 1}: cannot be read as JSON lines ({_first_line(error)}); each line must be an "
+            f"{path}, line {read + 1}: cannot be read as JSON lines ({first_line(error)}); each line must be an "
             f'object such as {{"{column}": "..."}}, in UTF-8.'
         ) from error
 
@@ -239,5 +235,5 @@ def _parquet_rows(path: Path, column: str) -> Iterator[str]:
                 yield from (text for text in batch.column(0).to_pylist() if isinstance(text, str))
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigurationError(
-            f"{path}: cannot be read as parquet ({_first_line(error)}); it may be cut short: copy or convert it again"
+            f"{path}: cannot be read as parquet ({first_line(error)}); it may be cut short: copy or convert it again"
         ) from error
