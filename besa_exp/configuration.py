@@ -67,8 +67,16 @@ def read_settings(config: DictConfig, pruner_name: str) -> RunSettings:
         values["model"].setdefault("name", _model_name(values))
     settings = reader.node(values, RunSettings, "", given={"pruner_name": pruner_name})
     if settings is UNREAD or reader.problems:
-        raise Unreadable(reader.problems)
+        own = {key: problem for key, problem in reader.problems.items() if not _is_reference(config, key)}
+        raise Unreadable(own or reader.problems)
     return settings
+
+
+def _is_reference(config: DictConfig, key: str) -> bool:
+    """Whether the value only repeats another key's, as calibration.seed repeats seed: one problem is enough."""
+    group, _, name = key.rpartition(".")
+    node = OmegaConf.select(config, group) if group else config
+    return isinstance(node, DictConfig) and OmegaConf.is_interpolation(node, name)
 
 
 def run_name(config: DictConfig) -> str:

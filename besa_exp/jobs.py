@@ -112,18 +112,22 @@ def launch(request: Request) -> list[Outcome]:
     (job,) = request.jobs
     if job.finished:
         return [finished_before(job.folder)]
-    was_there = job.folder.exists()
+    made = [place for place in (job.folder, *job.folder.parents) if not place.exists()]
     outcome = hydra.run(request.config_name, run_job, [*request.lines, "hydra.mode=RUN"]).return_value
-    if outcome.status == "refused" and not was_there:
-        _remove_refused(job.folder)
+    if outcome.status == "refused" and made:
+        _remove_refused(made)
     return [outcome]
 
 
-def _remove_refused(folder: Path) -> None:
-    """A folder that this command made for a run that could not begin; another process's run in it is left alone."""
-    status = read_status(folder)
+def _remove_refused(made: Sequence[Path]) -> None:
+    """The folders, innermost first, that this command made for a run that could not begin. Another process's run in
+    the first, and other things in the others, are left alone."""
+    status = read_status(made[0])
     if status is None or (status["status"] == "failed" and status["process"] == os.getpid()):
-        shutil.rmtree(folder)
+        shutil.rmtree(made[0])
+        for parent in made[1:]:
+            with suppress(OSError):  # not empty
+                parent.rmdir()
 
 
 def summary_line(results: Mapping[str, Any]) -> str:

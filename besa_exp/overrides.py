@@ -134,7 +134,7 @@ def _unknown_key(config: DictConfig, key: str) -> str | None:
     same_end = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     where = ".".join(parents)
     beside = [str(name) for name in node if name not in ("_target_", "hydra")] if isinstance(node, DictConfig) else []
-    near = did_you_mean(key.rsplit(".", 1)[-1], beside) if where else did_you_mean(key, names)
+    near = did_you_mean(key.rsplit(".", 1)[-1], beside, f"{where}.") if where else did_you_mean(key, names)
     if same_end:
         near = f"; did you mean {' or '.join(same_end)}?"
     of = f" of {where}" if where else ""

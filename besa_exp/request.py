@@ -57,15 +57,14 @@ def read_request(arguments: argparse.Namespace) -> Request:
         raise ConfigurationError(*composer.problems.values())
     multirun = arguments.multirun or main.hydra.mode == RunMode.MULTIRUN
     if multirun:
-        params = main.hydra.sweeper.params or {}
-        job_lines = composer.spread(overrides, [f"{key}={value}" for key, value in params.items()])
+        params = [f"{key}={value}" for key, value in (main.hydra.sweeper.params or {}).items()]
+        lines_of_jobs = composer.spread(overrides, params)
+        configs = [composer.compose([*lines, f"hydra.job.num={i}"]) for i, lines in enumerate(lines_of_jobs)]
     else:
-        job_lines = [single]
-        swept = {o.key_or_group: o.input_line for o in overrides if o.is_sweep_override()}
-        composer.problems |= {
-            key: f"{line}: several values; add -m to run a job for each" for key, line in swept.items()
-        }
-    jobs = _jobs(composer, job_lines, multirun)
+        lines_of_jobs, configs = [single], [main]
+        swept = [override for override in overrides if override.is_sweep_override()]
+        composer.problems |= {o.key_or_group: f"{o.input_line}: several values; add -m to run them all" for o in swept}
+    jobs = _jobs(composer, lines_of_jobs, configs, multirun)
     _check_jobs(composer, jobs, unknown)
     if composer.problems or not jobs:
         raise ConfigurationError(*dict.fromkeys(composer.problems.values()) or ["the sweep has no jobs"])
@@ -91,10 +90,11 @@ def composer_of(arguments: argparse.Namespace) -> Composer:
     return Composer(name, (f"hydra.searchpath=['file://{Path(folder).absolute()}']",))
 
 
-def _jobs(composer: Composer, job_lines: Iterable[Sequence[str]], multirun: bool) -> list[Job]:
+def _jobs(
+    composer: Composer, lines_of_jobs: Iterable[Sequence[str]], configs: Iterable[DictConfig | None], multirun: bool
+) -> list[Job]:
     jobs, problems = [], composer.problems
-    for number, lines in enumerate(job_lines):
-        config = composer.compose([*lines, f"hydra.job.num={number}"])
+    for number, (lines, config) in enumerate(zip(lines_of_jobs, configs, strict=True)):
         if config is None:
             continue
         try:

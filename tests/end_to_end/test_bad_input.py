@@ -1,0 +1,311 @@
+"""What the command line answers to requests that cannot be carried out: exit code 2, one readable message with what,
+where, the rule and the remedy, no traceback, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from besa_exp.main import main
+from besa_exp.run_folder import RunFolder
+
+Refusal = Callable[..., str]
+CONTEXT = 32
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two blocks whose down_proj has 12 inputs, without a tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=CONTEXT,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def given(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments of a run that would be accepted, in an empty working folder."""
+    tokens = tmp_path / "tokens.safetensors"
+    save_file({"input_ids": torch.randint(0, 64, (4, 16))}, tokens)
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    chosen = ["pruner=magnitude", "evaluator=none", "tracker=none", "device=cpu", "model.dtype=float32"]
+    return [f"model.path={model_dir}", f"calibration.path={tokens}", *chosen]
+
+
+@pytest.fixture
+def refused(given: list[str], capsys: pytest.CaptureFixture[str]) -> Refusal:
+    """Runs `besa prune` with more arguments, checks how it was refused and returns what was said."""
+
+    def run(*arguments: str) -> str:
+        code = main(["prune", *given, *arguments])
+        said = capsys.readouterr()
+        assert code == 2
+        assert "Traceback" not in said.err
+        assert "nothing was done" in said.err
+        assert list(Path.cwd().iterdir()) == [], "something was left behind"
+        return said.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("pruner=wandaa", ["pruner=wandaa: no such preset; did you mean wanda?", "sparsegpt"]),
+        ("experiment=comparison", ["no such preset; did you mean compare?"]),
+        ("hydra/launcher=jobib", ["no such preset; did you mean joblib?"]),
+        ("sparcity=0.5", ["sparcity: no such key; did you mean sparsity?"]),
+        ("calibration.num_sample=4", ["did you mean calibration.num_samples?", "seq_len"]),
+        ("num_samples=4", ["num_samples: no such key; did you mean calibration.num_samples?"]),
+        ("pruner.damping=1", ["pruner.damping: no such key"]),
+        ("hydra.run.dri=x", ["did you mean hydra.run.dir?"]),
+        ("wanda", ["arguments are written key=value; did you mean pruner=wanda?"]),
+        ("seed=[1", ["seed=[1: cannot be read", "quote"]),
+        ("sparsity=abc", ["sparsity=abc: must be a finite number", "sparsity=0.5"]),
+        ("sparsity=nan", ["sparsity=nan: must be a finite number"]),
+        ("sparsity=1", ["sparsity=1: must be in [0, 1)", "sparsity=0.5"]),
+        ("sparsity=-0.1", ["sparsity=-0.1: must be in [0, 1)"]),
+        ("sparsity=50", ["sparsity=50: must be in [0, 1)"]),
+        ("sparsity=0.1,0.2", ["several values; add -m"]),
+        ("pattern=2:x", ["pattern=2:x: must be 'unstructured' or 'N:M'", "pattern=2:4"]),
+        ("pattern=4:4", ["0 < N < M"]),
+        (
+            "pattern=3:8",
+            ["the inputs of a linear must be divisible by 8", "mlp.down_proj (12)", "unstructured"],
+        ),
+        ("seed=-1", ["seed=-1: must be in [0, 4294967295]"]),
+        ("seed=1.5", ["seed=1.5: must be a whole number"]),
+        ("deterministic=maybe", ["deterministic=maybe: must be true or false"]),
+        ("model=local", ["model.path: no value given", "add model.path=..."]),
+        ("model.path=/no/such/model", ["model.path=/no/such/model: there is no such folder", "check the path"]),
+        ("model.dtype=float8", ["model.dtype=float8: must be one of auto, float32, bfloat16, float16"]),
+        ("calibration.path=/no/text.txt", ["/no/text.txt"]),
+        ("calibration.num_samples=0", ["calibration.num_samples=0: must be at least 1"]),
+        ("evaluator.perplexity_sets=[wikitex2]", ["wikitex2", "did you mean wikitext2?"]),
+        ("evaluator.tasks=[piqaa]", ["piqaa", "did you mean piqa?"]),
+        ("device=cuda:99", ["device=cuda:99", "device=auto"]),
+        ("device=gpu", ["device=gpu: must be auto, cpu, cuda or cuda:N"]),
+        ("tracker.mode=onlin", ["tracker.mode=onlin: must be one of offline, online, disabled; did you mean online?"]),
+    ],
+)
+def test_a_bad_argument_is_refused_with_its_rule_and_remedy(argument: str, told: list[str], refused: Refusal) -> None:
+    given_elsewhere = argument.startswith("model=")
+    said = refused(*(["model.path=???"] if given_elsewhere else []), argument)
+    for fragment in told:
+        assert fragment in said
+
+
+def test_a_pattern_that_the_pruner_cannot_make_is_refused(refused: Refusal) -> None:
+    assert "pattern=unstructured" in refused("pruner=besa_paper", "pattern=2:4")
+
+
+def test_a_sparsity_that_the_pattern_contradicts_is_refused(refused: Refusal) -> None:
+    assert "the pattern makes it 0.5; leave sparsity out" in refused("pattern=2:4", "sparsity=0.7")
+
+
+def test_windows_beyond_the_context_are_refused(refused: Refusal, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("words " * 99)
+    local = [f"calibration.path={tmp_path / 'text.txt'}", "calibration.seq_len=33"]
+    said = refused(*local, "evaluator=perplexity", "evaluator.perplexity_sets=[embedded]", "evaluator.seq_len=40")
+    assert "a window of 33 tokens exceeds the model's context of 32" in said
+    assert "evaluator.seq_len=40" in said
+
+
+def test_a_model_folder_without_config_is_refused(refused: Refusal, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "no config.json in it; give the folder that save_pretrained wrote" in refused(
+        f"model.path={tmp_path / 'empty'}"
+    )
+
+
+def test_a_truncated_safetensors_is_refused(refused: Refusal, model_dir: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(model_dir, tmp_path / "broken")
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    said = refused(f"model.path={broken}")
+    assert "model.safetensors" in said
+    assert "it was cut off; copy or download it again" in said
+
+
+def test_a_checkpoint_of_pickles_is_refused(refused: Refusal, model_dir: Path, tmp_path: Path) -> None:
+    pickled = shutil.copytree(model_dir, tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    assert "only pickled weights (pytorch_model.bin)" in refused(f"model.path={pickled}")
+
+
+def test_a_hub_model_that_is_not_in_the_cache_is_refused_offline(refused: Refusal) -> None:
+    said = refused("model.path=no-such-owner/no-such-model", "offline=true")
+    assert "not in the local cache, and offline=true forbids to fetch it" in said
+
+
+def test_a_tracker_that_needs_the_network_is_refused_offline(refused: Refusal) -> None:
+    assert "set tracker.mode=offline" in refused("tracker=wandb", "tracker.mode=online", "offline=true")
+
+
+def test_too_little_disk_is_refused(refused: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    said = refused()
+    assert "1.0 MB are free" in said
+    assert "save.model=false" in said
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused(refused: Refusal, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "name another folder with hydra.run.dir=" in refused(f"hydra.run.dir={tmp_path / 'file' / 'run'}")
+
+
+def test_all_problems_are_told_at_once(refused: Refusal) -> None:
+    bad = ["pruner=wandaa", "sparcity=1", "sparsity=2", "pattern=2:x", "seed=x", "device=cuda:99", "model.path=/nope"]
+    said = refused(*bad, "calibration.seq_len=x", "evaluator.limit=x", "save.masks=3", "calibration.path=/no/such.txt")
+    assert "11 problems" in said
+    for what in (*bad[2:], "pruner=wandaa", "sparcity", "calibration.seq_len=x", "evaluator.limit=x", "save.masks=3"):
+        assert what in said
+
+
+def test_an_unknown_preset_brings_no_complaint_about_what_stands_in_for_it(refused: Refusal) -> None:
+    said = refused("pruner=wandaa", "pruner.nonsense=1", "pattern=3:4")
+    assert "1 problem" in said
+
+
+def test_every_bad_job_of_a_sweep_is_told_before_any_starts(refused: Refusal) -> None:
+    said = refused("-m", "sparsity=0.1,1.5,2.5", "pruner=wanda,magnitude")
+    assert "2 problems" in said
+    assert "sparsity=1.5" in said
+    assert "sparsity=2.5" in said
+
+
+def test_two_jobs_of_a_sweep_for_one_folder_are_refused(refused: Refusal) -> None:
+    assert "jobs 0 and 1 of the sweep would share the folder" in refused("-m", "offline=true,false")
+
+
+def test_an_unknown_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prunne"]) == 2
+    said = capsys.readouterr().err
+    assert "prunne: no such command; did you mean prune?" in said
+    assert "commands: prune, list" in said
+
+
+def test_flags_that_show_the_configuration_refuse_it_as_well(refused: Refusal) -> None:
+    assert "did you mean sparsity?" in refused("--cfg", "job", "sparcity=0.5")
+
+
+def test_two_runs_in_one_folder_are_refused_and_the_first_is_left_alone(
+    given: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    with RunFolder.open(folder):
+        before = (folder / "status.json").read_text()
+        assert main(["prune", *given, f"hydra.run.dir={folder}"]) == 2
+        assert (folder / "status.json").read_text() == before
+    said = capsys.readouterr().err
+    assert f"{folder} is in use by process {os.getpid()}" in said
+    assert "hydra.run.dir=" in said
+
+
+def test_text_without_a_tokenizer_is_refused_and_leaves_no_folder(refused: Refusal, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("words " * 999)
+    said = refused(f"calibration.path={tmp_path / 'text.txt'}", "calibration.seq_len=16")
+    assert "the model has no tokenizer" in said
+
+
+@pytest.fixture
+def broken_model(model_dir: Path, tmp_path: Path) -> Path:
+    """Sound to look at, but a weight of block 1 is not a number."""
+    folder = shutil.copytree(model_dir, tmp_path / "nan")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_failure_inside_a_run_exits_with_1_and_stays_told(
+    given: list[str], broken_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prune", *given, f"model.path={broken_model}", "pruner=wanda"]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    (folder,) = Path("outputs").iterdir()
+    status = json.loads((folder / "status.json").read_text())
+    assert status["status"] == "failed"
+    assert status["error"].split(": ", 1)[1] in said
+    assert str(folder / "run.log") in said
+    assert "Traceback" in (folder / "run.log").read_text()
+
+
+def test_a_job_that_fails_stops_no_other_and_the_sweep_exits_with_1(
+    given: list[str], broken_model: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prune", "-m", *given, f"model.path={broken_model},{model_dir}", "pruner=wanda"]) == 1
+    said = capsys.readouterr().out
+    states = sorted(json.loads(path.read_text())["status"] for path in Path("outputs").glob("*/status.json"))
+    assert states == ["done", "failed"]
+    assert "failed" in said.splitlines()[-4] + said.splitlines()[-3]
+    assert "% zeros" in said
+
+
+def test_the_same_command_finds_its_finished_run(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prune", *given]) == 0
+    (folder,) = Path("outputs").iterdir()
+    written = (folder / "results.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert main(["prune", *given, "tracker=wandb"]) == 0
+    assert capsys.readouterr().out.startswith("finished before: 50.00 % zeros")
+    assert (folder / "results.json").stat().st_mtime_ns == written
+    assert main(["prune", *given, "overwrite=true"]) == 0
+    assert (folder / "results.json").stat().st_mtime_ns > written
+    assert [path.name for path in Path("outputs").iterdir()] == [folder.name]
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The real command line, in a process of its own."""
+    variables = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "besa_exp", *arguments], capture_output=True, text=True, env=variables, timeout=120
+    )
+
+
+def test_the_program_exits_with_2_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = command("prune", "sparsity=abc", "pruner=wandaa")
+    assert answer.returncode == 2
+    assert answer.stdout == ""
+    assert answer.stderr.splitlines()[0] == "besa prune: 2 problems, nothing was done"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_errors_show_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = command("prune", "pruner=wandaa", HYDRA_FULL_ERROR="1")
+    assert answer.returncode != 0
+    assert "Traceback" in answer.stderr
+    assert "did you mean wanda?" in answer.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["--version"], ["prunne"], ["list", "models"]])
+def test_short_answers_load_neither_torch_nor_hydra(arguments: list[str]) -> None:
+    program = f"import sys; from besa_exp.main import main; main({arguments!r}); print(sorted(sys.modules))"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    loaded = set(answer.stdout.splitlines()[-1].strip("[]").replace("'", "").split(", "))
+    assert "besa_exp.main" in loaded
+    assert not loaded & {"torch", "hydra", "omegaconf", "transformers", "wandb", "datasets", "lm_eval", "numpy", "rich"}
