@@ -16,7 +16,7 @@ HONESTY = (
 )
 HONESTY_N_M = (
     "The zeros are stored as ordinary dense numbers: as it is, this checkpoint takes the same disk space, memory and "
-    "time as the dense one. Hardware and software that know an N:M pattern (2:4 today) can use it after a conversion of their own."
+    "time as the dense one. Hardware and software that know an N:M pattern (2:4 today) can use it after a conversion."
 )
 
 
@@ -26,12 +26,13 @@ def model_card(
     """Markdown from the content of results.json (without scores: a card that names none) and the command's words.
 
     `hub_id` is the dense model's name on the Hugging Face hub, where it has one."""
-    model = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else results["model"]
+    name = hub_id or results["model"].rstrip("/").rpartition("/")[2]  # of a folder its last part: the rest is private
+    model = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else name
     target, measured = results["target_sparsity"], results["measured_sparsity"]
     calibration = results.get("calibration")
     lines = [
         *_front_matter(hub_id),
-        f"# {results['model']}, pruned to {measured:.1%} by {results['pruner']}",
+        f"# {name}, pruned to {measured:.1%} by {results['pruner']}",
         "",
         f"- Base model: {model}" + (f", revision `{revision}`" if revision else ""),
         f"- Method: {results['pruner']}, pattern {results['pattern']}, seed {results['seed']}",

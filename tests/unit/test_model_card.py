@@ -13,7 +13,7 @@ LINEARS = {
     "mlp.experts.1.w1": {"weights": 1000, "pruned": 700, "sparsity": 0.7},
 }
 RESULTS = {
-    "model": "tiny",
+    "model": "/home/somebody/tiny",
     "pruner": "besa",
     "pattern": "unstructured",
     "seed": 7,
@@ -36,6 +36,13 @@ def test_the_card_names_method_target_measured_sparsity_and_command() -> None:
     assert "target 0.6000, measured 0.5905" in card
     assert "c4, 128 samples of 2048 tokens" in card
     assert "besa prune sparsity=0.6 '+hf_token=***' 'model.path=my models/tiny'" in card
+
+
+def test_the_card_of_a_local_model_does_not_tell_where_it_lies() -> None:
+    card = model_card(RESULTS, COMMAND)
+    assert "# tiny, pruned to 59.1% by besa" in card
+    assert "- Base model: tiny\n" in card
+    assert "somebody" not in card
 
 
 def test_the_card_gives_the_sparsity_of_each_linear_type() -> None:
