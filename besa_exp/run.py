@@ -31,6 +31,7 @@ from besa_exp.model_card import model_card
 from besa_exp.models import load_model, model_context, model_path
 from besa_exp.pruning import prune_blocks
 from besa_exp.reports import BlockReport, Step
+from besa_exp.results import results_of, score_values
 from besa_exp.run_folder import RunFolder
 from besa_exp.settings import RunSettings
 from besa_exp.tracking import Tracker, start_tracker
@@ -74,12 +75,12 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
         with _tracking(run, config, reports) as tracker:
             dense = _score(run, "dense", model, tokenizer) if settings.evaluator.dense else None
             keep_masks = _prune_model(run, model, calibration, tracker, reports)
-            results = _results(run, calibration, reports)
+            results = results_of(settings, calibration, reports, environment(device))
             model = _save(run, model, tokenizer, keep_masks, results)
             scores = _score(run, "pruned", model, tokenizer)
             tracker.log_scores(scores, dense)
-        results |= _values(scores) | {"provenance": scores.provenance}
-        results |= {"dense": _values(dense)} if dense else {}
+        results |= score_values(scores) | {"provenance": scores.provenance}
+        results |= {"dense": score_values(dense)} if dense else {}
         run.seconds["total"] = time.perf_counter() - started
         results |= {"seconds": run.seconds, "peak_memory_bytes": _peak_memory(device)}
         _write(run, results)
@@ -173,44 +174,6 @@ def _prune_model(
     return keep_masks
 
 
-def _results(run: Run, calibration: Calibration, reports: Sequence[BlockReport]) -> dict[str, Any]:
-    """results.json without scores, times and memory."""
-    settings = run.settings
-    samples, length = calibration.input_ids.shape
-    linears = [linear for report in reports for linear in report.linears]
-    weights, pruned = sum(linear.weights for linear in linears), sum(linear.pruned for linear in linears)
-    return {
-        "model": settings.model.path,
-        "pruner": settings.pruner_name,
-        "pattern": settings.pattern,
-        "seed": settings.seed,
-        "target_sparsity": Target.parse(settings.sparsity, settings.pattern).sparsity,
-        "measured_sparsity": pruned / weights,
-        "linears": len(linears),
-        "blocks": [_block(report) for report in reports],
-        "calibration": {
-            "name": calibration.name,
-            "num_samples": samples,
-            "seq_len": length,
-            "tokens_sha256": calibration.tokens_sha256,
-            "provenance": calibration.provenance,
-        },
-        "environment": environment(run.device),
-    }
-
-
-def _block(report: BlockReport) -> dict[str, Any]:
-    return {
-        "index": report.index,
-        "reconstruction_loss": {"before": report.loss_before, "after": report.loss_after},
-        "seconds": report.seconds,
-        "linears": {
-            linear.name: {"weights": linear.weights, "pruned": linear.pruned, "sparsity": linear.sparsity}
-            for linear in report.linears
-        },
-    }
-
-
 def _save(
     run: Run,
     model: PreTrainedModel,
@@ -235,10 +198,6 @@ def _save(
             raise RunError(f"{folder.model}: the saved weights hold {zeros} zeros, {reported} were reported")
         saved = replace(settings.model, path=str(folder.model), revision=None, dtype="auto")
         return load_model(saved, run.device, offline=True)[0]
-
-
-def _values(scores: Scores) -> dict[str, Any]:
-    return {"perplexity": scores.perplexity, "zero_shot": scores.zero_shot, "unavailable": scores.unavailable}
 
 
 def _peak_memory(device: torch.device) -> dict[str, int]:

@@ -20,85 +20,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
 from prodigyopt import Prodigy
 from torch import Tensor, nn
 
 from besa_exp.blocks import Block, Hidden, reconstruction_loss
 from besa_exp.importance import dead_inputs, inverse_factor, magnitude_importance, obs_importance, wanda_importance
-from besa_exp.masks import Target, keep_by_rank, rank_in_row
+from besa_exp.masks import Target
+from besa_exp.pruners.candidates import CandidateAllocation
 from besa_exp.pruning import PrunedBlock, finite_step
 from besa_exp.reports import Step
 from besa_exp.statistics import Hessian, InputNorm, Statistic, by_shared_input
-
-
-def float_candidates(step: float) -> Float[Tensor, " candidate"]:
-    """1.0, 1.0 - step, ... 0.0 in fp32 as the authors' range drifts: the one meant as 0.5 prunes 2047 of 4096."""
-    candidates = torch.arange(1.0, -step, -step)
-    candidates[-1] = 0.0
-    return candidates
-
-
-class SoftmaxInLanes(torch.autograd.Function):
-    """softmax over candidates whose denominator is summed in 16 lanes that are then halved, on every machine.
-
-    All rows start at alpha = 0.5 and the first steps move alpha by a few units of fp32 rounding; floor(alpha * in)
-    turns these into masks, so that runs on CPUs of other vector widths part at the second step (4e-3 in the loss, seen).
-    The order of the sum is therefore part of the algorithm here. Sixteen lanes reproduce the recorded runs."""
-
-    @staticmethod
-    def forward(ctx, logits: Float[Tensor, "*row candidate"], lanes: int) -> Float[Tensor, "*row candidate"]:
-        """beta."""
-        powers = (logits - logits.amax(dim=-1, keepdim=True)).exp()
-        first, *others = nn.functional.pad(powers, (0, -powers.shape[-1] % lanes)).split(lanes, dim=-1)
-        partial = sum(others, start=first)
-        while partial.shape[-1] > 1:
-            low, high = partial.chunk(2, dim=-1)
-            partial = low + high
-        beta = powers * (1 / partial)
-        ctx.save_for_backward(beta)
-        return beta
-
-    @staticmethod
-    def backward(ctx, gradient: Float[Tensor, "*row candidate"]):
-        """beta_d (g_d - sum_e beta_e g_e)."""
-        (beta,) = ctx.saved_tensors
-        return beta * (gradient - (beta * gradient).sum(dim=-1, keepdim=True)), None
-
-
-class CandidateMask(torch.autograd.Function):
-    """W * hard mask, with the gradient of the soft mask to the candidates' probabilities beta.
-
-    With P(r) = sum of beta_d over cut_d > r, d(W (1 - P)) / d beta_d = -W at ranks below cut_d, so that the gradient is
-    minus the sum of W * dL/dW over ranks below cut_d: a prefix sum over buckets of ranks."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        weight: Float[Tensor, "out in"],
-        rank: Int[Tensor, "out in"],
-        pruned: Int[Tensor, " out"],
-        beta: Float[Tensor, "*row candidate"],
-        cuts: Int[Tensor, " candidate"],
-    ) -> Float[Tensor, "out in"]:
-        """`cuts` [candidate] = floor(in * p_d)."""
-        ctx.save_for_backward(weight, rank, cuts)
-        ctx.shared = beta.dim() == 1
-        return weight * keep_by_rank(rank, pruned)
-
-    @staticmethod
-    def backward(ctx, gradient: Float[Tensor, "out in"]):
-        """Only beta has a gradient: the weights are frozen."""
-        weight, rank, cuts = ctx.saved_tensors
-        edges, candidate_of_edge = torch.unique(cuts, return_inverse=True)
-        bucket_of_rank = torch.bucketize(torch.arange(weight.shape[1], device=cuts.device), edges, right=True)
-        product = weight.float() * gradient.float()
-        sums = product.new_zeros(len(weight), len(edges) + 1)
-        sums.scatter_add_(1, bucket_of_rank[rank.long()], product)
-        if ctx.shared:
-            sums = sums.sum(dim=0)
-        below_edge = sums.cumsum(dim=-1)[..., :-1]
-        return None, None, None, -below_edge[..., candidate_of_edge], None
 
 
 @dataclass(frozen=True)
@@ -167,7 +98,9 @@ class BesaPaper:
         """Learn theta for `epochs` passes over the samples in order, then fix the hard masks."""
         weights, importances = self._importances(block, statistics)
         allocations = {
-            name: _Allocation(weights[name], importance, self.granularity == "row", self.sigmoid, self.sparsity_step)
+            name: CandidateAllocation(
+                weights[name], importance, self.granularity == "row", self.sigmoid, self.sparsity_step
+            )
             for name, importance in importances.items()
         }
         start_masks = {name: allocation.keep_mask() for name, allocation in allocations.items()}
@@ -220,38 +153,3 @@ class BesaPaper:
                     weights[name] = weights[name].masked_fill(dead, 0)
                     importances[name] = obs_importance(weights[name], factor, self.metric == "SparseGPT-Git")
         return weights, importances
-
-
-class _Allocation(nn.Module):
-    """The learnable allocation of one linear: theta [out candidate], or [candidate] when the rows share it."""
-
-    def __init__(self, weight: Tensor, importance: Tensor, per_row: bool, sigmoid: bool, step: float) -> None:
-        super().__init__()
-        self.weight, self.rank, self.sigmoid = weight, rank_in_row(importance), sigmoid
-        self.candidates = float_candidates(step).to(weight.device)
-        rows, self.columns = weight.shape
-        self.cuts = torch.tensor([int(self.columns * float(p)) for p in self.candidates], device=weight.device)
-        shape = (rows, len(self.candidates)) if per_row else (len(self.candidates),)
-        self.theta = nn.Parameter(torch.zeros(shape, device=weight.device))
-
-    def beta(self) -> Tensor:
-        logits = self.theta.sigmoid() if self.sigmoid else self.theta
-        return SoftmaxInLanes.apply(logits, 16)
-
-    def row_sparsity(self) -> Tensor:
-        """alpha of every row [out]."""
-        return (self.beta() @ self.candidates).expand(len(self.weight))
-
-    def pruned(self, alpha: Tensor) -> Tensor:
-        return (alpha.detach() * self.columns).long()
-
-    @torch.no_grad()
-    def keep_mask(self) -> Tensor:
-        return keep_by_rank(self.rank, self.pruned(self.row_sparsity()))
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """The masked weight and the linear's expected sparsity."""
-        beta = self.beta()
-        alpha = (beta @ self.candidates).expand(len(self.weight))
-        masked = CandidateMask.apply(self.weight, self.rank, self.pruned(alpha), beta, self.cuts)
-        return masked, alpha.mean()

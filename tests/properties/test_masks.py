@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from besa_exp.masks import Target, keep_by_rank, keep_largest, keep_n_of_m, rank_in_row, round_to_total
 from besa_exp.pruners.allocation import count_gradient, project_to_budget
-from besa_exp.pruners.besa_paper import CandidateMask, float_candidates
+from besa_exp.pruners.candidates import CandidateMask, float_candidates
 
 QUICK = settings(max_examples=50, deadline=None)
 

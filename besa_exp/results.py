@@ -1,0 +1,59 @@
+"""The content of results.json, from what a run measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from besa_exp.calibration import Calibration
+from besa_exp.evaluation import Scores
+from besa_exp.masks import Target
+from besa_exp.reports import BlockReport
+from besa_exp.settings import RunSettings
+
+
+def results_of(
+    settings: RunSettings,
+    calibration: Calibration,
+    reports: Sequence[BlockReport],
+    environment: Mapping[str, Any],
+) -> dict[str, Any]:
+    """results.json without scores, times and memory."""
+    samples, length = calibration.input_ids.shape
+    linears = [linear for report in reports for linear in report.linears]
+    weights, pruned = sum(linear.weights for linear in linears), sum(linear.pruned for linear in linears)
+    return {
+        "model": settings.model.path,
+        "pruner": settings.pruner_name,
+        "pattern": settings.pattern,
+        "seed": settings.seed,
+        "target_sparsity": Target.parse(settings.sparsity, settings.pattern).sparsity,
+        "measured_sparsity": pruned / weights,
+        "linears": len(linears),
+        "blocks": [_block(report) for report in reports],
+        "calibration": {
+            "name": calibration.name,
+            "num_samples": samples,
+            "seq_len": length,
+            "tokens_sha256": calibration.tokens_sha256,
+            "provenance": calibration.provenance,
+        },
+        "environment": environment,
+    }
+
+
+def _block(report: BlockReport) -> dict[str, Any]:
+    return {
+        "index": report.index,
+        "reconstruction_loss": {"before": report.loss_before, "after": report.loss_after},
+        "seconds": report.seconds,
+        "linears": {
+            linear.name: {"weights": linear.weights, "pruned": linear.pruned, "sparsity": linear.sparsity}
+            for linear in report.linears
+        },
+    }
+
+
+def score_values(scores: Scores) -> dict[str, Any]:
+    """The part of results.json that one model's scores are."""
+    return {"perplexity": scores.perplexity, "zero_shot": scores.zero_shot, "unavailable": scores.unavailable}
