@@ -42,7 +42,8 @@ def load_model(
         logger.warning("%s has no tokenizer that loads (%s): only token files can be read", settings.path, error)
         tokenizer = None
     model.eval().requires_grad_(False)
-    return model.to(device), tokenizer
+    torch.nn.Module.to(model, device)  # transformers' own `to` is not typed
+    return model, tokenizer
 
 
 def model_path(settings: ModelSettings) -> str:

@@ -100,9 +100,9 @@ def _prepare(settings: RunSettings) -> torch.device:
 def _calibrate(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Calibration:
     settings = run.settings
     run.console.stage(f"calibration tokens from {settings.calibration.path or settings.calibration.name}")
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
+    vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     calibration = load_calibration(
-        settings.calibration, tokenizer, model_context(model), settings.offline, vocabulary=int(vocabulary)
+        settings.calibration, tokenizer, model_context(model), settings.offline, vocabulary=vocabulary
     )
     if settings.calibration.save_tokens:
         save_tokens(calibration, run.folder.tokens)

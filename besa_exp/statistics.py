@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from besa_exp.blocks import Block, Hidden
 from besa_exp.errors import RunError
 
-S = TypeVar("S")
-
 
 class Statistic(Protocol):
     """Accumulates over batches of a linear's inputs."""
@@ -27,6 +25,9 @@ class Statistic(Protocol):
     def add(self, inputs: Tensor) -> None: ...
 
     def is_finite(self) -> bool: ...
+
+
+S = TypeVar("S", bound=Statistic)
 
 
 class InputNorm:
@@ -84,9 +85,7 @@ def by_shared_input(statistics: Mapping[str, S]) -> Iterator[tuple[S, tuple[str,
 
 
 @torch.no_grad()
-def observe(
-    block: Block, inputs: Hidden, statistic: type[Statistic] | None, batch_size: int
-) -> tuple[dict[str, Statistic], Hidden]:
+def observe(block: Block, inputs: Hidden, statistic: type[S] | None, batch_size: int) -> tuple[dict[str, S], Hidden]:
     """One pass of the block as it is over all samples: a statistic for every linear (linears that are given the same
     tensor share one) and the outputs. RunError: a statistic is not finite, or a linear was never called."""
     if statistic is None:

@@ -84,8 +84,10 @@ def test_projection_meets_the_budget_stays_in_bounds_and_keeps_the_order(cells, 
 
 def soft_mask(beta, cuts, rank):
     """The authors' soft keep mask, literally: 1 - sum of beta_d over candidates whose cut lies above the rank."""
-    pruned = sum(beta[:, d, None] * (cut > rank) for d, cut in enumerate(cuts.tolist()))
-    return 1 - pruned
+    keep = torch.ones(beta.shape[0], rank.shape[1], dtype=beta.dtype)
+    for d, cut in enumerate(cuts.tolist()):
+        keep = keep - beta[:, d, None] * (cut > rank)
+    return keep
 
 
 @pytest.mark.parametrize("columns", [1, 63, 64, 127, 172])

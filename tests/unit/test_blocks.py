@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_llama import tiny_llama
@@ -41,7 +43,11 @@ FAMILIES = {
 INPUT_IDS = torch.randint(1, 64, (5, 24), generator=torch.Generator().manual_seed(3))
 
 
-def tiny(family):
+def weight_of(model, path) -> torch.Tensor:
+    return model.get_parameter(f"model.layers.{path}.weight")
+
+
+def tiny(family) -> Any:
     config = AutoConfig.for_model(family, **(SIZES | FAMILIES[family]))
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -148,7 +154,7 @@ def test_reconstruction_loss_is_the_papers_formula_in_fp64():
 def test_a_statistic_that_overflows_stops_the_run_naming_block_and_linear():
     model = tiny_llama(context=32)
     model.requires_grad_(False)
-    model.model.layers[1].mlp.up_proj.weight[0] = float("inf")
+    weight_of(model, "1.mlp.up_proj")[0] = float("inf")
     blocks = capture_blocks(model, INPUT_IDS)
     with pytest.raises(RunError, match=r"model\.layers\.1\.mlp\.down_proj.*not finite"):
         list(prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 5), Wanda(), Target(0.5), 5))
@@ -156,7 +162,7 @@ def test_a_statistic_that_overflows_stops_the_run_naming_block_and_linear():
 
 def test_a_loss_that_is_not_finite_stops_the_run_naming_the_block():
     model = tiny_llama(context=32).half().requires_grad_(False)
-    model.model.layers[0].mlp.down_proj.weight *= 1e4
+    weight_of(model, "0.mlp.down_proj").mul_(1e4)
     blocks = capture_blocks(model, INPUT_IDS)
     with pytest.raises(RunError, match=r"model\.layers\.[01]"):
         list(prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 5), Besa(), Target(0.5), 5))

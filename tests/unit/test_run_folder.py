@@ -115,12 +115,12 @@ def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path: Path) -> None:
 def test_a_folder_with_files_that_no_run_wrote_is_refused_untouched(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_text("precious")
-    (tmp_path / "status.json").write_text('{"mine": 1}')
+    (tmp_path / "status.json").write_text('{"status": "mine"}')
     match = "holds model, status.json, which a run would replace"
     with pytest.raises(ConfigurationError, match=match), RunFolder.open(tmp_path, overwrite=True):
         pass
     assert (tmp_path / "model" / "weights").read_text() == "precious"
-    assert (tmp_path / "status.json").read_text() == '{"mine": 1}'
+    assert (tmp_path / "status.json").read_text() == '{"status": "mine"}'
 
 
 def test_a_file_cannot_be_a_run_folder(tmp_path: Path) -> None:
