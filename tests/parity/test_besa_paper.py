@@ -37,7 +37,8 @@ def golden():
 def prune_golden(golden, pruner, sparsity):
     tensors, record = golden
     config: dict[str, Any] = {key: value for key, value in record["config"].items() if key != "model_type"}
-    model = LlamaForCausalLM(LlamaConfig(**(config | {"attn_implementation": "eager"}))).eval().requires_grad_(False)
+    config["attn_implementation"] = "eager"
+    model = LlamaForCausalLM(LlamaConfig(**config)).eval().requires_grad_(False)
     weights = {name.removeprefix("dense."): value for name, value in tensors.items() if name.startswith("dense.")}
     model.load_state_dict(weights)
     input_ids = tensors["input_ids"].long()
