@@ -48,10 +48,15 @@ def continuation_items() -> tuple[Item, ...]:
 
     Raises ValueError where the installed packages hold too little held-out text for them.
     """
-    training = "\0".join(embedded_text("train").documents)
+    documents = embedded_text("held_out").documents
+    training, held_out = "\0".join(embedded_text("train").documents), "\0".join(documents)
     passages = []
-    for number, document in enumerate(embedded_text("held_out").documents):
-        found = [passage for passage in _passages(document, number) if passage.continuation not in training]
+    for number, document in enumerate(documents):
+        found = [
+            passage
+            for passage in _passages(document, number)
+            if passage.continuation not in training and held_out.count(passage.continuation) == 1
+        ]
         passages += sorted(found, key=_digest)[:ITEMS_PER_DOCUMENT]
     passages = sorted(passages, key=_digest)[:ITEMS]
     if len(passages) < ITEMS:
