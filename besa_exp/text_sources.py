@@ -140,9 +140,11 @@ def fetch(source: str, use: Use, offline: bool) -> Path:
         )
     except (OSError, HTTPError) as error:
         cause = "offline=true and it is not in the local cache" if offline else first_line(error)
+        revision = f" --revision {wanted.revision}" if wanted.revision else ""
         raise Unavailable(
-            f"{source}: cannot get {wanted.filename} of the data set {wanted.repository} ({cause}); fetch it where "
-            f"there is a network with `besa prefetch` and the same keys, or give a local file instead of the name"
+            f"{source}: cannot get {wanted.filename} of the data set {wanted.repository} ({cause}); give a local file "
+            "instead of the name, or fetch it where there is a network: "
+            f"hf download --repo-type dataset{revision} {wanted.repository} {wanted.filename}"
         ) from error
     return Path(path)
 

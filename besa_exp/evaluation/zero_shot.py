@@ -115,7 +115,7 @@ def load_task(name: str, data_dir: str | None, num_fewshot: int, offline: bool) 
             # A group of one: the way lm-eval offers to change some fields of a registered task and keep the others.
             loaded = manager.load({"group": "one", "task": [{"task": name, **override}]})
     except LOADING_ERRORS as error:
-        remedy = "" if embedded else "; run `besa prefetch` with a network, or set evaluator.data_dir"
+        remedy = "" if embedded else "; set evaluator.data_dir, or run once with a network and offline=false"
         raise Unavailable(f"its data cannot be loaded ({first_line(error)}){remedy}") from error
     task = loaded["tasks"][name]
     assert isinstance(task, ConfigurableTask)

@@ -172,7 +172,7 @@ def test_a_set_that_cannot_be_had_is_none_with_its_reason_and_loses_no_other(mod
     save_file({"input_ids": torch.full((2, 8), 258)}, tmp_path / "beyond.safetensors")
     save_file({"input_ids": torch.ones(2, 65, dtype=torch.int64)}, tmp_path / "long.safetensors")
     reasons = {
-        "wikitext2": "besa prefetch",
+        "wikitext2": "hf download",
         str(tmp_path / "short.txt"): "6 tokens do not fill one window of 64",
         str(tmp_path / "broken.jsonl"): "line 1",
         str(tmp_path / "beyond.safetensors"): "vocabulary of 258",

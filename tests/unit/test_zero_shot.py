@@ -93,7 +93,7 @@ def test_accuracies_equal_a_literal_computation_on_the_first_questions_of_the_li
     assert scores.provenance["zero_shot"]["limit"] == scores.provenance["zero_shot"]["tasks"]["openbookqa"]["documents"]
 
 
-def test_scores_equal_those_of_lm_evals_own_simple_evaluate(model, shared_dir):
+def test_scores_equal_those_of_lm_evals_own_simple_evaluate_also_with_examples(model, mirror):
     import lm_eval.tasks
     from lm_eval.models.huggingface import HFLM
 
@@ -101,18 +101,21 @@ def test_scores_equal_those_of_lm_evals_own_simple_evaluate(model, shared_dir):
 
     simple_evaluate: Any = lm_eval.simple_evaluate  # a decorator hides the signatures of both from a type checker
     hflm: Any = HFLM
-
-    data_dir = shared_dir / "data" / "zero_shot"
+    write_mirror(mirror, "piqa", "validation", [ROWS["piqa"](number * number) for number in range(60)])
+    write_mirror(mirror, "piqa", "train", [ROWS["piqa"](number) for number in range(100, 130)])
     with quiet(), torch.random.fork_rng():
-        task, _ = load_task("arc_easy", str(data_dir), 0, True)
+        task, _ = load_task("piqa", str(mirror), 2, True)
         theirs = simple_evaluate(
             hflm(pretrained=model, tokenizer=byte_tokenizer(), batch_size=3),
             tasks=[task],
             task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
-            limit=12,
+            num_fewshot=2,
+            fewshot_random_seed=0,
         )
-    ours = score(model, settings("arc_easy", data_dir=data_dir, limit=12)).zero_shot["arc_easy"]
-    assert ours == pytest.approx({key: theirs["results"]["arc_easy"][key] for key in ours})
+    ours = score(model, settings("piqa", data_dir=mirror, num_fewshot=2))
+    metrics = ours.zero_shot["piqa"]
+    assert metrics == pytest.approx({key: theirs["results"]["piqa"][key] for key in metrics})
+    assert ours.provenance["zero_shot"]["tasks"]["piqa"]["num_fewshot"] == 2
 
 
 def test_equal_runs_give_equal_scores_print_nothing_and_leave_all_global_states_as_they_were(
@@ -147,10 +150,11 @@ def test_the_record_says_what_makes_two_scores_comparable(model, mirror):
     assert "piqa/validation.jsonl sha256:" in task["data"]
 
 
-def test_the_batch_size_reaches_lm_evals_model(model):
+def test_the_batch_size_and_the_context_reach_lm_evals_model(model):
     from besa_exp.evaluation.zero_shot import harness
 
-    assert harness(model, byte_tokenizer(), 7, CONTEXT).batch_size == 7
+    scored = harness(model, byte_tokenizer(), 7, 100)
+    assert (scored.batch_size, scored.max_length) == (7, 100)
 
 
 # lm-eval's own definitions
@@ -235,18 +239,14 @@ def test_a_task_of_the_hub_that_is_not_cached_is_unavailable_offline_at_once(mod
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     scores = score(model, settings("piqa"))
     assert "OfflineModeIsEnabled" in scores.unavailable["piqa"]
-    assert "besa prefetch" in scores.unavailable["piqa"]
+    assert "set evaluator.data_dir" in scores.unavailable["piqa"]
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
     assert datasets.config.HF_HUB_OFFLINE is False
 
 
-def test_few_shot_examples_come_from_the_mirror_or_are_missed_by_name(model, mirror):
-    given = settings("piqa", data_dir=mirror, num_fewshot=2, limit=3)
-    assert str(mirror / "piqa" / "train.jsonl") in score(model, given).unavailable["piqa"]
-    write_mirror(mirror, "piqa", "train", [ROWS["piqa"](number) for number in range(20, 30)])
-    first, again = score(model, given), score(model, given)
-    assert first.provenance["zero_shot"]["tasks"]["piqa"]["num_fewshot"] == 2
-    assert first == again
+def test_few_shot_examples_that_the_mirror_lacks_are_missed_by_name(model, mirror):
+    scores = score(model, settings("piqa", data_dir=mirror, num_fewshot=2))
+    assert str(mirror / "piqa" / "train.jsonl") in scores.unavailable["piqa"]
 
 
 def test_prompts_beyond_the_context_are_cut_and_counted(mirror):
