@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -38,6 +38,7 @@ def pruned_by_masks(keep_masks: Mapping[str, Bool[Tensor, "out in"]]) -> PrunedB
     return PrunedBlock(keep_masks, {name: 1 - mask.float().mean(dim=1) for name, mask in keep_masks.items()})
 
 
+@runtime_checkable
 class Pruner(Protocol):
     """A method knows one block, its inputs, the targets and the statistics; never a model, a data set or a config."""
 
@@ -119,7 +120,8 @@ def prune_blocks(
         before = _start_loss(block, inputs, targets, pruned)
         write_weights(block, pruned)
         inputs = block.outputs(inputs, batch_size)
-        after = _probe_loss(block, inputs, targets)
+        probe = num_probe_samples(len(inputs))
+        after = _finite_loss(block, inputs[-probe:], targets[-probe:])
         seconds = time.perf_counter() - started
         yield _report(block, pruned, after if before is None else before, after, seconds), pruned
 
@@ -130,17 +132,16 @@ def _start_loss(block: Block, inputs: Hidden, targets: Hidden, pruned: PrunedBlo
         return None
     weights = {name: linear.weight.detach() * pruned.start_masks[name] for name, linear in block.linears.items()}
     probe = num_probe_samples(len(inputs))
-    return _probe_loss(block, block.outputs(inputs[-probe:], probe, weights), targets)
+    return _finite_loss(block, block.outputs(inputs[-probe:], probe, weights), targets[-probe:])
 
 
-def _probe_loss(block: Block, outputs: Hidden, targets: Hidden) -> float:
-    probe = num_probe_samples(len(targets))
-    loss = float(reconstruction_loss(outputs[-probe:], targets[-probe:]))
-    if loss != loss or loss in (float("inf"), float("-inf")):
+def _finite_loss(block: Block, outputs: Hidden, targets: Hidden) -> float:
+    loss = reconstruction_loss(outputs, targets)
+    if not torch.isfinite(loss):
         raise RunError(
-            f"{block.name}: the reconstruction loss is {loss}; its inputs, targets or outputs are not finite."
+            f"{block.name}: the reconstruction loss is {float(loss)}; its inputs, targets or outputs are not finite."
         )
-    return loss
+    return float(loss)
 
 
 def _report(block: Block, pruned: PrunedBlock, before: float, after: float, seconds: float) -> BlockReport:

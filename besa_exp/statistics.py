@@ -7,7 +7,7 @@ A sample is one calibration sequence; both statistics are means over samples, as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,12 +17,13 @@ from besa_exp.blocks import Block, Hidden
 from besa_exp.errors import RunError
 
 
+@runtime_checkable
 class Statistic(Protocol):
     """Accumulates over batches of a linear's inputs."""
 
     def __init__(self, columns: int, device: torch.device) -> None: ...
 
-    def add(self, inputs: Tensor) -> None: ...
+    def add(self, inputs: Tensor, samples: int) -> None: ...
 
     def is_finite(self) -> bool: ...
 
@@ -37,10 +38,10 @@ class InputNorm:
         self.total = torch.zeros(columns, dtype=torch.float32, device=device)
         self.samples = 0
 
-    def add(self, inputs: Float[Tensor, "sample seq in"]) -> None:
-        """Accumulate one batch."""
-        self.total += inputs.float().square().sum(dim=(0, 1))
-        self.samples += inputs.shape[0]
+    def add(self, inputs: Float[Tensor, "*token in"], samples: int) -> None:
+        """Accumulate the tokens of `samples` more samples (some models flatten samples and tokens into one axis)."""
+        self.total += inputs.float().flatten(0, -2).square().sum(dim=0)
+        self.samples += samples
 
     @property
     def squared_norm(self) -> Float[Tensor, " in"]:
@@ -59,11 +60,11 @@ class Hessian:
         self.total = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         self.samples = 0
 
-    def add(self, inputs: Float[Tensor, "sample seq in"]) -> None:
-        """Accumulate one batch."""
-        tokens = inputs.float().flatten(0, 1)
+    def add(self, inputs: Float[Tensor, "*token in"], samples: int) -> None:
+        """Accumulate the tokens of `samples` more samples (some models flatten samples and tokens into one axis)."""
+        tokens = inputs.float().flatten(0, -2)
         self.total.addmm_(tokens.T, tokens)
-        self.samples += inputs.shape[0]
+        self.samples += samples
 
     @property
     def matrix(self) -> Float[Tensor, "in in"]:
@@ -98,12 +99,17 @@ def observe(block: Block, inputs: Hidden, statistic: type[S] | None, batch_size:
         leader: statistic(block.linears[leader].in_features, inputs.device) for leader in set(leaders.values())
     }
 
+    samples = 0
+
     def adder(leader: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, args: statistics[leader].add(args[0])
+        return lambda module, args: statistics[leader].add(args[0], samples)
 
     hooks = [block.linears[leader].register_forward_pre_hook(adder(leader)) for leader in statistics]
+    outputs = []
     try:
-        outputs = block.outputs(inputs, batch_size)
+        for batch in batches:
+            samples = len(batch)
+            outputs.append(block(batch))
     finally:
         for hook in hooks:
             hook.remove()
@@ -113,7 +119,7 @@ def observe(block: Block, inputs: Hidden, statistic: type[S] | None, batch_size:
                 f"{block.name}.{leader}: the statistic of its inputs is not finite (NaN or inf in the calibration "
                 "activations); load the model in float32 or bfloat16 (model.dtype) or check its weights."
             )
-    return {name: statistics[leaders[name]] for name in block.linears}, outputs
+    return {name: statistics[leaders[name]] for name in block.linears}, torch.cat(outputs)
 
 
 def _shared_inputs(block: Block, inputs: Hidden) -> dict[str, str]:

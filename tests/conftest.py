@@ -11,6 +11,11 @@ os.environ.pop("HYDRA_FULL_ERROR", None)
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
+
+# Shapes are types: every annotated function of these modules is checked at each call, in tests only.
+SHAPED = "blocks calibration checkpoint evaluation importance masks pruners pruning statistics tokens"
+install_import_hook([f"besa_exp.{module}" for module in SHAPED.split()], "beartype.beartype")
 
 ROOT = Path(__file__).parents[1]
 SHARED_DIR = Path(os.environ.get("BESA_SHARED", ROOT.parent / "shared"))

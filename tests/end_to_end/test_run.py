@@ -19,7 +19,10 @@ from besa_exp.checkpoint import load_masks
 from besa_exp.embedded.text import MODEL_DIR, TASKS_DIR, calibration_documents
 from besa_exp.main import main
 
-FILES = "results.json metrics.jsonl sparsity.csv status.json run.log config.yaml environment.json masks.safetensors wandb model"
+FILES = (
+    "results.json metrics.jsonl sparsity.csv status.json run.log config.yaml environment.json masks.safetensors "
+    "wandb model"
+)
 RESULTS = (
     "model pruner pattern seed target_sparsity measured_sparsity linears perplexity zero_shot dense blocks seconds "
     "peak_memory_bytes calibration environment"

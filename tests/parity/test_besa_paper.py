@@ -21,7 +21,7 @@ GOLDEN_DIR = Path(__file__).parents[1] / "golden"
 
 CASES = {
     "row": (BesaPaper(), 0.5),
-    "linear_dense_target": (BesaPaper(granularity="linear", dense_targets=True, d_coef=50), 0.5),
+    "linear_dense_target": (BesaPaper(granularity="linear", dense_targets=True, d_coef=50.0), 0.5),
     "row_weight_metric": (BesaPaper(metric="Weight"), 0.5),
     "row_sparsegpt_metric": (BesaPaper(metric="SparseGPT"), 0.5),
     "row_adamw": (BesaPaper(optimizer="adamw", lr=0.01), 0.5),

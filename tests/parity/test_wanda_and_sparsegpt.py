@@ -29,7 +29,7 @@ def factor(golden):
 def observed(statistic, inputs, batch_size=1):
     result = statistic(inputs.shape[-1], inputs.device)
     for batch in inputs.split(batch_size):
-        result.add(batch)
+        result.add(batch, len(batch))
     return result
 
 

@@ -127,6 +127,16 @@ def test_statistics_and_outputs_do_not_depend_on_the_batch_size(batch_size):
     torch.testing.assert_close(statistics["mlp.down_proj"].squared_norm.double(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("statistic", [InputNorm, Hessian])
+def test_inputs_that_a_model_flattens_into_one_axis_of_tokens_count_the_same(statistic):
+    inputs = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
+    whole, flat = statistic(5, inputs.device), statistic(5, inputs.device)
+    whole.add(inputs, 3)
+    flat.add(inputs.view(21, 5), 3)
+    assert torch.equal(whole.total, flat.total)
+    assert whole.total.shape[-1] == 5
+
+
 def test_statistics_are_taken_on_the_pruned_prefix():
     model = tiny("llama")
     blocks = capture_blocks(model, INPUT_IDS)

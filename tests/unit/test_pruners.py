@@ -146,7 +146,7 @@ def test_besa_linear_shares_one_sparsity_per_linear():
 
 
 def test_besa_paper_cannot_leave_its_published_range():
-    results = prune_tiny(BesaPaper(d_coef=1000, penalty=1000), sparsity=0.9)[1]
+    results = prune_tiny(BesaPaper(d_coef=1000.0, penalty=1000.0), sparsity=0.9)[1]
     for _, pruned in results:
         for allocated in pruned.allocated.values():
             assert float(allocated.min()) > 0.37
@@ -157,11 +157,11 @@ def test_besa_paper_cannot_leave_its_published_range():
     ("make", "field"),
     [
         (lambda: Besa(granularity="column"), "pruner.granularity=column"),
-        (lambda: Besa(lr=0), "pruner.lr=0"),
+        (lambda: Besa(lr=0.0), "pruner.lr=0.0"),
         (lambda: Besa(epochs=0), "pruner.epochs=0"),
         (lambda: BesaPaper(metric="wanda"), "pruner.metric=wanda"),
-        (lambda: BesaPaper(d_coef=0), "pruner.d_coef=0"),
-        (lambda: SparseGPT(damping=0), "pruner.damping=0"),
+        (lambda: BesaPaper(d_coef=0.0), "pruner.d_coef=0.0"),
+        (lambda: SparseGPT(damping=0.0), "pruner.damping=0.0"),
         (lambda: SparseGPT(group_size=0), "pruner.group_size=0"),
     ],
 )
