@@ -1,6 +1,7 @@
 # make run    set up .venv and prune the embedded model (ARGS="sparsity=0.6 pruner=wanda" adds to the command)
 # make test   set up .venv and check everything: ruff, pyright, pytest
 # make setup  set up .venv only
+# make first-results  run the study of experiments/first_results (about an hour on 2 cores; done runs are skipped)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +13,7 @@ IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python,\
 	$(shell $(name) -c '$(IN_RANGE)' 2>/dev/null && echo $(name))))
 
-.PHONY: setup run test lint types pytest clean
+.PHONY: setup run test lint types pytest first-results clean
 .DEFAULT_GOAL := run
 
 setup: $(STAMP)
@@ -40,6 +41,16 @@ types: $(STAMP)
 # Two workers with one thread each: many small tensors gain nothing from more.
 pytest: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# The TinyStories models are not part of the repository: without BESA_SHARED they are n/a in the tables.
+SHARED := $(or $(BESA_SHARED),../shared)
+STUDIES := first_results $(if $(wildcard $(SHARED)/models),first_results_babyllama first_results_stories260k)
+STUDY = OMP_NUM_THREADS=1 $(BIN)/besa prune experiment=$(study)
+
+first-results: $(STAMP)
+	$(if $(wildcard $(SHARED)/models),$(BIN)/python experiments/first_results/tokens.py --shared $(SHARED))
+	$(foreach study,$(STUDIES),$(STUDY) pruner=dense sparsity=0 seed=0 && $(STUDY) pruner=magnitude seed=0 && $(STUDY) &&) true
+	$(BIN)/python experiments/first_results/collect.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
