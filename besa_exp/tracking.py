@@ -38,19 +38,15 @@ class Tracker(Protocol):
 
     def log_step(self, step: Step) -> None:
         """One optimisation step."""
-        ...
 
     def log_block(self, report: BlockReport) -> None:
         """One pruned block; its steps have been logged already."""
-        ...
 
     def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
         """Scores of the pruned model, and of the dense one where it was scored."""
-        ...
 
     def finish(self, reports: Sequence[BlockReport], failed: bool = False) -> None:
         """Closes the run, with the table of all `reports` where there are any."""
-        ...
 
 
 class NoTracker:
