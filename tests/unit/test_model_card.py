@@ -26,7 +26,7 @@ RESULTS = {
     "dense": {"perplexity": {"wikitext2": 5.5}, "zero_shot": {"piqa": {"acc,none": 0.8}}},
     "unavailable": {"ptb": "no network"},
 }
-COMMAND = ("besa", "prune", "sparsity=0.6", "+hf_token=abc", "model.path=my models/tiny")
+COMMAND = ("/home/somebody/.venv/bin/besa", "prune", "sparsity=0.6", "+hf_token=abc", "model.path=my models/tiny")
 
 
 def test_the_card_names_method_target_measured_sparsity_and_command() -> None:
