@@ -25,7 +25,8 @@ def model_card(
 ) -> str:
     """Markdown from the content of results.json (without scores: a card that names none) and the command's words.
 
-    The program, `command`'s first word, is shown as `besa`: where it is installed is nobody's business. `hub_id` is the dense model's name on the Hugging Face hub, where it has one."""
+    `hub_id` is the dense model's name on the Hugging Face hub, where it has one. The program, first word of
+    `command`, is shown as `besa`: where it is installed is nobody's business."""
     name = hub_id or results["model"].rstrip("/").rpartition("/")[2]  # of a folder its last part: the rest is private
     model = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else name
     target, measured = results["target_sparsity"], results["measured_sparsity"]
@@ -46,16 +47,8 @@ def model_card(
     lines += ["|---|---:|---:|---:|"]
     for name, (weights, pruned) in type_counts(results["blocks"]).items():
         lines.append(f"| {name} | {weights:,} | {pruned:,} | {pruned / weights:.4f} |")
-    lines += [
-        "",
-        *_scores(results),
-        "## Command",
-        "",
-        "```",
-        shlex.join(["besa", *masked_command(command[1:])]),
-        "```",
-        "",
-    ]
+    shown = shlex.join(["besa", *masked_command(command[1:])])
+    lines += ["", *_scores(results), "## Command", "", "```", shown, "```", ""]
     return "\n".join(lines)
 
 
