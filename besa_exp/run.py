@@ -190,7 +190,7 @@ def _save(
             return model
         run.console.stage("saving the pruned model and loading it anew")
         sources = Path(model_path(settings.model))
-        card = model_card(results, sys.argv)
+        card = _card(run, results)
         save_model(model, tokenizer, folder.model, card, sources if sources.is_dir() else None)
         zeros = sum(pruned for _, pruned in count_zeros(folder.model, keep_masks).values())
         reported = sum(linear["pruned"] for block in results["blocks"] for linear in block["linears"].values())
@@ -198,6 +198,13 @@ def _save(
             raise RunError(f"{folder.model}: the saved weights hold {zeros} zeros, {reported} were reported")
         saved = replace(settings.model, path=str(folder.model), revision=None, dtype="auto")
         return load_model(saved, run.device, offline=True)[0]
+
+
+def _card(run: Run, results: Mapping[str, Any]) -> str:
+    """The model card; a model that is neither embedded nor a folder is named by its hub id."""
+    model = run.settings.model
+    local = Path(model_path(model)).is_dir()
+    return model_card(results, sys.argv, None if local else model.path, model.revision)
 
 
 def _peak_memory(device: torch.device) -> dict[str, int]:
@@ -210,5 +217,5 @@ def _write(run: Run, results: Mapping[str, Any]) -> None:
     """results.json, the model card with the scores, and the tables."""
     run.folder.write_results(results)
     if run.settings.save.model:
-        write_card(run.folder.model, model_card(results, sys.argv))
+        write_card(run.folder.model, _card(run, results))
     run.console.summary(results, run.folder.path)

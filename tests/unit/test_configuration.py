@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.types import RunMode
 from hypothesis import given, settings, strategies
@@ -19,6 +18,8 @@ from besa_exp.errors import ConfigurationError
 from besa_exp.overrides import Composer
 from besa_exp.presets import default_preset, first_comment, groups, listing, presets
 from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings, RunSettings, TrackerSettings
+
+ROOT = Path(__file__).parents[2]
 
 PRESETS = [(group, preset) for group in groups() for preset in presets(group)]
 NEEDED = {("model", "local"): ["model.path=folder"], ("calibration", "local"): ["calibration.path=text.txt"]}
