@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 
 from besa_exp import __version__
@@ -33,10 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"commands: {', '.join(name for name in COMMANDS if name[0] != '-')}; besa --help", file=sys.stderr)
         return 2
     try:
-        return COMMANDS[command](rest)
+        code = COMMANDS[command](rest)
+        sys.stdout.flush()
+        return code
     except ConfigurationError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
+            traceback.print_exc()
         print(_refusal(command, error.problems), file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of a pipe has gone: nothing more can be said

@@ -55,17 +55,15 @@ def read_request(arguments: argparse.Namespace) -> Request:
     main = composer.compose(single)
     if main is None:
         raise ConfigurationError(*composer.problems.values())
+    set_before_imports(offline=main.get("offline") is True)
     multirun = arguments.multirun or main.hydra.mode == RunMode.MULTIRUN
     if multirun:
         params = [f"{key}={value}" for key, value in (main.hydra.sweeper.params or {}).items()]
-        lines_of_jobs = composer.spread(overrides, params)
-        configs = [composer.compose([*lines, f"hydra.job.num={i}"]) for i, lines in enumerate(lines_of_jobs)]
+        jobs = _jobs(composer, composer.spread(overrides, params), unknown)
     else:
-        lines_of_jobs, configs = [single], [main]
         swept = [override for override in overrides if override.is_sweep_override()]
         composer.problems |= {o.key_or_group: f"{o.input_line}: several values; add -m to run them all" for o in swept}
-    jobs = _jobs(composer, lines_of_jobs, configs, multirun)
-    _check_jobs(composer, jobs, unknown)
+        jobs = [_job(composer, single, main, unknown, of_sweep=False)]
     if composer.problems or not jobs:
         raise ConfigurationError(*dict.fromkeys(composer.problems.values()) or ["the sweep has no jobs"])
     return Request(composer.config_name, (*arguments.overrides, *composer.search_path), multirun, tuple(jobs))
@@ -90,42 +88,46 @@ def composer_of(arguments: argparse.Namespace) -> Composer:
     return Composer(name, (f"hydra.searchpath=['file://{Path(folder).absolute()}']",))
 
 
-def _jobs(
-    composer: Composer, lines_of_jobs: Iterable[Sequence[str]], configs: Iterable[DictConfig | None], multirun: bool
-) -> list[Job]:
-    jobs, problems = [], composer.problems
-    for number, (lines, config) in enumerate(zip(lines_of_jobs, configs, strict=True)):
+def _jobs(composer: Composer, lines_of_jobs: Sequence[Sequence[str]], unknown: set[str]) -> list[Job]:
+    """The jobs of a sweep. Those that differ from the first in one line come first: they show nearly all that can be
+    wrong with a large sweep, and where something is, the others are not looked at."""
+    jobs: dict[Path, Job] = {}
+    differences = [sum(map(str.__ne__, lines, lines_of_jobs[0])) for lines in lines_of_jobs]
+    for number in sorted(range(len(lines_of_jobs)), key=differences.__getitem__):
+        if composer.problems and differences[number] > 1:
+            break
+        lines = lines_of_jobs[number]
+        config = composer.compose([*lines, f"hydra.job.num={number}"])
         if config is None:
             continue
-        try:
-            folder = _folder(config, multirun)
-        except OmegaConfBaseException as error:
-            problems["hydra.run.dir"] = f"the run folder's name cannot be made: {str(error).splitlines()[0]}"
-            continue
-        twin = next((job for job in jobs if job.folder == folder), None)
-        if twin:
-            problems[str(folder)] = (
-                f"jobs {jobs.index(twin)} and {number} of the sweep would share the folder {folder}: what tells them "
-                "apart does not change the result; sweep something else, or give hydra.sweep.subdir='${hydra.job.num}'"
+        job = _job(composer, lines, config, unknown, of_sweep=True)
+        if job.folder in jobs:
+            different = _only(lines, jobs[job.folder].lines)
+            composer.problems[str(job.folder)] = (
+                f"two jobs of the sweep would share the folder {job.folder}, with {different}: what tells them apart "
+                "does not change the result; drop one, or give each its own with hydra.sweep.subdir='${hydra.job.num}'"
             )
-        jobs.append(Job(tuple(lines), config, folder, is_done(folder) and not config.get("overwrite")))
-    return jobs
+        jobs[job.folder] = job
+    return list(jobs.values())
 
 
-def _folder(config: DictConfig, multirun: bool) -> Path:
-    """Where Hydra will let the job write."""
+def _only(lines: Sequence[str], others: Sequence[str]) -> str:
+    """The lines in which two jobs differ, as `seed=1 and seed=2`."""
+    return " and ".join(" ".join(sorted(set(one) - set(two))) for one, two in ((others, lines), (lines, others)))
+
+
+def _job(composer: Composer, lines: Sequence[str], config: DictConfig, unknown: set[str], of_sweep: bool) -> Job:
+    """The job, its problems noted unless a finished run is there."""
     HydraConfig.instance().set_config(config)  # ${hydra:...} looks there
-    if multirun:
-        return Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir
-    return Path(config.hydra.run.dir)
-
-
-def _check_jobs(composer: Composer, jobs: Sequence[Job], unknown: set[str]) -> None:
-    unfinished = [job for job in jobs if not job.finished]
-    if unfinished:
-        set_before_imports(offline=all(job.config.get("offline") is True for job in unfinished))
-    for job in unfinished:
+    try:
+        folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir) if of_sweep else Path(config.hydra.run.dir)
+    except OmegaConfBaseException as error:
+        composer.problems["hydra.run.dir"] = f"the run folder's name cannot be made: {str(error).splitlines()[0]}"
+        folder = Path()
+    job = Job(tuple(lines), config, folder, is_done(folder) and not config.get("overwrite"))
+    if not job.finished:
         _check_job(composer, job, unknown)
+    return job
 
 
 def _check_job(composer: Composer, job: Job, unknown: set[str]) -> None:

@@ -146,16 +146,17 @@ def test_an_item_offers_four_different_choices_of_one_length_from_four_documents
 
 
 def test_the_right_choice_continues_the_context_and_no_other_does():
-    held_out = embedded_text("held_out").documents
+    documents = embedded_text("held_out").documents
+    held_out = "\0".join(documents)
     for item in items():
-        source = held_out[item.documents[item.answer]]
-        assert item.context + item.choices[item.answer] in source
-        wrong = set(item.choices) - {item.choices[item.answer]}
-        assert not any(item.context + choice in document for choice in wrong for document in held_out)
+        right = item.choices[item.answer]
+        assert item.context + right in documents[item.documents[item.answer]]
+        assert not any(item.context + choice in held_out for choice in item.choices if choice != right)
 
 
 def test_a_scorer_blind_to_the_context_cannot_profit_from_the_places_or_the_choices():
     places = Counter(item.answer for item in items())
+    assert len(places) == 4
     assert max(places.values()) - min(places.values()) <= 1
     right = {item.choices[item.answer] for item in items()}
     assert all(set(item.choices) <= right for item in items())

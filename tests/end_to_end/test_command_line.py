@@ -1,0 +1,99 @@
+"""What the command line answers when all is well: runs, flags of Hydra, presets of one's own, completion."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from besa_exp.main import main
+
+OWN_PRESET = "# A preset of one's own\n_target_: besa_exp.settings.ModelSettings\npath: /models/mine\n"
+
+
+@pytest.fixture
+def logging_as_it_was() -> Iterator[None]:
+    """Hydra's --info gives the root logger a handler of its own, which a program that ends does not mind."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def test_the_resolved_configuration_is_shown_readable_and_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prune", "--cfg", "job", "--resolve", "seed=3", "pruner=wanda"]) == 0
+    shown = capsys.readouterr().out
+    assert "${" not in shown
+    values = yaml.safe_load(shown)
+    assert "hydra" not in values
+    assert (values["seed"], values["calibration"]["seed"]) == (3, 3)
+    assert values["pruner"] == {"_target_": "besa_exp.pruners.wanda.Wanda"}
+
+
+@pytest.mark.usefixtures("logging_as_it_was")
+@pytest.mark.parametrize("flags", [["--info", "defaults"], ["--info", "searchpath"], ["--cfg", "hydra"]])
+def test_flags_of_hydra_are_answered_by_hydra(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prune", *flags]) == 0
+    assert "hydra" in capsys.readouterr().out
+
+
+def test_help_lists_every_group_and_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["prune", "--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert "pruner: besa, " in shown
+    assert "num_samples:" in shown
+    assert "--multirun" in shown
+
+
+def test_presets_of_ones_own_come_with_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text(OWN_PRESET)
+    assert main(["prune", "--config-dir", str(tmp_path), "--cfg", "job", "model=mine"]) == 0
+    assert "path: /models/mine" in capsys.readouterr().out
+    assert main(["prune", "--config-dir", str(tmp_path), "model=mime"]) == 2
+    assert "did you mean mine?" in capsys.readouterr().err
+    assert main(["prune", "--config-dir", str(tmp_path), "model=mine"]) == 2
+    assert "model.path=/models/mine: there is no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("besa pr", "prune"),
+        ("besa list pr", ""),
+        ("besa prune pruner=besa_p", "pruner=besa_paper"),
+        ("besa prune pruner=wanda calibration.num", "calibration.num_samples="),
+        ("besa prune experiment=paper", "experiment=paper_llama2_7b_50"),
+    ],
+)
+def test_the_shell_completes_commands_presets_and_keys(
+    line: str, offered: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMP_LINE", line)
+    assert main(["-sc", "query=bash"]) == 0
+    assert capsys.readouterr().out.strip() == offered
+
+
+def test_the_completion_script_is_for_the_besa_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-sc", "install=bash"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("hydra_bash_completion besa")
+
+
+def test_an_experiment_can_be_a_sweep_of_its_own(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prune", *given, "experiment=semi_structured", "pruner=magnitude,wanda", "pattern=2:4"]) == 0
+    names = sorted(path.name[:20] for path in Path("outputs").glob("*/results.json") for path in [path.parent])
+    assert [name.split("-")[1] for name in names] == ["magnitude", "wanda"]
+    assert "results or error" in capsys.readouterr().out
+
+
+def test_the_profile_preset_tells_where_the_time_went(given: list[str]) -> None:
+    assert main(["prune", *given, "debug=profile"]) == 0
+    (folder,) = Path("outputs").iterdir()
+    assert "prune_blocks" in (folder / "profile.txt").read_text()
+    assert (folder / "profile.pstats").is_file()
