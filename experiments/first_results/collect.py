@@ -54,11 +54,8 @@ def table(runs: list[dict], key: str, digits: int) -> list[str]:
     targets = sorted({run["target_sparsity"] for run in runs if run["pruner"] in METHODS})
     lines = ["| method | " + " | ".join(f"{target:.0%}" for target in targets) + " |"]
     lines.append("|---" * (len(targets) + 1) + "|")
-    for method in METHODS:
-        lines.append(
-            f"| {method} | " + " | ".join(cell(runs, method, target, key, digits) for target in targets) + " |"
-        )
-    return lines
+    rows = {method: [cell(runs, method, target, key, digits) for target in targets] for method in METHODS}
+    return lines + [f"| {method} | {' | '.join(cells)} |" for method, cells in rows.items()]
 
 
 def tables(by_model: dict[str, list[dict]]) -> str:
@@ -105,7 +102,7 @@ def plot(by_model: dict[str, list[dict]], path: Path) -> None:
             if all(values):
                 means = [statistics.mean(value) for value in values]
                 errors = [statistics.stdev(value) if len(value) > 1 else 0 for value in values]
-                axis.errorbar(targets, means, errors, marker="o", label=method)
+                axis.errorbar(targets, means, errors, marker="o", label=method, color=f"C{METHODS.index(method)}")
         axis.set(title=model, xlabel="target sparsity", ylabel="perplexity / dense", yscale="log")
         axis.legend(fontsize=8)
     figure.tight_layout()
