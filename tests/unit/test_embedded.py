@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -189,7 +190,7 @@ def test_lm_eval_finds_the_task_and_reads_its_items():
     from lm_eval.tasks import TaskManager
 
     loaded = TaskManager(include_path=str(TASKS_DIR)).load([TASK_NAME])
-    task = loaded["tasks"][TASK_NAME]
+    task: Any = loaded["tasks"][TASK_NAME]
     documents = list(task.test_docs())
     assert documents == list(task_dataset()["test"])
     assert task.doc_to_text(documents[0]) == items()[0].context
