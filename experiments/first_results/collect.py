@@ -13,6 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 MODELS = ("embedded", "babyllama-105", "stories260K")
 METHODS = ("magnitude", "wanda", "sparsegpt", "besa_paper", "besa_linear", "besa")
+SEEDS = 3
 TASK = ("embedded_continuations", "acc,none")
 
 
@@ -46,7 +47,8 @@ def cell(runs: list[dict], pruner: str, sparsity: float, key: str, digits: int) 
     if not values:
         return "n/a"
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    missing = f" ({len(values)} of {SEEDS} seeds)" if len(values) < SEEDS and pruner != "magnitude" else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}{missing}"
 
 
 def table(runs: list[dict], key: str, digits: int) -> list[str]:
