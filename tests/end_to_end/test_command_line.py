@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pstats
+import pstats
 from collections.abc import Iterator
 from pathlib import Path
 
