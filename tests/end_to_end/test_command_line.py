@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import pstats
-import pstats
 from collections.abc import Iterator
 from pathlib import Path
 
