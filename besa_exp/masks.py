@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from besa_exp import kernels
+
 
 @dataclass(frozen=True)
 class Target:
@@ -36,16 +38,6 @@ class Target:
         return Target(1 - kept / group, (kept, group))
 
 
-def rank_in_row(importance: Float[Tensor, "out in"]) -> Int[Tensor, "out in"]:
-    """Position of each weight in its row by importance, 0 = least; ties by position. 2 bytes a weight up to 32,767
-    inputs, 4 beyond."""
-    order = torch.argsort(importance, dim=1, stable=True)
-    columns = importance.shape[1]
-    dtype = torch.int16 if columns <= torch.iinfo(torch.int16).max else torch.int32
-    positions = torch.arange(columns, dtype=dtype, device=importance.device).expand_as(order)
-    return torch.empty_like(order, dtype=dtype).scatter_(1, order, positions)
-
-
 def keep_by_rank(rank: Int[Tensor, "out in"], pruned: Int[Tensor, " out"]) -> Bool[Tensor, "out in"]:
     """Keep mask that prunes the `pruned[row]` least important weights of each row."""
     return rank >= pruned.to(rank.dtype)[:, None]
@@ -61,7 +53,7 @@ def keep_largest(importance: Float[Tensor, "out in"], pruned: int) -> Bool[Tenso
 def keep_n_of_m(importance: Float[Tensor, "out in"], kept: int, group: int) -> Bool[Tensor, "out in"]:
     """Keep the `kept` most important of every `group` consecutive inputs of a row; `group` must divide `in`."""
     rows, columns = importance.shape
-    rank = rank_in_row(importance.reshape(-1, group))
+    rank = kernels.rank_in_row(importance.reshape(-1, group))
     return (rank >= group - kept).view(rows, columns)
 
 
@@ -71,7 +63,7 @@ def keep_per_row(importance: Float[Tensor, "out in"], target: Target) -> Bool[Te
         return keep_n_of_m(importance, *target.pattern)
     rows, columns = importance.shape
     pruned = torch.full((rows,), int(columns * target.sparsity), device=importance.device)
-    return keep_by_rank(rank_in_row(importance), pruned)
+    return keep_by_rank(kernels.rank_in_row(importance), pruned)
 
 
 def round_to_total(counts: Float[Tensor, " rows"], total: int) -> Int[Tensor, " rows"]:

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from besa_exp.masks import keep_by_rank, rank_in_row, round_to_total
+from besa_exp import kernels
+from besa_exp.masks import keep_by_rank, round_to_total
 
 
 def project_to_budget(
@@ -26,25 +27,6 @@ def project_to_budget(
         too_many = (capacity * (sparsity - middle).clamp(0, 1)).sum() > total
         low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
     return (sparsity - high).clamp(0, 1)
-
-
-def count_gradient(
-    weight: Float[Tensor, "out in"],
-    gradient: Float[Tensor, "out in"],
-    rank: Int[Tensor, "out in"],
-    pruned: Int[Tensor, " out"],
-    window: float,
-) -> Float[Tensor, " out"]:
-    """dL / d(number of pruned weights) of each row, straight through the hard mask: pruning the weight at the cut moves
-    the loss by -W dL/dW, averaged over the `window` ranks around the cut, where the next weights to go or to stay are.
-
-    `gradient` is dL/dW of the masked weight."""
-    columns = weight.shape[1]
-    cut = pruned[:, None]
-    half = max(window / 2, 0.5)
-    near = (rank >= cut - half) & (rank < cut + half)
-    ranks_near = (pruned + half).clamp(max=columns) - (pruned - half).clamp(min=0)
-    return -(weight.float() * gradient.float() * near).sum(dim=1) / ranks_near
 
 
 @dataclass(frozen=True)
@@ -65,7 +47,7 @@ class Rows:
         columns = inputs.repeat_interleave(sizes)
         cell = torch.arange(len(columns)) if granularity == "row" else torch.arange(len(sizes)).repeat_interleave(sizes)
         device = next(iter(weights.values())).device
-        ranks = {name: rank_in_row(importance) for name, importance in importances.items()}
+        ranks = {name: kernels.rank_in_row(importance) for name, importance in importances.items()}
         return Rows(weights, ranks, columns.to(device), cell.to(device))
 
     @property
@@ -107,7 +89,9 @@ class Rows:
         `gradients` are dL/dW of the masked weights, `window` a fraction of a row."""
         by_row = torch.cat(
             [
-                count_gradient(weight, gradients[name], self.ranks[name], counts[name], window * weight.shape[1])
+                kernels.count_gradient(
+                    weight, gradients[name], self.ranks[name], counts[name], window * weight.shape[1]
+                )
                 for name, weight in self.weights.items()
             ]
         )

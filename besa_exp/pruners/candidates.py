@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from besa_exp.masks import keep_by_rank, rank_in_row
+from besa_exp import kernels
+from besa_exp.masks import keep_by_rank
 
 
 def float_candidates(step: float) -> Float[Tensor, " candidate"]:
@@ -48,10 +49,7 @@ class SoftmaxInLanes(torch.autograd.Function):
 
 
 class CandidateMask(torch.autograd.Function):
-    """W * hard mask, with the gradient of the soft mask to the candidates' probabilities beta.
-
-    With P(r) = sum of beta_d over cut_d > r, d(W (1 - P)) / d beta_d = -W at ranks below cut_d, so that the gradient is
-    minus the sum of W * dL/dW over ranks below cut_d: a prefix sum over buckets of ranks."""
+    """W * hard mask, with the gradient of the soft mask to the candidates' probabilities beta."""
 
     @staticmethod
     def forward(
@@ -65,21 +63,14 @@ class CandidateMask(torch.autograd.Function):
         """`cuts` [candidate] = floor(in * p_d)."""
         ctx.save_for_backward(weight, rank, cuts)
         ctx.shared = beta.dim() == 1
-        return weight * keep_by_rank(rank, pruned)
+        return kernels.masked_weight(weight, rank, pruned)
 
     @staticmethod
     def backward(ctx, gradient: Float[Tensor, "out in"]):
         """Only beta has a gradient: the weights are frozen."""
         weight, rank, cuts = ctx.saved_tensors
-        edges, candidate_of_edge = torch.unique(cuts, return_inverse=True)
-        bucket_of_rank = torch.bucketize(torch.arange(weight.shape[1], device=cuts.device), edges, right=True)
-        product = weight.float() * gradient.float()
-        sums = product.new_zeros(len(weight), len(edges) + 1)
-        sums.scatter_add_(1, bucket_of_rank[rank.long()], product)
-        if ctx.shared:
-            sums = sums.sum(dim=0)
-        below_edge = sums.cumsum(dim=-1)[..., :-1]
-        return None, None, None, -below_edge[..., candidate_of_edge], None
+        by_row = kernels.candidate_gradient(weight, gradient, rank, cuts)
+        return None, None, None, by_row.sum(dim=0) if ctx.shared else by_row, None
 
 
 class CandidateAllocation(nn.Module):
@@ -87,7 +78,7 @@ class CandidateAllocation(nn.Module):
 
     def __init__(self, weight: Tensor, importance: Tensor, per_row: bool, sigmoid: bool, step: float) -> None:
         super().__init__()
-        self.weight, self.rank, self.sigmoid = weight, rank_in_row(importance), sigmoid
+        self.weight, self.rank, self.sigmoid = weight, kernels.rank_in_row(importance), sigmoid
         self.candidates = float_candidates(step).to(weight.device)
         rows, self.columns = weight.shape
         self.cuts = torch.tensor([int(self.columns * float(p)) for p in self.candidates], device=weight.device)

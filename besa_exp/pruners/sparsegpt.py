@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from besa_exp import kernels
 from besa_exp.importance import dead_inputs, inverse_factor, obs_importance
 from besa_exp.masks import Target, keep_largest, keep_n_of_m
 from besa_exp.pruning import PrunedBlock
@@ -34,20 +35,21 @@ def sparsegpt(
     `keep_mask` fixes the mask; else it is chosen group by group, or for N:M every M columns."""
     weight = weight.float().clone()
     columns = weight.shape[1]
-    chosen = torch.ones_like(weight, dtype=torch.bool) if keep_mask is None else keep_mask
-    choose_every = target.pattern[1] if target.pattern else group_size
+    kept = torch.ones_like(weight, dtype=torch.bool) if keep_mask is None else keep_mask
+    part = target.pattern[1] if target.pattern and keep_mask is None else group_size  # whose mask is chosen at once
     for start in range(0, columns, group_size):
         end = min(start + group_size, columns)
-        errors = torch.zeros_like(weight[:, start:end])
-        for j in range(start, end):
-            if keep_mask is None and (j - start) % choose_every == 0:
-                here = slice(j, min(j + choose_every, end))
-                chosen[:, here] = _choose(weight[:, here], factor[here, here], target)
-            pruned_part = torch.where(chosen[:, j], 0, weight[:, j])
-            errors[:, j - start] = pruned_part / factor[j, j]
-            weight[:, j:end] -= errors[:, j - start, None] * factor[j, j:end]
+        errors = torch.empty_like(weight[:, start:end])
+        for begin in range(start, end, part):
+            stop = min(begin + part, end)
+            here = slice(begin, stop)
+            if keep_mask is None:
+                kept[:, here] = _choose(weight[:, here], factor[here, here], target)
+            weight[:, here], error = kernels.obs_columns(weight[:, here], factor[here, here], kept[:, here])
+            weight[:, stop:end] -= error @ factor[here, stop:end]
+            errors[:, begin - start : stop - start] = error
         weight[:, end:] -= errors @ factor[start:end, end:]
-    return weight * chosen, chosen
+    return weight, kept
 
 
 def _choose(weight: Tensor, factor: Tensor, target: Target) -> Tensor:

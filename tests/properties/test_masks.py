@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from besa_exp.masks import Target, keep_by_rank, keep_largest, keep_n_of_m, rank_in_row, round_to_total
-from besa_exp.pruners.allocation import count_gradient, project_to_budget
+from besa_exp.kernels import count_gradient, rank_in_row
+from besa_exp.masks import Target, keep_by_rank, keep_largest, keep_n_of_m, round_to_total
+from besa_exp.pruners.allocation import project_to_budget
 from besa_exp.pruners.candidates import CandidateMask, float_candidates
 
 QUICK = settings(max_examples=50, deadline=None)

@@ -1,0 +1,17 @@
+"""The weight under a hard mask that is never stored: W where rank >= pruned[row], zero elsewhere (BESA, Eq. 3)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def masked_weight(
+    weight: Float[Tensor, "out in"],
+    rank: Int[Tensor, "out in"],
+    pruned: Int[Tensor, " out"],
+    out: Float[Tensor, "out in"] | None = None,
+) -> Float[Tensor, "out in"]:
+    """`weight` with the `pruned[row]` least important weights of each row at zero; into `out` where given."""
+    return torch.mul(weight, rank >= pruned.to(rank.dtype)[:, None], out=out)
