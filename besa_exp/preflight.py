@@ -12,7 +12,7 @@ from pathlib import Path
 from besa_exp.calibration import check_calibration
 from besa_exp.disk import check_disk, required_bytes
 from besa_exp.embedded.text import MODEL_DIR
-from besa_exp.evaluation import check_evaluator
+from besa_exp.evaluation.checks import check_evaluator
 from besa_exp.masks import Target
 from besa_exp.model_folder import ModelFolder, inspect_model_folder
 from besa_exp.nearest import did_you_mean

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from besa_exp.calibration import Calibration
-from besa_exp.evaluation import Scores
+from besa_exp.evaluation.scores import Scores
 from besa_exp.masks import Target
 from besa_exp.reports import BlockReport
 from besa_exp.settings import RunSettings

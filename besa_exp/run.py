@@ -25,7 +25,7 @@ from besa_exp.checkpoint import count_zeros, save_masks, save_model, write_card
 from besa_exp.console import RunConsole
 from besa_exp.environment import environment
 from besa_exp.errors import RunError
-from besa_exp.evaluation import Scores, evaluate
+from besa_exp.evaluation.scores import Scores, evaluate
 from besa_exp.masks import Target
 from besa_exp.model_card import model_card
 from besa_exp.models import load_model, model_context, model_path

@@ -28,7 +28,7 @@ from besa_exp.reports import BlockReport, Step
 from besa_exp.run_log import logging_to
 
 if TYPE_CHECKING:
-    from besa_exp.evaluation import Scores
+    from besa_exp.evaluation.scores import Scores
 
 WRITTEN = (  # what a run leaves besides .lock and status.json; nothing else in the folder is ever removed
     "results.json",

@@ -6,7 +6,7 @@ Nothing here imports torch or Hydra, so that a configuration is read and checked
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class EvaluatorSettings:
     tasks: tuple[str, ...] = ()
     limit: int | None = None
     num_fewshot: int | None = None
-    batch_size: int = 8
+    batch_size: int | Literal["auto"] = "auto"  # windows or questions scored together
     data_dir: str | None = None
     dense: bool = False
 

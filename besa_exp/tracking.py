@@ -24,7 +24,7 @@ from besa_exp.settings import TrackerSettings
 if TYPE_CHECKING:
     import wandb
 
-    from besa_exp.evaluation import Scores
+    from besa_exp.evaluation.scores import Scores
 
 INIT_TIMEOUT = 60.0  # seconds
 FINISH_TIMEOUT = 300.0  # seconds for the upload at the end; what was not sent stays in the run folder

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -102,8 +102,11 @@ class Reader:
     def _optional(self, value: Any, options: tuple[Any, ...], key: str) -> Any:
         if value is None and type(None) in options:
             return None
-        (hint,) = (option for option in options if option is not type(None))
-        return self.value(value, hint, key)
+        words = [word for option in options if get_origin(option) is Literal for word in get_args(option)]
+        if value in words:
+            return value
+        (hint,) = (option for option in options if option is not type(None) and get_origin(option) is not Literal)
+        return self._scalar(value, hint, key, words) if words else self.value(value, hint, key)
 
     def _choice(self, value: Any, choices: tuple[Any, ...], key: str) -> Any:
         if value in choices:
@@ -117,7 +120,7 @@ class Reader:
         read = tuple(self.value(item, hint, key) for item in values)
         return UNREAD if UNREAD in read else read
 
-    def _scalar(self, value: Any, hint: type, key: str) -> Any:
+    def _scalar(self, value: Any, hint: type, key: str, words: Sequence[str] = ()) -> Any:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if hint is bool and isinstance(value, bool):
             return value
@@ -128,6 +131,7 @@ class Reader:
         if hint is str and (isinstance(value, str) or number):
             return str(value)
         rule = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}[hint]
+        rule = " or ".join([rule, *words])
         return self.refuse(key, f"{key}={_shown(value)}: must be {rule}; write for example {key}={_example(hint)}")
 
 

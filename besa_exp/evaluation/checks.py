@@ -41,7 +41,7 @@ def _number_problems(settings: EvaluatorSettings, context: int | None) -> list[s
     problems = [
         f"evaluator.{key}={getattr(settings, key)}: must be at least {least}; set evaluator.{key}={least} or more"
         for key, least in lower.items()
-        if getattr(settings, key) is not None and getattr(settings, key) < least
+        if isinstance(given := getattr(settings, key), int) and given < least
     ]
     if context is not None and settings.seq_len is not None and settings.seq_len > context:
         problems.append(

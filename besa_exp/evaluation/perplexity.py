@@ -16,24 +16,31 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from besa_exp.evaluation.batches import BatchSize, halved_until_it_fits, rows_at_once, tokens_at_once
+
+LOGITS_AT_ONCE = 2**24  # logits that are held in fp32 at a time
+NOT_PREDICTED = -100  # the target that cross_entropy leaves out
+
 
 @dataclass(frozen=True)
 class Perplexity:
     """The value (infinite or NaN where the model's logits are), and what it was measured on: `num_tokens` predicted
-    tokens, which is num_windows * (seq_len - 1)."""
+    tokens, which is num_windows * (seq_len - 1), in batches of `batch_size` windows."""
 
     value: float
     num_tokens: int
     num_windows: int
     seq_len: int
+    batch_size: int
 
 
-def perplexity(model: nn.Module, tokens: Int[Tensor, "*shape"], window: int, batch_size: int) -> Perplexity:
+def perplexity(model: nn.Module, tokens: Int[Tensor, "*shape"], window: int, batch_size: BatchSize) -> Perplexity:
     """Perplexity of a causal language model on `tokens`: a stream [tokens] that is cut into windows of `window`, or
     ready windows [window, seq], taken as they are.
 
-    Losses are fp32 whatever the model's dtype is, summed in fp32 within a window and in fp64 over windows. The model is
-    put into evaluation mode. ValueError: not one whole window of at least two tokens.
+    Losses are fp32 whatever the model's dtype is, summed in fp64. A batch that does not fit the device's memory is
+    halved. The model is put into evaluation mode. ValueError: not one whole window of at least two tokens; Unavailable:
+    a single window does not fit.
     """
     windows = tokens if tokens.ndim == 2 else cut_windows(tokens, window)
     num_windows, seq_len = windows.shape
@@ -41,14 +48,21 @@ def perplexity(model: nn.Module, tokens: Int[Tensor, "*shape"], window: int, bat
         raise ValueError(f"{tokens.numel()} tokens do not fill one window of {window} (at least 2) tokens")
     model.eval()
     device = next(model.parameters()).device
-    total = 0.0
+    size = rows_at_once(tokens_at_once(model), seq_len) if batch_size == "auto" else batch_size
+    size, done = min(size, num_windows), 0
+    total = torch.zeros((), dtype=torch.float64, device=device)
+
+    def loss_of_next(size: int) -> Float[Tensor, ""]:
+        ids = windows[done : done + size].to(device)
+        return sum_of_losses(model(input_ids=ids, use_cache=False).logits, ids)
+
     with torch.no_grad():
-        for batch in windows.split(batch_size):
-            ids = batch.to(device)
-            logits = model(input_ids=ids, use_cache=False).logits
-            total += sum(float(negative_log_likelihood(*row).sum()) for row in zip(logits, ids, strict=True))
+        while done < num_windows:
+            loss, size = halved_until_it_fits(loss_of_next, size, f"window of {seq_len} tokens")
+            total += loss
+            done += size
     num_tokens = num_windows * (seq_len - 1)
-    return Perplexity(_exp(total / num_tokens), num_tokens, num_windows, seq_len)
+    return Perplexity(_exp(float(total) / num_tokens), num_tokens, num_windows, seq_len, size)
 
 
 def cut_windows(tokens: Int[Tensor, " tokens"], window: int) -> Int[Tensor, "window seq"]:
@@ -57,12 +71,15 @@ def cut_windows(tokens: Int[Tensor, " tokens"], window: int) -> Int[Tensor, "win
     return tokens[: whole * window].view(whole, window)
 
 
-def negative_log_likelihood(
-    logits: Float[Tensor, "seq vocabulary"], ids: Int[Tensor, " seq"]
-) -> Float[Tensor, " seq_minus_one"]:
-    """-log p(token_i | the tokens before it) in nats for i = 2 .. seq, fp32. One sample at a time bounds the memory of
-    the fp32 copy."""
-    return cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
+def sum_of_losses(logits: Float[Tensor, "window seq vocabulary"], ids: Int[Tensor, "window seq"]) -> Float[Tensor, ""]:
+    """The sum over windows and i = 2 .. seq of -log p(token_i | the tokens before it) in nats; fp64.
+
+    Logits become fp32 a few rows at a time: an fp32 copy of them all would be the largest tensor of an evaluation."""
+    following = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], NOT_PREDICTED)], dim=1)
+    rows = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+    parts = zip(logits.flatten(0, 1).split(rows), following.flatten().split(rows), strict=True)
+    losses = [cross_entropy(part.float(), targets, reduction="none").double().sum() for part, targets in parts]
+    return torch.stack(losses).sum()
 
 
 def _exp(mean_loss: float) -> float:

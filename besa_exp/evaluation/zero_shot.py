@@ -14,7 +14,7 @@ import json
 import logging
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa_exp.errors import Unavailable, first_line
+from besa_exp.evaluation.batches import BatchSize, halved_until_it_fits, rows_at_once, tokens_at_once
 from besa_exp.evaluation.checks import TASK_FOLDERS
 from besa_exp.settings import EvaluatorSettings
 
@@ -56,9 +57,15 @@ class TaskScore:
 
 
 class Harness(_HFLM):
-    """lm-eval's view of a model, that counts the requests it cuts to the context and refuses those it cannot score."""
+    """lm-eval's view of a model, that counts the requests it cuts to the context and refuses those it cannot score.
+
+    lm-eval sorts requests by length, longest first. With batch_size="auto" each batch holds `tokens` tokens with its
+    padding, so that short questions go many at a time; lm-eval's own "auto" tries up to 64 of the longest in five
+    passes and keeps that number for all. A batch that does not fit the device's memory is halved."""
 
     cut_requests = 0
+    tokens = 0
+    _first = 0  # the request that the batch being filled began with
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
@@ -67,16 +74,40 @@ class Harness(_HFLM):
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         if longest > self.max_length:
             raise Unavailable(f"one of its choices has {longest} tokens; the model's context is {self.max_length}")
-        lengths = (len(context) + len(continuation) for _, context, continuation in requests)
+        lengths = [len(context) + len(continuation) for _, context, continuation in requests]
         self.cut_requests += sum(length > self.max_length + 1 for length in lengths)
-        return super()._loglikelihood_tokens(requests, *args, **options)
+        score = super()._loglikelihood_tokens
+
+        def attempt(size: int) -> list[tuple[float, bool]]:
+            if self.batch_size == "auto":
+                self.tokens = size
+            else:
+                self.batch_size_per_gpu = size
+            return score(requests, *args, **options)
+
+        size = self.tokens if self.batch_size == "auto" else self.batch_size
+        return halved_until_it_fits(attempt, size, f"question of {max(lengths, default=0)} tokens")[0]
+
+    def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Any]) -> int:
+        """The size of the batch that request number `pos` is in. lm-eval asks for each request in turn and closes a
+        batch that has this size; its first request is its longest."""
+        self._first = 0 if pos == 0 else self._first
+        _, context, continuation = n_reordered_requests[self._first]
+        size = rows_at_once(self.tokens, min(len(context) + len(continuation), self.max_length))
+        if pos - self._first + 1 >= size:
+            self._first = pos + 1
+        return size
 
 
-def harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, context: int) -> Harness:
+def harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: BatchSize, context: int) -> Harness:
     """The model as lm-eval scores it: requests longer than `context` lose their beginning. The tokenizer is copied,
     because lm-eval gives one without a padding token a new one."""
     with quiet():
-        return Harness(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=context)
+        scored = Harness(
+            pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=context
+        )
+    scored.tokens = tokens_at_once(model)
+    return scored
 
 
 def score_task(name: str, model: Harness, settings: EvaluatorSettings, offline: bool, seed: int) -> TaskScore:

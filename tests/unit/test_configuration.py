@@ -118,6 +118,13 @@ def test_one_value_may_stand_for_a_list_of_one() -> None:
     assert read("evaluator.perplexity_sets=embedded").evaluator.perplexity_sets == ("embedded",)
 
 
+def test_a_batch_size_is_a_number_or_auto() -> None:
+    assert read().evaluator.batch_size == "auto"
+    assert read("evaluator.batch_size=4").evaluator.batch_size == 4
+    told = problems_of("evaluator.batch_size=large")["evaluator.batch_size"]
+    assert told.startswith("evaluator.batch_size=large: must be a whole number or auto")
+
+
 def test_seeds_of_the_groups_follow_the_one_seed() -> None:
     assert read("seed=5").calibration.seed == 5
 

@@ -12,8 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_llama import byte_tokenizer, tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from besa_exp.evaluation import Scores, check_evaluator, evaluate, perplexity
+from besa_exp.evaluation.batches import rows_at_once, tokens_at_once
+from besa_exp.evaluation.checks import check_evaluator
+from besa_exp.evaluation.perplexity import perplexity, sum_of_losses
+from besa_exp.evaluation.scores import Scores, evaluate
 from besa_exp.settings import EvaluatorSettings
 from besa_exp.text_sources import HUB_FILES
 
@@ -67,7 +71,7 @@ def test_the_last_partial_window_is_dropped_and_the_predicted_tokens_are_counted
     assert result == perplexity(model, tokens[:112], 16, 4)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 100, "auto"])
 def test_every_batch_size_gives_the_same_value(model, tokens, batch_size):
     assert perplexity(model, tokens, 16, batch_size).value == pytest.approx(
         perplexity(model, tokens, 16, 3).value, rel=1e-6
@@ -89,6 +93,67 @@ def test_losses_of_a_bf16_model_are_computed_in_fp32(tokens):
     half = tiny_llama(CONTEXT).bfloat16()
     windows = tokens[:112].view(7, 16)
     assert perplexity(half, windows, 16, 1).value == pytest.approx(literal_perplexity(half, windows), rel=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest fp32 tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor) and output.dtype == torch.float32:
+            self.numel = max(self.numel, output.numel())
+        return output
+
+
+def test_logits_are_never_copied_to_fp32_as_a_whole(monkeypatch):
+    monkeypatch.setattr("besa_exp.evaluation.perplexity.LOGITS_AT_ONCE", 4 * 258)
+    logits = torch.randn(3, 16, 258, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    ids = torch.randint(258, (3, 16), generator=torch.Generator().manual_seed(1))
+    with Largest() as largest:
+        total = sum_of_losses(logits, ids)
+    exact = logits[:, :-1].double().log_softmax(-1).gather(2, ids[:, 1:, None])
+    assert float(total) == pytest.approx(-float(exact.sum()), rel=1e-6)
+    assert 0 < largest.numel <= 4 * 258
+
+
+class SmallMemory(torch.nn.Module):
+    """A model on a device that holds the logits of `fits` windows."""
+
+    def __init__(self, model, fits: int):
+        super().__init__()
+        self.model, self.config, self.fits = model, model.config, fits
+        self.get_input_embeddings = model.get_input_embeddings
+        self.tried: list[int] = []
+
+    def forward(self, input_ids, **options):
+        self.tried.append(len(input_ids))
+        if len(input_ids) > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.model(input_ids=input_ids, **options)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_no_window_is_lost(model, tokens):
+    small = SmallMemory(model, 2)
+    result = perplexity(small, tokens, 16, "auto")
+    assert small.tried == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    assert result == replace(perplexity(model, tokens, 16, 1), batch_size=1)
+    assert perplexity(SmallMemory(model, 4), tokens, 16, 7).batch_size == 3
+
+
+def test_a_window_that_does_not_fit_by_itself_makes_the_set_unavailable(model, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    scores = score(SmallMemory(model, 0), settings(tmp_path / "a.txt"))
+    assert "a single window of 64 tokens does not fit" in scores.unavailable[str(tmp_path / "a.txt")]
+
+
+def test_an_automatic_batch_holds_fewer_tokens_where_the_vocabulary_is_large():
+    small, large = tiny_llama(CONTEXT), tiny_llama(CONTEXT)
+    large.resize_token_embeddings(200_000)
+    assert tokens_at_once(large) < tokens_at_once(small) == 4096
+    assert rows_at_once(tokens_at_once(small), CONTEXT) == 64
+    assert rows_at_once(4096, 5000) == 1
 
 
 def test_too_few_tokens_for_a_window_are_an_error(model, tokens):

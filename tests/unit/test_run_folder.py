@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from besa_exp.errors import ConfigurationError, RunError
-from besa_exp.evaluation import Scores
+from besa_exp.evaluation.scores import Scores
 from besa_exp.reports import BlockReport, LinearReport, Step
 from besa_exp.run_folder import RunFolder, is_done, read_results, read_status
 

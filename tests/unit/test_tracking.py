@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from wandb_file import history, one, step_metrics, summary
 
-from besa_exp.evaluation import Scores
+from besa_exp.evaluation.scores import Scores
 from besa_exp.reports import BlockReport, LinearReport, Step
 from besa_exp.run_folder import RunFolder
 from besa_exp.settings import TrackerSettings

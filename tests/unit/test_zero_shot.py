@@ -21,8 +21,8 @@ from tiny_llama import byte_tokenizer, tiny_llama
 
 from besa_exp.embedded.text import TASK_NAME
 from besa_exp.errors import Unavailable
-from besa_exp.evaluation import Scores, evaluate
 from besa_exp.evaluation.checks import TASK_FOLDERS
+from besa_exp.evaluation.scores import Scores, evaluate
 from besa_exp.settings import EvaluatorSettings
 
 CONTEXT = 512
@@ -157,6 +157,37 @@ def test_the_batch_size_and_the_context_reach_lm_evals_model(model):
     assert (scored.batch_size, scored.max_length) == (7, 100)
 
 
+def test_automatic_batches_hold_as_many_questions_as_their_length_allows_and_change_no_score(mirror, monkeypatch):
+    write_mirror(mirror, "boolq", "validation", [ROWS["boolq"](number) for number in range(40)])
+    model = tiny_llama(CONTEXT)
+    shapes: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    one_by_one = score(model, settings("boolq", data_dir=mirror, batch_size=1))
+    alone = sum(rows * length for rows, length in shapes)
+    shapes.clear()
+    monkeypatch.setattr("besa_exp.evaluation.batches.TOKENS_ON_CPU", 1000)
+    automatic = score(model, settings("boolq", data_dir=mirror, batch_size="auto"))
+    assert automatic.zero_shot["boolq"] == one_by_one.zero_shot["boolq"]
+    assert [rows for rows, _ in shapes[:-1]] == [1000 // (length + 1) for _, length in shapes[:-1]]  # the last is over
+    assert shapes == sorted(shapes, key=lambda shape: -shape[1])
+    assert sum(rows for rows, _ in shapes) in (40, 80)
+    assert sum(rows * length for rows, length in shapes) < 1.2 * alone  # padding
+
+
+def test_questions_that_do_not_fit_the_memory_together_are_scored_in_halves(mirror):
+    model = tiny_llama(CONTEXT)
+    expected = score(model, settings("piqa", data_dir=mirror))
+
+    def refuse(_, args):
+        if len(args[0]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.register_forward_pre_hook(refuse)
+    for batch_size in ("auto", 8):
+        found = score(model, settings("piqa", data_dir=mirror, batch_size=batch_size))
+        assert found.zero_shot == expected.zero_shot
+
+
 # lm-eval's own definitions
 
 
@@ -284,7 +315,8 @@ def test_load_task_raises_unavailable_for_a_mirror_without_the_task(tmp_path):
 def test_neither_perplexity_nor_the_checks_import_lm_eval_datasets_or_transformers():
     heavy = ("lm_eval", "datasets", "transformers", "pyarrow")
     code = (
-        "import sys, besa_exp.calibration; from besa_exp.evaluation import check_evaluator, perplexity;"
+        "import sys, besa_exp.calibration, besa_exp.evaluation.scores;"
+        "from besa_exp.evaluation.checks import check_evaluator;"
         "from besa_exp.settings import EvaluatorSettings;"
         "check_evaluator(EvaluatorSettings('x', ('c4',), tasks=('piqa',)), 64);"
         f"print([name for name in {heavy} if name in sys.modules])"
