@@ -45,8 +45,12 @@ def keep_by_rank(rank: Int[Tensor, "out in"], pruned: Int[Tensor, " out"]) -> Bo
 
 def keep_largest(importance: Float[Tensor, "out in"], pruned: int) -> Bool[Tensor, "out in"]:
     """Keep mask that prunes exactly the `pruned` least important weights of the whole matrix."""
-    keep_mask = torch.ones(importance.numel(), dtype=torch.bool, device=importance.device)
-    keep_mask[torch.argsort(importance.flatten(), stable=True)[:pruned]] = False
+    flat = importance.flatten()
+    if pruned == 0:
+        return torch.ones_like(importance, dtype=torch.bool)
+    threshold = flat.kthvalue(pruned).values
+    below, tied = flat < threshold, flat == threshold
+    keep_mask = ~(below | (tied & (tied.cumsum(dim=0) <= pruned - below.sum())))  # of equals, the first go
     return keep_mask.view_as(importance)
 
 
@@ -70,9 +74,8 @@ def round_to_total(counts: Float[Tensor, " rows"], total: int) -> Int[Tensor, " 
     """Integers next to `counts` that sum to exactly `total`: the largest remainders are rounded up, ties by position.
 
     `total` must lie between the sums of the floors and of the ceilings."""
-    floors = counts.floor()
-    missing = total - int(floors.sum())
-    assert 0 <= missing <= counts.numel(), f"{missing} counts to place on {counts.numel()} rows"
-    rounded = floors.long()
-    rounded[torch.argsort(counts - floors, descending=True, stable=True)[:missing]] += 1
+    rounded = counts.floor().long()
+    up = torch.arange(counts.numel(), device=counts.device) < total - rounded.sum()
+    order = torch.argsort(counts - rounded, descending=True, stable=True)
+    rounded[order] += up
     return rounded

@@ -24,12 +24,13 @@ from besa_exp.statistics import Statistic, observe
 @dataclass(frozen=True)
 class PrunedBlock:
     """What a pruner decided: the keep mask of every linear [out in], new weights where the kept ones moved, the
-    sparsity allocated to every row [out], and the search's course. `start_masks` is where a search began."""
+    sparsity allocated to every row [out], and a search's course; `loss_before` is the probe samples' loss where the
+    search or update began (None: nothing was searched or updated)."""
 
     keep_masks: Mapping[str, Bool[Tensor, "out in"]]
     allocated: Mapping[str, Float[Tensor, " out"]]
     weights: Mapping[str, Float[Tensor, "out in"]] | None = None
-    start_masks: Mapping[str, Bool[Tensor, "out in"]] | None = None
+    loss_before: float | None = None
     steps: tuple[Step, ...] = ()
 
 
@@ -89,6 +90,12 @@ def num_probe_samples(num_samples: int) -> int:
     return max(1, min(16, num_samples // 8))
 
 
+def probe_loss(block: Block, inputs: Hidden, targets: Hidden, weights: Mapping[str, Tensor]) -> float:
+    """The reconstruction loss of the probe samples with `weights` in place of the block's own. RunError: not finite."""
+    probe = num_probe_samples(len(inputs))
+    return _finite_loss(block, block.outputs(inputs[-probe:], probe, weights), targets[-probe:])
+
+
 @torch.no_grad()
 def write_weights(block: Block, pruned: PrunedBlock) -> None:
     """Write the pruned weights into the block: the one place where weights change. RunError: a weight is not finite."""
@@ -117,22 +124,12 @@ def prune_blocks(
         if pruner.dense_targets:
             dense_inputs = targets = block.outputs(dense_inputs, batch_size)
         pruned = pruner.prune_block(block, inputs, targets, statistics, target, on_step)
-        before = _start_loss(block, inputs, targets, pruned)
         write_weights(block, pruned)
         inputs = block.outputs(inputs, batch_size)
         probe = num_probe_samples(len(inputs))
         after = _finite_loss(block, inputs[-probe:], targets[-probe:])
         seconds = time.perf_counter() - started
-        yield _report(block, pruned, after if before is None else before, after, seconds), pruned
-
-
-def _start_loss(block: Block, inputs: Hidden, targets: Hidden, pruned: PrunedBlock) -> float | None:
-    """The probe samples' loss where the search began; None when nothing was searched or updated."""
-    if pruned.start_masks is None:
-        return None
-    weights = {name: linear.weight.detach() * pruned.start_masks[name] for name, linear in block.linears.items()}
-    probe = num_probe_samples(len(inputs))
-    return _finite_loss(block, block.outputs(inputs[-probe:], probe, weights), targets[-probe:])
+        yield _report(block, pruned, after, seconds), pruned
 
 
 def _finite_loss(block: Block, outputs: Hidden, targets: Hidden) -> float:
@@ -144,7 +141,8 @@ def _finite_loss(block: Block, outputs: Hidden, targets: Hidden) -> float:
     return float(loss)
 
 
-def _report(block: Block, pruned: PrunedBlock, before: float, after: float, seconds: float) -> BlockReport:
+def _report(block: Block, pruned: PrunedBlock, after: float, seconds: float) -> BlockReport:
+    before = after if pruned.loss_before is None else pruned.loss_before
     linears = tuple(
         LinearReport(
             name,

@@ -7,7 +7,7 @@ A sample is one calibration sequence; both statistics are means over samples, as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -57,23 +57,28 @@ class Hessian:
     """H = 2/n sum over samples of X^T X [in in], the Hessian of the layer-wise squared error (SparseGPT, Section 3)."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
-        self.total = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self.upper = torch.zeros(columns, columns, dtype=torch.float32, device=device)  # right where above the diagonal
         self.samples = 0
 
     def add(self, inputs: Float[Tensor, "*token in"], samples: int) -> None:
         """Accumulate the tokens of `samples` more samples (some models flatten samples and tokens into one axis)."""
         tokens = inputs.float().flatten(0, -2)
-        self.total.addmm_(tokens.T, tokens)
+        columns = tokens.shape[1]
+        width = max(columns // 8, 256)  # H is symmetric: panels that reach from the diagonal to the right spare 7/16
+        for start in range(0, columns, width):
+            panel = slice(start, start + width)
+            self.upper[panel, start:].addmm_(tokens[:, panel].T, tokens[:, start:])
         self.samples += samples
 
     @property
     def matrix(self) -> Float[Tensor, "in in"]:
         """The statistic."""
-        return self.total * (2 / self.samples)
+        upper = self.upper.triu()
+        return (upper + upper.triu(1).T).mul_(2 / self.samples)
 
     def is_finite(self) -> bool:
         """Whether no input overflowed or was NaN."""
-        return bool(self.total.isfinite().all())
+        return bool(self.upper.isfinite().all())
 
 
 def by_shared_input(statistics: Mapping[str, S]) -> Iterator[tuple[S, tuple[str, ...]]]:
@@ -94,50 +99,49 @@ def observe(block: Block, inputs: Hidden, statistic: type[S] | None, batch_size:
     batches = inputs.split(batch_size)
     for batch in batches:
         block.arguments(len(batch))  # captured by a pass of the whole model, which must not meet the hooks below
-    leaders = _shared_inputs(block, batches[0])
-    statistics = {
-        leader: statistic(block.linears[leader].in_features, inputs.device) for leader in set(leaders.values())
-    }
-
-    samples = 0
-
-    def adder(leader: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, args: statistics[leader].add(args[0], samples)
-
-    hooks = [block.linears[leader].register_forward_pre_hook(adder(leader)) for leader in statistics]
+    observer = _Observer(statistic)
+    hooks = [linear.register_forward_pre_hook(observer.hook(name)) for name, linear in block.linears.items()]
     outputs = []
     try:
         for batch in batches:
-            samples = len(batch)
+            observer.samples = len(batch)
             outputs.append(block(batch))
+            observer.seen.clear()
     finally:
         for hook in hooks:
             hook.remove()
-    for leader, observed in statistics.items():
-        if not observed.is_finite():
+    for name in block.linears:
+        if name not in observer.statistics:
+            raise RunError(f"{block.name}: {name} did not run on the calibration tokens; cannot prune it.")
+        if not observer.statistics[name].is_finite():
             raise RunError(
-                f"{block.name}.{leader}: the statistic of its inputs is not finite (NaN or inf in the calibration "
+                f"{block.name}.{name}: the statistic of its inputs is not finite (NaN or inf in the calibration "
                 "activations); load the model in float32 or bfloat16 (model.dtype) or check its weights."
             )
-    return {name: statistics[leaders[name]] for name in block.linears}, torch.cat(outputs)
+    return observer.statistics, torch.cat(outputs)
 
 
-def _shared_inputs(block: Block, inputs: Hidden) -> dict[str, str]:
-    """For every linear, the first linear that is given the very same tensor."""
-    order: list[tuple[str, Tensor]] = []  # keeps the tensors alive, so that identities stay distinct
+class _Observer(Generic[S]):
+    """Finds out as the block runs which linears are given the same tensor, and lets them share one statistic.
 
-    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, args: order.append((name, args[0]))
+    `seen` keeps the inputs of the forward pass under way alive, so that their identities stay distinct."""
 
-    hooks = [linear.register_forward_pre_hook(recorder(name)) for name, linear in block.linears.items()]
-    try:
-        block(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    first: dict[int, str] = {}
-    leaders = {name: first.setdefault(id(tensor), name) for name, tensor in order}
-    missing = sorted(set(block.linears) - set(leaders))
-    if missing:
-        raise RunError(f"{block.name}: {', '.join(missing)} did not run on the calibration tokens; cannot prune it.")
-    return leaders
+    def __init__(self, statistic: type[S]) -> None:
+        self.statistic = statistic
+        self.statistics: dict[str, S] = {}
+        self.seen: list[tuple[str, Tensor]] = []
+        self.samples = 0
+
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """Adds the inputs of the linear `name` to its statistic, unless they were added for another."""
+        return lambda module, args: self._add(name, args[0])
+
+    def _add(self, name: str, inputs: Tensor) -> None:
+        for leader, tensor in self.seen:
+            if tensor is inputs:
+                self.statistics.setdefault(name, self.statistics[leader])
+                return
+        self.seen.append((name, inputs))
+        if name not in self.statistics:
+            self.statistics[name] = self.statistic(inputs.shape[-1], inputs.device)
+        self.statistics[name].add(inputs, self.samples)

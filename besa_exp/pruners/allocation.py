@@ -19,14 +19,19 @@ from besa_exp.masks import keep_by_rank, round_to_total
 def project_to_budget(
     sparsity: Float[Tensor, " cell"], capacity: Float[Tensor, " cell"], total: int
 ) -> Float[Tensor, " cell"]:
-    """clip(sparsity - shift, 0, 1) with the shift at which sum(capacity * sparsity) = total, found by bisection: the
-    nearest allocation that meets the budget, cells weighted by their `capacity` in weights."""
-    low, high = sparsity.min() - 1, sparsity.max()
-    for _ in range(60):  # halves an interval of length at most 2 below the rounding of fp64
-        middle = (low + high) / 2
-        too_many = (capacity * (sparsity - middle).clamp(0, 1)).sum() > total
-        low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
-    return (sparsity - high).clamp(0, 1)
+    """clip(sparsity - shift, 0, 1) with the shift at which sum(capacity * sparsity) = total: the nearest allocation
+    that meets the budget, cells weighted by their `capacity` in weights.
+
+    The sum falls with the shift in straight pieces that begin where a cell leaves 1 (shift = sparsity - 1) and end
+    where it reaches 0 (shift = sparsity); so sorting these places finds the piece, and the piece the shift."""
+    places, order = torch.cat([sparsity - 1, sparsity]).sort()
+    slopes = torch.cat([-capacity, capacity])[order].cumsum(dim=0)  # of the piece that begins at each place
+    falls = (slopes[:-1] * places.diff()).cumsum(dim=0)
+    sums = capacity.sum() + torch.cat([falls.new_zeros(1), falls])
+    piece = (sums > total).sum().clamp(1, len(sums)) - 1  # the last place at which too many are pruned, or the first
+    slope = slopes[piece]
+    shift = places[piece] + torch.where(slope < 0, (total - sums[piece]) / slope, 0.0)
+    return (sparsity - shift).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,13 @@ class Rows:
         return sum(weight.numel() for weight in self.weights.values())
 
     @property
-    def capacity(self) -> Float[Tensor, " cell"]:
-        """Weights of each cell."""
-        return self.per_cell(self.columns)
+    def num_cells(self) -> int:
+        """Rows or linears, as the granularity is."""
+        return int(self.cell[-1]) + 1
 
-    def per_cell(self, values: Float[Tensor, " row"]) -> Float[Tensor, " cell"]:
+    def per_cell(self, values: Float[Tensor, " row"], num_cells: int) -> Float[Tensor, " cell"]:
         """Sums over the rows of each cell."""
-        return values.new_zeros(int(self.cell[-1]) + 1).index_add_(0, self.cell, values)
+        return values.new_zeros(num_cells).index_add_(0, self.cell, values)
 
     def counts(self, sparsity: Float[Tensor, " cell"], total: int) -> dict[str, Int[Tensor, " out"]]:
         """Integer numbers of weights to prune in each row, by linear; they sum to exactly `total`."""
@@ -74,27 +79,20 @@ class Rows:
         """Hard masks: rank >= count."""
         return {name: keep_by_rank(self.ranks[name], counts[name]) for name in self.weights}
 
-    def masked(self, counts: Mapping[str, Int[Tensor, " out"]]) -> dict[str, Float[Tensor, "out in"]]:
-        """The weights under the hard masks."""
-        return {name: self.weights[name] * mask for name, mask in self.keep_masks(counts).items()}
+    def masked_into(self, buffers: Mapping[str, Float[Tensor, "out in"]], counts: Mapping[str, Tensor]) -> None:
+        """Fill `buffers` with the weights under the hard masks."""
+        for name, weight in self.weights.items():
+            kernels.masked_weight(weight, self.ranks[name], counts[name], out=buffers[name])
 
-    def sparsity_gradient(
+    def row_gradient(
         self,
         gradients: Mapping[str, Float[Tensor, "out in"]],
         counts: Mapping[str, Int[Tensor, " out"]],
         window: float,
-    ) -> Float[Tensor, " cell"]:
-        """dL / d(sparsity of a cell) along the budget: the part that would only change the total is taken out.
-
-        `gradients` are dL/dW of the masked weights, `window` a fraction of a row."""
-        by_row = torch.cat(
-            [
-                kernels.count_gradient(
-                    weight, gradients[name], self.ranks[name], counts[name], window * weight.shape[1]
-                )
-                for name, weight in self.weights.items()
-            ]
-        )
-        by_cell = self.per_cell(self.columns * by_row.double())
-        capacity = self.capacity
-        return by_cell - capacity * (by_cell.sum() / capacity.sum())
+    ) -> Float[Tensor, " row"]:
+        """dL / d(sparsity of a row). `gradients` are dL/dW of the masked weights, `window` a fraction of a row."""
+        by_count = [
+            kernels.count_gradient(W, gradients[name], self.ranks[name], counts[name], window * W.shape[1])
+            for name, W in self.weights.items()
+        ]
+        return self.columns * torch.cat(by_count).double()

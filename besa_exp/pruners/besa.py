@@ -10,9 +10,10 @@ descent on the block's reconstruction loss (Eq. 1) through hard masks that prune
   the counts are rounded to integers whose sum is exact. There is no lambda, and the target is met at every step.
 - The gradient looks at the ranks around the cut, the weights that could go or stay next; the candidates' soft mask
   spreads over the whole row.
-- The step size finds itself: some calibration samples (the probe) are not learned from. Every few steps they judge; a
-  state that does not lower their loss is dropped for the best so far, and the step size shrinks. So a block is never
-  worse on them than where it began: at the uniform allocation, which is Wanda at the exact budget.
+- Some calibration samples (the probe) are not learned from. They judge halfway and at the end: a state that does not
+  lower their loss is dropped for the best so far, and the step size shrinks. So a block is never worse on them than
+  where it began: at the uniform allocation, which is Wanda at the exact budget. Their passes cost what the steps on
+  them would have.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from besa_exp.blocks import Block, Hidden, reconstruction_loss
 from besa_exp.importance import wanda_importance
 from besa_exp.masks import Target
 from besa_exp.pruners.allocation import Rows, project_to_budget
-from besa_exp.pruning import PrunedBlock, finite_step, num_probe_samples
+from besa_exp.pruning import PrunedBlock, finite_step, num_probe_samples, probe_loss
 from besa_exp.reports import Step
 from besa_exp.statistics import InputNorm
 
@@ -44,7 +45,7 @@ class Besa:
     batch_size: int = 1
     lr: float = 0.05
     window: float = 0.1
-    checks: int = 8
+    checks: int = 2
     seed: int = 0
 
     statistic = InputNorm
@@ -83,31 +84,32 @@ class Besa:
         importances = {name: wanda_importance(weights[name], statistics[name].squared_norm) for name in weights}
         rows = Rows.of(weights, importances, self.granularity)
         total = round(target.sparsity * rows.num_weights)
-        start = torch.full_like(rows.capacity, total / rows.num_weights)
-        search = _Search(block, rows, total, num_probe_samples(len(inputs)))
-        best, steps = self._learn(search, inputs, targets, start, on_step)
+        buffers = {name: torch.empty_like(weight).requires_grad_() for name, weight in weights.items()}
+        search = _Search(block, rows, total, rows.per_cell(rows.columns, rows.num_cells), buffers)
+        best, before, steps = self._learn(search, inputs, targets, on_step)
         counts = rows.counts(best, total)
         return PrunedBlock(
             keep_masks=rows.keep_masks(counts),
             allocated={name: count / weights[name].shape[1] for name, count in counts.items()},
-            start_masks=rows.keep_masks(rows.counts(start, total)),
+            loss_before=before,
             steps=tuple(steps),
         )
 
     def _learn(
-        self, search: _Search, inputs: Hidden, targets: Hidden, start: Tensor, on_step: Callable[[Step], None]
-    ) -> tuple[Tensor, list[Step]]:
-        """The sparsities [cell] with the lowest probe loss that were seen, and the course."""
-        learn = max(1, len(inputs) - search.num_probe)
+        self, search: _Search, inputs: Hidden, targets: Hidden, on_step: Callable[[Step], None]
+    ) -> tuple[Tensor, float, list[Step]]:
+        """The sparsities [cell] with the lowest probe loss that were seen, the loss at the start, and the course."""
+        learn = max(1, len(inputs) - num_probe_samples(len(inputs)))
         num_steps = self.epochs * math.ceil(learn / self.batch_size)
         every = math.ceil(num_steps / self.checks)
-        sparsity, scale = start.clone(), self.lr
-        best, best_loss = start, search.probe_loss(inputs, targets, start)
+        sparsity, scale = torch.full_like(search.capacity, search.expected), self.lr
+        best, start_loss = sparsity.clone(), search.probe_loss(inputs, targets, sparsity)
+        best_loss = start_loss
         optimizer = torch.optim.Adam([sparsity], betas=(0.8, 0.99), eps=1e-30)
         order = torch.Generator().manual_seed(self.seed)
         steps: list[Step] = []
         while len(steps) < num_steps:
-            for samples in torch.randperm(learn, generator=order).split(self.batch_size):
+            for samples in torch.randperm(learn, generator=order).to(inputs.device).split(self.batch_size):
                 step, sparsity.grad = search.gradient(
                     inputs[samples], targets[samples], sparsity, self.window, len(steps)
                 )
@@ -116,7 +118,7 @@ class Besa:
                 for group in optimizer.param_groups:
                     group["lr"] = scale * (1 + math.cos(math.pi * (len(steps) - 1) / num_steps)) / 2
                 optimizer.step()
-                sparsity.copy_(project_to_budget(sparsity, search.rows.capacity, search.total))
+                sparsity.copy_(project_to_budget(sparsity, search.capacity, search.total))
                 if len(steps) % every and len(steps) < num_steps:
                     continue
                 loss = search.probe_loss(inputs, targets, sparsity)
@@ -126,32 +128,46 @@ class Besa:
                     sparsity.copy_(best)
                     scale *= 0.4
                     optimizer.state[sparsity]["exp_avg"].zero_()
-        return best, steps
+        return best, start_loss, steps
 
 
 @dataclass(frozen=True)
 class _Search:
-    """What the search asks of one block: losses and gradients of an allocation that prunes `total` weights."""
+    """What the search asks of one block: losses and gradients of an allocation that prunes `total` weights.
+
+    `capacity`: weights of each cell. `masked` are buffers for the pruned weights: leaves that every step fills anew."""
 
     block: Block
     rows: Rows
     total: int
-    num_probe: int
+    capacity: Tensor
+    masked: Mapping[str, Tensor]
+
+    @property
+    def expected(self) -> float:
+        """The sparsity of the block."""
+        return self.total / self.rows.num_weights
 
     def gradient(
         self, inputs: Hidden, targets: Hidden, sparsity: Tensor, window: float, step: int
     ) -> tuple[Step, Tensor]:
-        counts = self.rows.counts(sparsity, self.total)
-        masked = {name: weight.requires_grad_() for name, weight in self.rows.masked(counts).items()}
-        loss = reconstruction_loss(self.block(inputs, masked), targets)
-        gradients = dict(zip(masked, torch.autograd.grad(loss, list(masked.values())), strict=True))
-        expected = self.total / self.rows.num_weights
-        return (
-            finite_step(self.block, step, loss, loss, 0.0, expected),
-            self.rows.sparsity_gradient(gradients, counts, window),
-        )
+        """The step's record, and dL / d(sparsity of a cell) along the budget: without the part that would only change
+        the total."""
+        counts = self._mask(sparsity)
+        loss = reconstruction_loss(self.block(inputs, self.masked), targets)
+        gradients = dict(zip(self.masked, torch.autograd.grad(loss, list(self.masked.values())), strict=True))
+        by_row = self.rows.row_gradient(gradients, counts, window)
+        by_cell = self.rows.per_cell(by_row, len(self.capacity))
+        along_budget = by_cell - self.capacity * (by_cell.sum() / self.rows.num_weights)
+        return finite_step(self.block, step, loss, loss, 0.0, self.expected), along_budget
 
     def probe_loss(self, inputs: Hidden, targets: Hidden, sparsity: Tensor) -> float:
-        weights = self.rows.masked(self.rows.counts(sparsity, self.total))
-        outputs = self.block.outputs(inputs[-self.num_probe :], self.num_probe, weights)
-        return float(reconstruction_loss(outputs, targets[-self.num_probe :]))
+        """The loss of the samples that are not learned from."""
+        self._mask(sparsity)
+        return probe_loss(self.block, inputs, targets, self.masked)
+
+    @torch.no_grad()
+    def _mask(self, sparsity: Tensor) -> dict[str, Tensor]:
+        counts = self.rows.counts(sparsity, self.total)
+        self.rows.masked_into(self.masked, counts)
+        return counts

@@ -27,7 +27,7 @@ from besa_exp.blocks import Block, Hidden, reconstruction_loss
 from besa_exp.importance import dead_inputs, inverse_factor, magnitude_importance, obs_importance, wanda_importance
 from besa_exp.masks import Target
 from besa_exp.pruners.candidates import CandidateAllocation
-from besa_exp.pruning import PrunedBlock, finite_step
+from besa_exp.pruning import PrunedBlock, finite_step, probe_loss
 from besa_exp.reports import Step
 from besa_exp.statistics import Hessian, InputNorm, Statistic, by_shared_input
 
@@ -103,7 +103,8 @@ class BesaPaper:
             )
             for name, importance in importances.items()
         }
-        start_masks = {name: allocation.keep_mask() for name, allocation in allocations.items()}
+        start = {name: weights[name] * allocation.keep_mask() for name, allocation in allocations.items()}
+        before = probe_loss(block, inputs, targets, start)
         thetas = [allocation.theta for allocation in allocations.values()]
         total = sum(weight.numel() for weight in weights.values())
         optimizer = self._optimizer(thetas)
@@ -126,7 +127,7 @@ class BesaPaper:
             keep_masks={name: allocation.keep_mask() for name, allocation in allocations.items()},
             allocated={name: allocation.row_sparsity().detach() for name, allocation in allocations.items()},
             weights=weights,
-            start_masks=start_masks,
+            loss_before=before,
             steps=tuple(steps),
         )
 

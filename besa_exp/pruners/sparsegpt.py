@@ -19,7 +19,7 @@ from torch import Tensor
 from besa_exp import kernels
 from besa_exp.importance import dead_inputs, inverse_factor, obs_importance
 from besa_exp.masks import Target, keep_largest, keep_n_of_m
-from besa_exp.pruning import PrunedBlock
+from besa_exp.pruning import PrunedBlock, probe_loss
 from besa_exp.statistics import Hessian, by_shared_input
 
 
@@ -96,4 +96,5 @@ class SparseGPT:
                 weight = weight.masked_fill(dead_inputs(matrix), 0)
                 weights[name], keep_masks[name] = sparsegpt(weight, factor, target, self.group_size)
         allocated = {name: 1 - mask.float().mean(dim=1) for name, mask in keep_masks.items()}
-        return PrunedBlock(keep_masks, allocated, weights, start_masks=keep_masks)
+        before = {name: linear.weight.detach() * keep_masks[name] for name, linear in block.linears.items()}
+        return PrunedBlock(keep_masks, allocated, weights, probe_loss(block, inputs, targets, before))

@@ -127,14 +127,25 @@ def test_statistics_and_outputs_do_not_depend_on_the_batch_size(batch_size):
     torch.testing.assert_close(statistics["mlp.down_proj"].squared_norm.double(), expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("statistic", [InputNorm, Hessian])
-def test_inputs_that_a_model_flattens_into_one_axis_of_tokens_count_the_same(statistic):
+@pytest.mark.parametrize(("statistic", "value"), [(InputNorm, "squared_norm"), (Hessian, "matrix")])
+def test_inputs_that_a_model_flattens_into_one_axis_of_tokens_count_the_same(statistic, value):
     inputs = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
     whole, flat = statistic(5, inputs.device), statistic(5, inputs.device)
     whole.add(inputs, 3)
     flat.add(inputs.view(21, 5), 3)
-    assert torch.equal(whole.total, flat.total)
-    assert whole.total.shape[-1] == 5
+    assert torch.equal(getattr(whole, value), getattr(flat, value))
+    assert getattr(whole, value).shape[-1] == 5
+
+
+@pytest.mark.parametrize("columns", [1, 255, 256, 700])
+def test_the_hessian_is_the_symmetric_mean_of_products_whatever_panels_it_is_summed_in(columns):
+    inputs = torch.randn(3, 9, columns, generator=torch.Generator().manual_seed(0))
+    hessian = Hessian(columns, inputs.device)
+    hessian.add(inputs[:2], 2)
+    hessian.add(inputs[2:], 1)
+    tokens = inputs.double().flatten(0, 1)
+    torch.testing.assert_close(hessian.matrix.double(), 2 / 3 * tokens.T @ tokens, rtol=1e-4, atol=1e-5)
+    assert torch.equal(hessian.matrix, hessian.matrix.T)
 
 
 def test_statistics_are_taken_on_the_pruned_prefix():

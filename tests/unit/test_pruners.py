@@ -133,7 +133,7 @@ def test_besa_reaches_any_target_and_keeps_the_budget_at_every_step(granularity,
 
 
 def test_besa_allocates_unlike_uniform_and_never_ends_above_its_start_on_the_probe():
-    for report, pruned in prune_tiny(Besa(lr=0.2))[1]:
+    for report, pruned in prune_tiny(Besa())[1]:
         assert report.loss_after <= report.loss_before
         assert pruned.allocated["mlp.down_proj"].std() > 0
 
