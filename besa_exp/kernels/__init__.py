@@ -2,6 +2,8 @@
 
 `<op>.py` is plain PyTorch and the specification; `<op>_triton.py` holds the kernel of the same name and signature that
 takes over on a CUDA device where Triton is installed. Callers write `kernels.masked_weight(...)` and get the right one.
+The kernels use no atomics: they give the same bits each time, whatever `torch.use_deterministic_algorithms` says. They
+are not differentiable: with a gradient to record, the reference runs.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 from besa_exp.kernels.candidate_gradient import candidate_gradient as _candidate_gradient
@@ -27,15 +30,20 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def _where_fastest(reference: Callable[P, R]) -> Callable[P, R]:
-    """`reference`, or its Triton kernel when the first argument lies on a CUDA device."""
+    """`reference`, or its Triton kernel when the tensors lie on a CUDA device and no gradient is to be recorded."""
+
+    @functools.cache
+    def kernel() -> Callable[P, R]:  # imported at its first use: Triton takes a second to import
+        return getattr(importlib.import_module(f"{reference.__module__}_triton"), reference.__name__)
 
     @functools.wraps(reference)
     def op(*args: P.args, **kwargs: P.kwargs) -> R:
-        first = args[0]
-        if HAS_TRITON and isinstance(first, Tensor) and first.is_cuda:
-            kernel = importlib.import_module(f"{reference.__module__}_triton")
-            return getattr(kernel, reference.__name__)(*args, **kwargs)
-        return reference(*args, **kwargs)
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if not HAS_TRITON or recorded or not all(tensor.is_cuda for tensor in tensors):
+            return reference(*args, **kwargs)
+        with torch.cuda.device(tensors[0].device):  # Triton launches on the current device, whatever its arguments say
+            return kernel()(*args, **kwargs)
 
     return op
 
