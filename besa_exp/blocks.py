@@ -7,8 +7,8 @@ transformers adds arrive untouched. `check_replay` proves it at the start of eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +37,14 @@ class Block:
     linears: Mapping[str, nn.Linear]
     arguments: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the block computes; hidden states that lie elsewhere are brought there batch by batch."""
+        return next(self.module.parameters()).device
+
     def __call__(self, hidden: Hidden, weights: Mapping[str, Tensor] | None = None) -> Hidden:
         """The block's output, with `weights` (linear path to [out in]) in place of its own where given."""
+        hidden = hidden.to(self.device)
         args, kwargs = self.arguments(hidden.shape[0])
         if weights is None:
             output = self.module(hidden, *args, **kwargs)
@@ -50,9 +56,19 @@ class Block:
         return output
 
     @torch.no_grad()
-    def outputs(self, inputs: Hidden, batch_size: int, weights: Mapping[str, Tensor] | None = None) -> Hidden:
-        """The outputs for all samples, `batch_size` at a time, in the inputs' dtype."""
-        return torch.cat([self(batch, weights) for batch in inputs.split(batch_size)])
+    def outputs(
+        self,
+        inputs: Hidden,
+        batch_size: int,
+        weights: Mapping[str, Tensor] | None = None,
+        out: Hidden | None = None,
+    ) -> Hidden:
+        """The outputs for all samples, `batch_size` at a time, in the inputs' dtype; into `out`, which may be `inputs`
+        itself, or beside the inputs."""
+        out = torch.empty_like(inputs) if out is None else out
+        for start in range(0, len(inputs), batch_size):
+            out[start : start + batch_size] = self(inputs[start : start + batch_size], weights)
+        return out
 
 
 def discover_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
@@ -101,21 +117,43 @@ def discover_linears(block: nn.Module) -> dict[str, nn.Linear]:
 def _capture_arguments(
     model: nn.Module, modules: list[nn.Module], input_ids: Tensor
 ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What the model calls its blocks with, while stand-ins that hand on the hidden states take the blocks' place: no
+    block computes, nor needs its weights. They return a tuple, as some blocks do and most models pass on unseen; where
+    the model does not, a tensor."""
+    try:
+        return _captured(model, modules, input_ids, lambda hidden: (hidden, None))
+    except (TypeError, AttributeError):
+        return _captured(model, modules, input_ids, lambda hidden: hidden)
+
+
+def _captured(
+    model: nn.Module, modules: list[nn.Module], input_ids: Tensor, result: Callable[[Any], Any]
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rest = dict(kwargs)
-        rest.pop("hidden_states", None)
-        seen.append((args[1:], rest))
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
+        seen.append((args[1:], kwargs))
+        if len(seen) == len(modules):
+            raise _Reached
+        return result(hidden)
 
-    hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
-    try:
+    with replaced_forwards(modules, [stand_in] * len(modules)), suppress(_Reached):
         model(input_ids.to(next(model.parameters()).device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     assert len(seen) == len(modules), f"{len(modules)} blocks, {len(seen)} calls: a block is skipped or shared"
     return seen
+
+
+@contextmanager
+def replaced_forwards(modules: list[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Modules that compute something else for a while."""
+    for module, forward in zip(modules, forwards, strict=True):
+        module.forward = forward  # on the instance: it hides the class's
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
 
 
 @torch.no_grad()
@@ -140,16 +178,19 @@ def embed(model: nn.Module, blocks: list[Block], input_ids: Int[Tensor, "sample 
 
 @torch.no_grad()
 def check_replay(model: nn.Module, blocks: list[Block], input_ids: Int[Tensor, "sample seq"]) -> None:
-    """Prove that replaying the blocks reproduces the model's own hidden states. RunError names the first block that
-    does not."""
+    """Prove that replaying `blocks`, the first ones or all, reproduces the model's own hidden states. RunError names
+    the first block that does not."""
     own: list[Tensor] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         own.append(output[0] if isinstance(output, tuple) else output)
+        if len(own) == len(blocks):
+            raise _Reached
 
     hooks = [block.module.register_forward_hook(record) for block in blocks]
     try:
-        model(input_ids.to(next(model.parameters()).device), use_cache=False)
+        with suppress(_Reached):
+            model(input_ids.to(next(model.parameters()).device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -168,6 +209,6 @@ def check_replay(model: nn.Module, blocks: list[Block], input_ids: Int[Tensor, "
 def reconstruction_loss(outputs: Hidden, targets: Hidden) -> Float[Tensor, ""]:
     """sum(((Y - Yhat) / ||Y||_channel)^2) / hidden in fp32, the norm per output channel over the batch's tokens
     (BESA, Eq. 1, as the authors' code scales it): the mean relative squared error of the channels."""
-    targets = targets.float()
+    targets = targets.to(outputs.device).float()
     norm = targets.flatten(0, 1).norm(dim=0)
     return ((targets - outputs.float()) / norm).square().sum() / targets.shape[-1]

@@ -6,7 +6,7 @@ Every block is pruned on the outputs of the pruned blocks before it (the pruned 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -108,28 +108,40 @@ def write_weights(block: Block, pruned: PrunedBlock) -> None:
 
 
 def prune_blocks(
-    blocks: list[Block],
+    blocks: Iterable[Block],
     inputs: Hidden,
     pruner: Pruner,
     target: Target,
     batch_size: int,
     on_step: Callable[[Step], None] = lambda step: None,
+    restore: Callable[[Block], bool] = lambda block: False,
+    allocate: Callable[[Hidden], Hidden] = torch.empty_like,
 ) -> Iterator[tuple[BlockReport, PrunedBlock]]:
-    """Prune the blocks in place, one after the other, `batch_size` samples a forward pass. RunError: a statistic, loss
+    """Prune the blocks in place, one after the other, `batch_size` samples a forward pass. `inputs` are overwritten.
+
+    `restore` puts the pruned weights of an earlier run into a block and says so: it is not pruned again, nor yielded.
+    `allocate` gives room for activations of the inputs' shape, wherever they are to lie. RunError: a statistic, loss
     or weight is not finite; the block and the linear are named."""
-    dense_inputs = inputs
+    targets = allocate(inputs)
+    dense_inputs = allocate(inputs).copy_(inputs) if pruner.dense_targets else inputs
+    observed = allocate(inputs) if pruner.dense_targets else targets  # the block as it is, on the pruned prefix
     for block in blocks:
         started = time.perf_counter()
-        statistics, targets = observe(block, inputs, pruner.statistic, batch_size)
         if pruner.dense_targets:
-            dense_inputs = targets = block.outputs(dense_inputs, batch_size)
-        pruned = pruner.prune_block(block, inputs, targets, statistics, target, on_step)
-        write_weights(block, pruned)
-        inputs = block.outputs(inputs, batch_size)
-        probe = num_probe_samples(len(inputs))
-        after = _finite_loss(block, inputs[-probe:], targets[-probe:])
-        seconds = time.perf_counter() - started
-        yield _report(block, pruned, after, seconds), pruned
+            block.outputs(dense_inputs, batch_size, out=targets)
+        if not restore(block):
+            statistics, _ = observe(block, inputs, pruner.statistic, batch_size, observed)
+            pruned = pruner.prune_block(block, inputs, targets, statistics, target, on_step)
+            del statistics
+            write_weights(block, pruned)
+            block.outputs(inputs, batch_size, out=inputs)
+            probe = num_probe_samples(len(inputs))
+            after = _finite_loss(block, inputs[-probe:], targets[-probe:])
+            yield _report(block, pruned, after, time.perf_counter() - started), pruned
+        else:
+            block.outputs(inputs, batch_size, out=inputs)
+        if pruner.dense_targets:
+            dense_inputs, targets = targets, dense_inputs
 
 
 def _finite_loss(block: Block, outputs: Hidden, targets: Hidden) -> float:

@@ -7,7 +7,7 @@ A sample is one calibration sequence; both statistics are means over samples, as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -91,22 +91,21 @@ def by_shared_input(statistics: Mapping[str, S]) -> Iterator[tuple[S, tuple[str,
 
 
 @torch.no_grad()
-def observe(block: Block, inputs: Hidden, statistic: type[S] | None, batch_size: int) -> tuple[dict[str, S], Hidden]:
+def observe(
+    block: Block, inputs: Hidden, statistic: type[S] | None, batch_size: int, out: Hidden | None = None
+) -> tuple[dict[str, S], Hidden]:
     """One pass of the block as it is over all samples: a statistic for every linear (linears that are given the same
-    tensor share one) and the outputs. RunError: a statistic is not finite, or a linear was never called."""
+    tensor share one) and the outputs, into `out` where given. RunError: a statistic is not finite, or a linear was
+    never called."""
     if statistic is None:
-        return {}, block.outputs(inputs, batch_size)
-    batches = inputs.split(batch_size)
-    for batch in batches:
-        block.arguments(len(batch))  # captured by a pass of the whole model, which must not meet the hooks below
+        return {}, block.outputs(inputs, batch_size, out=out)
+    for batch in inputs.split(batch_size):
+        block.arguments(len(batch))  # captured by a pass of the model, which must not meet the hooks below
     observer = _Observer(statistic)
     hooks = [linear.register_forward_pre_hook(observer.hook(name)) for name, linear in block.linears.items()]
-    outputs = []
+    hooks.append(block.module.register_forward_pre_hook(observer.next_batch, with_kwargs=True))
     try:
-        for batch in batches:
-            observer.samples = len(batch)
-            outputs.append(block(batch))
-            observer.seen.clear()
+        outputs = block.outputs(inputs, batch_size, out=out)
     finally:
         for hook in hooks:
             hook.remove()
@@ -118,7 +117,7 @@ def observe(block: Block, inputs: Hidden, statistic: type[S] | None, batch_size:
                 f"{block.name}.{name}: the statistic of its inputs is not finite (NaN or inf in the calibration "
                 "activations); load the model in float32 or bfloat16 (model.dtype) or check its weights."
             )
-    return observer.statistics, torch.cat(outputs)
+    return observer.statistics, outputs
 
 
 class _Observer(Generic[S]):
@@ -131,6 +130,11 @@ class _Observer(Generic[S]):
         self.statistics: dict[str, S] = {}
         self.seen: list[tuple[str, Tensor]] = []
         self.samples = 0
+
+    def next_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before each forward pass of the block."""
+        self.seen.clear()
+        self.samples = len(args[0] if args else kwargs["hidden_states"])
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         """Adds the inputs of the linear `name` to its statistic, unless they were added for another."""

@@ -117,7 +117,7 @@ def prune(block: Block, inputs: Tensor, pruner: Pruner) -> list[float]:
     dense = {name: linear.weight.detach().clone() for name, linear in block.linears.items()}
     moments: list[float] = []
     device = inputs.device
-    for _ in prune_blocks([block], inputs, pruner, Target(0.5), 1, lambda step: moments.append(clock(device))):
+    for _ in prune_blocks([block], inputs.clone(), pruner, Target(0.5), 1, lambda step: moments.append(clock(device))):
         pass
     for name, linear in block.linears.items():
         linear.weight.detach().copy_(dense[name])

@@ -152,7 +152,7 @@ def test_statistics_are_taken_on_the_pruned_prefix():
     model = tiny("llama")
     blocks = capture_blocks(model, INPUT_IDS)
     inputs = embed(model, blocks, INPUT_IDS, 5)
-    list(prune_blocks(blocks[:1], inputs, Wanda(), Target(0.9), 5))
+    list(prune_blocks(blocks[:1], inputs.clone(), Wanda(), Target(0.9), 5))
     pruned_prefix = blocks[0].outputs(inputs, 5)
     fresh = tiny("llama")
     fresh_blocks = capture_blocks(fresh, INPUT_IDS)
