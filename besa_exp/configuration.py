@@ -57,15 +57,18 @@ def as_values(config: DictConfig) -> dict[str, Any]:
     }
 
 
-def read_settings(config: DictConfig, pruner_name: str) -> RunSettings:
-    """Typed settings. `pruner_name` is the preset that was chosen.
+def read_settings(config: DictConfig, pruner_name: str, with_pruner: bool = True) -> RunSettings:
+    """Typed settings. `pruner_name` is the preset that was chosen; without the pruner torch is not imported.
 
     Unreadable: unknown keys, missing or ill-typed values, or values a pruner refuses; all of them."""
     reader = Reader()
     values = as_values(config)
     if isinstance(values.get("model"), dict):
         values["model"].setdefault("name", _model_name(values))
-    settings = reader.node(values, RunSettings, "", given={"pruner_name": pruner_name})
+    given: dict[str, Any] = {"pruner_name": pruner_name}
+    if not with_pruner:
+        given["pruner"] = values.pop("pruner", None)
+    settings = reader.node(values, RunSettings, "", given)
     if settings is UNREAD or reader.problems:
         own = {key: problem for key, problem in reader.problems.items() if not _is_reference(config, key)}
         raise Unreadable(own or reader.problems)

@@ -82,8 +82,8 @@ def _record(folder: Path, error: Exception) -> None:
 
 
 def _prune(config: DictConfig, pruner_name: str, folder: Path) -> dict[str, Any]:
-    from besa_exp.preflight import preflight  # these two import torch
-    from besa_exp.run import prune
+    from besa_exp.preflight import preflight
+    from besa_exp.run import prune  # imports torch
 
     settings = read_settings(config, pruner_name)
     if problems := preflight(settings, folder):  # anew: this may be another machine than the one that asked

@@ -1,6 +1,7 @@
 """All that can be found wrong with a run before anything is loaded: every problem, in complete sentences, in seconds.
 
-Each says what is wrong, where (the key), the rule, and the remedy. Neither a model nor transformers is imported.
+Each says what is wrong, where (the key), the rule, and the remedy. Neither a model nor torch is imported,
+but where the pruner is to be asked or a CUDA device is named.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from besa_exp.calibration import check_calibration
+from besa_exp.calibration_check import check_calibration
 from besa_exp.disk import check_disk, required_bytes
 from besa_exp.embedded.text import MODEL_DIR
 from besa_exp.evaluation.checks import check_evaluator
-from besa_exp.masks import Target
 from besa_exp.model_folder import ModelFolder, inspect_model_folder
 from besa_exp.nearest import did_you_mean
+from besa_exp.pattern import parse_pattern
 from besa_exp.settings import ModelSettings, RunSettings, TrackerSettings
 
 BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}  # auto: as saved
@@ -29,15 +30,18 @@ def preflight(
 ) -> list[str]:
     """The problems of a run that would write to `folder`; none: it may start.
 
-    `unknown` names the groups whose preset could not be found, about which nothing is said. `here` False: the run will
+    `unknown` names the groups whose preset could not be found, about which nothing is said, and may hold
+    `calibration.path` where none was given. `here` False: the run will
     be on another machine, whose device and disk are not this one's."""
-    facts, problems = None, []
+    facts, problems = None, _check_dtype(settings.model.dtype)
     if "model" not in unknown:
-        facts, problems = _check_model(settings.model, settings.offline)
+        facts, of_model = _check_model(settings.model, settings.offline)
+        problems += of_model
     context = facts.context if facts else None
     problems += _check_target(settings, facts, "pruner" not in unknown)
     if "calibration" not in unknown:
-        problems += check_calibration(settings.calibration, context)
+        length = None if "calibration.path" in unknown else context
+        problems += check_calibration(settings.calibration, length, settings.offline)
     if "evaluator" not in unknown:
         problems += check_evaluator(settings.evaluator, context)
     if "tracker" not in unknown:
@@ -58,18 +62,16 @@ def model_folder(settings: ModelSettings) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _check_model(settings: ModelSettings, offline: bool) -> tuple[ModelFolder | None, list[str]]:
+def _check_dtype(dtype: str) -> list[str]:
     dtypes = ("auto", *BYTES_OF_DTYPE)
-    wrong_dtype = []
-    if settings.dtype not in dtypes:
-        near = did_you_mean(settings.dtype, dtypes)
-        wrong_dtype = [f"model.dtype={settings.dtype}: must be one of {', '.join(dtypes)}{near}"]
+    if dtype in dtypes:
+        return []
+    return [f"model.dtype={dtype}: must be one of {', '.join(dtypes)}{did_you_mean(dtype, dtypes)}"]
+
+
+def _check_model(settings: ModelSettings, offline: bool) -> tuple[ModelFolder | None, list[str]]:
     folder = model_folder(settings)
-    if folder is None:
-        facts, problems = _check_hub_id(settings, offline)
-    else:
-        facts, problems = inspect_model_folder(folder)
-    return facts, wrong_dtype + problems
+    return _check_hub_id(settings, offline) if folder is None else inspect_model_folder(folder)
 
 
 def _check_hub_id(settings: ModelSettings, offline: bool) -> tuple[ModelFolder | None, list[str]]:
@@ -101,7 +103,7 @@ def _check_target(settings: RunSettings, facts: ModelFolder | None, with_pruner:
             "write for example sparsity=0.5"
         )
     try:
-        pattern = Target.parse(min(max(sparsity, 0.0), 0.5), settings.pattern).pattern
+        pattern = parse_pattern(settings.pattern)
     except ValueError as error:
         return [*problems, f"{error} (in a YAML file in quotes: pattern: '2:4')"]
     if pattern and facts:

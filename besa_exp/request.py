@@ -6,6 +6,7 @@ Nothing is written here. A value that cannot be used is left out once it is note
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,13 @@ from besa_exp.configuration import Unreadable, read_settings
 from besa_exp.environment_variables import set_before_imports
 from besa_exp.errors import ConfigurationError
 from besa_exp.overrides import Composer, key_of
+from besa_exp.pattern import parse_pattern
+from besa_exp.preflight import preflight
 from besa_exp.run_folder import is_done
 
 CONFIG_NAME = "prune"
+# Groups whose preset may leave the path to the user, and what is unknown while the embedded one stands in for it.
+STANDS_IN = {"model": "model", "calibration": "calibration.path"}
 ON_THIS_MACHINE = ("basic_launcher.BasicLauncher", "joblib_launcher.JoblibLauncher")
 
 
@@ -64,6 +69,7 @@ def read_request(arguments: argparse.Namespace) -> Request:
         swept = [override for override in overrides if override.is_sweep_override()]
         composer.problems |= {o.key_or_group: f"{o.input_line}: several values; add -m to run them all" for o in swept}
         jobs = [_job(composer, single, main, unknown, of_sweep=False)]
+    _ask_pruners(composer, jobs, unknown)
     if composer.problems or not jobs:
         raise ConfigurationError(*dict.fromkeys(composer.problems.values()) or ["the sweep has no jobs"])
     return Request(composer.config_name, (*arguments.overrides, *composer.search_path), multirun, tuple(jobs))
@@ -117,7 +123,7 @@ def _only(lines: Sequence[str], others: Sequence[str]) -> str:
 
 
 def _job(composer: Composer, lines: Sequence[str], config: DictConfig, unknown: set[str], of_sweep: bool) -> Job:
-    """The job, its problems noted unless a finished run is there."""
+    """The job, its problems (but its pruner's) noted unless a finished run is there."""
     HydraConfig.instance().set_config(config)  # ${hydra:...} looks there
     try:
         folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir) if of_sweep else Path(config.hydra.run.dir)
@@ -126,28 +132,61 @@ def _job(composer: Composer, lines: Sequence[str], config: DictConfig, unknown: 
         folder = Path()
     job = Job(tuple(lines), config, folder, is_done(folder) and not config.get("overwrite"))
     if not job.finished:
-        _check_job(composer, job, unknown)
+        _check_settings(composer, job, unknown | {"pruner"})
     return job
 
 
-def _check_job(composer: Composer, job: Job, unknown: set[str]) -> None:
-    from besa_exp.preflight import preflight  # imports torch, which a finished run's line does not wait for
+def _ask_pruners(composer: Composer, jobs: Sequence[Job], unknown: set[str]) -> None:
+    """Notes what the jobs' pruners refuse. Their modules import torch, which takes seconds: they are asked when all is
+    well otherwise, or when the request says something to them."""
+    sound = not composer.problems
+    for job in jobs:
+        if not job.finished and "pruner" not in unknown and (sound or _concerns_the_pruner(composer, job)):
+            _check_settings(composer, job, unknown)
 
+
+def _concerns_the_pruner(composer: Composer, job: Job) -> bool:
+    """Whether a line may be refused by the pruner: one of its own keys or presets, or what it is asked to reach."""
+    keys = {key_of(line) for line in job.lines}
+    own = any(key.startswith("pruner.") for key in keys) or ("pruner" in keys and composer.search_path)
+    asked = ("sparsity", "pattern", "experiment")
+    return bool(own) or any(key in keys and not _refused(composer, key) for key in asked)
+
+
+def _refused(composer: Composer, key: str) -> bool:
+    return any(problem.startswith(f"{key}=") for problem in composer.problems.values())
+
+
+def _check_settings(composer: Composer, job: Job, unknown: set[str]) -> None:
+    """Notes all that is wrong with the job but with what is unknown."""
     problems = composer.problems
     try:
-        settings = read_settings(job.config, pruner_preset(job.config))
+        settings = read_settings(job.config, pruner_preset(job.config), with_pruner="pruner" not in unknown)
     except Unreadable as error:
-        rest = [line for line in job.lines if not _sets(composer, line, error.by_key)]
         problems |= error.by_key
-        config = composer.compose(rest) if len(rest) < len(job.lines) else None
+        rest = [line for line in job.lines if not _sets(composer, line, error.by_key)]
+        missing = [group for group in STANDS_IN if OmegaConf.is_missing(job.config[group], "path")]
+        if len(rest) < len(job.lines):
+            config = composer.compose(rest)
+        else:
+            config = _with_paths(job.config, missing) if missing else None
+            unknown = unknown | {STANDS_IN[group] for group in missing}
         if config is not None:
-            _check_job(composer, Job(tuple(rest), config, job.folder, False), unknown)
+            _check_settings(composer, Job(tuple(rest), config, job.folder, False), unknown)
         return
     launcher = str(OmegaConf.select(job.config, "hydra.launcher._target_"))
     here = launcher.endswith(ON_THIS_MACHINE)
     problems |= {problem: problem for problem in preflight(settings, job.folder, unknown, here)}
     if any(key_of(line) == "sparsity" for line in job.lines):
         problems |= _contradiction(settings.sparsity, settings.pattern)
+
+
+def _with_paths(config: DictConfig, groups: Sequence[str]) -> DictConfig:
+    """The configuration with the embedded path where one is missing, so that the rest can be checked."""
+    filled = copy.deepcopy(config)
+    for group in groups:
+        filled[group].path = "embedded"
+    return filled
 
 
 def pruner_preset(config: DictConfig) -> str:
@@ -162,12 +201,11 @@ def _sets(composer: Composer, line: str, keys: Iterable[str]) -> bool:
 
 
 def _contradiction(sparsity: float, pattern: str) -> dict[str, Any]:
-    from besa_exp.masks import Target
-
     try:
-        fixed = Target.parse(sparsity, pattern).sparsity
+        kept_of = parse_pattern(pattern)
     except ValueError:
         return {}  # said already
+    fixed = 1 - kept_of[0] / kept_of[1] if kept_of else sparsity
     if abs(fixed - sparsity) < 1e-9:
         return {}
     problem = f"sparsity={sparsity:g} with pattern={pattern}: the pattern makes it {fixed:g}; leave sparsity out"

@@ -14,14 +14,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from besa_exp.atomic import replaced_file
 from besa_exp.errors import ConfigurationError
-
-TOKENS_KEY = "input_ids"
+from besa_exp.token_files import TOKENS_KEY, token_file_shape
 
 
 @runtime_checkable
@@ -76,22 +75,6 @@ def tokens_sha256(input_ids: Int[Tensor, "*shape"]) -> str:
     digest = hashlib.sha256(input_ids.contiguous().numpy().astype("<i8").tobytes())
     digest.update("x".join(str(size) for size in input_ids.shape).encode())
     return digest.hexdigest()
-
-
-def token_file_shape(path: Path) -> tuple[int, ...]:
-    """The shape of `input_ids`, read from the header alone. ConfigurationError: not such a file."""
-    rule = f"a token file is a safetensors file whose {TOKENS_KEY!r} holds whole numbers [sample, seq]"
-    try:
-        with safe_open(path, framework="pt") as file:
-            if TOKENS_KEY not in file.keys():  # noqa: SIM118, the file is no mapping
-                raise ConfigurationError(f"{path}: holds {', '.join(file.keys()) or 'nothing'}; {rule}")
-            entry = file.get_slice(TOKENS_KEY)
-            shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
-    except (SafetensorError, OSError) as error:
-        raise ConfigurationError(f"{path}: cannot be read ({error}); {rule}") from error
-    if dtype[0] not in "IU" or len(shape) not in (1, 2) or 0 in shape:
-        raise ConfigurationError(f"{path}: {TOKENS_KEY!r} has the type {dtype} and the shape {list(shape)}; {rule}")
-    return shape
 
 
 def read_token_file(path: Path) -> Int[Tensor, "*shape"]:

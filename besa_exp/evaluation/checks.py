@@ -9,7 +9,7 @@ from besa_exp.errors import ConfigurationError
 from besa_exp.nearest import did_you_mean
 from besa_exp.settings import EvaluatorSettings
 from besa_exp.text_sources import check_source, is_token_file
-from besa_exp.tokens import token_file_shape
+from besa_exp.token_files import token_file_shape
 
 # The folder of each task's definition: lm-eval's own, relative to its tasks, or the package's. Naming the folder spares
 # lm-eval the reading of its 14,000 definitions (17 s).

@@ -150,6 +150,29 @@ def test_all_problems_are_told_at_once(refused: Refusal) -> None:
         assert what in said
 
 
+def test_a_path_that_must_be_given_hides_no_other_problem(refused: Refusal) -> None:
+    said = refused("calibration=local", "calibration.path=???", "calibration.num_samples=0", "device=gpu", "seed=x")
+    assert "4 problems" in said
+    for what in ("calibration.path: no value given", "calibration.num_samples=0", "device=gpu", "seed=x"):
+        assert what in said
+    said = refused("model=local", "model.path=???", "model.dtype=float8", "tracker.mode=foo")
+    assert "3 problems" in said
+    for what in ("model.path: no value given", "model.dtype=float8", "tracker.mode=foo: must be one of offline"):
+        assert what in said
+
+
+def test_a_calibration_set_that_is_not_in_the_cache_is_refused_offline(
+    refused: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    asked = ["calibration=c4", "calibration.path=null", "calibration.seq_len=16"]
+    said = refused(*asked, "offline=true")
+    assert "1 problem" in said
+    assert "offline=true and it is not in the local cache" in said
+    assert "seed=x" in (other := refused(*asked, "seed=x"))
+    assert "1 problem" in other
+
+
 def test_an_unknown_preset_brings_no_complaint_about_what_stands_in_for_it(refused: Refusal) -> None:
     said = refused("pruner=wandaa", "pruner.nonsense=1", "pattern=3:4")
     assert "1 problem" in said
@@ -271,8 +294,46 @@ def test_full_errors_show_the_traceback(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["--version"], ["prunne"], ["list", "models"]])
 def test_short_answers_load_neither_torch_nor_hydra(arguments: list[str]) -> None:
-    program = f"import sys; from besa_exp.main import main; main({arguments!r}); print(sorted(sys.modules))"
-    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
-    loaded = set(answer.stdout.splitlines()[-1].strip("[]").replace("'", "").split(", "))
+    loaded = modules_after(*arguments)
     assert "besa_exp.main" in loaded
     assert not loaded & {"torch", "hydra", "omegaconf", "transformers", "wandb", "datasets", "lm_eval", "numpy", "rich"}
+
+
+def modules_after(*arguments: str) -> set[str]:
+    """What a process that ran the command has imported."""
+    program = f"import sys; from besa_exp.main import main; main({list(arguments)!r}); print(sorted(sys.modules))"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    return set(answer.stdout.splitlines()[-1].strip("[]").replace("'", "").split(", "))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["pruner=wandaa", "pruner.nonsense=1"],
+        ["sparsity=2", "seed=x", "pruner=wanda"],
+        ["sparsity=abc"],
+        ["sparcity=0.5"],
+        ["pattern=2:x"],
+        ["model=local"],
+        ["model.path=/no/such/model"],
+        ["calibration=local", "tracker.mode=foo"],
+        ["calibration.path=/no/such.txt", "calibration.num_samples=0"],
+        ["evaluator.tasks=[piqaa]", "evaluator.perplexity_sets=[wikitex2]"],
+        ["device=gpu"],
+        ["-m", "seed=1,x", "pruner=wanda,besa"],
+    ],
+)
+def test_a_refusal_loads_no_library_that_takes_seconds(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = modules_after("prune", *arguments)
+    assert "hydra" in loaded
+    assert not loaded & {"torch", "transformers", "wandb", "datasets", "lm_eval"}
+
+
+def test_the_pruner_is_asked_also_when_something_else_is_wrong(refused: Refusal) -> None:
+    said = refused("pruner=besa", "pattern=2:4", "pruner.epochs=0", "seed=x", "device=gpu")
+    for what in ("pruner.epochs=0: must be at least 1", "seed=x", "device=gpu"):
+        assert what in said
+    assert "besa_paper needs a target above 0" in refused("pruner=besa_paper", "sparsity=0", "device=gpu")
