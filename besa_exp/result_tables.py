@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -13,22 +15,24 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from besa_exp.errors import ConfigurationError
 from besa_exp.model_card import score_rows
-from besa_exp.settings import RunSettings
+from besa_exp.settings import CalibrationSettings, RunSettings
 from besa_exp.sparsity_table import block_counts, short_names, type_counts
+from besa_exp.text_sources import is_token_file
+from besa_exp.token_files import token_file_shape
 
 
 def plan_table(settings: RunSettings, facts: Mapping[str, Any]) -> Table:
     """Two columns: what is chosen, then `facts`."""
     pruner, calibration, evaluator = settings.pruner, settings.calibration, settings.evaluator
-    tokens = f"{calibration.num_samples} x {calibration.seq_len} tokens"
     choices = ", ".join(f"{field.name}={getattr(pruner, field.name)}" for field in fields(pruner))
     scored = [*evaluator.perplexity_sets, *evaluator.tasks]
     rows = {
         "model": f"{settings.model.name} ({settings.model.path})",
         "pruner": settings.pruner_name + (f" ({choices})" if choices else ""),
         "target": f"sparsity {settings.sparsity:g}, {settings.pattern}",
-        "calibration": f"{calibration.path or calibration.name}, {tokens}",
+        "calibration": f"{calibration.path or calibration.name}, {_windows(calibration)}",
         "scores": (", ".join(scored) or "none") + (", dense too" if evaluator.dense and scored else ""),
         "tracker": settings.tracker.name + (f", {settings.tracker.mode}" if settings.tracker.name != "none" else ""),
         "seed": settings.seed,
@@ -40,6 +44,15 @@ def plan_table(settings: RunSettings, facts: Mapping[str, Any]) -> Table:
     for name, value in rows.items():
         table.add_row(Text(str(name)), Text(str(value)))
     return table
+
+
+def _windows(calibration: CalibrationSettings) -> str:
+    """A token file is taken as it is, whatever num_samples and seq_len say."""
+    shape = (calibration.num_samples, calibration.seq_len)
+    if calibration.path and is_token_file(calibration.path):
+        with suppress(ConfigurationError):  # told where it is read
+            shape = token_file_shape(Path(calibration.path).expanduser())
+    return f"{' x '.join(map(str, shape))} tokens"
 
 
 def result_tables(results: Mapping[str, Any], width: int, style: box.Box) -> list[RenderableType]:

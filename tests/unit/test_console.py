@@ -8,12 +8,14 @@ import pty
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich import box
+from safetensors.torch import save_file
 
 from besa_exp.console import PLAIN_WIDTH, RunConsole, duration
 from besa_exp.reports import BlockReport, LinearReport, Step
@@ -127,6 +129,18 @@ def test_the_plan_names_every_choice_and_the_facts(capsys: pytest.CaptureFixture
         assert text in shown
     for text in ("ptb, piqa, dense too", "wandb, offline", "seed         5", "blocks       8"):
         assert text in shown
+
+
+def test_the_plan_tells_the_size_of_a_token_file_not_the_one_configured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"input_ids": torch.ones(3, 20, dtype=torch.int64)}, tmp_path / "tokens.safetensors")
+    given = replace(SETTINGS.calibration, path=str(tmp_path / "tokens.safetensors"))
+    with RunConsole(quiet=True) as console:
+        console.plan(replace(SETTINGS, calibration=given), {})
+    shown = capsys.readouterr().out
+    assert "tokens.safetensors, 3 x 20 tokens" in shown.replace("\n", "").replace("             ", "")
+    assert "16 x 64" not in shown
 
 
 def test_warnings_are_shown_as_such_and_only_while_the_console_is_open(capsys: pytest.CaptureFixture[str]) -> None:
