@@ -17,8 +17,8 @@ from besa_exp.errors import Unavailable
 BatchSize = int | Literal["auto"]
 T = TypeVar("T")
 
-# Best on 2 cores (experiments/benchmarks/evaluation.py): smaller batches pay for calls, larger ones leave the cache.
-TOKENS_ON_CPU = 4096
+# Best on a core (experiments/benchmarks/evaluation.py): smaller batches pay for calls, larger ones for fresh memory.
+TOKENS_ON_CPU = 2048
 BYTES_ON_CPU = 2**30
 TOKENS_ON_CUDA = 2**15
 SHARE_OF_FREE_MEMORY = 0.6  # the rest is for what the estimate does not know

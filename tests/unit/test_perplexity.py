@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from besa_exp.evaluation.batches import rows_at_once, tokens_at_once
 from besa_exp.evaluation.checks import check_evaluator
-from besa_exp.evaluation.perplexity import perplexity, sum_of_losses
+from besa_exp.evaluation.perplexity import LOGITS_AT_ONCE, perplexity, sum_of_losses
 from besa_exp.evaluation.scores import Scores, evaluate
 from besa_exp.settings import EvaluatorSettings
 from besa_exp.text_sources import HUB_FILES
@@ -108,7 +108,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_logits_are_never_copied_to_fp32_as_a_whole(monkeypatch):
-    monkeypatch.setattr("besa_exp.evaluation.perplexity.LOGITS_AT_ONCE", 4 * 258)
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 4 * 258)
     logits = torch.randn(3, 16, 258, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
     ids = torch.randint(258, (3, 16), generator=torch.Generator().manual_seed(1))
     with Largest() as largest:
@@ -151,8 +151,8 @@ def test_a_window_that_does_not_fit_by_itself_makes_the_set_unavailable(model, t
 def test_an_automatic_batch_holds_fewer_tokens_where_the_vocabulary_is_large():
     small, large = tiny_llama(CONTEXT), tiny_llama(CONTEXT)
     large.resize_token_embeddings(200_000)
-    assert tokens_at_once(large) < tokens_at_once(small) == 4096
-    assert rows_at_once(tokens_at_once(small), CONTEXT) == 64
+    assert tokens_at_once(large) < tokens_at_once(small) == 2048
+    assert rows_at_once(tokens_at_once(small), CONTEXT) == 32
     assert rows_at_once(4096, 5000) == 1
 
 
