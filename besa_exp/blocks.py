@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from besa_exp.activations import Allocate
 from besa_exp.errors import RunError
 
 Hidden = Float[Tensor, "sample seq hidden"]
@@ -157,8 +158,14 @@ def replaced_forwards(modules: list[nn.Module], forwards: Sequence[Callable[...,
 
 
 @torch.no_grad()
-def embed(model: nn.Module, blocks: list[Block], input_ids: Int[Tensor, "sample seq"], batch_size: int) -> Hidden:
-    """The hidden states that enter block 0, for all samples."""
+def embed(
+    model: nn.Module,
+    blocks: list[Block],
+    input_ids: Int[Tensor, "sample seq"],
+    batch_size: int,
+    allocate: Allocate | None = None,
+) -> Hidden:
+    """The hidden states that enter block 0, for all samples; `allocate` gives the room, by default on the device."""
     states: list[Tensor] = []
 
     def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -167,13 +174,20 @@ def embed(model: nn.Module, blocks: list[Block], input_ids: Int[Tensor, "sample 
 
     hook = blocks[0].module.register_forward_pre_hook(catch, with_kwargs=True)
     device = next(model.parameters()).device
+    out: Tensor | None = None
     try:
-        for batch in input_ids.split(batch_size):
+        for start in range(0, len(input_ids), batch_size):
             with suppress(_Reached):
-                model(batch.to(device), use_cache=False)
+                model(input_ids[start : start + batch_size].to(device), use_cache=False)
+            state = states.pop()
+            if out is None:
+                shape = torch.Size([len(input_ids), *state.shape[1:]])
+                out = allocate(shape, state.dtype) if allocate else state.new_empty(shape)
+            out[start : start + batch_size] = state
     finally:
         hook.remove()
-    return torch.cat(states)
+    assert out is not None, "there are no samples"
+    return out
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -46,13 +46,28 @@ def save_model(
         raise RunError(f"{folder}: a quantised model cannot be saved as plain weights; prune the unquantised one")
     try:
         with atomic.replaced_folder(folder) as partial:
-            _save_weights(model, partial, shard_size)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(partial)
-            _copy_missing(sources, partial)
-            (partial / "README.md").write_text(card, encoding="utf-8")
+            model.save_pretrained(partial, max_shard_size=shard_size)
+            save_beside_weights(model, tokenizer, partial, card, sources)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{folder} could not be written ({error}); free disk space or set save.model=false") from error
+
+
+def save_beside_weights(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, card: str, sources: Path | None
+) -> None:
+    """All that a model folder holds besides weights: configs, tokenizer, licence, and `card` as README.md."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "sparsity_config")}
+    path.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    _copy_missing(sources, folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def write_card(folder: Path, card: str) -> None:
@@ -66,16 +81,29 @@ def save_masks(keep_masks: Mapping[str, Bool[Tensor, "out in"]], path: Path, den
     `dense_sha256` (see `weights_sha256`) names the dense weights that the masks belong to."""
     names = sorted(keep_masks)
     packed = {name: torch.from_numpy(np.packbits(keep_masks[name].cpu().numpy())) for name in names}
-    description = {
-        "format_version": MASKS_VERSION,
-        "shapes": {name: list(keep_masks[name].shape) for name in names},
-        "dense_sha256": dense_sha256,
-    }
+    _write_masks(packed, {name: list(keep_masks[name].shape) for name in names}, dense_sha256, path)
+
+
+def _write_masks(packed: dict[str, Tensor], shapes: dict[str, list[int]], dense_sha256: str | None, path: Path) -> None:
+    description = {"format_version": MASKS_VERSION, "shapes": shapes, "dense_sha256": dense_sha256}
     try:
         with atomic.replaced_file(path) as partial:
             save_file(packed, partial, metadata={MASKS_KEY: json.dumps(description, sort_keys=True)})
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} could not be written ({error}); free disk space or set save.masks=false") from error
+
+
+def merge_masks(files: Iterable[Path], path: Path) -> None:
+    """Several masks files as one; its `dense_sha256` is the hash of theirs in order."""
+    packed: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    digest = hashlib.sha256()
+    for file in files:
+        description = masks_description(file)
+        shapes |= description["shapes"]
+        digest.update(str(description["dense_sha256"]).encode())
+        packed |= load_file(file)
+    _write_masks(packed, shapes, digest.hexdigest(), path)
 
 
 def load_masks(path: Path) -> dict[str, Bool[Tensor, "out in"]]:
@@ -127,14 +155,6 @@ def count_zeros(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int]
             weight = file.get_tensor(name)
         counts[name] = (weight.numel(), weight.numel() - int(torch.count_nonzero(weight)))
     return counts
-
-
-def _save_weights(model: PreTrainedModel, folder: Path, shard_size: str) -> None:
-    model.save_pretrained(folder, max_shard_size=shard_size)
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "sparsity_config")}
-    path.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _copy_missing(sources: Path | None, folder: Path) -> None:

@@ -87,6 +87,8 @@ def run_name(config: DictConfig) -> str:
 
     `config` is composed with Hydra's own node, which knows the presets chosen."""
     values = {key: value for key, value in as_values(config).items() if key in DETERMINING_KEYS}
+    if isinstance(values.get("model"), dict):
+        values["model"].pop("load", None)  # where the weights lie, not what they are
     pruner = OmegaConf.select(config, "hydra.runtime.choices.pruner")
     unstructured = values.get("pattern") == "unstructured"
     amount = values.get("sparsity") if unstructured else values.get("pattern")

@@ -17,6 +17,18 @@ class RunError(RuntimeError):
     """A run that had begun cannot go on: the block and linear are named. Exit code 1."""
 
 
+class Interrupted(SystemExit):
+    """The system asked the process to end (SIGTERM, or SIGUSR1 before a pre-emption). Exit code 143; the same command
+    goes on after the last whole block."""
+
+    def __init__(self, signal_name: str):
+        super().__init__(143)
+        self.signal_name = signal_name
+
+    def __str__(self) -> str:
+        return f"{self.signal_name} received; the same command goes on after the last whole block"
+
+
 class Unavailable(Exception):
     """A data set or task that cannot be had here; the run records the reason as n/a and goes on."""
 

@@ -24,6 +24,7 @@ from rich.table import Table
 from besa_exp.configuration import as_values, read_settings
 from besa_exp.environment_variables import set_before_imports
 from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.interruption import interruptible
 from besa_exp.profiling import profiling
 from besa_exp.request import Request
 from besa_exp.run_folder import RunFolder, is_done, read_results, read_status
@@ -88,7 +89,7 @@ def _prune(config: DictConfig, pruner_name: str, folder: Path) -> dict[str, Any]
     settings = read_settings(config, pruner_name)
     if problems := preflight(settings, folder):  # anew: this may be another machine than the one that asked
         raise ConfigurationError(*problems)
-    with profiling(folder) if settings.profile else nullcontext():
+    with interruptible(), profiling(folder) if settings.profile else nullcontext():
         return prune(settings, folder, as_values(config))
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -14,36 +15,90 @@ from transformers.utils import logging as transformers_logging
 from besa_exp.embedded.text import MODEL_DIR
 from besa_exp.errors import ConfigurationError
 from besa_exp.settings import ModelSettings
+from besa_exp.streaming import StreamedWeights, open_streamed
 
+NEEDED_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*"]
+SHARE_OF_FREE = 0.5  # of the memory that is free: larger models are streamed
 logger = logging.getLogger(__name__)
 
 
-def load_model(
-    settings: ModelSettings, device: torch.device, offline: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The model in eval mode on `device`, weights frozen, and its tokenizer; None where it has none.
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, weights frozen, and its tokenizer, None where it has none. `weights` is set when its
+    blocks are streamed: they are in memory only while `weights` puts them there. `folder`: where its files lie."""
 
-    ConfigurationError: it cannot be found, has no safetensors, or its class is not known to transformers."""
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    weights: StreamedWeights | None
+    folder: Path
+
+
+def load_model(settings: ModelSettings, device: torch.device, offline: bool) -> LoadedModel:
+    """The model on `device`, whole or streamed.
+
+    ConfigurationError: it cannot be found, has no safetensors, its class is not known to transformers, or it cannot be
+    streamed although that was asked for."""
     transformers_logging.disable_progress_bar()
-    path = model_path(settings)
-    options: dict[str, Any] = {"revision": settings.revision, "local_files_only": offline}
-    options["trust_remote_code"] = settings.trust_remote_code
+    folder = _folder(settings, offline)
+    if settings.load == "streamed" or (settings.load == "auto" and _is_large(folder, device)):
+        try:
+            model, weights = open_streamed(folder, settings.dtype, device, settings.trust_remote_code)
+            return LoadedModel(model, load_tokenizer(settings, folder), weights, folder)
+        except ValueError as error:
+            if settings.load == "streamed":
+                raise ConfigurationError(
+                    f"model.load=streamed: {settings.path} cannot be streamed ({error}); set model.load=whole"
+                ) from error
+            logger.warning("%s is large but is loaded whole: %s", settings.path, error)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=settings.dtype, use_safetensors=True, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=settings.dtype, use_safetensors=True, trust_remote_code=settings.trust_remote_code
+        )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigurationError(
-            f"model.path={settings.path}: cannot be loaded ({reason}); it must be a folder or hub id of a decoder-only "
-            "model that transformers knows, saved as safetensors"
-        ) from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError) as error:
-        logger.warning("%s has no tokenizer that loads (%s): only token files can be read", settings.path, error)
-        tokenizer = None
+        raise _cannot_load(settings, error) from error
     model.eval().requires_grad_(False)
     torch.nn.Module.to(model, device)  # transformers' own `to` is not typed
-    return model, tokenizer
+    return LoadedModel(model, load_tokenizer(settings, folder), None, folder)
+
+
+def load_tokenizer(settings: ModelSettings, folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer; None, and a warning, where there is none that loads."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("%s has no tokenizer that loads (%s): only token files can be read", settings.path, error)
+        return None
+
+
+def _folder(settings: ModelSettings, offline: bool) -> Path:
+    """The folder of the model's files; those of a hub id are fetched into the local cache."""
+    path = model_path(settings)
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(
+            path, revision=settings.revision, local_files_only=offline, allow_patterns=NEEDED_FILES
+        )
+    except (OSError, ValueError) as error:
+        raise _cannot_load(settings, error) from error
+    return Path(found)
+
+
+def _cannot_load(settings: ModelSettings, error: Exception) -> ConfigurationError:
+    reason = str(error).strip().splitlines()[0]
+    return ConfigurationError(
+        f"model.path={settings.path}: cannot be loaded ({reason}); it must be a folder or hub id of a decoder-only "
+        "model that transformers knows, saved as safetensors"
+    )
+
+
+def _is_large(folder: Path, device: torch.device) -> bool:
+    """Whether the files are more than the free memory easily holds beside what pruning needs."""
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return size > SHARE_OF_FREE * min(free, psutil.virtual_memory().available)
 
 
 def model_path(settings: ModelSettings) -> str:

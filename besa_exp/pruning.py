@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from besa_exp.activations import Allocate
 from besa_exp.blocks import Block, Hidden, reconstruction_loss
 from besa_exp.errors import RunError
 from besa_exp.masks import Target
@@ -115,16 +116,20 @@ def prune_blocks(
     batch_size: int,
     on_step: Callable[[Step], None] = lambda step: None,
     restore: Callable[[Block], bool] = lambda block: False,
-    allocate: Callable[[Hidden], Hidden] = torch.empty_like,
+    allocate: Allocate | None = None,
 ) -> Iterator[tuple[BlockReport, PrunedBlock]]:
     """Prune the blocks in place, one after the other, `batch_size` samples a forward pass. `inputs` are overwritten.
 
     `restore` puts the pruned weights of an earlier run into a block and says so: it is not pruned again, nor yielded.
-    `allocate` gives room for activations of the inputs' shape, wherever they are to lie. RunError: a statistic, loss
+    `allocate` gives room for activations, by default where the inputs lie. RunError: a statistic, loss
     or weight is not finite; the block and the linear are named."""
-    targets = allocate(inputs)
-    dense_inputs = allocate(inputs).copy_(inputs) if pruner.dense_targets else inputs
-    observed = allocate(inputs) if pruner.dense_targets else targets  # the block as it is, on the pruned prefix
+
+    def room() -> Hidden:
+        return allocate(inputs.shape, inputs.dtype) if allocate else torch.empty_like(inputs)
+
+    targets = room()
+    dense_inputs = room().copy_(inputs) if pruner.dense_targets else inputs
+    observed = room() if pruner.dense_targets else targets  # the block as it is, on the pruned prefix
     for block in blocks:
         started = time.perf_counter()
         if pruner.dense_targets:

@@ -16,23 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from besa_exp.blocks import capture_blocks, check_replay, embed
+from besa_exp.activations import allocator
+from besa_exp.block_loop import BlockLoop, activation_bytes
 from besa_exp.calibration import Calibration, load_calibration, save_tokens
-from besa_exp.checkpoint import count_zeros, save_masks, save_model, write_card
+from besa_exp.checkpoint import merge_masks, write_card
 from besa_exp.console import RunConsole
 from besa_exp.environment import environment
-from besa_exp.errors import RunError
+from besa_exp.evaluation.finished_scores import FinishedScores
 from besa_exp.evaluation.scores import Scores, evaluate
+from besa_exp.finished_blocks import FinishedBlocks
+from besa_exp.identity import request_identity
 from besa_exp.masks import Target
 from besa_exp.model_card import model_card
-from besa_exp.models import load_model, model_context, model_path
-from besa_exp.pruning import prune_blocks
+from besa_exp.models import LoadedModel, load_model, model_context, model_path
 from besa_exp.reports import BlockReport, Step
 from besa_exp.results import results_of, score_values
 from besa_exp.run_folder import RunFolder
+from besa_exp.saving import block_names, check_saved, pruned_weights, save_pruned
 from besa_exp.settings import RunSettings
 from besa_exp.tracking import Tracker, start_tracker
 
@@ -58,26 +59,29 @@ class Run:
 def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Run one prune in the folder `path`, `config` being what it was asked as, and return its results.json.
 
-    ConfigurationError: the request cannot be carried out; RunError: it failed on the way. What was measured stays."""
+    An unfinished run of the same request goes on after its last whole block. ConfigurationError: the request cannot be
+    carried out; RunError: it failed on the way. What was measured and pruned stays."""
     started = time.perf_counter()
     device = _prepare(settings)
-    with RunFolder.open(path, settings.overwrite) as folder, RunConsole() as console:
+    resume = request_identity(config) if settings.resume else None
+    with RunFolder.open(path, settings.overwrite, resume) as folder, RunConsole() as console:
         run = Run(settings, device, folder, console, {})
         folder.write_config(config)
         folder.write_environment(environment(device))
         console.stage(f"loading {settings.model.path}")
         with run.timed("load"):
-            model, tokenizer = load_model(settings.model, device, settings.offline)
+            loaded = load_model(settings.model, device, settings.offline)
         with run.timed("calibrate"):
-            calibration = _calibrate(run, model, tokenizer)
-        console.plan(settings, _facts(model, calibration))
-        reports: list[BlockReport] = []
+            calibration = _calibrate(run, loaded)
+        finished = FinishedBlocks(folder.blocks)
+        reports = finished.begin(request_identity(config, calibration.tokens_sha256))
+        folder.rewind(reports)
+        console.plan(settings, _facts(loaded, calibration, len(reports)))
         with _tracking(run, config, reports) as tracker:
-            dense = _score(run, "dense", model, tokenizer) if settings.evaluator.dense else None
-            keep_masks = _prune_model(run, model, calibration, tracker, reports)
+            dense = _score(run, "dense", loaded) if settings.evaluator.dense else None
+            _prune_model(run, loaded, calibration, tracker, reports, finished)
             results = results_of(settings, calibration, reports, environment(device))
-            model = _save(run, model, tokenizer, keep_masks, results)
-            scores = _score(run, "pruned", model, tokenizer)
+            scores = _score(run, "pruned", _save(run, loaded, finished, results))
             tracker.log_scores(scores, dense)
         results |= score_values(scores) | {"provenance": scores.provenance}
         results |= {"dense": score_values(dense)} if dense else {}
@@ -97,27 +101,30 @@ def _prepare(settings: RunSettings) -> torch.device:
     return torch.device(automatic if settings.device == "auto" else settings.device)
 
 
-def _calibrate(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Calibration:
+def _calibrate(run: Run, loaded: LoadedModel) -> Calibration:
     settings = run.settings
     run.console.stage(f"calibration tokens from {settings.calibration.path or settings.calibration.name}")
-    vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    vocabulary = len(loaded.model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    context = model_context(loaded.model)
     calibration = load_calibration(
-        settings.calibration, tokenizer, model_context(model), settings.offline, vocabulary=vocabulary
+        settings.calibration, loaded.tokenizer, context, settings.offline, vocabulary=vocabulary
     )
     if settings.calibration.save_tokens:
         save_tokens(calibration, run.folder.tokens)
     return calibration
 
 
-def _facts(model: PreTrainedModel, calibration: Calibration) -> dict[str, Any]:
+def _facts(loaded: LoadedModel, calibration: Calibration, done: int) -> dict[str, Any]:
     """What the plan shows besides the settings."""
     samples, length = calibration.input_ids.shape
-    return {
-        "weights": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
+    facts = {
+        "weights": f"{sum(parameter.numel() for parameter in loaded.model.parameters()):,}",
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": str(next(loaded.model.parameters()).device),
         "calibration tokens": f"{samples} x {length}, sha256 {calibration.tokens_sha256[:12]}",
     }
+    facts |= {"in memory": "one block at a time"} if loaded.weights else {}
+    return facts | ({"going on after": f"{done} finished blocks"} if done else {})
 
 
 @contextmanager
@@ -133,71 +140,65 @@ def _tracking(run: Run, config: Mapping[str, Any], reports: Sequence[BlockReport
         tracker.finish(reports, failed)
 
 
-def _score(run: Run, which: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Scores:
+def _score(run: Run, which: str, loaded: LoadedModel) -> Scores:
     """Scores of the dense or the pruned model, recorded in metrics.jsonl as soon as they are known."""
-    evaluator = run.settings.evaluator
+    settings, console = run.settings, run.console
+    earlier = FinishedScores(run.folder.scores, which)
 
     def on_progress(text: str) -> None:
-        run.console.stage(f"{which} model: {text}")
+        console.stage(f"{which} model: {text}")
 
     with run.timed("evaluate"):
-        scores = evaluate(model, tokenizer, evaluator, run.settings.offline, run.settings.seed, on_progress)
+        scores = evaluate(loaded, settings.evaluator, settings.offline, settings.seed, on_progress, earlier)
     run.folder.log_scores(which, scores)
     return scores
 
 
 def _prune_model(
-    run: Run, model: PreTrainedModel, calibration: Calibration, tracker: Tracker, reports: list[BlockReport]
-) -> dict[str, Tensor]:
-    """The block loop: each report goes to the run folder, the tracker and the console. The keep masks by full name."""
-    settings, keep_masks = run.settings, {}
-    batch_size = settings.calibration.batch_size
-    with run.timed("prune"):
-        blocks = capture_blocks(model, calibration.input_ids)
-        check_replay(model, blocks, calibration.input_ids[: min(2, batch_size)])
-        inputs = embed(model, blocks, calibration.input_ids, batch_size)
-        with run.console.pruning(len(blocks)) as progress:
-
-            def on_step(step: Step) -> None:
-                run.folder.log_step(step)
-                tracker.log_step(step)
-                progress.step(step)
-
-            target = Target.parse(settings.sparsity, settings.pattern)
-            for report, pruned in prune_blocks(blocks, inputs, settings.pruner, target, batch_size, on_step):
-                run.folder.log_block(report)
-                tracker.log_block(report)
-                progress.block(report)
-                reports.append(report)
-                for name, keep_mask in pruned.keep_masks.items():
-                    keep_masks[f"{blocks[report.index].name}.{name}.weight"] = keep_mask.cpu()
-    return keep_masks
-
-
-def _save(
     run: Run,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    keep_masks: Mapping[str, Tensor],
-    results: Mapping[str, Any],
-) -> PreTrainedModel:
-    """Save what is to be kept; then the model that was saved, loaded anew, its zeros counted again in the file."""
+    loaded: LoadedModel,
+    calibration: Calibration,
+    tracker: Tracker,
+    reports: list[BlockReport],
+    finished: FinishedBlocks,
+) -> None:
+    """The block loop: each report goes to the run folder, the tracker and the console."""
+    settings, input_ids = run.settings, calibration.input_ids
+    for report in reports:
+        tracker.log_block(report)
+    hidden = loaded.model.config.get_text_config().hidden_size
+    needed = activation_bytes(input_ids, hidden, loaded.model.dtype, settings.pruner.dense_targets)
+    _, allocate = allocator(settings.activations, run.device, run.folder.path, needed)
+    loop = BlockLoop(loaded, input_ids, settings.calibration.batch_size, finished, len(reports), allocate)
+    with run.timed("prune"), run.console.pruning(len(block_names(loaded)) - len(reports)) as progress:
+
+        def on_step(step: Step) -> None:
+            run.folder.log_step(step)
+            progress.step(step)
+
+        def on_block(report: BlockReport) -> None:
+            run.folder.log_block(report)
+            tracker.log_block(report)
+            progress.block(report)
+            reports.append(report)
+
+        loop.run(settings.pruner, Target.parse(settings.sparsity, settings.pattern), on_step, on_block)
+
+
+def _save(run: Run, loaded: LoadedModel, finished: FinishedBlocks, results: Mapping[str, Any]) -> LoadedModel:
+    """Save what is to be kept; then the pruned model: the one that was saved, loaded anew, its zeros counted."""
     settings, folder = run.settings, run.folder
     with run.timed("save"):
         if settings.save.masks:
-            save_masks(keep_masks, folder.masks)
+            merge_masks(finished.mask_files(len(results["blocks"])), folder.masks)
         if not settings.save.model:
-            return model
+            return pruned_weights(loaded, finished) if loaded.weights else loaded
         run.console.stage("saving the pruned model and loading it anew")
-        sources = Path(model_path(settings.model))
-        card = _card(run, results)
-        save_model(model, tokenizer, folder.model, card, sources if sources.is_dir() else None)
-        zeros = sum(pruned for _, pruned in count_zeros(folder.model, keep_masks).values())
-        reported = sum(linear["pruned"] for block in results["blocks"] for linear in block["linears"].values())
-        if zeros != reported:
-            raise RunError(f"{folder.model}: the saved weights hold {zeros} zeros, {reported} were reported")
-        saved = replace(settings.model, path=str(folder.model), revision=None, dtype="auto")
-        return load_model(saved, run.device, offline=True)[0]
+        save_pruned(loaded, finished, folder.model, _card(run, results))
+        check_saved(folder.model, results, block_names(loaded))
+        load = "streamed" if loaded.weights else "whole"
+        saved = replace(settings.model, path=str(folder.model), revision=None, dtype="auto", load=load)
+        return replace(load_model(saved, run.device, offline=True), tokenizer=loaded.tokenizer)
 
 
 def _card(run: Run, results: Mapping[str, Any]) -> str:

@@ -12,10 +12,11 @@ import json
 import math
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,8 @@ import yaml
 
 from besa_exp import atomic
 from besa_exp.environment import masked
-from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.errors import ConfigurationError, Interrupted, RunError
+from besa_exp.identity import check_identity
 from besa_exp.reports import BlockReport, Step
 from besa_exp.run_log import logging_to
 
@@ -40,8 +42,11 @@ WRITTEN = (  # what a run leaves besides .lock and status.json; nothing else in 
     "masks.safetensors",
     "calibration.safetensors",
     "model",
+    "blocks",
+    "scores.json",
     "wandb",
 )
+KEPT = ("metrics.jsonl", "run.log", "blocks", "scores.json", "wandb")  # of these an unfinished run goes on
 LEFTOVERS = tuple(f".{name}.{state}" for name in (*WRITTEN, "status.json") for state in ("partial", "replaced"))
 SPARSITY_COLUMNS = ("block", "linear", "weights", "pruned", "sparsity")
 
@@ -56,29 +61,60 @@ class RunFolder:
         self.tokens = path / "calibration.safetensors"
         self.metrics = path / "metrics.jsonl"
         self.sparsity = path / "sparsity.csv"
+        self.blocks = path / "blocks"
+        self.scores = path / "scores.json"
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path, overwrite: bool = False) -> Iterator[RunFolder]:
-        """Locks `path` and starts a run in it: status.json says running, then done, or failed with the error.
+    def open(cls, path: Path, overwrite: bool = False, resume: Mapping[str, Any] | None = None) -> Iterator[RunFolder]:
+        """Locks `path` and starts a run in it: status.json says running, then done, failed with the error, or
+        interrupted.
 
-        An unfinished run's files make way for the new ones, a finished run's only with `overwrite`. Log records go to
-        run.log too, with the traceback of a failure; what was measured until then stays. Raises ConfigurationError
-        when the folder cannot be written to, is in use, holds a finished run, or holds files that no run wrote."""
+        With `resume`, which says what is asked for, an unfinished run of the same goes on; else its files make way for
+        the new ones, a finished run's only with `overwrite`. Log records go to run.log too, with the traceback of a
+        failure; what was measured until then stays. Raises ConfigurationError when the folder cannot be written to, is
+        in use, holds a finished run, an unfinished one of another request, or files that no run wrote."""
         with _locked(path):
             _check_free(path, overwrite)
+            goes_on = resume is not None and not is_done(path) and not overwrite
+            if goes_on:
+                check_identity(path / "blocks", resume)
             started = _now()
             _write_status(path, "running", started)
             for name in (*WRITTEN, *LEFTOVERS):
-                atomic.remove(path / name)
+                if not (goes_on and name in KEPT):
+                    atomic.remove(path / name)
             try:
                 with logging_to(path / "run.log"):
                     yield cls(path)
             except BaseException as error:
+                status = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
                 with suppress(OSError):  # a full disk must not hide the error that is on its way
-                    _write_status(path, "failed", started, error)
+                    _write_status(path, status, started, error)
                 raise
             _write_status(path, "done", started)
+            for name in ("blocks", "scores.json"):
+                atomic.remove(path / name)
+
+    def rewind(self, reports: Sequence[BlockReport]) -> None:
+        """metrics.jsonl and sparsity.csv as they were when the blocks of `reports` had been finished; scores of the
+        dense model stay."""
+        kept = [line for line in self._lines() if line.get("kind") == "scores" and line.get("which") == "dense"]
+        with atomic.replaced_file(self.metrics) as partial:
+            blocks = [[*map(_step_line, report.steps), _block_line(report)] for report in reports]
+            partial.write_text("".join(map(_json_line, [*kept, *chain(*blocks)])), encoding="utf-8")
+        self.sparsity.unlink(missing_ok=True)
+        for report in reports:
+            self._append_sparsity(report)
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """metrics.jsonl, without a last line that was cut off."""
+        lines = []
+        with suppress(FileNotFoundError), self.metrics.open(encoding="utf-8") as file:
+            for text in file:
+                with suppress(ValueError):
+                    lines.append(json.loads(text))
+        return lines
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """config.yaml: the resolved configuration, with `***` in the place of secrets."""
@@ -97,28 +133,14 @@ class RunFolder:
 
     def log_step(self, step: Step) -> None:
         """One line of metrics.jsonl. Raises RunError, naming block and step, on a number that is not finite."""
-        self._append({"kind": "step", **asdict(step)}, f"block {step.block}, step {step.step}")
+        self._append(_step_line(step), f"block {step.block}, step {step.step}")
 
     def log_block(self, report: BlockReport) -> None:
         """One line of metrics.jsonl, and one row a linear of sparsity.csv."""
-        line = {
-            "kind": "block",
-            "block": report.index,
-            "sparsity": report.sparsity,
-            "reconstruction_loss": report.loss_after,
-            "reconstruction_loss_before": report.loss_before,
-            "seconds": report.seconds,
-            "linears": {
-                linear.name: {
-                    "weights": linear.weights,
-                    "pruned": linear.pruned,
-                    "sparsity": linear.sparsity,
-                    "allocated": linear.allocated,
-                }
-                for linear in report.linears
-            },
-        }
-        self._append(line, f"block {report.index}")
+        self._append(_block_line(report), f"block {report.index}")
+        self._append_sparsity(report)
+
+    def _append_sparsity(self, report: BlockReport) -> None:
         is_new = not self.sparsity.exists()
         with self.sparsity.open("a", encoding="utf-8", newline="") as file:
             rows = csv.writer(file, lineterminator="\n")
@@ -141,12 +163,40 @@ class RunFolder:
     def _append(self, line: dict[str, Any], where: str) -> None:
         _check_finite(line, where)
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n")
+            file.write(_json_line(line))
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         _check_finite(content, name)
         text = json.dumps(_ordered(content), indent=2, allow_nan=False, ensure_ascii=False)
         atomic.write_text(self.path / name, text + "\n")
+
+
+def _step_line(step: Step) -> dict[str, Any]:
+    return {"kind": "step", **asdict(step)}
+
+
+def _block_line(report: BlockReport) -> dict[str, Any]:
+    return {
+        "kind": "block",
+        "block": report.index,
+        "sparsity": report.sparsity,
+        "reconstruction_loss": report.loss_after,
+        "reconstruction_loss_before": report.loss_before,
+        "seconds": report.seconds,
+        "linears": {
+            linear.name: {
+                "weights": linear.weights,
+                "pruned": linear.pruned,
+                "sparsity": linear.sparsity,
+                "allocated": linear.allocated,
+            }
+            for linear in report.linears
+        },
+    }
+
+
+def _json_line(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def read_status(path: Path) -> dict[str, Any] | None:

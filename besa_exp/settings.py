@@ -17,6 +17,7 @@ class ModelSettings:
     path: str
     revision: str | None = None
     dtype: str = "auto"  # auto (as saved), float32, bfloat16, float16
+    load: Literal["auto", "whole", "streamed"] = "auto"  # streamed: one block in memory at a time
     trust_remote_code: bool = False
 
 
@@ -84,6 +85,8 @@ class RunSettings:
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     deterministic: bool = True
     offline: bool = False
+    resume: bool = True  # go on after the last whole block of an unfinished run
     overwrite: bool = False
+    activations: Literal["auto", "device", "host", "disk"] = "auto"  # where hidden states lie between blocks
     profile: bool = False  # write profile.txt into the run folder
     save: SaveSettings = field(default_factory=SaveSettings)

@@ -17,6 +17,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from besa_exp import atomic
 from besa_exp.environment import masked
 from besa_exp.reports import BlockReport, Step
 from besa_exp.settings import TrackerSettings
@@ -36,11 +37,8 @@ logger = logging.getLogger(__name__)
 class Tracker(Protocol):
     """Where a run's numbers go as they appear."""
 
-    def log_step(self, step: Step) -> None:
-        """One optimisation step."""
-
     def log_block(self, report: BlockReport) -> None:
-        """One pruned block; its steps have been logged already."""
+        """One pruned block with its steps."""
 
     def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
         """Scores of the pruned model, and of the dense one where it was scored."""
@@ -51,9 +49,6 @@ class Tracker(Protocol):
 
 class NoTracker:
     """Tracks nothing."""
-
-    def log_step(self, step: Step) -> None:
-        pass
 
     def log_block(self, report: BlockReport) -> None:
         pass
@@ -70,10 +65,11 @@ class WandbTracker:
 
     def __init__(self, run: wandb.Run):
         self._run = run
+        self._known_blocks = int(run.summary.get("block", -1)) + 1 if run.resumed else 0  # the server has them
         self._num_steps = 0
         self._works = True
 
-    def log_step(self, step: Step) -> None:
+    def _log_step(self, step: Step) -> None:
         values = {
             "optimisation_step": self._num_steps,
             "step/block": step.block,
@@ -86,6 +82,11 @@ class WandbTracker:
         self._attempt(lambda: self._run.log(values))
 
     def log_block(self, report: BlockReport) -> None:
+        if report.index < self._known_blocks:
+            self._num_steps += len(report.steps)
+            return
+        for step in report.steps:
+            self._log_step(step)
         values = {
             "block": report.index,
             "block/sparsity": report.sparsity,
@@ -139,7 +140,8 @@ def start_tracker(
 ) -> Tracker:
     """The tracker that `settings` ask for, its files in `folder`/wandb; without W&B a warning and a tracker of nothing.
 
-    `config` (plain values) is logged with its secrets masked. A second start in one folder goes on with the same id."""
+    `config` (plain values) is logged with its secrets masked. A second start in one folder goes on with the same id:
+    offline anew, because the caller logs the finished blocks again; online after the last block that W&B knows."""
     if settings.name == "none" or settings.mode == "disabled":
         return NoTracker()
     try:
@@ -159,6 +161,8 @@ def _start_run(
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read at import: no crash reports over the network
     import wandb
 
+    if settings.mode == "offline":
+        _remove_unsent(folder / "wandb")
     wandb.setup(wandb.Settings(silent=True))  # no lines of its own, and no question for an API key
     run = wandb.init(
         project=settings.project,
@@ -201,6 +205,13 @@ def _wandb_settings(mode: str, folder: Path) -> wandb.Settings:
         init_timeout=INIT_TIMEOUT,
         finish_timeout=FINISH_TIMEOUT,
     )
+
+
+def _remove_unsent(folder: Path) -> None:
+    """What earlier attempts of this run logged offline, unless `wandb sync` has sent it."""
+    for attempt in folder.glob("offline-run-*"):
+        if not any(attempt.glob("*.synced")):
+            atomic.remove(attempt)
 
 
 def _run_id(folder: Path) -> str:

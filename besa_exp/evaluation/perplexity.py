@@ -63,8 +63,14 @@ def perplexity(model: nn.Module, tokens: Int[Tensor, "*shape"], window: int, bat
             loss, size = halved_until_it_fits(loss_of_next, size, f"window of {seq_len} tokens")
             total += loss
             done += size
+    return perplexity_of(float(total), windows, size)
+
+
+def perplexity_of(total: float, windows: Int[Tensor, "window seq"], batch_size: int) -> Perplexity:
+    """From the sum of the losses of all `windows`."""
+    num_windows, seq_len = windows.shape
     num_tokens = num_windows * (seq_len - 1)
-    return Perplexity(_exp(float(total) / num_tokens), num_tokens, num_windows, seq_len, size)
+    return Perplexity(_exp(total / num_tokens), num_tokens, num_windows, seq_len, batch_size)
 
 
 def cut_windows(tokens: Int[Tensor, " tokens"], window: int) -> Int[Tensor, "window seq"]:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
+from besa_exp.blocks import discover_blocks
 from besa_exp.errors import ConfigurationError, Unavailable
 from besa_exp.evaluation.checks import perplexity_window
-from besa_exp.evaluation.perplexity import Perplexity, cut_windows, perplexity
+from besa_exp.evaluation.finished_scores import FinishedScores
+from besa_exp.evaluation.perplexity import cut_windows, perplexity
 from besa_exp.settings import EvaluatorSettings
 from besa_exp.text_sources import is_token_file, read_text
 from besa_exp.tokens import (
@@ -28,6 +31,9 @@ from besa_exp.tokens import (
     token_stream,
     tokens_sha256,
 )
+
+if TYPE_CHECKING:
+    from besa_exp.models import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -42,46 +48,57 @@ class Scores:
 
 
 def evaluate(
-    model: nn.Module,
-    tokenizer: Tokenizer | None,
+    loaded: LoadedModel,
     settings: EvaluatorSettings,
     offline: bool,
     seed: int,
     on_progress: Callable[[str], None],
+    finished: FinishedScores | None = None,
 ) -> Scores:
-    """Score `model` on every set and task that `settings` names. `on_progress` is told what comes next.
+    """Score a model on every set and task that `settings` names. `on_progress` is told what comes next; what `finished`
+    holds is taken from there.
 
     The global random states, the tokenizer and the weights are left as they were.
     """
     scores = Scores({}, {}, {}, {"perplexity": {}, "zero_shot": {}})
     for source in settings.perplexity_sets:
-        on_progress(f"perplexity on {source}")
+        request = {"seq_len": settings.seq_len}
+        earlier = finished.find("perplexity", source, request) if finished else None
+        on_progress(f"perplexity on {source}" + (", scored before" if earlier else ""))
         try:
-            result, record = _score_set(model, tokenizer, source, settings, offline)
+            value, record = earlier or _score_set(loaded, source, settings, offline)
         except Unavailable as error:
             scores.perplexity[source] = None
             scores.unavailable[source] = str(error)
         else:
-            scores.perplexity[source] = result.value
+            scores.perplexity[source] = value
             scores.provenance["perplexity"][source] = record
+            if finished and not earlier:
+                finished.keep("perplexity", source, request, (value, record))
     if settings.tasks:
-        _score_tasks(model, tokenizer, settings, offline, seed, on_progress, scores)
+        _score_tasks(loaded, settings, offline, seed, on_progress, scores, finished)
     return scores
 
 
 def _score_set(
-    model: Any, tokenizer: Tokenizer | None, source: str, settings: EvaluatorSettings, offline: bool
-) -> tuple[Perplexity, dict[str, Any]]:
+    loaded: LoadedModel, source: str, settings: EvaluatorSettings, offline: bool
+) -> tuple[float, dict[str, Any]]:
     """Perplexity of one set and its record. Raises Unavailable with the reason where there is none."""
+    model: Any = loaded.model
     context = _context(model)
     window = perplexity_window(settings, context)
-    windows, record = _windows_of(source, tokenizer, window, offline)
+    windows, record = _windows_of(source, loaded.tokenizer, window, offline)
     if windows.shape[1] > context:
         raise Unavailable(f"its windows of {windows.shape[1]} tokens exceed the model's context of {context}")
     vocabulary = model.get_input_embeddings().num_embeddings
     if int(windows.max()) >= vocabulary:
         raise Unavailable(f"token id {int(windows.max())} is not in the model's vocabulary of {vocabulary}")
-    result = perplexity(model, windows, window, settings.batch_size)
+    if loaded.weights is None:
+        result = perplexity(model, windows, window, settings.batch_size)
+    else:
+        from besa_exp.evaluation.streamed import streamed_perplexity
+
+        result = streamed_perplexity(model, loaded.weights, windows, settings.batch_size)
     if not math.isfinite(result.value):
         raise Unavailable(f"the perplexity is not a finite number ({result.value}): the model's logits are broken")
     counts = {
@@ -91,7 +108,7 @@ def _score_set(
         "seq_len": result.seq_len,
         "tokens_sha256": tokens_sha256(windows),
     }
-    return result, record | counts
+    return result.value, record | counts
 
 
 def _windows_of(
@@ -118,31 +135,44 @@ def _windows_of(
 
 
 def _score_tasks(
-    model: Any,
-    tokenizer: Any,
+    loaded: LoadedModel,
     settings: EvaluatorSettings,
     offline: bool,
     seed: int,
     on_progress: Callable[[str], None],
     scores: Scores,
+    finished: FinishedScores | None,
 ) -> None:
     on_progress("loading lm-eval")
-    if reason := _no_tasks(tokenizer):
+    if reason := _no_tasks(loaded.tokenizer):
         scores.unavailable.update(dict.fromkeys(settings.tasks, reason))
         return
     from besa_exp.evaluation.zero_shot import harness, score_task
 
-    scored = harness(model, tokenizer, settings.batch_size, _context(model))
-    scores.provenance["zero_shot"] = _tasks_record(model, tokenizer, settings, seed)
-    for task in settings.tasks:
-        on_progress(f"zero-shot {task}")
-        try:
-            score = score_task(task, scored, settings, offline, seed)
-        except Unavailable as error:
-            scores.unavailable[task] = str(error)
-        else:
-            scores.zero_shot[task] = score.metrics
-            scores.provenance["zero_shot"]["tasks"][task] = score.provenance
+    scored = harness(loaded.model, loaded.tokenizer, settings.batch_size, _context(loaded.model))
+    scores.provenance["zero_shot"] = _tasks_record(loaded.model, loaded.tokenizer, settings, seed)
+    request = {"limit": settings.limit, "num_fewshot": settings.num_fewshot, "seed": seed, "data": settings.data_dir}
+    with _callable(loaded):
+        for task in settings.tasks:
+            earlier = finished.find("zero_shot", task, request) if finished else None
+            on_progress(f"zero-shot {task}" + (", scored before" if earlier else ""))
+            try:
+                metrics, record = earlier or astuple(score_task(task, scored, settings, offline, seed))
+            except Unavailable as error:
+                scores.unavailable[task] = str(error)
+                continue
+            scores.zero_shot[task] = metrics
+            scores.provenance["zero_shot"]["tasks"][task] = record
+            if finished and not earlier:
+                finished.keep("zero_shot", task, request, (metrics, record))
+
+
+def _callable(loaded: LoadedModel) -> AbstractContextManager[None]:
+    """The model as a whole can be called for as long as this lasts."""
+    if loaded.weights is None:
+        return nullcontext()
+    path, modules = discover_blocks(loaded.model)
+    return loaded.weights.on_demand({f"{path}.{index}": module for index, module in enumerate(modules)})
 
 
 def _no_tasks(tokenizer: Any) -> str | None:
@@ -172,6 +202,6 @@ def _tasks_record(model: Any, tokenizer: Any, settings: EvaluatorSettings, seed:
 
 
 def _context(model: Any) -> int:
-    from besa_exp.models import model_context
+    from besa_exp.models import model_context  # it imports transformers
 
     return model_context(model)

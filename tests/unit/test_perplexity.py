@@ -18,6 +18,7 @@ from besa_exp.evaluation.batches import rows_at_once, tokens_at_once
 from besa_exp.evaluation.checks import check_evaluator
 from besa_exp.evaluation.perplexity import LOGITS_AT_ONCE, perplexity, sum_of_losses
 from besa_exp.evaluation.scores import Scores, evaluate
+from besa_exp.models import LoadedModel
 from besa_exp.settings import EvaluatorSettings
 from besa_exp.text_sources import HUB_FILES
 
@@ -54,7 +55,8 @@ def settings(*sets: Path | str, **changes) -> EvaluatorSettings:
 
 
 def score(model, given: EvaluatorSettings, with_tokenizer: bool = True) -> Scores:
-    return evaluate(model, byte_tokenizer() if with_tokenizer else None, given, True, 0, lambda _: None)
+    loaded = LoadedModel(model, byte_tokenizer() if with_tokenizer else None, None, Path())
+    return evaluate(loaded, given, True, 0, lambda _: None)
 
 
 # The number
@@ -181,8 +183,8 @@ def test_each_of_several_documents_follows_a_start_token_also_where_the_tokenize
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"document {n}"}) + "\n" for n in range(10)))
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(f"document {n}" for n in range(10)))
     given = settings(tmp_path / "a.jsonl", tmp_path / "a.txt", seq_len=20)
-    with_bos = evaluate(model, byte_tokenizer(), given, True, 0, lambda _: None)
-    without = evaluate(model, byte_tokenizer(adds_bos=False), given, True, 0, lambda _: None)
+    with_bos = evaluate(LoadedModel(model, byte_tokenizer(), None, Path()), given, True, 0, lambda _: None)
+    without = evaluate(LoadedModel(model, byte_tokenizer(adds_bos=False), None, Path()), given, True, 0, lambda _: None)
     assert len(set(with_bos.perplexity.values()) | set(without.perplexity.values())) == 1
     record = without.provenance["perplexity"][str(tmp_path / "a.txt")]
     assert (record["tokenizer_adds_bos"], record["document_start_token"]) == (False, 256)

@@ -84,12 +84,12 @@ def test_the_traceback_of_a_failure_is_in_run_log_and_not_on_screen(
     assert capsys.readouterr() == ("", "")
 
 
-def test_an_interrupted_run_says_failed(tmp_path: Path) -> None:
+def test_an_interrupted_run_says_so(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fail_run(tmp_path, KeyboardInterrupt())
     status = read_status(tmp_path)
     assert status is not None
-    assert (status["status"], status["error"]) == ("failed", "KeyboardInterrupt: ")
+    assert (status["status"], status["error"]) == ("interrupted", "KeyboardInterrupt: ")
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def report(block: int) -> BlockReport:
         LinearReport("self_attn.q_proj", 64, 30 + block, 0.47 + block / 64),
         LinearReport("mlp.down_proj", 192, 100 - block, 0.52 - block / 192),
     )
-    return BlockReport(block, linears, loss_before=0.3 / (block + 1), loss_after=0.2 / (block + 1), seconds=1.5)
+    losses = {"loss_before": 0.3 / (block + 1), "loss_after": 0.2 / (block + 1)}
+    return BlockReport(block, linears, **losses, seconds=1.5, steps=tuple(steps(block)))
 
 
 REPORTS = [report(block) for block in range(2)]
@@ -53,7 +54,6 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for block in REPORTS:
             for step in steps(block.index):
                 folder.log_step(step)
-                tracker.log_step(step)
             folder.log_block(block)
             tracker.log_block(block)
         folder.log_scores("dense", DENSE)
@@ -159,7 +159,7 @@ def test_a_second_start_in_one_folder_goes_on_with_the_same_run_and_another_fold
     for folder in ("one", "one", "two"):
         start_tracker(SETTINGS, tmp_path / folder, {}, "name", "besa").finish([], failed=folder == "two")
     ids = {path: (tmp_path / path / "wandb" / "run_id").read_text() for path in ("one", "two")}
-    assert [path.name for path in tmp_path.glob("one/wandb/*/*.wandb")] == [f"run-{ids['one']}.wandb"] * 2
+    assert [path.name for path in tmp_path.glob("one/wandb/*/*.wandb")] == [f"run-{ids['one']}.wandb"]
     assert ids["one"] != ids["two"]
     assert one(tmp_path / "two", "exit").exit_code == 1
 
@@ -167,7 +167,6 @@ def test_a_second_start_in_one_folder_goes_on_with_the_same_run_and_another_fold
 @pytest.mark.parametrize("settings", [TrackerSettings("none"), TrackerSettings("wandb", mode="disabled")])
 def test_no_tracker_leaves_no_trace(tmp_path: Path, settings: TrackerSettings) -> None:
     tracker = start_tracker(settings, tmp_path, CONFIG, "name", "besa")
-    tracker.log_step(steps(0)[0])
     tracker.log_block(REPORTS[0])
     tracker.log_scores(PRUNED)
     tracker.finish(REPORTS)

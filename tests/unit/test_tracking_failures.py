@@ -19,7 +19,8 @@ from besa_exp.tracking import start_tracker
 
 ROOT = Path(__file__).parents[2]
 STEP = Step(block=0, step=0, loss=0.75, reconstruction=0.5, penalty=0.25, expected_sparsity=0.5)
-REPORT = BlockReport(0, (LinearReport("mlp.up_proj", 8, 4, 0.5),), loss_before=0.5, loss_after=0.25, seconds=1.5)
+LINEARS = (LinearReport("mlp.up_proj", 8, 4, 0.5),)
+REPORT = BlockReport(0, LINEARS, loss_before=0.5, loss_after=0.25, seconds=1.5, steps=(STEP,))
 
 
 @pytest.fixture
@@ -32,11 +33,12 @@ def tracked_in_another_process(folder: Path, terminal: int | None = None, **vari
     """Standard output of a process that tracks a step online, W&B's server being a closed port of this machine."""
     code = (
         "import logging, sys; from pathlib import Path; from besa_exp import tracking\n"
-        "from besa_exp.settings import TrackerSettings; from besa_exp.reports import Step\n"
+        "from besa_exp.settings import TrackerSettings; from besa_exp.reports import BlockReport, LinearReport, Step\n"
         "logging.basicConfig(stream=sys.stdout, format='%(levelname)s %(message)s'); tracking.INIT_TIMEOUT = 2.0\n"
         "settings = TrackerSettings('wandb', mode='online')\n"
         "tracker = tracking.start_tracker(settings, Path(sys.argv[1]), {}, 'name', 'besa')\n"
-        "tracker.log_step(Step(0, 0, 0.75, 0.5, 0.25, 0.5)); tracker.finish([])"
+        "steps = (Step(0, 0, 0.75, 0.5, 0.25, 0.5),); linears = (LinearReport('up', 8, 4, 0.5),)\n"
+        "tracker.log_block(BlockReport(0, linears, 0.5, 0.25, 1.5, steps)); tracker.finish([])"
     )
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     done = subprocess.run(
@@ -58,7 +60,7 @@ def test_a_place_that_cannot_be_written_leaves_the_run_going_with_one_warning(
 ) -> None:
     (tmp_path / "wandb").write_text("a file where W&B wants its folder")
     tracker = start_tracker(TrackerSettings("wandb"), tmp_path, {}, "name", "besa")
-    tracker.log_step(STEP)
+    tracker.log_block(REPORT)
     tracker.finish([REPORT])
     assert len(warnings.records) == 1
     assert "W&B cannot be used" in warnings.text
@@ -78,7 +80,7 @@ def test_a_failure_while_logging_is_said_once_and_the_run_goes_on(
     tracker = start_tracker(TrackerSettings("wandb"), tmp_path, {}, "name", "besa")
     tracker.finish([])  # W&B refuses what comes after the end
     for _ in range(3):
-        tracker.log_step(STEP)
+        tracker.log_block(REPORT)
     tracker.finish([REPORT])
     assert len(warnings.records) == 1
     assert "W&B failed" in warnings.text

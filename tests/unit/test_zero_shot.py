@@ -23,6 +23,7 @@ from besa_exp.embedded.text import TASK_NAME
 from besa_exp.errors import Unavailable
 from besa_exp.evaluation.checks import TASK_FOLDERS
 from besa_exp.evaluation.scores import Scores, evaluate
+from besa_exp.models import LoadedModel
 from besa_exp.settings import EvaluatorSettings
 
 CONTEXT = 512
@@ -59,7 +60,7 @@ def settings(*tasks: str, data_dir: Path | None = None, **changes) -> EvaluatorS
 
 
 def score(model, given: EvaluatorSettings, tokenizer=None) -> Scores:
-    return evaluate(model, tokenizer or byte_tokenizer(), given, True, 0, lambda _: None)
+    return evaluate(LoadedModel(model, tokenizer or byte_tokenizer(), None, Path()), given, True, 0, lambda _: None)
 
 
 def log_probability(model, tokenizer, context: str, continuation: str) -> float:
@@ -300,7 +301,8 @@ def test_a_choice_longer_than_the_context_makes_the_task_unavailable(mirror):
 
 
 def test_without_a_tokenizer_every_task_is_unavailable_and_lm_eval_is_not_loaded(model, mirror):
-    scores = evaluate(model, None, settings("piqa", TASK_NAME, data_dir=mirror), True, 0, lambda _: None)
+    loaded = LoadedModel(model, None, None, Path())
+    scores = evaluate(loaded, settings("piqa", TASK_NAME, data_dir=mirror), True, 0, lambda _: None)
     assert scores.unavailable.keys() == {"piqa", TASK_NAME}
     assert all("no tokenizer" in reason for reason in scores.unavailable.values())
 

@@ -1,0 +1,74 @@
+"""The block loop of a run: each block is kept on the disk before the next begins, and what an earlier attempt of the
+same run has kept is taken from there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from besa_exp.activations import Allocate
+from besa_exp.blocks import Block, capture_blocks, check_replay, embed
+from besa_exp.checkpoint import weights_sha256
+from besa_exp.finished_blocks import FinishedBlocks, block_tensors, load_block_tensors
+from besa_exp.masks import Target
+from besa_exp.models import LoadedModel
+from besa_exp.pruning import PrunedBlock, Pruner, prune_blocks
+from besa_exp.reports import BlockReport, Step
+
+
+@dataclass
+class BlockLoop:
+    """Prunes the blocks of `loaded` after the `done` first ones, which `finished` holds."""
+
+    loaded: LoadedModel
+    input_ids: Tensor
+    batch_size: int
+    finished: FinishedBlocks
+    done: int
+    allocate: Allocate
+    dense_sha256: dict[int, str] = field(default_factory=dict)
+
+    def run(
+        self, pruner: Pruner, target: Target, on_step: Callable[[Step], None], on_block: Callable[[BlockReport], None]
+    ) -> None:
+        """Every block is in `finished` afterwards. `on_block` is told of each new one when it is on the disk."""
+        model, weights = self.loaded.model, self.loaded.weights
+        blocks = capture_blocks(model, self.input_ids)
+        self._check_replay(blocks)
+        inputs = embed(model, blocks, self.input_ids, self.batch_size, self.allocate)
+        resident: Iterable[Block] = weights.resident(blocks) if weights else blocks
+        pruning = prune_blocks(resident, inputs, pruner, target, self.batch_size, on_step, self._restore, self.allocate)
+        for report, pruned in pruning:
+            self._keep(blocks[report.index], report, pruned)
+            on_block(report)
+
+    def _check_replay(self, blocks: list[Block]) -> None:
+        """On two samples, through all blocks, or the first where they are streamed."""
+        samples = self.input_ids[: min(2, self.batch_size)]
+        if self.loaded.weights is None:
+            check_replay(self.loaded.model, blocks, samples)
+            return
+        for block in self.loaded.weights.resident(blocks[:1]):
+            check_replay(self.loaded.model, [block], samples)
+
+    def _restore(self, block: Block) -> bool:
+        """Whether the block was finished before; then it has its pruned weights now."""
+        dense = block_tensors(block.module, block.name)
+        if block.index >= self.done:
+            self.dense_sha256[block.index] = weights_sha256(dense)
+            return False
+        load_block_tensors(block.module, block.name, self.finished.tensors(block.index, dense))
+        return True
+
+    def _keep(self, block: Block, report: BlockReport, pruned: PrunedBlock) -> None:
+        keep_masks = {f"{block.name}.{name}.weight": mask for name, mask in pruned.keep_masks.items()}
+        tensors = block_tensors(block.module, block.name)
+        self.finished.write(report, tensors, keep_masks, self.dense_sha256.pop(block.index))
+
+
+def activation_bytes(input_ids: Tensor, hidden_size: int, dtype: torch.dtype, dense_targets: bool) -> int:
+    """What the hidden states of the block loop take: inputs and targets, and their dense counterparts."""
+    return input_ids.numel() * hidden_size * dtype.itemsize * (4 if dense_targets else 2)

@@ -1,0 +1,35 @@
+"""The scores that a run has finished, kept on the disk one by one, so that an evaluation goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from besa_exp import atomic
+
+
+@dataclass(frozen=True)
+class FinishedScores:
+    """scores.json of a run folder: {which model: {kind: {set or task: request and result}}}."""
+
+    path: Path
+    which: str
+
+    def find(self, kind: str, name: str, request: dict[str, Any]) -> Any | None:
+        """What was measured under the same `request`; None: nothing."""
+        found = self._read().get(self.which, {}).get(kind, {}).get(name)
+        return found["result"] if found and found["request"] == json.loads(json.dumps(request)) else None
+
+    def keep(self, kind: str, name: str, request: dict[str, Any], result: Any) -> None:
+        """Remember one set's or task's result."""
+        content = self._read()
+        content.setdefault(self.which, {}).setdefault(kind, {})[name] = {"request": request, "result": result}
+        atomic.write_text(self.path, json.dumps(content) + "\n")
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}

@@ -1,0 +1,54 @@
+"""What pruned blocks were pruned from: blocks of another request are never gone on with. No torch here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from besa_exp.errors import ConfigurationError
+
+IDENTITY = "identity.json"  # in the folder of the blocks
+
+
+def request_identity(config: Mapping[str, Any], tokens_sha256: str | None = None) -> dict[str, Any]:
+    """What blocks are pruned from: the part of the configuration that decides about them, and calibration tokens."""
+    keys = ("model", "calibration", "pruner", "sparsity", "pattern", "seed", "deterministic")
+    identity: dict[str, Any] = {key: config[key] for key in keys if key in config}
+    if isinstance(identity.get("model"), Mapping):
+        identity["model"] = {key: value for key, value in identity["model"].items() if key not in ("load", "name")}
+    return identity | ({"calibration_tokens_sha256": tokens_sha256} if tokens_sha256 else {})
+
+
+def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
+    """ConfigurationError where `folder` holds blocks of another request; only the keys that both know are compared."""
+    path = folder / IDENTITY
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except ValueError as error:
+        raise ConfigurationError(f"{path} cannot be read ({error}); start anew with overwrite=true") from error
+    now = as_plain(identity)
+    differences = [
+        f"{key}: {before[key]!r} before, {now[key]!r} now"
+        for key in sorted(before.keys() & now.keys())
+        if before[key] != now[key]
+    ]
+    if differences:
+        raise ConfigurationError(
+            f"{folder.parent} holds an unfinished run of another request ({'; '.join(differences)}); ask for the same "
+            "again to go on with it, start anew with overwrite=true, or name another folder with hydra.run.dir="
+        )
+
+
+def as_plain(identity: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to plain values, as JSON gives them back."""
+    flat: dict[str, Any] = {}
+    for key, value in identity.items():
+        if isinstance(value, Mapping):
+            flat |= as_plain(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.loads(json.dumps(value))
+    return flat

@@ -1,0 +1,95 @@
+"""What a run leaves of the model: the masks, and a plain Hugging Face folder that is then read again and counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from besa_exp import atomic
+from besa_exp.blocks import discover_blocks
+from besa_exp.checkpoint import count_zeros, save_beside_weights, save_model
+from besa_exp.errors import RunError
+from besa_exp.finished_blocks import FinishedBlocks
+from besa_exp.models import LoadedModel
+from besa_exp.streaming import StreamedWeights
+
+
+def save_pruned(loaded: LoadedModel, finished: FinishedBlocks, folder: Path, card: str) -> None:
+    """Writes the pruned model to `folder`: from memory, or, when it is streamed, from the finished blocks' files.
+
+    RunError: the disk is full or cannot be written to; the finished blocks stay."""
+    if loaded.weights is None:
+        save_model(loaded.model, loaded.tokenizer, folder, card, loaded.folder)
+        return
+    try:
+        with atomic.replaced_folder(folder) as partial:
+            _write_shards(loaded, loaded.weights, finished, partial)
+            save_beside_weights(loaded.model, loaded.tokenizer, partial, card, loaded.folder)
+    except OSError as error:
+        raise RunError(
+            f"{folder} could not be written ({error}); the pruned blocks are kept: make space and give the same "
+            "command again, or set save.model=false"
+        ) from error
+
+
+def check_saved(folder: Path, results: Mapping[str, Any], names: Mapping[int, str]) -> None:
+    """RunError: the saved files hold another number of zeros than was reported. `names`: the blocks' by index."""
+    reported = {
+        f"{names[block['index']]}.{name}.weight": linear["pruned"]
+        for block in results["blocks"]
+        for name, linear in block["linears"].items()
+    }
+    zeros = sum(pruned for _, pruned in count_zeros(folder, reported).values())
+    if zeros != sum(reported.values()):
+        raise RunError(f"{folder}: the saved weights hold {zeros} zeros, {sum(reported.values())} were reported")
+
+
+def block_names(loaded: LoadedModel) -> dict[int, str]:
+    """The blocks' names by index."""
+    path, modules = discover_blocks(loaded.model)
+    return {index: f"{path}.{index}" for index in range(len(modules))}
+
+
+def pruned_weights(loaded: LoadedModel, finished: FinishedBlocks) -> LoadedModel:
+    """The streamed model with the finished blocks' files in the place of the dense ones."""
+    assert loaded.weights is not None
+    files: dict[str, Path] = {}
+    for path in finished.weight_files(len(block_names(loaded))):
+        with safe_open(path, framework="pt") as file:
+            files |= dict.fromkeys(file.keys(), path)
+    return replace(loaded, weights=loaded.weights.with_blocks(files))
+
+
+def _write_shards(loaded: LoadedModel, weights: StreamedWeights, finished: FinishedBlocks, folder: Path) -> None:
+    """One shard for what is outside the blocks, one for each block, and the index of them all."""
+    blocks = finished.weight_files(len(block_names(loaded)))
+    total = len(blocks) + 1
+    prefix = f"{discover_blocks(loaded.model)[0]}."
+    outside = {name: weights.read(name)[name].contiguous() for name in weights.files if not name.startswith(prefix)}
+    shards = [folder / f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+    save_file(outside, shards[0], {"format": "pt"})
+    for source, shard in zip(blocks, shards[1:], strict=True):
+        _link(source, shard)
+    weight_map, size = {}, 0
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            weight_map |= dict.fromkeys(sorted(file.keys()), shard.name)
+        size += shard.stat().st_size
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under two names where the file system can; else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
