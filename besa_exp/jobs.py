@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -31,6 +32,7 @@ from besa_exp.run_folder import RunFolder, is_done, read_results, read_status
 
 Status = Literal["done", "finished before", "refused", "failed"]
 WIDTH_OF_FILES = 200  # columns of a table that no terminal shows
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 EXIT_CODES: Mapping[Status, int] = {"done": 0, "finished before": 0, "failed": 1, "refused": 2}
 
 
@@ -73,6 +75,8 @@ def run_job(config: DictConfig) -> Outcome:
 
 
 def _named(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+        return f"{error}: what is finished is kept; make space and give the same command again"
     return str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
 
 

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 
 from besa_exp import __version__
-from besa_exp.errors import ConfigurationError
+from besa_exp.errors import ConfigurationError, Interrupted
 from besa_exp.nearest import did_you_mean
 
 HELP = """\
@@ -26,7 +26,8 @@ besa: prunes language models block by block (BESA, arXiv 2402.16880) and compare
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 1 for a failure inside a run, 2 for a request that is refused."""
+    """Runs one command and returns its exit code: 0, 1 for a failure inside a run, 2 for a request that is refused,
+    130 and 143 for one that was interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command not in COMMANDS:
@@ -45,8 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has gone: nothing more can be said
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Interrupted as error:
+        print(f"besa: interrupted: {error}", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
-        print("besa: interrupted", file=sys.stderr)
+        print("besa: interrupted; the same command goes on after the last whole block", file=sys.stderr)
         return 130
 
 

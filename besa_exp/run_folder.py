@@ -77,7 +77,7 @@ class RunFolder:
         with _locked(path):
             _check_free(path, overwrite)
             goes_on = resume is not None and not is_done(path) and not overwrite
-            if goes_on:
+            if resume is not None and goes_on:
                 check_identity(path / "blocks", resume)
             started = _now()
             _write_status(path, "running", started)

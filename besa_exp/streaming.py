@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,13 +63,16 @@ class StreamedWeights:
         """Lets the model be called as a whole: each block's weights are read anew in each of its forward passes."""
         hooks = []
         for name, module in blocks.items():
-            hooks.append(module.register_forward_pre_hook(lambda module, _, name=name: self.load(name, module)))
+            hooks.append(module.register_forward_pre_hook(partial(self._load_before, name)))
             hooks.append(module.register_forward_hook(lambda module, *_: self.release(module)))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _load_before(self, name: str, module: nn.Module, args: object) -> None:
+        self.load(name, module)
 
     def resident(self, blocks: Sequence[Block]) -> Iterator[Block]:
         """The blocks in order, each with its weights while it is out."""

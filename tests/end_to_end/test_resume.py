@@ -1,0 +1,247 @@
+"""A run that is cut off at any moment goes on with the same command and ends as if it never had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from besa_exp.main import main
+
+KILLS = 20
+HERE = Path(__file__).parent
+BLOCKS = 5
+
+
+@pytest.fixture(scope="module")
+def request_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A run of five blocks with some steps each, without its folder."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    folder = tmp_path_factory.mktemp("dense")
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    save_file({"input_ids": torch.randint(0, 64, (32, 32))}, folder / "tokens.safetensors")
+    tokens = folder / "tokens.safetensors"
+    chosen = [
+        "pruner=besa",
+        "tracker=none",
+        "device=cpu",
+        "evaluator=perplexity",
+        f"evaluator.perplexity_sets=[{tokens}]",
+    ]
+    return ["prune", f"model.path={folder / 'model'}", "model.dtype=float32", f"calibration.path={tokens}", *chosen]
+
+
+def besa(arguments: list[str], **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "besa_exp", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture(scope="module")
+def unbroken(request_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    assert main([*request_arguments, f"hydra.run.dir={folder}"]) == 0
+    return folder
+
+
+def results_of(folder: Path) -> dict:
+    """results.json without what differs from one time to the next."""
+    results = json.loads((folder / "results.json").read_text())
+    for key in ("seconds", "peak_memory_bytes", "environment"):
+        results.pop(key)
+    for block in results["blocks"]:
+        block.pop("seconds")
+    return results
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def assert_equal_runs(folder: Path, unbroken: Path) -> None:
+    for name in ("model/model.safetensors", "model/config.json", "masks.safetensors", "sparsity.csv"):
+        assert (folder / name).read_bytes() == (unbroken / name).read_bytes(), name
+    assert metrics_of(folder) == metrics_of(unbroken)
+    assert results_of(folder) == results_of(unbroken)
+    assert json.loads((folder / "status.json").read_text())["status"] == "done"
+    assert not (folder / "blocks").exists()
+    assert not list(folder.rglob(".*.partial"))
+
+
+def interrupted(arguments: list[str], folder: Path, number: int, finished: int = 2) -> subprocess.CompletedProcess[str]:
+    """A run that is sent a signal once `finished` blocks are on the disk."""
+    command = [sys.executable, "-m", "besa_exp", *arguments, f"hydra.run.dir={folder}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("blocks/00000?.json"))) < finished:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def test_a_run_killed_twenty_times_ends_with_the_bytes_of_an_unbroken_one(request_arguments, unbroken, tmp_path):
+    folder = tmp_path / "run"
+    seconds = json.loads((unbroken / "results.json").read_text())["seconds"]["total"]
+    script = [sys.executable, str(HERE / "killed_runs.py"), "0", str(KILLS), str(seconds), str(folder)]
+    done = subprocess.run(
+        [*script, *request_arguments, f"hydra.run.dir={folder}"], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert len(seen) == KILLS
+    assert any(kill["writing"] != "nothing" for kill in seen)
+    assert len({kill["finished_blocks"] for kill in seen}) > 1
+    assert_equal_runs(folder, unbroken)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_run_as_interrupted_and_the_same_command_goes_on(
+    number, request_arguments, unbroken, tmp_path
+):
+    folder = tmp_path / "run"
+    ended = interrupted(request_arguments, folder, number)
+    assert ended.returncode == 143
+    assert "the same command goes on" in ended.stderr
+    assert json.loads((folder / "status.json").read_text())["status"] == "interrupted"
+    finished = len(list(folder.glob("blocks/00000?.json")))
+    again = besa([*request_arguments, f"hydra.run.dir={folder}"])
+    assert again.returncode == 0, again.stderr
+    assert f"{finished} finished blocks" in again.stdout
+    assert f"block 1/{BLOCKS - finished}" in again.stdout
+    assert_equal_runs(folder, unbroken)
+
+
+@pytest.fixture
+def unfinished(request_arguments, tmp_path) -> Path:
+    """The folder of a run that was killed with at least three finished blocks."""
+    folder = tmp_path / "run"
+    assert interrupted(request_arguments, folder, signal.SIGKILL, finished=3).returncode == -signal.SIGKILL
+    return folder
+
+
+@pytest.mark.parametrize("harm", ["flipped bit", "cut off", "gone"])
+def test_a_damaged_block_is_found_and_pruned_again(harm, unfinished, request_arguments, unbroken, capsys):
+    file = unfinished / "blocks" / "000001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    if harm == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content if harm == "flipped bit" else content[:-100])
+    assert main([*request_arguments, f"hydra.run.dir={unfinished}"]) == 0
+    output = capsys.readouterr().out
+    assert "block 1 is pruned again" in output
+    assert "1 finished blocks" in output
+    assert_equal_runs(unfinished, unbroken)
+
+
+def test_another_request_in_the_folder_is_refused_with_the_difference_and_overwrite_starts_anew(
+    unfinished, request_arguments, capsys
+):
+    here = [*request_arguments, f"hydra.run.dir={unfinished}", "evaluator=none"]
+    assert main([*here, "sparsity=0.7"]) == 2
+    said = capsys.readouterr().err
+    assert "sparsity: 0.5 before, 0.7 now" in said
+    assert "overwrite=true" in said
+    assert len(list(unfinished.glob("blocks/00000?.json"))) >= 3
+    assert main([*here, "sparsity=0.7", "overwrite=true"]) == 0
+    assert json.loads((unfinished / "results.json").read_text())["target_sparsity"] == 0.7
+
+
+def test_other_calibration_tokens_under_the_same_name_are_refused(unfinished, request_arguments, capsys):
+    path = Path(next(line for line in request_arguments if line.startswith("calibration.path=")).split("=")[1])
+    kept = path.read_bytes()
+    try:
+        save_file({"input_ids": torch.zeros(32, 32, dtype=torch.long)}, path)
+        assert main([*request_arguments, f"hydra.run.dir={unfinished}"]) == 2
+    finally:
+        path.write_bytes(kept)
+    assert "calibration_tokens_sha256" in capsys.readouterr().err
+    assert len(list(unfinished.glob("blocks/00000?.json"))) >= 3
+
+
+def test_another_model_under_the_same_path_is_refused(unfinished, request_arguments, tmp_path, capsys):
+    path = Path(next(line for line in request_arguments if line.startswith("model.path=")).split("=")[1])
+    shutil.copytree(path, tmp_path / "kept")
+    try:
+        tensors = load_file(path / "model.safetensors")
+        tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        assert main([*request_arguments, f"hydra.run.dir={unfinished}"]) == 2
+    finally:
+        shutil.copytree(tmp_path / "kept", path, dirs_exist_ok=True)
+    assert "block 0 was pruned from other dense weights" in capsys.readouterr().err
+
+
+def test_without_resume_an_unfinished_run_starts_anew(unfinished, request_arguments, unbroken, capsys):
+    assert main([*request_arguments, f"hydra.run.dir={unfinished}", "resume=false"]) == 0
+    assert "going on after" not in capsys.readouterr().out
+    assert_equal_runs(unfinished, unbroken)
+
+
+def test_a_streamed_run_that_was_killed_ends_like_an_unbroken_whole_one(request_arguments, unbroken, tmp_path):
+    folder = tmp_path / "run"
+    streamed = [*request_arguments, "model.load=streamed", "activations=disk"]
+    interrupted(streamed, folder, signal.SIGKILL, finished=2)
+    assert besa([*streamed, f"hydra.run.dir={folder}"]).returncode == 0
+    expected = load_file(unbroken / "model" / "model.safetensors")
+    index = json.loads((folder / "model" / "model.safetensors.index.json").read_text())["weight_map"]
+    found = {name: load_file(folder / "model" / file)[name] for name, file in index.items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    (value,) = results_of(folder)["perplexity"].values()
+    (whole,) = results_of(unbroken)["perplexity"].values()
+    assert value == pytest.approx(whole, rel=1e-6)
+
+
+FULL_DISK = """
+place=$0
+mount -t tmpfs -o size=80m tmpfs "$place" || exit 98
+( until [ -e "$place/run/blocks/000001.json" ]; do sleep 0.01; done
+  dd if=/dev/zero of="$place/filler" bs=4k status=none ) 2>/dev/null &
+"$@" && exit 99
+code=$?
+wait
+rm "$place/filler"
+"$@" && cp -r "$place/run" "$OUT" && exit $code
+"""
+
+
+def test_a_full_disk_ends_the_run_with_a_message_and_it_goes_on_when_there_is_room(
+    request_arguments, unbroken, tmp_path
+):
+    place, out = tmp_path / "small", tmp_path / "out"
+    place.mkdir()
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(place)], check=False).returncode:
+        pytest.skip("this system lets nobody mount a file system of their own")
+    command = [sys.executable, "-m", "besa_exp", *request_arguments, f"hydra.run.dir={place}/run"]
+    arguments = ["unshare", "-rm", "sh", "-c", FULL_DISK, str(place), *command]
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, timeout=300, env=os.environ | {"OUT": str(out)}, check=False
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "make space and give the same command again" in done.stdout + done.stderr
+    assert_equal_runs(out, unbroken)
