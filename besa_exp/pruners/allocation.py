@@ -5,7 +5,7 @@ A block's rows are those of all its linears in order. A cell is what shares one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,14 +45,14 @@ class Rows:
     cell: Int[Tensor, " row"]
 
     @staticmethod
-    def of(weights: Mapping[str, Tensor], importances: Mapping[str, Tensor], granularity: str) -> Rows:
-        """`granularity` row: every row is a cell; linear: every linear is one."""
+    def of(weights: Mapping[str, Tensor], importance_of: Callable[[str], Tensor], granularity: str) -> Rows:
+        """`granularity` row: every row is a cell; linear: every linear is one. Importances are made one at a time."""
         sizes = torch.tensor([len(weight) for weight in weights.values()])
         inputs = torch.tensor([weight.shape[1] for weight in weights.values()], dtype=torch.float64)
         columns = inputs.repeat_interleave(sizes)
         cell = torch.arange(len(columns)) if granularity == "row" else torch.arange(len(sizes)).repeat_interleave(sizes)
         device = next(iter(weights.values())).device
-        ranks = {name: kernels.rank_in_row(importance) for name, importance in importances.items()}
+        ranks = {name: kernels.rank_in_row(importance_of(name)) for name in weights}
         return Rows(weights, ranks, columns.to(device), cell.to(device))
 
     @property

@@ -81,8 +81,9 @@ class Besa:
     ) -> PrunedBlock:
         """Learn the sparsities of the block's cells, then fix the masks."""
         weights = {name: linear.weight.detach() for name, linear in block.linears.items()}
-        importances = {name: wanda_importance(weights[name], statistics[name].squared_norm) for name in weights}
-        rows = Rows.of(weights, importances, self.granularity)
+        rows = Rows.of(
+            weights, lambda name: wanda_importance(weights[name], statistics[name].squared_norm), self.granularity
+        )
         total = round(target.sparsity * rows.num_weights)
         buffers = {name: torch.empty_like(weight).requires_grad_() for name, weight in weights.items()}
         search = _Search(block, rows, total, rows.per_cell(rows.columns, rows.num_cells), buffers)
