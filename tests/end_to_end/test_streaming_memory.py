@@ -1,0 +1,57 @@
+"""A streamed run holds a block or three, never the model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+BLOCKS, HIDDEN, FFN, SAMPLES, SEQ_LEN = 24, 512, 1408, 4, 32
+BLOCK_BYTES = 4 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * FFN)
+PEAK = """
+import resource, sys
+from besa_exp import blocks, jobs, preflight, run, streaming
+import torch
+torch.ones(600, 600) @ torch.ones(600, 600)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from besa_exp.main import main
+code = main(sys.argv[1:])
+print("grown by", 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 308 MB whose blocks have 13 MB each."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=8,
+        max_position_embeddings=SEQ_LEN,
+    )
+    folder = tmp_path_factory.mktemp("large")
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="60MB")
+    save_file({"input_ids": torch.randint(0, 64, (SAMPLES, SEQ_LEN))}, folder / "tokens.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "besa"])
+def test_a_streamed_run_grows_by_three_blocks_and_not_by_the_model(pruner, large, tmp_path):
+    tokens = large / "tokens.safetensors"
+    keys = [f"model.path={large}", "model.dtype=float32", "model.load=streamed", f"calibration.path={tokens}"]
+    keys += [f"pruner={pruner}", "evaluator=perplexity", f"evaluator.perplexity_sets=[{tokens}]", "tracker=none"]
+    command = [sys.executable, "-c", PEAK, "prune", *keys, "device=cpu", f"hydra.run.dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    grown = int(done.stdout.splitlines()[-1].split()[-1])
+    activations = 2 * SAMPLES * SEQ_LEN * HIDDEN * 4
+    assert grown < 3 * BLOCK_BYTES + activations + 130e6  # the last for what a run imports late and the allocator keeps
+    assert 3 * BLOCK_BYTES + activations + 130e6 < 0.6 * BLOCKS * BLOCK_BYTES  # so that the whole model would show
