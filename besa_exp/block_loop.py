@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from besa_exp import distributed
 from besa_exp.activations import Allocate
 from besa_exp.blocks import Block, capture_blocks, check_replay, embed
 from besa_exp.checkpoint import weights_sha256
@@ -21,7 +22,9 @@ from besa_exp.reports import BlockReport, Step
 
 @dataclass
 class BlockLoop:
-    """Prunes the blocks of `loaded` after the `done` first ones, which `finished` holds."""
+    """Prunes the blocks of `loaded` after the `done` first ones, which `finished` holds.
+
+    Of several ranks each has its own samples in `input_ids`; the first keeps the blocks."""
 
     loaded: LoadedModel
     input_ids: Tensor
@@ -64,6 +67,8 @@ class BlockLoop:
         return True
 
     def _keep(self, block: Block, report: BlockReport, pruned: PrunedBlock) -> None:
+        if not distributed.is_first():
+            return
         keep_masks = {f"{block.name}.{name}.weight": mask for name, mask in pruned.keep_masks.items()}
         tensors = block_tensors(block.module, block.name)
         self.finished.write(report, tensors, keep_masks, self.dense_sha256.pop(block.index))

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from besa_exp import distributed
 from besa_exp.activations import Allocate
 from besa_exp.errors import RunError
 
@@ -46,6 +47,8 @@ class Block:
     def __call__(self, hidden: Hidden, weights: Mapping[str, Tensor] | None = None) -> Hidden:
         """The block's output, with `weights` (linear path to [out in]) in place of its own where given."""
         hidden = hidden.to(self.device)
+        if len(hidden) == 0:  # a rank that owns no sample of a batch
+            return hidden
         args, kwargs = self.arguments(hidden.shape[0])
         if weights is None:
             output = self.module(hidden, *args, **kwargs)
@@ -222,7 +225,9 @@ def check_replay(model: nn.Module, blocks: list[Block], input_ids: Int[Tensor, "
 
 def reconstruction_loss(outputs: Hidden, targets: Hidden) -> Float[Tensor, ""]:
     """sum(((Y - Yhat) / ||Y||_channel)^2) / hidden in fp32, the norm per output channel over the batch's tokens
-    (BESA, Eq. 1, as the authors' code scales it): the mean relative squared error of the channels."""
+    (BESA, Eq. 1, as the authors' code scales it): the mean relative squared error of the channels.
+
+    The batch is that of all ranks; the gradient is that of the own samples' part."""
     targets = targets.to(outputs.device).float()
-    norm = targets.flatten(0, 1).norm(dim=0)
-    return ((targets - outputs.float()) / norm).square().sum() / targets.shape[-1]
+    norm = distributed.all_norm(targets.flatten(0, 1).norm(dim=0))
+    return distributed.all_sum(((targets - outputs.float()) / norm).square().sum()) / targets.shape[-1]

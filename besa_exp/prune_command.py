@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ def prune(arguments: Sequence[str]) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     request = read_request(arguments)
+    if request.multirun and os.environ.get("TORCHELASTIC_RUN_ID"):
+        raise ConfigurationError("torchrun shares one run among its processes: leave -m out, one command a job")
     outcomes = launch(request)
     if not request.multirun and outcomes[0].status == "refused":
         raise ConfigurationError(*outcomes[0].text.splitlines())

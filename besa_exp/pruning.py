@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from besa_exp import distributed
 from besa_exp.activations import Allocate
 from besa_exp.blocks import Block, Hidden, reconstruction_loss
 from besa_exp.errors import RunError
@@ -91,18 +92,25 @@ def num_probe_samples(num_samples: int) -> int:
     return max(1, min(16, num_samples // 8))
 
 
+def own_probe(samples: Hidden) -> Float[Tensor, "probe seq hidden"]:
+    """This rank's part of the probe samples, given all that it owns."""
+    num_samples = distributed.total(len(samples))
+    return samples[distributed.own_place(num_samples - num_probe_samples(num_samples)) :]
+
+
 def probe_loss(block: Block, inputs: Hidden, targets: Hidden, weights: Mapping[str, Tensor]) -> float:
     """The reconstruction loss of the probe samples with `weights` in place of the block's own. RunError: not finite."""
-    probe = num_probe_samples(len(inputs))
-    return _finite_loss(block, block.outputs(inputs[-probe:], probe, weights), targets[-probe:])
+    probe = own_probe(inputs)
+    return _finite_loss(block, block.outputs(probe, max(1, len(probe)), weights), own_probe(targets))
 
 
 @torch.no_grad()
 def write_weights(block: Block, pruned: PrunedBlock) -> None:
-    """Write the pruned weights into the block: the one place where weights change. RunError: a weight is not finite."""
+    """Write the pruned weights into the block: the one place where weights change. All ranks write what rank 0 found.
+    RunError: a weight is not finite."""
     for name, linear in block.linears.items():
         weight = linear.weight if pruned.weights is None else pruned.weights[name].to(linear.weight.dtype)
-        weight = torch.where(pruned.keep_masks[name], weight, torch.zeros_like(weight))
+        weight = distributed.broadcast(torch.where(pruned.keep_masks[name], weight, torch.zeros_like(weight)))
         if not weight.isfinite().all():
             raise RunError(f"{block.name}.{name}: the pruned weights are not finite in {weight.dtype}.")
         linear.weight.copy_(weight)
@@ -118,7 +126,8 @@ def prune_blocks(
     restore: Callable[[Block], bool] = lambda block: False,
     allocate: Allocate | None = None,
 ) -> Iterator[tuple[BlockReport, PrunedBlock]]:
-    """Prune the blocks in place, one after the other, `batch_size` samples a forward pass. `inputs` are overwritten.
+    """Prune the blocks in place, one after the other, `batch_size` samples a forward pass. `inputs`, those of the
+    samples that this rank owns, are overwritten.
 
     `restore` puts the pruned weights of an earlier run into a block and says so: it is not pruned again, nor yielded.
     `allocate` gives room for activations, by default where the inputs lie. RunError: a statistic, loss
@@ -140,8 +149,7 @@ def prune_blocks(
             del statistics
             write_weights(block, pruned)
             block.outputs(inputs, batch_size, out=inputs)
-            probe = num_probe_samples(len(inputs))
-            after = _finite_loss(block, inputs[-probe:], targets[-probe:])
+            after = _finite_loss(block, own_probe(inputs), own_probe(targets))
             yield _report(block, pruned, after, time.perf_counter() - started), pruned
         else:
             block.outputs(inputs, batch_size, out=inputs)

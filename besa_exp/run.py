@@ -10,22 +10,25 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from besa_exp import distributed
 from besa_exp.activations import allocator
 from besa_exp.block_loop import BlockLoop, activation_bytes
 from besa_exp.calibration import Calibration, load_calibration, save_tokens
 from besa_exp.checkpoint import merge_masks, write_card
 from besa_exp.console import RunConsole
 from besa_exp.environment import environment
+from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.finished_scores import FinishedScores
 from besa_exp.evaluation.scores import Scores, evaluate
 from besa_exp.finished_blocks import FinishedBlocks
+from besa_exp.followed_folder import FollowedFolder
 from besa_exp.identity import request_identity
 from besa_exp.masks import Target
 from besa_exp.model_card import model_card
@@ -34,7 +37,7 @@ from besa_exp.reports import BlockReport, Step
 from besa_exp.results import results_of, score_values
 from besa_exp.run_folder import RunFolder
 from besa_exp.saving import block_names, check_saved, pruned_weights, save_pruned
-from besa_exp.settings import RunSettings
+from besa_exp.settings import RunSettings, TrackerSettings
 from besa_exp.tracking import Tracker, start_tracker
 
 
@@ -44,7 +47,7 @@ class Run:
 
     settings: RunSettings
     device: torch.device
-    folder: RunFolder
+    folder: RunFolder | FollowedFolder
     console: RunConsole
     seconds: dict[str, float]
 
@@ -64,7 +67,7 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
     started = time.perf_counter()
     device = _prepare(settings)
     resume = request_identity(config) if settings.resume else None
-    with RunFolder.open(path, settings.overwrite, resume) as folder, RunConsole() as console:
+    with distributed.joined(device), _opened(path, settings.overwrite, resume) as folder, RunConsole() as console:
         run = Run(settings, device, folder, console, {})
         folder.write_config(config)
         folder.write_environment(environment(device))
@@ -74,7 +77,7 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
         with run.timed("calibrate"):
             calibration = _calibrate(run, loaded)
         finished = FinishedBlocks(folder.blocks)
-        reports = finished.begin(request_identity(config, calibration.tokens_sha256))
+        reports = distributed.from_first(lambda: finished.begin(request_identity(config, calibration.tokens_sha256)))
         folder.rewind(reports)
         console.plan(settings, _facts(loaded, calibration, len(reports)))
         with _tracking(run, config, reports) as tracker:
@@ -91,14 +94,22 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
     return results
 
 
+@contextmanager
+def _opened(path: Path, overwrite: bool, resume: Mapping[str, Any] | None) -> Iterator[RunFolder | FollowedFolder]:
+    """The run folder, which of several ranks the first alone locks and writes."""
+    folder = RunFolder.open(path, overwrite, resume) if distributed.is_first() else nullcontext(FollowedFolder(path))
+    with folder as opened, distributed.failing_together():
+        yield opened
+
+
 def _prepare(settings: RunSettings) -> torch.device:
-    """Seeds and determinism, and the device: auto is a GPU where there is one."""
+    """Seeds and determinism, and the device: auto is a GPU where there is one, of several ranks each one's own."""
     torch.manual_seed(settings.seed)
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(automatic if settings.device == "auto" else settings.device)
+    return distributed.local_device(torch.device(automatic if settings.device == "auto" else settings.device))
 
 
 def _calibrate(run: Run, loaded: LoadedModel) -> Calibration:
@@ -106,10 +117,17 @@ def _calibrate(run: Run, loaded: LoadedModel) -> Calibration:
     run.console.stage(f"calibration tokens from {settings.calibration.path or settings.calibration.name}")
     vocabulary = len(loaded.model.get_input_embeddings().weight)  # type: ignore[arg-type]
     context = model_context(loaded.model)
-    calibration = load_calibration(
-        settings.calibration, loaded.tokenizer, context, settings.offline, vocabulary=vocabulary
+    calibration = distributed.from_first(
+        lambda: load_calibration(
+            settings.calibration, loaded.tokenizer, context, settings.offline, vocabulary=vocabulary
+        )
     )
-    if settings.calibration.save_tokens:
+    if (samples := len(calibration.input_ids)) < distributed.num_ranks():
+        raise ConfigurationError(
+            f"calibration.num_samples={samples}: {distributed.num_ranks()} processes share the samples and each needs "
+            "one at least; give more samples, or torchrun a smaller --nproc-per-node"
+        )
+    if settings.calibration.save_tokens and distributed.is_first():
         save_tokens(calibration, run.folder.tokens)
     return calibration
 
@@ -131,7 +149,8 @@ def _facts(loaded: LoadedModel, calibration: Calibration, done: int) -> dict[str
 def _tracking(run: Run, config: Mapping[str, Any], reports: Sequence[BlockReport]) -> Iterator[Tracker]:
     """The tracker, finished with what was reported however the run ends."""
     path = run.folder.path
-    tracker = start_tracker(run.settings.tracker, path, config, path.name, run.settings.pruner_name)
+    tracked = run.settings.tracker if distributed.is_first() else TrackerSettings("none")
+    tracker = start_tracker(tracked, path, config, path.name, run.settings.pruner_name)
     failed = True
     try:
         yield tracker
@@ -163,7 +182,7 @@ def _prune_model(
     finished: FinishedBlocks,
 ) -> None:
     """The block loop: each report goes to the run folder, the tracker and the console."""
-    settings, input_ids = run.settings, calibration.input_ids
+    settings, input_ids = run.settings, distributed.own_samples(calibration.input_ids)
     for report in reports:
         tracker.log_block(report)
     hidden = loaded.model.config.get_text_config().hidden_size
@@ -189,16 +208,25 @@ def _save(run: Run, loaded: LoadedModel, finished: FinishedBlocks, results: Mapp
     """Save what is to be kept; then the pruned model: the one that was saved, loaded anew, its zeros counted."""
     settings, folder = run.settings, run.folder
     with run.timed("save"):
-        if settings.save.masks:
-            merge_masks(finished.mask_files(len(results["blocks"])), folder.masks)
+        if settings.save.model:
+            run.console.stage("saving the pruned model and loading it anew")
+        if distributed.is_first():
+            _write_model(run, loaded, finished, results)
+        distributed.barrier()
         if not settings.save.model:
             return pruned_weights(loaded, finished) if loaded.weights else loaded
-        run.console.stage("saving the pruned model and loading it anew")
-        save_pruned(loaded, finished, folder.model, _card(run, results))
-        check_saved(folder.model, results, block_names(loaded))
         load = "streamed" if loaded.weights else "whole"
         saved = replace(settings.model, path=str(folder.model), revision=None, dtype="auto", load=load)
         return replace(load_model(saved, run.device, offline=True), tokenizer=loaded.tokenizer)
+
+
+def _write_model(run: Run, loaded: LoadedModel, finished: FinishedBlocks, results: Mapping[str, Any]) -> None:
+    settings, folder = run.settings, run.folder
+    if settings.save.masks:
+        merge_masks(finished.mask_files(len(results["blocks"])), folder.masks)
+    if settings.save.model:
+        save_pruned(loaded, finished, folder.model, _card(run, results))
+        check_saved(folder.model, results, block_names(loaded))
 
 
 def _card(run: Run, results: Mapping[str, Any]) -> str:
@@ -217,6 +245,6 @@ def _peak_memory(device: torch.device) -> dict[str, int]:
 def _write(run: Run, results: Mapping[str, Any]) -> None:
     """results.json, the model card with the scores, and the tables."""
     run.folder.write_results(results)
-    if run.settings.save.model:
+    if run.settings.save.model and distributed.is_first():
         write_card(run.folder.model, _card(run, results))
     run.console.summary(results, run.folder.path)

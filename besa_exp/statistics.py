@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from besa_exp import distributed
 from besa_exp.blocks import Block, Hidden
 from besa_exp.errors import RunError
 
@@ -24,6 +25,8 @@ class Statistic(Protocol):
     def __init__(self, columns: int, device: torch.device) -> None: ...
 
     def add(self, inputs: Tensor, samples: int) -> None: ...
+
+    def sum_over_ranks(self) -> None: ...
 
     def is_finite(self) -> bool: ...
 
@@ -47,6 +50,10 @@ class InputNorm:
     def squared_norm(self) -> Float[Tensor, " in"]:
         """The statistic, called `scaler_row` in Wanda's code."""
         return self.total / self.samples
+
+    def sum_over_ranks(self) -> None:
+        """That of the samples of all ranks."""
+        self.total, self.samples = distributed.all_sum(self.total), distributed.total(self.samples)
 
     def is_finite(self) -> bool:
         """Whether no input overflowed or was NaN."""
@@ -76,6 +83,10 @@ class Hessian:
         upper = self.upper.triu()
         return (upper + upper.triu(1).T).mul_(2 / self.samples)
 
+    def sum_over_ranks(self) -> None:
+        """That of the samples of all ranks."""
+        self.upper, self.samples = distributed.all_sum(self.upper), distributed.total(self.samples)
+
     def is_finite(self) -> bool:
         """Whether no input overflowed or was NaN."""
         return bool(self.upper.isfinite().all())
@@ -94,9 +105,9 @@ def by_shared_input(statistics: Mapping[str, S]) -> Iterator[tuple[S, tuple[str,
 def observe(
     block: Block, inputs: Hidden, statistic: type[S] | None, batch_size: int, out: Hidden | None = None
 ) -> tuple[dict[str, S], Hidden]:
-    """One pass of the block as it is over all samples: a statistic for every linear (linears that are given the same
-    tensor share one) and the outputs, into `out` where given. RunError: a statistic is not finite, or a linear was
-    never called."""
+    """One pass of the block as it is over all samples: a statistic, of the samples of all ranks, for every linear
+    (linears that are given the same tensor share one) and the outputs, into `out` where given. RunError: a statistic is
+    not finite, or a linear was never called."""
     if statistic is None:
         return {}, block.outputs(inputs, batch_size, out=out)
     for batch in inputs.split(batch_size):
@@ -109,15 +120,32 @@ def observe(
     finally:
         for hook in hooks:
             hook.remove()
+    statistics = _of_all_ranks(block, observer.statistics, statistic)
     for name in block.linears:
-        if name not in observer.statistics:
+        if name not in statistics:
             raise RunError(f"{block.name}: {name} did not run on the calibration tokens; cannot prune it.")
-        if not observer.statistics[name].is_finite():
+        if not statistics[name].is_finite():
             raise RunError(
                 f"{block.name}.{name}: the statistic of its inputs is not finite (NaN or inf in the calibration "
                 "activations); load the model in float32 or bfloat16 (model.dtype) or check its weights."
             )
-    return observer.statistics, outputs
+    return statistics, outputs
+
+
+def _of_all_ranks(block: Block, own: Mapping[str, S], statistic: type[S]) -> dict[str, S]:
+    """The statistics summed over ranks. A linear that some ranks' samples do not reach, as in a mixture of experts, has
+    nothing to add there."""
+    if distributed.num_ranks() == 1:
+        return dict(own)
+    leaders: dict[str, str] = {}  # of the linears that share a statistic the first, by linear
+    for found in distributed.gathered({name: names[0] for _, names in by_shared_input(own) for name in names}):
+        leaders |= found
+    summed: dict[str, S] = {}
+    for name in sorted(set(leaders.values())):
+        linear = block.linears[name]
+        summed[name] = own[name] if name in own else statistic(linear.in_features, linear.weight.device)
+        summed[name].sum_over_ranks()
+    return {name: summed[leaders[name]] for name in block.linears if name in leaders}
 
 
 class _Observer(Generic[S]):

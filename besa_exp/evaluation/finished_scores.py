@@ -7,23 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from besa_exp import atomic
+from besa_exp import atomic, distributed
 
 
 @dataclass(frozen=True)
 class FinishedScores:
-    """scores.json of a run folder: {which model: {kind: {set or task: request and result}}}."""
+    """scores.json of a run folder: {which model: {kind: {set or task: request and result}}}. Of several ranks the first
+    reads it for all, and writes it."""
 
     path: Path
     which: str
 
     def find(self, kind: str, name: str, request: dict[str, Any]) -> Any | None:
         """What was measured under the same `request`; None: nothing."""
-        found = self._read().get(self.which, {}).get(kind, {}).get(name)
+        found = distributed.from_first(lambda: self._read().get(self.which, {}).get(kind, {}).get(name))
         return found["result"] if found and found["request"] == json.loads(json.dumps(request)) else None
 
     def keep(self, kind: str, name: str, request: dict[str, Any], result: Any) -> None:
         """Remember one set's or task's result."""
+        if not distributed.is_first():
+            return
         content = self._read()
         content.setdefault(self.which, {}).setdefault(kind, {})[name] = {"request": request, "result": result}
         atomic.write_text(self.path, json.dumps(content) + "\n")

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from besa_exp import distributed
 from besa_exp.evaluation.batches import BatchSize, halved_until_it_fits, rows_at_once, tokens_at_once
 
 # Logits that are held in fp32 at a time. On a CPU they stay in its cache: with a vocabulary of 32,000
@@ -40,15 +41,26 @@ def perplexity(model: nn.Module, tokens: Int[Tensor, "*shape"], window: int, bat
     """Perplexity of a causal language model on `tokens`: a stream [tokens] that is cut into windows of `window`, or
     ready windows [window, seq], taken as they are.
 
-    Losses are fp32 whatever the model's dtype is, summed in fp64. A batch that does not fit the device's memory is
-    halved. The model is put into evaluation mode. ValueError: not one whole window of at least two tokens; Unavailable:
-    a single window does not fit.
+    Losses are fp32 whatever the model's dtype is, summed in fp64; of several ranks each scores its own windows. A batch
+    that does not fit the device's memory is halved. The model is put into evaluation mode. ValueError: not one whole
+    window of at least two tokens; Unavailable: a single window does not fit.
     """
     windows = tokens if tokens.ndim == 2 else cut_windows(tokens, window)
     num_windows, seq_len = windows.shape
     if num_windows == 0 or seq_len < 2:
         raise ValueError(f"{tokens.numel()} tokens do not fill one window of {window} (at least 2) tokens")
     model.eval()
+    own = distributed.own_samples(windows)
+    total, size = distributed.agreed(lambda: _sum_and_batch(model, own, batch_size))
+    return perplexity_of(float(distributed.all_sum(total)), windows, size)
+
+
+@torch.no_grad()
+def _sum_and_batch(
+    model: nn.Module, windows: Int[Tensor, "window seq"], batch_size: BatchSize
+) -> tuple[Float[Tensor, ""], int]:
+    """The sum of the losses of all windows, and the size of the batches in the end."""
+    num_windows, seq_len = windows.shape
     device = next(model.parameters()).device
     size = rows_at_once(tokens_at_once(model), seq_len) if batch_size == "auto" else batch_size
     size, done = min(size, num_windows), 0
@@ -58,12 +70,11 @@ def perplexity(model: nn.Module, tokens: Int[Tensor, "*shape"], window: int, bat
         ids = windows[done : done + size].to(device)
         return sum_of_losses(model(input_ids=ids, use_cache=False).logits, ids)
 
-    with torch.no_grad():
-        while done < num_windows:
-            loss, size = halved_until_it_fits(loss_of_next, size, f"window of {seq_len} tokens")
-            total += loss
-            done += size
-    return perplexity_of(float(total), windows, size)
+    while done < num_windows:
+        loss, size = halved_until_it_fits(loss_of_next, size, f"window of {seq_len} tokens")
+        total += loss
+        done += size
+    return total, size
 
 
 def perplexity_of(total: float, windows: Int[Tensor, "window seq"], batch_size: int) -> Perplexity:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Int
 from torch import Tensor
 
+from besa_exp import distributed
 from besa_exp.blocks import discover_blocks
 from besa_exp.errors import ConfigurationError, Unavailable
 from besa_exp.evaluation.checks import perplexity_window
@@ -87,7 +88,7 @@ def _score_set(
     model: Any = loaded.model
     context = _context(model)
     window = perplexity_window(settings, context)
-    windows, record = _windows_of(source, loaded.tokenizer, window, offline)
+    windows, record = distributed.from_first(lambda: _windows_of(source, loaded.tokenizer, window, offline))
     if windows.shape[1] > context:
         raise Unavailable(f"its windows of {windows.shape[1]} tokens exceed the model's context of {context}")
     vocabulary = model.get_input_embeddings().num_embeddings

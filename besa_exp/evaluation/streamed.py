@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from besa_exp import distributed
 from besa_exp.blocks import capture_blocks, embed, replaced_forwards
 from besa_exp.evaluation.batches import BatchSize, rows_at_once, tokens_at_once
 from besa_exp.evaluation.perplexity import Perplexity, perplexity_of, sum_of_losses
@@ -19,12 +20,13 @@ from besa_exp.streaming import StreamedWeights
 def streamed_perplexity(
     model: nn.Module, weights: StreamedWeights, windows: Int[Tensor, "window seq"], batch_size: BatchSize
 ) -> Perplexity:
-    """As `perplexity`, of a model whose blocks are read from files. Holds the hidden states of all windows."""
+    """As `perplexity`, of a model whose blocks are read from files. Holds the hidden states of all own windows."""
     size = rows_at_once(tokens_at_once(model), windows.shape[1]) if batch_size == "auto" else batch_size
     total = torch.zeros((), dtype=torch.float64)
-    for ids, logits in streamed_logits(model, weights, windows, size):
+    own = distributed.own_samples(windows)
+    for ids, logits in streamed_logits(model, weights, own, size) if len(own) else ():
         total += sum_of_losses(logits, ids).cpu()
-    return perplexity_of(float(total), windows, size)
+    return perplexity_of(float(distributed.all_sum(total)), windows, size)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from besa_exp import distributed
 from besa_exp.errors import Unavailable, first_line
 from besa_exp.evaluation.batches import BatchSize, halved_until_it_fits, rows_at_once, tokens_at_once
 from besa_exp.evaluation.checks import TASK_FOLDERS
@@ -61,7 +63,8 @@ class Harness(_HFLM):
 
     lm-eval sorts requests by length, longest first. With batch_size="auto" each batch holds `tokens` tokens with its
     padding, so that short questions go many at a time; lm-eval's own "auto" tries up to 64 of the longest in five
-    passes and keeps that number for all. A batch that does not fit the device's memory is halved."""
+    passes and keeps that number for all. A batch that does not fit the device's memory is halved. Every rank gives
+    lm-eval the whole task, computes a part of its requests, and is told the scores of all."""
 
     cut_requests = 0
     tokens = 0
@@ -76,17 +79,20 @@ class Harness(_HFLM):
             raise Unavailable(f"one of its choices has {longest} tokens; the model's context is {self.max_length}")
         lengths = [len(context) + len(continuation) for _, context, continuation in requests]
         self.cut_requests += sum(length > self.max_length + 1 for length in lengths)
-        score = super()._loglikelihood_tokens
+        score, own = super()._loglikelihood_tokens, requests[distributed.own_slice(len(requests))]
 
         def attempt(size: int) -> list[tuple[float, bool]]:
             if self.batch_size == "auto":
                 self.tokens = size
             else:
                 self.batch_size_per_gpu = size
-            return score(requests, *args, **options)
+            return score(own, *args, **options)
 
-        size = self.tokens if self.batch_size == "auto" else self.batch_size
-        return halved_until_it_fits(attempt, size, f"question of {max(lengths, default=0)} tokens")[0]
+        def scores() -> list[tuple[float, bool]]:
+            size = self.tokens if self.batch_size == "auto" else self.batch_size
+            return halved_until_it_fits(attempt, size, f"question of {max(lengths, default=0)} tokens")[0]
+
+        return list(chain(*distributed.gathered(distributed.agreed(scores))))
 
     def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Any]) -> int:
         """The size of the batch that request number `pos` is in. lm-eval asks for each request in turn and closes a
@@ -117,8 +123,9 @@ def score_task(name: str, model: Harness, settings: EvaluatorSettings, offline: 
     lm-eval's `evaluate` is called, not `simple_evaluate`, which would start pip and compilers to describe the machine,
     once for each task; what that sets up before `evaluate` is done here: few-shot examples and seeds."""
     with quiet(), seeded(seed):
-        task, source = load_task(name, settings.data_dir, settings.num_fewshot or 0, offline)
-        task.set_config("num_fewshot", settings.num_fewshot or 0)  # no task here has a number of its own
+        shots = settings.num_fewshot or 0
+        task, source = distributed.agreed(lambda: load_task(name, settings.data_dir, shots, offline))
+        task.set_config("num_fewshot", shots)  # no task here has a number of its own
         task.set_fewshot_seed(seed)
         model.cut_requests = 0
         results = _evaluate(model, {"tasks": {name: task}}, limit=settings.limit, log_samples=False)

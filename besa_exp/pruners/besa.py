@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from besa_exp import distributed
 from besa_exp.blocks import Block, Hidden, reconstruction_loss
 from besa_exp.importance import wanda_importance
 from besa_exp.masks import Target
@@ -100,7 +101,8 @@ class Besa:
         self, search: _Search, inputs: Hidden, targets: Hidden, on_step: Callable[[Step], None]
     ) -> tuple[Tensor, float, list[Step]]:
         """The sparsities [cell] with the lowest probe loss that were seen, the loss at the start, and the course."""
-        learn = max(1, len(inputs) - num_probe_samples(len(inputs)))
+        num_samples = distributed.total(len(inputs))
+        learn = max(1, num_samples - num_probe_samples(num_samples))
         num_steps = self.epochs * math.ceil(learn / self.batch_size)
         every = math.ceil(num_steps / self.checks)
         sparsity, scale = torch.full_like(search.capacity, search.expected), self.lr
@@ -111,9 +113,8 @@ class Besa:
         steps: list[Step] = []
         while len(steps) < num_steps:
             for samples in torch.randperm(learn, generator=order).to(inputs.device).split(self.batch_size):
-                step, sparsity.grad = search.gradient(
-                    inputs[samples], targets[samples], sparsity, self.window, len(steps)
-                )
+                own = distributed.own_places(samples)
+                step, sparsity.grad = search.gradient(inputs[own], targets[own], sparsity, self.window, len(steps))
                 steps.append(step)
                 on_step(step)
                 for group in optimizer.param_groups:
@@ -153,11 +154,14 @@ class _Search:
         self, inputs: Hidden, targets: Hidden, sparsity: Tensor, window: float, step: int
     ) -> tuple[Step, Tensor]:
         """The step's record, and dL / d(sparsity of a cell) along the budget: without the part that would only change
-        the total."""
+        the total. `inputs` are this rank's of the batch; it may have none."""
         counts = self._mask(sparsity)
         loss = reconstruction_loss(self.block(inputs, self.masked), targets)
-        gradients = dict(zip(self.masked, torch.autograd.grad(loss, list(self.masked.values())), strict=True))
-        by_row = self.rows.row_gradient(gradients, counts, window)
+        by_row = torch.zeros_like(self.rows.columns)
+        if len(inputs):
+            gradients = dict(zip(self.masked, torch.autograd.grad(loss, list(self.masked.values())), strict=True))
+            by_row = self.rows.row_gradient(gradients, counts, window)
+        by_row = distributed.all_sum(by_row)
         by_cell = self.rows.per_cell(by_row, len(self.capacity))
         along_budget = by_cell - self.capacity * (by_cell.sum() / self.rows.num_weights)
         return finite_step(self.block, step, loss, loss, 0.0, self.expected), along_budget

@@ -23,6 +23,7 @@ import torch
 from prodigyopt import Prodigy
 from torch import Tensor, nn
 
+from besa_exp import distributed
 from besa_exp.blocks import Block, Hidden, reconstruction_loss
 from besa_exp.importance import dead_inputs, inverse_factor, magnitude_importance, obs_importance, wanda_importance
 from besa_exp.masks import Target
@@ -109,19 +110,20 @@ class BesaPaper:
         total = sum(weight.numel() for weight in weights.values())
         optimizer = self._optimizer(thetas)
         steps: list[Step] = []
-        batches = list(zip(inputs.split(self.batch_size), targets.split(self.batch_size), strict=True))
-        for batch_inputs, batch_targets in batches * self.epochs:
+        for own in distributed.own_batches(len(inputs), self.batch_size) * self.epochs:
             masked, sparsity = {}, torch.zeros((), device=inputs.device)
             for name, allocation in allocations.items():
                 masked[name], linear_sparsity = allocation()
                 sparsity = sparsity + linear_sparsity * (weights[name].numel() / total)
-            reconstruction = reconstruction_loss(block(batch_inputs, masked), batch_targets)
+            reconstruction = reconstruction_loss(block(inputs[own], masked), targets[own])
             penalty = self.penalty * ((sparsity - target.sparsity) / target.sparsity) ** 2
             loss = reconstruction + penalty
             steps.append(finite_step(block, len(steps), loss, reconstruction, penalty, sparsity))
             on_step(steps[-1])
             optimizer.zero_grad()
-            loss.backward()
+            (reconstruction + penalty / distributed.num_ranks()).backward()  # each rank's part
+            for theta in thetas:
+                theta.grad = distributed.all_sum(theta.grad)  # type: ignore[arg-type]
             optimizer.step()
         return PrunedBlock(
             keep_masks={name: allocation.keep_mask() for name, allocation in allocations.items()},

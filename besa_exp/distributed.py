@@ -1,0 +1,211 @@
+"""Several processes as torchrun starts them, one a device: thin functions over torch.distributed.
+
+Calibration samples are dealt out in turn: of N ranks, rank r owns the samples r, r + N, r + 2N, ... What is summed over
+samples is summed over ranks too, so that every rank sees the totals and takes the same decisions. Batches are global: a
+rank computes its own samples of a batch and adds nothing where it owns none. Without torchrun, or with one process,
+every function here gives back what it is given.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from besa_exp.errors import ConfigurationError, Interrupted, RunError, Unavailable
+
+T = TypeVar("T")
+# The longest that ranks wait for one of them, which may save a model meanwhile. Failures need no time-out: torchrun
+# ends all processes when one has failed.
+TIMEOUT = timedelta(hours=6)
+FAILURE = "besa_failure"  # the key under which the first rank to fail leaves its error
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """The ranks are connected for as long as this lasts, gloo for CPU tensors and NCCL for CUDA's. When one fails, rank
+    0 raises its error and the others exit.
+
+    Not joined, and nothing done: where torchrun did not start this process."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store, rank, size = next(rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    with failing_together():
+        yield
+    dist.destroy_process_group()
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The device of this rank: each process of a machine has its own."""
+    local = os.environ["LOCAL_RANK"] if dist.is_torchelastic_launched() else None
+    return torch.device("cuda", int(local)) if device.type == "cuda" and local is not None else device
+
+
+def rank() -> int:
+    """The number of this process, 0 for the first."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_ranks() -> int:
+    """How many processes share the work."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, the only one that writes."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    if num_ranks() > 1:
+        total(0)  # on the CPU; dist.barrier() may leave it to a GPU
+
+
+def all_sum(own: Tensor) -> Tensor:
+    """The sum of the ranks' tensors, the same bits on each. Its gradient is that of the own summand alone: gradients of
+    what the ranks share are for the caller to sum."""
+    return own if num_ranks() == 1 else _AllSum.apply(own)
+
+
+class _AllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        summed = own.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient
+
+
+def all_norm(own: Tensor) -> Tensor:
+    """The norms of columns whose rows are dealt out, from those of the own rows."""
+    return own if num_ranks() == 1 else all_sum(own.square()).sqrt()
+
+
+def total(count: int) -> int:
+    """The sum of a number over the ranks."""
+    return int(all_sum(torch.tensor(count)))
+
+
+def broadcast(tensor: Tensor) -> Tensor:
+    """Overwrite a contiguous tensor with that of rank 0."""
+    if num_ranks() > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def gathered(value: T) -> list[T]:
+    """The small objects of all ranks, by rank."""
+    values: list[Any] = [value] * num_ranks()
+    if num_ranks() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(act: Callable[[], T]) -> T:
+    """What `act` returns on rank 0, which alone calls it; or the Unavailable that it raises there, on every rank."""
+    if num_ranks() == 1:
+        return act()
+    answer: list[Any] = [None, None]
+    if is_first():
+        try:
+            answer[0] = act()
+        except Unavailable as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise Unavailable(answer[1])
+    return answer[0]
+
+
+def agreed(act: Callable[[], T]) -> T:
+    """What `act`, in which ranks do not meet, returns on this rank. Unavailable on all where it is raised on one."""
+    if num_ranks() == 1:
+        return act()
+    result, reason = None, None
+    try:
+        result = act()
+    except Unavailable as error:
+        reason = str(error)
+    reasons = [found for found in gathered(reason) if found is not None]
+    if reasons:
+        raise Unavailable(reasons[0])
+    return result  # type: ignore[return-value]
+
+
+def own_samples(samples: Tensor) -> Tensor:
+    """The rows of this rank, in order."""
+    return samples if num_ranks() == 1 else samples[rank() :: num_ranks()].contiguous()
+
+
+def own_places(numbers: Tensor) -> Tensor:
+    """Where, in what `own_samples` gives, those of the samples with these `numbers` lie that this rank owns."""
+    return numbers if num_ranks() == 1 else numbers[numbers % num_ranks() == rank()] // num_ranks()
+
+
+def own_place(number: int) -> int:
+    """Where the first own sample that is not before sample `number` lies in what `own_samples` gives."""
+    return -((rank() - number) // num_ranks())
+
+
+def own_batches(num_own: int, batch_size: int) -> list[slice]:
+    """The own part, which may be empty, of each batch of `batch_size` consecutive samples."""
+    edges = [own_place(number) for number in range(0, total(num_own), batch_size)]
+    return [slice(start, end) for start, end in pairwise([*edges, num_own])]
+
+
+def own_slice(count: int) -> slice:
+    """Of a list that every rank has, the consecutive part that is this rank's to compute."""
+    return slice(count * rank() // num_ranks(), count * (rank() + 1) // num_ranks())
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """The first rank to fail leaves its error in torchrun's store. Rank 0 raises it in the place of what it then meets
+    itself; the others exit with code 1, after a message where it was their own error. May be nested."""
+    if num_ranks() == 1:
+        yield
+        return
+    try:
+        yield
+    except BaseException as error:
+        failed, text = _first_failure(error)
+        if is_first() and failed != 0 and not isinstance(error, (RunError, ConfigurationError, KeyboardInterrupt)):
+            raise (RunError(f"rank {failed} failed: {text}") if text else Interrupted("SIGTERM")) from error
+        if is_first() or isinstance(error, SystemExit | KeyboardInterrupt):
+            raise
+        if failed == rank():
+            sys.stderr.write(f"rank {failed} failed: {text}\n")
+        raise SystemExit(1) from error
+
+
+def _first_failure(error: BaseException) -> tuple[int, str]:
+    """The rank that failed first, by the store that torchrun keeps, and its error; no text: it was interrupted."""
+    ended = isinstance(error, (Interrupted, KeyboardInterrupt))
+    known = isinstance(error, (RunError, ConfigurationError))
+    text = "" if ended else str(error) if known else "".join(traceback.format_exception(error)).strip()
+    try:
+        store = next(rendezvous("env://", timeout=timedelta(seconds=10)))[0]
+        failed, text = json.loads(store.compare_set(FAILURE, "", json.dumps([rank(), text])))
+    except RuntimeError:  # the store is gone, with torchrun or its machine
+        return rank(), text
+    return failed, text
