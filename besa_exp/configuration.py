@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from besa_exp.errors import ConfigurationError
@@ -124,4 +126,13 @@ def _run_name_of_root(*, _root_: DictConfig) -> str:
     return run_name(_root_)
 
 
+def _is_single_run(*, _root_: DictConfig) -> bool:
+    """Whether the job is no sweep's. In a running job Hydra's node is elsewhere."""
+    mode = OmegaConf.select(_root_, "hydra.mode")
+    if "hydra" not in _root_ and HydraConfig.initialized():
+        mode = HydraConfig.get().mode
+    return mode != RunMode.MULTIRUN
+
+
+OmegaConf.register_new_resolver("single_run", _is_single_run, replace=True)
 OmegaConf.register_new_resolver("run_name", _run_name_of_root, replace=True)

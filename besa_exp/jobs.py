@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -24,10 +25,12 @@ from rich.table import Table
 
 from besa_exp.configuration import as_values, read_settings
 from besa_exp.environment_variables import set_before_imports
-from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.errors import ConfigurationError, RunError, first_line
 from besa_exp.interruption import interruptible
+from besa_exp.job_process import run_apart
+from besa_exp.launchers import lost_jobs_told, visible_gpus
 from besa_exp.profiling import profiling
-from besa_exp.request import Request
+from besa_exp.request import Job, Request
 from besa_exp.run_folder import RunFolder, is_done, read_results, read_status
 
 Status = Literal["done", "finished before", "refused", "failed"]
@@ -51,38 +54,52 @@ class Outcome:
 
 
 def run_job(config: DictConfig) -> Outcome:
-    """One job, in whatever process the launcher chose. Never raises: a job that fails must not take others with it."""
+    """One job, in whatever process the launcher chose; a sweep's in a process of its own. Never raises an Exception: a
+    job that fails must not take others with it."""
     hydra_config = HydraConfig.get()
-    sweep = hydra_config.mode == RunMode.MULTIRUN
     folder = Path(hydra_config.runtime.output_dir)
     folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    pruner_name = str(hydra_config.runtime.choices["pruner"])
+    if is_done(folder) and not config.overwrite:
+        return finished_before(folder)
+    if hydra_config.mode != RunMode.MULTIRUN:
+        return carry_out(config, pruner_name, folder, single=True)
+    number, lines = hydra_config.job.num, list(hydra_config.overrides.task)
+    print(f"job {number}: {' '.join(lines)} -> {folder}", flush=True)
+    alone = str(hydra_config.launcher._target_).endswith("BasicLauncher")
+    label = "" if alone else f"job {number}: "
+    gpus = visible_gpus() if "Joblib" in str(hydra_config.launcher._target_) and config.device == "auto" else []
+    gpu = gpus[number % len(gpus)] if len(gpus) > 1 else None
+    try:
+        told = run_apart(as_values(config), pruner_name, folder, ["besa", "prune", *lines], label, gpu)
+        return Outcome(folder, cast(Status, told["status"]), told["text"])
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure alone, and told as such
+        _record(folder, error)
+        return Outcome(folder, "failed", _named(error))
+
+
+def carry_out(config: DictConfig, pruner_name: str, folder: Path, single: bool = False) -> Outcome:
+    """One job in this process. A `single` one that is refused leaves nothing behind."""
     before = read_status(folder)
     try:
-        if is_done(folder) and not config.overwrite:
-            return finished_before(folder)
-        if sweep:
-            print(f"job {hydra_config.job.num}: {' '.join(hydra_config.overrides.task)} -> {folder}", flush=True)
         set_before_imports(offline=config.offline)
-        results = _prune(config, str(hydra_config.runtime.choices["pruner"]), folder)
-        return Outcome(folder, "done", summary_line(results))
+        return Outcome(folder, "done", summary_line(_prune(config, pruner_name, folder)))
     except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure alone, and told as such
         if full_errors():
             traceback.print_exc()
         refused = isinstance(error, ConfigurationError)
-        if read_status(folder) == before and (sweep or not refused):
+        if read_status(folder) == before and not (single and refused):
             _record(folder, error)
         return Outcome(folder, "refused" if refused else "failed", str(error) if refused else _named(error))
 
 
 def _named(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
-        return f"{error}: what is finished is kept; make space and give the same command again"
     return str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
 
 
 def _record(folder: Path, error: Exception) -> None:
-    """Gives the folder the status of a failure that came before the run had opened it."""
-    with suppress(type(error), ConfigurationError, OSError), RunFolder.open(folder):
+    """Gives the folder the status of a failure that the run itself could not tell; finished blocks stay."""
+    with suppress(type(error), ConfigurationError, OSError), RunFolder.open(folder, resume={}):
         raise error
 
 
@@ -112,8 +129,7 @@ def launch(request: Request) -> list[Outcome]:
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
     if request.multirun:
-        batches = hydra.multirun(request.config_name, run_job, [*request.lines, "hydra.mode=MULTIRUN"])
-        return [job.return_value for batch in batches for job in batch]
+        return _sweep(hydra, request)
     (job,) = request.jobs
     if job.finished:
         return [finished_before(job.folder)]
@@ -122,6 +138,37 @@ def launch(request: Request) -> list[Outcome]:
     if outcome.status == "refused" and made:
         _remove_refused(made)
     return [outcome]
+
+
+def _sweep(hydra: Hydra, request: Request) -> list[Outcome]:
+    """The outcomes in the order of the jobs. Where the launcher itself fails, what the folders tell."""
+    jobs = sorted(request.jobs, key=lambda job: job.number)
+    if all(job.finished for job in jobs):
+        return [finished_before(job.folder) for job in jobs]
+    try:
+        with lost_jobs_told(request.launcher):
+            batches = hydra.multirun(request.config_name, run_job, [*request.lines, "hydra.mode=MULTIRUN"])
+            returned = [job.return_value for batch in batches for job in batch]
+    except Exception as error:  # noqa: BLE001 - the jobs that did end are told nevertheless
+        if full_errors():
+            traceback.print_exc()
+        returned = [first_line(error)] * len(jobs)
+    return [
+        found if isinstance(found, Outcome) else _outcome_of_lost(job, found)
+        for job, found in zip(jobs, returned, strict=True)
+    ]
+
+
+def _outcome_of_lost(job: Job, reason: str) -> Outcome:
+    """What became of a job whose worker did not answer, `reason` being why."""
+    if is_done(job.folder):
+        return Outcome(job.folder, "finished before" if job.finished else "done", finished_before(job.folder).text)
+    status = read_status(job.folder) or {}
+    if status.get("status") == "failed":
+        return Outcome(job.folder, "failed", status["error"])
+    state = status.get("status", "not begun")
+    text = f"the launcher lost it ({reason}); its folder says {state}; the same command goes on with what is missing"
+    return Outcome(job.folder, "failed", text)
 
 
 def _remove_refused(made: Sequence[Path]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from besa_exp.configuration import Unreadable, read_settings
 from besa_exp.environment_variables import set_before_imports
 from besa_exp.errors import ConfigurationError
+from besa_exp.launchers import launcher_lines, launcher_of
 from besa_exp.overrides import Composer, key_of
 from besa_exp.pattern import parse_pattern
 from besa_exp.preflight import preflight
@@ -28,7 +29,7 @@ from besa_exp.run_folder import is_done
 CONFIG_NAME = "prune"
 # Groups whose preset may leave the path to the user, and what is unknown while the embedded one stands in for it.
 STANDS_IN = {"model": "model", "calibration": "calibration.path"}
-ON_THIS_MACHINE = ("basic_launcher.BasicLauncher", "joblib_launcher.JoblibLauncher")
+ON_THIS_MACHINE = ("basic_launcher.BasicLauncher", "joblib_launcher.JoblibLauncher", "submitit_launcher.LocalLauncher")
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,17 @@ class Job:
     config: DictConfig
     folder: Path
     finished: bool
+    number: int = 0  # its place in a sweep
 
 
 @dataclass(frozen=True)
 class Request:
-    """What Hydra is to be given, and the jobs that it will make of it."""
+    """What Hydra is to be given, and the jobs that it will make of it. `launcher`: the class that starts them."""
 
     config_name: str
     lines: tuple[str, ...]
     multirun: bool
+    launcher: str
     jobs: tuple[Job, ...]
 
 
@@ -72,7 +75,8 @@ def read_request(arguments: argparse.Namespace) -> Request:
     _ask_pruners(composer, jobs, unknown)
     if composer.problems or not jobs:
         raise ConfigurationError(*dict.fromkeys(composer.problems.values()) or ["the sweep has no jobs"])
-    return Request(composer.config_name, (*arguments.overrides, *composer.search_path), multirun, tuple(jobs))
+    lines = (*arguments.overrides, *composer.search_path, *(launcher_lines(main) if multirun else ()))
+    return Request(composer.config_name, lines, multirun, launcher_of(main), tuple(jobs))
 
 
 def check_composition(arguments: argparse.Namespace) -> None:
@@ -103,10 +107,10 @@ def _jobs(composer: Composer, lines_of_jobs: Sequence[Sequence[str]], unknown: s
         if composer.problems and differences[number] > 1:
             break
         lines = lines_of_jobs[number]
-        config = composer.compose([*lines, f"hydra.job.num={number}"])
+        config = composer.compose([*lines, f"hydra.job.num={number}", "hydra.mode=MULTIRUN"])
         if config is None:
             continue
-        job = _job(composer, lines, config, unknown, of_sweep=True)
+        job = replace(_job(composer, lines, config, unknown, of_sweep=True), number=number)
         if job.folder in jobs:
             different = _only(lines, jobs[job.folder].lines)
             composer.problems[str(job.folder)] = (
@@ -174,8 +178,7 @@ def _check_settings(composer: Composer, job: Job, unknown: set[str]) -> None:
         if config is not None:
             _check_settings(composer, Job(tuple(rest), config, job.folder, False), unknown)
         return
-    launcher = str(OmegaConf.select(job.config, "hydra.launcher._target_"))
-    here = launcher.endswith(ON_THIS_MACHINE)
+    here = launcher_of(job.config).endswith(ON_THIS_MACHINE)
     problems |= {problem: problem for problem in preflight(settings, job.folder, unknown, here)}
     if any(key_of(line) == "sparsity" for line in job.lines):
         problems |= _contradiction(settings.sparsity, settings.pattern)

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from besa_exp.errors import ConfigurationError
 from besa_exp.model_card import score_rows
-from besa_exp.settings import CalibrationSettings, RunSettings
+from besa_exp.settings import CalibrationSettings, RunSettings, SaveSettings
 from besa_exp.sparsity_table import block_counts, short_names, type_counts
 from besa_exp.text_sources import is_token_file
 from besa_exp.token_files import token_file_shape
@@ -36,6 +36,7 @@ def plan_table(settings: RunSettings, facts: Mapping[str, Any]) -> Table:
         "scores": (", ".join(scored) or "none") + (", dense too" if evaluator.dense and scored else ""),
         "tracker": settings.tracker.name + (f", {settings.tracker.mode}" if settings.tracker.name != "none" else ""),
         "seed": settings.seed,
+        "keeps": _kept(settings.save),
         **facts,
     }
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -44,6 +45,13 @@ def plan_table(settings: RunSettings, facts: Mapping[str, Any]) -> Table:
     for name, value in rows.items():
         table.add_row(Text(str(name)), Text(str(value)))
     return table
+
+
+def _kept(save: SaveSettings) -> str:
+    kept = [name for name, wanted in (("the pruned model", save.model), ("masks", save.masks)) if wanted]
+    return (" and ".join(kept) or "results") + (
+        "" if save.model else " only (save.model=true keeps the pruned model too)"
+    )
 
 
 def _windows(calibration: CalibrationSettings) -> str:

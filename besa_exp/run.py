@@ -23,6 +23,8 @@ from besa_exp.block_loop import BlockLoop, activation_bytes
 from besa_exp.calibration import Calibration, load_calibration, save_tokens
 from besa_exp.checkpoint import merge_masks, write_card
 from besa_exp.console import RunConsole
+from besa_exp.dense_scores import FOLDER as DENSE_SCORES
+from besa_exp.dense_scores import dense_key, shared_dense_scores
 from besa_exp.environment import environment
 from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.finished_scores import FinishedScores
@@ -81,7 +83,7 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
         folder.rewind(reports)
         console.plan(settings, _facts(loaded, calibration, len(reports)))
         with _tracking(run, config, reports) as tracker:
-            dense = _score(run, "dense", loaded) if settings.evaluator.dense else None
+            dense = _score_dense(run, loaded) if settings.evaluator.dense else None
             _prune_model(run, loaded, calibration, tracker, reports, finished)
             results = results_of(settings, calibration, reports, environment(device))
             scores = _score(run, "pruned", _save(run, loaded, finished, results))
@@ -157,6 +159,24 @@ def _tracking(run: Run, config: Mapping[str, Any], reports: Sequence[BlockReport
         failed = False
     finally:
         tracker.finish(reports, failed)
+
+
+def _score_dense(run: Run, loaded: LoadedModel) -> Scores:
+    """The dense model's scores, measured once for all runs beside this one."""
+    if distributed.num_ranks() > 1:  # one process locks the shared scores, and all ranks are needed to measure them
+        return _score(run, "dense", loaded)
+    settings, console = run.settings, run.console
+    key = dense_key(loaded, settings.evaluator, settings.seed, settings.deterministic, run.device)
+    scores, known = shared_dense_scores(
+        run.folder.path.parent / DENSE_SCORES,
+        key,
+        lambda: _score(run, "dense", loaded),
+        lambda: console.stage("dense model: waiting for another run that scores it"),
+    )
+    if known:
+        console.stage("dense model: scored before by another run")
+        run.folder.log_scores("dense", scores)
+    return scores
 
 
 def _score(run: Run, which: str, loaded: LoadedModel) -> Scores:
