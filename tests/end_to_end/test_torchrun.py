@@ -1,0 +1,120 @@
+"""`torchrun --nproc-per-node 2 -m besa_exp prune`: the results of one process, and one rank's failure ends both."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from besa_exp.checkpoint import load_masks
+from besa_exp.embedded.text import MODEL_DIR, calibration_documents
+from besa_exp.main import main
+
+EMBEDDING = "model.embed_tokens.weight"
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "besa_exp"]
+KEYS = ["prune", "tracker=none", "device=cpu", "evaluator.limit=6", "evaluator.dense=false", "sparsity=0.6"]
+
+
+def on_two(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command on two processes, its two streams together."""
+    return subprocess.run(
+        [*TORCHRUN, *KEYS, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine windows of 32 tokens of the embedded text: of two ranks one has a sample more."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    ids = torch.tensor(tokenizer.encode(calibration_documents().documents[0])[: 9 * 32]).view(9, 32)
+    path = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
+    save_file({"input_ids": ids}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model's first two blocks."""
+    folder = tmp_path_factory.mktemp("model") / "short"
+    shutil.copytree(MODEL_DIR, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    weights = load_file(folder / "model.safetensors")
+    later = tuple(f"model.layers.{index}." for index in range(2, 10))
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(later)}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def compared(one: Path, two: Path) -> tuple[float, float]:
+    """The fraction of equal masks, and the largest relative difference of a reconstruction loss."""
+    masks, others = (load_masks(folder / "masks.safetensors") for folder in (one, two))
+    equal = sum(int((masks[name] == others[name]).sum()) for name in masks) / sum(m.numel() for m in masks.values())
+    losses, other_losses = (
+        [loss for block in results(folder)["blocks"] for loss in block["reconstruction_loss"].values()]
+        for folder in (one, two)
+    )
+    return equal, max(abs(a / b - 1) for a, b in zip(losses, other_losses, strict=True))
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+# besa: equal remainders, which its counts are rounded by, are told apart by the last bits of the gradient, and those
+# depend on the number of ranks.
+@pytest.mark.parametrize(
+    ("pruner", "more", "equal", "tolerance"),
+    [
+        ("wanda", ["evaluator=quick"], 0.999, 1e-4),
+        ("sparsegpt", ["evaluator=perplexity"], 0.999, 1e-4),
+        ("besa", ["evaluator=none", "pruner.batch_size=3"], 0.97, 0.05),
+        ("besa_paper", ["evaluator=none"], 0.999, 1e-4),
+    ],
+)
+def test_two_processes_give_the_masks_losses_and_scores_of_one(short, tokens, tmp_path, pruner, more, equal, tolerance):
+    given = [f"model.path={short}", f"calibration.path={tokens}", f"pruner={pruner}", *more]
+    given += [] if more[0] == "evaluator=none" else [f"evaluator.perplexity_sets=[{tokens}]"]
+    assert main([*KEYS, *given, f"hydra.run.dir={tmp_path / 'one'}"]) == 0
+    done = on_two(*given, f"hydra.run.dir={tmp_path / 'two'}")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("block 2/2") == 1  # one rank speaks
+    same, worst = compared(tmp_path / "one", tmp_path / "two")
+    assert same >= equal
+    assert worst <= tolerance
+    one, two = (results(tmp_path / name) for name in ("one", "two"))
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-3)
+    assert two["zero_shot"] == one["zero_shot"]
+
+
+def test_a_failing_rank_ends_all_with_its_error(short, tokens, tmp_path):
+    """Only the second rank's samples hold the token whose embedding is NaN."""
+    broken, folder, ids = tmp_path / "broken", tmp_path / "run", load_file(tokens)["input_ids"]
+    shutil.copytree(short, broken)
+    weights = load_file(short / "model.safetensors")
+    unused = min(set(range(len(weights[EMBEDDING]))) - set(ids.flatten().tolist()))
+    weights[EMBEDDING][unused] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    ids[1, 3] = unused
+    save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
+    given = ["pruner=wanda", "evaluator=none", f"model.path={broken}", f"hydra.run.dir={folder}"]
+    done = on_two(*given, f"calibration.path={tmp_path / 'ids.safetensors'}")
+    assert done.returncode != 0
+    assert "rank 1 failed: model.layers.0" in done.stdout
+    status = json.loads((folder / "status.json").read_text())
+    assert status["status"] == "failed"
+    assert "rank 1 failed: model.layers.0" in status["error"]
