@@ -7,6 +7,7 @@ do; others are loaded whole (`cannot_stream` says why).
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,7 @@ class StreamedWeights:
             for name, parameter in list(inner._parameters.items()):
                 if parameter is not None:
                     inner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        give_back_memory()
 
     @contextmanager
     def on_demand(self, blocks: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -124,6 +126,14 @@ def cannot_stream(model: PreTrainedModel, files: Mapping[str, Path]) -> str | No
         named, lack = ", ".join((missing or left)[:2]), "lack" if missing else "also hold"
         return f"the files {lack} {named}: their names are not those of {type(model).__name__}"
     return None
+
+
+def give_back_memory() -> None:
+    """Lets glibc return what was freed to the system. It keeps freed tensors of up to 32 MB in pieces: a streamed model
+    of 4 GB was seen to grow by 100 MB a block. Other C libraries need no word."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
