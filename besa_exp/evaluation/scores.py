@@ -145,13 +145,15 @@ def _score_tasks(
     finished: FinishedScores | None,
 ) -> None:
     on_progress("loading lm-eval")
-    if reason := _no_tasks(loaded.tokenizer):
+    tokenizer = loaded.tokenizer
+    if reason := _no_tasks(tokenizer):
         scores.unavailable.update(dict.fromkeys(settings.tasks, reason))
         return
+    assert tokenizer is not None
     from besa_exp.evaluation.zero_shot import harness, score_task
 
-    scored = harness(loaded.model, loaded.tokenizer, settings.batch_size, _context(loaded.model))
-    scores.provenance["zero_shot"] = _tasks_record(loaded.model, loaded.tokenizer, settings, seed)
+    scored = harness(loaded.model, tokenizer, settings.batch_size, _context(loaded.model))
+    scores.provenance["zero_shot"] = _tasks_record(loaded.model, tokenizer, settings, seed)
     request = {"limit": settings.limit, "num_fewshot": settings.num_fewshot, "seed": seed, "data": settings.data_dir}
     with _callable(loaded):
         for task in settings.tasks:

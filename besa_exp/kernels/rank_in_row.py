@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-
 CHUNK = 1 << 22  # weights that are sorted at a time: their keys take 8 bytes each
 
 
