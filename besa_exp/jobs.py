@@ -94,6 +94,8 @@ def carry_out(config: DictConfig, pruner_name: str, folder: Path, single: bool =
 
 
 def _named(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+        return f"{error}: what is finished is kept; make space and give the same command again"
     return str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
 
 

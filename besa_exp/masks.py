@@ -76,6 +76,7 @@ def round_to_total(counts: Float[Tensor, " rows"], total: int) -> Int[Tensor, " 
     `total` must lie between the sums of the floors and of the ceilings."""
     rounded = counts.floor().long()
     up = torch.arange(counts.numel(), device=counts.device) < total - rounded.sum()
-    order = torch.argsort(counts - rounded, descending=True, stable=True)
+    remainders = (counts - rounded).mul(2**20).round()  # equal ones differ in their last bits, by the order of sums
+    order = torch.argsort(remainders, descending=True, stable=True)
     rounded[order] += up
     return rounded

@@ -82,7 +82,7 @@ def results(folder: Path) -> dict:
     [
         ("wanda", ["evaluator=quick"], 0.999, 1e-4),
         ("sparsegpt", ["evaluator=perplexity"], 0.999, 1e-4),
-        ("besa", ["evaluator=none", "pruner.batch_size=3"], 0.97, 0.05),
+        ("besa", ["evaluator=none", "pruner.batch_size=3"], 0.999, 1e-4),
         ("besa_paper", ["evaluator=none"], 0.999, 1e-4),
     ],
 )
