@@ -240,9 +240,8 @@ def show(cells: list[Cell]) -> str:
     lines = ["| case | what | this, s | floor, s | ratio | authors' way, s | authors' / this |", "|---" * 7 + "|"]
     for line in cells:
         authors = f"{line.authors:.3f} | {line.authors_ratio:.2f}" if line.authors else "- | -"
-        lines.append(
-            f"| {line.case} | {line.what} | {line.seconds:.3f} | {line.floor:.3f} | {line.ratio:.2f} | {authors} |"
-        )
+        floor = f"{line.floor:.3f} | {line.ratio:.2f}" if line.floor else "- | -"
+        lines.append(f"| {line.case} | {line.what} | {line.seconds:.3f} | {floor} | {authors} |")
     return "\n".join(lines)
 
 
