@@ -75,7 +75,7 @@ def results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-# besa: Adam's first step goes by the signs of the gradient, of which rounding decides some, so single steps differ more.
+# besa: Adam's first step goes by the signs of the gradient; rounding decides some of them, so single steps differ more.
 @pytest.mark.parametrize(
     ("pruner", "more", "equal", "tolerance"),
     [
