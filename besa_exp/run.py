@@ -111,7 +111,7 @@ def _prepare(settings: RunSettings) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
     # Else every torch.empty is filled: time in each step, and memory for modules built without weights.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     return distributed.local_device(torch.device(automatic if settings.device == "auto" else settings.device))
 
