@@ -1,6 +1,7 @@
 # make run    set up .venv and prune the embedded model (ARGS="sparsity=0.6 pruner=wanda" adds to the command)
 # make test   set up .venv and check everything: ruff, pyright, pytest
 # make setup  set up .venv only
+# make bench  measure one block of each method against its floor (make bench-gpu: on a CUDA device)
 # make first-results  run the study of experiments/first_results (about an hour on 2 cores; done runs are skipped)
 
 VENV := .venv
@@ -13,7 +14,7 @@ IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python,\
 	$(shell $(name) -c '$(IN_RANGE)' 2>/dev/null && echo $(name))))
 
-.PHONY: setup run test lint types pytest first-results clean
+.PHONY: setup run test lint types pytest first-results bench bench-gpu clean
 .DEFAULT_GOAL := run
 
 setup: $(STAMP)
@@ -51,6 +52,15 @@ first-results: $(STAMP)
 	$(if $(wildcard $(SHARED)/models),$(BIN)/python experiments/first_results/tokens.py --shared $(SHARED))
 	$(foreach study,$(STUDIES),$(STUDY) pruner=dense sparsity=0 seed=0 && $(STUDY) pruner=magnitude seed=0 && $(STUDY) &&) true
 	$(BIN)/python experiments/first_results/collect.py
+
+# Each prints its table and writes JSON beside itself; leave the machine alone while they run.
+bench: $(STAMP)
+	$(BIN)/python experiments/benchmarks/blocks.py
+	$(BIN)/python experiments/benchmarks/evaluation.py
+
+bench-gpu: $(STAMP)
+	$(BIN)/python experiments/benchmarks/blocks.py --device cuda
+	$(BIN)/python experiments/benchmarks/kernels.py --device cuda
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
