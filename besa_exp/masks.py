@@ -6,7 +6,6 @@ and more on ties. Here every selection is by rank in a stable sort, so exactly k
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from besa_exp import kernels
+from besa_exp.pattern import parse_pattern
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,8 @@ class Target:
     @staticmethod
     def parse(sparsity: float, pattern: str) -> Target:
         """Read `pattern` ("unstructured" or "N:M", N kept of M). ValueError: neither, or not 0 < N < M."""
-        if pattern == "unstructured":
-            return Target(sparsity)
-        found = re.fullmatch(r"(\d+):(\d+)", pattern)
-        if not found or not 0 < int(found[1]) < int(found[2]):
-            raise ValueError(
-                f"pattern={pattern}: must be 'unstructured' or 'N:M' with 0 < N < M (N weights kept of every M "
-                "consecutive inputs); write for example pattern=2:4"
-            )
-        kept, group = int(found[1]), int(found[2])
-        return Target(1 - kept / group, (kept, group))
+        kept_of = parse_pattern(pattern)
+        return Target(1 - kept_of[0] / kept_of[1], kept_of) if kept_of else Target(sparsity)
 
 
 def keep_by_rank(rank: Int[Tensor, "out in"], pruned: Int[Tensor, " out"]) -> Bool[Tensor, "out in"]:
