@@ -1,12 +1,15 @@
-"""What the ranks other than the first have in the place of the run folder: its paths, to read; nothing is written."""
+"""The run folder of several ranks: the first has it open, the others have its paths, to read; they write nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from besa_exp import distributed
 from besa_exp.reports import BlockReport, Step
+from besa_exp.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from besa_exp.evaluation.scores import Scores
@@ -43,3 +46,11 @@ class FollowedFolder:
 
     def log_scores(self, which: str, scores: Scores) -> None:
         pass
+
+
+@contextmanager
+def opened(path: Path, overwrite: bool, resume: Mapping[str, Any] | None) -> Iterator[RunFolder | FollowedFolder]:
+    """The run folder, which of several ranks the first alone locks and writes."""
+    folder = RunFolder.open(path, overwrite, resume) if distributed.is_first() else nullcontext(FollowedFolder(path))
+    with folder as opened, distributed.failing_together():
+        yield opened

@@ -31,7 +31,8 @@ from besa_exp.job_process import run_apart
 from besa_exp.launchers import lost_jobs_told, visible_gpus
 from besa_exp.profiling import profiling
 from besa_exp.request import Job, Request
-from besa_exp.run_folder import RunFolder, is_done, read_results, read_status
+from besa_exp.run_folder import RunFolder, read_results
+from besa_exp.run_status import is_done, read_status
 
 Status = Literal["done", "finished before", "refused", "failed"]
 WIDTH_OF_FILES = 200  # columns of a table that no terminal shows

@@ -143,16 +143,16 @@ def prune_blocks(
         started = time.perf_counter()
         if pruner.dense_targets:
             block.outputs(dense_inputs, batch_size, out=targets)
+        pruned = None
         if not restore(block):
             statistics, _ = observe(block, inputs, pruner.statistic, batch_size, observed)
             pruned = pruner.prune_block(block, inputs, targets, statistics, target, on_step)
             del statistics
             write_weights(block, pruned)
-            block.outputs(inputs, batch_size, out=inputs)
+        block.outputs(inputs, batch_size, out=inputs)
+        if pruned:
             after = _finite_loss(block, own_probe(inputs), own_probe(targets))
             yield _report(block, pruned, after, time.perf_counter() - started), pruned
-        else:
-            block.outputs(inputs, batch_size, out=inputs)
         if pruner.dense_targets:
             dense_inputs, targets = targets, dense_inputs
 

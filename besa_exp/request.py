@@ -24,7 +24,7 @@ from besa_exp.launchers import launcher_lines, launcher_of
 from besa_exp.overrides import Composer, key_of
 from besa_exp.pattern import parse_pattern
 from besa_exp.preflight import preflight
-from besa_exp.run_folder import is_done
+from besa_exp.run_status import is_done
 
 CONFIG_NAME = "prune"
 # Groups whose preset may leave the path to the user, and what is unknown while the embedded one stands in for it.

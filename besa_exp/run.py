@@ -5,12 +5,10 @@ Load -> score dense if asked -> calibration tokens -> block loop -> save, reload
 
 from __future__ import annotations
 
-import os
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +23,13 @@ from besa_exp.checkpoint import merge_masks, write_card
 from besa_exp.console import RunConsole
 from besa_exp.dense_scores import FOLDER as DENSE_SCORES
 from besa_exp.dense_scores import dense_key, shared_dense_scores
+from besa_exp.device import peak_memory, prepared_device
 from besa_exp.environment import environment
 from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.finished_scores import FinishedScores
 from besa_exp.evaluation.scores import Scores, evaluate
 from besa_exp.finished_blocks import FinishedBlocks
-from besa_exp.followed_folder import FollowedFolder
+from besa_exp.followed_folder import FollowedFolder, opened
 from besa_exp.identity import request_identity
 from besa_exp.masks import Target
 from besa_exp.model_card import model_card
@@ -67,9 +66,9 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
     An unfinished run of the same request goes on after its last whole block. ConfigurationError: the request cannot be
     carried out; RunError: it failed on the way. What was measured and pruned stays."""
     started = time.perf_counter()
-    device = _prepare(settings)
+    device = prepared_device(settings)
     resume = request_identity(config) if settings.resume else None
-    with distributed.joined(device), _opened(path, settings.overwrite, resume) as folder, RunConsole() as console:
+    with distributed.joined(device), opened(path, settings.overwrite, resume) as folder, RunConsole() as console:
         run = Run(settings, device, folder, console, {})
         folder.write_config(config)
         folder.write_environment(environment(device))
@@ -91,29 +90,9 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
         results |= score_values(scores) | {"provenance": scores.provenance}
         results |= {"dense": score_values(dense)} if dense else {}
         run.seconds["total"] = time.perf_counter() - started
-        results |= {"seconds": run.seconds, "peak_memory_bytes": _peak_memory(device)}
+        results |= {"seconds": run.seconds, "peak_memory_bytes": peak_memory(device)}
         _write(run, results)
     return results
-
-
-@contextmanager
-def _opened(path: Path, overwrite: bool, resume: Mapping[str, Any] | None) -> Iterator[RunFolder | FollowedFolder]:
-    """The run folder, which of several ranks the first alone locks and writes."""
-    folder = RunFolder.open(path, overwrite, resume) if distributed.is_first() else nullcontext(FollowedFolder(path))
-    with folder as opened, distributed.failing_together():
-        yield opened
-
-
-def _prepare(settings: RunSettings) -> torch.device:
-    """Seeds and determinism, and the device: auto is a GPU where there is one, of several ranks each one's own."""
-    torch.manual_seed(settings.seed)
-    if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
-    # Else every torch.empty is filled: time in each step, and memory for modules built without weights.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    return distributed.local_device(torch.device(automatic if settings.device == "auto" else settings.device))
 
 
 def _calibrate(run: Run, loaded: LoadedModel) -> Calibration:
@@ -256,12 +235,6 @@ def _card(run: Run, results: Mapping[str, Any]) -> str:
     model = run.settings.model
     local = Path(model_path(model)).is_dir()
     return model_card(results, sys.argv, None if local else model.path, model.revision)
-
-
-def _peak_memory(device: torch.device) -> dict[str, int]:
-    """Most bytes held so far by this process on the host, and by torch on the device."""
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"host": host, "device": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0}
 
 
 def _write(run: Run, results: Mapping[str, Any]) -> None:

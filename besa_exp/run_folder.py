@@ -7,15 +7,11 @@ block), `scores` (of the pruned or the dense model). W&B and the console only sh
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import math
-import os
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +21,11 @@ import yaml
 from besa_exp import atomic
 from besa_exp.environment import masked
 from besa_exp.errors import ConfigurationError, Interrupted, RunError
+from besa_exp.folder_lock import locked
 from besa_exp.identity import check_identity
 from besa_exp.reports import BlockReport, Step
 from besa_exp.run_log import logging_to
+from besa_exp.run_status import is_done, now, read_status, write_status
 
 if TYPE_CHECKING:
     from besa_exp.evaluation.scores import Scores
@@ -74,13 +72,13 @@ class RunFolder:
         the new ones, a finished run's only with `overwrite`. Log records go to run.log too, with the traceback of a
         failure; what was measured until then stays. Raises ConfigurationError when the folder cannot be written to, is
         in use, holds a finished run, an unfinished one of another request, or files that no run wrote."""
-        with _locked(path):
+        with locked(path):
             _check_free(path, overwrite)
             goes_on = resume is not None and not is_done(path) and not overwrite
             if resume is not None and goes_on:
                 check_identity(path / "blocks", resume)
-            started = _now()
-            _write_status(path, "running", started)
+            started = now()
+            write_status(path, "running", started)
             for name in (*WRITTEN, *LEFTOVERS):
                 if not (goes_on and name in KEPT):
                     atomic.remove(path / name)
@@ -90,9 +88,9 @@ class RunFolder:
             except BaseException as error:
                 status = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
                 with suppress(OSError):  # a full disk must not hide the error that is on its way
-                    _write_status(path, status, started, error)
+                    write_status(path, status, started, error)
                 raise
-            _write_status(path, "done", started)
+            write_status(path, "done", started)
             for name in ("blocks", "scores.json"):
                 atomic.remove(path / name)
 
@@ -199,21 +197,6 @@ def _json_line(line: Mapping[str, Any]) -> str:
     return json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def read_status(path: Path) -> dict[str, Any] | None:
-    """status.json (`status`, `started`, `finished`, `process`, `host`, `error`); None where there is no run's."""
-    try:
-        status = json.loads((path / "status.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    return status if isinstance(status, dict) and "status" in status and "process" in status else None
-
-
-def is_done(path: Path) -> bool:
-    """Whether `path` holds a finished run with its results."""
-    status = read_status(path)
-    return status is not None and status["status"] == "done" and (path / "results.json").is_file()
-
-
 def read_results(path: Path) -> dict[str, Any]:
     """results.json of a finished run."""
     return json.loads((path / "results.json").read_text(encoding="utf-8"))
@@ -232,48 +215,6 @@ def _check_free(path: Path, overwrite: bool) -> None:
             f"{path} holds {', '.join(foreign)}, which a run would replace, but is no run's folder: "
             "a run needs a folder of its own; name another with hydra.run.dir="
         )
-
-
-def _write_status(path: Path, status: str, started: str, error: BaseException | None = None) -> None:
-    record = {
-        "status": status,
-        "started": started,
-        "finished": None if status == "running" else _now(),
-        "process": os.getpid(),
-        "host": socket.gethostname(),
-        "error": f"{type(error).__name__}: {error}" if error else None,
-    }
-    atomic.write_text(path / "status.json", json.dumps(record, indent=2) + "\n")
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds `path/.lock`; the system frees it when the process ends, however it ends."""
-    lock = path / ".lock"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock.touch()
-    except OSError as error:
-        raise ConfigurationError(
-            f"{path} cannot hold a run ({error.strerror}): a run folder must be a folder that can be written to; "
-            "name another with hydra.run.dir="
-        ) from error
-    with lock.open("r+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigurationError(
-                f"{path} is in use by {file.read().strip() or 'another process'}: one folder holds one run at a time; "
-                "wait for that run, stop it, or name another folder with hydra.run.dir="
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {_now()}\n")
-        file.flush()
-        yield
 
 
 def _ordered(value: Any, name: str = "") -> Any:

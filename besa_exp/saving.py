@@ -73,7 +73,7 @@ def _write_shards(loaded: LoadedModel, weights: StreamedWeights, finished: Finis
     blocks = finished.weight_files(len(block_names(loaded)))
     total = len(blocks) + 1
     prefix = f"{discover_blocks(loaded.model)[0]}."
-    outside = {name: weights.read(name)[name].contiguous() for name in weights.files if not name.startswith(prefix)}
+    outside = {name: tensor.contiguous() for name, tensor in weights.read_outside(prefix).items()}
     shards = [folder / f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
     save_file(outside, shards[0], {"format": "pt"})
     for source, shard in zip(blocks, shards[1:], strict=True):

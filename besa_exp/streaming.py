@@ -36,7 +36,14 @@ class StreamedWeights:
 
     def read(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names begin with `prefix`, on the CPU in the run's dtype, by full name."""
-        names = [name for name in self.files if name.startswith(prefix)]
+        return self._read([name for name in self.files if name.startswith(prefix)])
+
+    def read_outside(self, prefix: str) -> dict[str, Tensor]:
+        """All other tensors, read like those."""
+        return self._read([name for name in self.files if not name.startswith(prefix)])
+
+    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Each file is opened once."""
         tensors: dict[str, Tensor] = {}
         for path in dict.fromkeys(self.files[name] for name in names):
             with safe_open(path, framework="pt") as file:
@@ -103,9 +110,7 @@ def open_streamed(
         raise ValueError(reason)
     weights = StreamedWeights(files, wanted, device)
     path, modules = discover_blocks(model)
-    outside = [name for name in files if not name.startswith(f"{path}.")]
-    state = {name: weights.read(name)[name] for name in outside}
-    model.load_state_dict(state, strict=False, assign=True)
+    model.load_state_dict(weights.read_outside(f"{path}."), strict=False, assign=True)
     model.tie_weights()
     inside = {inner for block in modules for inner in block.modules()}
     for module in model.modules():

@@ -9,27 +9,21 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from besa_exp import atomic
-from besa_exp.environment import masked
 from besa_exp.reports import BlockReport, Step
 from besa_exp.settings import TrackerSettings
+from besa_exp.wandb_run import forget_run, start_run
 
 if TYPE_CHECKING:
     import wandb
 
     from besa_exp.evaluation.scores import Scores
 
-INIT_TIMEOUT = 60.0  # seconds
-FINISH_TIMEOUT = 300.0  # seconds for the upload at the end; what was not sent stays in the run folder
-STEP_METRICS = {"step/*": "optimisation_step", "block/*": "block", "allocated/*": "block"}
 TABLE_COLUMNS = ("block", "linear", "weights", "pruned", "sparsity", "allocated")
 logger = logging.getLogger(__name__)
 
@@ -145,82 +139,14 @@ def start_tracker(
     if settings.name == "none" or settings.mode == "disabled":
         return NoTracker()
     try:
-        return WandbTracker(_start_run(settings, folder, config, run_name, pruner))
+        return WandbTracker(start_run(settings, folder, config, run_name, pruner))
     except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run is worth more
         if settings.mode == "online":
             logger.warning("W&B cannot be reached (%s): logging offline, `wandb sync` sends it later", _one_line(error))
-            (folder / "wandb" / "run_id").unlink(missing_ok=True)  # W&B's process still holds the one that failed
+            forget_run(folder)  # W&B's process still holds the one that failed
             return start_tracker(replace(settings, mode="offline"), folder, config, run_name, pruner)
         logger.warning("W&B cannot be used (%s): going on without; metrics.jsonl has it all", _one_line(error))
         return NoTracker()
-
-
-def _start_run(
-    settings: TrackerSettings, folder: Path, config: Mapping[str, Any], run_name: str, pruner: str
-) -> wandb.Run:
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read at import: no crash reports over the network
-    import wandb
-
-    if settings.mode == "offline":
-        _remove_unsent(folder / "wandb")
-    wandb.setup(wandb.Settings(silent=True))  # no lines of its own, and no question for an API key
-    run = wandb.init(
-        project=settings.project,
-        entity=settings.entity,
-        group=settings.group,
-        tags=[*settings.tags, pruner],
-        name=run_name,
-        id=_run_id(folder / "wandb"),
-        resume="allow",
-        job_type="prune",
-        config=masked(config),
-        reinit="create_new",
-        settings=_wandb_settings(settings.mode, folder),
-    )
-    for metric, step_metric in STEP_METRICS.items():
-        run.define_metric(step_metric, hidden=True)
-        run.define_metric(metric, step_metric=step_metric)
-    return run
-
-
-def _wandb_settings(mode: str, folder: Path) -> wandb.Settings:
-    """Everything inside `folder`, nothing about the machine, its packages, code or git state, no output captured."""
-    import wandb
-
-    return wandb.Settings(
-        mode=mode,  # pyright: ignore[reportArgumentType] - checked there
-        root_dir=str(folder),
-        silent=True,
-        console="off",
-        host="",
-        disable_git=True,
-        disable_code=True,
-        save_code=False,
-        symlink=False,
-        allow_offline_artifacts=False,  # their files would lie outside the run folder
-        x_save_requirements=False,
-        x_disable_stats=True,
-        x_disable_meta=True,
-        x_disable_machine_info=True,
-        init_timeout=INIT_TIMEOUT,
-        finish_timeout=FINISH_TIMEOUT,
-    )
-
-
-def _remove_unsent(folder: Path) -> None:
-    """What earlier attempts of this run logged offline, unless `wandb sync` has sent it."""
-    for attempt in folder.glob("offline-run-*"):
-        if not any(attempt.glob("*.synced")):
-            atomic.remove(attempt)
-
-
-def _run_id(folder: Path) -> str:
-    """The id kept in `folder`; a new one at first. Not drawn from a generator that a seed governs."""
-    path = folder / "run_id"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(6), encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
 
 
 def _flat_scores(scores: Scores) -> Iterator[tuple[str, float | str]]:

@@ -7,24 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llama import tiny_llama
 
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two blocks whose down_proj has 12 inputs, without a tokenizer."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-    )
     folder = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 12}
+    tiny_llama(32, num_attention_heads=2, num_key_value_heads=1, **sizes).save_pretrained(folder)
     return folder
 
 

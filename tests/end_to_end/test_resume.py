@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llama import tiny_llama
 
 from besa_exp.main import main
 
@@ -26,19 +26,8 @@ BLOCKS = 5
 @pytest.fixture(scope="module")
 def request_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A run of five blocks with some steps each, without its folder."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
     folder = tmp_path_factory.mktemp("dense")
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tiny_llama(vocab_size=64, num_hidden_layers=BLOCKS, initializer_range=0.2).save_pretrained(folder / "model")
     save_file({"input_ids": torch.randint(0, 64, (32, 32))}, folder / "tokens.safetensors")
     tokens = folder / "tokens.safetensors"
     chosen = [

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llama import tiny_llama
 
 BLOCKS, HIDDEN, FFN, SAMPLES, SEQ_LEN = 24, 512, 1408, 4, 32
 BLOCK_BYTES = 4 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * FFN)
@@ -29,16 +29,10 @@ sys.exit(code)
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 308 MB whose blocks have 13 MB each."""
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=8,
-        max_position_embeddings=SEQ_LEN,
-    )
     folder = tmp_path_factory.mktemp("large")
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="60MB")
+    sizes = {"vocab_size": 64, "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": BLOCKS}
+    model = tiny_llama(SEQ_LEN, num_attention_heads=8, num_key_value_heads=8, **sizes)
+    model.save_pretrained(folder, max_shard_size="60MB")
     save_file({"input_ids": torch.randint(0, 64, (SAMPLES, SEQ_LEN))}, folder / "tokens.safetensors")
     return folder
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny_llama import tiny_llama
 from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from besa_exp.checkpoint import (
     count_zeros,
@@ -30,15 +31,11 @@ TOKENS = torch.arange(24).view(2, 12)
 
 def pruned_model(dtype: str = "float32", tied: bool = False) -> LlamaForCausalLM:
     """A random Llama of two blocks, half of each linear's weights zero."""
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, dtype="float32",
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval()
-        for weight in linears(model).values():
-            weight.data[torch.rand(weight.shape) < 0.5] = 0
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+    model = tiny_llama(tie_word_embeddings=tied, dtype=dtype, **sizes)
+    generator = torch.Generator().manual_seed(0)
+    for weight in linears(model).values():
+        weight.data[torch.rand(weight.shape, generator=generator) < 0.5] = 0
     return model
 
 

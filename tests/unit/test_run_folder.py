@@ -13,7 +13,8 @@ import pytest
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.evaluation.scores import Scores
 from besa_exp.reports import BlockReport, LinearReport, Step
-from besa_exp.run_folder import RunFolder, is_done, read_results, read_status
+from besa_exp.run_folder import RunFolder, read_results
+from besa_exp.run_status import is_done, read_status
 
 ROOT = Path(__file__).parents[2]
 STEP = Step(block=3, step=12, loss=0.75, reconstruction=0.5, penalty=0.25, expected_sparsity=0.125)

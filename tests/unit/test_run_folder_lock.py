@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from besa_exp.errors import ConfigurationError
-from besa_exp.run_folder import RunFolder, is_done, read_status
+from besa_exp.run_folder import RunFolder
+from besa_exp.run_status import is_done, read_status
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """

@@ -32,9 +32,9 @@ def warnings(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 def tracked_in_another_process(folder: Path, terminal: int | None = None, **variables: str) -> str:
     """Standard output of a process that tracks a step online, W&B's server being a closed port of this machine."""
     code = (
-        "import logging, sys; from pathlib import Path; from besa_exp import tracking\n"
+        "import logging, sys; from pathlib import Path; from besa_exp import tracking, wandb_run\n"
         "from besa_exp.settings import TrackerSettings; from besa_exp.reports import BlockReport, LinearReport, Step\n"
-        "logging.basicConfig(stream=sys.stdout, format='%(levelname)s %(message)s'); tracking.INIT_TIMEOUT = 2.0\n"
+        "logging.basicConfig(stream=sys.stdout, format='%(levelname)s %(message)s'); wandb_run.INIT_TIMEOUT = 2.0\n"
         "settings = TrackerSettings('wandb', mode='online')\n"
         "tracker = tracking.start_tracker(settings, Path(sys.argv[1]), {}, 'name', 'besa')\n"
         "steps = (Step(0, 0, 0.75, 0.5, 0.25, 0.5),); linears = (LinearReport('up', 8, 4, 0.5),)\n"

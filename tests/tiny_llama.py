@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BOS, EOS = "<s>", "</s>"
 
@@ -23,20 +25,21 @@ def byte_tokenizer(adds_bos: bool = True, specials: bool = True) -> PreTrainedTo
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BOS, eos_token=EOS)
 
 
-def tiny_llama(context: int = 64, seed: int = 0) -> LlamaForCausalLM:
-    """Two blocks, hidden 64; logits far from uniform, so that a wrong position or mask shows."""
-    config = LlamaConfig(
-        vocab_size=258,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=context,
-        initializer_range=0.3,
-        bos_token_id=256,
-        eos_token_id=257,
-    )
+def tiny_llama(context: int = 64, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """Two blocks, hidden 64; logits far from uniform, so that a wrong position or mask shows. `changes`: of the config,
+    `dtype` among them."""
+    values: dict[str, Any] = {
+        "vocab_size": 258,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": context,
+        "initializer_range": 0.3,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).eval()
+        return AutoModelForCausalLM.from_config(LlamaConfig(**(values | changes))).eval()

@@ -1,0 +1,45 @@
+"""status.json of a run folder: running, done, failed with the error, or interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from besa_exp import atomic
+
+
+def read_status(path: Path) -> dict[str, Any] | None:
+    """status.json (`status`, `started`, `finished`, `process`, `host`, `error`); None where there is no run's."""
+    try:
+        status = json.loads((path / "status.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return status if isinstance(status, dict) and "status" in status and "process" in status else None
+
+
+def is_done(path: Path) -> bool:
+    """Whether `path` holds a finished run with its results."""
+    status = read_status(path)
+    return status is not None and status["status"] == "done" and (path / "results.json").is_file()
+
+
+def write_status(path: Path, status: str, started: str, error: BaseException | None = None) -> None:
+    """Replaces status.json by what this process says."""
+    record = {
+        "status": status,
+        "started": started,
+        "finished": None if status == "running" else now(),
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "error": f"{type(error).__name__}: {error}" if error else None,
+    }
+    atomic.write_text(path / "status.json", json.dumps(record, indent=2) + "\n")
+
+
+def now() -> str:
+    """The time of day in UTC, for people to read."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
