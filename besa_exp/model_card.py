@@ -19,6 +19,8 @@ HONESTY_N_M = (
     "time as the dense one. Hardware and software that know an N:M pattern (2:4 today) can use it after a conversion."
 )
 
+SPEED_HEADS = ("linear", "sparsity", "dense cycles", "simulated cycles", "simulated speed-up")
+
 
 def model_card(
     results: Mapping[str, Any], command: Sequence[str], hub_id: str | None = None, revision: str | None = None
@@ -48,7 +50,7 @@ def model_card(
     for name, (weights, pruned) in type_counts(results["blocks"]).items():
         lines.append(f"| {name} | {weights:,} | {pruned:,} | {pruned / weights:.4f} |")
     shown = shlex.join(["besa", *masked_command(command[1:])])
-    lines += ["", *_scores(results), "## Command", "", "```", shown, "```", ""]
+    lines += ["", *_scores(results), *_simulated_speed(results), "## Command", "", "```", shown, "```", ""]
     return "\n".join(lines)
 
 
@@ -78,6 +80,35 @@ def score_rows(scores: Mapping[str, Any]) -> dict[str, float | None]:
             if not metric.endswith("_stderr") and isinstance(value, (int, float)):
                 rows[f"{task} {metric}" + (f" ({which})" if which not in ("", "none") else "")] = value
     return rows
+
+
+def _simulated_speed(results: Mapping[str, Any]) -> list[str]:
+    """A table where it was asked for."""
+    rows = speed_rows(results)
+    if not rows:
+        return []
+    head = [f"## Speed, {results['simulated_speed']['model']}", "", "| " + " | ".join(SPEED_HEADS) + " |"]
+    return [
+        *head,
+        "|---" + "|---:" * (len(SPEED_HEADS) - 1) + "|",
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]
+
+
+def speed_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The SIMULATED cycles and speed-ups by linear type, as cells under SPEED_HEADS; [] where none were asked for."""
+    linears = (results.get("simulated_speed") or {}).get("linears", {})
+    return [
+        (
+            kind,
+            f"{row['sparsity']:.4f}",
+            f"{row['dense_cycles']:,.1f}",
+            f"{row['sparse_cycles']:,.1f}",
+            "n/a" if row["speed_up"] is None else f"{row['speed_up']:.3f}x",
+        )
+        for kind, row in linears.items()
+    ]
 
 
 def _number(value: float | None) -> str:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from besa_exp.errors import ConfigurationError
-from besa_exp.model_card import score_rows
+from besa_exp.model_card import SPEED_HEADS, score_rows, speed_rows
 from besa_exp.settings import CalibrationSettings, RunSettings, SaveSettings
 from besa_exp.sparsity_table import block_counts, short_names, type_counts
 from besa_exp.text_sources import is_token_file
@@ -27,7 +27,7 @@ def plan_table(settings: RunSettings, facts: Mapping[str, Any]) -> Table:
     """Two columns: what is chosen, then `facts`."""
     pruner, calibration, evaluator = settings.pruner, settings.calibration, settings.evaluator
     choices = ", ".join(f"{field.name}={getattr(pruner, field.name)}" for field in fields(pruner))
-    scored = [*evaluator.perplexity_sets, *evaluator.tasks]
+    scored = [*evaluator.perplexity_sets, *evaluator.tasks, *(["simulated speed"] if evaluator.simulated_speed else [])]
     rows = {
         "model": f"{settings.model.name} ({settings.model.path})",
         "pruner": settings.pruner_name + (f" ({choices})" if choices else ""),
@@ -76,6 +76,8 @@ def result_tables(results: Mapping[str, Any], width: int, style: box.Box) -> lis
     scores = score_rows(results)
     if scores:
         tables.append(_score_table(scores, score_rows(results.get("dense") or {}), style))
+    if rows := speed_rows(results):
+        tables.append(_speed_table(rows, results["simulated_speed"]["model"], style))
     tables += [Text(f"n/a {name}: {reason}") for name, reason in sorted((results.get("unavailable") or {}).items())]
     return tables
 
@@ -115,6 +117,16 @@ def _score_table(pruned: Mapping[str, float | None], dense: Mapping[str, float |
         after, before = pruned.get(name), dense.get(name)
         compared = [_score(before), _score(after), _difference(name, before, after)] if dense else [_score(after)]
         table.add_row(Text(name), *compared)
+    return table
+
+
+def _speed_table(rows: Sequence[tuple[str, ...]], model: str, style: box.Box) -> Table:
+    """SIMULATED cycles and speed-ups by linear type; its title says so."""
+    table = _table(f"speed, {model}", style)
+    for number, head in enumerate(SPEED_HEADS):
+        table.add_column(head, justify="right" if number else "left", no_wrap=number > 0)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

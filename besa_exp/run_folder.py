@@ -155,6 +155,7 @@ class RunFolder:
             "perplexity": scores.perplexity,
             "zero_shot": scores.zero_shot,
             "unavailable": scores.unavailable,
+            **({"simulated_speed": scores.simulated_speed} if scores.simulated_speed else {}),
         }
         self._append(line, f"scores of the {which} model")
 

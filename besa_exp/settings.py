@@ -47,6 +47,7 @@ class EvaluatorSettings:
     batch_size: int | Literal["auto"] = "auto"  # windows or questions scored together
     data_dir: str | None = None
     dense: bool = False
+    simulated_speed: bool = False  # cycles on a simulated sparse accelerator
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from besa_exp.errors import ConfigurationError, Unavailable
 from besa_exp.evaluation.checks import perplexity_window
 from besa_exp.evaluation.finished_scores import FinishedScores
 from besa_exp.evaluation.perplexity import cut_windows, perplexity
+from besa_exp.evaluation.simulated_speed import simulate_model
 from besa_exp.settings import EvaluatorSettings
 from besa_exp.text_sources import is_token_file, read_text
 from besa_exp.tokens import (
@@ -40,12 +41,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Scores:
     """`perplexity` {set: value, None where it is not to be had}, `zero_shot` {task: {lm-eval's metric: value}},
-    `unavailable` {set or task: reason}, and in `provenance` what makes two scores comparable."""
+    `unavailable` {set or task: reason}, in `provenance` what makes two scores comparable, in `simulated_speed` what
+    `simulate_model` gives, where it was asked for."""
 
     perplexity: dict[str, float | None]
     zero_shot: dict[str, dict[str, float]]
     unavailable: dict[str, str]
     provenance: dict[str, Any]
+    simulated_speed: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate(
@@ -78,6 +81,9 @@ def evaluate(
                 finished.keep("perplexity", source, request, (value, record))
     if settings.tasks:
         _score_tasks(loaded, settings, offline, seed, on_progress, scores, finished)
+    if settings.simulated_speed:
+        on_progress("simulated speed")
+        scores.simulated_speed.update(simulate_model(loaded))
     return scores
 
 

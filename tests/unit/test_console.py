@@ -18,6 +18,7 @@ from rich import box
 from safetensors.torch import save_file
 
 from besa_exp.console import PLAIN_WIDTH, RunConsole, duration
+from besa_exp.evaluation.simulated_speed import MODEL
 from besa_exp.reports import BlockReport, LinearReport, Step
 from besa_exp.result_tables import as_text, result_tables
 from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings, RunSettings, TrackerSettings
@@ -237,3 +238,11 @@ def test_a_terminal_run_logs_the_same_lines_for_run_log(caplog: pytest.LogCaptur
 )
 def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_simulated_speed_has_a_table_that_says_it_is_not_measured():
+    row = {"dense_cycles": 16.0, "sparse_cycles": 0.0, "speed_up": None, "sparsity": 1.0}
+    shown = plain_lines(simulated_speed={"model": MODEL, "linears": {"mlp.up_proj": row}})
+    assert "speed, simulated, not measured: ViTCoD" in shown
+    assert ["mlp.up_proj", "1.0000", "16.0", "0.0", "n/a"] in rows(shown)
+    assert "simulated" not in plain_lines()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from besa_exp.evaluation.simulated_speed import MODEL
 from besa_exp.model_card import model_card
 
 LINEARS = {
@@ -78,3 +79,12 @@ def test_the_front_matter_is_yaml_and_claims_a_hub_model_only_where_there_is_one
         front = yaml.safe_load(model_card(RESULTS, COMMAND, hub_id=hub_id).split("---\n")[1])
         assert front["library_name"] == "transformers"
         assert front.get("base_model", "no such claim") == (hub_id or "no such claim")
+
+
+def test_simulated_speed_is_called_simulated_in_the_title_and_the_heads() -> None:
+    row = {"dense_cycles": 4096.0, "sparse_cycles": 2048.0, "speed_up": 2.0, "sparsity": 0.5}
+    card = model_card({**RESULTS, "simulated_speed": {"model": MODEL, "linears": {"mlp.up_proj": row}}}, COMMAND)
+    assert "## Speed, simulated, not measured: ViTCoD" in card
+    assert "| simulated cycles | simulated speed-up |" in card
+    assert "| mlp.up_proj | 0.5000 | 4,096.0 | 2,048.0 | 2.000x |" in card
+    assert "imulated" not in model_card(RESULTS, COMMAND)

@@ -8,7 +8,9 @@ from test_blocks import FAMILIES, INPUT_IDS, tiny
 
 from besa_exp.blocks import capture_blocks, check_replay, discover_blocks, embed
 from besa_exp.evaluation.perplexity import perplexity
+from besa_exp.evaluation.simulated_speed import simulate_model
 from besa_exp.evaluation.streamed import streamed_perplexity
+from besa_exp.models import LoadedModel
 from besa_exp.streaming import cannot_stream, open_streamed, tensor_files
 
 CPU = torch.device("cpu")
@@ -67,3 +69,13 @@ def test_a_model_whose_files_name_other_tensors_is_refused_with_the_names(tmp_pa
     files = tensor_files(tmp_path)
     files["model.layers.0.mlp.fused.weight"] = files.pop("model.layers.0.mlp.up_proj.weight")
     assert "mlp.up_proj.weight" in str(cannot_stream(tiny("llama"), files))
+
+
+def test_simulated_cycles_of_a_streamed_model_are_those_of_the_whole_one(tmp_path):
+    whole = tiny("llama")
+    whole.model.layers[0].mlp.up_proj.weight.data[:, ::2] = 0
+    model, weights = open_streamed(saved(whole, tmp_path), "auto", CPU, False)
+    found = simulate_model(LoadedModel(model, None, weights, tmp_path))
+    assert found == simulate_model(LoadedModel(whole, None, None, tmp_path))
+    assert found["linears"]["mlp.up_proj"]["sparsity"] == 0.25
+    assert found["linears"]["mlp.down_proj"]["speed_up"] == 1

@@ -21,7 +21,8 @@ from besa_exp.tracking import NoTracker, start_tracker
 ROOT = Path(__file__).parents[2]
 SETTINGS = TrackerSettings("wandb", project="a-project", group="sweep-7", tags=("first", "second"))
 CONFIG = {"sparsity": 0.5, "model": {"path": "embedded", "hf_token": "s3cr3t-value"}}
-PRUNED = Scores({"embedded": 12.5, "ptb": None}, {"piqa": {"acc,none": 0.625}}, {"ptb": "no network"}, {})
+SPEED = {"model": "simulated, not measured", "linears": {"mlp.up_proj": {"dense_cycles": 9.0, "speed_up": None}}}
+PRUNED = Scores({"embedded": 12.5, "ptb": None}, {"piqa": {"acc,none": 0.625}}, {"ptb": "no network"}, {}, SPEED)
 DENSE = Scores({"embedded": 11.25, "ptb": None}, {"piqa": {"acc,none": 0.75}}, {"ptb": "no network"}, {})
 STEPS_PER_BLOCK = 3
 
@@ -109,6 +110,8 @@ def test_scores_are_summary_values_with_reasons_for_what_is_missing(tracked: Pat
         assert found[f"{prefix}zero_shot/piqa/acc,none"] == line["zero_shot"]["piqa"]["acc,none"]
         assert found[f"{prefix}unavailable/ptb"] == "no network"
         assert f"{prefix}perplexity/ptb" not in found
+    assert found["simulated_speed/mlp.up_proj/dense_cycles"] == 9
+    assert "simulated_speed/mlp.up_proj/speed_up" not in found
     assert found["sparsity"] == (30 + 31 + 100 + 99) / 512
 
 
