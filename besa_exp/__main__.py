@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from besa_exp.main import main
+from besa_exp.torchrun import is_leader
 
-if os.environ.get("TORCHELASTIC_RUN_ID") and os.environ.get("RANK", "0") != "0":
+if not is_leader():
     sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
 sys.exit(main())

@@ -8,6 +8,7 @@ every function here gives back what it is given.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -30,6 +31,7 @@ T = TypeVar("T")
 # ends all processes when one has failed.
 TIMEOUT = timedelta(hours=6)
 FAILURE = "besa_failure"  # the key under which the first rank to fail leaves its error
+SAID = "besa_said_"  # begins the keys that count who wants to tell a text
 
 
 @contextmanager
@@ -196,6 +198,17 @@ def failing_together() -> Iterator[None]:
         if failed == rank():
             sys.stderr.write(f"rank {failed} failed: {text}\n")
         raise SystemExit(1) from error
+
+
+def is_first_to_say(text: str) -> bool:
+    """Whether no other rank has asked this for the same text, by the store that torchrun keeps. Ranks need not be
+    joined; where there is no store any more, each is the first."""
+    key = f"{SAID}{hashlib.sha256(text.encode()).hexdigest()}"
+    try:
+        store = next(rendezvous("env://", timeout=timedelta(seconds=10)))[0]
+        return int(store.add(key, 1)) == 1
+    except RuntimeError:
+        return True
 
 
 def _first_failure(error: BaseException) -> tuple[int, str]:

@@ -32,7 +32,8 @@ from besa_exp.launchers import lost_jobs_told, visible_gpus
 from besa_exp.profiling import profiling
 from besa_exp.request import Job, Request
 from besa_exp.run_folder import RunFolder, read_results
-from besa_exp.run_status import is_done, read_status
+from besa_exp.run_status import is_done, read_status, seen_status
+from besa_exp.torchrun import is_leader
 
 Status = Literal["done", "finished before", "refused", "failed"]
 WIDTH_OF_FILES = 200  # columns of a table that no terminal shows
@@ -138,7 +139,7 @@ def launch(request: Request) -> list[Outcome]:
         return [finished_before(job.folder)]
     made = [place for place in (job.folder, *job.folder.parents) if not place.exists()]
     outcome = hydra.run(request.config_name, run_job, [*request.lines, "hydra.mode=RUN"]).return_value
-    if outcome.status == "refused" and made:
+    if outcome.status == "refused" and made and is_leader():
         _remove_refused(made)
     return [outcome]
 
@@ -169,7 +170,7 @@ def _outcome_of_lost(job: Job, reason: str) -> Outcome:
     status = read_status(job.folder) or {}
     if status.get("status") == "failed":
         return Outcome(job.folder, "failed", status["error"])
-    state = status.get("status", "not begun")
+    state = seen_status(job.folder) or "not begun"
     text = f"the launcher lost it ({reason}); its folder says {state}; the same command goes on with what is missing"
     return Outcome(job.folder, "failed", text)
 

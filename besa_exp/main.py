@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from besa_exp import __version__
 from besa_exp.errors import ConfigurationError, Interrupted
 from besa_exp.nearest import did_you_mean
+from besa_exp.torchrun import is_launched
 
 HELP = """\
 besa: prunes language models block by block (BESA, arXiv 2402.16880) and compares methods.
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
-        print(_refusal(command, error.problems), file=sys.stderr)
+        _tell_refusal(_refusal(command, error.problems))
         return 2
     except BrokenPipeError:  # the reader of a pipe has gone: nothing more can be said
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,6 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("besa: interrupted; the same command goes on after the last whole block", file=sys.stderr)
         return 130
+
+
+def _tell_refusal(text: str) -> None:
+    """On stderr; of several processes that refuse for the same reasons the first to come here tells them."""
+    if is_launched():
+        from besa_exp.distributed import is_first_to_say  # imports torch
+
+        if not is_first_to_say(text):
+            return
+    print(text, file=sys.stderr, flush=True)
 
 
 def _refusal(command: str, problems: Sequence[str]) -> str:

@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from besa_exp.embedded.text import MODEL_DIR
-from besa_exp.errors import ConfigurationError
+from besa_exp.errors import ConfigurationError, first_line
 from besa_exp.settings import ModelSettings
 from besa_exp.streaming import StreamedWeights, open_streamed
 
 NEEDED_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*"]
+HUB_TIMEOUT = 15.0  # seconds that the hub has to answer
 SHARE_OF_FREE = 0.5  # of the memory that is free: larger models are streamed
 logger = logging.getLogger(__name__)
 
@@ -75,14 +76,40 @@ def _folder(settings: ModelSettings, offline: bool) -> Path:
     path = model_path(settings)
     if Path(path).is_dir():
         return Path(path)
-    from huggingface_hub import snapshot_download
+    return _from_hub(path, settings.revision, offline)
 
+
+def _from_hub(path: str, revision: str | None, offline: bool) -> Path:
+    """The hub's files in the local cache, fetched where the hub answers; its own client would wait for ever for one
+    that does not."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    unreachable = "offline=true" if offline else None
+    try:
+        if not offline:
+            HfApi().model_info(path, revision=revision, timeout=HUB_TIMEOUT)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ConfigurationError(
+            f"model.path={path}: the hub shows no such model or revision ({first_line(error)}); check model.path and "
+            "model.revision, or log in (hf auth login) if it is private or gated"
+        ) from error
+    except (OSError, HTTPError) as error:
+        unreachable = first_line(error)
     try:
         found = snapshot_download(
-            path, revision=settings.revision, local_files_only=offline, allow_patterns=NEEDED_FILES
+            path, revision=revision, local_files_only=unreachable is not None, allow_patterns=NEEDED_FILES
         )
-    except (OSError, ValueError) as error:
-        raise _cannot_load(settings, error) from error
+    except (OSError, ValueError, HTTPError) as error:
+        raise ConfigurationError(
+            f"model.path={path}: not in the local cache, and the hub cannot be reached "
+            f"({unreachable or first_line(error)}); check the network, HF_ENDPOINT and proxies, or fetch it where "
+            f"there is one (hf download {path}) and give model.path that folder"
+        ) from error
     return Path(found)
 
 

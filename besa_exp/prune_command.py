@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from besa_exp.configuration import CONF_DIR
 from besa_exp.errors import ConfigurationError
 from besa_exp.jobs import launch, run_job, show
 from besa_exp.request import CONFIG_NAME, check_composition, read_request
+from besa_exp.torchrun import is_launched
 
 HYDRA_VERSION = "1.3"
 ANSWERED_BY_HYDRA = ("help", "hydra_help", "cfg", "info", "shell_completion", "experimental_rerun")
@@ -39,7 +39,7 @@ def prune(arguments: Sequence[str]) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     request = read_request(arguments)
-    if request.multirun and os.environ.get("TORCHELASTIC_RUN_ID"):
+    if request.multirun and is_launched():
         raise ConfigurationError("torchrun shares one run among its processes: leave -m out, one command a job")
     outcomes = launch(request)
     if not request.multirun and outcomes[0].status == "refused":

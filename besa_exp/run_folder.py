@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -49,6 +50,9 @@ LEFTOVERS = tuple(f".{name}.{state}" for name in (*WRITTEN, "status.json") for s
 SPARSITY_COLUMNS = ("block", "linear", "weights", "pruned", "sparsity")
 
 
+logger = logging.getLogger(__name__)
+
+
 class RunFolder:
     """An open run folder, made by `RunFolder.open`; the paths are where a run puts its larger files."""
 
@@ -77,13 +81,17 @@ class RunFolder:
             goes_on = resume is not None and not is_done(path) and not overwrite
             if resume is not None and goes_on:
                 check_identity(path / "blocks", resume)
-            started = now()
+            started, before = now(), read_status(path)
             write_status(path, "running", started)
             for name in (*WRITTEN, *LEFTOVERS):
                 if not (goes_on and name in KEPT):
                     atomic.remove(path / name)
             try:
                 with logging_to(path / "run.log"):
+                    if before and before["status"] == "running":
+                        logger.info(
+                            "the attempt of process %s, begun %s, was killed", before["process"], before["started"]
+                        )
                     yield cls(path)
             except BaseException as error:
                 status = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"

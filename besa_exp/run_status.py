@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from besa_exp import atomic
+from besa_exp.folder_lock import is_locked
+
+KILLED = "interrupted (killed)"
 
 
 def read_status(path: Path) -> dict[str, Any] | None:
@@ -19,6 +22,15 @@ def read_status(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return status if isinstance(status, dict) and "status" in status and "process" in status else None
+
+
+def seen_status(path: Path) -> str | None:
+    """The status as a person is told it. A process that was killed could not say so: its file still says running, but
+    nobody has the folder locked. None: no run's folder."""
+    status = read_status(path)
+    if status is None:
+        return None
+    return KILLED if status["status"] == "running" and not is_locked(path) else str(status["status"])
 
 
 def is_done(path: Path) -> bool:

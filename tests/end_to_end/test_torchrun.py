@@ -117,3 +117,11 @@ def test_a_failing_rank_ends_all_with_its_error(short, tokens, tmp_path):
     status = json.loads((folder / "status.json").read_text())
     assert status["status"] == "failed"
     assert "rank 1 failed: model.layers.0" in status["error"]
+
+
+def test_a_refusal_is_told_once_and_leaves_nothing(tmp_path):
+    done = on_two("sparsity=1.5", f"hydra.run.dir={tmp_path / 'run'}")
+    assert done.returncode != 0
+    assert done.stdout.count("sparsity=1.5: must be in [0, 1)") == 1
+    assert "exitcode  : 2" in done.stdout
+    assert not (tmp_path / "run").exists()

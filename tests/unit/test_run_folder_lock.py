@@ -6,14 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from besa_exp.errors import ConfigurationError
+from besa_exp.folder_lock import is_locked
 from besa_exp.run_folder import RunFolder
-from besa_exp.run_status import is_done, read_status
+from besa_exp.run_status import is_done, read_status, seen_status
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
@@ -43,6 +45,38 @@ def test_a_second_process_in_the_folder_is_told_who_holds_it(tmp_path: Path, oth
     with pytest.raises(ConfigurationError, match=match), RunFolder.open(tmp_path / "run", overwrite=True):
         pass
     assert (tmp_path / "run" / "status.json").read_bytes() == status
+
+
+def test_a_killed_run_is_told_from_one_that_runs(tmp_path: Path, other_run: subprocess.Popen[str]) -> None:
+    assert seen_status(tmp_path / "run") == "running"
+    os.kill(other_run.pid, signal.SIGKILL)
+    other_run.wait()
+    status = read_status(tmp_path / "run")
+    assert status is not None
+    assert status["status"] == "running", "a killed process could not say anything else"
+    assert seen_status(tmp_path / "run") == "interrupted (killed)"
+    assert seen_status(tmp_path) is None
+    with RunFolder.open(tmp_path / "run") as folder:
+        assert seen_status(tmp_path / "run") == "running"
+        folder.write_results({})
+    assert seen_status(tmp_path / "run") == "done"
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert f"the attempt of process {other_run.pid}, begun {status['started']}, was killed" in log
+
+
+def test_who_looks_at_a_free_folder_does_not_keep_a_run_from_it(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path / "run") as folder:
+        folder.write_results({})
+    stop = threading.Event()
+    watching = threading.Thread(target=lambda: [is_locked(tmp_path / "run") for _ in iter(stop.is_set, True)])
+    watching.start()
+    try:
+        for _ in range(20):
+            with RunFolder.open(tmp_path / "run", overwrite=True):
+                assert is_locked(tmp_path / "run")
+    finally:
+        stop.set()
+        watching.join()
 
 
 def test_a_killed_run_frees_its_folder_and_the_next_starts_over(
