@@ -71,7 +71,8 @@ class BlockLoop:
             return
         keep_masks = {f"{block.name}.{name}.weight": mask for name, mask in pruned.keep_masks.items()}
         tensors = block_tensors(block.module, block.name)
-        self.finished.write(report, tensors, keep_masks, self.dense_sha256.pop(block.index))
+        dense_sha256 = self.dense_sha256.pop(block.index)
+        self.finished.write(report, tensors, keep_masks, dense_sha256, pruned.weights is not None)
 
 
 def activation_bytes(input_ids: Tensor, hidden_size: int, dtype: torch.dtype, dense_targets: bool) -> int:

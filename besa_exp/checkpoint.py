@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ SHARD_SIZE = "5GB"
 BESIDE_WEIGHTS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken")
 BESIDE_WEIGHTS += ("chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*")
 MASKS_KEY = "besa_masks"  # one key only: safetensors orders several at random
-MASKS_VERSION = 1
+MASKS_VERSION = 2
 
 
 def save_model(
@@ -75,40 +76,54 @@ def write_card(folder: Path, card: str) -> None:
     atomic.write_text(folder / "README.md", card)
 
 
-def save_masks(keep_masks: Mapping[str, Bool[Tensor, "out in"]], path: Path, dense_sha256: str | None = None) -> None:
+def save_masks(
+    keep_masks: Mapping[str, Bool[Tensor, "out in"]],
+    path: Path,
+    dense_sha256: str | None = None,
+    weights_updated: bool = False,
+) -> None:
     """keep_mask of each linear by its full name, one bit a weight: row-major, highest bit first, 1 = kept.
 
-    `dense_sha256` (see `weights_sha256`) names the dense weights that the masks belong to."""
+    `dense_sha256` (see `weights_sha256`) names the dense weights that the masks belong to; `weights_updated`: kept
+    weights were changed too, so that dense weights and masks do not give the pruned ones."""
     names = sorted(keep_masks)
     packed = {name: torch.from_numpy(np.packbits(keep_masks[name].cpu().numpy())) for name in names}
-    _write_masks(packed, {name: list(keep_masks[name].shape) for name in names}, dense_sha256, path)
+    shapes = {name: list(keep_masks[name].shape) for name in names}
+    _write_masks(packed, {"shapes": shapes, "dense_sha256": dense_sha256, "weights_updated": weights_updated}, path)
 
 
-def _write_masks(packed: dict[str, Tensor], shapes: dict[str, list[int]], dense_sha256: str | None, path: Path) -> None:
-    description = {"format_version": MASKS_VERSION, "shapes": shapes, "dense_sha256": dense_sha256}
+def _write_masks(packed: dict[str, Tensor], description: Mapping[str, Any], path: Path) -> None:
+    text = json.dumps({"format_version": MASKS_VERSION, **description}, sort_keys=True)
     try:
         with atomic.replaced_file(path) as partial:
-            save_file(packed, partial, metadata={MASKS_KEY: json.dumps(description, sort_keys=True)})
+            save_file(packed, partial, metadata={MASKS_KEY: text})
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} could not be written ({error}); free disk space or set save.masks=false") from error
 
 
-def merge_masks(files: Iterable[Path], path: Path) -> None:
-    """Several masks files as one; its `dense_sha256` is the hash of theirs in order."""
+def merge_masks(files: Iterable[Path], path: Path, origin: Mapping[str, Any]) -> None:
+    """The blocks' masks files, in order, as one, which also says `origin`: what the masks were made from and how."""
     packed: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
-    digest = hashlib.sha256()
-    for file in files:
-        description = masks_description(file)
+    described = [masks_description(file) for file in (files := list(files))]
+    for file, description in zip(files, described, strict=True):
         shapes |= description["shapes"]
-        digest.update(str(description["dense_sha256"]).encode())
         packed |= load_file(file)
-    _write_masks(packed, shapes, digest.hexdigest(), path)
+    of_blocks = {
+        "shapes": shapes,
+        "dense_sha256": [description["dense_sha256"] for description in described],
+        "weights_updated": any(description["weights_updated"] for description in described),
+    }
+    _write_masks(packed, {**of_blocks, **origin}, path)
 
 
 def load_masks(path: Path) -> dict[str, Bool[Tensor, "out in"]]:
     """The keep_masks that `save_masks` wrote. Raises ConfigurationError when `path` is no such file."""
-    shapes = masks_description(path)["shapes"]
+    return read_masks(path, masks_description(path)["shapes"])
+
+
+def read_masks(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Bool[Tensor, "out in"]]:
+    """The keep_masks of these names and shapes alone."""
     keep_masks = {}
     with safe_open(path, framework="pt") as file:
         for name, (rows, columns) in shapes.items():
@@ -117,8 +132,9 @@ def load_masks(path: Path) -> dict[str, Bool[Tensor, "out in"]]:
     return keep_masks
 
 
-def masks_description(path: Path) -> dict:
-    """`format_version`, `shapes` {name: [out, in]} and `dense_sha256` of a masks file."""
+def masks_description(path: Path) -> dict[str, Any]:
+    """`format_version`, `shapes` {name: [out, in]}, `dense_sha256`, `weights_updated` of a masks file; of a run's also
+    `dense_sha256` as a list by block, and what `merge_masks` was told of their origin."""
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(MASKS_KEY)
