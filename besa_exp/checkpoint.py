@@ -105,9 +105,10 @@ def merge_masks(files: Iterable[Path], path: Path, origin: Mapping[str, Any]) ->
     """The blocks' masks files, in order, as one, which also says `origin`: what the masks were made from and how."""
     packed: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
-    described = [masks_description(file) for file in (files := list(files))]
-    for file, description in zip(files, described, strict=True):
-        shapes |= description["shapes"]
+    described = []
+    for file in files:
+        described.append(masks_description(file))
+        shapes |= described[-1]["shapes"]
         packed |= load_file(file)
     of_blocks = {
         "shapes": shapes,

@@ -16,19 +16,25 @@ def required_bytes(model_bytes: int, pruned_weights: int, save: SaveSettings) ->
     return SPARE_BYTES + (model_bytes if save.model else 0) + (-(-pruned_weights // 8) if save.masks else 0)
 
 
-def check_disk(folder: Path, needed: int) -> list[str]:
-    """The problem, if any, of writing `needed` bytes in `folder`, which need not exist yet."""
+def check_disk(
+    folder: Path,
+    needed: int,
+    key: str = "hydra.run.dir",
+    less: str = ", or set save.model=false (masks alone take one bit a weight)",
+) -> list[str]:
+    """The problem, if any, of writing `needed` bytes in `folder`, which need not exist yet. `key` names it; `less` says
+    how to need less."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK):
-        return [f"hydra.run.dir={folder}: {place} cannot be written to; name another folder with hydra.run.dir="]
+        return [f"{key}={folder}: {place} cannot be written to; name another folder with {key}="]
     free = shutil.disk_usage(place).free
     if free >= needed:
         return []
     return [
-        f"hydra.run.dir={folder}: the run writes about {_size(needed)} but {_size(free)} are free on that disk; "
-        "free some, choose another disk, or set save.model=false (masks alone take one bit a weight)"
+        f"{key}={folder}: about {_size(needed)} are to be written but {_size(free)} are free on that disk; "
+        f"free some, choose another disk{less}"
     ]
 
 

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 
 from besa_exp import __version__
-from besa_exp.errors import ConfigurationError, Interrupted
+from besa_exp.errors import ConfigurationError, Interrupted, RunError
 from besa_exp.nearest import did_you_mean
 from besa_exp.torchrun import is_launched
 
@@ -17,6 +17,8 @@ besa: prunes language models block by block (BESA, arXiv 2402.16880) and compare
 
   besa prune [key=value ...]     prune a model; with no arguments the embedded one: no network, account or GPU
   besa prune -m key=a,b,c ...    one job for each value
+  besa masks apply MASKS --model DIR --out DIR
+                                 rebuild a pruned model from dense weights and a run's masks.safetensors
   besa list [group ...]          the presets there are, with a line each
   besa --version
 
@@ -44,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         _tell_refusal(_refusal(command, error.problems))
         return 2
+    except RunError as error:
+        print(f"besa {command}: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of a pipe has gone: nothing more can be said
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -93,6 +98,12 @@ def _prune(arguments: Sequence[str]) -> int:
     return prune(arguments)
 
 
+def _masks(arguments: Sequence[str]) -> int:
+    from besa_exp.masks_command import masks
+
+    return masks(arguments)
+
+
 def _complete(arguments: Sequence[str]) -> int:
     from besa_exp.completion import complete
 
@@ -101,6 +112,7 @@ def _complete(arguments: Sequence[str]) -> int:
 
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "prune": _prune,
+    "masks": _masks,
     "list": _list,
     "--help": _help,
     "-h": _help,

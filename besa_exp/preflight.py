@@ -35,7 +35,7 @@ def preflight(
     be on another machine, whose device and disk are not this one's."""
     facts, problems = None, _check_dtype(settings.model.dtype)
     if "model" not in unknown:
-        facts, of_model = _check_model(settings.model, settings.offline)
+        facts, of_model = check_model(settings.model, settings.offline)
         problems += of_model
     context = facts.context if facts else None
     problems += _check_target(settings, facts, "pruner" not in unknown)
@@ -69,18 +69,21 @@ def _check_dtype(dtype: str) -> list[str]:
     return [f"model.dtype={dtype}: must be one of {', '.join(dtypes)}{did_you_mean(dtype, dtypes)}"]
 
 
-def _check_model(settings: ModelSettings, offline: bool) -> tuple[ModelFolder | None, list[str]]:
+def check_model(
+    settings: ModelSettings, offline: bool, key: str = "model.path"
+) -> tuple[ModelFolder | None, list[str]]:
+    """What can be told of the model and its problems, without loading it; `key` is what a person set to name it."""
     folder = model_folder(settings)
-    return _check_hub_id(settings, offline) if folder is None else inspect_model_folder(folder)
+    return _check_hub_id(settings, offline, key) if folder is None else inspect_model_folder(folder, key)
 
 
-def _check_hub_id(settings: ModelSettings, offline: bool) -> tuple[ModelFolder | None, list[str]]:
+def _check_hub_id(settings: ModelSettings, offline: bool, key: str) -> tuple[ModelFolder | None, list[str]]:
     path = settings.path
     owner_is_folder = Path(path.split("/")[0]).expanduser().is_dir()
     if Path(path).expanduser().exists():
-        return None, [f"model.path={path}: is a file; give the folder that holds config.json and the safetensors"]
+        return None, [f"{key}={path}: is a file; give the folder that holds config.json and the safetensors"]
     if not HUB_ID.fullmatch(path) or owner_is_folder or path.startswith("."):
-        return None, [f"model.path={path}: there is no such folder, and it is no hub id (owner/name); check the path"]
+        return None, [f"{key}={path}: there is no such folder, and it is no hub id (owner/name); check the path"]
     from huggingface_hub import try_to_load_from_cache  # half a second that only hub models need
 
     cached = try_to_load_from_cache(path, "config.json", revision=settings.revision)
@@ -90,8 +93,8 @@ def _check_hub_id(settings: ModelSettings, offline: bool) -> tuple[ModelFolder |
     if isinstance(cached, str):
         return facts, problems
     return None, [
-        f"model.path={path}: not in the local cache, and offline=true forbids to fetch it; "
-        "run once with offline=false, or give model.path a folder"
+        f"{key}={path}: not in the local cache, and offline=true forbids to fetch it; "
+        f"run once with offline=false, or give {key} a folder"
     ]
 
 

@@ -37,7 +37,7 @@ from besa_exp.models import LoadedModel, load_model, model_context, model_path
 from besa_exp.reports import BlockReport, Step
 from besa_exp.results import results_of, score_values
 from besa_exp.run_folder import RunFolder
-from besa_exp.saving import block_names, check_saved, pruned_weights, save_pruned
+from besa_exp.saving import block_names, check_saved, masks_origin, pruned_weights, save_pruned
 from besa_exp.settings import RunSettings, TrackerSettings
 from besa_exp.tracking import Tracker, start_tracker
 
@@ -224,7 +224,7 @@ def _save(run: Run, loaded: LoadedModel, finished: FinishedBlocks, results: Mapp
 def _write_model(run: Run, loaded: LoadedModel, finished: FinishedBlocks, results: Mapping[str, Any]) -> None:
     settings, folder = run.settings, run.folder
     if settings.save.masks:
-        merge_masks(finished.mask_files(len(results["blocks"])), folder.masks)
+        merge_masks(finished.mask_files(len(results["blocks"])), folder.masks, masks_origin(settings, loaded))
     if settings.save.model:
         save_pruned(loaded, finished, folder.model, _card(run, results))
         check_saved(folder.model, results, block_names(loaded))

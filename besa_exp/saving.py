@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -11,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
 from besa_exp import atomic
 from besa_exp.blocks import discover_blocks
-from besa_exp.checkpoint import count_zeros, save_beside_weights, save_model
+from besa_exp.checkpoint import count_zeros, save_beside_weights, save_model, weights_sha256
 from besa_exp.errors import RunError
 from besa_exp.finished_blocks import FinishedBlocks
+from besa_exp.masks import Target
 from besa_exp.models import LoadedModel
+from besa_exp.settings import RunSettings
+from besa_exp.shards import shard_names, write_index, write_shards
 from besa_exp.streaming import StreamedWeights
 
 
@@ -68,23 +70,37 @@ def pruned_weights(loaded: LoadedModel, finished: FinishedBlocks) -> LoadedModel
     return replace(loaded, weights=loaded.weights.with_blocks(files))
 
 
+def masks_origin(settings: RunSettings, loaded: LoadedModel) -> dict[str, Any]:
+    """What a run's masks were made from and how, for `rebuilding`. Of a folder the name alone: the rest is private.
+
+    `dtype` is what the model was loaded as, `layout` how its pruned weights are dealt out to files."""
+    return {
+        "model": settings.model.path.rstrip("/").rpartition("/")[2],
+        "dtype": settings.model.dtype,
+        "layout": "streamed" if loaded.weights else "whole",
+        "outside_sha256": weights_sha256(outside_blocks(loaded)),
+        "method": settings.pruner_name,
+        "pattern": settings.pattern,
+        "sparsity": Target.parse(settings.sparsity, settings.pattern).sparsity,
+        "seed": settings.seed,
+    }
+
+
+def outside_blocks(loaded: LoadedModel) -> dict[str, Tensor]:
+    """The tensors of the model that are in no block."""
+    prefix = f"{discover_blocks(loaded.model)[0]}."
+    return {name: tensor for name, tensor in loaded.model.state_dict().items() if not name.startswith(prefix)}
+
+
 def _write_shards(loaded: LoadedModel, weights: StreamedWeights, finished: FinishedBlocks, folder: Path) -> None:
     """One shard for what is outside the blocks, one for each block, and the index of them all."""
     blocks = finished.weight_files(len(block_names(loaded)))
-    total = len(blocks) + 1
-    prefix = f"{discover_blocks(loaded.model)[0]}."
-    outside = {name: tensor.contiguous() for name, tensor in weights.read_outside(prefix).items()}
-    shards = [folder / f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
-    save_file(outside, shards[0], {"format": "pt"})
-    for source, shard in zip(blocks, shards[1:], strict=True):
-        _link(source, shard)
-    weight_map, size = {}, 0
-    for shard in shards:
-        with safe_open(shard, framework="pt") as file:
-            weight_map |= dict.fromkeys(sorted(file.keys()), shard.name)
-        size += shard.stat().st_size
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    files = shard_names(len(blocks) + 1)
+    outside = weights.read_outside(f"{discover_blocks(loaded.model)[0]}.")
+    write_shards(folder, {files[0]: list(outside)}, [outside])
+    for source, file in zip(blocks, files[1:], strict=True):
+        _link(source, folder / file)
+    write_index(folder, files, loaded.model.num_parameters())
 
 
 def _link(source: Path, target: Path) -> None:

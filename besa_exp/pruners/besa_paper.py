@@ -128,7 +128,7 @@ class BesaPaper:
         return PrunedBlock(
             keep_masks={name: allocation.keep_mask() for name, allocation in allocations.items()},
             allocated={name: allocation.row_sparsity().detach() for name, allocation in allocations.items()},
-            weights=weights,
+            weights=weights if self.statistic is Hessian else None,  # those of dead inputs are zero
             loss_before=before,
             steps=tuple(steps),
         )
