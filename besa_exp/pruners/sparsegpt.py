@@ -10,6 +10,7 @@ is exact. With a mask given, the result does not depend on the group size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from besa_exp import kernels
+from besa_exp.blocks import Block
 from besa_exp.importance import dead_inputs, inverse_factor, obs_importance
 from besa_exp.masks import Target, keep_largest, keep_n_of_m
 from besa_exp.pruning import PrunedBlock, probe_loss
@@ -87,6 +89,15 @@ class SparseGPT:
 
     def prune_block(self, block, inputs, targets, statistics, target, on_step) -> PrunedBlock:
         """One factor for each shared input."""
+        keep_masks, weights = self.masks_and_weights(block, statistics, target)
+        allocated = {name: 1 - mask.float().mean(dim=1) for name, mask in keep_masks.items()}
+        before = {name: linear.weight.detach() * keep_masks[name] for name, linear in block.linears.items()}
+        return PrunedBlock(keep_masks, allocated, weights, probe_loss(block, inputs, targets, before))
+
+    def masks_and_weights(
+        self, block: Block, statistics: Mapping[str, Hessian], target: Target
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Keep masks and updated weights [out, in] in fp32 of the block's linears, which are not changed."""
         weights, keep_masks = {}, {}
         for hessian, names in by_shared_input(statistics):
             matrix = hessian.matrix
@@ -95,6 +106,4 @@ class SparseGPT:
                 weight = block.linears[name].weight.detach().float()
                 weight = weight.masked_fill(dead_inputs(matrix), 0)
                 weights[name], keep_masks[name] = sparsegpt(weight, factor, target, self.group_size)
-        allocated = {name: 1 - mask.float().mean(dim=1) for name, mask in keep_masks.items()}
-        before = {name: linear.weight.detach() * keep_masks[name] for name, linear in block.linears.items()}
-        return PrunedBlock(keep_masks, allocated, weights, probe_loss(block, inputs, targets, before))
+        return keep_masks, weights

@@ -1,0 +1,212 @@
+"""Reconstruction: the kept weights of a block are tuned until the sparse block gives the targets again.
+
+    minimise over W:  L(block(X; W * keep_mask), Y),   L the reconstruction loss (BESA, arXiv 2402.16880, Eq. 1),
+
+with X what the pruned prefix gives and Y the targets. Block-wise tuning of the kept weights is known from EBFT (Guo et
+al., arXiv 2402.12419). Here Adam works on fp32 copies, its step is a fraction of the weights' own size, so that it fits
+every linear and model, and samples that are not learned from (the probe) choose between the states.
+
+The mask may still be closing while the weights are tuned (`Ramp`). The weights that go next are those of the whole
+block with the least W^2 E[(dL/dW)^2]: what their removal costs to second order, with the squared gradient for the
+curvature (optimal brain damage, LeCun et al., 1990). It compares weights of all rows and linears in one unit, that of
+the block's loss, so that the sparsity of every row is learned along with the weights, and the budget is met exactly.
+The mean square of the gradient is Adam's own second moment: it costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from besa_exp import distributed
+from besa_exp.blocks import Block, Hidden, reconstruction_loss
+from besa_exp.masks import keep_largest
+from besa_exp.pruning import finite_step, num_probe_samples, probe_loss
+from besa_exp.reports import Step
+
+Weights = Mapping[str, Float[Tensor, "out in"]]
+KeepMasks = Mapping[str, Bool[Tensor, "out in"]]
+WARM_UP = 10  # steps in which the step size rises to its full value
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """`lr`: the first step, as a fraction of the root mean square of a linear's kept weights; it falls to 0 along a
+    cosine. `checks`: how often the probe samples judge once the mask is fixed."""
+
+    epochs: int = 8
+    batch_size: int = 8
+    lr: float = 0.1
+    checks: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("epochs", "batch_size", "checks"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"tuning.{field}={getattr(self, field)}: must be at least 1")
+        if not 0 < self.lr <= 1:
+            raise ValueError(f"tuning.lr={self.lr}: must be above 0 and at most 1, in units of the weights' size")
+
+    def num_steps(self, learn: int) -> int:
+        """Steps over `learn` samples."""
+        return self.epochs * math.ceil(learn / self.batch_size)
+
+    def scale(self, step: int, num_steps: int) -> float:
+        """The step size at `step`, as a fraction of `lr`."""
+        return min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / num_steps)) / 2
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A block's sparsity on its way from `first` to `last`, cubic in time (Zhu and Gupta, arXiv 1710.01878) over the
+    share `until` of the steps; the mask changes every `every` steps."""
+
+    first: float
+    last: float
+    until: float = 0.6
+    every: int = 4
+
+    def settles(self, num_steps: int) -> int:
+        """The step after which the mask is fixed."""
+        return int(self.until * (num_steps - 1))
+
+    def sparsity_after(self, step: int, num_steps: int) -> float | None:
+        """The sparsity the mask changes to after `step`; None: it does not change then."""
+        settles = self.settles(num_steps)
+        if step > settles or (step % self.every and step != settles):
+            return None
+        left = 1 - step / settles if settles else 0.0
+        return self.last + (self.first - self.last) * left**3
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning found: weights in the block's dtype with zeros where they are not kept, the keep masks, the probe
+    loss where it began, and its course."""
+
+    weights: Weights
+    keep_masks: KeepMasks
+    loss_before: float
+    steps: tuple[Step, ...]
+
+
+def keep_valuable(
+    weights: Weights, squared_gradients: Weights, keep_masks: KeepMasks, sparsity: float
+) -> dict[str, Tensor]:
+    """Keep masks under which exactly round(sparsity * weights) weights of the whole block go, the least
+    W^2 E[(dL/dW)^2] first. What was pruned before stays so."""
+    costs = [
+        (weight.square() * squared_gradients[name]).masked_fill_(~keep_masks[name], -1).flatten()
+        for name, weight in weights.items()
+    ]
+    pruned = round(sparsity * sum(len(cost) for cost in costs))
+    kept = keep_largest(torch.cat(costs)[None], pruned)[0].split([len(cost) for cost in costs])
+    return {name: mask.view_as(weights[name]) for name, mask in zip(weights, kept, strict=True)}
+
+
+def tune(
+    block: Block,
+    inputs: Hidden,
+    targets: Hidden,
+    weights: Weights,
+    keep_masks: KeepMasks,
+    tuning: Tuning,
+    on_step: Callable[[Step], None],
+    ramp: Ramp | None = None,
+) -> Tuned:
+    """Tune `weights` under `keep_masks`, which a `ramp` closes further on the way.
+
+    Without a ramp the result is never worse on the probe than what it began with. RunError: a loss is not finite."""
+    num_samples = distributed.total(len(inputs))
+    learn = max(1, num_samples - num_probe_samples(num_samples))
+    num_steps = tuning.num_steps(learn)
+    settles = ramp.settles(num_steps) if ramp else 0
+    judged = {num_steps - 1 - (num_steps - settles) * number // tuning.checks for number in range(tuning.checks)}
+    state = _State.of(block, weights, keep_masks, tuning.lr)
+    best, before = state.pruned(), state.probe_loss(inputs, targets)
+    best_loss = math.inf if ramp else before
+    steps: list[Step] = []
+    for number, samples in enumerate(_batches(learn, tuning)):
+        own = distributed.own_places(samples.to(inputs.device))
+        steps.append(state.step(inputs[own], targets[own], tuning.scale(number, num_steps), number))
+        on_step(steps[-1])
+        sparsity = ramp.sparsity_after(number, num_steps) if ramp else None
+        if sparsity is not None:
+            state.prune_to(sparsity)
+        if number in judged and number >= settles:
+            loss = state.probe_loss(inputs, targets)
+            if loss < best_loss:
+                best, best_loss = state.pruned(), loss
+    return Tuned(best, state.keep_masks, before, tuple(steps))
+
+
+def _batches(learn: int, tuning: Tuning) -> Iterator[Tensor]:
+    """The samples of each step."""
+    order = torch.Generator().manual_seed(tuning.seed)
+    for _ in range(tuning.epochs):
+        yield from torch.randperm(learn, generator=order).split(tuning.batch_size)
+
+
+@dataclass
+class _State:
+    """A block's weights on their way: `latent` in fp32, what is `kept` of them, and `masked`, leaves in the block's
+    dtype that every step fills with the kept weights."""
+
+    block: Block
+    latent: dict[str, Tensor]
+    keep_masks: dict[str, Tensor]
+    masked: dict[str, Tensor]
+    optimizer: torch.optim.Adam
+
+    @staticmethod
+    def of(block: Block, weights: Weights, keep_masks: KeepMasks, lr: float) -> _State:
+        latent = {name: weight.detach().float() * keep_masks[name] for name, weight in weights.items()}
+        masked = {name: torch.empty_like(block.linears[name].weight).requires_grad_() for name in latent}
+        groups = [
+            {"params": [weight], "full_lr": lr * float(weight.norm() / keep_masks[name].sum().clamp(min=1).sqrt())}
+            for name, weight in latent.items()
+        ]
+        return _State(block, latent, dict(keep_masks), masked, torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-16))
+
+    def step(self, inputs: Hidden, targets: Hidden, scale: float, number: int) -> Step:
+        """One step of Adam on this rank's samples of the batch; it may have none."""
+        self._fill()
+        loss = reconstruction_loss(self.block(inputs, self.masked), targets)
+        leaves = list(self.masked.values())
+        gradients = torch.autograd.grad(loss, leaves) if len(inputs) else [torch.zeros_like(leaf) for leaf in leaves]
+        for (name, weight), gradient in zip(self.latent.items(), gradients, strict=True):
+            weight.grad = distributed.all_sum(gradient.float()) * self.keep_masks[name]
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["full_lr"] * scale
+        self.optimizer.step()
+        kept = sum(int(mask.sum()) for mask in self.keep_masks.values())
+        sparsity = 1 - kept / sum(mask.numel() for mask in self.keep_masks.values())
+        return finite_step(self.block, number, loss, loss, 0.0, sparsity)
+
+    @torch.no_grad()
+    def prune_to(self, sparsity: float) -> None:
+        """Close the mask, and drop what it closes on."""
+        squared = {name: self.optimizer.state[weight]["exp_avg_sq"] for name, weight in self.latent.items()}
+        self.keep_masks = keep_valuable(self.latent, squared, self.keep_masks, sparsity)
+        for name, weight in self.latent.items():
+            weight.mul_(self.keep_masks[name])
+
+    def probe_loss(self, inputs: Hidden, targets: Hidden) -> float:
+        """The loss of the samples that are not learned from."""
+        self._fill()
+        return probe_loss(self.block, inputs, targets, self.masked)
+
+    def pruned(self) -> dict[str, Tensor]:
+        """A copy of the kept weights in the block's dtype."""
+        self._fill()
+        return {name: masked.detach().clone() for name, masked in self.masked.items()}
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        for name, masked in self.masked.items():
+            masked.copy_(self.latent[name] * self.keep_masks[name])
