@@ -11,7 +11,8 @@ from torch import Tensor
 
 from besa_exp import distributed
 from besa_exp.activations import Allocate
-from besa_exp.blocks import Block, capture_blocks, check_replay, embed
+from besa_exp.blocks import Block, Hidden, capture_blocks, check_replay, embed
+from besa_exp.budgets.budget import Budget, exact_targets
 from besa_exp.checkpoint import weights_sha256
 from besa_exp.finished_blocks import FinishedBlocks, block_tensors, load_block_tensors
 from besa_exp.masks import Target
@@ -35,18 +36,50 @@ class BlockLoop:
     dense_sha256: dict[int, str] = field(default_factory=dict)
 
     def run(
-        self, pruner: Pruner, target: Target, on_step: Callable[[Step], None], on_block: Callable[[BlockReport], None]
+        self,
+        pruner: Pruner,
+        target: Target,
+        budget: Budget | None,
+        on_step: Callable[[Step], None],
+        on_block: Callable[[BlockReport], None],
     ) -> None:
-        """Every block is in `finished` afterwards. `on_block` is told of each new one when it is on the disk."""
-        model, weights = self.loaded.model, self.loaded.weights
-        blocks = capture_blocks(model, self.input_ids)
+        """Every block is in `finished` afterwards. `budget` deals `target` out to the blocks; None: each has the same.
+        `on_block` is told of each new one when it is on the disk."""
+        blocks = capture_blocks(self.loaded.model, self.input_ids)
         self._check_replay(blocks)
-        inputs = embed(model, blocks, self.input_ids, self.batch_size, self.allocate)
-        resident: Iterable[Block] = weights.resident(blocks) if weights else blocks
-        pruning = prune_blocks(resident, inputs, pruner, target, self.batch_size, on_step, self._restore, self.allocate)
+        targets = self._targets(blocks, target, budget) if budget else target
+        pruning = prune_blocks(
+            self._resident(blocks),
+            self._embed(blocks),
+            pruner,
+            targets,
+            self.batch_size,
+            on_step,
+            self._restore,
+            self.allocate,
+        )
         for report, pruned in pruning:
             self._keep(blocks[report.index], report, pruned)
             on_block(report)
+
+    def _resident(self, blocks: list[Block]) -> Iterable[Block]:
+        """The blocks in order, each with its weights."""
+        return self.loaded.weights.resident(blocks) if self.loaded.weights else blocks
+
+    def _embed(self, blocks: list[Block]) -> Hidden:
+        return embed(self.loaded.model, blocks, self.input_ids, self.batch_size, self.allocate)
+
+    def _targets(self, blocks: list[Block], target: Target, budget: Budget) -> list[Target]:
+        """Each block's own: the budget sees the dense blocks and a copy of their inputs."""
+        sizes: list[int] = []
+
+        def measured() -> Iterable[Block]:
+            for block in self._resident(blocks):
+                sizes.append(sum(linear.weight.numel() for linear in block.linears.values()))
+                yield block
+
+        sparsities = budget.sparsities(measured(), self._embed(blocks), target.sparsity, self.batch_size)
+        return exact_targets(sparsities, sizes, target.sparsity)
 
     def _check_replay(self, blocks: list[Block]) -> None:
         """On two samples, through all blocks, or the first where they are streamed."""

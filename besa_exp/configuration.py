@@ -28,6 +28,8 @@ DETERMINING_KEYS = (
     "model",
     "calibration",
     "pruner",
+    "update",
+    "budget",
     "evaluator",
     "sparsity",
     "pattern",
@@ -36,6 +38,7 @@ DETERMINING_KEYS = (
     "deterministic",
     "save",
 )
+METHOD_GROUPS = ("budget", "pruner", "update")  # what a method is made of, in the order in which it is named
 HASH_LENGTH = 8
 NAME_LENGTH = 24  # of each part of a run's name
 
@@ -59,8 +62,14 @@ def as_values(config: DictConfig) -> dict[str, Any]:
     }
 
 
+def method_name(choices: Mapping[str, Any]) -> str:
+    """The presets of the method, `owl+wanda+obs`, from Hydra's choices."""
+    return "+".join(str(choices[group]) for group in METHOD_GROUPS if choices.get(group) not in (None, "null"))
+
+
 def read_settings(config: DictConfig, pruner_name: str, with_pruner: bool = True) -> RunSettings:
-    """Typed settings. `pruner_name` is the preset that was chosen; without the pruner torch is not imported.
+    """Typed settings. `pruner_name` is what `method_name` says; without the pruner (and what goes with it) torch is not
+    imported.
 
     Unreadable: unknown keys, missing or ill-typed values, or values a pruner refuses; all of them."""
     reader = Reader()
@@ -69,7 +78,7 @@ def read_settings(config: DictConfig, pruner_name: str, with_pruner: bool = True
         values["model"].setdefault("name", _model_name(values))
     given: dict[str, Any] = {"pruner_name": pruner_name}
     if not with_pruner:
-        given["pruner"] = values.pop("pruner", None)
+        given |= {group: values.pop(group, None) for group in METHOD_GROUPS}
     settings = reader.node(values, RunSettings, "", given)
     if settings is UNREAD or reader.problems:
         own = {key: problem for key, problem in reader.problems.items() if not _is_reference(config, key)}
@@ -91,13 +100,13 @@ def run_name(config: DictConfig) -> str:
     values = {key: value for key, value in as_values(config).items() if key in DETERMINING_KEYS}
     if isinstance(values.get("model"), dict):
         values["model"].pop("load", None)  # where the weights lie, not what they are
-    pruner = OmegaConf.select(config, "hydra.runtime.choices.pruner")
+    method = method_name(OmegaConf.select(config, "hydra.runtime.choices"))
     unstructured = values.get("pattern") == "unstructured"
     amount = values.get("sparsity") if unstructured else values.get("pattern")
     if not unstructured:
         values.pop("sparsity", None)  # the pattern fixes it
     digest = hashlib.sha256(json.dumps(_canonical(values), sort_keys=True).encode()).hexdigest()
-    parts = [_model_name(values), pruner, amount, f"s{values.get('seed')}", digest[:HASH_LENGTH]]
+    parts = [_model_name(values), method, amount, f"s{values.get('seed')}", digest[:HASH_LENGTH]]
     return "-".join(_slug(part) for part in parts)
 
 

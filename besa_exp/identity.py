@@ -14,7 +14,7 @@ IDENTITY = "identity.json"  # in the folder of the blocks
 
 def request_identity(config: Mapping[str, Any], tokens_sha256: str | None = None) -> dict[str, Any]:
     """What blocks are pruned from: the part of the configuration that decides about them, and calibration tokens."""
-    keys = ("model", "calibration", "pruner", "sparsity", "pattern", "seed", "deterministic")
+    keys = ("model", "calibration", "pruner", "update", "budget", "sparsity", "pattern", "seed", "deterministic")
     identity: dict[str, Any] = {key: config[key] for key in keys if key in config}
     if isinstance(identity.get("model"), Mapping):
         identity["model"] = {key: value for key, value in identity["model"].items() if key not in ("load", "name")}

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from besa_exp.configuration import as_values, read_settings
+from besa_exp.configuration import as_values, method_name, read_settings
 from besa_exp.environment_variables import set_before_imports
 from besa_exp.errors import ConfigurationError, RunError, first_line
 from besa_exp.interruption import interruptible
@@ -61,7 +61,7 @@ def run_job(config: DictConfig) -> Outcome:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    pruner_name = str(hydra_config.runtime.choices["pruner"])
+    pruner_name = method_name(hydra_config.runtime.choices)
     if is_done(folder) and not config.overwrite:
         return finished_before(folder)
     if hydra_config.mode != RunMode.MULTIRUN:

@@ -112,7 +112,10 @@ def _check_target(settings: RunSettings, facts: ModelFolder | None, with_pruner:
     if pattern and facts:
         problems += _indivisible(settings.pattern, pattern[1], facts)
     if with_pruner and not problems:
-        problems += settings.pruner.check(sparsity, settings.pattern)
+        from besa_exp.updates.updated import with_update  # torch is there already: it came with the pruner
+
+        problems += with_update(settings.pruner, settings.update).check(sparsity, settings.pattern)
+        problems += settings.budget.check(sparsity, settings.pattern) if settings.budget else []
     return problems
 
 

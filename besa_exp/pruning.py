@@ -6,7 +6,7 @@ Every block is pruned on the outputs of the pruned blocks before it (the pruned 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -120,7 +120,7 @@ def prune_blocks(
     blocks: Iterable[Block],
     inputs: Hidden,
     pruner: Pruner,
-    target: Target,
+    target: Target | Sequence[Target],
     batch_size: int,
     on_step: Callable[[Step], None] = lambda step: None,
     restore: Callable[[Block], bool] = lambda block: False,
@@ -129,9 +129,9 @@ def prune_blocks(
     """Prune the blocks in place, one after the other, `batch_size` samples a forward pass. `inputs`, those of the
     samples that this rank owns, are overwritten.
 
-    `restore` puts the pruned weights of an earlier run into a block and says so: it is not pruned again, nor yielded.
-    `allocate` gives room for activations, by default where the inputs lie. RunError: a statistic, loss
-    or weight is not finite; the block and the linear are named."""
+    `target` is that of every block, or a list by block index. `restore` puts the pruned weights of an earlier run into
+    a block and says so: it is not pruned again, nor yielded. `allocate` gives room for activations, by default where
+    the inputs lie. RunError: a statistic, loss or weight is not finite; the block and the linear are named."""
 
     def room() -> Hidden:
         return allocate(inputs.shape, inputs.dtype) if allocate else torch.empty_like(inputs)
@@ -146,7 +146,8 @@ def prune_blocks(
         pruned = None
         if not restore(block):
             statistics, _ = observe(block, inputs, pruner.statistic, batch_size, observed)
-            pruned = pruner.prune_block(block, inputs, targets, statistics, target, on_step)
+            wanted = target if isinstance(target, Target) else target[block.index]
+            pruned = pruner.prune_block(block, inputs, targets, statistics, wanted, on_step)
             del statistics
             write_weights(block, pruned)
         block.outputs(inputs, batch_size, out=inputs)

@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from besa_exp.configuration import Unreadable, read_settings
+from besa_exp.configuration import METHOD_GROUPS, Unreadable, method_name, read_settings
 from besa_exp.environment_variables import set_before_imports
 from besa_exp.errors import ConfigurationError
 from besa_exp.launchers import launcher_lines, launcher_of
@@ -152,8 +152,9 @@ def _ask_pruners(composer: Composer, jobs: Sequence[Job], unknown: set[str]) -> 
 def _concerns_the_pruner(composer: Composer, job: Job) -> bool:
     """Whether a line may be refused by the pruner: one of its own keys or presets, or what it is asked to reach."""
     keys = {key_of(line) for line in job.lines}
-    own = any(key.startswith("pruner.") for key in keys) or ("pruner" in keys and composer.search_path)
-    asked = ("sparsity", "pattern", "experiment")
+    own = any(key.startswith(tuple(f"{group}." for group in METHOD_GROUPS)) for key in keys)
+    own = own or ("pruner" in keys and composer.search_path)
+    asked = ("sparsity", "pattern", "experiment", "update", "budget")
     return bool(own) or any(key in keys and not _refused(composer, key) for key in asked)
 
 
@@ -165,7 +166,8 @@ def _check_settings(composer: Composer, job: Job, unknown: set[str]) -> None:
     """Notes all that is wrong with the job but with what is unknown."""
     problems = composer.problems
     try:
-        settings = read_settings(job.config, pruner_preset(job.config), with_pruner="pruner" not in unknown)
+        name = method_name(job.config.hydra.runtime.choices)
+        settings = read_settings(job.config, name, with_pruner="pruner" not in unknown)
     except Unreadable as error:
         problems |= error.by_key
         rest = [line for line in job.lines if not _sets(composer, line, error.by_key)]
@@ -190,11 +192,6 @@ def _with_paths(config: DictConfig, groups: Sequence[str]) -> DictConfig:
     for group in groups:
         filled[group].path = "embedded"
     return filled
-
-
-def pruner_preset(config: DictConfig) -> str:
-    """The pruner's preset in a configuration with Hydra's node."""
-    return str(config.hydra.runtime.choices.get("pruner"))
 
 
 def _sets(composer: Composer, line: str, keys: Iterable[str]) -> bool:

@@ -25,12 +25,13 @@ from besa_exp.token_files import token_file_shape
 
 def plan_table(settings: RunSettings, facts: Mapping[str, Any]) -> Table:
     """Two columns: what is chosen, then `facts`."""
-    pruner, calibration, evaluator = settings.pruner, settings.calibration, settings.evaluator
-    choices = ", ".join(f"{field.name}={getattr(pruner, field.name)}" for field in fields(pruner))
+    calibration, evaluator = settings.calibration, settings.evaluator
     scored = [*evaluator.perplexity_sets, *evaluator.tasks, *(["simulated speed"] if evaluator.simulated_speed else [])]
     rows = {
         "model": f"{settings.model.name} ({settings.model.path})",
-        "pruner": settings.pruner_name + (f" ({choices})" if choices else ""),
+        "pruner": settings.pruner_name + _keys(settings.pruner),
+        **({"update": type(settings.update).__name__ + _keys(settings.update)} if settings.update else {}),
+        **({"budget": type(settings.budget).__name__ + _keys(settings.budget)} if settings.budget else {}),
         "target": f"sparsity {settings.sparsity:g}, {settings.pattern}",
         "calibration": f"{calibration.path or calibration.name}, {_windows(calibration)}",
         "scores": (", ".join(scored) or "none") + (", dense too" if evaluator.dense and scored else ""),
@@ -45,6 +46,12 @@ def plan_table(settings: RunSettings, facts: Mapping[str, Any]) -> Table:
     for name, value in rows.items():
         table.add_row(Text(str(name)), Text(str(value)))
     return table
+
+
+def _keys(part: Any) -> str:
+    """The values of a pruner, update or budget in brackets."""
+    values = ", ".join(f"{field.name}={getattr(part, field.name)}" for field in fields(part))
+    return f" ({values})" if values else ""
 
 
 def _kept(save: SaveSettings) -> str:

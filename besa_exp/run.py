@@ -40,6 +40,7 @@ from besa_exp.run_folder import RunFolder
 from besa_exp.saving import block_names, check_saved, masks_origin, pruned_weights, save_pruned
 from besa_exp.settings import RunSettings, TrackerSettings
 from besa_exp.tracking import Tracker, start_tracker
+from besa_exp.updates.updated import with_update
 
 
 @dataclass(frozen=True)
@@ -184,10 +185,11 @@ def _prune_model(
 ) -> None:
     """The block loop: each report goes to the run folder, the tracker and the console."""
     settings, input_ids = run.settings, distributed.own_samples(calibration.input_ids)
+    pruner = with_update(settings.pruner, settings.update)
     for report in reports:
         tracker.log_block(report)
     hidden = loaded.model.config.get_text_config().hidden_size
-    needed = activation_bytes(input_ids, hidden, loaded.model.dtype, settings.pruner.dense_targets)
+    needed = activation_bytes(input_ids, hidden, loaded.model.dtype, pruner.dense_targets)
     _, allocate = allocator(settings.activations, run.device, run.folder.path, needed)
     loop = BlockLoop(loaded, input_ids, settings.calibration.batch_size, finished, len(reports), allocate)
     with run.timed("prune"), run.console.pruning(len(block_names(loaded)) - len(reports)) as progress:
@@ -202,7 +204,7 @@ def _prune_model(
             progress.block(report)
             reports.append(report)
 
-        loop.run(settings.pruner, Target.parse(settings.sparsity, settings.pattern), on_step, on_block)
+        loop.run(pruner, Target.parse(settings.sparsity, settings.pattern), settings.budget, on_step, on_block)
 
 
 def _save(run: Run, loaded: LoadedModel, finished: FinishedBlocks, results: Mapping[str, Any]) -> LoadedModel:

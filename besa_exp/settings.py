@@ -72,7 +72,8 @@ class SaveSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """One prune. `pruner` is the pruner object itself, `pruner_name` the preset it came from."""
+    """One prune. `pruner` is the pruner object itself, `pruner_name` the preset it came from, those of `update` and
+    `budget` added where they are given."""
 
     model: ModelSettings
     calibration: CalibrationSettings
@@ -80,6 +81,8 @@ class RunSettings:
     pruner_name: str
     evaluator: EvaluatorSettings
     tracker: TrackerSettings
+    update: Any = None  # what the kept weights do, after the pruner; None: what the pruner says
+    budget: Any = None  # how much each block gives up; None: all the same
     sparsity: float = 0.5
     pattern: str = "unstructured"  # or "N:M": N kept of every M consecutive inputs
     seed: int = 0

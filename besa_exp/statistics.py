@@ -83,6 +83,11 @@ class Hessian:
         upper = self.upper.triu()
         return (upper + upper.triu(1).T).mul_(2 / self.samples)
 
+    @property
+    def squared_norm(self) -> Float[Tensor, " in"]:
+        """What `InputNorm` accumulates: half the diagonal."""
+        return self.upper.diagonal() / self.samples
+
     def sum_over_ranks(self) -> None:
         """That of the samples of all ranks."""
         self.upper, self.samples = distributed.all_sum(self.upper), distributed.total(self.samples)

@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from hypothesis import given, settings, strategies
 from omegaconf import DictConfig, OmegaConf
 
-from besa_exp.configuration import CONF_DIR, Unreadable, as_values, read_settings, run_name
+from besa_exp.configuration import CONF_DIR, Unreadable, as_values, method_name, read_settings, run_name
 from besa_exp.errors import ConfigurationError
 from besa_exp.overrides import Composer
 from besa_exp.presets import default_preset, first_comment, groups, listing, presets
@@ -40,7 +40,7 @@ def composed(*lines: str) -> DictConfig:
 
 def read(*lines: str) -> RunSettings:
     config = composed(*lines)
-    return read_settings(config, config.hydra.runtime.choices["pruner"])
+    return read_settings(config, method_name(config.hydra.runtime.choices))
 
 
 def problems_of(*lines: str) -> dict[str, str]:
@@ -62,7 +62,7 @@ def test_every_preset_composes_and_becomes_settings(group: str, preset: str) -> 
     assert composer.problems == {}
     for config in configs:
         assert config is not None
-        read_config = read_settings(config, config.hydra.runtime.choices["pruner"])
+        read_config = read_settings(config, method_name(config.hydra.runtime.choices))
         if group in SETTINGS:
             assert type(getattr(read_config, group)) is SETTINGS[group]
         assert callable(read_config.pruner.prune_block)
@@ -84,7 +84,7 @@ def test_experiment_and_debug_presets_add_no_key_of_their_own(group: str) -> Non
 
 def test_every_key_of_the_settings_stands_in_the_configuration() -> None:
     config = composed()
-    assert set(config) - {"hydra"} == set(RunSettings.__dataclass_fields__) - {"pruner_name"}
+    assert set(config) - {"hydra"} == set(RunSettings.__dataclass_fields__) - {"pruner_name", "update", "budget"}
     for group, cls in SETTINGS.items():
         assert set(config[group]) - {"_target_"} == set(cls.__dataclass_fields__) - (
             {"name"} if group == "model" else set()

@@ -13,11 +13,16 @@ from besa_exp.blocks import capture_blocks, embed
 from besa_exp.masks import Target
 from besa_exp.pruners.besa import Besa
 from besa_exp.pruners.besa_paper import BesaPaper
+from besa_exp.pruners.besa_reconstruct import BesaReconstruct
 from besa_exp.pruners.dense import Dense
 from besa_exp.pruners.magnitude import Magnitude
 from besa_exp.pruners.sparsegpt import SparseGPT
 from besa_exp.pruners.wanda import Wanda
 from besa_exp.pruning import prune_blocks
+from besa_exp.reconstruction import Tuning
+from besa_exp.updates.obs import Obs
+from besa_exp.updates.reconstruct import Reconstruct
+from besa_exp.updates.updated import Updated
 
 PRUNERS = {  # name: (pruner, how far from a 50 % target its measured sparsity may be, takes N:M)
     "dense": (Dense(), 0.5, True),
@@ -27,7 +32,11 @@ PRUNERS = {  # name: (pruner, how far from a 50 % target its measured sparsity m
     "besa_paper": (BesaPaper(), 0.02, False),
     "besa": (Besa(checks=2), 0.0005, False),
     "besa_linear": (Besa(granularity="linear", checks=2), 0.0005, False),
+    "besa_reconstruct": (BesaReconstruct(Tuning(epochs=2, batch_size=4), group_size=32), 0.0005, True),
+    "besa+reconstruct": (Updated(Besa(checks=2), Reconstruct(Tuning(epochs=1))), 0.0005, False),
+    "wanda+obs": (Updated(Wanda(), Obs()), 0.0005, True),
 }
+MOVES_WEIGHTS = {"sparsegpt", "besa_reconstruct", "besa+reconstruct", "wanda+obs"}
 INPUT_IDS = torch.randint(0, 258, (10, 32), generator=torch.Generator().manual_seed(1))
 DENSE = tiny_llama(context=32).requires_grad_(False)
 
@@ -79,7 +88,7 @@ def test_everything_but_the_linears_of_the_blocks_is_untouched(name):
             assert torch.equal(parameter, dense[parameter_name]), parameter_name
 
 
-@pytest.mark.parametrize("name", sorted(set(PRUNERS) - {"sparsegpt"}))
+@pytest.mark.parametrize("name", sorted(set(PRUNERS) - MOVES_WEIGHTS))
 def test_kept_weights_of_mask_only_methods_are_the_dense_ones(name):
     model, results = prune_tiny(PRUNERS[name][0])
     for report, pruned in results:

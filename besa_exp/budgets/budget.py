@@ -1,0 +1,73 @@
+"""What a budget over depth is, and how its fractions become whole numbers of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from besa_exp.blocks import Block, Hidden
+from besa_exp.masks import Target, round_to_total
+from besa_exp.pruners.allocation import project_to_budget
+from besa_exp.statistics import Statistic, observe
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Budget(Protocol):
+    """A method that knows the dense blocks and their inputs, and says what each must give up."""
+
+    def check(self, sparsity: float, pattern: str) -> list[str]:
+        """Problems with this target, in complete sentences."""
+        ...
+
+    def sparsities(
+        self, blocks: Iterable[Block], inputs: Hidden, sparsity: float, batch_size: int
+    ) -> Float[Tensor, " block"]:
+        """The blocks' wishes in order, `sparsity` in the mean or near it; `exact_targets` makes them meet the total.
+        Goes through all blocks once, must not change them, and may overwrite the `inputs` of the first."""
+        ...
+
+
+def survey(
+    blocks: Iterable[Block],
+    inputs: Hidden,
+    statistic: type[Statistic],
+    batch_size: int,
+    measure: Callable[[Block, dict], T],
+) -> list[T]:
+    """One pass of the dense model: what `measure` makes of each block and the statistics of its linears' inputs, which
+    are overwritten."""
+    measured = []
+    for block in blocks:
+        statistics, _ = observe(block, inputs, statistic, batch_size, inputs)
+        measured.append(measure(block, statistics))
+    return measured
+
+
+def around(wishes: Float[Tensor, " block"], center: float, width: float) -> Float[Tensor, " block"]:
+    """`wishes` stretched to the width `width` and moved so that their mean is `center`; all equal where they are."""
+    spread = wishes.max() - wishes.min()
+    scaled = width * (wishes - wishes.min()) / spread if spread > 0 else torch.zeros_like(wishes)
+    return center + scaled - scaled.mean()
+
+
+def exact_targets(sparsities: Float[Tensor, " block"], weights: Sequence[int], sparsity: float) -> list[Target]:
+    """A target for each block such that round(sparsity * sum(weights)) weights go in all: the sparsities, clipped to
+    [0, 1], are moved by one shift and rounded by largest remainder. `weights`: of the linears of each block."""
+    capacity = torch.tensor(weights, dtype=torch.float64)
+    total = round(sparsity * sum(weights))
+    wanted = project_to_budget(sparsities.double().cpu(), capacity, total)
+    counts = round_to_total(wanted * capacity, total)
+    return [Target(int(count) / size) for count, size in zip(counts, weights, strict=True)]
+
+
+def no_pattern(name: str, pattern: str) -> list[str]:
+    """The problem of a budget where the pattern fixes every block's sparsity."""
+    if pattern == "unstructured":
+        return []
+    return [f"budget={name} with pattern={pattern}: N:M fixes the sparsity of every block; leave the budget out"]

@@ -1,0 +1,51 @@
+"""The OBS update under a given mask: SparseGPT's column loop (arXiv 2301.00774, Algorithm 1) without the choice.
+
+The result does not depend on how columns are grouped. On a mask that was not chosen for it, it can be worse than
+zeroing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from besa_exp.blocks import Block, Hidden
+from besa_exp.importance import dead_inputs, inverse_factor
+from besa_exp.masks import Target
+from besa_exp.pruners.sparsegpt import sparsegpt
+from besa_exp.pruning import PrunedBlock
+from besa_exp.reports import Step
+from besa_exp.statistics import Hessian, by_shared_input
+
+
+@dataclass(frozen=True)
+class Obs:
+    """`damping` is relative to the mean diagonal of H."""
+
+    damping: float = 0.01
+
+    statistic = Hessian
+    dense_targets = False
+
+    def __post_init__(self) -> None:
+        if not self.damping > 0:
+            raise ValueError(f"update.damping={self.damping}: must be above 0; SparseGPT uses 0.01")
+
+    def update_block(
+        self,
+        block: Block,
+        inputs: Hidden,
+        targets: Hidden,
+        statistics: Mapping[str, Hessian],
+        pruned: PrunedBlock,
+        on_step: Callable[[Step], None],
+    ) -> PrunedBlock:
+        """From the dense weights, one factor for each shared input."""
+        weights = {}
+        for hessian, names in by_shared_input(statistics):
+            matrix = hessian.matrix
+            factor = inverse_factor(matrix, self.damping, f"{block.name}.{names[0]}")
+            for name in names:
+                dense = block.linears[name].weight.detach().float().masked_fill(dead_inputs(matrix), 0)
+                weights[name], _ = sparsegpt(dense, factor, Target(0.0), keep_mask=pruned.keep_masks[name])
+        return replace(pruned, weights=weights)

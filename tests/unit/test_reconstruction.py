@@ -1,0 +1,163 @@
+"""Tuning of kept weights: exact budgets, zeros that stay, and never worse on the probe than the start."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_llama import tiny_llama
+
+from besa_exp.blocks import capture_blocks, embed
+from besa_exp.masks import Target, keep_per_row
+from besa_exp.pruners.besa_reconstruct import BesaReconstruct
+from besa_exp.pruners.sparsegpt import SparseGPT
+from besa_exp.pruners.wanda import Wanda
+from besa_exp.pruning import probe_loss, prune_blocks
+from besa_exp.reconstruction import Ramp, Tuning, keep_valuable, tune
+from besa_exp.updates.obs import Obs
+from besa_exp.updates.reconstruct import Reconstruct
+from besa_exp.updates.updated import Updated
+
+INPUT_IDS = torch.randint(0, 258, (16, 24), generator=torch.Generator().manual_seed(1))
+DENSE = tiny_llama(context=32).requires_grad_(False)
+
+
+def first_block():
+    model = copy.deepcopy(DENSE)
+    blocks = capture_blocks(model, INPUT_IDS)
+    inputs = embed(model, blocks, INPUT_IDS, 4)
+    return blocks[0], inputs, blocks[0].outputs(inputs, 4)
+
+
+def uniform_masks(block, sparsity=0.6):
+    return {name: keep_per_row(linear.weight.abs(), Target(sparsity)) for name, linear in block.linears.items()}
+
+
+def weights_of(block):
+    return {name: linear.weight.detach().clone() for name, linear in block.linears.items()}
+
+
+def reports_of(pruner, sparsity=0.6, pattern="unstructured"):
+    model = copy.deepcopy(DENSE)
+    blocks = capture_blocks(model, INPUT_IDS)
+    inputs = embed(model, blocks, INPUT_IDS, 4)
+    return [report for report, _ in prune_blocks(blocks, inputs, pruner, Target.parse(sparsity, pattern), 4)]
+
+
+def test_tuning_lowers_the_probe_loss_and_keeps_the_mask() -> None:
+    block, inputs, targets = first_block()
+    masks = uniform_masks(block)
+    tuned = tune(block, inputs, targets, weights_of(block), masks, Tuning(epochs=10, batch_size=4), lambda step: None)
+    after = probe_loss(block, inputs, targets, tuned.weights)
+    assert after < 0.95 * tuned.loss_before
+    assert tuned.steps[-1].loss < 0.5 * tuned.steps[0].loss
+    for name, mask in masks.items():
+        assert torch.equal(tuned.keep_masks[name], mask)
+        assert not tuned.weights[name][~mask].any()
+        assert tuned.weights[name][mask].all()
+
+
+def test_a_step_size_that_ruins_the_block_leaves_it_as_it_began() -> None:
+    block, inputs, targets = first_block()
+    masks = uniform_masks(block, 0.1)
+    tuned = tune(
+        block, inputs, targets, weights_of(block), masks, Tuning(epochs=1, batch_size=4, lr=1.0), lambda s: None
+    )
+    for name, weight in weights_of(block).items():
+        assert torch.equal(tuned.weights[name], weight * masks[name])
+
+
+def test_the_block_itself_is_not_changed() -> None:
+    block, inputs, targets = first_block()
+    before = weights_of(block)
+    tune(block, inputs, targets, before, uniform_masks(block), Tuning(epochs=1), lambda step: None)
+    for name, weight in weights_of(block).items():
+        assert torch.equal(weight, before[name])
+
+
+def test_the_least_costly_weights_of_the_whole_block_go_and_none_comes_back() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(5, 7, generator=generator) for name in "ab"}
+    squared = {"a": torch.rand(5, 7, generator=generator), "b": 100 * torch.rand(5, 7, generator=generator)}
+    masks = {name: torch.rand(5, 7, generator=generator) > 0.2 for name in "ab"}
+    kept = keep_valuable(weights, squared, masks, 0.5)
+    cost = torch.cat([(weights[name].double() ** 2 * squared[name].double()).flatten() for name in "ab"])
+    flat, before = (
+        torch.cat([kept[name].flatten() for name in "ab"]),
+        torch.cat([masks[name].flatten() for name in "ab"]),
+    )
+    assert int((~flat).sum()) == 35
+    assert not flat[~before].any()
+    assert cost[flat].min() >= cost[~flat & before].max()
+    assert kept["a"].sum() < kept["b"].sum()  # b's weights cost more
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 40, 133])
+def test_the_ramp_rises_to_exactly_its_end_and_then_stays(num_steps: int) -> None:
+    ramp = Ramp(0.3, 0.7, until=0.6, every=4)
+    course = [sparsity for step in range(num_steps) if (sparsity := ramp.sparsity_after(step, num_steps)) is not None]
+    assert course == sorted(course)
+    assert course[-1] == pytest.approx(0.7, abs=1e-12)
+    assert all(ramp.sparsity_after(step, num_steps) is None for step in range(ramp.settles(num_steps) + 1, num_steps))
+
+
+@pytest.mark.parametrize("sparsity", [0.05, 0.5, 0.95])
+def test_besa_reconstruct_meets_the_budget_of_each_block_exactly(sparsity: float) -> None:
+    for report in reports_of(BesaReconstruct(Tuning(epochs=2, batch_size=4)), sparsity):
+        weights = sum(linear.weights for linear in report.linears)
+        assert sum(linear.pruned for linear in report.linears) == round(sparsity * weights)
+
+
+def test_besa_reconstruct_gives_rows_different_sparsities_and_beats_sparsegpt_on_the_probe() -> None:
+    ours = reports_of(BesaReconstruct(Tuning(epochs=10, batch_size=4)), 0.7)
+    theirs = reports_of(Updated(SparseGPT(), Reconstruct(Tuning(epochs=10, batch_size=4))), 0.7)
+    assert len({linear.pruned / linear.weights for linear in ours[0].linears}) > 1
+    plain = reports_of(SparseGPT(), 0.7)
+    assert ours[0].loss_after < plain[0].loss_after
+    assert theirs[0].loss_after < plain[0].loss_after
+
+
+def test_besa_reconstruct_keeps_an_n_m_pattern() -> None:
+    model = copy.deepcopy(DENSE)
+    blocks = capture_blocks(model, INPUT_IDS)
+    inputs = embed(model, blocks, INPUT_IDS, 4)
+    list(prune_blocks(blocks, inputs, BesaReconstruct(Tuning(epochs=1)), Target.parse(0.5, "2:4"), 4))
+    for block in blocks:
+        for linear in block.linears.values():
+            assert (linear.weight.view(-1, 4) == 0).sum(dim=1).eq(2).all()
+
+
+def test_the_obs_update_of_sparsegpts_own_mask_is_sparsegpt() -> None:
+    block, inputs, targets = first_block()
+    from besa_exp.statistics import Hessian, observe
+
+    statistics, _ = observe(block, inputs, Hessian, 4)
+    pruned = SparseGPT().prune_block(block, inputs, targets, statistics, Target(0.5), lambda step: None)
+    updated = Obs().update_block(block, inputs, targets, statistics, pruned, lambda step: None)
+    assert pruned.weights is not None
+    assert updated.weights is not None
+    for name, weight in pruned.weights.items():
+        torch.testing.assert_close(updated.weights[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_an_update_leaves_the_pruners_masks_alone_and_numbers_its_steps_on() -> None:
+    from besa_exp.pruners.besa import Besa
+
+    masks = {}
+    for pruner in (Besa(), Updated(Besa(), Reconstruct(Tuning(epochs=1, batch_size=4)))):
+        model = copy.deepcopy(DENSE)
+        blocks = capture_blocks(model, INPUT_IDS)[:1]
+        inputs = embed(model, blocks, INPUT_IDS, 4)
+        seen = []
+        ((report, pruned),) = prune_blocks(blocks, inputs, pruner, Target(0.5), 4, seen.append)
+        masks[type(pruner).__name__] = pruned.keep_masks
+        assert [step.step for step in report.steps] == list(range(len(report.steps)))
+        assert tuple(seen) == report.steps
+    for name, mask in masks["Besa"].items():
+        assert torch.equal(mask, masks["Updated"][name])
+
+
+def test_an_update_refuses_a_pruner_that_needs_another_statistic() -> None:
+    assert Updated(Wanda(), Obs()).check(0.5, "unstructured") == []
+    assert Updated(SparseGPT(), Reconstruct()).check(0.5, "unstructured") == []
