@@ -1,5 +1,5 @@
 # make run    set up .venv and prune the embedded model (ARGS="sparsity=0.6 pruner=wanda" adds to the command)
-# make test   set up .venv and check everything: ruff, pyright, pytest
+# make test   set up .venv and check everything: ruff, pyright, pytest (as root where apt is, Chromium is installed for the report's test)
 # make setup  set up .venv only
 # make bench  measure one block of each method against its floor (make bench-gpu: on a CUDA device)
 # make first-results  run the study of experiments/first_results (about an hour on 2 cores; done runs are skipped)
@@ -7,14 +7,14 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-EXTRAS := dev,plots,sweep
+EXTRAS := dev,report,sweep
 
 # The first interpreter that runs and is new enough (a shim may be on the path and refuse to run).
 IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python,\
 	$(shell $(name) -c '$(IN_RANGE)' 2>/dev/null && echo $(name))))
 
-.PHONY: setup run test lint types pytest first-results bench bench-gpu clean
+.PHONY: setup run test lint types pytest browser first-results bench bench-gpu clean
 .DEFAULT_GOAL := run
 
 setup: $(STAMP)
@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 run: $(STAMP)
 	$(BIN)/besa prune $(ARGS)
 
-test: lint types pytest
+test: lint types browser pytest
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -38,6 +38,14 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/pyright
+
+# The report's page is tested in Chromium. Where it cannot be installed that test skips and says how to get it.
+browser:
+	@command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& echo "installing chromium for the report's test" && export DEBIAN_FRONTEND=noninteractive \
+		&& timeout 120 apt-get update -qq >/dev/null 2>&1 \
+		&& timeout 480 apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null 2>&1; } \
+		|| echo "no chromium: apt-get install chromium chromium-driver"
 
 # Two workers with one thread each: many small tensors gain nothing from more.
 pytest: $(STAMP)

@@ -19,6 +19,8 @@ besa: prunes language models block by block (BESA, arXiv 2402.16880) and compare
   besa prune -m key=a,b,c ...    one job for each value
   besa masks apply MASKS --model DIR --out DIR
                                  rebuild a pruned model from dense weights and a run's masks.safetensors
+  besa report DIR... [--out DIR]
+                                 compare run folders and sweeps: one page, tables, figures
   besa list [group ...]          the presets there are, with a line each
   besa --version
 
@@ -104,6 +106,12 @@ def _masks(arguments: Sequence[str]) -> int:
     return masks(arguments)
 
 
+def _report(arguments: Sequence[str]) -> int:
+    from besa_exp.report.command import report
+
+    return report(arguments)
+
+
 def _complete(arguments: Sequence[str]) -> int:
     from besa_exp.completion import complete
 
@@ -114,6 +122,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "prune": _prune,
     "masks": _masks,
     "list": _list,
+    "report": _report,
     "--help": _help,
     "-h": _help,
     "help": _help,

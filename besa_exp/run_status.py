@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from besa_exp import atomic
+from besa_exp.environment import masked_command
 from besa_exp.folder_lock import is_locked
 
 KILLED = "interrupted (killed)"
 
 
 def read_status(path: Path) -> dict[str, Any] | None:
-    """status.json (`status`, `started`, `finished`, `process`, `host`, `error`); None where there is no run's."""
+    """status.json (`status`, `started`, `finished`, `process`, `host`, `error`, `command`); None where no run's is."""
     try:
         status = json.loads((path / "status.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -48,6 +51,7 @@ def write_status(path: Path, status: str, started: str, error: BaseException | N
         "process": os.getpid(),
         "host": socket.gethostname(),
         "error": f"{type(error).__name__}: {error}" if error else None,
+        "command": shlex.join(["besa", *masked_command(sys.argv[1:])]),
     }
     atomic.write_text(path / "status.json", json.dumps(record, indent=2) + "\n")
 

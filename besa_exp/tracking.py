@@ -114,7 +114,7 @@ class WandbTracker:
         if importlib.util.find_spec("matplotlib"):
             values["sparsity/heat_map"] = wandb.Image(_heat_map(reports))
         else:
-            logger.info("no heat map of the sparsity for W&B: it needs matplotlib (pip install 'besa-exp[plots]')")
+            logger.info("no heat map of the sparsity for W&B: it needs matplotlib (pip install 'besa-exp[report]')")
         self._run.log(values)
         weights, pruned = sum(row[2] for row in rows), sum(row[3] for row in rows)
         self._run.summary["sparsity"] = pruned / weights

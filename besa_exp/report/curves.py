@@ -1,0 +1,37 @@
+"""Loss curves, thinned: of metrics.jsonl only so many lines are parsed, whatever its length."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+LINES = 512  # parsed of one file; a curve has no more points than that
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Every `stride`-th line's step: (block, step, loss, reconstruction, expected sparsity), in order."""
+
+    stride: int
+    points: tuple[tuple[int, int, float, float, float], ...]
+
+
+def read_curve(folder: Path, lines: int = LINES) -> Curve:
+    """The steps of one run; none for a method that takes none, or where the file is not there."""
+    try:
+        recorded = (folder / "metrics.jsonl").read_bytes().splitlines()
+    except OSError:
+        return Curve(1, ())
+    steps = [line for line in recorded if line.startswith(b'{"kind": "step"')]
+    stride = max(1, -(-len(steps) // lines))
+    points = []
+    for line in steps[::stride]:
+        try:
+            step = json.loads(line)
+            points.append(
+                (step["block"], step["step"], step["loss"], step["reconstruction"], step["expected_sparsity"])
+            )
+        except (ValueError, KeyError):  # a last line that was cut off
+            continue
+    return Curve(stride, tuple(points))

@@ -1,0 +1,69 @@
+"""Along depth: what each block's linears give up, and the reconstruction error each method leaves there."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from besa_exp.report.comparability import RECONSTRUCTION, Entry
+from besa_exp.report.methods import Method
+from besa_exp.report.runs import Run
+from besa_exp.report.summaries import cells
+from besa_exp.sparsity_table import linear_type, short_names
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Weights and pruned weights by block (rows) and linear type (columns, in the model's order); None where a block
+    has no such linear."""
+
+    linears: tuple[str, ...]
+    blocks: tuple[int, ...]
+    counts: tuple[tuple[tuple[int, int] | None, ...], ...]
+
+    @property
+    def sparsities(self) -> list[list[float]]:
+        """Fraction of zeros; NaN where a block has no such linear."""
+        return [[pair[1] / pair[0] if pair else float("nan") for pair in row] for row in self.counts]
+
+
+def allocation(run: Run) -> Allocation:
+    """Experts of one kind are one linear type."""
+    types = list(dict.fromkeys(linear_type(linear.name) for block in run.blocks for linear in block.linears))
+    rows = []
+    for block in run.blocks:
+        own: dict[str, tuple[int, int]] = {}
+        for linear in block.linears:
+            weights, pruned = own.get(linear_type(linear.name), (0, 0))
+            own[linear_type(linear.name)] = (weights + linear.weights, pruned + linear.pruned)
+        rows.append(tuple(own.get(kind) for kind in types))
+    names = short_names(types)
+    return Allocation(tuple(names[kind] for kind in types), tuple(block.index for block in run.blocks), tuple(rows))
+
+
+@dataclass(frozen=True)
+class ErrorAlongDepth:
+    """Mean and sample standard deviation over `number` runs of the reconstruction loss after each block."""
+
+    model: str
+    method: Method
+    target: float
+    blocks: tuple[int, ...]
+    means: tuple[float, ...]
+    spreads: tuple[float, ...]
+    number: int
+
+
+def errors_along_depth(runs: Sequence[Run], judged: Sequence[Entry]) -> list[ErrorAlongDepth]:
+    """One for each model, method and target whose runs are comparable."""
+    losses = [entry for entry in judged if entry.measure == RECONSTRUCTION and not entry.apart]
+    found = []
+    for cell in cells(runs, losses):
+        chosen = [runs[number].blocks for number in cell.runs]
+        columns = list(zip(*([block.after for block in blocks] for blocks in chosen), strict=False))
+        means = tuple(statistics.fmean(column) for column in columns)
+        spreads = tuple(statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns)
+        indices = tuple(block.index for block in chosen[0])
+        found.append(ErrorAlongDepth(cell.model, cell.method, cell.target, indices, means, spreads, len(chosen)))
+    return found

@@ -1,0 +1,96 @@
+"""What a method is called and how it is drawn: the pruner's preset, and what differs from it.
+
+Two runs of one preset with other settings (an ablation) are two methods. Colours are Okabe and Ito's, made darker or
+lighter where a background asks for it; every method has a marker of its own too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import yaml
+
+from besa_exp.presets import CONF_DIR
+
+
+@dataclass(frozen=True)
+class Style:
+    """Colours on light and dark ground, and a marker as plotly and as matplotlib calls it."""
+
+    light: str
+    dark: str
+    symbol: str
+    marker: str
+
+
+STYLES: Mapping[str, Style] = {
+    "dense": Style("#6b7280", "#a3acb9", "line-ew-open", "_"),
+    "magnitude": Style("#b0558a", "#e39ac4", "triangle-down", "v"),
+    "wanda": Style("#b87400", "#f0b03a", "square", "s"),
+    "sparsegpt": Style("#007f5c", "#2fc79a", "diamond", "D"),
+    "besa_paper": Style("#0062a3", "#5aa9f0", "triangle-up", "^"),
+    "besa_linear": Style("#3d97cf", "#a9dcff", "pentagon", "p"),
+    "besa": Style("#c84a00", "#ff8a4c", "circle", "o"),
+    "besa_joint": Style("#7b1fa2", "#ce93d8", "star", "*"),
+}
+OTHERS = (
+    Style("#44403c", "#d6d3d1", "hexagon", "h"),
+    Style("#5b6b00", "#c2d14a", "cross", "P"),
+    Style("#8c1d40", "#f28ca6", "x", "X"),
+    Style("#1b4b7a", "#8fb8e0", "triangle-left", "<"),
+    Style("#00696b", "#63d3d5", "triangle-right", ">"),
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pruner's preset and, in `variant`, the settings in which a run differs from it."""
+
+    pruner: str
+    variant: str = ""
+
+    @property
+    def label(self) -> str:
+        """As a legend says it."""
+        return f"{self.pruner}, {self.variant}" if self.variant else self.pruner
+
+    @property
+    def order(self) -> tuple[int, str]:
+        """Known ones first, from dense to BESA, then the others by name."""
+        known = list(STYLES)
+        return (known.index(self.pruner) if self.pruner in known else len(known), self.label)
+
+
+def method_of(name: str, settings: Any, pattern: str) -> Method:
+    """The method of a run by the preset `name` with the configuration's `settings`."""
+    preset = _preset(name)
+    given = settings if isinstance(settings, Mapping) else {}
+    differing = [
+        f"{key}={_shown(value)}"
+        for key, value in given.items()
+        if key in preset and not str(preset[key]).startswith("${") and value != preset[key]
+    ]
+    return Method(name, ", ".join([*([pattern] if pattern != "unstructured" else []), *differing]))
+
+
+def styles(pruners: list[str]) -> dict[str, Style]:
+    """A style for each pruner, the same whatever else is there for those that the package knows."""
+    others = sorted({name for name in pruners if name not in STYLES})
+    return {name: STYLES[name] for name in pruners if name in STYLES} | {
+        name: OTHERS[number % len(OTHERS)] for number, name in enumerate(others)
+    }
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@cache
+def _preset(name: str) -> Mapping[str, Any]:
+    """conf/pruner/NAME.yaml; {} for a pruner that is not the package's."""
+    path = CONF_DIR / "pruner" / f"{name}.yaml"
+    known = path.stem == name and path.parent == CONF_DIR / "pruner" and path.is_file()
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if known else {}

@@ -1,0 +1,153 @@
+"""What the page knows, as plain JSON values: judged in Python, so that the page only chooses and draws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from besa_exp import __version__
+from besa_exp.report.curves import Curve
+from besa_exp.report.depth import ErrorAlongDepth, allocation
+from besa_exp.report.figures import usual_target
+from besa_exp.report.methods import Method, styles
+from besa_exp.report.paper import PaperTable, published
+from besa_exp.report.runs import Measure, Run
+from besa_exp.report.summaries import DENSE, Cell, measure_rank
+
+DIGITS = 5  # significant ones of a curve's values
+
+
+def page_data(
+    places: Sequence[str],
+    runs: Sequence[Run],
+    curves: Sequence[Curve],
+    found: Sequence[Cell],
+    errors: Sequence[ErrorAlongDepth],
+    tables: Sequence[PaperTable],
+) -> dict[str, Any]:
+    """Methods, measures and environments are told once and meant by their number."""
+    done = [run for run in runs if run.status == "done"]
+    methods = sorted({run.method for run in done} | {cell.method for cell in found}, key=lambda method: method.order)
+    measures = sorted({s.measure for r in done for s in r.scores} | {c.measure for c in found}, key=measure_rank)
+    environments: list[Mapping[str, Any]] = []
+    rows = [_run(number, runs[number], curves[number], methods, measures, environments) for number in range(len(runs))]
+    return {
+        "version": __version__,
+        "places": list(places),
+        "models": sorted({run.model for run in done}),
+        "methods": _methods(methods),
+        "measures": [{"kind": measure.kind, "label": measure.label} for measure in measures],
+        "targets": sorted({_target(run) for run in done if run.method != DENSE}),
+        "cells": [_cell(cell, runs, methods, measures) for cell in found],
+        "depth": [_depth(error, methods) for error in errors],
+        "depth_target": usual_target([(error.target, error.method) for error in errors]) if errors else None,
+        "paper": [_paper(table) for table in tables],
+        "others": published()["others"],
+        "runs": rows,
+        "environments": environments,
+    }
+
+
+def _target(run: Run) -> float:
+    return round(float(run.target or 0.0), 6)
+
+
+def _methods(methods: Sequence[Method]) -> list[dict[str, Any]]:
+    looks = styles([method.pruner for method in methods])
+    variants: dict[str, int] = {}
+    told = []
+    for method in methods:
+        look = looks[method.pruner]
+        variant = variants.setdefault(method.pruner, 0)
+        variants[method.pruner] += 1
+        told.append(
+            {"label": method.label, "pruner": method.pruner, "variant": variant}
+            | {"light": look.light, "dark": look.dark, "symbol": look.symbol}
+        )
+    return told
+
+
+def _cell(cell: Cell, runs: Sequence[Run], methods: Sequence[Method], measures: Sequence[Measure]) -> dict[str, Any]:
+    return {
+        "model": cell.model,
+        "measure": measures.index(cell.measure),
+        "method": methods.index(cell.method),
+        "target": cell.target,
+        "measured": cell.measured,
+        "mean": cell.mean,
+        "spread": cell.spread,
+        "text": cell.text,
+        "values": cell.values,
+        "seeds": [runs[number].seed for number in cell.runs],
+        "runs": cell.runs,
+        "apart": cell.apart,
+    }
+
+
+def _depth(error: ErrorAlongDepth, methods: Sequence[Method]) -> dict[str, Any]:
+    return asdict(error) | {"method": methods.index(error.method)}
+
+
+def _paper(table: PaperTable) -> dict[str, Any]:
+    models = list(dict.fromkeys(cell.model for cell in table.cells))
+    rows = []
+    for name, pruner in dict.fromkeys((cell.row, cell.pruner) for cell in table.cells):
+        own = {cell.model: asdict(cell) for cell in table.cells if (cell.row, cell.pruner) == (name, pruner)}
+        rows.append({"name": name, "pruner": pruner, "cells": [own[model] for model in models]})
+    return {"title": table.title, "source": table.source, "kind": table.kind, "models": models, "rows": rows}
+
+
+def _run(
+    number: int,
+    run: Run,
+    curve: Curve,
+    methods: Sequence[Method],
+    measures: Sequence[Measure],
+    environments: list[Mapping[str, Any]],
+) -> dict[str, Any]:
+    told = {"id": number, "folder": run.folder, "status": run.status, "error": run.error}
+    if run.status != "done":
+        return told
+    if run.environment not in environments:
+        environments.append(run.environment)
+    given = allocation(run)
+    return told | {
+        "model": run.model,
+        "method": methods.index(run.method),
+        "pattern": run.pattern,
+        "seed": run.seed,
+        "target": _target(run),
+        "measured": run.measured,
+        "command": run.command,
+        "config": run.config,
+        "environment": environments.index(run.environment),
+        "calibration": run.calibration,
+        "scores": [[measures.index(score.measure), score.value] for score in run.scores],
+        "unavailable": run.unavailable,
+        "seconds": run.seconds,
+        "memory": run.memory,
+        "blocks": [[b.index, _rounded(b.before), _rounded(b.after), _rounded(b.seconds)] for b in run.blocks],
+        "allocation": asdict(given),
+        "curve": {"stride": curve.stride, "blocks": _curve(curve)},
+    }
+
+
+def _curve(curve: Curve) -> list[dict[str, Any]]:
+    blocks: dict[int, list[tuple[int, int, float, float, float]]] = {}
+    for point in curve.points:
+        blocks.setdefault(point[0], []).append(point)
+    return [
+        {
+            "block": block,
+            "steps": [point[1] for point in points],
+            "loss": [_rounded(point[2]) for point in points],
+            "reconstruction": [_rounded(point[3]) for point in points],
+            "expected": [_rounded(point[4]) for point in points],
+        }
+        for block, points in blocks.items()
+    ]
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")

@@ -1,0 +1,196 @@
+// Charts. A method has one colour and one marker everywhere; variants of a pruner differ in their dashes.
+
+const darkness = matchMedia("(prefers-color-scheme: dark)");
+const narrow = matchMedia("(max-width: 760px)");
+const DASHES = ["solid", "dash", "dot", "dashdot"];
+const DIVERGING = {
+  light: [[0, "#4b2b85"], [0.25, "#a99bd0"], [0.5, "#f4f3f0"], [0.75, "#e9a35b"], [1, "#9a4300"]],
+  dark: [[0, "#b9a6ff"], [0.25, "#6b58a8"], [0.5, "#2a2d35"], [0.75, "#b3661f"], [1, "#ffb067"]],
+};
+const DEPTH_COLOURS = { light: ["#0b2a5b", "#2f6d8f", "#5a9a7a", "#a8962c", "#b25a00"], dark: ["#8fb4ff", "#6ccbd6", "#8fdc9a", "#e3d05a", "#ffa35c"] };
+
+const colour = (method) => data.methods[method][darkness.matches ? "dark" : "light"];
+const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+function look(method) {
+  const { symbol, variant } = data.methods[method];
+  return {
+    line: { color: colour(method), width: 2, dash: DASHES[variant % DASHES.length] },
+    marker: { color: colour(method), symbol, size: symbol.startsWith("triangle") ? 10 : 8, line: { color: variable("--paper"), width: 1 } },
+  };
+}
+
+const GLYPHS = { // as plotly's markers, in a box from -6 to 6
+  "circle": "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0", "square": "M-4.5,-4.5h9v9h-9Z", "diamond": "M0,-6L6,0L0,6L-6,0Z",
+  "triangle-up": "M0,-5L5.5,4.5H-5.5Z", "triangle-down": "M0,5L5.5,-4.5H-5.5Z", "triangle-left": "M-5,0L4.5,-5.5V5.5Z",
+  "triangle-right": "M5,0L-4.5,-5.5V5.5Z", "pentagon": "M0,-5.5L5.4,-1.6L3.4,5H-3.4L-5.4,-1.6Z", "hexagon": "M-5,-3L0,-6L5,-3V3L0,6L-5,3Z",
+  "star": "M0,-6L1.6,-2L6,-1.8L2.5,1L3.7,5.2L0,2.8L-3.7,5.2L-2.5,1L-6,-1.8L-1.6,-2Z", "cross": "M-2,-5.5h4v3.5h3.5v4h-3.5v3.5h-4v-3.5h-3.5v-4h3.5Z",
+  "x": "M-5.5,-3L-3,-5.5L0,-2.5L3,-5.5L5.5,-3L2.5,0L5.5,3L3,5.5L0,2.5L-3,5.5L-5.5,3L-2.5,0Z", "line-ew-open": "M-6,-1h5v2h-5ZM1,-1h5v2h-5Z",
+};
+
+// The marker of a method, the same in filters, legends and tables.
+function glyph(method) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+  path.setAttribute("d", GLYPHS[data.methods[method].symbol] || GLYPHS.circle);
+  path.setAttribute("fill", colour(method));
+  made.setAttribute("viewBox", "-7 -7 14 14");
+  made.setAttribute("class", "glyph");
+  made.setAttribute("aria-hidden", "true");
+  made.append(path);
+  return made;
+}
+
+const DASH_NAMES = ["", "dashed", "dotted", "dash-dotted"];
+function legendOf(methods) {
+  return element("ul", { class: "legend" }, unique(methods).sort((a, b) => a - b).map((method) => {
+    const dashes = DASH_NAMES[data.methods[method].variant % DASH_NAMES.length];
+    return element("li", {}, glyph(method), data.methods[method].label, dashes ? element("span", { class: "minor" }, ` (${dashes})`) : null);
+  }));
+}
+
+// Ticks of a logarithmic axis: 1, 2, 5 of each power of ten; all nine where the range is short, 1 where it is long.
+function logarithmic(title, values) {
+  const positive = values.filter((value) => value > 0);
+  if (!positive.length) return axis(title, { type: "log" });
+  const [low, high] = [Math.log10(Math.min(...positive)), Math.log10(Math.max(...positive))];
+  const pad = Math.max(0.03, 0.06 * (high - low));
+  const kept = high - low > 3 ? [1] : high - low > 0.9 ? [1, 2, 5] : [1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9];
+  const ticks = [];
+  for (let power = Math.floor(low - pad); power <= Math.ceil(high + pad); power += 1) {
+    ticks.push(...kept.map((factor) => Number((factor * 10 ** power).toPrecision(3))));
+  }
+  const shown = ticks.filter((tick) => Math.log10(tick) >= low - pad && Math.log10(tick) <= high + pad);
+  return axis(title, { type: "log", range: [low - pad, high + pad], tickvals: shown, ticktext: shown.map(String) });
+}
+
+function axis(title, more = {}) {
+  const line = variable("--line");
+  return { title: { text: title, standoff: 8 }, gridcolor: line, zeroline: false, linecolor: line, automargin: true, ...more };
+}
+
+function layout(xaxis, yaxis, more = {}) {
+  return {
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", xaxis, yaxis,
+    font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: variable("--ink") },
+    margin: { l: 8, r: 8, t: 8, b: 8 }, hovermode: "closest", dragmode: narrow.matches ? false : "zoom",
+    hoverlabel: { bgcolor: variable("--paper"), bordercolor: variable("--soft"), font: { color: variable("--ink") }, align: "left" },
+    legend: { orientation: "h", x: 0, y: -0.2, yanchor: "top", font: { size: 11 } }, showlegend: false, ...more,
+  };
+}
+
+function card(title, note, label) {
+  const plot = element("div", { class: "plot", role: "img", "aria-label": label || title });
+  return { plot, node: element("div", { class: "card" }, element("h3", {}, title), note ? element("p", {}, note) : null, plot) };
+}
+
+// A chart is drawn when it comes near the window, all of them before printing: two hundred runs open at once.
+const waiting = new Map();
+const near = new IntersectionObserver((seen) => seen.filter((one) => one.isIntersecting).forEach((one) => drawNow(one.target)), { rootMargin: "300px" });
+addEventListener("beforeprint", () => [...waiting.keys()].forEach(drawNow));
+
+function drawNow(plot) {
+  near.unobserve(plot);
+  const drawing = waiting.get(plot);
+  waiting.delete(plot);
+  if (drawing) draw(plot, drawing.traces, drawing.layout);
+}
+
+function draw(plot, traces, laidOut) {
+  Plotly.newPlot(plot, traces, laidOut, {
+    responsive: true, displaylogo: false, displayModeBar: false, // dragging zooms, a double click shows all again
+  });
+}
+
+// Redraws `place`: `cards` are {plot, node, traces, layout}; charts that go are freed.
+function showCharts(place, cards, sentence) {
+  free(place);
+  fill(place, cards.length ? cards.map((item) => item.node) : empty(sentence));
+  cards.forEach((item) => {
+    waiting.set(item.plot, item);
+    near.observe(item.plot);
+  });
+}
+
+function free(place) {
+  place.querySelectorAll(".plot").forEach((plot) => {
+    near.unobserve(plot);
+    if (!waiting.delete(plot)) Plotly.purge(plot);
+  });
+}
+
+function scoreTraces(cells, kind) {
+  const pruned = cells.filter((cell) => !isDense(cell.method));
+  const places = pruned.map((cell) => cell.measured);
+  const [left, right] = places.length ? [Math.min(...places), Math.max(...places)] : [0, 1];
+  return [...new Set(cells.map((cell) => cell.method))].map((method) => {
+    const own = cells.filter((cell) => cell.method === method);
+    const { label } = data.methods[method];
+    const shared = { name: markupFree(label), ...look(method), hovertemplate: "%{text}<extra></extra>" };
+    if (isDense(method)) {
+      const text = `dense: ${own[0].text}`;
+      const reach = left === right ? 0.05 : 0;
+      return { ...shared, mode: "lines", x: [left - reach, right + reach], y: [own[0].mean, own[0].mean], text: [text, text], line: { color: colour(method), width: 1.5, dash: "dash" } };
+    }
+    return {
+      ...shared, mode: "lines+markers", x: own.map((cell) => cell.measured), y: own.map((cell) => cell.mean),
+      error_y: { type: "data", array: own.map((cell) => cell.spread || 0), color: colour(method), thickness: 1.2, width: 3 },
+      text: own.map((cell) => `<b>${markupFree(label)}</b><br>${markupFree(cell.text)}<br>target ${targetName(cell.target)}, measured ${percent(cell.measured)}`
+        + `<br>${cell.values.map((value, at) => `seed ${cell.seeds[at]}: ${scoreText(kind, value)}`).join("<br>")}`),
+    };
+  });
+}
+
+function errorTraces(lines) {
+  return lines.map((line) => ({
+    name: markupFree(data.methods[line.method].label), ...look(line.method), mode: "lines+markers", x: line.blocks, y: line.means,
+    error_y: { type: "data", array: line.spreads, color: colour(line.method), thickness: 1.2, width: 3 },
+    text: line.blocks.map((block, at) => `<b>${markupFree(data.methods[line.method].label)}</b><br>block ${block}: ${significant(line.means[at])}`
+      + (line.number > 1 ? ` ± ${significant(line.spreads[at])} (${line.number} runs)` : "")),
+    hovertemplate: "%{text}<extra></extra>",
+  }));
+}
+
+function allocationChart(run) {
+  const { linears, blocks, counts } = run.allocation;
+  const shares = counts.map((row) => row.map((pair) => (pair ? pair[1] / pair[0] : null)));
+  const reach = Math.max(0.005, ...shares.flat().filter((value) => value !== null).map((value) => Math.abs(value - run.measured)));
+  const text = counts.map((row, at) => row.map((pair, column) => (pair
+    ? `<b>block ${blocks[at]}, ${markupFree(linears[column])}</b><br>${percent(pair[1] / pair[0], 3)} zeros<br>${pair[1].toLocaleString("en")} of ${pair[0].toLocaleString("en")} weights` : "")));
+  const few = blocks.length * linears.length <= 120 && !narrow.matches;
+  const traces = [{
+    type: "heatmap", x: linears.map(markupFree), y: blocks, z: shares, text, hovertemplate: "%{text}<extra></extra>", xgap: 1, ygap: 1,
+    zmin: run.measured - reach, zmax: run.measured + reach, colorscale: DIVERGING[darkness.matches ? "dark" : "light"],
+    colorbar: { thickness: 10, outlinewidth: 0, tickformat: ".1%", len: 1 },
+  }];
+  const annotations = few ? shares.flatMap((row, at) => row.map((value, column) => (value === null ? null : {
+    x: markupFree(linears[column]), y: blocks[at], text: (100 * value).toFixed(1), showarrow: false,
+    font: { size: 11, color: Math.abs(value - run.measured) > 0.6 * reach ? (darkness.matches ? "#14161a" : "#ffffff") : variable("--ink") },
+  })).filter(Boolean)) : [];
+  const yaxis = axis("block", { autorange: "reversed", showgrid: false, dtick: blocks.length <= 16 ? 1 : undefined });
+  return { traces, layout: layout(axis("", { showgrid: false, type: "category" }), yaxis, { annotations }) };
+}
+
+function curveChart(run) {
+  const palette = DEPTH_COLOURS[darkness.matches ? "dark" : "light"];
+  const last = Math.max(1, run.curve.blocks.length - 1);
+  const traces = run.curve.blocks.map((block, at) => ({
+    name: `block ${block.block}`, mode: "lines", x: block.steps, y: block.reconstruction,
+    line: { width: 1.6, color: palette[Math.round((at / last) * (palette.length - 1))] },
+    text: block.steps.map((step, i) => `<b>block ${block.block}, step ${step}</b><br>reconstruction ${significant(block.reconstruction[i])}`
+      + `<br>loss ${significant(block.loss[i])}<br>expected sparsity ${percent(block.expected[i])}`),
+    hovertemplate: "%{text}<extra></extra>",
+  }));
+  return { traces, layout: layout(axis("step"), logarithmic("reconstruction loss", run.curve.blocks.flatMap((block) => block.reconstruction)), { showlegend: run.curve.blocks.length <= 12 }) };
+}
+
+function lossChart(run) {
+  const blocks = run.blocks.map((block) => block[0]);
+  const trace = (name, at, dash) => ({
+    name, mode: "lines+markers", x: blocks, y: run.blocks.map((block) => block[at]),
+    line: { color: colour(run.method), width: 2, dash }, marker: { size: 7, color: colour(run.method), symbol: at === 1 ? "circle-open" : "circle" },
+    text: run.blocks.map((block) => `<b>block ${block[0]}</b><br>before ${significant(block[1])}<br>after ${significant(block[2])}<br>${duration(block[3])}`),
+    hovertemplate: "%{text}<extra></extra>",
+  });
+  return { traces: [trace("before", 1, "dot"), trace("after", 2, "solid")], layout: layout(axis("block", { dtick: blocks.length <= 16 ? 1 : undefined }), logarithmic("reconstruction loss", run.blocks.flatMap((block) => [block[1], block[2]])), { showlegend: true }) };
+}

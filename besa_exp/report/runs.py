@@ -1,0 +1,220 @@
+"""One run folder as frozen values: what was asked, what came out, and how far it got.
+
+A folder that cannot be read whole is a run with a status and an error, never an exception: one broken run must not
+hide two hundred others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from besa_exp.report.methods import Method, method_of
+from besa_exp.run_status import KILLED, read_status, seen_status
+
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it is there
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ZeroDivisionError,
+)  # of a file cut off or changed
+
+
+@dataclass(frozen=True)
+class Linear:
+    """How many of one linear's weights are zero."""
+
+    name: str
+    weights: int
+    pruned: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """One pruned block; the losses are the reconstruction loss on the probe samples, before and after."""
+
+    index: int
+    before: float
+    after: float
+    seconds: float
+    linears: tuple[Linear, ...]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a score is of: `kind` is perplexity or zero_shot, `name` the set or task, `metric` lm-eval's own."""
+
+    kind: str
+    name: str
+    metric: str = ""
+
+    @property
+    def label(self) -> str:
+        """As a person reads it; of a file its last two parts."""
+        name = "/".join(Path(self.name).parts[-2:]) if self.kind == "perplexity" else self.name
+        return f"{name} {self.metric}".strip()
+
+
+@dataclass(frozen=True)
+class Score:
+    """A measured value; `facets` are the things that make two of them comparable, each {what: which}."""
+
+    measure: Measure
+    value: float
+    facets: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. Only a run whose `status` is done has results."""
+
+    folder: str
+    status: str  # done, failed, interrupted, interrupted (killed), running, unreadable
+    error: str | None
+    finished: str
+    command: str | None
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    model: str
+    method: Method
+    pattern: str
+    seed: int | None
+    target: float | None
+    measured: float | None
+    blocks: tuple[Block, ...]
+    scores: tuple[Score, ...]
+    dense_scores: tuple[Score, ...]
+    unavailable: Mapping[str, str]
+    calibration: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    memory: Mapping[str, int]
+
+    @property
+    def path(self) -> Path:
+        """Of the run folder."""
+        return Path(self.folder)
+
+
+def read_run(path: Path) -> Run:
+    """The run in the folder `path`."""
+    status = read_status(path) or {}
+    state, error = _state(path, status)
+    results: dict[str, Any] = {}
+    if state == "done":
+        try:
+            results = json.loads((path / "results.json").read_text(encoding="utf-8"))
+            return _run(path, status, state, error, results)
+        except UNREADABLE as problem:
+            state, error = "unreadable", f"results.json cannot be read ({type(problem).__name__}: {problem})"
+    return _run(path, status, state, error, {})
+
+
+def _run(path: Path, status: Mapping[str, Any], state: str, error: str | None, results: Mapping[str, Any]) -> Run:
+    config = _mapping(path / "config.yaml")
+    name = results.get("pruner") or _preset(config) or "unknown"
+    pattern = str(results.get("pattern") or config.get("pattern") or "unstructured")
+    model = config.get("model")
+    given = results.get("model") or (model.get("path") if isinstance(model, Mapping) else None) or "unknown"
+    provenance = results.get("provenance") or {}
+    return Run(
+        folder=str(path),
+        status=state,
+        error=error,
+        finished=str(status.get("finished") or ""),
+        command=status.get("command"),
+        config=config,
+        environment=results.get("environment") or _mapping(path / "environment.json"),
+        model=str(given).rstrip("/").rpartition("/")[2],
+        method=method_of(str(name), config.get("pruner"), pattern),
+        pattern=pattern,
+        seed=results.get("seed", config.get("seed")),
+        target=results.get("target_sparsity", config.get("sparsity")),
+        measured=results.get("measured_sparsity"),
+        blocks=tuple(_block(block) for block in results.get("blocks") or ()),
+        scores=tuple(_scores(results, provenance)),
+        dense_scores=tuple(_scores(results.get("dense") or {}, provenance)),
+        unavailable=results.get("unavailable") or {},
+        calibration=results.get("calibration") or {},
+        seconds=results.get("seconds") or {},
+        memory=results.get("peak_memory_bytes") or {},
+    )
+
+
+def _state(path: Path, status: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The status as a person is told it, and why."""
+    state = seen_status(path) or "done"
+    return state, "its process was killed; the same command goes on" if state == KILLED else status.get("error")
+
+
+def _mapping(path: Path) -> Mapping[str, Any]:
+    """A YAML or JSON file that holds a mapping; {} where it is not there or broken."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, YAML_LOADER)  # noqa: S506 - the safe one
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _preset(config: Mapping[str, Any]) -> str | None:
+    """The pruner of a run without results, as its class is called."""
+    pruner = config.get("pruner")
+    target = str(pruner.get("_target_", "")) if isinstance(pruner, Mapping) else ""
+    return target.split(".")[-2] if target.count(".") > 1 else None
+
+
+def _block(block: Mapping[str, Any]) -> Block:
+    loss = block["reconstruction_loss"]
+    linears = tuple(Linear(name, item["weights"], item["pruned"]) for name, item in block["linears"].items())
+    return Block(block["index"], loss["before"], loss["after"], block["seconds"], linears)
+
+
+def _scores(results: Mapping[str, Any], provenance: Mapping[str, Any]) -> Iterator[Score]:
+    """Every score of one model, the mean over its zero-shot tasks too."""
+    for name, value in (results.get("perplexity") or {}).items():
+        record = (provenance.get("perplexity") or {}).get(name) or {}
+        facets = {
+            "evaluation tokens": str(record.get("tokens_sha256", "unknown"))[:12],
+            "evaluation window": f"{record.get('seq_len', 'unknown')} tokens",
+        }
+        if value is not None:
+            yield Score(Measure("perplexity", name), value, facets)
+    harness = provenance.get("zero_shot") or {}
+    by_metric: dict[str, list[Score]] = {}
+    for task, metrics in (results.get("zero_shot") or {}).items():
+        facets = _task_facets(harness, (harness.get("tasks") or {}).get(task) or {})
+        for key, value in metrics.items():
+            metric = key.removesuffix(",none")
+            if "_stderr" not in metric and value is not None:
+                by_metric.setdefault(metric, []).append(Score(Measure("zero_shot", task, metric), value, facets))
+    for metric, scores in by_metric.items():
+        yield from scores
+        if len(scores) > 1:
+            yield _mean(scores, metric)
+
+
+def _task_facets(harness: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, str]:
+    data = str(record.get("data", "unknown"))
+    return {
+        "task version": str(record.get("version", "unknown")),
+        "num_fewshot": str(record.get("num_fewshot", "unknown")),
+        "questions": str(record.get("documents", harness.get("limit") or "all")),
+        "context": f"{harness.get('max_length', 'unknown')} tokens",
+        "task data": data.rpartition("sha256:")[2][:12] if "sha256:" in data else data,
+    }
+
+
+def _mean(scores: Sequence[Score], metric: str) -> Score:
+    """The mean over tasks; comparable only with the mean over the same tasks, measured alike."""
+    facets = {f"{score.measure.name}, {what}": which for score in scores for what, which in score.facets.items()}
+    facets["tasks"] = ", ".join(sorted(score.measure.name for score in scores))
+    measure = Measure("zero_shot", f"mean of {len(scores)} tasks", metric)
+    return Score(measure, sum(score.value for score in scores) / len(scores), facets)

@@ -1,0 +1,163 @@
+"""Scores over seeds: mean, sample standard deviation and number, for each model, measure, method and target."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from besa_exp.report.comparability import Entry
+from besa_exp.report.methods import Method
+from besa_exp.report.runs import Measure, Run
+
+DENSE = Method("dense")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one target. `spread` is the sample standard deviation, None for a single run; `measured` the mean
+    measured sparsity; `apart` why it may not stand beside the other cells of its model and measure."""
+
+    model: str
+    measure: Measure
+    method: Method
+    target: float
+    measured: float
+    mean: float
+    spread: float | None
+    values: tuple[float, ...]
+    runs: tuple[int, ...]
+    apart: str
+
+    @property
+    def text(self) -> str:
+        """The mean, the spread where there is one, and over how many runs."""
+        digits = 4 if self.measure.kind == "zero_shot" else 3
+        if self.measure.kind == "reconstruction":
+            return f"{self.mean:.3g}" + (
+                f" ± {self.spread:.1g} ({len(self.values)})" if self.spread is not None else ""
+            )
+        spread = f" ± {self.spread:.{digits}f} ({len(self.values)})" if self.spread is not None else ""
+        return f"{self.mean:.{digits}f}{spread}"
+
+
+def cells(runs: Sequence[Run], judged: Sequence[Entry]) -> list[Cell]:
+    """All cells, ordered by model, measure, method and target. A dense model that was scored beside a pruned one
+    counts where no run of its own scored it."""
+    groups: dict[tuple, list[Entry]] = {}
+    own = {(runs[e.run].model, e.measure, e.apart) for e in judged if not e.dense and runs[e.run].method == DENSE}
+    for entry in judged:
+        run = runs[entry.run]
+        if entry.dense and (run.model, entry.measure, entry.apart) in own:
+            continue
+        dense = entry.dense or run.method.pruner == DENSE.pruner
+        method, target = (DENSE, 0.0) if dense else (run.method, round(run.target or 0.0, 6))
+        groups.setdefault((run.model, entry.measure, method, target, entry.apart), []).append(entry)
+    found = [_cell(key, group, runs) for key, group in groups.items()]
+    return sorted(found, key=lambda c: (c.apart, c.model, measure_rank(c.measure), c.method.order, c.target))
+
+
+def _cell(key: tuple, group: Sequence[Entry], runs: Sequence[Run]) -> Cell:
+    model, measure, method, target, apart = key
+    values = tuple(entry.value for entry in group)
+    measured = [0.0 if entry.dense else runs[entry.run].measured or 0.0 for entry in group]
+    return Cell(
+        model,
+        measure,
+        method,
+        target,
+        statistics.fmean(measured),
+        statistics.fmean(values),
+        statistics.stdev(values) if len(values) > 1 and method != DENSE else None,
+        values,
+        tuple(entry.run for entry in group),
+        apart,
+    )
+
+
+def measure_rank(measure: Measure) -> tuple:
+    """Perplexities, then means over tasks and tasks, then reconstruction losses."""
+    kinds = ("perplexity", "zero_shot", "reconstruction")
+    return kinds.index(measure.kind), not measure.name.startswith("mean of"), measure.name, measure.metric
+
+
+def runs_csv(runs: Sequence[Run]) -> str:
+    """A row a run, a column each score; empty where there is none."""
+    measures = sorted({score.measure for run in runs for score in run.scores}, key=measure_rank)
+    fixed = ["folder", "status", "error", "model", "method", "pattern", "seed", "target_sparsity", "measured_sparsity"]
+    after = ["calibration", "calibration_sha256", "prune_seconds", "total_seconds", "peak_host_bytes", "git_commit"]
+    file = io.StringIO()
+    rows = csv.writer(file, lineterminator="\n")
+    rows.writerow([*fixed, *(f"{m.kind} {m.label}" for m in measures), *after])
+    for run in runs:
+        values = {score.measure: score.value for score in run.scores}
+        told = [run.folder, run.status, run.error, run.model, run.method.label, run.pattern, run.seed, run.target]
+        calibration = run.calibration
+        facts = [calibration.get("name"), calibration.get("tokens_sha256"), run.seconds.get("prune")]
+        facts += [run.seconds.get("total"), run.memory.get("host"), run.environment.get("git_commit")]
+        rows.writerow([*told, run.measured, *(values.get(measure) for measure in measures), *facts])
+    return file.getvalue()
+
+
+def markdown(runs: Sequence[Run], found: Sequence[Cell], paper: str) -> str:
+    """summary.md: a table for each model and measure, the paper's table, what stands apart, what did not finish."""
+    done = sum(run.status == "done" for run in runs)
+    lines = [
+        "# Report",
+        "",
+        f"{done} finished runs, {len(runs) - done} others. Mean ± sample standard deviation (runs).",
+    ]
+    compared = [cell for cell in found if not cell.apart]
+    for model, measure in dict.fromkeys((cell.model, cell.measure) for cell in compared):
+        chosen = [cell for cell in compared if (cell.model, cell.measure) == (model, measure)]
+        lines += ["", f"## {_escaped(model)}: {measure.kind.replace('_', '-')} {_escaped(measure.label)}", ""]
+        lines += _matrix(chosen)
+    lines += ["", "## The paper's table", "", paper, "", "## Not comparable", "", *_apart(found, runs)]
+    return "\n".join([*lines, "", "## Not finished", "", *_unfinished(runs), ""])
+
+
+def _matrix(chosen: Sequence[Cell]) -> list[str]:
+    targets = sorted({cell.target for cell in chosen})
+    lines = [
+        "| method | " + " | ".join(f"{target:.4g}" for target in targets) + " |",
+        "|---" + "|---:" * len(targets) + "|",
+    ]
+    for method in dict.fromkeys(cell.method for cell in chosen):
+        own = {cell.target: cell for cell in chosen if cell.method == method}
+        shown = [_with_measured(own[target]) if target in own else "" for target in targets]
+        lines.append(f"| {_escaped(method.label)} | {' | '.join(shown)} |")
+    return lines
+
+
+def _with_measured(cell: Cell) -> str:
+    """The measured sparsity too, where it misses the target by more than half a point."""
+    missed = cell.method.pruner != "dense" and abs(cell.measured - cell.target) > 0.005
+    return cell.text + (f" at {cell.measured:.1%}" if missed else "")
+
+
+def _apart(found: Sequence[Cell], runs: Sequence[Run]) -> list[str]:
+    lines = []
+    for cell in found:
+        if cell.apart:
+            name = f"{cell.model}, {cell.method.label}, {cell.target:.4g}: {cell.measure.label} {cell.text}"
+            lines.append(f"- {_escaped(name)} ({_escaped(runs[cell.runs[0]].folder)}): {_escaped(cell.apart)}")
+    return lines or ["All scores that were found are comparable."]
+
+
+def _unfinished(runs: Sequence[Run]) -> list[str]:
+    lines = [
+        f"- {_escaped(run.folder)}: {run.status}" + (f": {_escaped(run.error)}" if run.error else "")
+        for run in runs
+        if run.status != "done"
+    ]
+    return lines or ["All runs that were found are finished."]
+
+
+def _escaped(text: str) -> str:
+    """One line that Markdown takes as it is."""
+    plain = " ".join(text.split())
+    for mark in ("\\", "|", "<", ">", "*", "_", "`", "["):
+        plain = plain.replace(mark, {"<": "&lt;", ">": "&gt;"}.get(mark, f"\\{mark}"))
+    return plain

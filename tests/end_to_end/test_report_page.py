@@ -1,0 +1,172 @@
+"""The report's page in a headless browser: it draws, its filters work, nothing is logged, nothing is fetched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_folders import RESULTS, block, finished_run, unfinished_run
+
+from besa_exp.report.command import read_report, write_page
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
+DRIVER = shutil.which("chromedriver")
+SILENT = "disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
+FLAGS = [f"--{flag}" for flag in f"headless no-sandbox disable-gpu {SILENT} window-size=1280,900".split()]
+HOSTILE = '<img src=x onerror="document.title=1">&lt;b&gt;'
+PATIENCE = 60  # seconds
+
+pytestmark = [
+    pytest.mark.enable_socket,  # the browser's driver is spoken to on this machine
+    pytest.mark.skipif(
+        not (BROWSER and DRIVER), reason="needs a browser and its driver: apt-get install chromium chromium-driver"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def report_html(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report on two models, three methods, two targets; one run apart, one failed; with hostile names."""
+    pytest.importorskip("plotly")
+    runs = tmp_path_factory.mktemp("runs")
+    for model in ("alpha", "beta"):
+        for pruner, base in (("besa", 20.0), ("wanda", 25.0)):
+            for sparsity in (0.5, 0.7):
+                for seed in (0, 1):
+                    changes = {"model": model, "pruner": pruner, "seed": seed, "target_sparsity": sparsity}
+                    changes |= {"measured_sparsity": sparsity, "perplexity": {"wikitext2": base * sparsity + seed}}
+                    changes |= {"blocks": [block(0, sparsity - 0.1), block(1, sparsity + 0.1, 0.03)]}
+                    steps = 20 if pruner == "besa" else 0
+                    finished_run(runs / f"{model}-{pruner}-{sparsity}-{seed}", changes, steps=steps)
+    other = RESULTS["calibration"] | {"num_samples": 8}
+    finished_run(runs / "apart", {"model": "alpha", "pruner": "magnitude", "calibration": other})
+    finished_run(runs / "hostile", {"model": HOSTILE, "pruner": HOSTILE})
+    unfinished_run(runs / "failed", status="failed", error=f"RunError: {HOSTILE}")
+    page = runs / "report.html"
+    write_page(read_report([str(runs)]), page)
+    return page
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A headless Chromium that records what it logs and requests."""
+    selenium = pytest.importorskip("selenium.webdriver")
+    options = selenium.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = selenium.Chrome(options=options, service=selenium.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def opened(browser: Any, report_html: Path) -> Any:
+    """The browser with the page drawn."""
+    browser.get_log("performance")
+    browser.get(report_html.as_uri())
+    until(lambda: browser.execute_script("return document.documentElement.dataset.ready"))
+    return browser
+
+
+def until(holds: Callable[[], Any]) -> Any:
+    """Waits for what `holds` returns to be true, and returns it."""
+    end = time.monotonic() + PATIENCE
+    while not (found := holds()):
+        assert time.monotonic() < end, f"the page did not get there: {found!r}"
+        time.sleep(0.05)
+    return found
+
+
+def points_drawn(browser: Any, section: str) -> list[int]:
+    """Points of each trace of each chart in the section, once it was looked at and drawn."""
+    script = """const plots = [...document.querySelectorAll(`#${arguments[0]} .plot`)];
+        const hidden = plots.find((plot) => !plot.querySelector('svg.main-svg'));
+        hidden?.scrollIntoView({ behavior: 'instant' });
+        return plots.length && !hidden
+          && plots.flatMap((plot) => plot.data.map((trace) => (trace.z || [trace.x]).flat().length));"""
+    return until(lambda: browser.execute_script(script, section))
+
+
+def click(browser: Any, label: str) -> None:
+    script = """const chips = [...document.querySelectorAll('#filters .chip')];
+        chips.find((chip) => chip.innerText.trim() === arguments[0]).querySelector('input').click();"""
+    browser.execute_script(script, label)
+
+
+def text_of(browser: Any, selector: str) -> str:
+    return browser.execute_script("return document.querySelector(arguments[0]).textContent", selector)
+
+
+def test_every_chart_is_drawn_with_its_data(opened: Any) -> None:
+    assert sorted(points_drawn(opened, "perplexity")) == [1, 2, 2, 2, 2]  # the hostile run; two methods of two models
+    assert points_drawn(opened, "zero-shot")
+    assert set(points_drawn(opened, "depth")) == {2}  # a point a block
+    assert points_drawn(opened, "run") == [6, 20, 2, 2]  # heat map, curve, losses before and after
+
+
+def test_filters_change_what_is_counted_drawn_and_listed(opened: Any) -> None:
+    assert text_of(opened, "#count") == "18 of 18 finished runs shown"
+    click(opened, "alpha")
+    assert text_of(opened, "#count") == "9 of 18 finished runs shown"
+    click(opened, "wanda")
+    assert text_of(opened, "#count") == "5 of 18 finished runs shown"
+    click(opened, "70 %")
+    assert text_of(opened, "#count") == "3 of 18 finished runs shown"
+    assert sorted(points_drawn(opened, "perplexity")) == [1, 1]
+    assert opened.execute_script("return document.querySelectorAll('#runs tbody tr').length") == 3
+    opened.execute_script("document.querySelector('#filters [type=reset]').click()")
+    until(lambda: text_of(opened, "#count") == "18 of 18 finished runs shown")
+
+
+def test_filters_that_nothing_passes_say_so(opened: Any) -> None:
+    for label in ("50 %", "70 %"):
+        click(opened, label)
+    for section in ("perplexity", "zero-shot", "run", "runs"):
+        assert "passes the filters" in text_of(opened, f"#{section} .empty")
+
+
+def test_a_reader_chooses_a_run_from_the_table(opened: Any) -> None:
+    script = """const row = [...document.querySelectorAll('#runs tbody tr')].find((r) => r.innerText.includes('beta')
+        && r.innerText.includes('wanda')); row.querySelector('td button').click();"""
+    opened.execute_script(script)
+    assert "besa prune pruner=wanda" in text_of(opened, "#run-body")
+    assert "takes no optimisation steps" in text_of(opened, "#run-body")
+    assert '"num_samples": 128' in text_of(opened, "#run-body")
+
+
+def test_what_stands_apart_and_what_failed_is_told_with_the_reason(opened: Any) -> None:
+    assert "calibration size: 8 x 2048 tokens (the others: 128 x 2048 tokens)" in text_of(opened, "#apart-table")
+    assert f"RunError: {HOSTILE}" in text_of(opened, "#unfinished-table")
+    assert "paper 6.86" in text_of(opened, "#paper-table")
+
+
+def test_nothing_is_logged_fetched_or_run_but_the_page(opened: Any, report_html: Path) -> None:
+    for section in ("perplexity", "zero-shot", "depth", "run"):
+        points_drawn(opened, section)
+    assert opened.get_log("browser") == []
+    messages = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
+    sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    assert [url for url in sent if not url.startswith("data:")] == [report_html.as_uri()]
+    assert opened.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert opened.title == "besa report"
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (400, "light")])
+def test_no_width_makes_the_page_scroll_sideways(opened: Any, width: int, scheme: str) -> None:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    opened.refresh()
+    until(lambda: opened.execute_script("return document.documentElement.dataset.ready"))
+    points_drawn(opened, "perplexity")
+    assert opened.execute_script("return document.documentElement.scrollWidth") <= width
+    opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
