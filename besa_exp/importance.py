@@ -23,6 +23,15 @@ def wanda_importance(weight: Float[Tensor, "out in"], squared_norm: Float[Tensor
     return weight.float().abs() * squared_norm.sqrt()
 
 
+def rounded_importance(
+    weight: Float[Tensor, "out in"], rounded: Float[Tensor, "out in"], squared_norm: Float[Tensor, " in"]
+) -> Float[Tensor, "out in"]:
+    """(W_ij^2 - (W_ij - Q_ij)^2) ||X_j||^2: how much of the squared error that pruning makes is spared by keeping what
+    the weight rounds to. Without rounding that is Wanda's importance squared; what rounds to zero spares nothing."""
+    weight, rounded = weight.float(), rounded.float()
+    return rounded * (2 * weight - rounded) * squared_norm
+
+
 def obs_importance(
     weight: Float[Tensor, "out in"], factor: Float[Tensor, "in in"], squared: bool = True
 ) -> Float[Tensor, "out in"]:

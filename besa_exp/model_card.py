@@ -41,6 +41,9 @@ def model_card(
         f"- Method: {results['pruner']}, pattern {results['pattern']}, seed {results['seed']}",
         f"- Sparsity of the pruned linears: target {target:.4f}, measured {measured:.4f}",
     ]
+    if quantisation := results.get("quantisation"):
+        shared = "each output channel" if (size := quantisation["group_size"]) is None else f"every {size} inputs"
+        lines.append(f"- Weights: rounded to {quantisation['bits']} bits with a scale for {shared}, stored dequantised")
     if calibration:
         samples, length = calibration["num_samples"], calibration["seq_len"]
         lines.append(f"- Calibration: {calibration['name']}, {samples} samples of {length} tokens")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from besa_exp.calibration import Calibration
 from besa_exp.evaluation.scores import Scores
 from besa_exp.masks import Target
+from besa_exp.quantisation import quantiser_of
 from besa_exp.reports import BlockReport
 from besa_exp.settings import RunSettings
 
@@ -30,6 +32,7 @@ def results_of(
         "target_sparsity": Target.parse(settings.sparsity, settings.pattern).sparsity,
         "measured_sparsity": pruned / weights,
         "linears": len(linears),
+        "quantisation": asdict(quantiser) if (quantiser := quantiser_of(settings.pruner)) else None,
         "blocks": [_block(report) for report in reports],
         "calibration": {
             "name": calibration.name,

@@ -14,6 +14,11 @@ descent on the block's reconstruction loss (Eq. 1) through hard masks that prune
   lower their loss is dropped for the best so far, and the step size shrinks. So a block is never worse on them than
   where it began: at the uniform allocation, which is Wanda at the exact budget. Their passes cost what the steps on
   them would have.
+
+Joint compression (the paper's Section 3.4): with a quantiser the kept weights are rounded in every pass, and the
+clipping of each row or group is learned by the same loss and steps as the sparsities. Importance is then what a rounded
+weight spares (`rounded_importance`). Weights that round to zero go first; where a row keeps some all the same, they are
+zeros beyond the budget, and reported as such.
 """
 
 from __future__ import annotations
@@ -26,20 +31,25 @@ import torch
 from torch import Tensor
 
 from besa_exp import distributed
-from besa_exp.blocks import Block, Hidden, reconstruction_loss
-from besa_exp.importance import wanda_importance
+from besa_exp.blocks import Block, Hidden
+from besa_exp.importance import rounded_importance, wanda_importance
 from besa_exp.masks import Target
 from besa_exp.pruners.allocation import Rows, project_to_budget
-from besa_exp.pruning import PrunedBlock, finite_step, num_probe_samples, probe_loss
+from besa_exp.pruners.search import Search, State
+from besa_exp.pruning import PrunedBlock, num_probe_samples
+from besa_exp.quantisation import Quantiser, quantise
 from besa_exp.reports import Step
 from besa_exp.statistics import InputNorm
+
+CLIPPING_START = 0.99  # strength of all clipping at first: 1, where the sigmoid never gets, would clip nothing
+CLIPPING_LR = 0.1  # first step size of the strengths' logits
 
 
 @dataclass(frozen=True)
 class Besa:
     """`granularity` row or linear: whom a sparsity is shared by. `lr` is the first step size, in sparsity: it only
     shrinks. `window`: ranks around the cut that the gradient averages, as a fraction of the row. `checks`: how often
-    the probe samples judge."""
+    the probe samples judge. `quantiser`: what the kept weights are rounded with; None: they stay as they are."""
 
     granularity: str = "row"
     epochs: int = 1
@@ -48,6 +58,7 @@ class Besa:
     window: float = 0.1
     checks: int = 2
     seed: int = 0
+    quantiser: Quantiser | None = None
 
     statistic = InputNorm
     dense_targets = False
@@ -80,99 +91,71 @@ class Besa:
         target: Target,
         on_step: Callable[[Step], None],
     ) -> PrunedBlock:
-        """Learn the sparsities of the block's cells, then fix the masks."""
+        """Learn the sparsities of the block's cells and the clipping, then fix the masks."""
         weights = {name: linear.weight.detach() for name, linear in block.linears.items()}
         rows = Rows.of(
-            weights, lambda name: wanda_importance(weights[name], statistics[name].squared_norm), self.granularity
+            weights, lambda name: self._importance(weights[name], statistics[name].squared_norm), self.granularity
         )
-        total = round(target.sparsity * rows.num_weights)
-        buffers = {name: torch.empty_like(weight).requires_grad_() for name, weight in weights.items()}
-        search = _Search(block, rows, total, rows.per_cell(rows.columns, rows.num_cells), buffers)
-        best, before, steps = self._learn(search, inputs, targets, on_step)
-        counts = rows.counts(best, total)
-        return PrunedBlock(
-            keep_masks=rows.keep_masks(counts),
-            allocated={name: count / weights[name].shape[1] for name, count in counts.items()},
-            loss_before=before,
-            steps=tuple(steps),
-        )
+        search = Search.of(block, rows, target.sparsity, self.quantiser)
+        return search.pruned(*self._learn(search, inputs, targets, on_step))
+
+    def _importance(self, weight: Tensor, squared_norm: Tensor) -> Tensor:
+        if self.quantiser is None:
+            return wanda_importance(weight, squared_norm)
+        return rounded_importance(weight, quantise(weight, self.quantiser), squared_norm)
 
     def _learn(
-        self, search: _Search, inputs: Hidden, targets: Hidden, on_step: Callable[[Step], None]
-    ) -> tuple[Tensor, float, list[Step]]:
-        """The sparsities [cell] with the lowest probe loss that were seen, the loss at the start, and the course."""
+        self, search: Search, inputs: Hidden, targets: Hidden, on_step: Callable[[Step], None]
+    ) -> tuple[State, float, list[Step]]:
+        """The state with the lowest probe loss that was seen, the loss at the start, and the course."""
         num_samples = distributed.total(len(inputs))
         learn = max(1, num_samples - num_probe_samples(num_samples))
         num_steps = self.epochs * math.ceil(learn / self.batch_size)
         every = math.ceil(num_steps / self.checks)
-        sparsity, scale = torch.full_like(search.capacity, search.expected), self.lr
-        best, start_loss = sparsity.clone(), search.probe_loss(inputs, targets, sparsity)
+        state = search.start(CLIPPING_START)
+        best, start_loss = state.clone(), search.probe_loss(inputs, targets, state)
         best_loss = start_loss
-        optimizer = torch.optim.Adam([sparsity], betas=(0.8, 0.99), eps=1e-30)
+        optimizer = _optimizer(state, self.lr)
         order = torch.Generator().manual_seed(self.seed)
         steps: list[Step] = []
         while len(steps) < num_steps:
             for samples in torch.randperm(learn, generator=order).to(inputs.device).split(self.batch_size):
                 own = distributed.own_places(samples)
-                step, sparsity.grad = search.gradient(inputs[own], targets[own], sparsity, self.window, len(steps))
+                step, gradients = search.gradient(inputs[own], targets[own], state, self.window, len(steps))
                 steps.append(step)
                 on_step(step)
-                for group in optimizer.param_groups:
-                    group["lr"] = scale * (1 + math.cos(math.pi * (len(steps) - 1) / num_steps)) / 2
-                optimizer.step()
-                sparsity.copy_(project_to_budget(sparsity, search.capacity, search.total))
+                _step(optimizer, state, gradients, (1 + math.cos(math.pi * (len(steps) - 1) / num_steps)) / 2)
+                state.sparsity.copy_(project_to_budget(state.sparsity, search.capacity, search.total))
                 if len(steps) % every and len(steps) < num_steps:
                     continue
-                loss = search.probe_loss(inputs, targets, sparsity)
+                loss = search.probe_loss(inputs, targets, state)
                 if loss < best_loss:
-                    best, best_loss = sparsity.clone(), loss
+                    best, best_loss = state.clone(), loss
                 else:
-                    sparsity.copy_(best)
-                    scale *= 0.4
-                    optimizer.state[sparsity]["exp_avg"].zero_()
+                    state.copy_(best)
+                    _slow_down(optimizer)
         return best, start_loss, steps
 
 
-@dataclass(frozen=True)
-class _Search:
-    """What the search asks of one block: losses and gradients of an allocation that prunes `total` weights.
+def _optimizer(state: State, lr: float) -> torch.optim.Adam:
+    """`scale` is a group's step size at the start of the schedule."""
+    groups = [{"params": [state.sparsity], "scale": lr}]
+    if state.clipping:
+        groups.append({"params": list(state.clipping.values()), "scale": CLIPPING_LR})
+    return torch.optim.Adam(groups, betas=(0.8, 0.99), eps=1e-30)
 
-    `capacity`: weights of each cell. `masked` are buffers for the pruned weights: leaves that every step fills anew."""
 
-    block: Block
-    rows: Rows
-    total: int
-    capacity: Tensor
-    masked: Mapping[str, Tensor]
+def _step(optimizer: torch.optim.Adam, state: State, gradients: list[Tensor], schedule: float) -> None:
+    for tensor, gradient in zip(state.tensors(), gradients, strict=True):
+        tensor.grad = gradient
+    for group in optimizer.param_groups:
+        group["lr"] = group["scale"] * schedule
+    optimizer.step()
 
-    @property
-    def expected(self) -> float:
-        """The sparsity of the block."""
-        return self.total / self.rows.num_weights
 
-    def gradient(
-        self, inputs: Hidden, targets: Hidden, sparsity: Tensor, window: float, step: int
-    ) -> tuple[Step, Tensor]:
-        """The step's record, and dL / d(sparsity of a cell) along the budget: without the part that would only change
-        the total. `inputs` are this rank's of the batch; it may have none."""
-        counts = self._mask(sparsity)
-        loss = reconstruction_loss(self.block(inputs, self.masked), targets)
-        by_row = torch.zeros_like(self.rows.columns)
-        if len(inputs):
-            gradients = dict(zip(self.masked, torch.autograd.grad(loss, list(self.masked.values())), strict=True))
-            by_row = self.rows.row_gradient(gradients, counts, window)
-        by_row = distributed.all_sum(by_row)
-        by_cell = self.rows.per_cell(by_row, len(self.capacity))
-        along_budget = by_cell - self.capacity * (by_cell.sum() / self.rows.num_weights)
-        return finite_step(self.block, step, loss, loss, 0.0, self.expected), along_budget
-
-    def probe_loss(self, inputs: Hidden, targets: Hidden, sparsity: Tensor) -> float:
-        """The loss of the samples that are not learned from."""
-        self._mask(sparsity)
-        return probe_loss(self.block, inputs, targets, self.masked)
-
-    @torch.no_grad()
-    def _mask(self, sparsity: Tensor) -> dict[str, Tensor]:
-        counts = self.rows.counts(sparsity, self.total)
-        self.rows.masked_into(self.masked, counts)
-        return counts
+def _slow_down(optimizer: torch.optim.Adam) -> None:
+    """Smaller steps from a standstill."""
+    for group in optimizer.param_groups:
+        group["scale"] *= 0.4
+        for tensor in group["params"]:
+            optimizer.state[tensor]["exp_avg"].zero_()

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from besa_exp.blocks import Block, Hidden
 from besa_exp.masks import Target
 from besa_exp.pruning import PrunedBlock, Pruner
+from besa_exp.quantisation import quantiser_of
 from besa_exp.reports import Step
 from besa_exp.statistics import InputNorm, Statistic
 
@@ -59,8 +60,11 @@ class Updated:
         return self.pruner.dense_targets or self.update.dense_targets
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
-        """The pruner's problems, and a pruner that needs another statistic than the update observes."""
+        """The pruner's problems, and a pruner that rounds, or needs another statistic than the update observes."""
         problems = self.pruner.check(sparsity, pattern)
+        if quantiser_of(self.pruner):
+            update = f"update={type(self.update).__name__.lower()}"
+            problems = [*problems, f"{update}: moves the weights that the pruner rounds; leave the update out"]
         if self.pruner.statistic in (None, InputNorm, self.statistic):
             return problems
         return [

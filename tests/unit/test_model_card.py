@@ -88,3 +88,10 @@ def test_simulated_speed_is_called_simulated_in_the_title_and_the_heads() -> Non
     assert "| simulated cycles | simulated speed-up |" in card
     assert "| mlp.up_proj | 0.5000 | 4,096.0 | 2,048.0 | 2.000x |" in card
     assert "imulated" not in model_card(RESULTS, COMMAND)
+
+
+@pytest.mark.parametrize(("size", "said"), [(None, "each output channel"), (64, "every 64 inputs")])
+def test_the_card_says_what_the_weights_were_rounded_to(size: int | None, said: str) -> None:
+    card = model_card({**RESULTS, "quantisation": {"bits": 3, "group_size": size}}, COMMAND)
+    assert f"rounded to 3 bits with a scale for {said}, stored dequantised" in card
+    assert "bits" not in model_card({**RESULTS, "quantisation": None}, COMMAND)

@@ -16,14 +16,17 @@ from besa_exp.pruners.besa_paper import BesaPaper
 from besa_exp.pruners.besa_reconstruct import BesaReconstruct
 from besa_exp.pruners.dense import Dense
 from besa_exp.pruners.magnitude import Magnitude
+from besa_exp.pruners.quantised import Quantised
 from besa_exp.pruners.sparsegpt import SparseGPT
 from besa_exp.pruners.wanda import Wanda
 from besa_exp.pruning import prune_blocks
+from besa_exp.quantisation import Quantiser, quantise, quantiser_of
 from besa_exp.reconstruction import Tuning
 from besa_exp.updates.obs import Obs
 from besa_exp.updates.reconstruct import Reconstruct
 from besa_exp.updates.updated import Updated
 
+ROUNDED_TO_ZERO = 0.02  # what some kept weights do: zeros beyond the budget
 PRUNERS = {  # name: (pruner, how far from a 50 % target its measured sparsity may be, takes N:M)
     "dense": (Dense(), 0.5, True),
     "magnitude": (Magnitude(), 0.0005, True),
@@ -35,8 +38,16 @@ PRUNERS = {  # name: (pruner, how far from a 50 % target its measured sparsity m
     "besa_reconstruct": (BesaReconstruct(Tuning(epochs=2, batch_size=4), group_size=32), 0.0005, True),
     "besa+reconstruct": (Updated(Besa(checks=2), Reconstruct(Tuning(epochs=1))), 0.0005, False),
     "wanda+obs": (Updated(Wanda(), Obs()), 0.0005, True),
+    "besa_joint": (Besa(quantiser=Quantiser()), ROUNDED_TO_ZERO, False),
+    "wanda_then_quantise": (Quantised(Wanda(), "prune"), ROUNDED_TO_ZERO, True),
+    "quantise_then_wanda": (Quantised(Wanda(), "quantise"), 0.0005, True),
+    "sparsegpt_then_quantise": (Quantised(SparseGPT(group_size=32), "prune"), ROUNDED_TO_ZERO, True),
+    "quantise_then_sparsegpt": (Quantised(SparseGPT(group_size=32), "quantise"), ROUNDED_TO_ZERO, True),
+    "besa_then_quantise": (Quantised(Besa(), "prune"), ROUNDED_TO_ZERO, False),
+    "quantise_then_besa": (Quantised(Besa(), "quantise"), 0.0005, False),
 }
 MOVES_WEIGHTS = {"sparsegpt", "besa_reconstruct", "besa+reconstruct", "wanda+obs"}
+QUANTISED = [name for name, (pruner, *_) in PRUNERS.items() if quantiser_of(pruner)]
 INPUT_IDS = torch.randint(0, 258, (10, 32), generator=torch.Generator().manual_seed(1))
 DENSE = tiny_llama(context=32).requires_grad_(False)
 
@@ -88,7 +99,7 @@ def test_everything_but_the_linears_of_the_blocks_is_untouched(name):
             assert torch.equal(parameter, dense[parameter_name]), parameter_name
 
 
-@pytest.mark.parametrize("name", sorted(set(PRUNERS) - MOVES_WEIGHTS))
+@pytest.mark.parametrize("name", sorted(set(PRUNERS) - MOVES_WEIGHTS - {*QUANTISED}))
 def test_kept_weights_of_mask_only_methods_are_the_dense_ones(name):
     model, results = prune_tiny(PRUNERS[name][0])
     for report, pruned in results:
@@ -122,7 +133,9 @@ def test_n_of_m_holds_in_every_group_of_the_written_weights(name, pattern):
     for report, pruned in results:
         for linear in pruned.keep_masks:
             weight = weight_of(model, report, linear)
-            assert (weight != 0).view(len(weight), -1, group).sum(-1).eq(kept).all()
+            left = (weight != 0).view(len(weight), -1, group).sum(-1)
+            assert (left <= kept).all()
+            assert name in QUANTISED or (left == kept).all()
 
 
 @pytest.mark.parametrize("name", [name for name, row in PRUNERS.items() if not row[2]])
@@ -139,6 +152,57 @@ def test_besa_reaches_any_target_and_keeps_the_budget_at_every_step(granularity,
     assert abs(measured(results) - sparsity) < 0.0005
     for report, _ in results:
         assert all(abs(step.expected_sparsity - sparsity) < 0.0005 for step in report.steps)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_quantised_row_holds_no_more_values_than_its_bits_allow_zero_among_them(name):
+    model, results = prune_tiny(PRUNERS[name][0])
+    for report, pruned in results:
+        for linear in pruned.keep_masks:
+            assert max(len(row.unique()) for row in weight_of(model, report, linear)) <= 16
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(2, None), (3, 16), (8, 40)])
+def test_joint_compression_takes_any_bits_and_groups_at_the_exact_budget(bits, group_size):
+    quantiser = Quantiser(bits, group_size)
+    for first, (report, pruned) in zip((True, False), prune_tiny(Besa(quantiser=quantiser))[1], strict=True):
+        weights = sum(linear.weights for linear in report.linears)
+        asked = sum(float((pruned.allocated[name] * mask.shape[1]).sum()) for name, mask in pruned.keep_masks.items())
+        assert round(asked) == round(weights / 2)
+        assert sum(linear.pruned for linear in report.linears) >= weights / 2
+        assert report.loss_after <= report.loss_before + 1e-7
+        assert not first or report.loss_after < report.loss_before
+        assert pruned.weights is not None
+        for weight in pruned.weights.values():
+            assert all(len(g.unique()) <= 2**bits for row in weight for g in row.split(group_size or len(row)))
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_an_update_cannot_move_weights_that_were_rounded(name):
+    problems = Updated(PRUNERS[name][0], Obs()).check(0.5, "unstructured")
+    assert "update=obs: moves the weights that the pruner rounds; leave the update out" in problems
+
+
+def test_joint_compression_learns_the_clipping_with_the_sparsities():
+    block, pruned = prune_tiny(Besa(quantiser=Quantiser(3)))[1][0]
+    at_start = quantise(weight_of(DENSE, block, "mlp.down_proj"), Quantiser(3))
+    assert pruned.weights is not None
+    assert not torch.equal(pruned.weights["mlp.down_proj"], at_start)
+    assert pruned.allocated["mlp.down_proj"].std() > 0
+
+
+def test_with_enough_bits_joint_compression_starts_where_plain_besa_does():
+    plain, joint = (prune_tiny(pruner)[1][0][0] for pruner in (Besa(), Besa(quantiser=Quantiser(8))))
+    assert joint.loss_before == pytest.approx(plain.loss_before, rel=0.02)
+
+
+def test_quantising_first_prunes_rounded_weights_and_quantising_last_rounds_what_is_kept():
+    dense = weight_of(DENSE, prune_tiny(Wanda())[1][0][0], "self_attn.q_proj")
+    mask = prune_tiny(Wanda())[1][0][1].keep_masks["self_attn.q_proj"]
+    last = prune_tiny(PRUNERS["wanda_then_quantise"][0])[1][0][1].weights or {}
+    first = prune_tiny(PRUNERS["quantise_then_wanda"][0])[1][0][1].weights or {}
+    assert torch.equal(last["self_attn.q_proj"], quantise(dense * mask, Quantiser()))
+    assert torch.equal(first["self_attn.q_proj"], quantise(dense, Quantiser()))
 
 
 def test_besa_allocates_unlike_uniform_and_never_ends_above_its_start_on_the_probe():

@@ -1,0 +1,140 @@
+"""What BESA's search in a block is made of: the state that it moves, its losses and their gradients.
+
+The effective weights of a linear are its own, or with a quantiser what they round to under the clipping of the state,
+with the least important ones of every row at zero. Everything is learned from the gradient of the block's loss to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from besa_exp import distributed, kernels
+from besa_exp.blocks import Block, Hidden, reconstruction_loss
+from besa_exp.pruners.allocation import Rows
+from besa_exp.pruning import PrunedBlock, finite_step, probe_loss
+from besa_exp.quantisation import Quantiser, clipping_gradient, quantise
+from besa_exp.reports import Step
+
+
+@dataclass(frozen=True)
+class State:
+    """The sparsity of every cell and, with a quantiser, the logits of every linear's clipping strengths, by linear."""
+
+    sparsity: Float[Tensor, " cell"]
+    clipping: Mapping[str, Float[Tensor, "2 out group"]] = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        """All that is learned, the sparsities first."""
+        return [self.sparsity, *self.clipping.values()]
+
+    def clone(self) -> State:
+        """As it is now."""
+        return State(self.sparsity.clone(), {name: logits.clone() for name, logits in self.clipping.items()})
+
+    def copy_(self, other: State) -> None:
+        """Become the other, in place."""
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(theirs)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What the search asks of one block: losses and gradients of states that prune `total` weights of `rows`.
+
+    `capacity`: weights of each cell. `masked` are buffers for the effective weights: leaves that every step fills
+    anew."""
+
+    block: Block
+    rows: Rows
+    total: int
+    capacity: Float[Tensor, " cell"]
+    masked: Mapping[str, Float[Tensor, "out in"]]
+    quantiser: Quantiser | None
+
+    @staticmethod
+    def of(block: Block, rows: Rows, sparsity: float, quantiser: Quantiser | None) -> Search:
+        """With `sparsity` as budget."""
+        masked = {name: torch.empty_like(weight).requires_grad_() for name, weight in rows.weights.items()}
+        capacity = rows.per_cell(rows.columns, rows.num_cells)
+        return Search(block, rows, round(sparsity * rows.num_weights), capacity, masked, quantiser)
+
+    @property
+    def expected(self) -> float:
+        """The sparsity of the block."""
+        return self.total / self.rows.num_weights
+
+    def start(self, strength: float) -> State:
+        """Uniform sparsity; clipping strengths that are all `strength`."""
+        weights = self.rows.weights.items() if self.quantiser else ()
+        clipping = {name: self.quantiser.logits(weight, strength) for name, weight in weights}  # type: ignore[union-attr]
+        return State(torch.full_like(self.capacity, self.expected), clipping)
+
+    def gradient(
+        self, inputs: Hidden, targets: Hidden, state: State, window: float, step: int
+    ) -> tuple[Step, list[Tensor]]:
+        """The step's record, and dL / d(state), of the sparsities along the budget: without the part that would only
+        change the total. `inputs` are this rank's of the batch; it may have none."""
+        rows, counts = self._fill(state)
+        loss = reconstruction_loss(self.block(inputs, self.masked), targets)
+        by_row = torch.zeros_like(self.rows.columns)
+        by_clipping = [torch.zeros_like(logits) for logits in state.clipping.values()]
+        if len(inputs):
+            gradients = dict(zip(self.masked, torch.autograd.grad(loss, list(self.masked.values())), strict=True))
+            by_row = rows.row_gradient(gradients, counts, window)
+            by_clipping = self._clipping_gradient(gradients, counts, state)
+        by_row = distributed.all_sum(by_row)
+        by_cell = self.rows.per_cell(by_row, len(self.capacity))
+        along_budget = by_cell - self.capacity * (by_cell.sum() / self.rows.num_weights)
+        record = finite_step(self.block, step, loss, loss, 0.0, self.expected)
+        return record, [along_budget, *map(distributed.all_sum, by_clipping)]
+
+    def probe_loss(self, inputs: Hidden, targets: Hidden, state: State) -> float:
+        """The loss of the samples that are not learned from."""
+        self._fill(state)
+        return probe_loss(self.block, inputs, targets, self.masked)
+
+    def pruned(self, state: State, loss_before: float, steps: list[Step]) -> PrunedBlock:
+        """What a state makes of the block. Kept weights that round to zero count as pruned."""
+        rows = self._rounded(state)
+        counts = rows.counts(state.sparsity, self.total)
+        keep_masks = rows.keep_masks(counts)
+        if self.quantiser:
+            keep_masks = {name: mask & (rows.weights[name] != 0) for name, mask in keep_masks.items()}
+        return PrunedBlock(
+            keep_masks=keep_masks,
+            allocated={name: count / rows.weights[name].shape[1] for name, count in counts.items()},
+            weights=rows.weights if self.quantiser else None,
+            loss_before=loss_before,
+            steps=tuple(steps),
+        )
+
+    @torch.no_grad()
+    def _fill(self, state: State) -> tuple[Rows, dict[str, Tensor]]:
+        """The effective weights into the buffers; the rows with the weights before masking, and the counts."""
+        rows = self._rounded(state)
+        counts = rows.counts(state.sparsity, self.total)
+        rows.masked_into(self.masked, counts)
+        return rows, counts
+
+    def _rounded(self, state: State) -> Rows:
+        if self.quantiser is None:
+            return self.rows
+        weights = self.rows.weights.items()
+        return replace(
+            self.rows, weights={name: quantise(W, self.quantiser, state.clipping[name]) for name, W in weights}
+        )
+
+    def _clipping_gradient(
+        self, gradients: Mapping[str, Tensor], counts: Mapping[str, Tensor], state: State
+    ) -> list[Tensor]:
+        """dL / d(logits) of each linear: pruned weights have no part in it."""
+        result = []
+        for name, logits in state.clipping.items():
+            kept = kernels.masked_weight(gradients[name], self.rows.ranks[name], counts[name])
+            result.append(clipping_gradient(self.rows.weights[name], kept, self.quantiser, logits))  # type: ignore[arg-type]
+        return result
