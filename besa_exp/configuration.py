@@ -15,13 +15,16 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError
 
 from besa_exp.errors import ConfigurationError
+from besa_exp.identity import NOT_DECIDING
 from besa_exp.presets import CONF_DIR
-from besa_exp.settings import RunSettings
-from besa_exp.typed_reading import UNREAD, Reader
+from besa_exp.run_checkpoint import run_and_model
+from besa_exp.settings import EvaluationSettings, RunSettings
+from besa_exp.typed_reading import MISSING_VALUE, UNREAD, Reader
 
-__all__ = ["CONF_DIR", "Unreadable", "as_values", "read_settings", "run_name"]
+__all__ = ["CONF_DIR", "Unreadable", "as_values", "evaluation_folder", "read_evaluation", "read_settings", "run_name"]
 
 # What determines a run's result, and therefore its folder. Tracker, offline and overwrite do not.
 DETERMINING_KEYS = (
@@ -53,13 +56,17 @@ class Unreadable(ConfigurationError):
 
 def as_values(config: DictConfig) -> dict[str, Any]:
     """The job's part of a composed configuration as plain values, interpolations resolved."""
-    return {
-        str(key): OmegaConf.to_container(config._get_node(key), resolve=True)  # a node keeps its parent: ${seed} works
-        if OmegaConf.is_config(config._get_node(key))
-        else ("???" if OmegaConf.is_missing(config, key) else config[key])
-        for key in config
-        if key != "hydra"
-    }
+    return {str(key): _plain(config, str(key)) for key in config if key != "hydra"}
+
+
+def _plain(config: DictConfig, key: str) -> Any:
+    node = config._get_node(key)
+    if OmegaConf.is_config(node):
+        return OmegaConf.to_container(node, resolve=True)  # a node keeps its parent: ${seed} works
+    try:
+        return MISSING_VALUE if OmegaConf.is_missing(config, key) else config[key]
+    except InterpolationToMissingValueError:
+        return MISSING_VALUE
 
 
 def method_name(choices: Mapping[str, Any]) -> str:
@@ -72,14 +79,30 @@ def read_settings(config: DictConfig, pruner_name: str, with_pruner: bool = True
     imported.
 
     Unreadable: unknown keys, missing or ill-typed values, or values a pruner refuses; all of them."""
-    reader = Reader()
     values = as_values(config)
     if isinstance(values.get("model"), dict):
         values["model"].setdefault("name", _model_name(values))
     given: dict[str, Any] = {"pruner_name": pruner_name}
     if not with_pruner:
         given |= {group: values.pop(group, None) for group in METHOD_GROUPS}
-    settings = reader.node(values, RunSettings, "", given)
+    return _read(config, values, RunSettings, given)
+
+
+def read_evaluation(config: DictConfig) -> EvaluationSettings:
+    """Typed settings of `besa evaluate`; `model.path` is what `checkpoint` means.
+
+    Unreadable: unknown keys, missing or ill-typed values; all of them."""
+    values = as_values(config)
+    model, checkpoint = values.get("model"), values.get("checkpoint")
+    if isinstance(model, dict):
+        model["path"] = "embedded" if checkpoint == MISSING_VALUE else run_and_model(str(checkpoint))[1]
+        model["name"] = _model_name(values)
+    return _read(config, values, EvaluationSettings, {})
+
+
+def _read(config: DictConfig, values: Mapping[str, Any], cls: type, given: Mapping[str, Any]) -> Any:
+    reader = Reader()
+    settings = reader.node(values, cls, "", given)
     if settings is UNREAD or reader.problems:
         own = {key: problem for key, problem in reader.problems.items() if not _is_reference(config, key)}
         raise Unreadable(own or reader.problems)
@@ -99,7 +122,7 @@ def run_name(config: DictConfig) -> str:
     `config` is composed with Hydra's own node, which knows the presets chosen."""
     values = {key: value for key, value in as_values(config).items() if key in DETERMINING_KEYS}
     if isinstance(values.get("model"), dict):
-        values["model"].pop("load", None)  # where the weights lie, not what they are
+        values["model"] = {key: value for key, value in values["model"].items() if key not in NOT_DECIDING}
     method = method_name(OmegaConf.select(config, "hydra.runtime.choices"))
     unstructured = values.get("pattern") == "unstructured"
     amount = values.get("sparsity") if unstructured else values.get("pattern")
@@ -110,11 +133,26 @@ def run_name(config: DictConfig) -> str:
     return "-".join(_slug(part) for part in parts)
 
 
+def evaluation_folder(config: DictConfig) -> str:
+    """Where scores of `config.checkpoint` are kept: beside the run that made it, else `outputs/<name>-scores-<hash>`,
+    the hash over the checkpoint and how it is loaded, so that further scores of it join those that are there."""
+    values = as_values(config)
+    run, path = run_and_model(str(values.get("checkpoint")))
+    if run is not None:
+        return str(run)
+    model = values.get("model")
+    deciding = {key: value for key, value in (model or {}).items() if key not in (*NOT_DECIDING, "path")}
+    place = str(Path(path).expanduser().resolve()) if Path(path).expanduser().is_dir() else path
+    content = json.dumps(_canonical([place, deciding]), sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return f"outputs/{_slug(Path(path).name)}-scores-{digest[:HASH_LENGTH]}"
+
+
 def _model_name(values: Mapping[str, Any]) -> str:
     """The last part of `model.path`: a preset's name would be wrong as soon as the path is another."""
     model = values.get("model")
     path = model.get("path") if isinstance(model, Mapping) else None
-    return "model" if path in (None, "???") else Path(str(path)).name
+    return "model" if path in (None, MISSING_VALUE) else Path(str(path)).name
 
 
 def _canonical(value: Any) -> Any:
@@ -131,6 +169,10 @@ def _slug(part: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", str(part)).strip("._-")[:NAME_LENGTH] or "_"
 
 
+def _evaluation_folder_of_root(*, _root_: DictConfig) -> str:
+    return evaluation_folder(_root_)
+
+
 def _run_name_of_root(*, _root_: DictConfig) -> str:
     return run_name(_root_)
 
@@ -144,4 +186,5 @@ def _is_single_run(*, _root_: DictConfig) -> bool:
 
 
 OmegaConf.register_new_resolver("single_run", _is_single_run, replace=True)
+OmegaConf.register_new_resolver("evaluation_folder", _evaluation_folder_of_root, replace=True)
 OmegaConf.register_new_resolver("run_name", _run_name_of_root, replace=True)

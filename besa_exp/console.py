@@ -80,16 +80,20 @@ class RunConsole:
             yield PruningProgress(num_blocks, steps_per_block, bars)
 
     def summary(self, results: Mapping[str, Any], folder: Path) -> None:
-        """The content of results.json as tables: block x linear type sparsity with losses, scores against dense."""
-        for table in result_tables(results, PLAIN_WIDTH, box.MARKDOWN):
-            self._log(table)
-        if self._terminal:
-            self._terminal.print(*result_tables(results, self._terminal.width, box.SIMPLE_HEAD))
+        """The content of results.json as tables, its sparsity against the target, and the run folder."""
+        self.tables(results)
         seconds = results.get("seconds", {}).get("total")
         took = f", {duration(seconds)}" if seconds is not None else ""
         target, measured = results["target_sparsity"], results["measured_sparsity"]
         self.stage(f"{results['pruner']}: measured sparsity {measured:.4f} (target {target:.4f}){took}")
         self.stage(f"run folder: {folder}")
+
+    def tables(self, results: Mapping[str, Any]) -> None:
+        """The content of results.json as tables: block x linear type sparsity with losses, scores against dense."""
+        for table in result_tables(results, PLAIN_WIDTH, box.MARKDOWN):
+            self._log(table)
+        if self._terminal:
+            self._terminal.print(*result_tables(results, self._terminal.width, box.SIMPLE_HEAD))
 
     def _log(self, content: RenderableType) -> None:
         for line in as_text(content, PLAIN_WIDTH).splitlines():

@@ -59,19 +59,19 @@ def dense_key(
     paths = [Path(name).expanduser() for name in local]
     evaluator = {key: value for key, value in asdict(settings).items() if key not in ("name", "dense")}
     return {
-        "model": {"path": str(loaded.folder.resolve()), "files": _files(loaded.folder, "*")},
+        "model": {"path": str(loaded.folder.resolve()), "files": files_of(loaded.folder, "*")},
         "dtype": str(loaded.model.dtype),
         "streamed": loaded.weights is not None,
         "evaluator": evaluator | {"seed": seed if settings.num_fewshot else None},
-        "data": {str(path.resolve()): _files(path) for path in paths if path.exists()},
+        "data": {str(path.resolve()): files_of(path) for path in paths if path.exists()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "deterministic": deterministic,
         "versions": {name: _version(name) for name in MEASURED_BY},
-        "code": _files(Path(__file__).parent / "evaluation"),
+        "code": files_of(Path(__file__).parent / "evaluation"),
     }
 
 
-def _files(place: Path, pattern: str = "**/*") -> list[list[Any]]:
+def files_of(place: Path, pattern: str = "**/*") -> list[list[Any]]:
     """Name, size and time of change of a file, or of the files in a folder; links are followed."""
     files = [place] if place.is_file() else sorted(path for path in place.glob(pattern) if path.is_file())
     found = [(file, file.stat()) for file in files if file.suffix != ".pyc"]

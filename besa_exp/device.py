@@ -9,10 +9,10 @@ import sys
 import torch
 
 from besa_exp import distributed
-from besa_exp.settings import RunSettings
+from besa_exp.settings import EvaluationSettings, RunSettings
 
 
-def prepared_device(settings: RunSettings) -> torch.device:
+def prepared_device(settings: RunSettings | EvaluationSettings) -> torch.device:
     """Seeds and determinism, and the device: auto is a GPU where there is one, of several ranks each one's own."""
     torch.manual_seed(settings.seed)
     if settings.deterministic:

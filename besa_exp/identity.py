@@ -10,6 +10,8 @@ from typing import Any
 from besa_exp.errors import ConfigurationError
 
 IDENTITY = "identity.json"  # in the folder of the blocks
+# Of a model's keys: where the weights lie, and what is said about them elsewhere. They decide nothing.
+NOT_DECIDING = ("load", "name", "context", "published_perplexity")
 
 
 def request_identity(config: Mapping[str, Any], tokens_sha256: str | None = None) -> dict[str, Any]:
@@ -17,7 +19,7 @@ def request_identity(config: Mapping[str, Any], tokens_sha256: str | None = None
     keys = ("model", "calibration", "pruner", "update", "budget", "sparsity", "pattern", "seed", "deterministic")
     identity: dict[str, Any] = {key: config[key] for key in keys if key in config}
     if isinstance(identity.get("model"), Mapping):
-        identity["model"] = {key: value for key, value in identity["model"].items() if key not in ("load", "name")}
+        identity["model"] = {key: value for key, value in identity["model"].items() if key not in NOT_DECIDING}
     return identity | ({"calibration_tokens_sha256": tokens_sha256} if tokens_sha256 else {})
 
 

@@ -21,6 +21,7 @@ besa: prunes language models block by block (BESA, arXiv 2402.16880) and compare
                                  rebuild a pruned model from dense weights and a run's masks.safetensors
   besa report DIR... [--out DIR]
                                  compare run folders and sweeps: one page, tables, figures
+  besa evaluate checkpoint=DIR   score any model folder, run folder or hub id; a run's results get the new scores
   besa list [group ...]          the presets there are, with a line each
   besa --version
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"besa: interrupted: {error}", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
-        print("besa: interrupted; the same command goes on after the last whole block", file=sys.stderr)
+        print("besa: interrupted; the same command goes on after what is finished", file=sys.stderr)
         return 130
 
 
@@ -112,6 +113,12 @@ def _report(arguments: Sequence[str]) -> int:
     return report(arguments)
 
 
+def _evaluate(arguments: Sequence[str]) -> int:
+    from besa_exp.evaluate_command import evaluate
+
+    return evaluate(arguments)
+
+
 def _complete(arguments: Sequence[str]) -> int:
     from besa_exp.completion import complete
 
@@ -121,6 +128,7 @@ def _complete(arguments: Sequence[str]) -> int:
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "prune": _prune,
     "masks": _masks,
+    "evaluate": _evaluate,
     "list": _list,
     "report": _report,
     "--help": _help,

@@ -47,6 +47,15 @@ def inspect_model_folder(folder: Path, key: str = "model.path") -> tuple[ModelFo
     return (None, problems) if problems else (_facts(config, tensors), [])
 
 
+def saved_dtype(folder: Path) -> str | None:
+    """The dtype that config.json gives the weights; None: it gives none, or cannot be read."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config.get("dtype") or config.get("torch_dtype")
+
+
 def read_header(file: Path) -> tuple[dict[str, Any], str | None]:
     """A safetensors file's header, {tensor: {dtype, shape, data_offsets}}, or the problem that makes it unreadable."""
     size = file.stat().st_size

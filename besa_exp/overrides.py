@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -130,7 +131,7 @@ def _unknown_key(config: DictConfig, key: str) -> str | None:
         parents.append(part)
     else:
         return None
-    names = list(_dotted_keys(config if key.startswith("hydra.") else {k: config[k] for k in config if k != "hydra"}))
+    names = list(_dotted_keys(config if key.startswith("hydra.") else _own_nodes(config)))
     same_end = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     where = ".".join(parents)
     beside = [str(name) for name in node if name not in ("_target_", "hydra")] if isinstance(node, DictConfig) else []
@@ -139,6 +140,11 @@ def _unknown_key(config: DictConfig, key: str) -> str | None:
         near = f"; did you mean {' or '.join(same_end)}?"
     of = f" of {where}" if where else ""
     return f"{key}: no such key{near}; keys{of}: {', '.join(beside) or 'none'}"
+
+
+def _own_nodes(config: DictConfig) -> dict[str, Any]:
+    """All but Hydra's; unresolved, as what an interpolation stands for may be missing."""
+    return {str(key): config._get_node(key) for key in config if key != "hydra"}
 
 
 def _dotted_keys(node, prefix: str = "") -> Iterator[str]:

@@ -14,10 +14,11 @@ from besa_exp.calibration_check import check_calibration
 from besa_exp.disk import check_disk, required_bytes
 from besa_exp.embedded.text import MODEL_DIR
 from besa_exp.evaluation.checks import check_evaluator
-from besa_exp.model_folder import ModelFolder, inspect_model_folder
+from besa_exp.model_folder import ModelFolder, inspect_model_folder, saved_dtype
 from besa_exp.nearest import did_you_mean
 from besa_exp.pattern import parse_pattern
-from besa_exp.settings import ModelSettings, RunSettings, TrackerSettings
+from besa_exp.run_checkpoint import check_run, run_and_model
+from besa_exp.settings import EvaluationSettings, ModelSettings, RunSettings, TrackerSettings
 
 BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}  # auto: as saved
 TRACKER_MODES = ("offline", "online", "disabled")
@@ -33,25 +34,46 @@ def preflight(
     `unknown` names the groups whose preset could not be found, about which nothing is said, and may hold
     `calibration.path` where none was given. `here` False: the run will
     be on another machine, whose device and disk are not this one's."""
-    facts, problems = None, _check_dtype(settings.model.dtype)
-    if "model" not in unknown:
-        facts, of_model = check_model(settings.model, settings.offline)
-        problems += of_model
-    context = facts.context if facts else None
+    facts, problems = _check_shared(settings, unknown, here, "model.path")
+    context = facts.context if facts else settings.model.context
     problems += _check_target(settings, facts, "pruner" not in unknown)
     if "calibration" not in unknown:
         length = None if "calibration.path" in unknown else context
         problems += check_calibration(settings.calibration, length, settings.offline)
+    if here and facts:
+        problems += check_disk(folder, _needed_bytes(settings, facts))
+    return problems
+
+
+def preflight_evaluation(
+    settings: EvaluationSettings, unknown: Collection[str] = ()
+) -> tuple[ModelFolder | None, list[str]]:
+    """The facts of the checkpoint, None where they are not known yet, and the problems of scoring it."""
+    run, model = run_and_model(settings.checkpoint)
+    of_run = check_run(run) if run else []
+    facts, problems = _check_shared(settings, [*unknown, *(["model"] if of_run else [])], True, "checkpoint")
+    if facts and run and (saved := saved_dtype(Path(model))) and settings.model.dtype not in ("auto", saved):
+        problems.append(
+            f"model.dtype={settings.model.dtype}: the scores of {run} are those of its model as saved, {saved}; leave "
+            "model.dtype out, or name another folder with hydra.run.dir="
+        )
+    return facts, [*of_run, *problems]
+
+
+def _check_shared(
+    settings: RunSettings | EvaluationSettings, unknown: Collection[str], here: bool, key: str
+) -> tuple[ModelFolder | None, list[str]]:
+    """What pruning and scoring have in common; `key` is what a person set to name the model."""
+    facts, problems = None, _check_dtype(settings.model.dtype)
+    if "model" not in unknown:
+        facts, of_model = check_model(settings.model, settings.offline, key)
+        problems += of_model
     if "evaluator" not in unknown:
-        problems += check_evaluator(settings.evaluator, context)
+        problems += check_evaluator(settings.evaluator, facts.context if facts else settings.model.context)
     if "tracker" not in unknown:
         problems += _check_tracker(settings.tracker, settings.offline)
     problems += _check_seed(settings.seed)
-    if here:
-        problems += _check_device(settings.device)
-        if facts:
-            problems += check_disk(folder, _needed_bytes(settings, facts))
-    return problems
+    return facts, problems + (_check_device(settings.device) if here else [])
 
 
 def model_folder(settings: ModelSettings) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,16 +25,24 @@ ANSWERED_BY_HYDRA = ("help", "hydra_help", "cfg", "info", "shell_completion", "e
 
 def prune(arguments: Sequence[str]) -> int:
     """The exit code: the highest of the jobs' own."""
+    return composed("besa prune", CONFIG_NAME, arguments, _run)
+
+
+def composed(
+    command: str, config_name: str, arguments: Sequence[str], carry_out: Callable[[argparse.Namespace], int]
+) -> int:
+    """What `carry_out` makes of the arguments, Hydra being initialized; flags that only show something are answered by
+    Hydra."""
     parser = get_args_parser()
-    parser.prog = "besa prune"
+    parser.prog = command
     parsed = parser.parse_intermixed_args(list(arguments))
     conf_dir = str(Path(parsed.config_path or CONF_DIR).absolute())
     with initialize_config_dir(conf_dir, job_name="besa", version_base=HYDRA_VERSION):
         if not any(getattr(parsed, flag) for flag in ANSWERED_BY_HYDRA):
-            return _run(parsed)
+            return carry_out(parsed)
         if parsed.cfg or parsed.info or parsed.help:
-            check_composition(parsed)
-    return hydra_flags(arguments)
+            check_composition(parsed, config_name)
+    return hydra_flags(arguments, config_name)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -48,11 +56,11 @@ def _run(arguments: argparse.Namespace) -> int:
     return max(outcome.exit_code for outcome in outcomes)
 
 
-def hydra_flags(arguments: Sequence[str]) -> int:
+def hydra_flags(arguments: Sequence[str], config_name: str = CONFIG_NAME) -> int:
     """--cfg, --info, --help, completion and the like, as any Hydra program answers them."""
     with _command_line(["besa", *arguments]):
         try:
-            hydra.main(config_path=str(CONF_DIR), config_name=CONFIG_NAME, version_base=HYDRA_VERSION)(_rerun)()
+            hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base=HYDRA_VERSION)(_rerun)()
         except ValueError as error:  # flags that exclude each other
             raise ConfigurationError(str(error)) from error
     return 0

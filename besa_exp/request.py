@@ -79,17 +79,17 @@ def read_request(arguments: argparse.Namespace) -> Request:
     return Request(composer.config_name, lines, multirun, launcher_of(main), tuple(jobs))
 
 
-def check_composition(arguments: argparse.Namespace) -> None:
+def check_composition(arguments: argparse.Namespace, config_name: str = CONFIG_NAME) -> None:
     """For flags that show the configuration: ConfigurationError where it cannot be composed."""
-    composer = composer_of(arguments)
+    composer = composer_of(arguments, config_name)
     composer.compose([str(override.input_line) for override in composer.parse(arguments.overrides)])
     if composer.problems:
         raise ConfigurationError(*composer.problems.values())
 
 
-def composer_of(arguments: argparse.Namespace) -> Composer:
+def composer_of(arguments: argparse.Namespace, config_name: str = CONFIG_NAME) -> Composer:
     """Composes with the presets of --config-dir too."""
-    name, folder = arguments.config_name or CONFIG_NAME, arguments.config_dir
+    name, folder = arguments.config_name or config_name, arguments.config_dir
     if folder is None:
         given = [line for line in arguments.overrides if key_of(line) == "hydra.searchpath"]
         return Composer(name, tuple(given))
@@ -170,7 +170,7 @@ def _check_settings(composer: Composer, job: Job, unknown: set[str]) -> None:
         settings = read_settings(job.config, name, with_pruner="pruner" not in unknown)
     except Unreadable as error:
         problems |= error.by_key
-        rest = [line for line in job.lines if not _sets(composer, line, error.by_key)]
+        rest = [line for line in job.lines if not sets_one_of(composer, line, error.by_key)]
         missing = [group for group in STANDS_IN if OmegaConf.is_missing(job.config[group], "path")]
         if len(rest) < len(job.lines):
             config = composer.compose(rest)
@@ -194,7 +194,7 @@ def _with_paths(config: DictConfig, groups: Sequence[str]) -> DictConfig:
     return filled
 
 
-def _sets(composer: Composer, line: str, keys: Iterable[str]) -> bool:
+def sets_one_of(composer: Composer, line: str, keys: Iterable[str]) -> bool:
     """Whether the line gives a value (not a preset) to one of the keys or to something below it."""
     key = key_of(line)
     return any(key.startswith(f"{bad}.") or (key == bad and not composer.presets(key)) for bad in keys)

@@ -82,7 +82,8 @@ def result_tables(results: Mapping[str, Any], width: int, style: box.Box) -> lis
             break
     scores = score_rows(results)
     if scores:
-        tables.append(_score_table(scores, score_rows(results.get("dense") or {}), style))
+        named = "pruned" if "pruner" in results else "score"
+        tables.append(_score_table(scores, score_rows(results.get("dense") or {}), style, named))
     if rows := speed_rows(results):
         tables.append(_speed_table(rows, results["simulated_speed"]["model"], style))
     tables += [Text(f"n/a {name}: {reason}") for name, reason in sorted((results.get("unavailable") or {}).items())]
@@ -97,28 +98,31 @@ def as_text(content: RenderableType, width: int) -> str:
 
 
 def _sparsity_table(blocks: Sequence[Mapping[str, Any]], types: Sequence[str], style: box.Box) -> Table:
-    """Percent of zeros: a row a block, a column each of `types`, then the whole block and its losses."""
-    table = _table("zeros in %, reconstruction loss before and after", style)
+    """Percent of zeros: a row a block, a column each of `types`, then the whole block and, where known, its losses."""
+    with_losses = all("reconstruction_loss" in block for block in blocks)
+    table = _table("zeros in %" + (", reconstruction loss before and after" if with_losses else ""), style)
     names = short_names(type_counts(blocks))
-    for head in ("block", *(names[kind] for kind in types), "all", "before", "after"):
+    for head in ("block", *(names[kind] for kind in types), "all", *(("before", "after") if with_losses else ())):
         table.add_column(head, justify="right", no_wrap=True)
     for block in blocks:
-        counts, loss = type_counts([block]), block["reconstruction_loss"]
+        counts = type_counts([block])
         cells = [_percent(*counts[kind]) if kind in counts else "" for kind in types]
-        losses = (f"{loss['before']:.4g}", f"{loss['after']:.4g}")
+        losses = [f"{block['reconstruction_loss'][when]:.4g}" for when in ("before", "after") if with_losses]
         table.add_row(str(block["index"]), *cells, _percent(*block_counts(block)), *losses)
     counts = type_counts(blocks)
     weights, pruned = (sum(column) for column in zip(*counts.values(), strict=True))
     table.add_section()
-    table.add_row("all", *(_percent(*counts[kind]) for kind in types), _percent(weights, pruned), "", "", style="bold")
+    table.add_row("all", *(_percent(*counts[kind]) for kind in types), _percent(weights, pruned), style="bold")
     return table
 
 
-def _score_table(pruned: Mapping[str, float | None], dense: Mapping[str, float | None], style: box.Box) -> Table:
+def _score_table(
+    pruned: Mapping[str, float | None], dense: Mapping[str, float | None], style: box.Box, named: str
+) -> Table:
     """Perplexities (lower is better, difference in percent) and task metrics (higher is better, plain difference)."""
     table = _table("scores", style)
     table.add_column("measure", overflow="fold")
-    for head in ("dense", "pruned", "difference") if dense else ("pruned",):
+    for head in ("dense", named, "difference") if dense else (named,):
         table.add_column(head, justify="right", no_wrap=True)
     for name in dict.fromkeys([*pruned, *dense]):
         after, before = pruned.get(name), dense.get(name)

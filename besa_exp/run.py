@@ -34,6 +34,7 @@ from besa_exp.identity import request_identity
 from besa_exp.masks import Target
 from besa_exp.model_card import model_card
 from besa_exp.models import LoadedModel, load_model, model_context, model_path
+from besa_exp.published import compared_with_published
 from besa_exp.reports import BlockReport, Step
 from besa_exp.results import results_of, score_values
 from besa_exp.run_folder import RunFolder
@@ -90,10 +91,17 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
             tracker.log_scores(scores, dense)
         results |= score_values(scores) | {"provenance": scores.provenance}
         results |= {"dense": score_values(dense)} if dense else {}
+        results |= _published(settings, dense or (scores if results["measured_sparsity"] == 0 else None))
         run.seconds["total"] = time.perf_counter() - started
         results |= {"seconds": run.seconds, "peak_memory_bytes": peak_memory(device)}
         _write(run, results)
     return results
+
+
+def _published(settings: RunSettings, dense: Scores | None) -> dict[str, Any]:
+    """The part of results.json that compares the dense model's perplexities with the published ones."""
+    compared = compared_with_published(settings.model.published_perplexity, dense) if dense else {}
+    return {"published": compared} if compared else {}
 
 
 def _calibrate(run: Run, loaded: LoadedModel) -> Calibration:

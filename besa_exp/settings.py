@@ -19,6 +19,8 @@ class ModelSettings:
     dtype: str = "auto"  # auto (as saved), float32, bfloat16, float16
     load: Literal["auto", "whole", "streamed"] = "auto"  # streamed: one block in memory at a time
     trust_remote_code: bool = False
+    context: int | None = None  # longest window in tokens, as known before the model's own config is there
+    published_perplexity: dict[str, dict[int, float]] = field(default_factory=dict)  # set to window to value, dense
 
 
 @dataclass(frozen=True)
@@ -94,3 +96,18 @@ class RunSettings:
     activations: Literal["auto", "device", "host", "disk"] = "auto"  # where hidden states lie between blocks
     profile: bool = False  # write profile.txt into the run folder
     save: SaveSettings = field(default_factory=SaveSettings)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """One scoring of a checkpoint: `checkpoint` as it was named, `model.path` the folder or hub id that it means."""
+
+    checkpoint: str
+    model: ModelSettings
+    evaluator: EvaluatorSettings
+    tracker: TrackerSettings
+    seed: int = 0  # of few-shot examples
+    device: str = "auto"
+    deterministic: bool = True
+    offline: bool = False
+    overwrite: bool = False  # score again what is scored

@@ -11,6 +11,7 @@ Nothing here imports torch, so that names and paths are checked before any long 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -125,7 +126,14 @@ def read_text(source: str, use: Use, offline: bool) -> Text:
     documents = tuple(text for text in _file_documents(Path(source).expanduser()) if text.strip())
     if not documents:
         raise ConfigurationError(f"{source}: holds no text; give a file with some")
-    return Text(documents, {"file": source, "documents": len(documents)})
+    record = {"file": source, "file_sha256": file_sha256(Path(source).expanduser()), "documents": len(documents)}
+    return Text(documents, record)
+
+
+def file_sha256(path: Path) -> str:
+    """Of the file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch(source: str, use: Use, offline: bool) -> Path:

@@ -40,6 +40,8 @@ class Reader:
             return self._choice(value, get_args(hint), key)
         if origin is tuple:
             return self._tuple(value, get_args(hint)[0], key)
+        if origin is dict:
+            return self._mapping(value, get_args(hint), key)
         if is_dataclass(hint) or (isinstance(value, Mapping) and "_target_" in value):
             return self.node(value, hint, key)
         if hint is Any:
@@ -119,6 +121,17 @@ class Reader:
         values = value if isinstance(value, list | tuple) else [value]
         read = tuple(self.value(item, hint, key) for item in values)
         return UNREAD if UNREAD in read else read
+
+    def _mapping(self, value: Any, hints: tuple[Any, ...], key: str) -> Any:
+        """Keys that stand for numbers may be written as text, as they are on the command line and in JSON."""
+        if not isinstance(value, Mapping):
+            return self.refuse(key, f"{key}={_shown(value)}: must be a group of keys, or {{}}")
+        (key_hint, hint), read = hints, {}
+        for name, item in value.items():
+            path = f"{key}.{name}"
+            number = int(name) if key_hint is int and str(name).isdecimal() else name
+            read[self._scalar(number, key_hint, path)] = self.value(item, hint, path)
+        return UNREAD if UNREAD in read or any(item is UNREAD for item in read.values()) else read
 
     def _scalar(self, value: Any, hint: type, key: str, words: Sequence[str] = ()) -> Any:
         number = isinstance(value, int | float) and not isinstance(value, bool)

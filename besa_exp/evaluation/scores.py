@@ -24,7 +24,7 @@ from besa_exp.evaluation.finished_scores import FinishedScores
 from besa_exp.evaluation.perplexity import cut_windows, perplexity
 from besa_exp.evaluation.simulated_speed import simulate_model
 from besa_exp.settings import EvaluatorSettings
-from besa_exp.text_sources import is_token_file, read_text
+from besa_exp.text_sources import file_sha256, is_token_file, read_text
 from besa_exp.tokens import (
     Tokenizer,
     begins_with_bos,
@@ -124,7 +124,9 @@ def _windows_of(
     """A set's windows and its record."""
     try:
         if is_token_file(source):
-            tokens, record, max_windows = read_token_file(Path(source).expanduser()), {"file": source}, None
+            path = Path(source).expanduser()
+            tokens, max_windows = read_token_file(path), None
+            record = {"file": source, "file_sha256": file_sha256(path)}
         elif tokenizer is None:
             raise Unavailable("the model has no tokenizer; text needs one (a .safetensors file of input_ids does not)")
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from besa_exp.dense_scores import _files, shared_dense_scores
+from besa_exp.dense_scores import files_of, shared_dense_scores
 from besa_exp.evaluation.scores import Scores
 
 KEY = {"model": {"files": [["model.safetensors", 3, 1]]}, "evaluator": {"perplexity_sets": ("embedded",)}}
@@ -82,7 +82,7 @@ def test_every_process_of_a_distributed_run_measures(tmp_path: Path, monkeypatch
 def test_a_file_is_told_by_its_size_and_time_of_change(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_text("one")
-    before = _files(tmp_path)
+    before = files_of(tmp_path)
     file.write_text("other")
-    assert _files(tmp_path) != before
-    assert [name for name, *_ in _files(tmp_path)] == ["model.safetensors"]
+    assert files_of(tmp_path) != before
+    assert [name for name, *_ in files_of(tmp_path)] == ["model.safetensors"]

@@ -1,0 +1,44 @@
+"""The dense model's measured perplexity beside the published one: most failures to reproduce a paper begin there.
+
+Perplexities are compared in the window they were published for; a value of another window, protocol or data set is
+another number. More than 1 % apart means that something is not as in the publication: the text, the tokenizer, the
+model's revision or dtype.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from besa_exp.evaluation.scores import Scores
+
+TOLERANCE = 0.01
+logger = logging.getLogger(__name__)
+
+
+def compared_with_published(published: Mapping[str, Mapping[int, float]], dense: Scores) -> dict[str, dict[str, Any]]:
+    """{set: {seq_len, published, measured, difference (relative), agrees}} for what was published and measured in the
+    same window; a warning in the log for each that does not agree."""
+    compared = {}
+    for name, by_window in published.items():
+        measured, record = dense.perplexity.get(name), dense.provenance["perplexity"].get(name, {})
+        value = by_window.get(record.get("seq_len", 0))
+        if measured is None or value is None:
+            continue
+        difference = measured / value - 1
+        compared[name] = {
+            "seq_len": record["seq_len"],
+            "published": value,
+            "measured": measured,
+            "difference": difference,
+            "agrees": abs(difference) <= TOLERANCE,
+        }
+        if abs(difference) > TOLERANCE:
+            logger.warning(
+                "the dense model's perplexity on %s is %.4f where %g is published (windows of %d tokens, %+.1f %%): "
+                "text, tokenizer, revision or dtype are not those of the publication",
+                name, measured, value, record["seq_len"], 100 * difference,
+            )  # fmt: skip
+    return compared

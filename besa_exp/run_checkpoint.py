@@ -1,0 +1,48 @@
+"""What a person means by a checkpoint: a run folder stands for the model in it, anything else for itself. No torch."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import yaml
+
+from besa_exp.run_status import is_done, read_status
+
+
+def run_and_model(checkpoint: str) -> tuple[Path | None, str]:
+    """The run folder whose results tell of `checkpoint`, None where no run made it, and the folder or hub id of its
+    model. `checkpoint` may be the run folder, or `model` inside one."""
+    path = Path(checkpoint).expanduser()
+    if read_status(path) is not None:
+        return path, str(path / "model")
+    if path.name == "model" and is_done(path.parent):
+        return path.parent, checkpoint
+    return None, checkpoint
+
+
+def check_run(run: Path) -> list[str]:
+    """Why the model of this run cannot be scored, in complete sentences."""
+    if not is_done(run):
+        status = (read_status(run) or {}).get("status")
+        return [f"checkpoint={run}: its run is not finished (status.json says {status}); finish or repeat it first"]
+    if (run / "model").is_dir():
+        return []
+    again = f"prune again with save.model=true overwrite=true hydra.run.dir={run}"
+    masks = run / "masks.safetensors"
+    if not masks.is_file():
+        return [f"checkpoint={run}: its run kept neither model nor masks; {again}"]
+    rebuild = shlex.join(["besa", "masks", "apply", str(masks), "--model", _dense(run), "--out", str(run / "model")])
+    return [
+        f"checkpoint={run}: its run kept masks alone; rebuild the model with `{rebuild}` (where the method leaves the "
+        f"kept weights as they were), or {again}"
+    ]
+
+
+def _dense(run: Path) -> str:
+    """The dense model's folder or hub id, from the run's configuration."""
+    try:
+        path = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]["path"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return "DENSE_MODEL"
+    return str(path)
