@@ -17,11 +17,11 @@ besa: prunes language models block by block (BESA, arXiv 2402.16880) and compare
 
   besa prune [key=value ...]     prune a model; with no arguments the embedded one: no network, account or GPU
   besa prune -m key=a,b,c ...    one job for each value
+  besa evaluate checkpoint=DIR   score any model folder, run folder or hub id; a run's results get the new scores
   besa masks apply MASKS --model DIR --out DIR
                                  rebuild a pruned model from dense weights and a run's masks.safetensors
   besa report DIR... [--out DIR]
                                  compare run folders and sweeps: one page, tables, figures
-  besa evaluate checkpoint=DIR   score any model folder, run folder or hub id; a run's results get the new scores
   besa list [group ...]          the presets there are, with a line each
   besa --version
 
@@ -127,8 +127,8 @@ def _complete(arguments: Sequence[str]) -> int:
 
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "prune": _prune,
-    "masks": _masks,
     "evaluate": _evaluate,
+    "masks": _masks,
     "list": _list,
     "report": _report,
     "--help": _help,

@@ -32,17 +32,18 @@ def check_run(run: Path) -> list[str]:
     masks = run / "masks.safetensors"
     if not masks.is_file():
         return [f"checkpoint={run}: its run kept neither model nor masks; {again}"]
-    rebuild = shlex.join(["besa", "masks", "apply", str(masks), "--model", _dense(run), "--out", str(run / "model")])
+    rebuild = shlex.join(["besa", "masks", "apply", str(masks), *_dense(run), "--out", str(run / "model")])
     return [
         f"checkpoint={run}: its run kept masks alone; rebuild the model with `{rebuild}` (where the method leaves the "
         f"kept weights as they were), or {again}"
     ]
 
 
-def _dense(run: Path) -> str:
-    """The dense model's folder or hub id, from the run's configuration."""
+def _dense(run: Path) -> list[str]:
+    """The dense model as the run's configuration names it, for a command line."""
     try:
-        path = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]["path"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return "DENSE_MODEL"
-    return str(path)
+        model = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
+        revision = model.get("revision")
+        return ["--model", str(model["path"]), *(["--revision", str(revision)] if revision else [])]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return ["--model", "DENSE_MODEL"]

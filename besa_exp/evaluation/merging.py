@@ -59,7 +59,10 @@ def remaining(
             conflicts.append(_conflict(f"zero-shot {name}", differs))
         else:
             known.append(f"zero-shot {name} is known{_older(record)}")
-    left = replace(settings, perplexity_sets=tuple(sets), tasks=tuple(tasks))
+    simulate = settings.simulated_speed and not results.get("simulated_speed")
+    if settings.simulated_speed and not simulate:
+        known.append("simulated speed is known")
+    left = replace(settings, perplexity_sets=tuple(sets), tasks=tuple(tasks), simulated_speed=simulate)
     return Remaining(left, tuple(known), tuple(conflicts))
 
 
@@ -87,6 +90,7 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
         union["unavailable"][name] = reason
         if name in scores.perplexity:
             union["perplexity"][name] = None
+    union |= {"simulated_speed": scores.simulated_speed} if scores.simulated_speed else {}
     return union, told
 
 
