@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from besa_exp import distributed
 from besa_exp.activations import Allocate
 from besa_exp.errors import RunError
+from besa_exp.linears import LOOKED_FOR, Linear, discover_linears, find_linears, watch, with_weights
 
 Hidden = Float[Tensor, "sample seq hidden"]
 
@@ -36,7 +38,7 @@ class Block:
     index: int
     name: str
     module: nn.Module
-    linears: Mapping[str, nn.Linear]
+    linears: Mapping[str, Linear]
     arguments: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
 
     @property
@@ -53,7 +55,7 @@ class Block:
         if weights is None:
             output = self.module(hidden, *args, **kwargs)
         else:
-            parameters = {f"{name}.weight": weight for name, weight in weights.items()}
+            parameters = with_weights(self.module, self.linears, weights)
             output = torch.func.functional_call(self.module, parameters, (hidden, *args), kwargs)
         output = output[0] if isinstance(output, tuple) else output
         assert output.shape == hidden.shape, f"{self.name} turned {tuple(hidden.shape)} into {tuple(output.shape)}"
@@ -82,12 +84,12 @@ def discover_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     best: tuple[int, str, list[nn.Module]] = (0, "", [])
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1:
-            weights = sum(linear.weight.numel() for linear in module.modules() if isinstance(linear, nn.Linear))
+            weights = sum(linear.weight.numel() for linear in find_linears(module).values())
             best = max(best, (weights, path, list(module)), key=lambda found: found[0])
     if not best[2]:
         raise RunError(
             f"{type(model).__name__} has no decoder blocks that can be pruned: looked for a torch.nn.ModuleList of "
-            "equal modules that hold torch.nn.Linear; prune a decoder-only transformers model."
+            f"equal modules that hold linears, that is {LOOKED_FOR}; prune a decoder-only transformers model."
         )
     return best[1], best[2]
 
@@ -107,14 +109,9 @@ def capture_blocks(model: nn.Module, input_ids: Int[Tensor, "sample seq"]) -> li
         return arguments
 
     return [
-        Block(index, f"{path}.{index}", module, discover_linears(module), arguments_of(index))
+        Block(index, f"{path}.{index}", module, discover_linears(module, f"{path}.{index}"), arguments_of(index))
         for index, module in enumerate(modules)
     ]
-
-
-def discover_linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """Every nn.Linear of a block by its path."""
-    return {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
 @torch.no_grad()
@@ -144,7 +141,11 @@ def _captured(
 
     with replaced_forwards(modules, [stand_in] * len(modules)), suppress(_Reached):
         model(input_ids.to(next(model.parameters()).device), use_cache=False)
-    assert len(seen) == len(modules), f"{len(modules)} blocks, {len(seen)} calls: a block is skipped or shared"
+    if len(seen) != len(modules):
+        raise RunError(
+            f"{type(model).__name__}: {len(modules)} blocks of {type(modules[0]).__name__} were found and {len(seen)} "
+            "called: it skips some, or uses one several times. Looked for a decoder that calls each block once, in order"
+        )
     return seen
 
 
@@ -195,16 +196,20 @@ def embed(
 
 @torch.no_grad()
 def check_replay(model: nn.Module, blocks: list[Block], input_ids: Int[Tensor, "sample seq"]) -> None:
-    """Prove that replaying `blocks`, the first ones or all, reproduces the model's own hidden states. RunError names
-    the first block that does not."""
+    """Prove that replaying `blocks`, the first ones or all, reproduces the model's own hidden states, and that their
+    linears are called. RunError names the first block that does not, or a linear that is not."""
     own: list[Tensor] = []
+    called: set[tuple[int, str]] = set()
 
     def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         own.append(output[0] if isinstance(output, tuple) else output)
         if len(own) == len(blocks):
             raise _Reached
 
-    hooks = [block.module.register_forward_hook(record) for block in blocks]
+    hooks = []
+    for block in blocks:
+        note = partial(_note, called, block.index)
+        hooks += [*watch(block.linears, note, note), block.module.register_forward_hook(record)]
     try:
         with suppress(_Reached):
             model(input_ids.to(next(model.parameters()).device), use_cache=False)
@@ -221,6 +226,24 @@ def check_replay(model: nn.Module, blocks: list[Block], input_ids: Int[Tensor, "
                 f"{float(error):.2e}); the model calls its blocks in a way the block loop does not know. "
                 "Please report the model's class and the transformers version."
             )
+        _check_called(block, called)
+
+
+def _note(called: set[tuple[int, str]], index: int, name: str, inputs: Tensor) -> None:
+    called.add((index, name))
+
+
+def _check_called(block: Block, called: set[tuple[int, str]]) -> None:
+    idle = [
+        name
+        for name, linear in block.linears.items()
+        if (block.index, name) not in called and (linear.expert is not None or not linear.of_mixture)
+    ]
+    if idle:
+        raise RunError(
+            f"{block.name}.{idle[0]}: {type(block.module).__name__} uses this weight without calling the module that "
+            f"holds it, so that its inputs cannot be observed; such a model cannot be pruned here. Looked for {LOOKED_FOR}"
+        )
 
 
 def reconstruction_loss(outputs: Hidden, targets: Hidden) -> Float[Tensor, ""]:

@@ -110,7 +110,7 @@ def write_weights(block: Block, pruned: PrunedBlock) -> None:
     RunError: a weight is not finite."""
     for name, linear in block.linears.items():
         weight = linear.weight if pruned.weights is None else pruned.weights[name].to(linear.weight.dtype)
-        weight = distributed.broadcast(torch.where(pruned.keep_masks[name], weight, torch.zeros_like(weight)))
+        weight = distributed.broadcast(torch.where(pruned.keep_masks[name], weight, torch.zeros_like(weight)).contiguous())
         if not weight.isfinite().all():
             raise RunError(f"{block.name}.{name}: the pruned weights are not finite in {weight.dtype}.")
         linear.weight.copy_(weight)

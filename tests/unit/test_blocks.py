@@ -119,7 +119,7 @@ def test_statistics_and_outputs_do_not_depend_on_the_batch_size(batch_size):
     inputs = embed(model, blocks, INPUT_IDS, batch_size)
     statistics, outputs = observe(blocks[0], inputs, InputNorm, batch_size)
     recorded = []
-    hook = blocks[0].linears["mlp.down_proj"].register_forward_pre_hook(lambda module, args: recorded.append(args[0]))
+    hook = blocks[0].linears["mlp.down_proj"].module.register_forward_pre_hook(lambda module, args: recorded.append(args[0]))
     whole = blocks[0](inputs)
     hook.remove()
     torch.testing.assert_close(outputs, whole, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,199 @@
+"""The linears of a block: named weights [out in], whatever kind of module holds them, and the inputs that reach them.
+
+There are three kinds. `torch.nn.Linear` holds [out in]. transformers' `Conv1D` (GPT-2) holds [in out], seen transposed
+here. The experts of a mixture lie stacked in one parameter [expert out in], or [expert in out], of a module that keeps
+to transformers' experts interface (`gate_up_proj`, `down_proj`, `has_gate`, `is_transposed`, `_apply_gate`); each
+expert's part is a linear of its own, `mlp.experts.3.down_proj`. Routers are linears to nobody: they stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
+
+from besa_exp.errors import RunError
+
+LOOKED_FOR = (
+    "torch.nn.Linear, transformers' Conv1D, and experts stacked as in transformers' experts interface (a module with "
+    "has_gate, is_transposed, gate_up_proj or up_proj, and down_proj)"
+)
+OnInput = Callable[[str, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One weight of a block: the module that holds it, the parameter's path inside the block, and how it lies there.
+
+    `expert`: its number in a stacked parameter. `of_mixture`: a router chooses whether it runs."""
+
+    module: nn.Module
+    path: str
+    expert: int | None = None
+    transposed: bool = False
+    of_mixture: bool = False
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """A view of the parameter: what is written into it is written into the model."""
+        stored = getattr(self.module, self.path.rpartition(".")[2])
+        stored = stored if self.expert is None else stored[self.expert]
+        return stored.T if self.transposed else stored
+
+
+def discover_linears(block: nn.Module, name: str = "block") -> dict[str, Linear]:
+    """Every linear of a block by its path. RunError: most of the block's weights are something else."""
+    linears = find_linears(block)
+    held = {linear.path for linear in linears.values()}
+    others = {
+        path: parameter
+        for path, parameter in block.named_parameters()
+        if path not in held and parameter.dim() > 1 and min(parameter.shape) > 1
+    }
+    size = sum(linear.weight.numel() for linear in linears.values())
+    if sum(parameter.numel() for parameter in others.values()) > size:
+        path, largest = max(others.items(), key=lambda item: item[1].numel())
+        owner = type(block.get_submodule(path.rpartition(".")[0])).__name__
+        raise RunError(
+            f"{name}: most of its weights lie in no linear, such as {path} {list(largest.shape)} of {owner}; they would "
+            f"stay dense. Looked for {LOOKED_FOR}"
+        )
+    return linears
+
+
+def find_linears(module: nn.Module) -> dict[str, Linear]:
+    """Every linear inside a module, by path."""
+    routers, chosen = _routers(module), _chosen(module)
+    linears: dict[str, Linear] = {}
+    for path, inner in module.named_modules():
+        if _is_stack(inner):
+            for expert in range(len(inner.down_proj)):
+                for kind in (_first_projection(inner), "down_proj"):
+                    place = f"{path}.{kind}".lstrip(".")
+                    linears[f"{path}.{expert}.{kind}".lstrip(".")] = Linear(
+                        inner, place, expert, bool(inner.is_transposed), of_mixture=True
+                    )
+        elif isinstance(inner, nn.Linear | Conv1D) and inner not in routers:
+            linears[path] = Linear(
+                inner, f"{path}.weight", transposed=isinstance(inner, Conv1D), of_mixture=inner in chosen
+            )
+    return linears
+
+
+def with_weights(
+    module: nn.Module, linears: Mapping[str, Linear], weights: Mapping[str, Float[Tensor, "out in"]]
+) -> dict[str, Tensor]:
+    """The module's parameters, as they are stored, that hold `weights` instead of their own. Differentiable."""
+    parameters: dict[str, Tensor] = {}
+    stacks: dict[str, dict[int, Tensor]] = {}
+    for name, weight in weights.items():
+        linear = linears[name]
+        stored = weight.T if linear.transposed else weight
+        if linear.expert is None:
+            parameters[linear.path] = stored
+        else:
+            stacks.setdefault(linear.path, {})[linear.expert] = stored
+    for path, experts in stacks.items():
+        own = module.get_parameter(path)
+        parameters[path] = torch.stack([experts.get(number, own[number]) for number in range(len(own))])
+    return parameters
+
+
+def watch(
+    linears: Mapping[str, Linear], on_input: OnInput, on_tokens: OnInput, all_tokens: bool = False
+) -> list[RemovableHandle]:
+    """Hooks that tell the inputs [*token in] of each of `linears` whenever they run: `on_input` of those that are given
+    a tensor of the block, which may be the same for several; `on_tokens` of the experts of a stack, each the tokens
+    that the router sends it, none at all included, or with `all_tokens` what all tokens would be there."""
+    handles = []
+    stacks: dict[nn.Module, dict[tuple[int, str], str]] = {}
+    for name, linear in linears.items():
+        if linear.expert is None:
+            handles.append(linear.module.register_forward_pre_hook(partial(_tell, on_input, name)))
+        else:
+            names = stacks.setdefault(linear.module, {})
+            names[linear.expert, linear.path.rpartition(".")[2]] = name
+    for experts, names in stacks.items():
+        hook = partial(_tell_experts, on_tokens, names, all_tokens)
+        handles.append(experts.register_forward_pre_hook(hook, with_kwargs=True))
+    return handles
+
+
+def _tell(on_input: OnInput, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    on_input(name, args[0])
+
+
+def _tell_experts(
+    on_tokens: OnInput,
+    names: Mapping[tuple[int, str], str],
+    all_tokens: bool,
+    experts: Any,
+    args: tuple[Tensor, ...],
+    kwargs: Mapping[str, Tensor],
+) -> None:
+    hidden, chosen = (*args, *kwargs.values())[:2]  # in the interface's order, whatever each family calls them
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    first = _first_projection(experts)
+    for expert in sorted({expert for expert, _ in names}):
+        tokens = hidden if all_tokens else hidden[(chosen == expert).any(dim=-1)]
+        on_tokens(names[expert, first], tokens)
+        on_tokens(names[expert, "down_proj"], expert_activations(experts, expert, tokens))
+
+
+@torch.no_grad()
+def expert_activations(experts: Any, expert: int, tokens: Float[Tensor, "token hidden"]) -> Float[Tensor, "token in"]:
+    """What `down_proj` of one expert of a stack is given for `tokens`."""
+    first = _first_projection(experts)
+    weight = getattr(experts, first)[expert]
+    projected = tokens @ (weight if experts.is_transposed else weight.T)
+    if experts.has_bias:
+        projected = projected + getattr(experts, f"{first}_bias")[expert]
+    return experts._apply_gate(projected) if experts.has_gate else experts.act_fn(projected)
+
+
+def _first_projection(experts: Any) -> str:
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def _is_stack(module: Any) -> bool:
+    """Whether a module holds stacked experts in the way of transformers' experts interface."""
+    if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "down_proj")):
+        return False
+    stacked = [getattr(module, name, None) for name in (_first_projection(module), "down_proj")]
+    return all(isinstance(parameter, nn.Parameter) and parameter.dim() == 3 for parameter in stacked)
+
+
+def _mixtures(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, int]]:
+    """Each mixture inside a module: what holds router and experts, the experts, and their number."""
+    for inner in module.modules():
+        for child in inner.children():
+            if _is_stack(child):
+                yield inner, child, len(child.down_proj)
+            elif isinstance(child, nn.ModuleList) and len(child) > 1 and _holds_linears(child):
+                yield inner, child, len(child)
+
+
+def _holds_linears(module: nn.Module) -> bool:
+    return any(isinstance(inner, nn.Linear) for inner in module.modules())
+
+
+def _chosen(block: nn.Module) -> set[nn.Module]:
+    """All modules inside experts."""
+    return {inner for _, experts, _ in _mixtures(block) for inner in experts.modules()}
+
+
+def _routers(block: nn.Module) -> Collection[nn.Module]:
+    """Linears that choose or weigh experts: beside them, with as many outputs as there are experts, or a single one."""
+    return {
+        linear
+        for mixture, experts, count in _mixtures(block)
+        for linear in set(mixture.modules()) - set(experts.modules())
+        if isinstance(linear, nn.Linear) and linear.out_features in (1, count)
+    }
