@@ -143,8 +143,8 @@ def _captured(
         model(input_ids.to(next(model.parameters()).device), use_cache=False)
     if len(seen) != len(modules):
         raise RunError(
-            f"{type(model).__name__}: {len(modules)} blocks of {type(modules[0]).__name__} were found and {len(seen)} "
-            "called: it skips some, or uses one several times. Looked for a decoder that calls each block once, in order"
+            f"{type(model).__name__}: {len(modules)} blocks of {type(modules[0]).__name__} were found, {len(seen)} "
+            "calls seen: some are skipped or called again. Looked for a decoder that calls each of its blocks once"
         )
     return seen
 
@@ -242,7 +242,8 @@ def _check_called(block: Block, called: set[tuple[int, str]]) -> None:
     if idle:
         raise RunError(
             f"{block.name}.{idle[0]}: {type(block.module).__name__} uses this weight without calling the module that "
-            f"holds it, so that its inputs cannot be observed; such a model cannot be pruned here. Looked for {LOOKED_FOR}"
+            "holds it, so that its inputs cannot be observed; such a model cannot be pruned here. "
+            f"Looked for {LOOKED_FOR}"
         )
 
 

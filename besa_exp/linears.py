@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
@@ -62,8 +62,8 @@ def discover_linears(block: nn.Module, name: str = "block") -> dict[str, Linear]
         path, largest = max(others.items(), key=lambda item: item[1].numel())
         owner = type(block.get_submodule(path.rpartition(".")[0])).__name__
         raise RunError(
-            f"{name}: most of its weights lie in no linear, such as {path} {list(largest.shape)} of {owner}; they would "
-            f"stay dense. Looked for {LOOKED_FOR}"
+            f"{name}: most of its weights lie in no linear, such as {path} {list(largest.shape)} of {owner}; they "
+            f"would stay dense. Looked for {LOOKED_FOR}"
         )
     return linears
 
@@ -73,12 +73,12 @@ def find_linears(module: nn.Module) -> dict[str, Linear]:
     routers, chosen = _routers(module), _chosen(module)
     linears: dict[str, Linear] = {}
     for path, inner in module.named_modules():
-        if _is_stack(inner):
-            for expert in range(len(inner.down_proj)):
+        if count := _num_stacked(inner):
+            for expert in range(count):
                 for kind in (_first_projection(inner), "down_proj"):
                     place = f"{path}.{kind}".lstrip(".")
                     linears[f"{path}.{expert}.{kind}".lstrip(".")] = Linear(
-                        inner, place, expert, bool(inner.is_transposed), of_mixture=True
+                        inner, place, expert, inner.is_transposed is True, of_mixture=True
                     )
         elif isinstance(inner, nn.Linear | Conv1D) and inner not in routers:
             linears[path] = Linear(
@@ -88,7 +88,7 @@ def find_linears(module: nn.Module) -> dict[str, Linear]:
 
 
 def with_weights(
-    module: nn.Module, linears: Mapping[str, Linear], weights: Mapping[str, Float[Tensor, "out in"]]
+    module: nn.Module, linears: Mapping[str, Linear], weights: Mapping[str, Float[Tensor, "_out _in"]]
 ) -> dict[str, Tensor]:
     """The module's parameters, as they are stored, that hold `weights` instead of their own. Differentiable."""
     parameters: dict[str, Tensor] = {}
@@ -162,20 +162,21 @@ def _first_projection(experts: Any) -> str:
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
-def _is_stack(module: Any) -> bool:
-    """Whether a module holds stacked experts in the way of transformers' experts interface."""
+def _num_stacked(module: Any) -> int:
+    """How many experts a module holds stacked in the way of transformers' experts interface; 0: it is another."""
     if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "down_proj")):
-        return False
+        return 0
     stacked = [getattr(module, name, None) for name in (_first_projection(module), "down_proj")]
-    return all(isinstance(parameter, nn.Parameter) and parameter.dim() == 3 for parameter in stacked)
+    is_stack = all(isinstance(parameter, nn.Parameter) and parameter.dim() == 3 for parameter in stacked)
+    return len(module.down_proj) if is_stack else 0
 
 
 def _mixtures(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, int]]:
     """Each mixture inside a module: what holds router and experts, the experts, and their number."""
     for inner in module.modules():
         for child in inner.children():
-            if _is_stack(child):
-                yield inner, child, len(child.down_proj)
+            if count := _num_stacked(child):
+                yield inner, child, count
             elif isinstance(child, nn.ModuleList) and len(child) > 1 and _holds_linears(child):
                 yield inner, child, len(child)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")  # of a config, first found
 IN_A_BLOCK = re.compile(r"\.\d+\.(?:.+\.)?\w+\.weight$")  # model.layers.3.mlp.down_proj.weight
 
 
@@ -98,7 +99,7 @@ def _weight_files(folder: Path, where: str) -> tuple[list[Path], list[str]]:
 
 def _facts(config: dict[str, Any], tensors: dict[str, Any]) -> ModelFolder:
     text = config.get("text_config", config)
-    context = text.get("max_position_embeddings") or text.get("n_positions")
+    context = next((text[key] for key in CONTEXT_KEYS if text.get(key)), None)
     shapes = {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
     sizes = [tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in tensors.values()]
     return ModelFolder(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -14,11 +15,13 @@ from transformers.utils import logging as transformers_logging
 
 from besa_exp.embedded.text import MODEL_DIR
 from besa_exp.errors import ConfigurationError, first_line
+from besa_exp.model_folder import CONTEXT_KEYS
 from besa_exp.settings import ModelSettings
 from besa_exp.streaming import StreamedWeights, open_streamed
 
 NEEDED_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*"]
 HUB_TIMEOUT = 15.0  # seconds that the hub has to answer
+CONTEXT = 2048  # tokens that the families without a limit were trained on at a time
 SHARE_OF_FREE = 0.5  # of the memory that is free: larger models are streamed
 logger = logging.getLogger(__name__)
 
@@ -134,5 +137,8 @@ def model_path(settings: ModelSettings) -> str:
 
 
 def model_context(model: nn.Module) -> int:
-    """The longest window the model takes, in tokens."""
-    return int(model.config.get_text_config().max_position_embeddings)  # type: ignore[union-attr]
+    """The longest window the model takes, in tokens; CONTEXT where its config does not say, as of BLOOM, which has no
+    limit of its own."""
+    config: Any = model.config
+    known = (getattr(config.get_text_config(), key, None) for key in CONTEXT_KEYS)
+    return int(next((length for length in known if length), CONTEXT))

@@ -27,11 +27,13 @@ from besa_exp.statistics import Statistic, observe
 class PrunedBlock:
     """What a pruner decided: the keep mask of every linear [out in], new weights where the kept ones moved, the
     sparsity allocated to every row [out], and a search's course; `loss_before` is the probe samples' loss where the
-    search or update began (None: nothing was searched or updated)."""
+    search or update began (None: nothing was searched or updated).
 
-    keep_masks: Mapping[str, Bool[Tensor, "out in"]]
-    allocated: Mapping[str, Float[Tensor, " out"]]
-    weights: Mapping[str, Float[Tensor, "out in"]] | None = None
+    `_out` and `_in` are of each linear its own, in whatever order the linears come."""
+
+    keep_masks: Mapping[str, Bool[Tensor, "_out _in"]]
+    allocated: Mapping[str, Float[Tensor, " _out"]]
+    weights: Mapping[str, Float[Tensor, "_out _in"]] | None = None
     loss_before: float | None = None
     steps: tuple[Step, ...] = ()
 
@@ -110,7 +112,9 @@ def write_weights(block: Block, pruned: PrunedBlock) -> None:
     RunError: a weight is not finite."""
     for name, linear in block.linears.items():
         weight = linear.weight if pruned.weights is None else pruned.weights[name].to(linear.weight.dtype)
-        weight = distributed.broadcast(torch.where(pruned.keep_masks[name], weight, torch.zeros_like(weight)).contiguous())
+        weight = distributed.broadcast(
+            torch.where(pruned.keep_masks[name], weight, torch.zeros_like(weight)).contiguous()
+        )
         if not weight.isfinite().all():
             raise RunError(f"{block.name}.{name}: the pruned weights are not finite in {weight.dtype}.")
         linear.weight.copy_(weight)

@@ -228,7 +228,9 @@ def _save(run: Run, loaded: LoadedModel, finished: FinishedBlocks, results: Mapp
             return pruned_weights(loaded, finished) if loaded.weights else loaded
         load = "streamed" if loaded.weights else "whole"
         saved = replace(settings.model, path=str(folder.model), revision=None, dtype="auto", load=load)
-        return replace(load_model(saved, run.device, offline=True), tokenizer=loaded.tokenizer)
+        reloaded = replace(load_model(saved, run.device, offline=True), tokenizer=loaded.tokenizer)
+        check_saved(reloaded, results)
+        return reloaded
 
 
 def _write_model(run: Run, loaded: LoadedModel, finished: FinishedBlocks, results: Mapping[str, Any]) -> None:
@@ -237,7 +239,6 @@ def _write_model(run: Run, loaded: LoadedModel, finished: FinishedBlocks, result
         merge_masks(finished.mask_files(len(results["blocks"])), folder.masks, masks_origin(settings, loaded))
     if settings.save.model:
         save_pruned(loaded, finished, folder.model, _card(run, results))
-        check_saved(folder.model, results, block_names(loaded))
 
 
 def _card(run: Run, results: Mapping[str, Any]) -> str:

@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from besa_exp import atomic
-from besa_exp.blocks import discover_blocks
-from besa_exp.checkpoint import count_zeros, save_beside_weights, save_model, weights_sha256
+from besa_exp.blocks import capture_blocks, discover_blocks
+from besa_exp.checkpoint import save_beside_weights, save_model, weights_sha256
 from besa_exp.errors import RunError
 from besa_exp.finished_blocks import FinishedBlocks
 from besa_exp.masks import Target
@@ -42,16 +43,18 @@ def save_pruned(loaded: LoadedModel, finished: FinishedBlocks, folder: Path, car
         ) from error
 
 
-def check_saved(folder: Path, results: Mapping[str, Any], names: Mapping[int, str]) -> None:
-    """RunError: the saved files hold another number of zeros than was reported. `names`: the blocks' by index."""
-    reported = {
-        f"{names[block['index']]}.{name}.weight": linear["pruned"]
-        for block in results["blocks"]
-        for name, linear in block["linears"].items()
-    }
-    zeros = sum(pruned for _, pruned in count_zeros(folder, reported).values())
-    if zeros != sum(reported.values()):
-        raise RunError(f"{folder}: the saved weights hold {zeros} zeros, {sum(reported.values())} were reported")
+def check_saved(saved: LoadedModel, results: Mapping[str, Any]) -> None:
+    """RunError: a linear of the model that was saved and loaded anew has another number of zeros than was reported."""
+    blocks = capture_blocks(saved.model, torch.zeros(1, 1, dtype=torch.long))  # never called: nothing is captured
+    for block in saved.weights.resident(blocks) if saved.weights else blocks:
+        for name, linear in results["blocks"][block.index]["linears"].items():
+            weight = block.linears[name].weight
+            zeros = weight.numel() - int(torch.count_nonzero(weight))
+            if zeros != linear["pruned"]:
+                raise RunError(
+                    f"{saved.folder}: {block.name}.{name} holds {zeros} zeros as saved, not the {linear['pruned']} "
+                    "that were reported"
+                )
 
 
 def block_names(loaded: LoadedModel) -> dict[int, str]:

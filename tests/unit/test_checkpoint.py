@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from besa_exp.checkpoint import (
-    count_zeros,
     load_masks,
     masks_description,
     save_masks,
@@ -24,6 +23,8 @@ from besa_exp.checkpoint import (
     write_card,
 )
 from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.models import LoadedModel
+from besa_exp.saving import check_saved
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENS = torch.arange(24).view(2, 12)
@@ -124,14 +125,20 @@ def test_the_same_model_is_saved_as_the_same_bytes_that_name_no_folder(tmp_path:
 
 
 @pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
-def test_zeros_are_counted_from_the_saved_shards(tmp_path: Path, shard_size: str) -> None:
-    model = pruned_model("bfloat16")
-    save_model(model, None, tmp_path / "model", "card", shard_size=shard_size)
-    expected = {name: (weight.numel(), int((weight == 0).sum())) for name, weight in linears(model).items()}
-    assert count_zeros(tmp_path / "model", expected) == expected
-    assert len(list((tmp_path / "model").glob("*.safetensors"))) == (1 if shard_size == "5GB" else 2)
-    with pytest.raises(RunError, match=r"model holds no weight model\.layers\.9\.mlp\.up_proj\.weight"):
-        count_zeros(tmp_path / "model", ["model.layers.9.mlp.up_proj.weight"])
+def test_zeros_of_the_saved_model_must_be_those_reported(tmp_path: Path, shard_size: str) -> None:
+    model, folder = pruned_model("bfloat16"), tmp_path / "model"
+    save_model(model, None, folder, "card", shard_size=shard_size)
+    assert len(list(folder.glob("*.safetensors"))) == (1 if shard_size == "5GB" else 2)
+    linears_of: list[dict[str, dict[str, int]]] = [{}, {}]
+    for name, weight in linears(model).items():
+        _, _, block, path = name.removesuffix(".weight").split(".", 3)
+        linears_of[int(block)][path] = {"pruned": int((weight == 0).sum())}
+    results = {"blocks": [{"index": index, "linears": found} for index, found in enumerate(linears_of)]}
+    saved = LoadedModel(AutoModelForCausalLM.from_pretrained(folder), None, None, folder)
+    check_saved(saved, results)
+    linears_of[1]["mlp.up_proj"]["pruned"] += 1
+    with pytest.raises(RunError, match=r"model\.layers\.1\.mlp\.up_proj holds \d+ zeros"):
+        check_saved(saved, results)
 
 
 def test_a_model_that_cannot_be_written_names_place_and_remedy(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_blocks import FAMILIES, INPUT_IDS, tiny
+from families import FAMILIES, tiny
+from test_blocks import INPUT_IDS
 
 from besa_exp.blocks import capture_blocks, check_replay, discover_blocks, embed
 from besa_exp.evaluation.perplexity import perplexity
