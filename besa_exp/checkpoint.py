@@ -159,6 +159,21 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def count_zeros(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """(weights, zeros) of each named tensor, counted in the saved files one tensor at a time.
+
+    Raises RunError, naming folder and tensor, for a name that the files do not hold."""
+    shards = _shards(folder)
+    counts = {}
+    for name in names:
+        if name not in shards:
+            raise RunError(f"{folder} holds no weight {name}; the saved model is not the one that was pruned")
+        with safe_open(folder / shards[name], framework="pt") as file:
+            weight = file.get_tensor(name)
+        counts[name] = (weight.numel(), weight.numel() - int(torch.count_nonzero(weight)))
+    return counts
+
+
 def _copy_missing(sources: Path | None, folder: Path) -> None:
     if sources is None:
         return
@@ -166,3 +181,12 @@ def _copy_missing(sources: Path | None, folder: Path) -> None:
         for file in sources.glob(pattern):
             if file.is_file() and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
+
+
+def _shards(folder: Path) -> dict[str, str]:
+    """Tensor name to the file that holds it."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return dict.fromkeys(file.keys(), "model.safetensors")

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import torch
 
-from besa_exp.blocks import Block, Hidden, discover_linears
+from besa_exp.blocks import Block, Hidden
+from besa_exp.linears import discover_linears
 from besa_exp.masks import Target
 from besa_exp.pruning import PrunedBlock, Pruner
 from besa_exp.quantisation import Quantiser, quantise

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from besa_exp.checkpoint import (
+    count_zeros,
     load_masks,
     masks_description,
     save_masks,
@@ -139,6 +140,17 @@ def test_zeros_of_the_saved_model_must_be_those_reported(tmp_path: Path, shard_s
     linears_of[1]["mlp.up_proj"]["pruned"] += 1
     with pytest.raises(RunError, match=r"model\.layers\.1\.mlp\.up_proj holds \d+ zeros"):
         check_saved(saved, results)
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
+def test_zeros_are_counted_from_the_saved_shards(tmp_path: Path, shard_size: str) -> None:
+    model = pruned_model("bfloat16")
+    save_model(model, None, tmp_path / "model", "card", shard_size=shard_size)
+    expected = {name: (weight.numel(), int((weight == 0).sum())) for name, weight in linears(model).items()}
+    assert count_zeros(tmp_path / "model", expected) == expected
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) == (1 if shard_size == "5GB" else 2)
+    with pytest.raises(RunError, match=r"model holds no weight model\.layers\.9\.mlp\.up_proj\.weight"):
+        count_zeros(tmp_path / "model", ["model.layers.9.mlp.up_proj.weight"])
 
 
 def test_a_model_that_cannot_be_written_names_place_and_remedy(tmp_path: Path) -> None:

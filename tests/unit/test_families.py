@@ -25,9 +25,8 @@ from besa_exp.sparsity_table import linear_type
 
 INPUT_IDS = torch.randint(3, 64, (3, 12), generator=torch.Generator().manual_seed(3))
 KINDS = ("gpt2", "mixtral")  # of linears besides nn.Linear: for these compositions of methods are tried too
-CASES = [
-    (family, pruner) for family in FAMILIES | MIXTURES for pruner in PRUNERS if "+" not in pruner or family in KINDS
-]
+METHODS = ("dense", "magnitude", "wanda", "sparsegpt", "besa_paper", "besa", "besa_linear", "besa_reconstruct")
+CASES = [(family, pruner) for family in FAMILIES | MIXTURES for pruner in (PRUNERS if family in KINDS else METHODS)]
 COARSE = 0.06  # besa_paper rounds each row's count down, by up to 1 of 32 inputs, and aims by a penalty
 LINEARS = {  # the types of linears in the last block
     "opt": "self_attn.k_proj self_attn.v_proj self_attn.q_proj self_attn.out_proj fc1 fc2",
