@@ -19,6 +19,7 @@ from omegaconf.errors import InterpolationToMissingValueError
 
 from besa_exp.errors import ConfigurationError
 from besa_exp.identity import NOT_DECIDING
+from besa_exp.pattern import fixes_sparsity
 from besa_exp.presets import CONF_DIR
 from besa_exp.run_checkpoint import run_and_model
 from besa_exp.settings import EvaluationSettings, RunSettings
@@ -124,10 +125,12 @@ def run_name(config: DictConfig) -> str:
     if isinstance(values.get("model"), dict):
         values["model"] = {key: value for key, value in values["model"].items() if key not in NOT_DECIDING}
     method = method_name(OmegaConf.select(config, "hydra.runtime.choices"))
-    unstructured = values.get("pattern") == "unstructured"
-    amount = values.get("sparsity") if unstructured else values.get("pattern")
-    if not unstructured:
-        values.pop("sparsity", None)  # the pattern fixes it
+    pattern, amount = str(values.get("pattern")), values.get("sparsity")
+    if fixes_sparsity(pattern):
+        amount = pattern
+        values.pop("sparsity", None)
+    elif pattern != "unstructured":
+        amount = f"{pattern}-{amount}"
     digest = hashlib.sha256(json.dumps(_canonical(values), sort_keys=True).encode()).hexdigest()
     parts = [_model_name(values), method, amount, f"s{values.get('seed')}", digest[:HASH_LENGTH]]
     return "-".join(_slug(part) for part in parts)

@@ -18,16 +18,21 @@ from besa_exp.pattern import parse_pattern
 
 @dataclass(frozen=True)
 class Target:
-    """What a block must give up: a sparsity in [0, 1), or N kept of every M consecutive inputs (which fixes it)."""
+    """What a block must give up: a sparsity in [0, 1), or N kept of every M consecutive inputs (which fixes it), or a
+    sparsity reached by rows that each keep an N of their own of every `group` consecutive inputs."""
 
     sparsity: float
     pattern: tuple[int, int] | None = None
+    group: int | None = None
 
     @staticmethod
     def parse(sparsity: float, pattern: str) -> Target:
-        """Read `pattern` ("unstructured" or "N:M", N kept of M). ValueError: neither, or not 0 < N < M."""
-        kept_of = parse_pattern(pattern)
-        return Target(1 - kept_of[0] / kept_of[1], kept_of) if kept_of else Target(sparsity)
+        """Read `pattern` as `parse_pattern` does. ValueError: it is none."""
+        found = parse_pattern(pattern)
+        if found is None:
+            return Target(sparsity)
+        kept, group = found
+        return Target(sparsity, group=group) if kept is None else Target(1 - kept / group, (kept, group))
 
 
 def keep_by_rank(rank: Int[Tensor, "out in"], pruned: Int[Tensor, " out"]) -> Bool[Tensor, "out in"]:
@@ -46,15 +51,20 @@ def keep_largest(importance: Float[Tensor, "out in"], pruned: int) -> Bool[Tenso
     return keep_mask.view_as(importance)
 
 
+def rank_in_group(importance: Float[Tensor, "out in"], group: int) -> Int[Tensor, "out in"]:
+    """Position of each weight among the `group` consecutive inputs of its row that it is one of, 0 = least important;
+    `group` must divide `in`."""
+    return kernels.rank_in_row(importance.reshape(-1, group)).view(importance.shape)
+
+
 def keep_n_of_m(importance: Float[Tensor, "out in"], kept: int, group: int) -> Bool[Tensor, "out in"]:
     """Keep the `kept` most important of every `group` consecutive inputs of a row; `group` must divide `in`."""
-    rows, columns = importance.shape
-    rank = kernels.rank_in_row(importance.reshape(-1, group))
-    return (rank >= group - kept).view(rows, columns)
+    return rank_in_group(importance, group) >= group - kept
 
 
 def keep_per_row(importance: Float[Tensor, "out in"], target: Target) -> Bool[Tensor, "out in"]:
     """The uniform allocation per row: N:M, or the floor(sparsity * in) least important weights of every row (Wanda)."""
+    assert target.group is None, "rows that keep N of M each are chosen, not uniform"
     if target.pattern:
         return keep_n_of_m(importance, *target.pattern)
     rows, columns = importance.shape

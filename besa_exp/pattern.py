@@ -5,14 +5,32 @@ from __future__ import annotations
 import re
 
 
-def parse_pattern(pattern: str) -> tuple[int, int] | None:
-    """None for "unstructured", (N, M) for "N:M", N kept of every M inputs. ValueError: neither, or not 0 < N < M."""
+def parse_pattern(pattern: str) -> tuple[int | None, int] | None:
+    """None for "unstructured", (N, M) for "2:4" and the like, N kept of every M inputs, (None, M) for "N:8", literally
+    with the letter: every row has an N of its own, which the method chooses. ValueError: none of these, or not
+    0 < N < M."""
     if pattern == "unstructured":
         return None
-    found = re.fullmatch(r"(\d+):(\d+)", pattern)
-    if not found or not 0 < int(found[1]) < int(found[2]):
+    found = re.fullmatch(r"(N|\d+):(\d+)", pattern)
+    if not found or not (int(found[2]) > 1 if found[1] == "N" else 0 < int(found[1]) < int(found[2])):
         raise ValueError(
             f"pattern={pattern}: must be 'unstructured' or 'N:M' with 0 < N < M (N weights kept of every M "
-            "consecutive inputs); write for example pattern=2:4"
+            "consecutive inputs); write for example pattern=2:4, or pattern=N:8 for an N that each row chooses"
         )
-    return int(found[1]), int(found[2])
+    return None if found[1] == "N" else int(found[1]), int(found[2])
+
+
+def fixes_sparsity(pattern: str) -> bool:
+    """Whether `sparsity=` has nothing to say beside it, as with "2:4"."""
+    return re.fullmatch(r"\d+:\d+", pattern) is not None
+
+
+def check_unchosen(pattern: str, method: str) -> list[str]:
+    """The problem of a method that is asked to choose N and does not."""
+    if not pattern.startswith("N:"):
+        return []
+    group = pattern.partition(":")[2]
+    return [
+        f"pattern={pattern}: {method} does not choose N for each row; use pruner=besa or besa_linear, or say N, as in "
+        f"pattern={int(group) // 2}:{group}"
+    ]

@@ -202,10 +202,10 @@ def sets_one_of(composer: Composer, line: str, keys: Iterable[str]) -> bool:
 
 def _contradiction(sparsity: float, pattern: str) -> dict[str, Any]:
     try:
-        kept_of = parse_pattern(pattern)
+        kept, group = parse_pattern(pattern) or (None, 1)
     except ValueError:
         return {}  # said already
-    fixed = 1 - kept_of[0] / kept_of[1] if kept_of else sparsity
+    fixed = sparsity if kept is None else 1 - kept / group
     if abs(fixed - sparsity) < 1e-9:
         return {}
     problem = f"sparsity={sparsity:g} with pattern={pattern}: the pattern makes it {fixed:g}; leave sparsity out"

@@ -86,7 +86,7 @@ class RunSettings:
     update: Any = None  # what the kept weights do, after the pruner; None: what the pruner says
     budget: Any = None  # how much each block gives up; None: all the same
     sparsity: float = 0.5
-    pattern: str = "unstructured"  # or "N:M": N kept of every M consecutive inputs
+    pattern: str = "unstructured"  # or "2:4": 2 kept of every 4 inputs; or "N:8": N chosen by row
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     deterministic: bool = True

@@ -67,7 +67,9 @@ def exact_targets(sparsities: Float[Tensor, " block"], weights: Sequence[int], s
 
 
 def no_pattern(name: str, pattern: str) -> list[str]:
-    """The problem of a budget where the pattern fixes every block's sparsity."""
+    """The problem of a budget beside a pattern."""
     if pattern == "unstructured":
         return []
-    return [f"budget={name} with pattern={pattern}: N:M fixes the sparsity of every block; leave the budget out"]
+    return [
+        f"budget={name} with pattern={pattern}: a budget over depth is for pattern=unstructured; leave one of them out"
+    ]

@@ -1,19 +1,23 @@
 """Allocation: how many weights each row of a block gives up, at a block budget that is met exactly.
 
-A block's rows are those of all its linears in order. A cell is what shares one sparsity: a row, or a linear.
+A block's rows are those of all its linears in order. A cell is what shares one sparsity: a row, or a linear. A row
+gives up levels: its least important weights, one a level; or, where every row keeps an N of its own of every M inputs
+(pattern=N:M), the least important weight of each of its groups of M, so that a level is worth in / M weights.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from besa_exp import kernels
-from besa_exp.masks import keep_by_rank, round_to_total
+from besa_exp.masks import keep_by_rank, rank_in_group, round_to_total
 
 
 def project_to_budget(
@@ -34,26 +38,64 @@ def project_to_budget(
     return (sparsity - shift).clamp(0, 1)
 
 
+def round_to_worth(
+    counts: Float[Tensor, " row"], levels: Int[Tensor, " row"], worth: Int[Tensor, " row"], total: int
+) -> Int[Tensor, " row"]:
+    """Integers in [0, levels] next to `counts` with sum(worth * integers) = total, or the nearest number that whole
+    levels reach: what they sum to are the multiples of the greatest common divisor of the worths.
+
+    Rows of equal worth share a whole number of levels. The most valuable first take the number next to theirs that
+    leaves a rest which the others can make up exactly; within them the largest remainders are rounded up."""
+    kinds = sorted(set(worth.tolist()), reverse=True)
+    divisor = math.gcd(*kinds)
+    rest = divisor * round(total / divisor)
+    rounded = torch.zeros_like(levels)
+    for place, value in enumerate(kinds):
+        of_kind = worth == value
+        others = math.gcd(*kinds[place + 1 :])  # of none: 0
+        most = int(levels[of_kind].sum())
+        wish = rest / value if not others else float(counts[of_kind].sum())
+        near = sorted(
+            range(max(0, math.floor(wish) - others), min(most, math.ceil(wish) + others) + 1),
+            key=lambda n: abs(n - wish),
+        )
+        fits = (n for n in near if others and (rest - n * value) % others == 0)
+        share = next(fits, min(max(round(wish), 0), most))
+        capacity = levels[of_kind].double()
+        rounded[of_kind] = round_to_total(
+            capacity * project_to_budget(counts[of_kind] / capacity, capacity, share), share
+        )
+        rest -= share * value
+    return rounded
+
+
 @dataclass(frozen=True)
 class Rows:
     """The rows of all linears of a block: weights and ranks by linear; of each row its number of inputs, `columns`, and
-    its `cell`."""
+    its `cell`. `group`: ranks are within so many consecutive inputs; None: within the row."""
 
     weights: Mapping[str, Float[Tensor, "out in"]]
     ranks: Mapping[str, Int[Tensor, "out in"]]
     columns: Float[Tensor, " row"]
     cell: Int[Tensor, " row"]
+    group: int | None = None
 
     @staticmethod
-    def of(weights: Mapping[str, Tensor], importance_of: Callable[[str], Tensor], granularity: str) -> Rows:
+    def of(
+        weights: Mapping[str, Tensor],
+        importance_of: Callable[[str], Tensor],
+        granularity: str,
+        group: int | None = None,
+    ) -> Rows:
         """`granularity` row: every row is a cell; linear: every linear is one. Importances are made one at a time."""
         sizes = torch.tensor([len(weight) for weight in weights.values()])
         inputs = torch.tensor([weight.shape[1] for weight in weights.values()], dtype=torch.float64)
         columns = inputs.repeat_interleave(sizes)
         cell = torch.arange(len(columns)) if granularity == "row" else torch.arange(len(sizes)).repeat_interleave(sizes)
         device = next(iter(weights.values())).device
-        ranks = {name: kernels.rank_in_row(importance_of(name)) for name in weights}
-        return Rows(weights, ranks, columns.to(device), cell.to(device))
+        rank = kernels.rank_in_row if group is None else partial(rank_in_group, group=group)
+        ranks = {name: rank(importance_of(name)) for name in weights}
+        return Rows(weights, ranks, columns.to(device), cell.to(device), group)
 
     @property
     def num_weights(self) -> int:
@@ -70,10 +112,19 @@ class Rows:
         return values.new_zeros(num_cells).index_add_(0, self.cell, values)
 
     def counts(self, sparsity: Float[Tensor, " cell"], total: int) -> dict[str, Int[Tensor, " out"]]:
-        """Integer numbers of weights to prune in each row, by linear; they sum to exactly `total`."""
-        counts = round_to_total(self.columns * sparsity[self.cell], total)
+        """Integer numbers of levels to prune in each row, by linear; they sum to exactly `total` weights, or with
+        groups to the nearest number that can be reached."""
+        if self.group is None:
+            counts = round_to_total(self.columns * sparsity[self.cell], total)
+        else:
+            levels = torch.full_like(self.cell, self.group)
+            counts = round_to_worth(levels * sparsity[self.cell], levels, self.columns.long() // self.group, total)
         sizes = [len(weight) for weight in self.weights.values()]
         return dict(zip(self.weights, counts.split(sizes), strict=True))
+
+    def sparsity(self, counts: Mapping[str, Int[Tensor, " out"]]) -> dict[str, Float[Tensor, " out"]]:
+        """The sparsity of each row, by linear."""
+        return {name: count / (self.group or self.weights[name].shape[1]) for name, count in counts.items()}
 
     def keep_masks(self, counts: Mapping[str, Int[Tensor, " out"]]) -> dict[str, Bool[Tensor, "out in"]]:
         """Hard masks: rank >= count."""
@@ -90,9 +141,18 @@ class Rows:
         counts: Mapping[str, Int[Tensor, " out"]],
         window: float,
     ) -> Float[Tensor, " row"]:
-        """dL / d(sparsity of a row). `gradients` are dL/dW of the masked weights, `window` a fraction of a row."""
-        by_count = [
-            kernels.count_gradient(W, gradients[name], self.ranks[name], counts[name], window * W.shape[1])
-            for name, W in self.weights.items()
-        ]
-        return self.columns * torch.cat(by_count).double()
+        """dL / d(sparsity of a row). `gradients` are dL/dW of the masked weights, `window` a fraction of the levels."""
+        by_count = [self._count_gradient(name, gradients[name], counts[name], window) for name in self.weights]
+        levels = self.columns if self.group is None else self.group
+        return levels * torch.cat(by_count).double()
+
+    def _count_gradient(self, name: str, gradient: Tensor, pruned: Tensor, window: float) -> Float[Tensor, " out"]:
+        """dL / d(levels pruned) of each row of a linear; that of groups is their sum, over the weights on both sides of
+        the cut at least."""
+        weight, rank, group = self.weights[name], self.ranks[name], self.group
+        if group is None:
+            return kernels.count_gradient(weight, gradient, rank, pruned, window * weight.shape[1])
+        groups = weight.shape[1] // group
+        views = (values.reshape(-1, group) for values in (weight, gradient, rank))
+        by_group = kernels.count_gradient(*views, pruned.repeat_interleave(groups), max(window * group, 2.0))
+        return by_group.view(-1, groups).sum(dim=1)

@@ -14,6 +14,8 @@ descent on the block's reconstruction loss (Eq. 1) through hard masks that prune
   lower their loss is dropped for the best so far, and the step size shrinks. So a block is never worse on them than
   where it began: at the uniform allocation, which is Wanda at the exact budget. Their passes cost what the steps on
   them would have.
+- With pattern=N:M every row (or linear) learns how many of every M consecutive inputs it keeps, by the same means: the
+  ranks are then within groups of M, and a row gives up whole levels of them (`allocation`).
 
 Joint compression (the paper's Section 3.4): with a quantiser the kept weights are rounded in every pass, and the
 clipping of each row or group is learned by the same loss and steps as the sparsities. Importance is then what a rounded
@@ -34,6 +36,7 @@ from besa_exp import distributed
 from besa_exp.blocks import Block, Hidden
 from besa_exp.importance import rounded_importance, wanda_importance
 from besa_exp.masks import Target
+from besa_exp.pattern import fixes_sparsity
 from besa_exp.pruners.allocation import Rows, project_to_budget
 from besa_exp.pruners.search import Search, State
 from besa_exp.pruning import PrunedBlock, num_probe_samples
@@ -74,12 +77,13 @@ class Besa:
                 raise ValueError(f"pruner.{field}={getattr(self, field)}: must be above 0 and at most 1")
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
-        """N:M leaves nothing to allocate."""
-        if pattern == "unstructured":
+        """What N is in every row is to be allocated, not given."""
+        if not fixes_sparsity(pattern):
             return []
+        group = pattern.partition(":")[2]
         return [
-            f"pattern={pattern}: besa allocates sparsity between rows, and N:M fixes it in every row; use "
-            "pattern=unstructured, or pruner=wanda, sparsegpt or magnitude for N:M"
+            f"pattern={pattern}: besa allocates sparsity between rows, and this pattern fixes it in every row; use "
+            f"pattern=N:{group}, in which every row keeps its own N, or pruner=wanda, sparsegpt or magnitude"
         ]
 
     def prune_block(
@@ -94,7 +98,10 @@ class Besa:
         """Learn the sparsities of the block's cells and the clipping, then fix the masks."""
         weights = {name: linear.weight.detach() for name, linear in block.linears.items()}
         rows = Rows.of(
-            weights, lambda name: self._importance(weights[name], statistics[name].squared_norm), self.granularity
+            weights,
+            lambda name: self._importance(weights[name], statistics[name].squared_norm),
+            self.granularity,
+            target.group,
         )
         search = Search.of(block, rows, target.sparsity, self.quantiser)
         return search.pruned(*self._learn(search, inputs, targets, on_step))

@@ -81,7 +81,8 @@ class BesaPaper:
         if pattern != "unstructured":
             problems.append(
                 f"pattern={pattern}: besa_paper allocates sparsity between rows, and N:M fixes it in every row; use "
-                "pattern=unstructured, or pruner=wanda, sparsegpt or magnitude for N:M."
+                "pattern=unstructured, pruner=besa with pattern=N:8 where every row chooses its N, or pruner=wanda, "
+                "sparsegpt or magnitude."
             )
         if not sparsity > 0:
             problems.append(f"sparsity={sparsity:g}: besa_paper needs a target above 0 (its penalty divides by it).")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from besa_exp.importance import magnitude_importance
 from besa_exp.masks import keep_largest, keep_n_of_m
+from besa_exp.pattern import check_unchosen
 from besa_exp.pruning import PrunedBlock, pruned_by_masks
 
 
@@ -17,8 +18,8 @@ class Magnitude:
     dense_targets = False
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Any sparsity, any N:M."""
-        return []
+        """Any sparsity, any N:M whose N is said."""
+        return check_unchosen(pattern, "magnitude")
 
     def prune_block(self, block, inputs, targets, statistics, target, on_step) -> PrunedBlock:
         """Each linear by itself."""

@@ -107,7 +107,7 @@ class Search:
             keep_masks = {name: mask & (rows.weights[name] != 0) for name, mask in keep_masks.items()}
         return PrunedBlock(
             keep_masks=keep_masks,
-            allocated={name: count / rows.weights[name].shape[1] for name, count in counts.items()},
+            allocated=rows.sparsity(counts),
             weights=rows.weights if self.quantiser else None,
             loss_before=loss_before,
             steps=tuple(steps),

@@ -21,6 +21,7 @@ from besa_exp import kernels
 from besa_exp.blocks import Block
 from besa_exp.importance import dead_inputs, inverse_factor, obs_importance
 from besa_exp.masks import Target, keep_largest, keep_n_of_m
+from besa_exp.pattern import check_unchosen
 from besa_exp.pruning import PrunedBlock, probe_loss
 from besa_exp.statistics import Hessian, by_shared_input
 
@@ -85,7 +86,7 @@ class SparseGPT:
                 f"pattern={pattern}: M must divide pruner.group_size={self.group_size}, so that no group of weights is "
                 f"cut in two; set pruner.group_size to a multiple of {group[1]}."
             ]
-        return []
+        return check_unchosen(pattern, "sparsegpt")
 
     def prune_block(self, block, inputs, targets, statistics, target, on_step) -> PrunedBlock:
         """One factor for each shared input."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from besa_exp.importance import wanda_importance
 from besa_exp.masks import keep_per_row
+from besa_exp.pattern import check_unchosen
 from besa_exp.pruning import PrunedBlock, pruned_by_masks
 from besa_exp.statistics import InputNorm
 
@@ -18,8 +19,8 @@ class Wanda:
     dense_targets = False
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Any sparsity, any N:M."""
-        return []
+        """Any sparsity, any N:M whose N is said."""
+        return check_unchosen(pattern, "wanda")
 
     def prune_block(self, block, inputs, targets, statistics, target, on_step) -> PrunedBlock:
         """Each row by itself."""

@@ -87,6 +87,12 @@ def test_a_pattern_that_the_pruner_cannot_make_is_refused(refused: Refusal) -> N
     assert "pattern=unstructured" in refused("pruner=besa_paper", "pattern=2:4")
 
 
+def test_an_n_that_rows_choose_needs_a_method_that_chooses_and_divisible_inputs(refused: Refusal) -> None:
+    assert "wanda does not choose N" in (said := refused("pruner=wanda", "pattern=N:4", "sparsity=0.6"))
+    assert "leave sparsity out" not in said
+    assert "the inputs of a linear must be divisible by 8" in refused("pruner=besa", "pattern=N:8", "sparsity=0.6")
+
+
 def test_a_sparsity_that_the_pattern_contradicts_is_refused(refused: Refusal) -> None:
     assert "the pattern makes it 0.5; leave sparsity out" in refused("pattern=2:4", "sparsity=0.7")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from besa_exp.kernels import count_gradient, rank_in_row
 from besa_exp.masks import Target, keep_by_rank, keep_largest, keep_n_of_m, round_to_total
-from besa_exp.pruners.allocation import project_to_budget
+from besa_exp.pruners.allocation import project_to_budget, round_to_worth
 from besa_exp.pruners.candidates import CandidateMask, float_candidates
 
 QUICK = settings(max_examples=50, deadline=None)
@@ -67,6 +69,23 @@ def test_rounding_meets_the_total_and_moves_no_count_by_one_or_more(counts, data
     rounded = round_to_total(counts, total)
     assert int(rounded.sum()) == total
     assert (rounded - counts.floor()).unique().tolist() in ([0], [1], [0, 1])
+
+
+@QUICK
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=3, unique=True), st.integers(0, 2**31), st.floats(0.2, 0.8))
+def test_rounding_by_worth_meets_the_nearest_total_that_whole_levels_reach(worths, seed, share):
+    """With 400 rows of the least worth there is room to make up what the others leave."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [400 if worth == min(worths) else 20 for worth in worths]
+    worth = torch.tensor(worths).repeat_interleave(torch.tensor(rows))
+    levels = torch.full_like(worth, 8)
+    total = round(share * int((levels * worth).sum()))
+    wished = torch.rand(len(worth), generator=generator, dtype=torch.float64) * 0.4 + share - 0.2
+    counts = 8 * project_to_budget(wished, (levels * worth).double(), total)
+    rounded = round_to_worth(counts, levels, worth, total)
+    assert 0 <= int(rounded.min()) <= int(rounded.max()) <= 8
+    assert abs(int((rounded * worth).sum()) - total) <= math.gcd(*worths) / 2
+    assert float((rounded - counts).abs().mean()) < 1
 
 
 @QUICK

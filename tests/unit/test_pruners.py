@@ -211,6 +211,37 @@ def test_besa_allocates_unlike_uniform_and_never_ends_above_its_start_on_the_pro
         assert pruned.allocated["mlp.down_proj"].std() > 0
 
 
+@pytest.mark.parametrize("granularity", ["row", "linear"])
+@pytest.mark.parametrize("sparsity", [0.5, 0.37, 0.8])
+def test_with_n_of_8_every_group_of_a_row_keeps_the_rows_own_n_and_the_budget_is_met(granularity, sparsity):
+    results = prune_tiny(Besa(granularity=granularity), sparsity, "N:8")[1]
+    for report, pruned in results:
+        chosen = set()
+        for linear, keep_mask in pruned.keep_masks.items():
+            kept = keep_mask.view(len(keep_mask), -1, 8).sum(-1)
+            assert torch.equal(kept, kept[:, :1].expand_as(kept)), linear
+            assert torch.equal(1 - kept[:, 0] / 8, pruned.allocated[linear].float())
+            chosen |= set(kept[:, 0].tolist())
+        assert len(chosen) > 1 or granularity == "linear"
+        weights, zeros = (sum(getattr(linear, key) for linear in report.linears) for key in ("weights", "pruned"))
+        assert abs(zeros - sparsity * weights) <= 2.5  # levels are worth 64 / 8 and 96 / 8 weights: steps of 4
+
+
+def test_with_n_of_8_besa_begins_at_uniform_wanda_and_never_ends_above_it_on_the_probe():
+    (first, _), *_ = results = prune_tiny(Besa(), 0.5, "N:8")[1]
+    (uniform, _), *_ = prune_tiny(Wanda(), pattern="4:8")[1]
+    assert first.loss_before == uniform.loss_after
+    assert first.loss_after < first.loss_before
+    assert all(report.loss_after <= report.loss_before for report, _ in results)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt", "besa_paper"])
+def test_an_n_that_rows_choose_is_refused_by_methods_that_do_not_choose(name):
+    (problem,) = PRUNERS[name][0].check(0.5, "N:8")
+    assert "pattern=N:8" in problem
+    assert "pruner=besa" in problem
+
+
 def test_besa_linear_shares_one_sparsity_per_linear():
     for _, pruned in prune_tiny(Besa(granularity="linear", lr=0.2))[1]:
         for name, mask in pruned.keep_masks.items():
