@@ -153,6 +153,7 @@ class Rows:
         if group is None:
             return kernels.count_gradient(weight, gradient, rank, pruned, window * weight.shape[1])
         groups = weight.shape[1] // group
-        views = (values.reshape(-1, group) for values in (weight, gradient, rank))
-        by_group = kernels.count_gradient(*views, pruned.repeat_interleave(groups), max(window * group, 2.0))
+        weight, gradient, rank = (values.reshape(-1, group) for values in (weight, gradient, rank))
+        pruned = pruned.repeat_interleave(groups)
+        by_group = kernels.count_gradient(weight, gradient, rank, pruned, max(window * group, 2.0))
         return by_group.view(-1, groups).sum(dim=1)

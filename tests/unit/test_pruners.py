@@ -8,8 +8,10 @@ from functools import cache
 import pytest
 import torch
 from tiny_llama import tiny_llama
+from transformers import AutoModelForCausalLM
 
 from besa_exp.blocks import capture_blocks, embed
+from besa_exp.embedded.text import MODEL_DIR
 from besa_exp.masks import Target
 from besa_exp.pruners.besa import Besa
 from besa_exp.pruners.besa_paper import BesaPaper
@@ -233,6 +235,19 @@ def test_with_n_of_8_besa_begins_at_uniform_wanda_and_never_ends_above_it_on_the
     assert first.loss_before == uniform.loss_after
     assert first.loss_after < first.loss_before
     assert all(report.loss_after <= report.loss_before for report, _ in results)
+
+
+def test_on_the_embedded_model_rows_that_choose_n_of_8_lose_less_than_4_of_8_everywhere():
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR).requires_grad_(False)
+    input_ids = torch.randint(0, 1000, (17, 32), generator=torch.Generator().manual_seed(2))
+    losses = []
+    for pruner, pattern in ((Wanda(), "4:8"), (Besa(), "N:8")):
+        blocks = capture_blocks(one := copy.deepcopy(model), input_ids)
+        inputs = embed(one, blocks, input_ids, 17)
+        results = list(prune_blocks(blocks[:2], inputs, pruner, Target.parse(0.5, pattern), 17))
+        assert measured(results) == 0.5
+        losses.append([report.loss_after for report, _ in results])
+    assert all(chosen < 0.9 * uniform for uniform, chosen in zip(*losses, strict=True))
 
 
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt", "besa_paper"])
