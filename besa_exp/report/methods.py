@@ -15,6 +15,8 @@ import yaml
 
 from besa_exp.presets import CONF_DIR
 
+METHOD_GROUPS = ("budget", "pruner", "update")  # what a method is made of
+
 
 @dataclass(frozen=True)
 class Style:
@@ -34,14 +36,17 @@ STYLES: Mapping[str, Style] = {
     "besa_paper": Style("#0062a3", "#5aa9f0", "triangle-up", "^"),
     "besa_linear": Style("#3d97cf", "#a9dcff", "pentagon", "p"),
     "besa": Style("#c84a00", "#ff8a4c", "circle", "o"),
+    "besa_reconstruct": Style("#8c1d40", "#f28ca6", "hexagon2", "H"),
     "besa_joint": Style("#7b1fa2", "#ce93d8", "star", "*"),
 }
 OTHERS = (
     Style("#44403c", "#d6d3d1", "hexagon", "h"),
     Style("#5b6b00", "#c2d14a", "cross", "P"),
-    Style("#8c1d40", "#f28ca6", "x", "X"),
+    Style("#6d4c41", "#d7b49e", "x", "X"),
     Style("#1b4b7a", "#8fb8e0", "triangle-left", "<"),
     Style("#00696b", "#63d3d5", "triangle-right", ">"),
+    Style("#6a3fa0", "#bfa3e8", "diamond-tall", "d"),
+    Style("#9a6700", "#e0c060", "hourglass", "8"),
 )
 
 
@@ -64,16 +69,25 @@ class Method:
         return (known.index(self.pruner) if self.pruner in known else len(known), self.label)
 
 
-def method_of(name: str, settings: Any, pattern: str) -> Method:
-    """The method of a run by the preset `name` with the configuration's `settings`."""
-    preset = _preset(name)
-    given = settings if isinstance(settings, Mapping) else {}
-    differing = [
-        f"{key}={_shown(value)}"
-        for key, value in given.items()
-        if key in preset and not str(preset[key]).startswith("${") and value != preset[key]
-    ]
+def method_of(name: str, config: Mapping[str, Any], pattern: str) -> Method:
+    """The method that `name` says (`wanda`, or `owl+wanda+obs`), chosen and set as in the run's configuration."""
+    differing = []
+    for group in METHOD_GROUPS:
+        presets = [preset for part in name.split("+") if (preset := _preset(group, part))]
+        differing += _differences(config.get(group), presets[0]) if presets else []
     return Method(name, ", ".join([*([pattern] if pattern != "unstructured" else []), *differing]))
+
+
+def _differences(settings: Any, preset: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The settings that are not the preset's own; what follows another key (`${seed}`) and new keys are left out."""
+    found = []
+    for key, value in (settings if isinstance(settings, Mapping) else {}).items():
+        own = preset.get(key, value)
+        if isinstance(own, Mapping):
+            found += _differences(value, own, f"{prefix}{key}.")
+        elif value != own and not str(own).startswith("${"):
+            found.append(f"{prefix}{key}={str(value).lower() if isinstance(value, bool) else value}")
+    return found
 
 
 def styles(pruners: list[str]) -> dict[str, Style]:
@@ -84,13 +98,9 @@ def styles(pruners: list[str]) -> dict[str, Style]:
     }
 
 
-def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 @cache
-def _preset(name: str) -> Mapping[str, Any]:
-    """conf/pruner/NAME.yaml; {} for a pruner that is not the package's."""
-    path = CONF_DIR / "pruner" / f"{name}.yaml"
-    known = path.stem == name and path.parent == CONF_DIR / "pruner" and path.is_file()
+def _preset(group: str, name: str) -> Mapping[str, Any]:
+    """conf/GROUP/NAME.yaml; {} for what is not the package's."""
+    path = CONF_DIR / group / f"{name}.yaml"
+    known = path.parent == CONF_DIR / group and path.stem == name and path.is_file()
     return yaml.safe_load(path.read_text(encoding="utf-8")) if known else {}

@@ -127,6 +127,8 @@ def _run(
         "unavailable": run.unavailable,
         "seconds": run.seconds,
         "memory": run.memory,
+        "quantisation": run.quantisation,
+        "simulated_speed": run.simulated_speed,
         "blocks": [[b.index, _rounded(b.before), _rounded(b.after), _rounded(b.seconds)] for b in run.blocks],
         "allocation": asdict(given),
         "curve": {"stride": curve.stride, "blocks": _curve(curve)},

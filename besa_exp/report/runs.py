@@ -96,6 +96,8 @@ class Run:
     calibration: Mapping[str, Any]
     seconds: Mapping[str, float]
     memory: Mapping[str, int]
+    quantisation: Mapping[str, Any]
+    simulated_speed: Mapping[str, Any]  # of a cycle model: nothing is measured
 
     @property
     def path(self) -> Path:
@@ -133,7 +135,7 @@ def _run(path: Path, status: Mapping[str, Any], state: str, error: str | None, r
         config=config,
         environment=results.get("environment") or _mapping(path / "environment.json"),
         model=str(given).rstrip("/").rpartition("/")[2],
-        method=method_of(str(name), config.get("pruner"), pattern),
+        method=method_of(str(name), config, pattern),
         pattern=pattern,
         seed=results.get("seed", config.get("seed")),
         target=results.get("target_sparsity", config.get("sparsity")),
@@ -145,6 +147,8 @@ def _run(path: Path, status: Mapping[str, Any], state: str, error: str | None, r
         calibration=results.get("calibration") or {},
         seconds=results.get("seconds") or {},
         memory=results.get("peak_memory_bytes") or {},
+        quantisation=results.get("quantisation") or {},
+        simulated_speed=results.get("simulated_speed") or {},
     )
 
 

@@ -20,6 +20,8 @@ DRIVER = shutil.which("chromedriver")
 SILENT = "disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
 FLAGS = [f"--{flag}" for flag in f"headless no-sandbox disable-gpu {SILENT} window-size=1280,900".split()]
 HOSTILE = '<img src=x onerror="document.title=1">&lt;b&gt;'
+SPEED = {"model": "simulated, not measured", "linears": {"self_attn.q_proj": {"sparsity": 0.5, "dense_cycles": 1.0,
+         "sparse_cycles": 0.5, "speed_up": 2.0}}}  # fmt: skip
 PATIENCE = 60  # seconds
 
 pytestmark = [
@@ -42,6 +44,7 @@ def report_html(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     changes = {"model": model, "pruner": pruner, "seed": seed, "target_sparsity": sparsity}
                     changes |= {"measured_sparsity": sparsity, "perplexity": {"wikitext2": base * sparsity + seed}}
                     changes |= {"blocks": [block(0, sparsity - 0.1), block(1, sparsity + 0.1, 0.03)]}
+                    changes |= {"simulated_speed": SPEED}
                     steps = 20 if pruner == "besa" else 0
                     finished_run(runs / f"{model}-{pruner}-{sparsity}-{seed}", changes, steps=steps)
     other = RESULTS["calibration"] | {"num_samples": 8}
@@ -140,6 +143,7 @@ def test_a_reader_chooses_a_run_from_the_table(opened: Any) -> None:
     assert "besa prune pruner=wanda" in text_of(opened, "#run-body")
     assert "takes no optimisation steps" in text_of(opened, "#run-body")
     assert '"num_samples": 128' in text_of(opened, "#run-body")
+    assert "Speed, simulated, not measured" in text_of(opened, "#run-body caption")
 
 
 def test_what_stands_apart_and_what_failed_is_told_with_the_reason(opened: Any) -> None:

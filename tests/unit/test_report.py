@@ -175,9 +175,13 @@ def test_a_run_that_was_repeated_counts_once_as_it_finished_last(tmp_path: Path)
 
 def test_other_settings_of_a_pruner_are_another_method() -> None:
     settings = {"_target_": "besa_exp.pruners.besa.Besa", "granularity": "row", "epochs": 10, "seed": 3, "unknown": 1}
-    assert method_of("besa", settings, "unstructured").label == "besa, epochs=10"
+    assert method_of("besa", {"pruner": settings}, "unstructured").label == "besa, epochs=10"
     assert method_of("wanda", {}, "2:4").label == "wanda, 2:4"
-    assert method_of("../../secret", {"epochs": 1}, "unstructured").variant == ""
+    tuned = {"pruner": {"tuning": {"epochs": 2, "seed": 3}}, "update": None}
+    assert method_of("besa_reconstruct", tuned, "unstructured").variant == "tuning.epochs=2"
+    combined = {"budget": {"width": 0.3}, "pruner": {}, "update": {"damping": 0.01}}
+    assert method_of("owl+wanda+obs", combined, "unstructured").label == "owl+wanda+obs, width=0.3"
+    assert method_of("../prune", {"pruner": {"epochs": 1}}, "unstructured").variant == ""
 
 
 def test_a_method_keeps_its_style_whatever_else_is_shown() -> None:

@@ -25,6 +25,7 @@ const GLYPHS = { // as plotly's markers, in a box from -6 to 6
   "triangle-up": "M0,-5L5.5,4.5H-5.5Z", "triangle-down": "M0,5L5.5,-4.5H-5.5Z", "triangle-left": "M-5,0L4.5,-5.5V5.5Z",
   "triangle-right": "M5,0L-4.5,-5.5V5.5Z", "pentagon": "M0,-5.5L5.4,-1.6L3.4,5H-3.4L-5.4,-1.6Z", "hexagon": "M-5,-3L0,-6L5,-3V3L0,6L-5,3Z",
   "star": "M0,-6L1.6,-2L6,-1.8L2.5,1L3.7,5.2L0,2.8L-3.7,5.2L-2.5,1L-6,-1.8L-1.6,-2Z", "cross": "M-2,-5.5h4v3.5h3.5v4h-3.5v3.5h-4v-3.5h-3.5v-4h3.5Z",
+  "hexagon2": "M-6,0L-3,-5.2H3L6,0L3,5.2H-3Z", "diamond-tall": "M0,-6.5L4,0L0,6.5L-4,0Z", "hourglass": "M-5,-5.5H5L-5,5.5H5Z",
   "x": "M-5.5,-3L-3,-5.5L0,-2.5L3,-5.5L5.5,-3L2.5,0L5.5,3L3,5.5L0,2.5L-3,5.5L-5.5,3L-2.5,0Z", "line-ew-open": "M-6,-1h5v2h-5ZM1,-1h5v2h-5Z",
 };
 

@@ -83,6 +83,7 @@ function facts(run) {
     ["Measured sparsity", `${percent(run.measured, 3)} (target ${targetName(run.target)})`], ["Pattern", run.pattern], ["Seed", run.seed],
     ...run.scores.map(([measure, value]) => [`${data.measures[measure].kind === "perplexity" ? "Perplexity" : "Zero-shot"} ${data.measures[measure].label}`, scoreText(data.measures[measure].kind, value)]),
     ...Object.entries(run.unavailable).map(([name, reason]) => [name, `n/a: ${reason}`]),
+    ...Object.entries(run.quantisation).map(([name, value]) => [`Quantised, ${name.replace("_", " ")}`, value ?? "all inputs of a row"]),
     ["Time", `${duration(run.seconds.total)}, pruning ${duration(run.seconds.prune)}`], ["Peak memory", bytes(run.memory.host) + (run.memory.device ? `, device ${bytes(run.memory.device)}` : "")],
   ];
   const set = `${calibration.name ?? "unknown"}, ${calibration.num_samples ?? "?"} × ${calibration.seq_len ?? "?"} tokens, sha256 ${calibration.tokens_sha256 || "not recorded"}`;
@@ -93,7 +94,19 @@ function facts(run) {
 
 function details(run) {
   const part = (title, value) => element("details", { class: "more" }, element("summary", {}, title), element("pre", { tabindex: "0" }, JSON.stringify(value, null, 2)));
-  return element("div", {}, part("Configuration", run.config), part("Environment", data.environments[run.environment]), part("Calibration set", run.calibration));
+  return element("div", {}, simulatedSpeed(run.simulated_speed), part("Configuration", run.config), part("Environment", data.environments[run.environment]), part("Calibration set", run.calibration));
+}
+
+// Cycles of a model of an accelerator: said to be simulated in the caption itself.
+function simulatedSpeed(speed) {
+  const rows = Object.entries(speed.linears || {});
+  if (!rows.length) return "";
+  const cycles = (value) => (unknown(value) ? "n/a" : value.toLocaleString("en", { maximumFractionDigits: 1 }));
+  return table([
+    { head: "linear", of: ([name]) => name }, { head: "sparsity", number: true, of: ([, row]) => percent(row.sparsity) },
+    { head: "dense cycles", number: true, of: ([, row]) => cycles(row.dense_cycles) }, { head: "simulated cycles", number: true, of: ([, row]) => cycles(row.sparse_cycles) },
+    { head: "simulated speed-up", number: true, of: ([, row]) => (unknown(row.speed_up) ? "n/a" : `${row.speed_up.toFixed(3)}x`) },
+  ], rows, { caption: `Speed, ${speed.model}` });
 }
 
 function showPaper() {

@@ -1,0 +1,39 @@
+"""Every experiment preset runs: its first job in miniature, on a random model and tokens, all else as it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from besa_exp.configuration import CONF_DIR, as_values, method_name, read_settings
+from besa_exp.overrides import Composer
+from besa_exp.presets import presets
+from besa_exp.run import prune
+
+MINIATURE = ["model.dtype=float32", "calibration.num_samples=4", "device=cpu", "tracker=none", "evaluator.tasks=[]"]
+
+
+def first_job(lines: list[str]) -> list[str]:
+    """The lines of the first job of a sweep, or of the only one."""
+    composer = Composer("prune")
+    config = compose("prune", lines, return_hydra_config=True)
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    return composer.spread(composer.parse(lines), params)[0]
+
+
+@pytest.mark.parametrize("preset", presets("experiment"))
+def test_an_experiment_runs_in_miniature(preset: str, given: list[str], tmp_path: Path) -> None:
+    paths = [line for line in given if line.startswith(("model.path=", "calibration.path="))]
+    tokens = next(line for line in paths if line.startswith("calibration")).partition("=")[2]
+    lines = [f"experiment={preset}", *MINIATURE, *paths, f"evaluator.perplexity_sets=[{tokens}]"]
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = compose("prune", first_job(lines), return_hydra_config=True)
+        values = as_values(config)
+        settings = read_settings(config, method_name(config.hydra.runtime.choices))
+    results = prune(settings, tmp_path / "run", values)
+    assert results["perplexity"][tokens] > 1
+    assert results["unavailable"] == {}
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["pruner"] == results["pruner"]
