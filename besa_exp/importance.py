@@ -32,6 +32,17 @@ def rounded_importance(
     return rounded * (2 * weight - rounded) * squared_norm
 
 
+def ria_importance(
+    weight: Float[Tensor, "out in"], squared_norm: Float[Tensor, " in"], power: float = 0.5
+) -> Float[Tensor, "out in"]:
+    """(|W_ij| / sum_j |W_ij| + |W_ij| / sum_i |W_ij|) ||X_j||^power (RIA, Zhang et al., ICLR 2024); rows and columns of
+    zeros count 0."""
+    size = weight.float().abs()
+    smallest = torch.finfo(size.dtype).tiny
+    of_row, of_column = (size / size.sum(dim=axis, keepdim=True).clamp(min=smallest) for axis in (1, 0))
+    return (of_row + of_column) * squared_norm.pow(power / 2)
+
+
 def obs_importance(
     weight: Float[Tensor, "out in"], factor: Float[Tensor, "in in"], squared: bool = True
 ) -> Float[Tensor, "out in"]:

@@ -19,11 +19,13 @@ from besa_exp.pruners.besa_reconstruct import BesaReconstruct
 from besa_exp.pruners.dense import Dense
 from besa_exp.pruners.magnitude import Magnitude
 from besa_exp.pruners.quantised import Quantised
+from besa_exp.pruners.ria import Ria
 from besa_exp.pruners.sparsegpt import SparseGPT
 from besa_exp.pruners.wanda import Wanda
 from besa_exp.pruning import prune_blocks
 from besa_exp.quantisation import Quantiser, quantise, quantiser_of
 from besa_exp.reconstruction import Tuning
+from besa_exp.updates.admm import Admm
 from besa_exp.updates.obs import Obs
 from besa_exp.updates.reconstruct import Reconstruct
 from besa_exp.updates.updated import Updated
@@ -40,6 +42,8 @@ PRUNERS = {  # name: (pruner, how far from a 50 % target its measured sparsity m
     "besa_reconstruct": (BesaReconstruct(Tuning(epochs=2, batch_size=4), group_size=32), 0.0005, True),
     "besa+reconstruct": (Updated(Besa(checks=2), Reconstruct(Tuning(epochs=1))), 0.0005, False),
     "wanda+obs": (Updated(Wanda(), Obs()), 0.0005, True),
+    "wanda+admm": (Updated(Wanda(), Admm()), 0.0005, True),
+    "ria": (Ria(), 0.0005, True),
     "besa_joint": (Besa(quantiser=Quantiser()), ROUNDED_TO_ZERO, False),
     "wanda_then_quantise": (Quantised(Wanda(), "prune"), ROUNDED_TO_ZERO, True),
     "quantise_then_wanda": (Quantised(Wanda(), "quantise"), 0.0005, True),
@@ -48,7 +52,7 @@ PRUNERS = {  # name: (pruner, how far from a 50 % target its measured sparsity m
     "besa_then_quantise": (Quantised(Besa(), "prune"), ROUNDED_TO_ZERO, False),
     "quantise_then_besa": (Quantised(Besa(), "quantise"), 0.0005, False),
 }
-MOVES_WEIGHTS = {"sparsegpt", "besa_reconstruct", "besa+reconstruct", "wanda+obs"}
+MOVES_WEIGHTS = {"sparsegpt", "besa_reconstruct", "besa+reconstruct", "wanda+obs", "wanda+admm"}
 QUANTISED = [name for name, (pruner, *_) in PRUNERS.items() if quantiser_of(pruner)]
 INPUT_IDS = torch.randint(0, 258, (10, 32), generator=torch.Generator().manual_seed(1))
 DENSE = tiny_llama(context=32).requires_grad_(False)
