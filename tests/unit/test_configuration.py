@@ -58,6 +58,7 @@ def test_every_preset_composes_and_becomes_settings(group: str, preset: str) -> 
         sweep = main.hydra.mode == RunMode.MULTIRUN
         params = [f"{key}={value}" for key, value in (main.hydra.sweeper.params or {}).items()]
         jobs = composer.spread(composer.parse(lines), params) if sweep else [lines]
+        jobs = [job for job in jobs if sum(map(str.__ne__, job, jobs[0])) < 2]  # each value of each key, once at least
         configs = [composer.compose(job) for job in jobs]
     assert composer.problems == {}
     for config in configs:

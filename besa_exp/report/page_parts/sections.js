@@ -132,12 +132,14 @@ function paperCell(cell, kind) {
 
 function showRuns() {
   const runs = finishedRuns();
-  const several = (kind) => unique(runs.flatMap((run) => run.scores.map(([measure]) => measure))).filter((measure) => data.measures[measure].kind === kind).length > 1;
+  const measured = (kind, model) => unique(runs.filter((run) => run.model === model).flatMap((run) => run.scores.map(([measure]) => measure)))
+    .filter((measure) => data.measures[measure].kind === kind);
+  const several = unique(runs.map((run) => run.model)).flatMap((model) => ["perplexity", "zero_shot"].filter((kind) => measured(kind, model).length > 1).map((kind) => `${kind} ${model}`));
   const scores = (run, kind) => run.scores.filter(([measure]) => data.measures[measure].kind === kind).sort(([a], [b]) => a - b).slice(0, 3);
   const scoreColumn = (kind, head) => ({
     head, number: true, key: (run) => scores(run, kind)[0]?.[1],
     of: (run) => element("span", { class: "stack" }, scores(run, kind).map(([measure, value]) => element("span", {},
-      scoreText(kind, value), several(kind) ? element("span", { class: "minor" }, ` ${data.measures[measure].label.split("/").pop()}`) : ""))),
+      scoreText(kind, value), several.includes(`${kind} ${run.model}`) ? element("span", { class: "minor" }, ` ${data.measures[measure].label.split("/").pop()}`) : ""))),
   });
   const columns = [
     { head: "model", of: (run) => run.model, key: (run) => run.model },
