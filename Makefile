@@ -1,7 +1,7 @@
 # make run    set up .venv and prune the embedded model (ARGS="sparsity=0.6 pruner=wanda" adds to the command)
 # make test   set up .venv and check everything: ruff, pyright, pytest (as root where apt is, Chromium is installed for the report's test)
 # make setup  set up .venv only
-# make bench  measure one block of each method against its floor (make bench-gpu: on a CUDA device)
+# make bench  measure one block of each method against its floor, and dry_run=true against runs (make bench-gpu: CUDA)
 # make first-results  run the study of experiments/first_results (about an hour on 2 cores; done runs are skipped)
 
 VENV := .venv
@@ -65,6 +65,7 @@ first-results: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python experiments/benchmarks/blocks.py
 	$(BIN)/python experiments/benchmarks/evaluation.py
+	$(BIN)/python experiments/benchmarks/dry_run.py
 
 bench-gpu: $(STAMP)
 	$(BIN)/python experiments/benchmarks/blocks.py --device cuda

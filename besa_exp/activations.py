@@ -18,6 +18,11 @@ Allocate = Callable[[torch.Size, torch.dtype], Tensor]
 SHARE_OF_FREE = 0.4  # of the memory that is free, which activations may take before `auto` goes to a slower place
 
 
+def activation_bytes(samples: int, seq_len: int, hidden: int, itemsize: int, dense_targets: bool) -> int:
+    """What the hidden states of the block loop take: inputs and targets, and their dense counterparts."""
+    return samples * seq_len * hidden * itemsize * (4 if dense_targets else 2)
+
+
 def allocator(kind: str, device: torch.device, folder: Path, needed: int) -> tuple[str, Allocate]:
     """Where to, and a function that gives room for one tensor there. `kind` auto chooses the fastest place whose free
     memory easily holds `needed` bytes. Files in `folder` have no name, so that they go when the process does."""

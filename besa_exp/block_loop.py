@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from besa_exp import distributed
@@ -106,8 +105,3 @@ class BlockLoop:
         tensors = block_tensors(block.module, block.name)
         dense_sha256 = self.dense_sha256.pop(block.index)
         self.finished.write(report, tensors, keep_masks, dense_sha256, pruned.weights is not None)
-
-
-def activation_bytes(input_ids: Tensor, hidden_size: int, dtype: torch.dtype, dense_targets: bool) -> int:
-    """What the hidden states of the block loop take: inputs and targets, and their dense counterparts."""
-    return input_ids.numel() * hidden_size * dtype.itemsize * (4 if dense_targets else 2)

@@ -44,7 +44,7 @@ def load_model(settings: ModelSettings, device: torch.device, offline: bool) -> 
     streamed although that was asked for."""
     transformers_logging.disable_progress_bar()
     folder = _folder(settings, offline)
-    if settings.load == "streamed" or (settings.load == "auto" and _is_large(folder, device)):
+    if settings.load == "streamed" or (settings.load == "auto" and is_large(weight_bytes(folder), device)):
         try:
             model, weights = open_streamed(folder, settings.dtype, device, settings.trust_remote_code)
             return LoadedModel(model, load_tokenizer(settings, folder), weights, folder)
@@ -124,9 +124,13 @@ def _cannot_load(settings: ModelSettings, error: Exception) -> ConfigurationErro
     )
 
 
-def _is_large(folder: Path, device: torch.device) -> bool:
-    """Whether the files are more than the free memory easily holds beside what pruning needs."""
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+def weight_bytes(folder: Path) -> int:
+    """The size of the safetensors files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def is_large(size: int, device: torch.device) -> bool:
+    """Whether files of `size` bytes are more than the free memory easily holds beside what pruning needs."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return size > SHARE_OF_FREE * min(free, psutil.virtual_memory().available)
 

@@ -13,10 +13,11 @@ from hydra import initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
-from besa_exp.configuration import CONF_DIR
+from besa_exp.configuration import CONF_DIR, method_name, read_settings
 from besa_exp.errors import ConfigurationError
 from besa_exp.jobs import launch, run_job, show
-from besa_exp.request import CONFIG_NAME, check_composition, read_request
+from besa_exp.request import CONFIG_NAME, Job, Request, check_composition, read_request
+from besa_exp.settings import RunSettings
 from besa_exp.torchrun import is_launched
 
 HYDRA_VERSION = "1.3"
@@ -49,11 +50,26 @@ def _run(arguments: argparse.Namespace) -> int:
     request = read_request(arguments)
     if request.multirun and is_launched():
         raise ConfigurationError("torchrun shares one run among its processes: leave -m out, one command a job")
+    if any(job.config.get("dry_run") for job in request.jobs):
+        return dry_run(request)
     outcomes = launch(request)
     if not request.multirun and outcomes[0].status == "refused":
         raise ConfigurationError(*outcomes[0].text.splitlines())
     show(outcomes)
     return max(outcome.exit_code for outcome in outcomes)
+
+
+def dry_run(request: Request) -> int:
+    """Tells what each job would need, and runs none."""
+    if is_launched():
+        raise ConfigurationError("dry_run=true: tells the needs of one process; leave torchrun out")
+    from besa_exp.dry_run.tables import show_estimates  # imports torch
+
+    def settings(job: Job) -> RunSettings:
+        return read_settings(job.config, method_name(job.config.hydra.runtime.choices))
+
+    show_estimates([(settings(job), job.folder, job.finished) for job in request.jobs])
+    return 0
 
 
 def hydra_flags(arguments: Sequence[str], config_name: str = CONFIG_NAME) -> int:

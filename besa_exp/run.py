@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from besa_exp import distributed
-from besa_exp.activations import allocator
-from besa_exp.block_loop import BlockLoop, activation_bytes
+from besa_exp.activations import activation_bytes, allocator
+from besa_exp.block_loop import BlockLoop
 from besa_exp.calibration import Calibration, load_calibration, save_tokens
 from besa_exp.checkpoint import merge_masks, write_card
 from besa_exp.console import RunConsole
@@ -197,7 +197,8 @@ def _prune_model(
     for report in reports:
         tracker.log_block(report)
     hidden = loaded.model.config.get_text_config().hidden_size
-    needed = activation_bytes(input_ids, hidden, loaded.model.dtype, pruner.dense_targets)
+    samples, length = input_ids.shape
+    needed = activation_bytes(samples, length, hidden, loaded.model.dtype.itemsize, pruner.dense_targets)
     _, allocate = allocator(settings.activations, run.device, run.folder.path, needed)
     loop = BlockLoop(loaded, input_ids, settings.calibration.batch_size, finished, len(reports), allocate)
     with run.timed("prune"), run.console.pruning(len(block_names(loaded)) - len(reports)) as progress:

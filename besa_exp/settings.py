@@ -95,6 +95,7 @@ class RunSettings:
     overwrite: bool = False
     activations: Literal["auto", "device", "host", "disk"] = "auto"  # where hidden states lie between blocks
     profile: bool = False  # write profile.txt into the run folder
+    dry_run: bool = False  # tell what the run will need, and run nothing
     save: SaveSettings = field(default_factory=SaveSettings)
 
 

@@ -102,7 +102,7 @@ def open_streamed(
 ) -> tuple[PreTrainedModel, StreamedWeights]:
     """The model without its blocks' weights, in evaluation mode, and where they lie. ValueError: `cannot_stream`."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    wanted = _dtype(config, dtype)
+    wanted = dtype_of(config, dtype)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
     files = tensor_files(folder)
@@ -151,7 +151,8 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), folder / "model.safetensors")
 
 
-def _dtype(config: PreTrainedConfig, wanted: str) -> torch.dtype:
+def dtype_of(config: PreTrainedConfig, wanted: str) -> torch.dtype:
+    """What the weights are computed in: as `wanted`, or for auto as they were saved."""
     if wanted != "auto":
         return getattr(torch, wanted)
     saved = config.get_text_config().dtype or config.dtype or torch.float32

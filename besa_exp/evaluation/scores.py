@@ -94,7 +94,7 @@ def _score_set(
     model: Any = loaded.model
     context = _context(model)
     window = perplexity_window(settings, context)
-    windows, record = distributed.from_first(lambda: _windows_of(source, loaded.tokenizer, window, offline))
+    windows, record = distributed.from_first(lambda: windows_of(source, loaded.tokenizer, window, offline))
     if windows.shape[1] > context:
         raise Unavailable(f"its windows of {windows.shape[1]} tokens exceed the model's context of {context}")
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -118,7 +118,7 @@ def _score_set(
     return result.value, record | counts
 
 
-def _windows_of(
+def windows_of(
     source: str, tokenizer: Tokenizer | None, window: int, offline: bool
 ) -> tuple[Int[Tensor, "window seq"], dict[str, Any]]:
     """A set's windows and its record."""

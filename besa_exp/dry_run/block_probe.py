@@ -1,0 +1,212 @@
+"""What a block costs: one is really pruned, on a few samples of noise.
+
+The model is built without weights; its largest block and what is outside the blocks get random ones. The block loop
+itself (`pruning.prune_blocks`) then prunes that block with the run's own pruner, so that a pruner has nothing to say
+about its costs, and none is forgotten. A block's seconds are taken as
+
+    seconds(samples) = fixed + samples * per_sample,    per_sample(length) = rest + length * per_token
+
+with `fixed` (ranks, factors, column loops) and `per_sample` from two numbers of samples; where the device is too slow
+for the run's own sequence length, `rest` and `per_token` from two shorter ones (attention grows faster than linearly: a
+few percent at 2,048 tokens, left out). The numbers of samples are such that BESA's search judges equally often in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from besa_exp.activations import Allocate
+from besa_exp.blocks import Block, Hidden, capture_blocks, discover_blocks
+from besa_exp.budgets.budget import Budget
+from besa_exp.dry_run.meters import PeakMemory, seconds_of
+from besa_exp.masks import Target
+from besa_exp.pruning import PrunedBlock, Pruner, prune_blocks
+from besa_exp.reports import Step
+from besa_exp.statistics import Statistic, by_shared_input
+from besa_exp.streaming import give_back_memory
+
+SAMPLES = (3, 8)  # of the two probes; of both a search holds back one
+BUDGET = 6.0  # seconds that the passes of all probes should take together
+PASSES = 66  # forward passes of one sample in the probes of a search: 11 samples of about 6
+SHORTEST = 32  # tokens
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """Of one block with all samples: seconds, those of one sample's forward pass, the search's steps, and bytes (see
+    `needs.Working`)."""
+
+    seconds: float
+    forward_seconds: float
+    steps: int
+    statistics: int
+    forward: int
+    pruner: int
+
+
+class Watched:
+    """A pruner like the one it holds, that notes what its statistics hold and what it holds itself while it decides."""
+
+    def __init__(self, pruner: Pruner, memory: PeakMemory) -> None:
+        self.pruner, self.memory = pruner, memory
+        self.statistics_bytes = self.observed = self.working = 0
+
+    @property
+    def statistic(self) -> type[Statistic] | None:
+        return self.pruner.statistic
+
+    @property
+    def dense_targets(self) -> bool:
+        return self.pruner.dense_targets
+
+    def check(self, sparsity: float, pattern: str) -> list[str]:
+        return self.pruner.check(sparsity, pattern)
+
+    def prune_block(
+        self,
+        block: Block,
+        inputs: Hidden,
+        targets: Hidden,
+        statistics: Mapping[str, Any],
+        target: Target,
+        on_step: Callable[[Step], None],
+    ) -> PrunedBlock:
+        self.observed = self.memory.lap()
+        self.statistics_bytes = statistics_bytes(statistics)
+        held = self.memory.now()
+        pruned = self.pruner.prune_block(block, inputs, targets, statistics, target, on_step)
+        self.working = max(0, self.memory.lap() - held)
+        return pruned
+
+
+def statistics_bytes(statistics: Mapping[str, Any]) -> int:
+    """What the distinct statistics of a block hold."""
+    held = [value for statistic, _ in by_shared_input(statistics) for value in vars(statistic).values()]
+    return sum(value.nbytes for value in held if isinstance(value, Tensor))
+
+
+def with_one_block(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """`model`, built without weights, cut down to its largest block: random weights in the block, and outside."""
+    path, modules = discover_blocks(model)
+    block = max(modules, key=lambda module: sum(parameter.numel() for parameter in module.parameters()))
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, nn.ModuleList([block]))
+    inside = set(block.modules())
+    generator = torch.Generator(device).manual_seed(0)
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                value = _random(parameter, key, module in inside, device, generator)
+                module._parameters[key] = nn.Parameter(value, requires_grad=False)
+        for key, buffer in module._buffers.items():
+            module._buffers[key] = None if buffer is None else buffer.to(device)
+    model.tie_weights()
+    return model.eval()
+
+
+def _random(like: Tensor, name: str, distinct: bool, device: torch.device, generator: torch.Generator) -> Tensor:
+    """Values of usual size; rows may be equal where only their product's cost matters."""
+    if like.ndim < 2:
+        return torch.full(like.shape, 0.0 if name == "bias" else 1.0, dtype=like.dtype, device=device)
+    shape = like.shape if distinct else (1, *like.shape[1:])
+    drawn = torch.randn(shape, dtype=like.dtype, device=device, generator=generator) * like.shape[-1] ** -0.5
+    return drawn if distinct else drawn.expand(like.shape).contiguous()
+
+
+@dataclass(frozen=True)
+class BlockProbe:
+    """Prunes one block of random weights again and again, `batch_size` samples a forward pass of the block loop."""
+
+    model: PreTrainedModel
+    device: torch.device
+    pruner: Pruner
+    target: Target
+    batch_size: int
+    allocate: Allocate
+    budget: Budget | None = None
+
+    def cost(self, samples: int, seq_len: int) -> BlockCost:
+        """Expected of a block of a run with so many samples; extrapolated where that would take too long."""
+        usual = min(seq_len, 256)
+        a_token = self.forward_seconds(1, usual) / usual
+        length = int(BUDGET / PASSES / a_token)
+        length = max(min(SHORTEST, seq_len), length) if length < 0.75 * seq_len else seq_len
+        few, many = (min(count, samples) for count in SAMPLES)
+        if self.device.type == "cuda":
+            self._measure(few, length)  # kernels are compiled, libraries choose
+        large = self._measure(many, length)
+        if many == samples and length == seq_len:
+            return replace(large, forward_seconds=a_token * seq_len)
+        small = self._measure(few, length)
+        short = self._measure(many, length // 2) if length < seq_len else large
+        per_sample, fixed = _line(few, small.seconds, many, large.seconds)
+        at_half = max(0.0, short.seconds - fixed) / many
+        per_step, no_steps = _line(few, small.steps, many, large.steps)
+        at_once = min(self.batch_size, samples) / min(self.batch_size, many)
+        return BlockCost(
+            seconds=fixed + samples * _extrapolated(length, per_sample, at_half, seq_len),
+            forward_seconds=a_token * seq_len,
+            steps=round(no_steps + per_step * samples),
+            statistics=large.statistics,
+            forward=int(at_once * large.forward * seq_len / length),
+            pruner=int(_extrapolated(length, large.pruner, short.pruner, seq_len)),
+        )
+
+    def forward_seconds(self, rows: int, length: int) -> float:
+        """Of one forward pass of `rows` samples through the block, the better of two."""
+        block, hidden = self._block(rows, length), self._noise(rows, length)
+        return min(seconds_of(self.device, lambda: block.outputs(hidden, rows)) for _ in range(2))
+
+    def _block(self, rows: int, length: int) -> Block:
+        (block,) = capture_blocks(self.model, torch.zeros(rows, length, dtype=torch.int64))
+        block.arguments(min(rows, self.batch_size))
+        return block
+
+    def _noise(self, samples: int, length: int) -> Hidden:
+        hidden, dtype = self.model.config.get_text_config().hidden_size, self.model.dtype
+        room = self.allocate(torch.Size([samples, length, hidden]), dtype)
+        return room.copy_(torch.randn(room.shape, generator=torch.Generator().manual_seed(0)).to(dtype))
+
+    def _measure(self, samples: int, length: int) -> BlockCost:
+        """Prunes the block, which gets its weights back."""
+        block, inputs = self._block(samples, length), self._noise(samples, length)
+        kept = {name: linear.weight.detach().clone() for name, linear in block.linears.items()}
+        steps: list[Step] = []
+        give_back_memory()
+        with PeakMemory(self.device) as memory:
+            watched = Watched(self.pruner, memory)
+            rooms = 3 if self.pruner.dense_targets else 1  # that the block loop makes besides the inputs
+            before = memory.now() + (rooms * inputs.nbytes if inputs.device == self.device else 0)
+
+            def prune() -> None:
+                if self.budget:  # it goes through the dense blocks first
+                    self.budget.sparsities([block], inputs.clone(), self.target.sparsity, self.batch_size)
+                for _ in prune_blocks(
+                    [block], inputs, watched, self.target, self.batch_size, steps.append, allocate=self.allocate
+                ):
+                    pass
+
+            seconds = seconds_of(self.device, prune)
+        for name, linear in block.linears.items():
+            linear.weight.detach().copy_(kept[name])
+        forward = max(0, watched.observed - before - watched.statistics_bytes)
+        return BlockCost(seconds, 0.0, len(steps), watched.statistics_bytes, forward, watched.working)
+
+
+def _line(x: float, y: float, later_x: float, later_y: float) -> tuple[float, float]:
+    """Slope and value at 0, neither below 0, through two points (through 0 and the second where they are one)."""
+    slope = (later_y - y) / (later_x - x) if later_x > x else later_y / later_x
+    slope = min(max(slope, 0.0), later_y / later_x)
+    return slope, later_y - slope * later_x
+
+
+def _extrapolated(length: int, value: float, value_at_half: float, wanted: int) -> float:
+    """The value at a `wanted` length, linearly from a length and its half; it never falls."""
+    slope = max(0.0, value - value_at_half) / (length - length // 2)
+    return value + min(slope, value / length) * (wanted - length)

@@ -1,0 +1,218 @@
+"""What a run needs of memory and disk, part by part, and when; formulas of plain numbers, no torch here.
+
+A part is held during some phases. What a place must hold is the largest sum over the parts of one phase:
+
+    need(place) = max over phases of the sum of the place's parts in that phase.
+
+Exact: weights, activations, statistics, finished blocks, masks, saved shards (up to the headers of the files). Measured
+by a probe of one block (`block_probe.py`): what a pruner and a forward pass hold while they work. Estimated: logs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Place = Literal["device", "host", "disk"]
+Phase = Literal["load", "prune", "save", "evaluate"]
+PHASES: tuple[Phase, ...] = ("load", "prune", "save", "evaluate")
+STEP_BYTES = 170  # a line of metrics.jsonl for a step (seen: 150 to 165)
+LINEAR_BYTES = 200  # a linear's part of a block's line, report and row of sparsity.csv
+BASE_LOG_BYTES = 200_000  # config, environment, results, status, run.log, and W&B's own start
+WANDB_TIMES = 4  # what W&B writes for each byte of metrics.jsonl, its copy of the console included
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Counts of values: of each block all its tensors, `outside` them what the model holds besides (tied weights once).
+    `masks`: bytes of all masks, one bit a weight. `itemsize`: bytes of a value as it is computed with and saved."""
+
+    blocks: tuple[int, ...]
+    outside: int
+    masks: int
+    linears: int
+    hidden: int
+    vocabulary: int
+    itemsize: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All weights."""
+        return (sum(self.blocks) + self.outside) * self.itemsize
+
+    @property
+    def outside_bytes(self) -> int:
+        """Embeddings, final norm, head."""
+        return self.outside * self.itemsize
+
+    @property
+    def largest_block_bytes(self) -> int:
+        """The largest block's weights."""
+        return max(self.blocks) * self.itemsize
+
+    @property
+    def blocks_bytes(self) -> int:
+        """All blocks' weights."""
+        return sum(self.blocks) * self.itemsize
+
+
+@dataclass(frozen=True)
+class Working:
+    """Bytes beyond weights and activations: the statistics of one block's linears, a batch's forward pass through a
+    block, the pruner while it decides, and a batch's way through the head in an evaluation. None: not estimated."""
+
+    statistics: int | None
+    forward: int | None
+    pruner: int | None
+    evaluation: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What of a run's settings decides about bytes. `samples`, `seq_len` of the calibration; `activations_at`: device,
+    host or disk; `windows_tokens`: most tokens of an evaluation's set, whose states a streamed model holds at once."""
+
+    size: ModelSize
+    on_cuda: bool
+    streamed: bool
+    samples: int
+    seq_len: int
+    dense_targets: bool
+    activations_at: Place
+    save_model: bool
+    save_masks: bool
+    evaluates: bool
+    windows_tokens: int
+    steps: int
+    wandb: bool
+    libraries: int
+    working: Working
+
+    @property
+    def num_blocks(self) -> int:
+        """Of the model."""
+        return len(self.size.blocks)
+
+
+@dataclass(frozen=True)
+class Need:
+    """A part of a run: `size` bytes (None: not estimated) at `place` during `phases`; `remedy` makes it smaller."""
+
+    part: str
+    place: Place
+    size: int | None
+    phases: tuple[Phase, ...] = PHASES
+    remedy: str = ""
+
+
+def needs(plan: Plan) -> list[Need]:
+    """Every part, as the table lists them."""
+    return [*_weights(plan), *_while_pruning(plan), *_while_evaluating(plan), *_files(plan)]
+
+
+def _memory(plan: Plan) -> Place:
+    return "device" if plan.on_cuda else "host"
+
+
+def _weights(plan: Plan) -> list[Need]:
+    size, memory = plan.size, _memory(plan)
+    found = [Need("Python and libraries", "host", plan.libraries)]
+    if plan.streamed:
+        found.append(Need("weights outside the blocks", memory, size.outside_bytes))
+        found.append(Need("weights of the block at work", memory, size.largest_block_bytes, ("prune", "evaluate")))
+        if plan.on_cuda:
+            found.append(Need("a block on its way", "host", size.largest_block_bytes, ("prune", "evaluate")))
+        if plan.save_model:
+            found.append(Need("saved model, loaded anew", memory, size.outside_bytes, ("save", "evaluate")))
+        return found
+    remedy = "model.load=streamed"
+    found.append(Need("weights", memory, size.total_bytes, remedy=remedy))
+    if plan.on_cuda:
+        found.append(Need("weights on their way", "host", size.total_bytes, ("load", "save"), remedy))
+    if plan.save_model:
+        when: tuple[Phase, ...] = (
+            ("save", "evaluate") if plan.on_cuda else ("evaluate",)
+        )  # a CPU maps files, and reads late
+        found.append(Need("saved model, loaded anew", memory, size.total_bytes, when, remedy))
+    return found
+
+
+def _while_pruning(plan: Plan) -> list[Need]:
+    size, memory, working = plan.size, _memory(plan), plan.working
+    states = plan.samples * plan.seq_len * size.hidden * size.itemsize
+    activations = states * (4 if plan.dense_targets else 2)
+    elsewhere = {"device": "activations=host", "host": "activations=disk", "disk": ""}[plan.activations_at]
+    fewer = "a smaller calibration.num_samples or .seq_len"
+    deciding = None if None in (working.forward, working.pruner) else max(working.forward or 0, working.pruner or 0)
+    return [
+        Need(
+            "activations and targets",
+            plan.activations_at,
+            activations,
+            ("prune",),
+            " or ".join(filter(None, (elsewhere, fewer))),
+        ),
+        Need("statistics of a block", memory, working.statistics, ("prune",)),
+        Need("pruner and forward pass at work", memory, deciding, ("prune",), "a smaller calibration.batch_size"),
+    ]
+
+
+def _while_evaluating(plan: Plan) -> list[Need]:
+    if not plan.evaluates:
+        return []
+    memory = _memory(plan)
+    found = [
+        Need("evaluation: a batch's logits", memory, plan.working.evaluation, ("evaluate",), "evaluator.batch_size=1")
+    ]
+    if plan.streamed and plan.windows_tokens:
+        states = plan.windows_tokens * plan.size.hidden * plan.size.itemsize
+        found.append(Need("evaluation: hidden states", memory, states, ("evaluate",)))
+    return found
+
+
+def _files(plan: Plan) -> list[Need]:
+    size = plan.size
+    until_saved: tuple[Phase, ...] = ("prune", "save", "evaluate")
+    found = [Need("finished blocks, until the run is done", "disk", size.blocks_bytes, until_saved)]
+    found.append(Need("their masks, until the run is done", "disk", size.masks, until_saved))
+    if plan.save_model:
+        shards = size.outside_bytes if plan.streamed else size.total_bytes  # streamed: links to the finished blocks
+        remedy = "" if plan.streamed else "save.model=false or model.load=streamed (which saves no block twice)"
+        found.append(Need("saved shards", "disk", shards, ("save", "evaluate"), remedy))
+    if plan.save_masks:
+        found.append(Need("masks.safetensors", "disk", size.masks, ("save", "evaluate")))
+    logs = log_bytes(plan.steps, plan.size.linears)
+    found.append(Need("logs and metrics", "disk", logs))
+    if plan.wandb:
+        found.append(Need("W&B", "disk", WANDB_TIMES * logs))
+    return found
+
+
+def log_bytes(steps: int, linears: int) -> int:
+    """metrics.jsonl and what is written beside it, for `steps` of all blocks and the `linears` of all blocks."""
+    return BASE_LOG_BYTES + steps * STEP_BYTES + linears * 2 * LINEAR_BYTES
+
+
+def kept_bytes(plan: Plan) -> int:
+    """What the run folder still holds when the run is done."""
+    model = plan.size.total_bytes if plan.save_model else 0
+    logs = log_bytes(plan.steps, plan.size.linears) * (1 + WANDB_TIMES * plan.wandb)
+    return model + (plan.size.masks if plan.save_masks else 0) + logs
+
+
+def peak(parts: Sequence[Need], place: Place) -> tuple[int, Phase]:
+    """The most that `place` must hold at once, and in which phase; parts that are not estimated count nothing."""
+    sums = {
+        phase: sum(part.size or 0 for part in parts if part.place == place and phase in part.phases) for phase in PHASES
+    }
+    phase = max(PHASES, key=sums.__getitem__)
+    return sums[phase], phase
+
+
+def remedies(parts: Sequence[Need], place: Place, limit: int = 3) -> list[str]:
+    """What makes the phase of the peak smaller, the largest part first."""
+    _, phase = peak(parts, place)
+    here = [part for part in parts if part.place == place and phase in part.phases and part.remedy and part.size]
+    ordered = sorted(here, key=lambda part: -(part.size or 0))
+    return list(dict.fromkeys(part.remedy for part in ordered))[:limit]

@@ -1,0 +1,74 @@
+"""How long a run takes, by the parts of results.json's `seconds`: measured costs times how often they are paid."""
+
+from __future__ import annotations
+
+from besa_exp.dry_run.block_probe import BlockCost
+from besa_exp.dry_run.disk_probe import DiskSpeed
+from besa_exp.dry_run.evaluation_probe import EvaluationCost
+from besa_exp.dry_run.inputs import Texts
+from besa_exp.dry_run.needs import Plan
+
+REPLAYED = 4  # passes of a sample through the model when a run begins: two samples, twice
+FILES_OF_A_BLOCK = 3  # weights, masks, report
+FILES_OF_A_MODEL = 5  # configs and tokenizer
+
+
+def seconds(
+    plan: Plan,
+    texts: Texts,
+    build: float,
+    disk: DiskSpeed,
+    block: BlockCost | None,
+    evaluation: EvaluationCost | None,
+    models_scored: int,
+) -> dict[str, float | None]:
+    """Seconds by part, with one block's, and the total where all are known; None: not estimated. `build`: of the model
+    without weights. `models_scored`: how many models are evaluated."""
+    load = build + (plan.size.outside_bytes if plan.streamed else plan.size.total_bytes) * disk.read
+    a_block = _block_seconds(plan, disk, block) if block else None
+    pruning = None if block is None or a_block is None else a_block * plan.num_blocks + _replay_seconds(plan, block)
+    found: dict[str, float | None] = {
+        "load": load,
+        "calibrate": texts.calibrate,
+        "prune": pruning,
+        "save": _save_seconds(plan, disk, load),
+        "evaluate": _evaluate_seconds(plan, texts, disk, evaluation, models_scored),
+    }
+    known = [value for value in found.values() if value is not None]
+    return {**found, "one block": a_block, "total": sum(known) if len(known) == len(found) else None}
+
+
+def _block_seconds(plan: Plan, disk: DiskSpeed, block: BlockCost) -> float:
+    """Pruning, and what makes it last: two hashes of the weights, three files; a streamed block is read first."""
+    weights, masks = plan.size.blocks_bytes // plan.num_blocks, plan.size.masks // plan.num_blocks
+    keep = disk.written(weights + masks, FILES_OF_A_BLOCK) + (2 * weights + masks) * disk.hash
+    return block.seconds + keep + (weights * disk.read if plan.streamed else 0.0)
+
+
+def _replay_seconds(plan: Plan, block: BlockCost) -> float:
+    """The check at the start, through all blocks, or the first one where they are streamed."""
+    return REPLAYED * block.forward_seconds * (1 if plan.streamed else plan.num_blocks)
+
+
+def _save_seconds(plan: Plan, disk: DiskSpeed, load: float) -> float:
+    """Masks in one file; the model written, its zeros counted, and loaded anew."""
+    masks = disk.written(plan.size.masks) + plan.size.masks * disk.read if plan.save_masks else 0.0
+    if not plan.save_model:
+        return masks
+    written = plan.size.outside_bytes if plan.streamed else plan.size.total_bytes
+    return masks + disk.written(written, FILES_OF_A_MODEL) + 2 * plan.size.blocks_bytes * disk.read + load
+
+
+def _evaluate_seconds(
+    plan: Plan, texts: Texts, disk: DiskSpeed, evaluation: EvaluationCost | None, models: int
+) -> float | None:
+    if not plan.evaluates:
+        return 0.0
+    if evaluation is None or texts.read is None:
+        return None
+    asked = sum(count * length for count, length in texts.requests)
+    scored = sum(count * length for count, length in texts.windows)
+    found = texts.read + (scored + asked) * (evaluation.in_block * plan.num_blocks + evaluation.outside)
+    if plan.streamed:  # the blocks are read once a set, and once a batch of questions
+        found += plan.size.blocks_bytes * disk.read * (len(texts.windows) + asked / evaluation.tokens)
+    return models * found
