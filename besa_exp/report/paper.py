@@ -87,7 +87,7 @@ def _cell(
 ) -> PaperCell:
     values = known["values"].get(row["name"], [])
     at = known["columns"].index(model) if model in known["columns"] else None
-    value = values[at] if at is not None and values else None
+    value = values[at] if at is not None and at < len(values) else None
     paper: float | str = value if value is not None else NOT_KNOWN if in_paper else NOT_IN_PAPER
     mine = next(
         (cell for cell in cells if (paper_name(cell.model) or cell.model) == model and _is_row(cell, row, runs)), None
