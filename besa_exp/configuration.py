@@ -124,6 +124,8 @@ def run_name(config: DictConfig) -> str:
     values = {key: value for key, value in as_values(config).items() if key in DETERMINING_KEYS}
     if isinstance(values.get("model"), dict):
         values["model"] = {key: value for key, value in values["model"].items() if key not in NOT_DECIDING}
+    if isinstance(values.get("save"), dict):
+        values["save"].pop("verify", None)
     method = method_name(OmegaConf.select(config, "hydra.runtime.choices"))
     pattern, amount = str(values.get("pattern")), values.get("sparsity")
     if fixes_sparsity(pattern):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from besa_exp.device import peak_memory, prepared_device
 from besa_exp.environment import environment
 from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.finished_scores import FinishedScores
-from besa_exp.evaluation.scores import Scores, evaluate
+from besa_exp.evaluation.scores import Scores, callable_model, evaluate
 from besa_exp.finished_blocks import FinishedBlocks
 from besa_exp.followed_folder import FollowedFolder, opened
 from besa_exp.identity import request_identity
@@ -35,6 +35,7 @@ from besa_exp.masks import Target
 from besa_exp.model_card import model_card
 from besa_exp.models import LoadedModel, load_model, model_context, model_path
 from besa_exp.published import compared_with_published
+from besa_exp.reloading import TOKENS, reloading, token_loss
 from besa_exp.reports import BlockReport, Step
 from besa_exp.results import results_of, score_values
 from besa_exp.run_folder import RunFolder
@@ -87,7 +88,10 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
             dense = _score_dense(run, loaded) if settings.evaluator.dense else None
             _prune_model(run, loaded, calibration, tracker, reports, finished)
             results = results_of(settings, calibration, reports, environment(device))
-            scores = _score(run, "pruned", _save(run, loaded, finished, results))
+            saved = _save(run, loaded, finished, results)
+            with _reloading(run, loaded, finished, calibration) as reloaded:
+                scores = _score(run, "pruned", saved)
+                results |= reloaded()
             tracker.log_scores(scores, dense)
         results |= score_values(scores) | {"provenance": scores.provenance}
         results |= {"dense": score_values(dense)} if dense else {}
@@ -232,6 +236,32 @@ def _save(run: Run, loaded: LoadedModel, finished: FinishedBlocks, results: Mapp
         reloaded = replace(load_model(saved, run.device, offline=True), tokenizer=loaded.tokenizer)
         check_saved(reloaded, results)
         return reloaded
+
+
+@contextmanager
+def _reloading(
+    run: Run, loaded: LoadedModel, finished: FinishedBlocks, calibration: Calibration
+) -> Iterator[Callable[[], dict[str, Any]]]:
+    """The saved model in a fresh process meanwhile; what is yielded gives that part of results.json when it is done."""
+    save = run.settings.save
+    if not save.model or not distributed.is_first():
+        yield dict
+        return
+    if not save.verify:
+        yield lambda: {"reloaded": {"skipped": "save.verify=false"}}
+        return
+    pruned, tokens = pruned_weights(loaded, finished) if loaded.weights else loaded, calibration.input_ids[:1, :TOKENS]
+    with callable_model(pruned):
+        expected = token_loss(pruned.model, tokens)
+    model = run.settings.model
+    with reloading(run.folder.model, tokens, expected, loaded.model.dtype, model.trust_remote_code) as answer:
+
+        def reloaded() -> dict[str, Any]:
+            run.console.stage("the saved model in a fresh process")
+            with run.timed("save"):
+                return {"reloaded": answer()}
+
+        yield reloaded
 
 
 def _write_model(run: Run, loaded: LoadedModel, finished: FinishedBlocks, results: Mapping[str, Any]) -> None:

@@ -70,6 +70,7 @@ class SaveSettings:
 
     model: bool = True
     masks: bool = True
+    verify: bool = True  # load the saved model in a fresh process too
 
 
 @dataclass(frozen=True)

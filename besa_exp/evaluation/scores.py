@@ -163,7 +163,7 @@ def _score_tasks(
     scored = harness(loaded.model, tokenizer, settings.batch_size, _context(loaded.model))
     scores.provenance["zero_shot"] = _tasks_record(loaded.model, tokenizer, settings, seed)
     request = {"limit": settings.limit, "num_fewshot": settings.num_fewshot, "seed": seed, "data": settings.data_dir}
-    with _callable(loaded):
+    with callable_model(loaded):
         for task in settings.tasks:
             earlier = finished.find("zero_shot", task, request) if finished else None
             on_progress(f"zero-shot {task}" + (", scored before" if earlier else ""))
@@ -178,7 +178,7 @@ def _score_tasks(
                 finished.keep("zero_shot", task, request, (metrics, record))
 
 
-def _callable(loaded: LoadedModel) -> AbstractContextManager[None]:
+def callable_model(loaded: LoadedModel) -> AbstractContextManager[None]:
     """The model as a whole can be called for as long as this lasts."""
     if loaded.weights is None:
         return nullcontext()

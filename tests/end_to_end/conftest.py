@@ -28,4 +28,4 @@ def given(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> l
     work.mkdir()
     monkeypatch.chdir(work)
     chosen = ["pruner=magnitude", "evaluator=none", "tracker=none", "device=cpu", "model.dtype=float32"]
-    return [f"model.path={model_dir}", f"calibration.path={tokens}", *chosen]
+    return [f"model.path={model_dir}", f"calibration.path={tokens}", *chosen, "save.verify=false"]

@@ -85,6 +85,11 @@ def test_the_saved_model_is_an_ordinary_folder_that_gives_the_scores_again(run, 
     assert results["perplexity"][str(tokens)] == pytest.approx(math.exp(losses), rel=1e-6)
 
 
+def test_a_fresh_process_reads_the_saved_model_and_computes_what_the_pruned_one_does(results):
+    assert results["reloaded"]["token_loss"] == pytest.approx(results["reloaded"]["expected"], rel=1e-5)
+    assert results["reloaded"]["tokens"] == 64
+
+
 def test_sparsity_is_what_is_counted_in_the_saved_file_and_in_the_masks(run, results):
     weights = load_file(run[0] / "model" / "model.safetensors")
     masks = load_masks(run[0] / "masks.safetensors")
