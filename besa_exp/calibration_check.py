@@ -10,9 +10,9 @@ from besa_exp.text_sources import check_source, is_token_file
 from besa_exp.token_files import token_file_shape
 
 
-def check_calibration(settings: CalibrationSettings, context: int | None, offline: bool = False) -> list[str]:
+def check_calibration(settings: CalibrationSettings, context: int | None) -> list[str]:
     """What is wrong with these settings, in complete sentences, found without reading any text. `context` None: not
-    known yet. `offline`: a set of the hub must be in the local cache."""
+    known yet."""
     lower = {"num_samples": 1, "seq_len": 2, "batch_size": 1, "seed": 0}
     problems = [
         f"calibration.{key}={getattr(settings, key)}: must be at least {least}; set calibration.{key}={least} or more"
@@ -20,7 +20,7 @@ def check_calibration(settings: CalibrationSettings, context: int | None, offlin
         if getattr(settings, key) < least
     ]
     source, key = (settings.path, "calibration.path") if settings.path else (settings.name, "calibration")
-    if unreadable := check_source(source, key, offline):
+    if unreadable := check_source(source, key):
         return problems + unreadable
     seq_len, remedy = settings.seq_len, f"set calibration.seq_len={context} or less"
     if is_token_file(source):

@@ -22,6 +22,7 @@ besa: prunes language models block by block (BESA, arXiv 2402.16880) and compare
                                  rebuild a pruned model from dense weights and a run's masks.safetensors
   besa report DIR... [--out DIR]
                                  compare run folders and sweeps: one page, tables, figures
+  besa prefetch [key=value ...]  fetch all that a run of the same keys takes from the hub, or list what is missing
   besa list [group ...]          the presets there are, with a line each
   besa --version
 
@@ -119,6 +120,12 @@ def _evaluate(arguments: Sequence[str]) -> int:
     return evaluate(arguments)
 
 
+def _prefetch(arguments: Sequence[str]) -> int:
+    from besa_exp.prefetch_command import prefetch
+
+    return prefetch(arguments)
+
+
 def _complete(arguments: Sequence[str]) -> int:
     from besa_exp.completion import complete
 
@@ -129,6 +136,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "prune": _prune,
     "evaluate": _evaluate,
     "masks": _masks,
+    "prefetch": _prefetch,
     "list": _list,
     "report": _report,
     "--help": _help,

@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(path: Path, model: ModelSettings, out: Path) -> tuple[dict, list[str]]:
     """What the masks say of themselves, and all problems."""
-    facts, problems = check_model(model, offline=False, key="--model")
+    facts, problems = check_model(model, key="--model")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         problems.append(f"--out={out}: there is something already; give a folder that does not exist yet")
     from besa_exp.checkpoint import masks_description

@@ -15,11 +15,11 @@ from transformers.utils import logging as transformers_logging
 
 from besa_exp.embedded.text import MODEL_DIR
 from besa_exp.errors import ConfigurationError, first_line
+from besa_exp.hub import MODEL_FILES, OTHER_FORMATS
 from besa_exp.model_folder import CONTEXT_KEYS
 from besa_exp.settings import ModelSettings
 from besa_exp.streaming import StreamedWeights, open_streamed
 
-NEEDED_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*"]
 HUB_TIMEOUT = 15.0  # seconds that the hub has to answer
 CONTEXT = 2048  # tokens that the families without a limit were trained on at a time
 SHARE_OF_FREE = 0.5  # of the memory that is free: larger models are streamed
@@ -105,7 +105,11 @@ def _from_hub(path: str, revision: str | None, offline: bool) -> Path:
         unreachable = first_line(error)
     try:
         found = snapshot_download(
-            path, revision=revision, local_files_only=unreachable is not None, allow_patterns=NEEDED_FILES
+            path,
+            revision=revision,
+            local_files_only=unreachable is not None,
+            allow_patterns=MODEL_FILES,
+            ignore_patterns=OTHER_FORMATS,
         )
     except (OSError, ValueError, HTTPError) as error:
         raise ConfigurationError(

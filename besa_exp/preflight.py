@@ -14,15 +14,22 @@ from besa_exp.calibration_check import check_calibration
 from besa_exp.disk import check_disk, required_bytes
 from besa_exp.embedded.text import MODEL_DIR
 from besa_exp.evaluation.checks import check_evaluator
+from besa_exp.hub import is_hub_id, missing_offline, needs_of
 from besa_exp.model_folder import ModelFolder, inspect_model_folder, saved_dtype
 from besa_exp.nearest import did_you_mean
 from besa_exp.pattern import parse_pattern
 from besa_exp.run_checkpoint import check_run, run_and_model
-from besa_exp.settings import EvaluationSettings, ModelSettings, RunSettings, TrackerSettings
+from besa_exp.settings import (
+    CalibrationSettings,
+    EvaluationSettings,
+    EvaluatorSettings,
+    ModelSettings,
+    RunSettings,
+    TrackerSettings,
+)
 
 BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}  # auto: as saved
 TRACKER_MODES = ("offline", "online", "disabled")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LARGEST_SEED = 2**32 - 1
 
 
@@ -39,7 +46,10 @@ def preflight(
     problems += _check_target(settings, facts, "pruner" not in unknown)
     if "calibration" not in unknown:
         length = None if "calibration.path" in unknown else context
-        problems += check_calibration(settings.calibration, length, settings.offline)
+        problems += check_calibration(settings.calibration, length)
+    if settings.offline and here:
+        calibration = None if {"calibration", "calibration.path"} & {*unknown} else settings.calibration
+        problems += missing_offline(needs_of(*_known(settings, unknown, calibration)))
     if here and facts:
         problems += check_disk(folder, _needed_bytes(settings, facts))
     return problems
@@ -57,7 +67,17 @@ def preflight_evaluation(
             f"model.dtype={settings.model.dtype}: the scores of {run} are those of its model as saved, {saved}; leave "
             "model.dtype out, or name another folder with hydra.run.dir="
         )
+    if settings.offline:
+        problems += missing_offline(needs_of(*_known(settings, unknown, None)))
     return facts, [*of_run, *problems]
+
+
+def _known(
+    settings: RunSettings | EvaluationSettings, unknown: Collection[str], calibration: CalibrationSettings | None
+) -> tuple[ModelSettings | None, CalibrationSettings | None, EvaluatorSettings | None]:
+    """What may be looked for in the caches."""
+    model = None if "model" in unknown else settings.model
+    return model, calibration, None if "evaluator" in unknown else settings.evaluator
 
 
 def _check_shared(
@@ -66,7 +86,7 @@ def _check_shared(
     """What pruning and scoring have in common; `key` is what a person set to name the model."""
     facts, problems = None, _check_dtype(settings.model.dtype)
     if "model" not in unknown:
-        facts, of_model = check_model(settings.model, settings.offline, key)
+        facts, of_model = check_model(settings.model, key)
         problems += of_model
     if "evaluator" not in unknown:
         problems += check_evaluator(settings.evaluator, facts.context if facts else settings.model.context)
@@ -91,33 +111,23 @@ def _check_dtype(dtype: str) -> list[str]:
     return [f"model.dtype={dtype}: must be one of {', '.join(dtypes)}{did_you_mean(dtype, dtypes)}"]
 
 
-def check_model(
-    settings: ModelSettings, offline: bool, key: str = "model.path"
-) -> tuple[ModelFolder | None, list[str]]:
+def check_model(settings: ModelSettings, key: str = "model.path") -> tuple[ModelFolder | None, list[str]]:
     """What can be told of the model and its problems, without loading it; `key` is what a person set to name it."""
     folder = model_folder(settings)
-    return _check_hub_id(settings, offline, key) if folder is None else inspect_model_folder(folder, key)
+    return _check_hub_id(settings, key) if folder is None else inspect_model_folder(folder, key)
 
 
-def _check_hub_id(settings: ModelSettings, offline: bool, key: str) -> tuple[ModelFolder | None, list[str]]:
+def _check_hub_id(settings: ModelSettings, key: str) -> tuple[ModelFolder | None, list[str]]:
     path = settings.path
-    owner_is_folder = Path(path.split("/")[0]).expanduser().is_dir()
     if Path(path).expanduser().exists():
         return None, [f"{key}={path}: is a file; give the folder that holds config.json and the safetensors"]
-    if not HUB_ID.fullmatch(path) or owner_is_folder or path.startswith("."):
+    if not is_hub_id(path):
         return None, [f"{key}={path}: there is no such folder, and it is no hub id (owner/name); check the path"]
     from huggingface_hub import try_to_load_from_cache  # half a second that only hub models need
 
     cached = try_to_load_from_cache(path, "config.json", revision=settings.revision)
-    facts, problems = inspect_model_folder(Path(cached).parent) if isinstance(cached, str) else (None, [])
-    if not offline:
-        return facts, []  # what is missing or broken in the cache is fetched
-    if isinstance(cached, str):
-        return facts, problems
-    return None, [
-        f"{key}={path}: not in the local cache, and offline=true forbids to fetch it; "
-        f"run once with offline=false, or give {key} a folder"
-    ]
+    # What is missing or broken in the cache is fetched, or named with all else that is missing where offline=true.
+    return (inspect_model_folder(Path(cached).parent)[0] if isinstance(cached, str) else None), []
 
 
 def _check_target(settings: RunSettings, facts: ModelFolder | None, with_pruner: bool) -> list[str]:

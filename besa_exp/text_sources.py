@@ -83,12 +83,10 @@ def is_token_file(source: str) -> bool:
     return source.lower().endswith(TOKENS)
 
 
-def check_source(source: str, key: str, offline: bool = False) -> list[str]:
-    """What is wrong with `source` (the name of a set, or a path) as the value of `key`, in complete sentences.
-
-    `offline`: a set of the hub must be in the local cache already."""
+def check_source(source: str, key: str) -> list[str]:
+    """What is wrong with `source` (the name of a set, or a path) as the value of `key`, in complete sentences."""
     if source in SET_NAMES:
-        return _uncached(source, key) if offline and source in HUB_FILES else []
+        return []
     path = Path(source).expanduser()
     if not (os.sep in source or path.suffix or path.exists()):
         near = did_you_mean(source, SET_NAMES)
@@ -101,14 +99,6 @@ def check_source(source: str, key: str, offline: bool = False) -> list[str]:
         return [f"{key}={source}: a file of this kind cannot be read; it must end in one of {', '.join(SUFFIXES)}"]
     if not os.access(path, os.R_OK):
         return [f"{key}={source}: you may not read this file; change its permissions or name another"]
-    return []
-
-
-def _uncached(source: str, key: str) -> list[str]:
-    try:
-        fetch(source, "calibration", offline=True)
-    except Unavailable as error:
-        return [f"{key}={error}"]
     return []
 
 
@@ -173,15 +163,15 @@ def _from_hub(source: str, use: Use, offline: bool) -> Text:
         "set": source,
         "repository": wanted.repository,
         "file": wanted.filename,
-        "revision": _commit(path),
+        "revision": commit_of(path),
         "documents": len(rows),
         "joined_by": wanted.joiner,
     }
     return Text(rows if wanted.joiner is None else (wanted.joiner.join(rows),), record, wanted.max_windows)
 
 
-def _commit(path: Path) -> str | None:
-    """The commit that a file in the hub's cache belongs to: .../snapshots/COMMIT/..."""
+def commit_of(path: Path) -> str | None:
+    """The commit that something in the hub's cache belongs to: .../snapshots/COMMIT/..."""
     parts = path.parts
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
 

@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import datasets.config
-import huggingface_hub.constants
 import jinja2
 import lm_eval.tasks
 import numpy
@@ -38,6 +36,7 @@ from besa_exp import distributed
 from besa_exp.errors import Unavailable, first_line
 from besa_exp.evaluation.batches import BatchSize, halved_until_it_fits, rows_at_once, tokens_at_once
 from besa_exp.evaluation.checks import TASK_FOLDERS
+from besa_exp.hub import offline_hub
 from besa_exp.settings import EvaluatorSettings
 
 # lm-eval's decorators hide these two's signatures from a type checker.
@@ -219,16 +218,3 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
-
-
-@contextlib.contextmanager
-def offline_hub(offline: bool) -> Iterator[None]:
-    """Make datasets and the hub's client use their caches alone, also where HF_HUB_OFFLINE was not set before they were
-    imported."""
-    before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
-    if offline:
-        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before

@@ -129,7 +129,8 @@ def test_a_checkpoint_of_pickles_is_refused(refused: Refusal, model_dir: Path, t
 
 def test_a_hub_model_that_is_not_in_the_cache_is_refused_offline(refused: Refusal) -> None:
     said = refused("model.path=no-such-owner/no-such-model", "offline=true")
-    assert "not in the local cache, and offline=true forbids to fetch it" in said
+    assert "offline=true, and not in the local caches: model no-such-owner/no-such-model; fetch what" in said
+    assert "besa prefetch model.path=no-such-owner/no-such-model evaluator=none" in said
 
 
 def test_a_tracker_that_needs_the_network_is_refused_offline(refused: Refusal) -> None:
@@ -174,7 +175,7 @@ def test_a_calibration_set_that_is_not_in_the_cache_is_refused_offline(
     asked = ["calibration=c4", "calibration.path=null", "calibration.seq_len=16"]
     said = refused(*asked, "offline=true")
     assert "1 problem" in said
-    assert "offline=true and it is not in the local cache" in said
+    assert "calibration c4 (en/c4-train.00000-of-01024.json.gz of allenai/c4)" in said
     assert "seed=x" in (other := refused(*asked, "seed=x"))
     assert "1 problem" in other
 

@@ -1,0 +1,249 @@
+"""What a run takes from the Hugging Face hub, whether the local caches hold it, and how it gets there.
+
+The caches are the libraries' own, looked into and filled by their own functions: models and single files lie in
+huggingface_hub's cache (HF_HUB_CACHE), the data of lm-eval's tasks, prepared, in that of datasets (HF_DATASETS_CACHE).
+Nothing here imports torch; the hub's client and datasets are imported when something of theirs is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from besa_exp.errors import ConfigurationError, Unavailable, first_line
+from besa_exp.evaluation.checks import TASK_FOLDERS
+from besa_exp.model_folder import inspect_model_folder
+from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings
+from besa_exp.text_sources import HUB_FILES, Use, commit_of, fetch
+
+Kind = Literal["model", "calibration", "perplexity", "task"]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*"]
+NOT_CACHED = "not in the local cache"
+OTHER_FORMATS = ["consolidated*", "original/*", "onnx/*"]  # the same weights once more, in forms that are not read
+
+
+@dataclass(frozen=True)
+class Need:
+    """One thing of the hub that a run needs: a model, one file of a data set, or a task's data set (`config` of it).
+    `name` is what a person calls it."""
+
+    kind: Kind
+    name: str
+    repository: str
+    revision: str | None = None
+    filename: str | None = None
+    config: str | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """Where a cache holds it: the folder or file, the commit where that is known, and bytes by file."""
+
+    where: Path
+    commit: str | None
+    files: dict[str, int]
+
+
+def needs_of(
+    model: ModelSettings | None, calibration: CalibrationSettings | None, evaluator: EvaluatorSettings | None
+) -> list[Need]:
+    """All that these settings take from the hub, without what they take from this machine. None: not to be looked at,
+    as where it is refused already."""
+    needs = []
+    if model is not None and is_hub_id(model.path):
+        needs.append(Need("model", model.path, model.path, model.revision))
+    if calibration is not None and (source := calibration.path or calibration.name) in HUB_FILES:
+        needs.append(_file_of(source, "calibration"))
+    if evaluator is not None:
+        needs += [_file_of(name, "perplexity") for name in evaluator.perplexity_sets if name in HUB_FILES]
+        hub_tasks = [] if evaluator.data_dir else [task for task in evaluator.tasks if task in TASK_FOLDERS]
+        needs += [_task_data(task) for task in hub_tasks if not Path(TASK_FOLDERS[task]).is_absolute()]
+    return needs
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether `model.path` names a model of the hub: owner/name, and no file or folder of this machine."""
+    local = Path(path).expanduser().exists() or Path(path.split("/")[0]).expanduser().is_dir()
+    return HUB_ID.fullmatch(path) is not None and not path.startswith(".") and not local
+
+
+def held(need: Need) -> Held:
+    """Where it lies, found without any connection. Unavailable: why it is not there, or not whole."""
+    if need.kind == "model":
+        return _held_model(need)
+    if need.kind == "task":
+        return _held_task(need)
+    from huggingface_hub import try_to_load_from_cache
+
+    assert need.filename is not None
+    found = try_to_load_from_cache(need.repository, need.filename, revision=need.revision, repo_type="dataset")
+    if not isinstance(found, str):
+        raise Unavailable(NOT_CACHED)
+    return Held(Path(found), commit_of(Path(found)), {need.filename: Path(found).stat().st_size})
+
+
+def bring(need: Need) -> None:
+    """Downloads what is not in the caches. Unavailable: it cannot be had."""
+    if need.kind == "model":
+        model_snapshot(need.repository, need.revision, offline=False)
+    elif need.kind == "task":
+        from besa_exp.evaluation.zero_shot import load_task  # lm-eval's own way to it
+
+        load_task(need.name, None, 0, offline=False)
+    else:
+        fetch(need.name, need.kind, offline=False)
+
+
+def model_snapshot(repository: str, revision: str | None, offline: bool) -> Path:
+    """The folder of a model's files in the cache, downloaded unless they are there. Unavailable: why it is not."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
+        LocalEntryNotFoundError,
+    )
+
+    try:
+        folder = snapshot_download(
+            repository,
+            revision=revision,
+            local_files_only=offline,
+            allow_patterns=MODEL_FILES,
+            ignore_patterns=OTHER_FORMATS,
+        )
+    except LocalEntryNotFoundError as error:
+        incomplete = hasattr(error, "snapshot_path")
+        raise Unavailable(NOT_CACHED if offline and not incomplete else first_line(error)) from error
+    except (OSError, ValueError, HTTPError) as error:
+        raise Unavailable(first_line(error)) from error
+    return Path(folder)
+
+
+def missing_offline(needs: Sequence[Need]) -> list[str]:
+    """One sentence that names all that is not in the caches and the command that fetches it; nothing where all is."""
+    missing = []
+    for need in needs:
+        try:
+            held(need)
+        except Unavailable:
+            missing.append(need)
+    if not missing:
+        return []
+    named = "; ".join(described(need) for need in missing)
+    return [
+        f"offline=true, and not in the local caches: {named}; fetch what is missing where there is a network: "
+        f"{prefetch_command(missing)}"
+    ]
+
+
+def described(need: Need) -> str:
+    """`calibration c4 (en/... of allenai/c4)`."""
+    what = {"perplexity": "perplexity set"}.get(need.kind, need.kind)
+    part = need.filename or need.config
+    source = f"{part} of {need.repository}" if part else need.repository
+    revision = f", revision {need.revision}" if need.revision else ""
+    return f"{what} {need.name}" + (revision if need.name == need.repository else f" ({source}{revision})")
+
+
+def prefetch_command(needs: Sequence[Need]) -> str:
+    """The command that fetches these and nothing else."""
+    words = ["besa", "prefetch"]
+    for need in needs:
+        if need.kind == "model":
+            words += [f"model.path={need.name}", *([f"model.revision={need.revision}"] if need.revision else [])]
+        elif need.kind == "calibration":
+            words.append(f"calibration={need.name}")
+    words.append("evaluator=none")
+    for kind, key in (("perplexity", "perplexity_sets"), ("task", "tasks")):
+        if names := [need.name for need in needs if need.kind == kind]:
+            words.append(f"evaluator.{key}=[{','.join(names)}]")
+    return shlex.join(words)
+
+
+@contextmanager
+def offline_hub(offline: bool = True) -> Iterator[None]:
+    """Make datasets and the hub's client use their caches alone, also where HF_HUB_OFFLINE was not set before they were
+    imported."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
+    if offline:
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
+
+
+def _file_of(name: str, use: Use) -> Need:
+    wanted = HUB_FILES[name][use]
+    return Need(use, name, wanted.repository, wanted.revision, wanted.filename)
+
+
+def _task_data(task: str) -> Need:
+    """A task's data set, as lm-eval's own definition of the task names it."""
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigurationError(f"evaluator.tasks={task}: lm-eval is not installed; pip install 'lm-eval[hf]>=0.4.13'")
+    folder = Path(spec.submodule_search_locations[0]) / "tasks" / TASK_FOLDERS[task]
+    for path in sorted(folder.glob("*.yaml")):
+        definition = _definition(path)
+        if definition.get("task") == task:
+            return Need("task", task, definition["dataset_path"], config=definition.get("dataset_name"))
+    raise ConfigurationError(f"evaluator.tasks={task}: the installed lm-eval does not define it in {folder}")
+
+
+def _definition(path: Path) -> dict[str, Any]:
+    """One of lm-eval's YAML files with what it includes; its functions are left out."""
+    own = yaml.load(path.read_text(encoding="utf-8"), _Definitions)  # noqa: S506 - a SafeLoader
+    included = own.get("include", []) if isinstance(own, dict) else []
+    names = [included] if isinstance(included, str) else included
+    union: dict[str, Any] = {}
+    for name in names:
+        union |= _definition(path.parent / name)
+    return union | own if isinstance(own, dict) else union
+
+
+class _Definitions(yaml.SafeLoader):
+    """Reads `!function` as None."""
+
+
+_Definitions.add_multi_constructor("!", lambda *_: None)
+
+
+def _held_model(need: Need) -> Held:
+    folder = model_snapshot(need.repository, need.revision, offline=True)
+    _, problems = inspect_model_folder(folder)
+    if problems:
+        raise Unavailable("; ".join(problems))
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    return Held(folder, commit_of(folder), dict(sorted(files.items())))
+
+
+def _held_task(need: Need) -> Held:
+    import datasets
+
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity_error()  # it warns that it uses its cache, which is what it is told to do
+    try:
+        with offline_hub():
+            builder = datasets.load_dataset_builder(need.repository, need.config)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise Unavailable(NOT_CACHED if isinstance(error, OSError) else first_line(error)) from error
+    finally:
+        datasets.logging.set_verbosity(level)
+    folder = Path(builder.cache_dir)
+    files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.arrow"))}
+    if not files:
+        raise Unavailable(f"{folder} holds no prepared data")
+    commit = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None  # datasets names it so
+    return Held(folder, commit, files)
