@@ -2,6 +2,7 @@
 # make test   set up .venv and check everything: ruff, pyright, pytest (as root where apt is, Chromium is installed for the report's test)
 # make setup  set up .venv only
 # make bench  measure one block of each method against its floor, and dry_run=true against runs (make bench-gpu: CUDA)
+# make best   run the study of experiments/best (about two hours on 2 cores; done runs are skipped)
 # make first-results  run the study of experiments/first_results (about an hour on 2 cores; done runs are skipped)
 
 VENV := .venv
@@ -14,7 +15,7 @@ IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python,\
 	$(shell $(name) -c '$(IN_RANGE)' 2>/dev/null && echo $(name))))
 
-.PHONY: setup run test lint types pytest browser first-results bench bench-gpu clean
+.PHONY: setup run test lint types pytest browser first-results best bench bench-gpu clean
 .DEFAULT_GOAL := run
 
 setup: $(STAMP)
@@ -60,6 +61,15 @@ first-results: $(STAMP)
 	$(if $(wildcard $(SHARED)/models),$(BIN)/python experiments/first_results/tokens.py --shared $(SHARED))
 	$(foreach study,$(STUDIES),$(STUDY) pruner=dense sparsity=0 seed=0 && $(STUDY) pruner=magnitude seed=0 && $(STUDY) &&) true
 	$(BIN)/python experiments/first_results/collect.py
+
+BESTS := best $(if $(wildcard $(SHARED)/models),best_babyllama best_stories260k)
+BEST = OMP_NUM_THREADS=1 $(BIN)/besa prune experiment=$(study)
+
+best: $(STAMP)
+	$(if $(wildcard $(SHARED)/models),$(BIN)/python experiments/first_results/tokens.py --shared $(SHARED))
+	$(foreach study,$(BESTS),$(BEST) pruner=dense sparsity=0 seed=0 && $(BEST) && $(BEST) pruner=sparsegpt update=reconstruct \
+		&& $(BEST) pruner=wanda,sparsegpt,best sparsity=0.5 pattern=2:4 &&) true
+	$(BIN)/besa report outputs/best/* --out experiments/best/report
 
 # Each prints its table and writes JSON beside itself; leave the machine alone while they run.
 bench: $(STAMP)
