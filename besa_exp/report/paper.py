@@ -143,14 +143,15 @@ def paper_markdown(tables: Sequence[PaperTable]) -> str:
         lines += ["| row | ours | " + " | ".join(models) + " |", "|---|---" + "|---" * len(models) + "|"]
         for row, pruner in dict.fromkeys((cell.row, cell.pruner) for cell in table.cells):
             cells = {cell.model: cell for cell in table.cells if (cell.row, cell.pruner) == (row, pruner)}
-            lines.append(f"| {row} | {pruner} | {' | '.join(_shown(cells[model]) for model in models)} |")
+            lines.append(f"| {row} | {pruner} | {' | '.join(_shown(cells[model], table.kind) for model in models)} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def _shown(cell: PaperCell) -> str:
-    paper = cell.paper if isinstance(cell.paper, str) else f"{cell.paper:g}"
+def _shown(cell: PaperCell, kind: str) -> str:
+    digits = 2 if kind == "perplexity" else 4
+    paper = cell.paper if isinstance(cell.paper, str) else f"{cell.paper:.{digits}f}"
     if cell.ours is None:
         return f"{paper} / {NOT_RUN}"
-    difference = "" if cell.difference is None else f" ({cell.difference:+.3f})"
-    return f"{paper} / {cell.ours:.3f}{difference}" + (f", {cell.remark}" if cell.remark else "")
+    difference = "" if cell.difference is None else f" ({cell.difference:+.{digits}f})"
+    return f"{paper} / {cell.ours:.{digits}f}{difference}" + (f", {cell.remark}" if cell.remark else "")

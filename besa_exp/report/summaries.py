@@ -107,7 +107,7 @@ def markdown(runs: Sequence[Run], found: Sequence[Cell], paper: str) -> str:
     lines = [
         "# Report",
         "",
-        f"{done} finished runs, {len(runs) - done} others. Mean ± sample standard deviation (runs).",
+        f"Finished runs: {done}; others: {len(runs) - done}. Mean ± sample standard deviation (runs).",
     ]
     compared = [cell for cell in found if not cell.apart]
     for model, measure in dict.fromkeys((cell.model, cell.measure) for cell in compared):
