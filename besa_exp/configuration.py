@@ -114,7 +114,7 @@ def _is_reference(config: DictConfig, key: str) -> bool:
     """Whether the value only repeats another key's, as calibration.seed repeats seed: one problem is enough."""
     group, _, name = key.rpartition(".")
     node = OmegaConf.select(config, group) if group else config
-    return isinstance(node, DictConfig) and OmegaConf.is_interpolation(node, name)
+    return isinstance(node, DictConfig) and name in node and OmegaConf.is_interpolation(node, name)
 
 
 def run_name(config: DictConfig) -> str:

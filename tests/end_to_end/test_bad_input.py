@@ -105,6 +105,13 @@ def test_windows_beyond_the_context_are_refused(refused: Refusal, tmp_path: Path
     assert "evaluator.seq_len=40" in said
 
 
+def test_windows_beyond_the_context_of_a_preset_are_refused_before_the_model_is_there(refused: Refusal) -> None:
+    said = refused(
+        "model=opt_125m", "model.path=facebook/opt-125m", "calibration.path=null", "calibration.seq_len=4096"
+    )
+    assert "a window of 4096 tokens exceeds the model's context of 2048" in said
+
+
 def test_a_model_folder_without_config_is_refused(refused: Refusal, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "no config.json in it; give the folder that save_pretrained wrote" in refused(

@@ -236,6 +236,20 @@ def test_the_dense_model_is_compared_with_what_is_published(
     assert "is published (windows of 24 tokens, +2.0 %)" in told["far"]
 
 
+def test_a_run_that_scores_the_dense_model_compares_it_with_what_is_published(
+    given: list[str], model_dir: Path, tmp_path: Path
+) -> None:
+    tokens = token_file(tmp_path / "a.safetensors")
+    true = literal_perplexity(model_dir, tokens)
+    chosen = ["evaluator.dense=true", f"evaluator.perplexity_sets=[{tokens}]", "hydra.run.dir=run"]
+    published = f"+model.published_perplexity={{{tokens}: {{16: {true / 1.5}}}}}"
+    assert main(["prune", *given, *chosen, published]) == 0
+    (compared,) = results_in(Path("run"))["published"].values()
+    assert compared["difference"] == pytest.approx(0.5, rel=1e-4)
+    assert compared["measured"] == results_in(Path("run"))["dense"]["perplexity"][str(tokens)]
+    assert (Path("run") / "run.log").read_text().count("is published (windows of 16 tokens, +50.0 %)") == 1
+
+
 def test_the_configuration_of_an_evaluation_is_shown_like_that_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--cfg", "job", "model=llama2_7b"]) == 0
     assert "checkpoint: ${model.path}" in capsys.readouterr().out

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.types import RunMode
 from hypothesis import given, settings, strategies
@@ -67,6 +68,30 @@ def test_every_preset_composes_and_becomes_settings(group: str, preset: str) -> 
         if group in SETTINGS:
             assert type(getattr(read_config, group)) is SETTINGS[group]
         assert callable(read_config.pruner.prune_block)
+
+
+@pytest.mark.parametrize("preset", presets("model"))
+def test_a_published_perplexity_has_its_source_and_a_window_that_the_model_takes(preset: str) -> None:
+    text = (CONF_DIR / "model" / f"{preset}.yaml").read_text(encoding="utf-8")
+    values = yaml.safe_load(text)
+    if preset in ("embedded", "local"):
+        return
+    assert re.fullmatch(r"[\w.-]+/[\w.-]+", values["path"])
+    assert set(values) <= {"defaults", "path", "context", "dtype", "published_perplexity"}
+    for by_window in values.get("published_perplexity", {}).values():
+        assert max(by_window) <= values["context"]
+        assert re.search(r"published_perplexity: .* # arXiv \d{4}\.\d{5}, ", text)
+
+
+def test_published_perplexities_are_read_by_window() -> None:
+    assert read("model=llama2_7b").model.published_perplexity == {"wikitext2": {2048: 5.47, 4096: 5.12}}
+    assert read("model=smollm2_135m").model.published_perplexity == {}
+    told = problems_of("+model.published_perplexity={wikitext2: {2048: good}}")
+    assert "model.published_perplexity.wikitext2.2048=good: must be a finite number" in str(told)
+
+
+def test_what_is_published_of_a_model_does_not_change_a_runs_name() -> None:
+    assert run_name(composed("+model.published_perplexity={embedded: {256: 9.0}}")) == run_name(composed())
 
 
 @pytest.mark.parametrize("path", sorted(CONF_DIR.rglob("*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
