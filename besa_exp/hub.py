@@ -27,6 +27,7 @@ from besa_exp.text_sources import HUB_FILES, Use, commit_of, fetch
 Kind = Literal["model", "calibration", "perplexity", "task"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*"]
+MODEL_FILES += ["README.md"]  # its licence tags
 NOT_CACHED = "not in the local cache"
 OTHER_FORMATS = ["consolidated*", "original/*", "onnx/*"]  # the same weights once more, in forms that are not read
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from hydra._internal.hydra import Hydra
+from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -29,8 +30,9 @@ from besa_exp.errors import ConfigurationError, RunError, first_line
 from besa_exp.interruption import interruptible
 from besa_exp.job_process import run_apart
 from besa_exp.launchers import lost_jobs_told, visible_gpus
+from besa_exp.overrides import key_of
 from besa_exp.profiling import profiling
-from besa_exp.request import Job, Request
+from besa_exp.request import CONFIG_NAME, Job, Request
 from besa_exp.run_folder import RunFolder, read_results
 from besa_exp.run_status import is_done, read_status, seen_status
 from besa_exp.torchrun import is_leader
@@ -73,11 +75,19 @@ def run_job(config: DictConfig) -> Outcome:
     gpus = visible_gpus() if "Joblib" in str(hydra_config.launcher._target_) and config.device == "auto" else []
     gpu = gpus[number % len(gpus)] if len(gpus) > 1 else None
     try:
-        told = run_apart(as_values(config), pruner_name, folder, ["besa", "prune", *lines], label, gpu)
+        told = run_apart(as_values(config), pruner_name, folder, _alone(hydra_config), label, gpu)
         return Outcome(folder, cast(Status, told["status"]), told["text"])
     except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure alone, and told as such
         _record(folder, error)
         return Outcome(folder, "failed", _named(error))
+
+
+def _alone(hydra_config: HydraConf) -> list[str]:
+    """The words of a command that runs one job of a sweep by itself: what an experiment would sweep is in its lines."""
+    name, chosen = hydra_config.job.config_name, hydra_config.runtime.choices
+    lines = [line for line in hydra_config.overrides.hydra if key_of(line) == "hydra.searchpath"]
+    lines += ["hydra.mode=RUN"] if chosen.get("experiment") else []
+    return ["besa", "prune", *(["-cn", name] if name != CONFIG_NAME else []), *hydra_config.overrides.task, *lines]
 
 
 def carry_out(config: DictConfig, pruner_name: str, folder: Path, single: bool = False) -> Outcome:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from besa_exp.environment import masked_command
 from besa_exp.sparsity_table import type_counts
@@ -19,22 +23,29 @@ HONESTY_N_M = (
     "time as the dense one. Hardware and software that know an N:M pattern (2:4 today) can use it after a conversion."
 )
 
+FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---\s*(?:\n|$)", re.DOTALL)
+LICENCE_TAGS = ("license", "license_name", "license_link")
 SPEED_HEADS = ("linear", "sparsity", "dense cycles", "simulated cycles", "simulated speed-up")
 
 
 def model_card(
-    results: Mapping[str, Any], command: Sequence[str], hub_id: str | None = None, revision: str | None = None
+    results: Mapping[str, Any],
+    command: Sequence[str],
+    hub_id: str | None = None,
+    revision: str | None = None,
+    licence: Mapping[str, str] | None = None,
 ) -> str:
     """Markdown from the content of results.json (without scores: a card that names none) and the command's words.
 
-    `hub_id` is the dense model's name on the Hugging Face hub, where it has one. The program, first word of
+    `hub_id` is the dense model's name on the Hugging Face hub, where it has one, `licence` what its own card says of
+    that (`base_licence`). The program, first word of
     `command`, is shown as `besa`: where it is installed is nobody's business."""
     name = hub_id or results["model"].rstrip("/").rpartition("/")[2]  # of a folder its last part: the rest is private
     model = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else name
     target, measured = results["target_sparsity"], results["measured_sparsity"]
     calibration = results.get("calibration")
     lines = [
-        *_front_matter(hub_id),
+        *_front_matter(hub_id, licence or {}),
         f"# {name}, pruned to {measured:.1%} by {results['pruner']}",
         "",
         f"- Base model: {model}" + (f", revision `{revision}`" if revision else ""),
@@ -57,8 +68,21 @@ def model_card(
     return "\n".join(lines)
 
 
-def _front_matter(hub_id: str | None) -> list[str]:
+def base_licence(folder: Path) -> dict[str, str]:
+    """The licence tags of the model card in a model's folder; none where it has no card, or one that tells none."""
+    card = folder / "README.md"
+    found = FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
+    try:
+        tags = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:  # somebody else's file
+        return {}
+    known = tags if isinstance(tags, dict) else {}
+    return {key: known[key] for key in LICENCE_TAGS if isinstance(known.get(key), str)}
+
+
+def _front_matter(hub_id: str | None, licence: Mapping[str, str]) -> list[str]:
     base = [f"base_model: {json.dumps(hub_id)}"] if hub_id else []
+    base += [f"{tag}: {json.dumps(value)}" for tag, value in licence.items()]
     return ["---", "library_name: transformers", *base, "tags:", "- pruning", "- sparsity", "- besa", "---", ""]
 
 

@@ -22,7 +22,7 @@ from besa_exp.blocks import Block, capture_blocks
 from besa_exp.checkpoint import SHARD_SIZE, read_masks, save_beside_weights, save_model, weights_sha256
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.finished_blocks import block_tensors
-from besa_exp.model_card import model_card
+from besa_exp.model_card import base_licence, model_card
 from besa_exp.models import LoadedModel, load_model
 from besa_exp.pruning import PrunedBlock, write_weights
 from besa_exp.saving import outside_blocks
@@ -84,12 +84,17 @@ def rebuild(
             for _ in pruned:  # each is in its place then
                 continue
             save_model(
-                loaded.model, loaded.tokenizer, out, _card(masks, blocks, counts, command), loaded.folder, shard_size
+                loaded.model,
+                loaded.tokenizer,
+                out,
+                _card(loaded.folder, masks, blocks, counts, command),
+                loaded.folder,
+                shard_size,
             )
         else:
             with atomic.replaced_folder(out) as partial:
                 _write_streamed(loaded, blocks, pruned, partial, masks.description["layout"], shard_size)
-                card = _card(masks, blocks, counts, command)
+                card = _card(loaded.folder, masks, blocks, counts, command)
                 save_beside_weights(loaded.model, loaded.tokenizer, partial, card, loaded.folder)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out} could not be written ({error}); free disk space or give another --out") from error
@@ -145,7 +150,9 @@ def _then(first: Mapping[str, Tensor], others: Iterator[Mapping[str, Tensor]]) -
     yield from others
 
 
-def _card(masks: Masks, blocks: Sequence[Block], counts: Mapping[str, tuple[int, int]], command: Sequence[str]) -> str:
+def _card(
+    folder: Path, masks: Masks, blocks: Sequence[Block], counts: Mapping[str, tuple[int, int]], command: Sequence[str]
+) -> str:
     """The model card that the masks alone can tell: without calibration and scores."""
     said, total, zeros = masks.description, *map(sum, zip(*counts.values(), strict=True))
     told = [
@@ -167,4 +174,4 @@ def _card(masks: Masks, blocks: Sequence[Block], counts: Mapping[str, tuple[int,
         "measured_sparsity": zeros / total,
         "blocks": told,
     }
-    return model_card(results, command)
+    return model_card(results, command, licence=base_licence(folder))

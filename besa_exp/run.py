@@ -32,7 +32,7 @@ from besa_exp.finished_blocks import FinishedBlocks
 from besa_exp.followed_folder import FollowedFolder, opened
 from besa_exp.identity import request_identity
 from besa_exp.masks import Target
-from besa_exp.model_card import model_card
+from besa_exp.model_card import base_licence, model_card
 from besa_exp.models import LoadedModel, load_model, model_context, model_path
 from besa_exp.published import compared_with_published
 from besa_exp.reloading import TOKENS, reloading, token_loss
@@ -98,7 +98,7 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
         results |= _published(settings, dense or (scores if results["measured_sparsity"] == 0 else None))
         run.seconds["total"] = time.perf_counter() - started
         results |= {"seconds": run.seconds, "peak_memory_bytes": peak_memory(device)}
-        _write(run, results)
+        _write(run, loaded, results)
     return results
 
 
@@ -269,19 +269,19 @@ def _write_model(run: Run, loaded: LoadedModel, finished: FinishedBlocks, result
     if settings.save.masks:
         merge_masks(finished.mask_files(len(results["blocks"])), folder.masks, masks_origin(settings, loaded))
     if settings.save.model:
-        save_pruned(loaded, finished, folder.model, _card(run, results))
+        save_pruned(loaded, finished, folder.model, _card(run, loaded, results))
 
 
-def _card(run: Run, results: Mapping[str, Any]) -> str:
+def _card(run: Run, loaded: LoadedModel, results: Mapping[str, Any]) -> str:
     """The model card; a model that is neither embedded nor a folder is named by its hub id."""
     model = run.settings.model
     local = Path(model_path(model)).is_dir()
-    return model_card(results, sys.argv, None if local else model.path, model.revision)
+    return model_card(results, sys.argv, None if local else model.path, model.revision, base_licence(loaded.folder))
 
 
-def _write(run: Run, results: Mapping[str, Any]) -> None:
+def _write(run: Run, loaded: LoadedModel, results: Mapping[str, Any]) -> None:
     """results.json, the model card with the scores, and the tables."""
     run.folder.write_results(results)
     if run.settings.save.model and distributed.is_first():
-        write_card(run.folder.model, _card(run, results))
+        write_card(run.folder.model, _card(run, loaded, results))
     run.console.summary(results, run.folder.path)

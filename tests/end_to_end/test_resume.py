@@ -34,6 +34,7 @@ def request_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "pruner=besa",
         "tracker=none",
         "device=cpu",
+        "save.verify=false",
         "evaluator=perplexity",
         f"evaluator.perplexity_sets=[{tokens}]",
     ]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+
+from besa_exp.main import main
 
 LAUNCHERS = {
     "basic": [],
@@ -130,6 +133,22 @@ def test_a_sweep_keeps_masks_alone_unless_told_otherwise(given: list[str]) -> No
     kept = [(folder / "model").is_dir() for folder in folders("magnitude")]
     assert kept == [False, True]
     assert all((folder / "masks.safetensors").is_file() for folder in folders("magnitude"))
+
+
+def test_the_card_of_a_sweeps_job_shows_a_command_that_runs_this_job_alone(given: list[str]) -> None:
+    given = [line for line in given if not line.startswith("pruner=")]
+    Path("presets/experiment").mkdir(parents=True)
+    Path("presets/experiment/own.yaml").write_text(
+        "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      pruner: wanda\n      seed: 3,4\n"
+    )
+    assert sweep(*given, "--config-dir", "presets", "experiment=own", "save.model=true").returncode == 0
+    first, second = folders("wanda")
+    command = shlex.split((first / "model/README.md").read_text().split("```")[1])
+    seed = json.loads((first / "results.json").read_text())["seed"]
+    assert f"seed={seed}" in command
+    assert main([*command[1:], "hydra.run.dir=alone"]) == 0
+    assert (Path("alone") / "masks.safetensors").read_bytes() == (first / "masks.safetensors").read_bytes()
+    assert (Path("alone") / "masks.safetensors").read_bytes() != (second / "masks.safetensors").read_bytes()
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from besa_exp.evaluation.simulated_speed import MODEL
-from besa_exp.model_card import model_card
+from besa_exp.model_card import base_licence, model_card
 
 LINEARS = {
     "self_attn.q_proj": {"weights": 100, "pruned": 40, "sparsity": 0.4},
@@ -95,3 +95,15 @@ def test_the_card_says_what_the_weights_were_rounded_to(size: int | None, said: 
     card = model_card({**RESULTS, "quantisation": {"bits": 3, "group_size": size}}, COMMAND)
     assert f"rounded to 3 bits with a scale for {said}, stored dequantised" in card
     assert "bits" not in model_card({**RESULTS, "quantisation": None}, COMMAND)
+
+
+def test_the_licence_tags_of_the_base_model_are_handed_on_and_a_card_without_them_claims_none(tmp_path) -> None:
+    card = tmp_path / "README.md"
+    assert base_licence(tmp_path) == {}
+    card.write_text("---\nlicense: other\nlicense_name: llama3\ntags: [a]\n---\n# Base\n\n---\nlicense: mit\n---\n")
+    front = yaml.safe_load(model_card(RESULTS, COMMAND, licence=base_licence(tmp_path)).split("---\n")[1])
+    assert (front["license"], front["license_name"]) == ("other", "llama3")
+    for told in ("# Base\n\n---\nlicense: mit\n---\n", "---\n: [\n---\n", "---\nlicense: [mit]\n---\n"):
+        card.write_text(told)
+        assert base_licence(tmp_path) == {}
+    assert "license" not in model_card(RESULTS, COMMAND)
