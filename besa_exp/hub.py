@@ -223,7 +223,7 @@ _Definitions.add_multi_constructor("!", lambda *_: None)
 
 def _held_model(need: Need) -> Held:
     folder = model_snapshot(need.repository, need.revision, offline=True)
-    _, problems = inspect_model_folder(folder)
+    _, problems = inspect_model_folder(folder, convert=True, trust_remote_code=True)  # is it whole? no more is asked
     if problems:
         raise Unavailable("; ".join(problems))
     files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}

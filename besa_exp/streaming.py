@@ -129,7 +129,10 @@ def cannot_stream(model: PreTrainedModel, files: Mapping[str, Path]) -> str | No
     left = sorted(name for name in files.keys() - wanted - tied if not name.endswith(NOT_WEIGHTS))
     if missing or left:
         named, lack = ", ".join((missing or left)[:2]), "lack" if missing else "also hold"
-        return f"the files {lack} {named}: their names are not those of {type(model).__name__}"
+        return (
+            f"the files {lack} {named}: their names are not those of {type(model).__name__}, whose tensors "
+            "transformers renames or merges as it loads"
+        )
     return None
 
 
