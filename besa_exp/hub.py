@@ -232,13 +232,14 @@ def _held_model(need: Need) -> Held:
 
 def _held_task(need: Need) -> Held:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     level = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity_error()  # it warns that it uses its cache, which is what it is told to do
     try:
         with offline_hub():
             builder = datasets.load_dataset_builder(need.repository, need.config)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise Unavailable(NOT_CACHED if isinstance(error, OSError) else first_line(error)) from error
     finally:
         datasets.logging.set_verbosity(level)
