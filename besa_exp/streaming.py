@@ -86,11 +86,13 @@ class StreamedWeights:
     def resident(self, blocks: Sequence[Block]) -> Iterator[Block]:
         """The blocks in order, each with its weights while it is out."""
         for block in blocks:
-            self.load(block.name, block.module)
+            for layer in block.layers:
+                self.load(layer.name, layer.module)
             try:
                 yield block
             finally:
-                self.release(block.module)
+                for layer in block.layers:
+                    self.release(layer.module)
 
     def with_blocks(self, files: Mapping[str, Path]) -> StreamedWeights:
         """The same model with other files for some tensors."""

@@ -78,6 +78,14 @@ def assert_equal_runs(folder: Path, unbroken: Path) -> None:
     assert not list(folder.rglob(".*.partial"))
 
 
+def assert_equal_tensors(streamed: Path, whole: Path) -> None:
+    expected = load_file(whole / "model" / "model.safetensors")
+    index = json.loads((streamed / "model" / "model.safetensors.index.json").read_text())["weight_map"]
+    found = {name: load_file(streamed / "model" / file)[name] for name, file in index.items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def interrupted(arguments: list[str], folder: Path, number: int, finished: int = 2) -> subprocess.CompletedProcess[str]:
     """A run that is sent a signal once `finished` blocks are on the disk."""
     command = [sys.executable, "-m", "besa_exp", *arguments, f"hydra.run.dir={folder}"]
@@ -197,14 +205,33 @@ def test_a_streamed_run_that_was_killed_ends_like_an_unbroken_whole_one(request_
     streamed = [*request_arguments, "model.load=streamed", "activations=disk"]
     interrupted(streamed, folder, signal.SIGKILL, finished=2)
     assert besa([*streamed, f"hydra.run.dir={folder}"]).returncode == 0
-    expected = load_file(unbroken / "model" / "model.safetensors")
-    index = json.loads((folder / "model" / "model.safetensors.index.json").read_text())["weight_map"]
-    found = {name: load_file(folder / "model" / file)[name] for name, file in index.items()}
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert_equal_tensors(folder, unbroken)
     (value,) = results_of(folder)["perplexity"].values()
     (whole,) = results_of(unbroken)["perplexity"].values()
     assert value == pytest.approx(whole, rel=1e-6)
+
+
+def test_blocks_that_are_pruned_together_are_finished_together_and_their_reports_stay_apart(
+    request_arguments, tmp_path, capsys
+):
+    whole, folder = tmp_path / "whole", tmp_path / "streamed"
+    pairs = [*request_arguments, "pruner.scope=pair"]
+    assert main([*pairs, f"hydra.run.dir={whole}"]) == 0
+    streamed = [*pairs, "model.load=streamed"]
+    interrupted(streamed, folder, signal.SIGKILL, finished=3)
+    (folder / "blocks" / "000003.json").unlink(missing_ok=True)  # the second of a pair was not yet written
+    assert main([*streamed, f"hydra.run.dir={folder}"]) == 0
+    assert "2 finished blocks" in capsys.readouterr().out
+    assert_equal_tensors(folder, whole)
+    assert results_of(folder)["blocks"] == results_of(whole)["blocks"]
+    assert [line for line in metrics_of(folder) if line["kind"] != "scores"] == [
+        line for line in metrics_of(whole) if line["kind"] != "scores"
+    ]
+    blocks = results_of(whole)["blocks"]
+    assert [block["index"] for block in blocks] == list(range(BLOCKS))
+    pruned = [sum(linear["pruned"] for linear in block["linears"].values()) for block in blocks]
+    assert pruned[0] != pruned[1]
+    assert pruned[0] + pruned[1] == pruned[2] + pruned[3] == 2 * pruned[4]
 
 
 FULL_DISK = """
