@@ -161,6 +161,8 @@ def _flat_scores(scores: Scores) -> Iterator[tuple[str, float | str]]:
             yield f"zero_shot/{task}/{metric}", value
     for kind, row in scores.simulated_speed.get("linears", {}).items():
         yield from ((f"simulated_speed/{kind}/{key}", value) for key, value in row.items() if value is not None)
+    for kind, row in scores.speed.get("linears", {}).items():
+        yield from ((f"speed/{kind}/{key}", value) for key, value in row.items())
     for name, reason in scores.unavailable.items():
         yield f"unavailable/{name}", reason
 
