@@ -1,13 +1,17 @@
-"""A model small enough for whole runs in a second, and the arguments of such a run."""
+"""Models small enough for whole runs in a second, the arguments of such runs, a finished one and an unfinished one."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from resumed_runs import BLOCKS, killed
 from safetensors.torch import save_file
-from tiny_llama import tiny_llama
+from tiny_llama import byte_tokenizer, tiny_llama
+
+from besa_exp.main import main
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +33,41 @@ def given(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> l
     monkeypatch.chdir(work)
     chosen = ["pruner=magnitude", "evaluator=none", "tracker=none", "device=cpu", "model.dtype=float32"]
     return [f"model.path={model_dir}", f"calibration.path={tokens}", *chosen, "save.verify=false"]
+
+
+@pytest.fixture(scope="session")
+def request_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A run of five blocks with some steps each, without its folder."""
+    folder = tmp_path_factory.mktemp("dense")
+    model = tiny_llama(32, hidden_size=32, intermediate_size=48, num_hidden_layers=BLOCKS)
+    model.save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("tokens", "more"):
+        save_file({"input_ids": torch.randint(0, 256, (16, 24), generator=generator)}, folder / f"{name}.safetensors")
+    tokens, more = folder / "tokens.safetensors", folder / "more.safetensors"
+    scored = ["evaluator=perplexity", f"evaluator.perplexity_sets=[{tokens},{more}]"]
+    chosen = ["pruner=besa", "tracker=none", "device=cpu", "model.dtype=float32", "save.verify=false", *scored]
+    return ["prune", f"model.path={folder / 'model'}", f"calibration.path={tokens}", *chosen]
+
+
+@pytest.fixture(scope="session")
+def unbroken(request_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that run, finished in one go."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    assert main([*request_arguments, f"hydra.run.dir={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def killed_after_three_blocks(request_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that run, killed with at least three finished blocks; to be copied, not changed."""
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    killed(request_arguments, folder, [{"blocks": 3}])
+    return folder
+
+
+@pytest.fixture
+def unfinished(killed_after_three_blocks: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(killed_after_three_blocks, tmp_path / "run")

@@ -1,14 +1,14 @@
-"""Kills one run again and again, then lets it finish: a script, because it forks before torch has computed anything.
+"""Starts one run again and again and kills it: a script, because it forks before torch has computed anything.
 
-    python killed_runs.py SEED KILLS SECONDS RUN_FOLDER besa-arguments...
+    python killed_runs.py RUN_FOLDER MOMENTS besa-arguments...
 
-Each child is a `besa` process of its own, killed (SIGKILL) at a random moment of the `SECONDS` a whole run takes, every
-third one when it is seen writing a file. Prints a JSON list of what was there at each kill.
+Each child is a `besa` process of its own, killed (SIGKILL) at its moment: MOMENTS is a JSON list of {after: seconds,
+blocks: that many finished, scores: that many finished, in_a_write: seen writing a file}, of which all given must hold.
+Prints a JSON list of what was there at each kill. The run is left unfinished.
 """
 
 import json
 import os
-import random
 import signal
 import sys
 import time
@@ -27,45 +27,61 @@ def start(arguments: list[str]) -> int:
     return child
 
 
-def kill(child: int, folder: Path, after: float, in_a_write: bool) -> str | None:
-    """What the run was writing when it was killed, if anything; None: it had ended before."""
-    deadline = time.monotonic() + after
+def kill(child: int, folder: Path, moment: dict) -> dict | None:
+    """What was there when the run was killed; None: it had ended before."""
+    began = time.monotonic()
     while True:
-        writing = being_written(folder)
-        if time.monotonic() > deadline and (writing or not in_a_write):
+        seen = {
+            "writing": being_written(folder),
+            "blocks": [path.name for path in folder.glob("blocks/??????.json")],
+            "scores": finished_scores(folder),
+        }
+        if (
+            time.monotonic() - began >= moment.get("after", 0)
+            and len(seen["blocks"]) >= moment.get("blocks", 0)
+            and len(seen["scores"]) >= moment.get("scores", 0)
+            and (seen["writing"] or not moment.get("in_a_write"))
+        ):
             break
         if os.waitpid(child, os.WNOHANG)[0]:
             return None
         time.sleep(0.0005)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return ", ".join(path.name for path in writing) or "nothing"
+    return seen
 
 
-def being_written(folder: Path) -> list[Path]:
+def being_written(folder: Path) -> list[str]:
     try:
-        return list(folder.rglob(".*.partial"))
+        return [path.name for path in folder.rglob(".*.partial")]
     except FileNotFoundError:  # a folder went while it was looked into
         return []
 
 
-def all_kills(seed: int, kills: int, seconds: float, folder: Path, arguments: list[str]) -> list[dict]:
-    chance = random.Random(seed)
-    seen: list[dict] = []
-    while len(seen) < kills:
-        child = start(arguments)
-        writing = kill(child, folder, chance.uniform(0, seconds), in_a_write=len(seen) % 3 == 2)
-        if writing is None:  # finished before its moment came: all that was made is needed again
-            child = start([*arguments, "overwrite=true"])
-            writing = kill(child, folder, chance.uniform(0, seconds / 2), in_a_write=False)
-        finished = sorted(path.name for path in folder.glob("blocks/*.json") if path.name != "identity.json")
-        seen.append({"writing": writing, "finished_blocks": len(finished)})
-    return seen
+def finished_scores(folder: Path) -> list[list[str]]:
+    """The model and the set or task of each."""
+    try:
+        content = json.loads((folder / "scores.json").read_text())
+    except FileNotFoundError:
+        return []
+    return [[which, name] for which, kinds in content.items() for kind in kinds.values() for name in kind]
+
+
+def all_kills(folder: Path, moments: list[dict], arguments: list[str]) -> list[dict]:
+    kills = []
+    for moment in moments:
+        seen = kill(start(arguments), folder, moment)
+        if seen is None:  # finished before its moment came: all that was made is needed again
+            early = moment | {"after": moment.get("after", 0) / 2, "in_a_write": False}
+            seen = kill(start([*arguments, "overwrite=true"]), folder, early)
+            assert seen is not None, f"twice the run ended before {moment}"
+        kills.append(seen)
+    return kills
 
 
 if __name__ == "__main__":
-    seed, kills, seconds, folder, *arguments = sys.argv[1:]
-    seen = all_kills(int(seed), int(kills), float(seconds), Path(folder), arguments)
-    _, status = os.waitpid(start(arguments), 0)
+    folder, moments, *arguments = sys.argv[1:]
+    if any(argument.startswith("evaluator.tasks=") for argument in arguments):
+        from besa_exp.evaluation import zero_shot  # noqa: F401 - lm-eval, once for all the children
+    seen = all_kills(Path(folder), json.loads(moments), [*arguments, f"hydra.run.dir={folder}"])
     sys.stdout.write(json.dumps(seen) + "\n")
-    sys.exit(os.waitstatus_to_exitcode(status))

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
+from resumed_runs import assert_equal_runs, killed, metrics_of, results_of
+from wandb_file import history, one
+
+from besa_exp.main import main
 
 NO_HUB = """
 import socket, sys, time
@@ -41,3 +49,60 @@ def test_a_hub_that_cannot_be_reached_is_told_within_seconds_with_the_remedy(giv
     assert said.count("hf download an-owner/a-model") == 2
     assert "Traceback" not in said
     assert list(Path.cwd().iterdir()) == [], "something was left behind"
+
+
+SCORED = re.compile(r"(dense|pruned) model: (?:perplexity on|zero-shot) (\S+?)(, scored before)?$", re.MULTILINE)
+
+
+def test_a_run_killed_while_it_is_scored_scores_nothing_twice(request_arguments: list[str], tmp_path: Path) -> None:
+    """Killed with one of the dense model's scores, then with all three, then with one of the pruned model's."""
+    asked = [*request_arguments, "pruner=wanda", "evaluator.dense=true"]
+    asked += ["evaluator.tasks=[embedded_continuations]", "evaluator.limit=2"]
+    assert main([*asked, f"hydra.run.dir={tmp_path / 'there' / 'unbroken'}"]) == 0
+    folder = tmp_path / "here" / "run"  # elsewhere: runs side by side share the dense model's scores
+    kills = killed(asked, folder, [{"scores": 1}, {"scores": 3}, {"scores": 4}])
+    assert main([*asked, f"hydra.run.dir={folder}"]) == 0
+    assert results_of(folder) == results_of(tmp_path / "there" / "unbroken")
+    attempts = (folder / "run.log").read_text().split("loading /")[1:]
+    assert len(attempts) == len(kills) + 1
+    for kill, later in zip(kills, attempts[1:], strict=True):
+        told = {(which, name): bool(before) for which, name, before in SCORED.findall(later)}
+        finished = {(which, name) for which, name in kill["scores"]}
+        assert finished, "killed too early"
+        assert {which for which, _ in finished} <= {"dense", "pruned"}
+        assert all(told.get(score, True) for score in finished), "what was scored is scored again"
+    assert ("pruned", kills[-1]["scores"][-1][1]) in {score for score, before in told.items() if before}
+
+
+def test_wandb_has_each_point_of_a_run_that_was_killed_twice_once(
+    request_arguments: list[str], unbroken: Path, tmp_path: Path
+) -> None:
+    folder, asked = tmp_path / "run", [*request_arguments, "tracker=wandb"]
+    killed(asked, folder, [{"blocks": 1}, {"blocks": 3}])
+    run_id = (folder / "wandb" / "run_id").read_text()
+    assert main([*asked, f"hydra.run.dir={folder}"]) == 0
+    assert_equal_runs(folder, unbroken)
+    assert (folder / "wandb" / "run_id").read_text() == run_id == one(folder, "run").run_id
+    points, lines = history(folder), metrics_of(folder)
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert [point["optimisation_step"] for point in points if "step/loss" in point] == list(range(len(steps)))
+    assert [point["step/loss"] for point in points if "step/loss" in point] == [line["loss"] for line in steps]
+    blocks = [(line["block"], line["reconstruction_loss"]) for line in lines if line["kind"] == "block"]
+    found = [(point["block"], point["block/reconstruction_loss"]) for point in points if "block/sparsity" in point]
+    assert found == blocks
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(
+    request_arguments: list[str], unfinished: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that the killed run left is from the future, and while the run goes on each look at the clock is earlier."""
+    later = time.time() + 10 * 365 * 86400
+    for path in unfinished.rglob("*"):
+        os.utime(path, (later, later))
+    clock = iter(range(10**9, 0, -60))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "time_ns", lambda: next(clock) * 10**9)
+    assert main([*request_arguments, f"hydra.run.dir={unfinished}"]) == 0
+    monkeypatch.undo()
+    assert_equal_runs(unfinished, unbroken)
+    assert "going on after 3 finished blocks" in " ".join((unfinished / "run.log").read_text().split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -13,77 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from resumed_runs import BLOCKS, assert_equal_runs, killed, results_of
 from safetensors.torch import load_file, save_file
-from tiny_llama import tiny_llama
 
 from besa_exp.main import main
 
 KILLS = 20
-HERE = Path(__file__).parent
-BLOCKS = 5
-
-
-@pytest.fixture(scope="module")
-def request_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A run of five blocks with some steps each, without its folder."""
-    folder = tmp_path_factory.mktemp("dense")
-    tiny_llama(vocab_size=64, num_hidden_layers=BLOCKS, initializer_range=0.2).save_pretrained(folder / "model")
-    save_file({"input_ids": torch.randint(0, 64, (32, 32))}, folder / "tokens.safetensors")
-    tokens = folder / "tokens.safetensors"
-    chosen = [
-        "pruner=besa",
-        "tracker=none",
-        "device=cpu",
-        "save.verify=false",
-        "evaluator=perplexity",
-        f"evaluator.perplexity_sets=[{tokens}]",
-    ]
-    return ["prune", f"model.path={folder / 'model'}", "model.dtype=float32", f"calibration.path={tokens}", *chosen]
-
-
-def besa(arguments: list[str], **options) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "besa_exp", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
-
-
-@pytest.fixture(scope="module")
-def unbroken(request_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
-    assert main([*request_arguments, f"hydra.run.dir={folder}"]) == 0
-    return folder
-
-
-def results_of(folder: Path) -> dict:
-    """results.json without what differs from one time to the next."""
-    results = json.loads((folder / "results.json").read_text())
-    for key in ("seconds", "peak_memory_bytes", "environment"):
-        results.pop(key)
-    for block in results["blocks"]:
-        block.pop("seconds")
-    return results
-
-
-def metrics_of(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
-def assert_equal_runs(folder: Path, unbroken: Path) -> None:
-    for name in ("model/model.safetensors", "model/config.json", "masks.safetensors", "sparsity.csv"):
-        assert (folder / name).read_bytes() == (unbroken / name).read_bytes(), name
-    assert metrics_of(folder) == metrics_of(unbroken)
-    assert results_of(folder) == results_of(unbroken)
-    assert json.loads((folder / "status.json").read_text())["status"] == "done"
-    assert not (folder / "blocks").exists()
-    assert not list(folder.rglob(".*.partial"))
-
-
-def assert_equal_tensors(streamed: Path, whole: Path) -> None:
-    expected = load_file(whole / "model" / "model.safetensors")
-    index = json.loads((streamed / "model" / "model.safetensors.index.json").read_text())["weight_map"]
-    found = {name: load_file(streamed / "model" / file)[name] for name, file in index.items()}
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def interrupted(arguments: list[str], folder: Path, number: int, finished: int = 2) -> subprocess.CompletedProcess[str]:
@@ -101,23 +37,20 @@ def interrupted(arguments: list[str], folder: Path, number: int, finished: int =
 
 
 def test_a_run_killed_twenty_times_ends_with_the_bytes_of_an_unbroken_one(request_arguments, unbroken, tmp_path):
-    folder = tmp_path / "run"
+    folder, chance = tmp_path / "run", random.Random(0)
     seconds = json.loads((unbroken / "results.json").read_text())["seconds"]["total"]
-    script = [sys.executable, str(HERE / "killed_runs.py"), "0", str(KILLS), str(seconds), str(folder)]
-    done = subprocess.run(
-        [*script, *request_arguments, f"hydra.run.dir={folder}"], capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    seen = json.loads(done.stdout.splitlines()[-1])
+    moments = [{"after": chance.uniform(0, seconds), "in_a_write": number % 3 == 2} for number in range(KILLS)]
+    seen = killed(request_arguments, folder, moments)
     assert len(seen) == KILLS
-    assert any(kill["writing"] != "nothing" for kill in seen)
-    assert len({kill["finished_blocks"] for kill in seen}) > 1
+    assert any(kill["writing"] for kill in seen)
+    assert len({len(kill["blocks"]) for kill in seen}) > 1
+    assert main([*request_arguments, f"hydra.run.dir={folder}"]) == 0
     assert_equal_runs(folder, unbroken)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_the_run_as_interrupted_and_the_same_command_goes_on(
-    number, request_arguments, unbroken, tmp_path
+    number, request_arguments, unbroken, tmp_path, capsys
 ):
     folder = tmp_path / "run"
     ended = interrupted(request_arguments, folder, number)
@@ -125,19 +58,11 @@ def test_a_signal_ends_the_run_as_interrupted_and_the_same_command_goes_on(
     assert "the same command goes on" in ended.stderr
     assert json.loads((folder / "status.json").read_text())["status"] == "interrupted"
     finished = len(list(folder.glob("blocks/00000?.json")))
-    again = besa([*request_arguments, f"hydra.run.dir={folder}"])
-    assert again.returncode == 0, again.stderr
-    assert f"{finished} finished blocks" in again.stdout
-    assert f"block 1/{BLOCKS - finished}" in again.stdout
+    assert main([*request_arguments, f"hydra.run.dir={folder}"]) == 0
+    output = capsys.readouterr().out
+    assert f"{finished} finished blocks" in output
+    assert f"block 1/{BLOCKS - finished}" in output
     assert_equal_runs(folder, unbroken)
-
-
-@pytest.fixture
-def unfinished(request_arguments, tmp_path) -> Path:
-    """The folder of a run that was killed with at least three finished blocks."""
-    folder = tmp_path / "run"
-    assert interrupted(request_arguments, folder, signal.SIGKILL, finished=3).returncode == -signal.SIGKILL
-    return folder
 
 
 @pytest.mark.parametrize("harm", ["flipped bit", "cut off", "gone"])
@@ -173,7 +98,7 @@ def test_other_calibration_tokens_under_the_same_name_are_refused(unfinished, re
     path = Path(next(line for line in request_arguments if line.startswith("calibration.path=")).split("=")[1])
     kept = path.read_bytes()
     try:
-        save_file({"input_ids": torch.zeros(32, 32, dtype=torch.long)}, path)
+        save_file({"input_ids": torch.zeros(16, 24, dtype=torch.long)}, path)
         assert main([*request_arguments, f"hydra.run.dir={unfinished}"]) == 2
     finally:
         path.write_bytes(kept)
@@ -203,62 +128,71 @@ def test_without_resume_an_unfinished_run_starts_anew(unfinished, request_argume
 def test_a_streamed_run_that_was_killed_ends_like_an_unbroken_whole_one(request_arguments, unbroken, tmp_path):
     folder = tmp_path / "run"
     streamed = [*request_arguments, "model.load=streamed", "activations=disk"]
-    interrupted(streamed, folder, signal.SIGKILL, finished=2)
-    assert besa([*streamed, f"hydra.run.dir={folder}"]).returncode == 0
-    assert_equal_tensors(folder, unbroken)
-    (value,) = results_of(folder)["perplexity"].values()
-    (whole,) = results_of(unbroken)["perplexity"].values()
-    assert value == pytest.approx(whole, rel=1e-6)
-
-
-def test_blocks_that_are_pruned_together_are_finished_together_and_their_reports_stay_apart(
-    request_arguments, tmp_path, capsys
-):
-    whole, folder = tmp_path / "whole", tmp_path / "streamed"
-    pairs = [*request_arguments, "pruner.scope=pair"]
-    assert main([*pairs, f"hydra.run.dir={whole}"]) == 0
-    streamed = [*pairs, "model.load=streamed"]
-    interrupted(streamed, folder, signal.SIGKILL, finished=3)
-    (folder / "blocks" / "000003.json").unlink(missing_ok=True)  # the second of a pair was not yet written
+    killed(streamed, folder, [{"blocks": 2}])
     assert main([*streamed, f"hydra.run.dir={folder}"]) == 0
-    assert "2 finished blocks" in capsys.readouterr().out
-    assert_equal_tensors(folder, whole)
-    assert results_of(folder)["blocks"] == results_of(whole)["blocks"]
-    assert [line for line in metrics_of(folder) if line["kind"] != "scores"] == [
-        line for line in metrics_of(whole) if line["kind"] != "scores"
-    ]
-    blocks = results_of(whole)["blocks"]
-    assert [block["index"] for block in blocks] == list(range(BLOCKS))
-    pruned = [sum(linear["pruned"] for linear in block["linears"].values()) for block in blocks]
-    assert pruned[0] != pruned[1]
-    assert pruned[0] + pruned[1] == pruned[2] + pruned[3] == 2 * pruned[4]
+    expected = load_file(unbroken / "model" / "model.safetensors")
+    index = json.loads((folder / "model" / "model.safetensors.index.json").read_text())["weight_map"]
+    found = {name: load_file(folder / "model" / file)[name] for name, file in index.items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert results_of(folder)["perplexity"] == pytest.approx(results_of(unbroken)["perplexity"], rel=1e-6)
 
 
-FULL_DISK = """
+IN_A_SMALL_FILE_SYSTEM = """
 place=$0
 mount -t tmpfs -o size=80m tmpfs "$place" || exit 98
-( until [ -e "$place/run/blocks/000001.json" ]; do sleep 0.01; done
-  dd if=/dev/zero of="$place/filler" bs=4k status=none ) 2>/dev/null &
-"$@" && exit 99
+"$PYTHON" -c "$FILL" "$place" & filler=$!
+"$@"
 code=$?
-wait
+kill $filler 2>/dev/null
+[ $code = 1 ] || exit $code
 rm "$place/filler"
 "$@" && cp -r "$place/run" "$OUT" && exit $code
 """
+FILL = """
+import sys, time
+from pathlib import Path
+place = Path(sys.argv[1])
+while not (place / "run/blocks/000000.json").exists():
+    time.sleep(0.0005)
+with (place / "filler").open("wb", buffering=0) as file:
+    for size in (1 << 20, 1 << 12):
+        try:
+            while file.write(bytes(size)):
+                pass
+        except OSError:
+            continue
+"""
+
+
+def needs_mounts(place: Path) -> None:
+    """Skips where nobody may mount a file system of their own."""
+    place.mkdir()
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(place)], check=False).returncode:
+        pytest.skip("this system lets nobody mount a file system of their own")
 
 
 def test_a_full_disk_ends_the_run_with_a_message_and_it_goes_on_when_there_is_room(
     request_arguments, unbroken, tmp_path
 ):
     place, out = tmp_path / "small", tmp_path / "out"
-    place.mkdir()
-    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(place)], check=False).returncode:
-        pytest.skip("this system lets nobody mount a file system of their own")
+    needs_mounts(place)
     command = [sys.executable, "-m", "besa_exp", *request_arguments, f"hydra.run.dir={place}/run"]
-    arguments = ["unshare", "-rm", "sh", "-c", FULL_DISK, str(place), *command]
-    done = subprocess.run(
-        arguments, capture_output=True, text=True, timeout=300, env=os.environ | {"OUT": str(out)}, check=False
-    )
+    arguments = ["unshare", "-rm", "sh", "-c", IN_A_SMALL_FILE_SYSTEM, str(place), *command]
+    environment = os.environ | {"OUT": str(out), "PYTHON": sys.executable, "FILL": FILL}
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "make space and give the same command again" in done.stdout + done.stderr
     assert_equal_runs(out, unbroken)
+
+
+def test_a_file_system_that_is_read_only_is_refused(request_arguments, tmp_path):
+    place = tmp_path / "fixed"
+    needs_mounts(place)
+    command = [sys.executable, "-m", "besa_exp", *request_arguments, f"hydra.run.dir={place}/run"]
+    script = 'mount -t tmpfs -o ro tmpfs "$0" && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, str(place), *command], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"{place} cannot be written to; name another folder with hydra.run.dir=" in done.stderr
