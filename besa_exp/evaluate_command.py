@@ -119,8 +119,7 @@ def _checked(
         return settings, None
     left = remaining(settings.evaluator, settings.seed, facts.context if facts else None, results, settings.overwrite)
     composer.problems |= {conflict: conflict for conflict in left.conflicts}
-    asked = left.settings
-    nothing = not (asked.perplexity_sets or asked.tasks or asked.simulated_speed or asked.speed)
+    nothing = not (left.settings.perplexity_sets or left.settings.tasks or left.settings.simulated_speed)
     return settings, left.known if nothing and left.known else None
 
 

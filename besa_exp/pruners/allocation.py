@@ -135,20 +135,11 @@ class Rows:
         for name, weight in self.weights.items():
             kernels.masked_weight(weight, self.ranks[name], counts[name], out=buffers[name])
 
-    def row_gradient(
-        self,
-        gradients: Mapping[str, Float[Tensor, "out in"]],
-        counts: Mapping[str, Int[Tensor, " out"]],
-        window: float,
-    ) -> Float[Tensor, " row"]:
-        """dL / d(sparsity of a row). `gradients` are dL/dW of the masked weights, `window` a fraction of the levels."""
-        by_count = [self._count_gradient(name, gradients[name], counts[name], window) for name in self.weights]
-        levels = self.columns if self.group is None else self.group
-        return levels * torch.cat(by_count).double()
-
-    def _count_gradient(self, name: str, gradient: Tensor, pruned: Tensor, window: float) -> Float[Tensor, " out"]:
+    def count_gradient(
+        self, name: str, gradient: Float[Tensor, "out in"], pruned: Int[Tensor, " out"], window: float
+    ) -> Float[Tensor, " out"]:
         """dL / d(levels pruned) of each row of a linear; that of groups is their sum, over the weights on both sides of
-        the cut at least."""
+        the cut at least. `gradient`: dL/dW of the masked weights; `window`: a fraction of the levels."""
         weight, rank, group = self.weights[name], self.ranks[name], self.group
         if group is None:
             return kernels.count_gradient(weight, gradient, rank, pruned, window * weight.shape[1])
@@ -157,3 +148,8 @@ class Rows:
         pruned = pruned.repeat_interleave(groups)
         by_group = kernels.count_gradient(weight, gradient, rank, pruned, max(window * group, 2.0))
         return by_group.view(-1, groups).sum(dim=1)
+
+    def row_gradient(self, by_count: Mapping[str, Float[Tensor, " out"]]) -> Float[Tensor, " row"]:
+        """dL / d(sparsity of a row), from the linears' `count_gradient` in order."""
+        levels = self.columns if self.group is None else self.group
+        return levels * torch.cat(list(by_count.values())).double()

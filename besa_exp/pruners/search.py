@@ -6,8 +6,9 @@ with the least important ones of every row at zero. Everything is learned from t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -23,10 +24,10 @@ from besa_exp.reports import Step
 
 @dataclass(frozen=True)
 class State:
-    """The sparsity of every cell and, with a quantiser, the logits of each linear's clipping [2 out group]."""
+    """The sparsity of every cell and, with a quantiser, the logits of every linear's clipping strengths, by linear."""
 
     sparsity: Float[Tensor, " cell"]
-    clipping: Mapping[str, Tensor] = field(default_factory=dict)
+    clipping: Mapping[str, Float[Tensor, "2 out group"]] = field(default_factory=dict)
 
     def tensors(self) -> list[Tensor]:
         """All that is learned, the sparsities first."""
@@ -47,21 +48,21 @@ class Search:
     """What the search asks of one block: losses and gradients of states that prune `total` weights of `rows`.
 
     `capacity`: weights of each cell. `masked` are buffers for the effective weights: leaves that every step fills
-    anew. `fixed`: weights of other linears of the module, decided before."""
+    anew."""
 
     block: Block
     rows: Rows
     total: int
     capacity: Float[Tensor, " cell"]
-    masked: Mapping[str, Tensor]
+    masked: Mapping[str, Float[Tensor, "out in"]]
     quantiser: Quantiser | None
-    fixed: Mapping[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(block: Block, rows: Rows, total: int, quantiser: Quantiser | None) -> Search:
-        """With buffers of its own."""
+    def of(block: Block, rows: Rows, sparsity: float, quantiser: Quantiser | None) -> Search:
+        """With `sparsity` as budget."""
         masked = {name: torch.empty_like(weight).requires_grad_() for name, weight in rows.weights.items()}
-        return Search(block, rows, total, rows.per_cell(rows.columns, rows.num_cells), masked, quantiser)
+        capacity = rows.per_cell(rows.columns, rows.num_cells)
+        return Search(block, rows, round(sparsity * rows.num_weights), capacity, masked, quantiser)
 
     @property
     def expected(self) -> float:
@@ -80,28 +81,42 @@ class Search:
         """The step's record, and dL / d(state), of the sparsities along the budget: without the part that would only
         change the total. `inputs` are this rank's of the batch; it may have none."""
         rows, counts = self._fill(state)
-        loss = reconstruction_loss(self.block(inputs, {**self.fixed, **self.masked}), targets)
-        by_row = torch.zeros_like(self.rows.columns)
-        by_clipping = [torch.zeros_like(logits) for logits in state.clipping.values()]
+        loss = reconstruction_loss(self.block(inputs, self.masked), targets)
+        by_count = {name: torch.zeros_like(count, dtype=torch.float32) for name, count in counts.items()}
+        by_clipping = {name: torch.zeros_like(logits) for name, logits in state.clipping.items()}
+
+        def use(name: str, gradient: Tensor) -> None:
+            by_count[name] = rows.count_gradient(name, gradient, counts[name], window)
+            if name in by_clipping:
+                by_clipping[name] = self._clipping_gradient(name, gradient, counts[name], state.clipping[name])
+
         if len(inputs):
-            gradients = dict(zip(self.masked, torch.autograd.grad(loss, list(self.masked.values())), strict=True))
-            by_row = rows.row_gradient(gradients, counts, window)
-            by_clipping = self._clipping_gradient(gradients, counts, state)
-        by_row = distributed.all_sum(by_row)
+            self._backward(loss, use)
+        by_row = distributed.all_sum(self.rows.row_gradient(by_count))
         by_cell = self.rows.per_cell(by_row, len(self.capacity))
         along_budget = by_cell - self.capacity * (by_cell.sum() / self.rows.num_weights)
         record = finite_step(self.block, step, loss, loss, 0.0, self.expected)
-        return record, [along_budget, *map(distributed.all_sum, by_clipping)]
+        return record, [along_budget, *map(distributed.all_sum, by_clipping.values())]
+
+    def _backward(self, loss: Tensor, use: Callable[[str, Tensor], None]) -> None:
+        """Gives `use` dL/dW of each linear as it is known, one at a time: together they take as much as the block."""
+
+        def used(name: str, weight: Tensor) -> None:
+            assert weight.grad is not None
+            use(name, weight.grad)
+            weight.grad = None
+
+        hooks = [weight.register_post_accumulate_grad_hook(partial(used, name)) for name, weight in self.masked.items()]
+        try:
+            loss.backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def probe_loss(self, inputs: Hidden, targets: Hidden, state: State) -> float:
         """The loss of the samples that are not learned from."""
         self._fill(state)
-        return probe_loss(self.block, inputs, targets, {**self.fixed, **self.masked})
-
-    def weights(self, state: State) -> dict[str, Tensor]:
-        """The effective weights of a state, by linear."""
-        self._fill(state)
-        return {name: weight.detach() for name, weight in self.masked.items()}
+        return probe_loss(self.block, inputs, targets, self.masked)
 
     def pruned(self, state: State, loss_before: float, steps: list[Step]) -> PrunedBlock:
         """What a state makes of the block. Kept weights that round to zero count as pruned."""
@@ -134,12 +149,7 @@ class Search:
             self.rows, weights={name: quantise(W, self.quantiser, state.clipping[name]) for name, W in weights}
         )
 
-    def _clipping_gradient(
-        self, gradients: Mapping[str, Tensor], counts: Mapping[str, Tensor], state: State
-    ) -> list[Tensor]:
-        """dL / d(logits) of each linear: pruned weights have no part in it."""
-        result = []
-        for name, logits in state.clipping.items():
-            kept = kernels.masked_weight(gradients[name], self.rows.ranks[name], counts[name])
-            result.append(clipping_gradient(self.rows.weights[name], kept, self.quantiser, logits))  # type: ignore[arg-type]
-        return result
+    def _clipping_gradient(self, name: str, gradient: Tensor, count: Tensor, logits: Tensor) -> Tensor:
+        """dL / d(logits) of a linear: pruned weights have no part in it."""
+        kept = kernels.masked_weight(gradient, self.rows.ranks[name], count)
+        return clipping_gradient(self.rows.weights[name], kept, self.quantiser, logits)  # type: ignore[arg-type]
