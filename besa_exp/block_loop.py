@@ -18,6 +18,7 @@ from besa_exp.masks import Target
 from besa_exp.models import LoadedModel
 from besa_exp.pruning import PrunedBlock, Pruner, prune_blocks
 from besa_exp.reports import BlockReport, Step
+from besa_exp.scope import blocks_together, by_block, units
 
 
 @dataclass
@@ -46,9 +47,11 @@ class BlockLoop:
         `on_block` is told of each new one when it is on the disk."""
         blocks = capture_blocks(self.loaded.model, self.input_ids)
         self._check_replay(blocks)
-        targets = self._targets(blocks, target, budget) if budget else target
+        together = blocks_together(pruner)
+        targets = self._targets(blocks, target, budget, together) if budget else target
+        grouped = units(blocks, together)
         pruning = prune_blocks(
-            self._resident(blocks),
+            self._resident(grouped),
             self._embed(blocks),
             pruner,
             targets,
@@ -58,9 +61,10 @@ class BlockLoop:
             self.allocate,
         )
         for report, pruned in pruning:
-            self._keep(blocks[report.index], report, pruned)
-            del pruned  # it would stay, a quarter of a block or more, until the next one is pruned
-            on_block(report)
+            for block, own, decided in by_block(grouped[report.index // together], report, pruned):
+                self._keep(block, own, decided)
+                on_block(own)
+            del pruned, decided  # they would stay, a quarter of a block or more, until the next one is pruned
 
     def _resident(self, blocks: list[Block]) -> Iterable[Block]:
         """The blocks in order, each with its weights."""
@@ -69,8 +73,9 @@ class BlockLoop:
     def _embed(self, blocks: list[Block]) -> Hidden:
         return embed(self.loaded.model, blocks, self.input_ids, self.batch_size, self.allocate)
 
-    def _targets(self, blocks: list[Block], target: Target, budget: Budget) -> list[Target]:
-        """Each block's own: the budget sees the dense blocks and a copy of their inputs."""
+    def _targets(self, blocks: list[Block], target: Target, budget: Budget, together: int) -> list[Target]:
+        """Each block's own, or that of the blocks it is pruned together with: the budget sees the dense blocks and a
+        copy of their inputs."""
         sizes: list[int] = []
 
         def measured() -> Iterable[Block]:
@@ -79,7 +84,10 @@ class BlockLoop:
                 yield block
 
         sparsities = budget.sparsities(measured(), self._embed(blocks), target.sparsity, self.batch_size)
-        return exact_targets(sparsities, sizes, target.sparsity)
+        own = exact_targets(sparsities, sizes, target.sparsity)
+        groups = [slice(start, start + together) for start in range(0, len(own), together)]
+        pruned = [sum(round(t.sparsity * size) for t, size in zip(own[g], sizes[g], strict=True)) for g in groups]
+        return [Target(count / sum(sizes[g])) for count, g in zip(pruned, groups, strict=True) for _ in own[g]]
 
     def _check_replay(self, blocks: list[Block]) -> None:
         """On two samples, through all blocks, or the first where they are streamed."""
@@ -92,12 +100,13 @@ class BlockLoop:
 
     def _restore(self, block: Block) -> bool:
         """Whether the block was finished before; then it has its pruned weights now."""
-        dense = block_tensors(block.module, block.name)
-        if block.index >= self.done:
-            self.dense_sha256[block.index] = weights_sha256(dense)
-            return False
-        load_block_tensors(block.module, block.name, self.finished.tensors(block.index, dense))
-        return True
+        for layer in block.layers:
+            dense = block_tensors(layer.module, layer.name)
+            if layer.index >= self.done:
+                self.dense_sha256[layer.index] = weights_sha256(dense)
+            else:
+                load_block_tensors(layer.module, layer.name, self.finished.tensors(layer.index, dense))
+        return block.index < self.done
 
     def _keep(self, block: Block, report: BlockReport, pruned: PrunedBlock) -> None:
         if not distributed.is_first():

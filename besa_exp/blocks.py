@@ -25,7 +25,7 @@ from besa_exp.linears import LOOKED_FOR, Linear, discover_linears, find_linears,
 Hidden = Float[Tensor, "sample seq hidden"]
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """Ends a forward pass as soon as the captured block is reached."""
 
 
@@ -33,13 +33,20 @@ class _Reached(Exception):
 class Block:
     """One decoder layer: its module, its linears by path (`self_attn.q_proj`), and its captured call arguments.
 
-    `arguments` gives, for a batch size, the positional arguments after the hidden states and all keyword arguments."""
+    `arguments` gives, for a batch size, the positional arguments after the hidden states and all keyword arguments.
+    `parts`: the decoder layers, where these are several that are pruned together (`besa_exp.scope`)."""
 
     index: int
     name: str
     module: nn.Module
     linears: Mapping[str, Linear]
     arguments: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
+    parts: tuple[Block, ...] = ()
+
+    @property
+    def layers(self) -> tuple[Block, ...]:
+        """The decoder layers that this is."""
+        return self.parts or (self,)
 
     @property
     def device(self) -> torch.device:
@@ -136,10 +143,10 @@ def _captured(
         hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
         seen.append((args[1:], kwargs))
         if len(seen) == len(modules):
-            raise _Reached
+            raise Reached
         return result(hidden)
 
-    with replaced_forwards(modules, [stand_in] * len(modules)), suppress(_Reached):
+    with replaced_forwards(modules, [stand_in] * len(modules)), suppress(Reached):
         model(input_ids.to(next(model.parameters()).device), use_cache=False)
     if len(seen) != len(modules):
         raise RunError(
@@ -174,14 +181,14 @@ def embed(
 
     def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states.append(args[0] if args else kwargs["hidden_states"])
-        raise _Reached
+        raise Reached
 
     hook = blocks[0].module.register_forward_pre_hook(catch, with_kwargs=True)
     device = next(model.parameters()).device
     out: Tensor | None = None
     try:
         for start in range(0, len(input_ids), batch_size):
-            with suppress(_Reached):
+            with suppress(Reached):
                 model(input_ids[start : start + batch_size].to(device), use_cache=False)
             state = states.pop()
             if out is None:
@@ -204,14 +211,14 @@ def check_replay(model: nn.Module, blocks: list[Block], input_ids: Int[Tensor, "
     def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         own.append(output[0] if isinstance(output, tuple) else output)
         if len(own) == len(blocks):
-            raise _Reached
+            raise Reached
 
     hooks = []
     for block in blocks:
         note = partial(_note, called, block.index)
         hooks += [*watch(block.linears, note, note), block.module.register_forward_hook(record)]
     try:
-        with suppress(_Reached):
+        with suppress(Reached):
             model(input_ids.to(next(model.parameters()).device), use_cache=False)
     finally:
         for hook in hooks:

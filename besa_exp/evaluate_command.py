@@ -119,7 +119,8 @@ def _checked(
         return settings, None
     left = remaining(settings.evaluator, settings.seed, facts.context if facts else None, results, settings.overwrite)
     composer.problems |= {conflict: conflict for conflict in left.conflicts}
-    nothing = not (left.settings.perplexity_sets or left.settings.tasks or left.settings.simulated_speed)
+    asked = left.settings
+    nothing = not (asked.perplexity_sets or asked.tasks or asked.simulated_speed or asked.speed)
     return settings, left.known if nothing and left.known else None
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,9 @@ class FinishedBlocks:
 
     folder: Path
 
-    def begin(self, identity: Mapping[str, Any]) -> list[BlockReport]:
-        """The reports of the blocks that are finished, from block 0 on without a gap; later and damaged ones go.
+    def begin(self, identity: Mapping[str, Any], ends: Collection[int] | None = None) -> list[BlockReport]:
+        """The reports of the blocks that are finished, from block 0 on without a gap; later and damaged ones go, and
+        where blocks are pruned together, those after the last of `ends`, the numbers at which none is cut off.
 
         ConfigurationError: what is there was pruned from something else; the differences are shown."""
         check_identity(self.folder, identity)
@@ -46,6 +47,8 @@ class FinishedBlocks:
         reports = []
         while report := self._read_report(len(reports)):
             reports.append(report)
+        while ends is not None and len(reports) not in ends:
+            reports.pop()
         whole = {file.name for index in range(len(reports)) for file in self._files(index)}
         for file in self.folder.iterdir():
             if file.name not in whole and file.name != IDENTITY:

@@ -223,7 +223,7 @@ _Definitions.add_multi_constructor("!", lambda *_: None)
 
 def _held_model(need: Need) -> Held:
     folder = model_snapshot(need.repository, need.revision, offline=True)
-    _, problems = inspect_model_folder(folder)
+    _, problems = inspect_model_folder(folder, convert=True, trust_remote_code=True)  # is it whole? no more is asked
     if problems:
         raise Unavailable("; ".join(problems))
     files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
@@ -232,13 +232,14 @@ def _held_model(need: Need) -> Held:
 
 def _held_task(need: Need) -> Held:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     level = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity_error()  # it warns that it uses its cache, which is what it is told to do
     try:
         with offline_hub():
             builder = datasets.load_dataset_builder(need.repository, need.config)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise Unavailable(NOT_CACHED if isinstance(error, OSError) else first_line(error)) from error
     finally:
         datasets.logging.set_verbosity(level)

@@ -11,7 +11,7 @@ from besa_exp.errors import ConfigurationError
 
 IDENTITY = "identity.json"  # in the folder of the blocks
 # Of a model's keys: where the weights lie, and what is said about them elsewhere. They decide nothing.
-NOT_DECIDING = ("load", "name", "context", "published_perplexity")
+NOT_DECIDING = ("load", "convert", "name", "context", "published_perplexity")
 
 
 def request_identity(config: Mapping[str, Any], tokens_sha256: str | None = None) -> dict[str, Any]:

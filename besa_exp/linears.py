@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.pytorch_utils import Conv1D
 
 from besa_exp.errors import RunError
 
@@ -70,6 +69,8 @@ def discover_linears(block: nn.Module, name: str = "block") -> dict[str, Linear]
 
 def find_linears(module: nn.Module) -> dict[str, Linear]:
     """Every linear inside a module, by path."""
+    from transformers.pytorch_utils import Conv1D  # a second that perplexity and the checks do not need
+
     routers, chosen = _routers(module), _chosen(module)
     linears: dict[str, Linear] = {}
     for path, inner in module.named_modules():

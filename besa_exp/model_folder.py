@@ -13,39 +13,85 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from besa_exp.model_config import adapter_problem, config_problems, quantised_tensors
+
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")  # of a config, first found
+CONV1D = ("gpt2", "openai-gpt")  # model types that save their linears as [in, out]
 IN_A_BLOCK = re.compile(r"\.\d+\.(?:.+\.)?\w+\.weight$")  # model.layers.3.mlp.down_proj.weight
 
 
 @dataclass(frozen=True)
 class ModelFolder:
     """`context`: longest window in tokens, None where the config does not say. `linears`: name to [out, in] of the
-    two-dimensional weights inside blocks. `weights`: count over all tensors. `saved_bytes`: their size as saved."""
+    two-dimensional weights inside blocks. `weights`: count over all tensors. `saved_bytes`: their size as saved. Of
+    `pickled` weights, which are not read before they are converted, the linears are unknown and the count a guess."""
 
     context: int | None
     linears: dict[str, tuple[int, int]]
     weights: int
     saved_bytes: int
+    pickled: bool = False
 
 
-def inspect_model_folder(folder: Path, key: str = "model.path") -> tuple[ModelFolder | None, list[str]]:
-    """The facts, or the problems that make the folder unusable; `key` is what a person set to name it."""
+def inspect_model_folder(
+    folder: Path, key: str = "model.path", convert: bool = False, trust_remote_code: bool = False
+) -> tuple[ModelFolder | None, list[str]]:
+    """The facts, or the problems that make the folder unusable; `key` is what a person set to name it. `convert`:
+    pickled weights are no problem."""
     where = f"{key}={folder}"
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        return None, [f"{where}: no config.json in it; give the folder that save_pretrained wrote"]
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return None, [f"{config_file}: cannot be read as JSON ({error}); copy the model folder again"]
+    config, problems = inspect_config(folder, where, trust_remote_code)
+    if problems:
+        return None, problems
+    if convert and not _has_safetensors(folder) and (pickles := pickled_files(folder)):
+        missing = [file.name for file in pickles if not file.is_file()]
+        if missing:
+            return None, [f"{where}: {', '.join(missing)} missing, which its index names; copy them too"]
+        return _pickled_facts(config, sum(file.stat().st_size for file in pickles)), []
     files, problems = _weight_files(folder, where)
     tensors: dict[str, Any] = {}
     for file in files:
         header, problem = read_header(file)
         tensors |= header
         problems += [problem] if problem else []
+    problems = problems or quantised_tensors(tensors, where)
     return (None, problems) if problems else (_facts(config, tensors), [])
+
+
+def inspect_config(folder: Path, where: str, trust_remote_code: bool) -> tuple[dict[str, Any], list[str]]:
+    """config.json, and what it says against the model."""
+    config_file, adapter_file = folder / "config.json", folder / "adapter_config.json"
+    try:
+        if config_file.is_file():
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            return config, config_problems(config, where, trust_remote_code)
+        if adapter_file.is_file():
+            return {}, [adapter_problem(json.loads(adapter_file.read_text(encoding="utf-8")), where)]
+    except (OSError, ValueError) as error:
+        return {}, [f"{config_file}: cannot be read as JSON ({error}); copy the model folder again"]
+    return {}, [f"{where}: no config.json in it; give the folder that save_pretrained wrote"]
+
+
+def pickled_files(folder: Path) -> list[Path]:
+    """The .bin files that make up the model: those of their index, or the only one."""
+    index = folder / "pytorch_model.bin.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return [folder / name for name in sorted(set(weight_map.values()))]
+    return [file for file in [folder / "pytorch_model.bin"] if file.is_file()]
+
+
+def only_pickled(where: str, file: str) -> str:
+    """The problem of a model without safetensors."""
+    return (
+        f"{where}: only pickled weights ({file}), which can run code when they are read; model.convert=true reads "
+        "tensors alone from .bin files and writes safetensors into outputs/converted; or load it once where you trust "
+        "it and write it with save_pretrained(folder)"
+    )
+
+
+def _has_safetensors(folder: Path) -> bool:
+    return (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file()
 
 
 def saved_dtype(folder: Path) -> str | None:
@@ -90,20 +136,28 @@ def _weight_files(folder: Path, where: str) -> tuple[list[Path], list[str]]:
         return [folder / "model.safetensors"], []
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
-        return [], [
-            f"{where}: only pickled weights ({pickles[0]}), which can run code when they are read; safetensors "
-            "are needed: load it once where you trust it and write it with save_pretrained(folder)"
-        ]
+        return [], [only_pickled(where, pickles[0])]
     return [], [f"{where}: no model.safetensors in it; give the folder that save_pretrained wrote"]
 
 
-def _facts(config: dict[str, Any], tensors: dict[str, Any]) -> ModelFolder:
+def _context(config: dict[str, Any]) -> int | None:
     text = config.get("text_config", config)
     context = next((text[key] for key in CONTEXT_KEYS if text.get(key)), None)
-    shapes = {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
+    return context if isinstance(context, int) else None
+
+
+def _pickled_facts(config: dict[str, Any], size: int) -> ModelFolder:
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    weights = size // (2 if dtype in ("float16", "bfloat16") else 4)
+    return ModelFolder(_context(config), {}, weights, size, pickled=True)
+
+
+def _facts(config: dict[str, Any], tensors: dict[str, Any]) -> ModelFolder:
+    order = -1 if config.get("model_type") in CONV1D else 1
+    shapes = {name: tuple(tensor["shape"][::order]) for name, tensor in tensors.items()}
     sizes = [tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in tensors.values()]
     return ModelFolder(
-        context=context if isinstance(context, int) else None,
+        context=_context(config),
         linears={name: shape for name, shape in shapes.items() if len(shape) == 2 and IN_A_BLOCK.search(name)},
         weights=sum(math.prod(shape) for shape in shapes.values()),
         saved_bytes=sum(sizes),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from besa_exp import distributed
 from besa_exp.embedded.text import MODEL_DIR
 from besa_exp.errors import ConfigurationError, first_line
 from besa_exp.hub import MODEL_FILES, OTHER_FORMATS
-from besa_exp.model_folder import CONTEXT_KEYS
+from besa_exp.model_config import code_of
+from besa_exp.model_folder import CONTEXT_KEYS, inspect_config, inspect_model_folder, only_pickled
+from besa_exp.pickled_weights import converted_folder
 from besa_exp.settings import ModelSettings
 from besa_exp.streaming import StreamedWeights, open_streamed
 
@@ -40,10 +46,10 @@ class LoadedModel:
 def load_model(settings: ModelSettings, device: torch.device, offline: bool) -> LoadedModel:
     """The model on `device`, whole or streamed.
 
-    ConfigurationError: it cannot be found, has no safetensors, its class is not known to transformers, or it cannot be
-    streamed although that was asked for."""
+    ConfigurationError: it cannot be found, has no safetensors, its class is not known to transformers, its files lack
+    weights, or it cannot be streamed although that was asked for."""
     transformers_logging.disable_progress_bar()
-    folder = _folder(settings, offline)
+    folder = _checked_folder(settings, offline)
     if settings.load == "streamed" or (settings.load == "auto" and is_large(weight_bytes(folder), device)):
         try:
             model, weights = open_streamed(folder, settings.dtype, device, settings.trust_remote_code)
@@ -55,14 +61,44 @@ def load_model(settings: ModelSettings, device: torch.device, offline: bool) -> 
                 ) from error
             logger.warning("%s is large but is loaded whole: %s", settings.path, error)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=settings.dtype, use_safetensors=True, trust_remote_code=settings.trust_remote_code
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=settings.dtype,
+            use_safetensors=True,
+            trust_remote_code=settings.trust_remote_code,
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         raise _cannot_load(settings, error) from error
+    model, loading = loaded
+    _check_all_loaded(settings, model, loading)
     model.eval().requires_grad_(False)
     torch.nn.Module.to(model, device)  # transformers' own `to` is not typed
     return LoadedModel(model, load_tokenizer(settings, folder), None, folder)
+
+
+def _checked_folder(settings: ModelSettings, offline: bool) -> Path:
+    """The folder of safetensors, converted from pickled weights where that is asked for."""
+    folder = _folder(settings, offline)
+    facts, problems = inspect_model_folder(folder, "model.path", settings.convert, settings.trust_remote_code)
+    if facts is None:
+        raise ConfigurationError(*problems)
+    if code := code_of(json.loads((folder / "config.json").read_text(encoding="utf-8"))):
+        runs = "is run" if settings.trust_remote_code else "is not run: transformers' own classes are used"
+        logger.warning("%s: the code that comes with it, %s, %s", settings.path, ", ".join(code), runs)
+    return distributed.from_first(lambda: converted_folder(folder)) if facts.pickled else folder
+
+
+def _check_all_loaded(settings: ModelSettings, model: nn.Module, loading: Mapping[str, Any]) -> None:
+    """transformers only warns of weights that the files lack, and draws them at random."""
+    lacking = sorted([*loading["missing_keys"], *(str(found) for found in loading["mismatched_keys"])])
+    lacking += [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if lacking:
+        raise ConfigurationError(
+            f"model.path={settings.path}: its files lack {', '.join(lacking[:3])}"
+            + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+            + f" of {type(model).__name__}, or hold them in another shape or without data; give the whole model"
+        )
 
 
 def load_tokenizer(settings: ModelSettings, folder: Path) -> PreTrainedTokenizerBase | None:
@@ -79,12 +115,12 @@ def _folder(settings: ModelSettings, offline: bool) -> Path:
     path = model_path(settings)
     if Path(path).is_dir():
         return Path(path)
-    return _from_hub(path, settings.revision, offline)
+    return _from_hub(path, settings, offline)
 
 
-def _from_hub(path: str, revision: str | None, offline: bool) -> Path:
+def _from_hub(path: str, settings: ModelSettings, offline: bool) -> Path:
     """The hub's files in the local cache, fetched where the hub answers; its own client would wait for ever for one
-    that does not."""
+    that does not. config.json comes first: what it speaks against is refused before the weights come."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         HTTPError,  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
@@ -92,10 +128,11 @@ def _from_hub(path: str, revision: str | None, offline: bool) -> Path:
         RevisionNotFoundError,
     )
 
-    unreachable = "offline=true" if offline else None
+    unreachable, names = "offline=true" if offline else None, []
     try:
         if not offline:
-            HfApi().model_info(path, revision=revision, timeout=HUB_TIMEOUT)
+            info = HfApi().model_info(path, revision=settings.revision, timeout=HUB_TIMEOUT)
+            names = [file.rfilename for file in info.siblings or []]
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ConfigurationError(
             f"model.path={path}: the hub shows no such model or revision ({first_line(error)}); check model.path and "
@@ -103,21 +140,39 @@ def _from_hub(path: str, revision: str | None, offline: bool) -> Path:
         ) from error
     except (OSError, HTTPError) as error:
         unreachable = first_line(error)
+    fetch = partial(
+        snapshot_download,
+        path,
+        revision=settings.revision,
+        local_files_only=unreachable is not None,
+        ignore_patterns=OTHER_FORMATS,
+    )
     try:
-        found = snapshot_download(
-            path,
-            revision=revision,
-            local_files_only=unreachable is not None,
-            allow_patterns=MODEL_FILES,
-            ignore_patterns=OTHER_FORMATS,
-        )
+        wanted = wanted_files(settings, Path(fetch(allow_patterns=["*.json"])), names)
+        return Path(fetch(allow_patterns=wanted))
+    except ConfigurationError:
+        raise
     except (OSError, ValueError, HTTPError) as error:
         raise ConfigurationError(
             f"model.path={path}: not in the local cache, and the hub cannot be reached "
             f"({unreachable or first_line(error)}); check the network, HF_ENDPOINT and proxies, or fetch it where "
             f"there is one (hf download {path}) and give model.path that folder"
         ) from error
-    return Path(found)
+
+
+def wanted_files(settings: ModelSettings, folder: Path, names: Sequence[str]) -> list[str]:
+    """Patterns of the files to fetch; `names` are all that the hub has, none where it was not asked.
+    ConfigurationError: the config speaks against the model, or pickled weights are all there is."""
+    where = f"model.path={settings.path}"
+    problems = inspect_config(folder, where, settings.trust_remote_code)[1]
+    pickles = [name for name in names if name.endswith(".bin")]
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        problems += [] if settings.convert else [only_pickled(where, pickles[0])]
+    elif names:
+        pickles = []
+    if problems:
+        raise ConfigurationError(*problems)
+    return MODEL_FILES + (["*.bin"] if settings.convert and (pickles or not names) else [])
 
 
 def _cannot_load(settings: ModelSettings, error: Exception) -> ConfigurationError:

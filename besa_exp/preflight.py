@@ -15,7 +15,7 @@ from besa_exp.disk import check_disk, required_bytes
 from besa_exp.embedded.text import MODEL_DIR
 from besa_exp.evaluation.checks import check_evaluator
 from besa_exp.hub import is_hub_id, missing_offline, needs_of
-from besa_exp.model_folder import ModelFolder, inspect_model_folder, saved_dtype
+from besa_exp.model_folder import ModelFolder, inspect_config, inspect_model_folder, saved_dtype
 from besa_exp.nearest import did_you_mean
 from besa_exp.pattern import parse_pattern
 from besa_exp.run_checkpoint import check_run, run_and_model
@@ -114,7 +114,9 @@ def _check_dtype(dtype: str) -> list[str]:
 def check_model(settings: ModelSettings, key: str = "model.path") -> tuple[ModelFolder | None, list[str]]:
     """What can be told of the model and its problems, without loading it; `key` is what a person set to name it."""
     folder = model_folder(settings)
-    return _check_hub_id(settings, key) if folder is None else inspect_model_folder(folder, key)
+    if folder is None:
+        return _check_hub_id(settings, key)
+    return inspect_model_folder(folder, key, settings.convert, settings.trust_remote_code)
 
 
 def _check_hub_id(settings: ModelSettings, key: str) -> tuple[ModelFolder | None, list[str]]:
@@ -126,8 +128,13 @@ def _check_hub_id(settings: ModelSettings, key: str) -> tuple[ModelFolder | None
     from huggingface_hub import try_to_load_from_cache  # half a second that only hub models need
 
     cached = try_to_load_from_cache(path, "config.json", revision=settings.revision)
-    # What is missing or broken in the cache is fetched, or named with all else that is missing where offline=true.
-    return (inspect_model_folder(Path(cached).parent)[0] if isinstance(cached, str) else None), []
+    # What is missing or broken in the cache is fetched, or named with all else that is missing where offline=true; but
+    # not what the config says against the model.
+    if not isinstance(cached, str):
+        return None, []
+    folder, trusted = Path(cached).parent, settings.trust_remote_code
+    problems = inspect_config(folder, f"{key}={path}", trusted)[1]
+    return inspect_model_folder(folder, key, settings.convert, trusted)[0], problems
 
 
 def _check_target(settings: RunSettings, facts: ModelFolder | None, with_pruner: bool) -> list[str]:
@@ -197,4 +204,4 @@ def _needed_bytes(settings: RunSettings, facts: ModelFolder) -> int:
     a_weight = BYTES_OF_DTYPE.get(settings.model.dtype)
     model_bytes = facts.weights * a_weight if a_weight else facts.saved_bytes
     in_linears = sum(rows * columns for rows, columns in facts.linears.values())
-    return required_bytes(model_bytes, in_linears, settings.save)
+    return required_bytes(model_bytes, in_linears, settings.save) + (facts.saved_bytes if facts.pickled else 0)

@@ -43,6 +43,18 @@ def pruned_by_masks(keep_masks: Mapping[str, Bool[Tensor, "out in"]]) -> PrunedB
     return PrunedBlock(keep_masks, {name: 1 - mask.float().mean(dim=1) for name, mask in keep_masks.items()})
 
 
+def joined(parts: Sequence[PrunedBlock]) -> PrunedBlock:
+    """The parts of a block as one, with the first one's `loss_before`."""
+    weights = {name: weight for part in parts for name, weight in (part.weights or {}).items()}
+    return PrunedBlock(
+        keep_masks={name: mask for part in parts for name, mask in part.keep_masks.items()},
+        allocated={name: rows for part in parts for name, rows in part.allocated.items()},
+        weights=weights or None,
+        loss_before=parts[0].loss_before,
+        steps=tuple(step for part in parts for step in part.steps),
+    )
+
+
 @runtime_checkable
 class Pruner(Protocol):
     """A method knows one block, its inputs, the targets and the statistics; never a model, a data set or a config."""

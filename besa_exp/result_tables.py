@@ -27,6 +27,7 @@ def plan_table(settings: RunSettings, facts: Mapping[str, Any]) -> Table:
     """Two columns: what is chosen, then `facts`."""
     calibration, evaluator = settings.calibration, settings.evaluator
     scored = [*evaluator.perplexity_sets, *evaluator.tasks, *(["simulated speed"] if evaluator.simulated_speed else [])]
+    scored += ["measured speed"] if evaluator.speed else []
     rows = {
         "model": f"{settings.model.name} ({settings.model.path})",
         "pruner": settings.pruner_name + _keys(settings.pruner),

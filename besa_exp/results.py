@@ -60,4 +60,5 @@ def _block(report: BlockReport) -> dict[str, Any]:
 def score_values(scores: Scores) -> dict[str, Any]:
     """The part of results.json that one model's scores are."""
     values = {"perplexity": scores.perplexity, "zero_shot": scores.zero_shot, "unavailable": scores.unavailable}
-    return values | ({"simulated_speed": scores.simulated_speed} if scores.simulated_speed else {})
+    values |= {"simulated_speed": scores.simulated_speed} if scores.simulated_speed else {}
+    return values | ({"speed": scores.speed} if scores.speed else {})

@@ -40,6 +40,7 @@ from besa_exp.reports import BlockReport, Step
 from besa_exp.results import results_of, score_values
 from besa_exp.run_folder import RunFolder
 from besa_exp.saving import block_names, check_saved, masks_origin, pruned_weights, save_pruned
+from besa_exp.scope import blocks_together, unit_ends
 from besa_exp.settings import RunSettings, TrackerSettings
 from besa_exp.tracking import Tracker, start_tracker
 from besa_exp.updates.updated import with_update
@@ -81,7 +82,9 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
         with run.timed("calibrate"):
             calibration = _calibrate(run, loaded)
         finished = FinishedBlocks(folder.blocks)
-        reports = distributed.from_first(lambda: finished.begin(request_identity(config, calibration.tokens_sha256)))
+        ends = unit_ends(len(block_names(loaded)), blocks_together(settings.pruner))
+        identity = request_identity(config, calibration.tokens_sha256)
+        reports = distributed.from_first(lambda: finished.begin(identity, ends))
         folder.rewind(reports)
         console.plan(settings, _facts(loaded, calibration, len(reports)))
         with _tracking(run, config, reports) as tracker:

@@ -164,6 +164,7 @@ class RunFolder:
             "zero_shot": scores.zero_shot,
             "unavailable": scores.unavailable,
             **({"simulated_speed": scores.simulated_speed} if scores.simulated_speed else {}),
+            **({"speed": scores.speed} if scores.speed else {}),
         }
         self._append(line, f"scores of the {which} model")
 

@@ -19,6 +19,7 @@ class ModelSettings:
     dtype: str = "auto"  # auto (as saved), float32, bfloat16, float16
     load: Literal["auto", "whole", "streamed"] = "auto"  # streamed: one block in memory at a time
     trust_remote_code: bool = False
+    convert: bool = False  # pickled weights (.bin) are read as tensors alone and written as safetensors
     context: int | None = None  # longest window in tokens, as known before the model's own config is there
     published_perplexity: dict[str, dict[int, float]] = field(default_factory=dict)  # set to window to value, dense
 
@@ -50,6 +51,7 @@ class EvaluatorSettings:
     data_dir: str | None = None
     dense: bool = False
     simulated_speed: bool = False  # cycles on a simulated sparse accelerator
+    speed: bool = False  # measured: 2:4 products against dense ones
 
 
 @dataclass(frozen=True)

@@ -86,11 +86,13 @@ class StreamedWeights:
     def resident(self, blocks: Sequence[Block]) -> Iterator[Block]:
         """The blocks in order, each with its weights while it is out."""
         for block in blocks:
-            self.load(block.name, block.module)
+            for layer in block.layers:
+                self.load(layer.name, layer.module)
             try:
                 yield block
             finally:
-                self.release(block.module)
+                for layer in block.layers:
+                    self.release(layer.module)
 
     def with_blocks(self, files: Mapping[str, Path]) -> StreamedWeights:
         """The same model with other files for some tensors."""
@@ -129,7 +131,10 @@ def cannot_stream(model: PreTrainedModel, files: Mapping[str, Path]) -> str | No
     left = sorted(name for name in files.keys() - wanted - tied if not name.endswith(NOT_WEIGHTS))
     if missing or left:
         named, lack = ", ".join((missing or left)[:2]), "lack" if missing else "also hold"
-        return f"the files {lack} {named}: their names are not those of {type(model).__name__}"
+        return (
+            f"the files {lack} {named}: their names are not those of {type(model).__name__}, whose tensors "
+            "transformers renames or merges as it loads"
+        )
     return None
 
 

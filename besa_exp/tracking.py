@@ -1,8 +1,9 @@
 """What a run sends to Weights & Biases besides its own folder; offline by default, and never able to end a run.
 
 `step/*` is drawn over `optimisation_step` (which counts on from block to block), `block/*` and `allocated/<linear>`
-over `block`; scores are summary values. Any failure of W&B is one warning: metrics.jsonl holds the same numbers. The
-network is touched in mode `online` alone; a server that does not answer costs INIT_TIMEOUT, then the run is offline.
+over `block`, a mixture's experts as one; scores are summary values. Any failure of W&B is one warning: metrics.jsonl
+holds the same numbers. The network is touched in mode `online` alone; a server that does not answer costs INIT_TIMEOUT,
+then the run is offline.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
-from besa_exp.reports import BlockReport, Step
+from besa_exp.reports import BlockReport, LinearReport, Step
 from besa_exp.settings import TrackerSettings
+from besa_exp.sparsity_table import linear_type
 from besa_exp.wandb_run import forget_run, start_run
 
 if TYPE_CHECKING:
@@ -86,7 +89,7 @@ class WandbTracker:
             "block/sparsity": report.sparsity,
             "block/reconstruction_loss": report.loss_after,
             "block/reconstruction_loss_before": report.loss_before,
-            **{f"allocated/{linear.name}": linear.allocated for linear in report.linears},
+            **{f"allocated/{kind}": value for kind, value in _by_type(report, "allocated").items()},
         }
         self._attempt(lambda: self._run.log(values))
 
@@ -158,8 +161,23 @@ def _flat_scores(scores: Scores) -> Iterator[tuple[str, float | str]]:
             yield f"zero_shot/{task}/{metric}", value
     for kind, row in scores.simulated_speed.get("linears", {}).items():
         yield from ((f"simulated_speed/{kind}/{key}", value) for key, value in row.items() if value is not None)
+    for kind, row in scores.speed.get("linears", {}).items():
+        yield from ((f"speed/{kind}/{key}", value) for key, value in row.items())
     for name, reason in scores.unavailable.items():
         yield f"unavailable/{name}", reason
+
+
+def _by_type(report: BlockReport, field: str) -> dict[str, float]:
+    """Means over the linears of a type, weighted by weights: a mixture's experts are one, not hundreds of charts."""
+    linears: dict[str, list[LinearReport]] = {}
+    for linear in report.linears:
+        linears.setdefault(linear_type(linear.name), []).append(linear)
+    return {
+        kind: fmean((getattr(linear, field) for linear in found), [linear.weights for linear in found])
+        if len(found) > 1
+        else getattr(found[0], field)
+        for kind, found in linears.items()
+    }
 
 
 def _heat_map(reports: Sequence[BlockReport]) -> Any:
@@ -168,8 +186,8 @@ def _heat_map(reports: Sequence[BlockReport]) -> Any:
     from matplotlib.figure import Figure
     from PIL import Image
 
-    names = list(dict.fromkeys(linear.name for report in reports for linear in report.linears))
-    by_block = [{linear.name: linear.sparsity for linear in report.linears} for report in reports]
+    by_block = [_by_type(report, "sparsity") for report in reports]
+    names = list(dict.fromkeys(kind for block in by_block for kind in block))
     grid = [[block.get(name, float("nan")) for name in names] for block in by_block]
     figure = Figure(figsize=(2.5 + 0.8 * len(names), 1.8 + 0.3 * len(reports)), layout="constrained")
     canvas = FigureCanvasAgg(figure)

@@ -53,7 +53,7 @@ class Hub(BaseHTTPRequestHandler):
             self._json(rows if "recursive=true" in self.path else _listed(folder, "/".join(rest[2:])))
         elif rest[:1] == ["paths-info"]:
             wanted = asked.decode()
-            self._json([row for row in rows if row["path"] in wanted])
+            self._json([row for row in rows if str(row["path"]) in wanted])
         elif rest[:1] in ([], ["revision"]):
             siblings = [{"rfilename": row["path"]} for row in rows]
             self._json({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": siblings, "private": False, "tags": []})

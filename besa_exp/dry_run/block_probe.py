@@ -34,7 +34,8 @@ from besa_exp.streaming import give_back_memory
 SAMPLES = (3, 8)  # of the two probes; of both a search holds back one
 BUDGET = 6.0  # seconds that the passes of all probes should take together
 PASSES = 66  # forward passes of one sample in the probes of a search: 11 samples of about 6
-SHORTEST = 32  # tokens
+SHORTEST = 128  # tokens
+FRACTION = 4  # of a length that is too short, the other one that tells how costs grow with it
 
 
 @dataclass(frozen=True)
@@ -144,17 +145,17 @@ class BlockProbe:
         if many == samples and length == seq_len:
             return replace(large, forward_seconds=a_token * seq_len)
         small = self._measure(few, length)
-        short = self._measure(many, length // 2) if length < seq_len else large
+        short = self._measure(many, length // FRACTION) if length < seq_len else large
         per_sample, fixed = _line(few, small.seconds, many, large.seconds)
-        at_half = max(0.0, short.seconds - fixed) / many
+        when_short = max(0.0, short.seconds - fixed) / many
         per_step, no_steps = _line(few, small.steps, many, large.steps)
         at_once = min(self.batch_size, samples) / min(self.batch_size, many)
         return BlockCost(
-            seconds=fixed + samples * _extrapolated(length, per_sample, at_half, seq_len),
+            seconds=fixed + samples * _extrapolated(length, per_sample, when_short, seq_len),
             forward_seconds=a_token * seq_len,
             steps=round(no_steps + per_step * samples),
             statistics=large.statistics,
-            forward=int(at_once * large.forward * seq_len / length),
+            forward=int(at_once * _extrapolated(length, large.forward, short.forward, seq_len)),
             pruner=int(_extrapolated(length, large.pruner, short.pruner, seq_len)),
         )
 
@@ -206,7 +207,7 @@ def _line(x: float, y: float, later_x: float, later_y: float) -> tuple[float, fl
     return slope, later_y - slope * later_x
 
 
-def _extrapolated(length: int, value: float, value_at_half: float, wanted: int) -> float:
-    """The value at a `wanted` length, linearly from a length and its half; it never falls."""
-    slope = max(0.0, value - value_at_half) / (length - length // 2)
+def _extrapolated(length: int, value: float, when_short: float, wanted: int) -> float:
+    """The value at a `wanted` length, linearly from a length and a fraction of it; it never falls."""
+    slope = max(0.0, value - when_short) / (length - length // FRACTION)
     return value + min(slope, value / length) * (wanted - length)

@@ -91,6 +91,10 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
         if name in scores.perplexity:
             union["perplexity"][name] = None
     union |= {"simulated_speed": scores.simulated_speed} if scores.simulated_speed else {}
+    if scores.speed:  # measured anew each time it is asked for: this may be another device
+        union["speed"] = scores.speed
+        if "unavailable" not in scores.speed:
+            union["unavailable"].pop("speed", None)
     return union, told
 
 

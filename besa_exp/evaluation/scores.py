@@ -23,6 +23,7 @@ from besa_exp.evaluation.checks import perplexity_window
 from besa_exp.evaluation.finished_scores import FinishedScores
 from besa_exp.evaluation.perplexity import cut_windows, perplexity
 from besa_exp.evaluation.simulated_speed import simulate_model
+from besa_exp.evaluation.speed import measure_model
 from besa_exp.settings import EvaluatorSettings
 from besa_exp.text_sources import file_sha256, is_token_file, read_text
 from besa_exp.tokens import (
@@ -42,13 +43,14 @@ if TYPE_CHECKING:
 class Scores:
     """`perplexity` {set: value, None where it is not to be had}, `zero_shot` {task: {lm-eval's metric: value}},
     `unavailable` {set or task: reason}, in `provenance` what makes two scores comparable, in `simulated_speed` what
-    `simulate_model` gives, where it was asked for."""
+    `simulate_model` gives and in `speed` what `measure_model` does, where they were asked for."""
 
     perplexity: dict[str, float | None]
     zero_shot: dict[str, dict[str, float]]
     unavailable: dict[str, str]
     provenance: dict[str, Any]
     simulated_speed: dict[str, Any] = field(default_factory=dict)
+    speed: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate(
@@ -84,6 +86,12 @@ def evaluate(
     if settings.simulated_speed:
         on_progress("simulated speed")
         scores.simulated_speed.update(simulate_model(loaded))
+    if settings.speed:
+        on_progress("speed of 2:4 products")
+        try:
+            scores.speed.update(measure_model(loaded))
+        except Unavailable as error:
+            scores.speed["unavailable"] = scores.unavailable["speed"] = str(error)
     return scores
 
 

@@ -26,8 +26,9 @@ zeros beyond the budget, and reported as such.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,9 +40,10 @@ from besa_exp.masks import Target
 from besa_exp.pattern import fixes_sparsity
 from besa_exp.pruners.allocation import Rows, project_to_budget
 from besa_exp.pruners.search import Search, State
-from besa_exp.pruning import PrunedBlock, num_probe_samples
+from besa_exp.pruning import PrunedBlock, joined, num_probe_samples, probe_loss
 from besa_exp.quantisation import Quantiser, quantise
 from besa_exp.reports import Step
+from besa_exp.scope import SCOPES, sub_blocks
 from besa_exp.statistics import InputNorm
 
 CLIPPING_START = 0.99  # strength of all clipping at first: 1, where the sigmoid never gets, would clip nothing
@@ -52,7 +54,8 @@ CLIPPING_LR = 0.1  # first step size of the strengths' logits
 class Besa:
     """`granularity` row or linear: whom a sparsity is shared by. `lr` is the first step size, in sparsity: it only
     shrinks. `window`: ranks around the cut that the gradient averages, as a fraction of the row. `checks`: how often
-    the probe samples judge. `quantiser`: what the kept weights are rounded with; None: they stay as they are."""
+    the probe samples judge. `scope`: what shares a loss and a budget (`besa_exp.scope`). `quantiser`: what the kept
+    weights are rounded with; None: they stay as they are."""
 
     granularity: str = "row"
     epochs: int = 1
@@ -61,14 +64,16 @@ class Besa:
     window: float = 0.1
     checks: int = 2
     seed: int = 0
+    scope: str = "block"
     quantiser: Quantiser | None = None
 
     statistic = InputNorm
     dense_targets = False
 
     def __post_init__(self) -> None:
-        if self.granularity not in ("row", "linear"):
-            raise ValueError(f"pruner.granularity={self.granularity}: must be row or linear")
+        for field, choices in (("granularity", ("row", "linear")), ("scope", SCOPES)):
+            if getattr(self, field) not in choices:
+                raise ValueError(f"pruner.{field}={getattr(self, field)}: must be {' or '.join(choices)}")
         for field in ("epochs", "batch_size", "checks"):
             if getattr(self, field) < 1:
                 raise ValueError(f"pruner.{field}={getattr(self, field)}: must be at least 1")
@@ -95,26 +100,47 @@ class Besa:
         target: Target,
         on_step: Callable[[Step], None],
     ) -> PrunedBlock:
-        """Learn the sparsities of the block's cells and the clipping, then fix the masks."""
-        weights = {name: linear.weight.detach() for name, linear in block.linears.items()}
-        rows = Rows.of(
-            weights,
-            lambda name: self._importance(weights[name], statistics[name].squared_norm),
-            self.granularity,
-            target.group,
-        )
-        search = Search.of(block, rows, target.sparsity, self.quantiser)
-        return search.pruned(*self._learn(search, inputs, targets, on_step))
+        """Learn the sparsities of the block's cells and the clipping, then fix the masks. Sub-blocks come one after the
+        other, each towards what it would make, dense, of what those before it have become."""
+        parts = sub_blocks(block, inputs) if self.scope == "sub_block" else [(block, tuple(block.linears))]
+        searches = self._searches(parts, statistics, target)
+        pruned, fixed = [], {}
+        loss_before = _start_loss(block, searches, inputs, targets) if len(searches) > 1 else None
+        for begun in searches:
+            search = replace(begun, fixed=fixed)
+            if len(searches) > 1:
+                targets = search.block.outputs(inputs, self.batch_size, fixed)
+            done = sum(len(part.steps) for part in pruned)
+            state, own_loss, steps = self._learn(search, inputs, targets, on_step, done)
+            pruned.append(search.pruned(state, own_loss if loss_before is None else loss_before, steps))
+            fixed = fixed | search.weights(state)
+        return joined(pruned)
 
-    def _importance(self, weight: Tensor, squared_norm: Tensor) -> Tensor:
+    def _searches(
+        self, parts: Sequence[tuple[Block, Sequence[str]]], statistics: Mapping[str, InputNorm], target: Target
+    ) -> list[Search]:
+        """One for each part and the linears that are its own, with budgets that add up exactly."""
+        searches, done = [], 0
+        for part, names in parts:
+            weights = {name: part.linears[name].weight.detach() for name in names}
+            importance = partial(self._importance, weights, statistics)
+            rows = Rows.of(weights, importance, self.granularity, target.group)
+            total = round(target.sparsity * (done + rows.num_weights)) - round(target.sparsity * done)
+            searches.append(Search.of(part, rows, total, self.quantiser))
+            done += rows.num_weights
+        return searches
+
+    def _importance(self, weights: Mapping[str, Tensor], statistics: Mapping[str, InputNorm], name: str) -> Tensor:
+        weight, squared_norm = weights[name], statistics[name].squared_norm
         if self.quantiser is None:
             return wanda_importance(weight, squared_norm)
         return rounded_importance(weight, quantise(weight, self.quantiser), squared_norm)
 
     def _learn(
-        self, search: Search, inputs: Hidden, targets: Hidden, on_step: Callable[[Step], None]
+        self, search: Search, inputs: Hidden, targets: Hidden, on_step: Callable[[Step], None], done: int
     ) -> tuple[State, float, list[Step]]:
-        """The state with the lowest probe loss that was seen, the loss at the start, and the course."""
+        """The state with the lowest probe loss that was seen, the loss at the start, and the course, its steps counted
+        on from `done`."""
         num_samples = distributed.total(len(inputs))
         learn = max(1, num_samples - num_probe_samples(num_samples))
         num_steps = self.epochs * math.ceil(learn / self.batch_size)
@@ -128,7 +154,7 @@ class Besa:
         while len(steps) < num_steps:
             for samples in torch.randperm(learn, generator=order).to(inputs.device).split(self.batch_size):
                 own = distributed.own_places(samples)
-                step, gradients = search.gradient(inputs[own], targets[own], state, self.window, len(steps))
+                step, gradients = search.gradient(inputs[own], targets[own], state, self.window, done + len(steps))
                 steps.append(step)
                 on_step(step)
                 _step(optimizer, state, gradients, (1 + math.cos(math.pi * (len(steps) - 1) / num_steps)) / 2)
@@ -142,6 +168,12 @@ class Besa:
                     state.copy_(best)
                     _slow_down(optimizer)
         return best, start_loss, steps
+
+
+def _start_loss(block: Block, searches: Sequence[Search], inputs: Hidden, targets: Hidden) -> float:
+    """The block's own loss with all its parts as they start."""
+    start = {name: W for search in searches for name, W in search.weights(search.start(CLIPPING_START)).items()}
+    return probe_loss(block, inputs, targets, start)
 
 
 def _optimizer(state: State, lr: float) -> torch.optim.Adam:

@@ -24,10 +24,10 @@ from besa_exp.reports import Step
 
 @dataclass(frozen=True)
 class State:
-    """The sparsity of every cell and, with a quantiser, the logits of every linear's clipping strengths, by linear."""
+    """The sparsity of every cell and, with a quantiser, the logits of each linear's clipping [2 out group]."""
 
     sparsity: Float[Tensor, " cell"]
-    clipping: Mapping[str, Float[Tensor, "2 out group"]] = field(default_factory=dict)
+    clipping: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> list[Tensor]:
         """All that is learned, the sparsities first."""
@@ -48,21 +48,21 @@ class Search:
     """What the search asks of one block: losses and gradients of states that prune `total` weights of `rows`.
 
     `capacity`: weights of each cell. `masked` are buffers for the effective weights: leaves that every step fills
-    anew."""
+    anew. `fixed`: weights of other linears of the module, decided before."""
 
     block: Block
     rows: Rows
     total: int
     capacity: Float[Tensor, " cell"]
-    masked: Mapping[str, Float[Tensor, "out in"]]
+    masked: Mapping[str, Tensor]
     quantiser: Quantiser | None
+    fixed: Mapping[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(block: Block, rows: Rows, sparsity: float, quantiser: Quantiser | None) -> Search:
-        """With `sparsity` as budget."""
+    def of(block: Block, rows: Rows, total: int, quantiser: Quantiser | None) -> Search:
+        """With buffers of its own."""
         masked = {name: torch.empty_like(weight).requires_grad_() for name, weight in rows.weights.items()}
-        capacity = rows.per_cell(rows.columns, rows.num_cells)
-        return Search(block, rows, round(sparsity * rows.num_weights), capacity, masked, quantiser)
+        return Search(block, rows, total, rows.per_cell(rows.columns, rows.num_cells), masked, quantiser)
 
     @property
     def expected(self) -> float:
@@ -81,7 +81,7 @@ class Search:
         """The step's record, and dL / d(state), of the sparsities along the budget: without the part that would only
         change the total. `inputs` are this rank's of the batch; it may have none."""
         rows, counts = self._fill(state)
-        loss = reconstruction_loss(self.block(inputs, self.masked), targets)
+        loss = reconstruction_loss(self.block(inputs, {**self.fixed, **self.masked}), targets)
         by_count = {name: torch.zeros_like(count, dtype=torch.float32) for name, count in counts.items()}
         by_clipping = {name: torch.zeros_like(logits) for name, logits in state.clipping.items()}
 
@@ -116,7 +116,12 @@ class Search:
     def probe_loss(self, inputs: Hidden, targets: Hidden, state: State) -> float:
         """The loss of the samples that are not learned from."""
         self._fill(state)
-        return probe_loss(self.block, inputs, targets, self.masked)
+        return probe_loss(self.block, inputs, targets, {**self.fixed, **self.masked})
+
+    def weights(self, state: State) -> dict[str, Tensor]:
+        """The effective weights of a state, by linear."""
+        self._fill(state)
+        return {name: weight.detach() for name, weight in self.masked.items()}
 
     def pruned(self, state: State, loss_before: float, steps: list[Step]) -> PrunedBlock:
         """What a state makes of the block. Kept weights that round to zero count as pruned."""

@@ -14,12 +14,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from resumed_runs import BLOCKS, assert_equal_runs, killed, results_of
+from resumed_runs import BLOCKS, assert_equal_runs, killed, metrics_of, results_of
 from safetensors.torch import load_file, save_file
 
 from besa_exp.main import main
 
 KILLS = 20
+
+
+def assert_equal_tensors(streamed: Path, whole: Path) -> None:
+    expected = load_file(whole / "model" / "model.safetensors")
+    index = json.loads((streamed / "model" / "model.safetensors.index.json").read_text())["weight_map"]
+    found = {name: load_file(streamed / "model" / file)[name] for name, file in index.items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def interrupted(arguments: list[str], folder: Path, number: int, finished: int = 2) -> subprocess.CompletedProcess[str]:
@@ -130,12 +138,31 @@ def test_a_streamed_run_that_was_killed_ends_like_an_unbroken_whole_one(request_
     streamed = [*request_arguments, "model.load=streamed", "activations=disk"]
     killed(streamed, folder, [{"blocks": 2}])
     assert main([*streamed, f"hydra.run.dir={folder}"]) == 0
-    expected = load_file(unbroken / "model" / "model.safetensors")
-    index = json.loads((folder / "model" / "model.safetensors.index.json").read_text())["weight_map"]
-    found = {name: load_file(folder / "model" / file)[name] for name, file in index.items()}
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert_equal_tensors(folder, unbroken)
     assert results_of(folder)["perplexity"] == pytest.approx(results_of(unbroken)["perplexity"], rel=1e-6)
+
+
+def test_blocks_that_are_pruned_together_are_finished_together_and_their_reports_stay_apart(
+    request_arguments, tmp_path, capsys
+):
+    whole, folder = tmp_path / "whole", tmp_path / "streamed"
+    pairs = [*request_arguments, "pruner.scope=pair"]
+    assert main([*pairs, f"hydra.run.dir={whole}"]) == 0
+    streamed = [*pairs, "model.load=streamed"]
+    killed(streamed, folder, [{"blocks": 3}])
+    (folder / "blocks" / "000003.json").unlink(missing_ok=True)  # the second of a pair was not yet written
+    assert main([*streamed, f"hydra.run.dir={folder}"]) == 0
+    assert "2 finished blocks" in capsys.readouterr().out
+    assert_equal_tensors(folder, whole)
+    assert results_of(folder)["blocks"] == results_of(whole)["blocks"]
+    assert [line for line in metrics_of(folder) if line["kind"] != "scores"] == [
+        line for line in metrics_of(whole) if line["kind"] != "scores"
+    ]
+    blocks = results_of(whole)["blocks"]
+    assert [block["index"] for block in blocks] == list(range(BLOCKS))
+    pruned = [sum(linear["pruned"] for linear in block["linears"].values()) for block in blocks]
+    assert pruned[0] != pruned[1]
+    assert pruned[0] + pruned[1] == pruned[2] + pruned[3] == 2 * pruned[4]
 
 
 IN_A_SMALL_FILE_SYSTEM = """

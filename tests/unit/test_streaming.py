@@ -15,7 +15,7 @@ from besa_exp.models import LoadedModel
 from besa_exp.streaming import cannot_stream, open_streamed, tensor_files
 
 CPU = torch.device("cpu")
-LOADED_WHOLE = {"gpt_neox"}  # transformers saves some of its tensors under other names than its modules'
+LOADED_WHOLE = {"gpt_neox", "mixtral", "qwen2_moe"}  # transformers saves some tensors under other names, or apart
 
 
 def saved(model, folder, **options):

@@ -98,6 +98,16 @@ def test_every_block_of_metrics_jsonl_is_in_the_history(tracked: Path) -> None:
     assert [line for line in history(tracked) if "block/sparsity" in line] == expected
 
 
+def test_experts_of_a_mixture_are_one_curve_their_mean_weighted_by_weights(tmp_path: Path) -> None:
+    experts = [LinearReport(f"mlp.experts.{n}.down_proj", weights, 1, 0.5 * n) for n, weights in ((0, 10), (1, 30))]
+    blocks = [BlockReport(0, (LinearReport("self_attn.q_proj", 8, 1, 0.25), *experts), 0.1, 0.1, 1.0, ())]
+    tracker = start_tracker(SETTINGS, tmp_path, CONFIG, "a-run", "besa")
+    tracker.log_block(blocks[0])
+    tracker.finish(blocks)
+    allocated = {key: value for row in history(tmp_path) for key, value in row.items() if key.startswith("allocated/")}
+    assert allocated == {"allocated/self_attn.q_proj": 0.25, "allocated/mlp.experts.down_proj": 0.375}
+
+
 def test_curves_are_drawn_over_block_and_step_counter(tracked: Path) -> None:
     assert step_metrics(tracked) == {"step/*": "optimisation_step", "block/*": "block", "allocated/*": "block"}
 
