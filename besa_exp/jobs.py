@@ -84,7 +84,7 @@ def run_job(config: DictConfig) -> Outcome:
 
 def _alone(hydra_config: HydraConf) -> list[str]:
     """The words of a command that runs one job of a sweep by itself: what an experiment would sweep is in its lines."""
-    name, chosen = hydra_config.job.config_name, hydra_config.runtime.choices
+    name, chosen = str(hydra_config.job.config_name), hydra_config.runtime.choices
     lines = [line for line in hydra_config.overrides.hydra if key_of(line) == "hydra.searchpath"]
     lines += ["hydra.mode=RUN"] if chosen.get("experiment") else []
     return ["besa", "prune", *(["-cn", name] if name != CONFIG_NAME else []), *hydra_config.overrides.task, *lines]

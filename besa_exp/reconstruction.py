@@ -29,8 +29,8 @@ from besa_exp.masks import keep_largest
 from besa_exp.pruning import finite_step, num_probe_samples, probe_loss
 from besa_exp.reports import Step
 
-Weights = Mapping[str, Float[Tensor, "out in"]]
-KeepMasks = Mapping[str, Bool[Tensor, "out in"]]
+Weights = Mapping[str, Float[Tensor, "_out _in"]]
+KeepMasks = Mapping[str, Bool[Tensor, "_out _in"]]
 WARM_UP = 10  # steps in which the step size rises to its full value
 
 

@@ -96,13 +96,14 @@ def _main() -> None:
     request = json.loads(sys.stdin.readline())
     from transformers import AutoModelForCausalLM
 
-    model, told = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         request["folder"],
         dtype="auto",
         use_safetensors=True,
         output_loading_info=True,
         trust_remote_code=request["trust_remote_code"],
     )
+    model, told = loaded  # transformers' types do not know what output_loading_info does
     loss = token_loss(model.eval(), torch.tensor(request["input_ids"]))
     lacking, left = (sorted(map(str, told[key])) for key in ("missing_keys", "unexpected_keys"))
     sys.stdout.write(json.dumps({"token_loss": loss, "lacking": lacking, "left": left}) + "\n")

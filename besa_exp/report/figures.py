@@ -42,7 +42,7 @@ def draw(
     import matplotlib as mpl
 
     mpl.use("Agg")
-    with mpl.rc_context(LOOK):
+    with mpl.rc_context(LOOK):  # pyright: ignore[reportArgumentType] - its keys are a union of literals
         compared = [cell for cell in found if not cell.apart]
         panels = {
             "perplexity": _score_panels(compared, "perplexity"),

@@ -26,9 +26,9 @@ BUDGETS = {"owl": Owl(), "dlp": Dlp(), "alpha": Alpha(), "learned": Learned()}
 INPUT_IDS = torch.randint(0, 258, (8, 24), generator=torch.Generator().manual_seed(1))
 DENSE = tiny_llama(context=32).requires_grad_(False)
 with torch.no_grad():  # blocks that differ
-    for place, layer in enumerate(DENSE.model.layers):
-        layer.mlp.down_proj.weight[: 4 * place + 2] *= 20
-        layer.self_attn.q_proj.weight *= 1 + place
+    for place in range(2):
+        DENSE.get_parameter(f"model.layers.{place}.mlp.down_proj.weight")[: 4 * place + 2] *= 20
+        DENSE.get_parameter(f"model.layers.{place}.self_attn.q_proj.weight").mul_(1 + place)
 
 
 def loaded():
@@ -39,15 +39,16 @@ def loaded():
 
 def scores_of_blocks() -> list[torch.Tensor]:
     """|W_ij| ||X_j|| of every block's linears, in fp64, by hooks on a plain forward pass."""
-    model, inputs = copy.deepcopy(DENSE).double(), {}
-    for name, module in model.model.layers.named_modules():
+    model, inputs = torch.nn.Module.to(copy.deepcopy(DENSE), torch.float64), {}
+    layers = model.get_submodule("model.layers")
+    for name, module in layers.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda module, args, output, name=name: inputs.update({name: args[0]}))
     model(INPUT_IDS, use_cache=False)
     blocks: dict[str, list[torch.Tensor]] = {}
     for name, seen in inputs.items():
         norm = (seen.flatten(0, 1).square().sum(dim=0) / len(INPUT_IDS)).sqrt()
-        weight = model.model.layers.get_submodule(name).weight
+        weight = layers.get_parameter(f"{name}.weight")
         blocks.setdefault(name.split(".")[0], []).append((weight.abs() * norm).flatten())
     return [torch.cat(blocks[index]) for index in sorted(blocks)]
 
