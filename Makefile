@@ -1,5 +1,6 @@
 # make run    set up .venv and prune the embedded model (ARGS="sparsity=0.6 pruner=wanda" adds to the command)
 # make test   set up .venv and check everything: ruff, pyright, pytest (as root where apt is, Chromium is installed for the report's test)
+# make test-matrix  run the family and parity tests with the oldest and the newest transformers, each in a .venv-... of its own
 # make setup  set up .venv only
 # make bench  measure one block of each method against its floor, and dry_run=true against runs (make bench-gpu: CUDA)
 # make best   run the study of experiments/best (about two hours on 2 cores; done runs are skipped)
@@ -15,7 +16,7 @@ IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python,\
 	$(shell $(name) -c '$(IN_RANGE)' 2>/dev/null && echo $(name))))
 
-.PHONY: setup run test lint types pytest browser first-results best bench bench-gpu clean
+.PHONY: setup run test test-matrix lint types pytest browser first-results best bench bench-gpu clean
 .DEFAULT_GOAL := run
 
 setup: $(STAMP)
@@ -52,6 +53,19 @@ browser:
 pytest: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
+# The columns are tests/matrix/*.txt: what each pins. An environment is made once; remove it to have it made anew.
+MATRIX := oldest newest
+MATRIX_TESTS := tests/unit/test_families.py tests/unit/test_mixtures.py tests/parity
+
+test-matrix: $(MATRIX:%=.venv-%/installed)
+	$(foreach column,$(MATRIX),OMP_NUM_THREADS=1 .venv-$(column)/bin/python -m pytest -n 2 $(MATRIX_TESTS) $(ARGS) &&) true
+
+.venv-%/installed: tests/matrix/%.txt pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --constraint $< torch==2.13.0
+	.venv-$*/bin/python -m pip install --quiet --constraint $< --editable '.[$(EXTRAS)]'
+	@touch $@
+
 # The TinyStories models are not part of the repository: without BESA_SHARED they are n/a in the tables.
 SHARED := $(or $(BESA_SHARED),../shared)
 STUDIES := first_results $(if $(wildcard $(SHARED)/models),first_results_babyllama first_results_stories260k)
@@ -82,4 +96,4 @@ bench-gpu: $(STAMP)
 	$(BIN)/python experiments/benchmarks/kernels.py --device cuda
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MATRIX:%=.venv-%) .pytest_cache .ruff_cache .hypothesis

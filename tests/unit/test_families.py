@@ -9,7 +9,9 @@ from functools import cache
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, MIXTURES, tiny
+from packaging.version import Version
 from test_pruners import PRUNERS
 from transformers import AutoModelForCausalLM
 
@@ -140,6 +142,8 @@ LLAMA4 = {"num_local_experts": 4, "head_dim": 8}
 def test_an_architecture_that_cannot_be_handled_is_refused_with_what_was_looked_for(
     family, changes, reason, monkeypatch
 ):
+    if family == "mamba" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("older releases call the module that holds this weight: there it is pruned")
     monkeypatch.setitem(FAMILIES, family, changes)
     model = tiny(family)
     with pytest.raises(RunError, match=reason + r".*[Ll]ooked for torch\.nn\.Linear"):
