@@ -66,11 +66,11 @@ def test_presets_of_ones_own_come_with_a_folder(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("besa pr", "prune"),
+        ("besa pru", "prune"),
         ("besa list pr", ""),
         ("besa prune pruner=besa_p", "pruner=besa_paper"),
         ("besa prune pruner=wanda calibration.num", "calibration.num_samples="),
-        ("besa prune experiment=paper", "experiment=paper_llama2_7b_50"),
+        ("besa prune experiment=paper_llama", "experiment=paper_llama2_7b_50"),
     ],
 )
 def test_the_shell_completes_commands_presets_and_keys(
