@@ -70,11 +70,10 @@ def finished_scores(folder: Path) -> list[list[str]]:
 def all_kills(folder: Path, moments: list[dict], arguments: list[str]) -> list[dict]:
     kills = []
     for moment in moments:
-        seen = kill(start(arguments), folder, moment)
-        if seen is None:  # finished before its moment came: all that was made is needed again
-            early = moment | {"after": moment.get("after", 0) / 2, "in_a_write": False}
-            seen = kill(start([*arguments, "overwrite=true"]), folder, early)
-            assert seen is not None, f"twice the run ended before {moment}"
+        seen, after = kill(start(arguments), folder, moment), moment.get("after", 0)
+        while seen is None:  # it had ended before its moment: all that was made is needed again, and an earlier moment
+            after /= 2
+            seen = kill(start([*arguments, "overwrite=true"]), folder, moment | {"after": after})
         kills.append(seen)
     return kills
 

@@ -47,7 +47,9 @@ def interrupted(arguments: list[str], folder: Path, number: int, finished: int =
 def test_a_run_killed_twenty_times_ends_with_the_bytes_of_an_unbroken_one(request_arguments, unbroken, tmp_path):
     folder, chance = tmp_path / "run", random.Random(0)
     seconds = json.loads((unbroken / "results.json").read_text())["seconds"]["total"]
-    moments = [{"after": chance.uniform(0, seconds), "in_a_write": number % 3 == 2} for number in range(KILLS)]
+    moments = [{"after": chance.uniform(0, seconds / 2), "in_a_write": number % 3 == 2} for number in range(KILLS)]
+    for number in range(1, BLOCKS):  # so that a slow machine gets somewhere too
+        moments[number * KILLS // BLOCKS]["blocks"] = number
     seen = killed(request_arguments, folder, moments)
     assert len(seen) == KILLS
     assert any(kill["writing"] for kill in seen)
