@@ -83,7 +83,7 @@ best: $(STAMP)
 	$(if $(wildcard $(SHARED)/models),$(BIN)/python experiments/first_results/tokens.py --shared $(SHARED))
 	$(foreach study,$(BESTS),$(BEST) pruner=dense sparsity=0 seed=0 && $(BEST) && $(BEST) pruner=sparsegpt update=reconstruct \
 		&& $(BEST) pruner=wanda,sparsegpt,best sparsity=0.5 pattern=2:4 &&) true
-	$(BIN)/besa report outputs/best/* --out experiments/best/report
+	$(BIN)/besa report outputs/best --out outputs/best/report
 
 # Each prints its table and writes JSON beside itself; leave the machine alone while they run.
 bench: $(STAMP)
