@@ -77,12 +77,11 @@ first-results: $(STAMP)
 	$(BIN)/python experiments/first_results/collect.py
 
 BESTS := best $(if $(wildcard $(SHARED)/models),best_babyllama best_stories260k)
-BEST = OMP_NUM_THREADS=1 $(BIN)/besa prune experiment=$(study)
 
 best: $(STAMP)
 	$(if $(wildcard $(SHARED)/models),$(BIN)/python experiments/first_results/tokens.py --shared $(SHARED))
-	$(foreach study,$(BESTS),$(BEST) pruner=dense sparsity=0 seed=0 && $(BEST) && $(BEST) pruner=sparsegpt update=reconstruct \
-		&& $(BEST) pruner=wanda,sparsegpt,best sparsity=0.5 pattern=2:4 &&) true
+	$(foreach study,$(BESTS),$(STUDY) pruner=dense sparsity=0 seed=0 && $(STUDY) && $(STUDY) pruner=sparsegpt update=reconstruct \
+		&& $(STUDY) pruner=wanda,sparsegpt,best sparsity=0.5 pattern=2:4 &&) true
 	$(BIN)/besa report outputs/best --out outputs/best/report
 
 # Each prints its table and writes JSON beside itself; leave the machine alone while they run.

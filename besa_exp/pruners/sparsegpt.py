@@ -96,9 +96,14 @@ class SparseGPT:
         return PrunedBlock(keep_masks, allocated, weights, probe_loss(block, inputs, targets, before))
 
     def masks_and_weights(
-        self, block: Block, statistics: Mapping[str, Hessian], target: Target
+        self,
+        block: Block,
+        statistics: Mapping[str, Hessian],
+        target: Target,
+        given: Mapping[str, Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Keep masks and updated weights [out, in] in fp32 of the block's linears, which are not changed."""
+        """Keep masks and updated weights [out, in] in fp32 of the block's linears, which are not changed.
+        Masks that are `given` are not chosen."""
         weights, keep_masks = {}, {}
         for hessian, names in by_shared_input(statistics):
             matrix = hessian.matrix
@@ -106,5 +111,7 @@ class SparseGPT:
             for name in names:
                 weight = block.linears[name].weight.detach().float()
                 weight = weight.masked_fill(dead_inputs(matrix), 0)
-                weights[name], keep_masks[name] = sparsegpt(weight, factor, target, self.group_size)
+                weights[name], keep_masks[name] = sparsegpt(
+                    weight, factor, target, self.group_size, given[name] if given else None
+                )
         return keep_masks, weights

@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from besa_exp.blocks import Block, Hidden
-from besa_exp.importance import dead_inputs, inverse_factor
 from besa_exp.masks import Target
-from besa_exp.pruners.sparsegpt import sparsegpt
+from besa_exp.pruners.sparsegpt import SparseGPT
 from besa_exp.pruning import PrunedBlock
 from besa_exp.reports import Step
-from besa_exp.statistics import Hessian, by_shared_input
+from besa_exp.statistics import Hessian
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,6 @@ class Obs:
         on_step: Callable[[Step], None],
     ) -> PrunedBlock:
         """From the dense weights, one factor for each shared input."""
-        weights = {}
-        for hessian, names in by_shared_input(statistics):
-            matrix = hessian.matrix
-            factor = inverse_factor(matrix, self.damping, f"{block.name}.{names[0]}")
-            for name in names:
-                dense = block.linears[name].weight.detach().float().masked_fill(dead_inputs(matrix), 0)
-                weights[name], _ = sparsegpt(dense, factor, Target(0.0), keep_mask=pruned.keep_masks[name])
+        sparsegpt = SparseGPT(damping=self.damping)
+        _, weights = sparsegpt.masks_and_weights(block, statistics, Target(0.0), pruned.keep_masks)
         return replace(pruned, weights=weights)
