@@ -17,12 +17,12 @@ sparsity is fixed: SparseGPT's mask, and its kept weights are tuned.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from besa_exp.blocks import Block, Hidden
 from besa_exp.masks import Target
 from besa_exp.pruners.sparsegpt import SparseGPT
-from besa_exp.pruning import PrunedBlock
+from besa_exp.pruning import PrunedBlock, pruned_by_masks
 from besa_exp.reconstruction import Ramp, Tuning, tune
 from besa_exp.reports import Step
 from besa_exp.statistics import Hessian
@@ -69,5 +69,5 @@ class BesaReconstruct:
         first = target if ramp is None else Target(ramp.first)
         begun = SparseGPT(self.group_size, self.damping).masks_and_weights(block, statistics, first)
         tuned = tune(block, inputs, targets, begun[1], begun[0], self.tuning, on_step, ramp)
-        allocated = {name: 1 - mask.float().mean(dim=1) for name, mask in tuned.keep_masks.items()}
-        return PrunedBlock(tuned.keep_masks, allocated, tuned.weights, tuned.loss_before, tuned.steps)
+        masked = pruned_by_masks(tuned.keep_masks)
+        return replace(masked, weights=tuned.weights, loss_before=tuned.loss_before, steps=tuned.steps)

@@ -11,7 +11,7 @@ is exact. With a mask given, the result does not depend on the group size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,7 +22,7 @@ from besa_exp.blocks import Block
 from besa_exp.importance import dead_inputs, inverse_factor, obs_importance
 from besa_exp.masks import Target, keep_largest, keep_n_of_m
 from besa_exp.pattern import check_unchosen
-from besa_exp.pruning import PrunedBlock, probe_loss
+from besa_exp.pruning import PrunedBlock, probe_loss, pruned_by_masks
 from besa_exp.statistics import Hessian, by_shared_input
 
 
@@ -91,9 +91,9 @@ class SparseGPT:
     def prune_block(self, block, inputs, targets, statistics, target, on_step) -> PrunedBlock:
         """One factor for each shared input."""
         keep_masks, weights = self.masks_and_weights(block, statistics, target)
-        allocated = {name: 1 - mask.float().mean(dim=1) for name, mask in keep_masks.items()}
         before = {name: linear.weight.detach() * keep_masks[name] for name, linear in block.linears.items()}
-        return PrunedBlock(keep_masks, allocated, weights, probe_loss(block, inputs, targets, before))
+        loss_before = probe_loss(block, inputs, targets, before)
+        return replace(pruned_by_masks(keep_masks), weights=weights, loss_before=loss_before)
 
     def masks_and_weights(
         self,
