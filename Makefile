@@ -3,7 +3,7 @@
 # make test-matrix  run the family and parity tests with the oldest and the newest transformers, each in a .venv-... of its own
 # make setup  set up .venv only
 # make bench  measure one block of each method against its floor, and dry_run=true against runs (make bench-gpu: CUDA)
-# make best   run the study of experiments/best (about two hours on 2 cores; done runs are skipped)
+# make best   run the study of experiments/best (about two hours on 2 cores with JOBS=2; done runs are skipped)
 # make first-results  run the study of experiments/first_results (about an hour on 2 cores; done runs are skipped)
 
 VENV := .venv
@@ -69,19 +69,24 @@ test-matrix: $(MATRIX:%=.venv-%/installed)
 # The TinyStories models are not part of the repository: without BESA_SHARED they are n/a in the tables.
 SHARED := $(or $(BESA_SHARED),../shared)
 STUDIES := first_results $(if $(wildcard $(SHARED)/models),first_results_babyllama first_results_stories260k)
-STUDY = OMP_NUM_THREADS=1 $(BIN)/besa prune experiment=$(study)
+# JOBS=N runs N of a study's jobs at a time, one thread each.
+JOBS := 1
+STUDY = OMP_NUM_THREADS=1 $(BIN)/besa prune experiment=$(study) hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
 
 first-results: $(STAMP)
 	$(if $(wildcard $(SHARED)/models),$(BIN)/python experiments/first_results/tokens.py --shared $(SHARED))
 	$(foreach study,$(STUDIES),$(STUDY) pruner=dense sparsity=0 seed=0 && $(STUDY) pruner=magnitude seed=0 && $(STUDY) &&) true
 	$(BIN)/python experiments/first_results/collect.py
 
+# Ablation: best without one of its pieces (SparseGPT's start, closing bit by bit, dense targets, choice by the probe).
+WITHOUT := pruner.start=0 pruner.until=0 pruner.dense_targets=false pruner.tuning.checks=1
 BESTS := best $(if $(wildcard $(SHARED)/models),best_babyllama best_stories260k)
 
 best: $(STAMP)
 	$(if $(wildcard $(SHARED)/models),$(BIN)/python experiments/first_results/tokens.py --shared $(SHARED))
 	$(foreach study,$(BESTS),$(STUDY) pruner=dense sparsity=0 seed=0 && $(STUDY) && $(STUDY) pruner=sparsegpt update=reconstruct \
-		&& $(STUDY) pruner=wanda,sparsegpt,best sparsity=0.5 pattern=2:4 &&) true
+		&& $(STUDY) pruner=wanda,sparsegpt,best sparsity=0.5 pattern=2:4 \
+		$(foreach without,$(WITHOUT),&& $(STUDY) pruner=best sparsity=0.7 $(without)) &&) true
 	$(BIN)/besa report outputs/best --out outputs/best/report
 
 # Each prints its table and writes JSON beside itself; leave the machine alone while they run.

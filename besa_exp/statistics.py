@@ -76,7 +76,7 @@ class Hessian:
         """Accumulate the tokens of `samples` more samples (some models flatten samples and tokens into one axis)."""
         tokens = inputs.float().flatten(0, -2)
         columns = tokens.shape[1]
-        width = max(columns // 8, 256)  # H is symmetric: panels that reach from the diagonal to the right spare 7/16
+        width = max(columns // 16, 128)  # H is symmetric: panels that reach from the diagonal to the right spare 15/32
         for start in range(0, columns, width):
             panel = slice(start, start + width)
             self.upper[panel, start:].addmm_(tokens[:, panel].T, tokens[:, start:])

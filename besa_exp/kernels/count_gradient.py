@@ -6,7 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK = 1 << 18  # weights a pass: the temporaries stay in a CPU's cache, whatever the size of the linear
+from besa_exp.kernels.at_or_above import at_or_above
+
+CHUNK = 1 << 20  # weights a pass: the temporaries stay in a CPU's cache, whatever the size of the linear
 
 
 def count_gradient(
@@ -22,11 +24,11 @@ def count_gradient(
     `gradient` is dL/dW of the masked weight; the result is fp32 whatever the weights are."""
     columns = weight.shape[1]
     half = max(window / 2, 0.5)
-    first, end = (pruned - half).ceil().clamp(min=0), (pruned + half).ceil().clamp(max=columns)
+    first, end = (pruned - half).ceil().clamp(min=0).long(), (pruned + half).ceil().clamp(max=columns).long()
     rows = max(1, CHUNK // columns)
-    parts = (part.split(rows) for part in (weight, gradient, rank, first[:, None], end[:, None]))
+    parts = (part.split(rows) for part in (weight, gradient, rank, first, end))
     sums = [
-        (w.float() * g.float()).mul_((r >= low.to(r.dtype)).logical_and_(r < high.to(r.dtype))).sum(dim=1)
+        (w.float() * g.float()).mul_(at_or_above(r, low).sub_(at_or_above(r, high))).sum(dim=1)
         for w, g, r, low, high in zip(*parts, strict=True)
     ]
     return -torch.cat(sums) / ((pruned + half).clamp(max=columns) - (pruned - half).clamp(min=0))

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from besa_exp.kernels.at_or_above import at_or_above
+
 
 def masked_weight(
     weight: Float[Tensor, "out in"],
@@ -14,4 +16,4 @@ def masked_weight(
     out: Float[Tensor, "out in"] | None = None,
 ) -> Float[Tensor, "out in"]:
     """`weight` with the `pruned[row]` least important weights of each row at zero; into `out` where given."""
-    return torch.mul(weight, rank >= pruned.to(rank.dtype)[:, None], out=out)
+    return torch.mul(weight, at_or_above(rank, pruned), out=out)

@@ -31,7 +31,8 @@ from besa_exp.statistics import Hessian
 @dataclass(frozen=True)
 class BesaReconstruct:
     """`start`: the share of the target that SparseGPT takes at once; `until`: the share of the steps after which the
-    mask is fixed; `every`: steps between two changes of the mask."""
+    mask is fixed; `every`: steps between two changes of the mask. `dense_targets` off: targets are what the dense block
+    makes of the pruned prefix, and what was lost before it stays lost."""
 
     tuning: Tuning = field(default_factory=Tuning)
     start: float = 0.7
@@ -39,9 +40,9 @@ class BesaReconstruct:
     every: int = 4
     group_size: int = 128
     damping: float = 0.01
+    dense_targets: bool = True
 
     statistic = Hessian
-    dense_targets = True
 
     def __post_init__(self) -> None:
         SparseGPT(self.group_size, self.damping)  # which refuses what it cannot use

@@ -87,7 +87,8 @@ def runs_csv(runs: Sequence[Run]) -> str:
     """A row a run, a column each score; empty where there is none."""
     measures = sorted({score.measure for run in runs for score in run.scores}, key=measure_rank)
     fixed = ["folder", "status", "error", "model", "method", "pattern", "seed", "target_sparsity", "measured_sparsity"]
-    after = ["calibration", "calibration_sha256", "prune_seconds", "total_seconds", "peak_host_bytes", "git_commit"]
+    after = ["calibration", "calibration_sha256", "prune_seconds", "prune_processor_seconds", "total_seconds"]
+    after += ["peak_host_bytes", "git_commit"]
     file = io.StringIO()
     rows = csv.writer(file, lineterminator="\n")
     rows.writerow([*fixed, *(f"{m.kind} {m.label}" for m in measures), *after])
@@ -95,8 +96,9 @@ def runs_csv(runs: Sequence[Run]) -> str:
         values = {score.measure: score.value for score in run.scores}
         told = [run.folder, run.status, run.error, run.model, run.method.label, run.pattern, run.seed, run.target]
         calibration = run.calibration
-        facts = [calibration.get("name"), calibration.get("tokens_sha256"), run.seconds.get("prune")]
-        facts += [run.seconds.get("total"), run.memory.get("host"), run.environment.get("git_commit")]
+        facts = [calibration.get("name"), calibration.get("tokens_sha256")]
+        facts += [run.seconds.get(part) for part in ("prune", "prune_processor", "total")]
+        facts += [run.memory.get("host"), run.environment.get("git_commit")]
         rows.writerow([*told, run.measured, *(values.get(measure) for measure in measures), *facts])
     return file.getvalue()
 

@@ -48,7 +48,7 @@ class Allocation:
 def statistics(block: Block, inputs: Tensor, add: Callable[[str, Tensor], None]) -> Tensor:
     """One pass over the samples that hands every linear's inputs to `add`; returns the outputs."""
     hooks = [
-        linear.register_forward_pre_hook(lambda module, args, name=name: add(name, args[0]))
+        linear.module.register_forward_pre_hook(lambda module, args, name=name: add(name, args[0]))
         for name, linear in block.linears.items()
     ]
     outputs = block.outputs(inputs, 1)
@@ -59,7 +59,7 @@ def statistics(block: Block, inputs: Tensor, add: Callable[[str, Tensor], None])
 
 def learn_block(block: Block, inputs: Tensor) -> list[float]:
     """All of one block: statistics, one epoch at batch 1, the validation pass. The moments at which steps ended."""
-    norms = {name: torch.zeros(linear.in_features, device=inputs.device) for name, linear in block.linears.items()}
+    norms = {name: torch.zeros(linear.weight.shape[1], device=inputs.device) for name, linear in block.linears.items()}
 
     def add(name: str, features: Tensor) -> None:
         norms[name] += features.float().flatten(0, -2).norm(dim=0).square() / len(inputs)
@@ -108,7 +108,7 @@ def factor(hessian: Tensor) -> Tensor:
 def sparsegpt_block(block: Block, inputs: Tensor) -> None:
     """A Hessian and a factor for each linear, even where linears share their input; the column loop; the outputs."""
     hessians = {
-        name: torch.zeros(linear.in_features, linear.in_features, device=inputs.device)
+        name: torch.zeros(linear.weight.shape[1], linear.weight.shape[1], device=inputs.device)
         for name, linear in block.linears.items()
     }
     statistics(block, inputs, lambda name, features: add_to_hessian(hessians[name], features, len(inputs)))

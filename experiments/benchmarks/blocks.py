@@ -4,7 +4,8 @@
 
 A floor is what no implementation of the method can avoid: passes of the same block, dense, over the same samples. Each
 round runs everything once, one after the other; a cell is the median over rounds, a ratio the median of the
-rounds' ratios. Weights and inputs are random. Needs torch, transformers and jaxtyping alone.
+rounds' ratios. A step of BESA is followed by a bare one each time, so that both meet the same machine. Weights and
+inputs are random, those of the embedded model apart. Needs torch, transformers and jaxtyping alone.
 """
 
 from __future__ import annotations
@@ -14,31 +15,37 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import authors_way
 import torch
 from machine import describe_machine
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from besa_exp.blocks import Block, capture_blocks
+import besa_exp
+from besa_exp.blocks import Block, capture_blocks, embed
 from besa_exp.importance import inverse_factor
 from besa_exp.masks import Target
 from besa_exp.pruners.besa import Besa
 from besa_exp.pruners.sparsegpt import SparseGPT
 from besa_exp.pruners.wanda import Wanda
 from besa_exp.pruning import Pruner, prune_blocks
+from besa_exp.reports import Step
 from besa_exp.statistics import Hessian
 
 HERE = Path(__file__).parent
+MODEL_DIR = Path(besa_exp.__file__).parent / "embedded" / "model"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A Llama block's sizes and the calibration samples it is given."""
+    """A Llama block's sizes, the calibration samples it is given, and how many such blocks there are.
+
+    Of many blocks one lies on the device at a time, and is filled from host memory, as a streamed model is."""
 
     name: str
     hidden: int
@@ -47,6 +54,7 @@ class Case:
     kv_heads: int
     samples: int
     seq_len: int
+    blocks: int = 1
 
 
 CPU = (
@@ -58,7 +66,9 @@ CPU = (
 CUDA = (
     Case("Llama-2-7B block", 4096, 11008, 32, 32, 128, 2048),
     Case("Llama-2-70B block", 8192, 28672, 64, 8, 128, 2048),
+    Case("Llama-2-7B, 32 blocks", 4096, 11008, 32, 32, 128, 2048, blocks=32),
 )
+EMBEDDED = "embedded model, 64 x 256 tokens"
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,29 @@ class Cell:
     peak_bytes: int | None = None
 
 
-def make_block(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Block, Tensor]:
+@dataclass(frozen=True)
+class Work:
+    """Blocks to prune, one after the other, `times` over, and what enters the first. `dense`: their weights, on the
+    host, which are put into a block when its turn comes."""
+
+    blocks: tuple[Block, ...]
+    inputs: Tensor
+    dense: tuple[dict[str, Tensor], ...]
+    times: int = 1
+
+    @staticmethod
+    def of(blocks: list[Block], inputs: Tensor, times: int = 1) -> Work:
+        dense = [{name: W.weight.detach().cpu().clone() for name, W in block.linears.items()} for block in blocks]
+        return Work(tuple(blocks), inputs, tuple(dense), times)
+
+    def __iter__(self) -> Iterator[Block]:
+        for block, dense in zip(self.blocks * self.times, self.dense * self.times, strict=True):
+            for name, linear in block.linears.items():
+                linear.weight.detach().copy_(dense[name])
+            yield block
+
+
+def make_work(case: Case, device: torch.device, dtype: torch.dtype) -> Work:
     """A block with random weights on `device`, and random inputs for it."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -92,7 +124,17 @@ def make_block(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Bl
         model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
     block = capture_blocks(model, torch.zeros(case.samples, case.seq_len, dtype=torch.long))[0]
     inputs = torch.randn(case.samples, case.seq_len, case.hidden, device=device, dtype=dtype)
-    return block, inputs * torch.rand(case.hidden, device=device, dtype=dtype)  # channels of unequal size, as in life
+    inputs *= torch.rand(case.hidden, device=device, dtype=dtype)  # channels of unequal size, as in life
+    return Work.of([block], inputs, case.blocks)
+
+
+def embedded_work(device: torch.device, samples: int = 64, seq_len: int = 256) -> Work:
+    """The model of the package, on random tokens."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).to(device).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (samples, seq_len), generator=generator)
+    blocks = capture_blocks(model, tokens)
+    return Work.of(blocks, embed(model, blocks, tokens, samples))
 
 
 def clock(device: torch.device) -> float:
@@ -101,138 +143,150 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def timed(device: torch.device, work: Callable[[], object]) -> float:
+def timed(device: torch.device, act: Callable[[], object]) -> float:
     started = clock(device)
-    work()
+    act()
     return clock(device) - started
 
 
-def median_gap(moments: list[float]) -> float:
-    """The usual time between two steps; those that also did something else are outvoted."""
-    return statistics.median(later - sooner for sooner, later in itertools.pairwise(moments))
-
-
-def prune(block: Block, inputs: Tensor, pruner: Pruner) -> list[float]:
-    """The block loop on this one block, which is put back afterwards. The moments of its steps."""
-    dense = {name: linear.weight.detach().clone() for name, linear in block.linears.items()}
-    moments: list[float] = []
-    device = inputs.device
-    for _ in prune_blocks([block], inputs.clone(), pruner, Target(0.5), 1, lambda step: moments.append(clock(device))):
+def prune(work: Work, pruner: Pruner, on_step: Callable[[Step], None] = lambda step: None) -> None:
+    """The block loop."""
+    for _ in prune_blocks(work, work.inputs.clone(), pruner, Target(0.5), 1, on_step):
         pass
-    for name, linear in block.linears.items():
-        linear.weight.detach().copy_(dense[name])
-    return moments
 
 
-def bare_steps(block: Block, inputs: Tensor) -> list[float]:
-    """Forward and backward of the dense block: gradients to its weights and inside it, none to its inputs."""
+def bare_step(block: Block, sample: Tensor) -> None:
+    """Forward and backward of the dense block: gradients to its weights and inside it, none to its input."""
     weights = {name: linear.weight.detach().requires_grad_() for name, linear in block.linears.items()}
-    gradient = torch.randn_like(inputs[:1])
-    moments = []
-    for sample in inputs.split(1):
-        torch.autograd.grad(block(sample, weights), list(weights.values()), gradient)
-        moments.append(clock(inputs.device))
-    return moments
+    torch.autograd.grad(block(sample, weights), list(weights.values()), torch.ones_like(sample))
 
 
-def besa_round(block: Block, inputs: Tensor) -> dict[str, float]:
-    """One round of all that concerns BESA, in seconds."""
-    device = inputs.device
-    moments: dict[str, list[float]] = {}
+def besa_floor(work: Work) -> None:
+    """Statistics and targets, one epoch of bare steps, outputs."""
+    inputs = work.inputs
+    for block in work:
+        block.outputs(inputs, 1)
+        for sample in inputs.split(1):
+            bare_step(block, sample)
+        inputs = block.outputs(inputs, 1)
 
-    def keep(name: str, work: Callable[[], list[float]]) -> Callable[[], None]:
-        return lambda: moments.update({name: work()})
 
+def two_passes(work: Work) -> None:
+    """Statistics, outputs."""
+    inputs = work.inputs
+    for block in work:
+        block.outputs(inputs, 1)
+        inputs = block.outputs(inputs, 1)
+
+
+def authors(work: Work, prune_block: Callable[[Block, Tensor], object]) -> None:
+    """The authors' way for each block."""
+    inputs = work.inputs
+    for block in work:
+        prune_block(block, inputs)
+        inputs = block.outputs(inputs, 1) if len(work.blocks) > 1 else inputs
+
+
+def step_round(work: Work, samples: int = 16) -> dict[str, float]:
+    """The usual step of BESA, each followed by a bare one, and of the authors' way."""
+    device, block = work.inputs.device, work.blocks[0]
+    few = replace(work, inputs=work.inputs[:samples])
+    ours, floor = [], []
+    began = clock(device)
+
+    def on_step(step: Step) -> None:
+        nonlocal began
+        ours.append(clock(device) - began)
+        floor.append(timed(device, lambda: bare_step(block, work.inputs[:1])))
+        began = clock(device)
+
+    prune(few, Besa(), on_step)
+    moments = authors_way.learn_block(block, few.inputs)
+    gaps = [later - sooner for sooner, later in itertools.pairwise(moments)]
+    return {name: statistics.median(v) for name, v in (("ours", ours), ("floor", floor), ("authors", gaps))}
+
+
+def method_round(
+    work: Work, pruner: Pruner, floor: Callable[[Work], None], theirs: Callable[[Block, Tensor], object] | None
+) -> dict[str, float]:
+    device = work.inputs.device
     seconds = {
-        "floor": timed(device, lambda: (block.outputs(inputs, 1), bare_steps(block, inputs), block.outputs(inputs, 1))),
-        "ours": timed(device, keep("ours", lambda: prune(block, inputs, Besa()))),
-        "authors": timed(device, keep("authors", lambda: authors_way.learn_block(block, inputs))),
+        "floor": timed(device, lambda: floor(work)),
+        "ours": timed(device, lambda: prune(work, pruner)),
     }
-    steps = {name: median_gap(values) for name, values in moments.items()} | {
-        "floor": median_gap(bare_steps(block, inputs))
-    }
-    return {f"{name} block": value for name, value in seconds.items()} | {
-        f"{name} step": value for name, value in steps.items()
-    }
+    return seconds | ({"authors": timed(device, lambda: authors(work, theirs))} if theirs else {})
 
 
-def wanda_round(block: Block, inputs: Tensor) -> dict[str, float]:
-    device = inputs.device
-    return {
-        "floor": timed(device, lambda: (block.outputs(inputs, 1), block.outputs(inputs, 1))),
-        "ours": timed(device, lambda: prune(block, inputs, Wanda())),
-    }
-
-
-def sparsegpt_round(block: Block, inputs: Tensor) -> dict[str, float]:
-    device = inputs.device
+def factor_round(work: Work) -> dict[str, float]:
+    """Hessians and factors once for each shared input, and once for each linear."""
+    device, block, inputs = work.inputs.device, work.blocks[0], work.inputs
     features: dict[str, Tensor] = {}
     authors_way.statistics(block, inputs[:1], lambda name, seen: features.update({name: seen}))
     distinct = {id(seen): seen for seen in features.values()}.values()
 
-    def hessians_and_factors() -> None:
+    def ours() -> None:
         for seen in distinct:
             hessian = Hessian(seen.shape[-1], device)
             for _ in inputs:
                 hessian.add(seen, 1)
             inverse_factor(hessian.matrix, 0.01, "benchmark")
 
-    def authors_hessians_and_factors() -> None:
+    def theirs() -> None:
         for seen in features.values():
             hessian = torch.zeros(seen.shape[-1], seen.shape[-1], device=device)
             for _ in inputs:
                 authors_way.add_to_hessian(hessian, seen, len(inputs))
             authors_way.factor(hessian)
 
-    return {
-        "floor block": timed(device, lambda: (block.outputs(inputs, 1), block.outputs(inputs, 1))),
-        "ours block": timed(device, lambda: prune(block, inputs, SparseGPT())),
-        "authors block": timed(device, lambda: authors_way.sparsegpt_block(block, inputs)),
-        "ours factors": timed(device, hessians_and_factors),
-        "authors factors": timed(device, authors_hessians_and_factors),
-    }
+    return {"ours": timed(device, ours), "authors": timed(device, theirs)}
 
 
-def cell(case: Case, what: str, rounds: list[dict[str, float]], suffix: str = "", peak: int | None = None) -> Cell:
-    ours, floor, authors = (
-        [found[name + suffix] for found in rounds if name + suffix in found] for name in ("ours", "floor", "authors")
-    )
+def cell(case: str, what: str, rounds: list[dict[str, float]], peak: int | None = None) -> Cell:
+    ours, floor, theirs = ([found[name] for found in rounds if name in found] for name in ("ours", "floor", "authors"))
 
     def ratio(of: list[float], to: list[float]) -> float:
         return statistics.median(a / b for a, b in zip(of, to, strict=True))
 
     return Cell(
-        case.name,
+        case,
         what,
         statistics.median(ours),
         statistics.median(floor) if floor else None,
         ratio(ours, floor) if floor else None,
-        statistics.median(authors) if authors else None,
-        ratio(authors, ours) if authors else None,
+        statistics.median(theirs) if theirs else None,
+        ratio(theirs, ours) if theirs else None,
         peak,
     )
 
 
-def run_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> list[Cell]:
-    block, inputs = make_block(case, device, dtype)
-    block(inputs[:1])  # the first call of a shape is slower
-    besa = [besa_round(block, inputs) for _ in range(rounds)]
-    cells = [
-        cell(case, "BESA step", besa, " step"),
-        cell(case, "BESA block", besa, " block", peak_bytes(device, block, inputs)),
-    ]
-    cells.append(cell(case, "Wanda block", [wanda_round(block, inputs) for _ in range(rounds)]))
-    sparsegpt = [sparsegpt_round(block, inputs) for _ in range(rounds)]
-    cells += [cell(case, "SparseGPT block", sparsegpt, " block")]
-    return [*cells, cell(case, "SparseGPT Hessians and factors", sparsegpt, " factors")]
+def run_case(name: str, work: Work, rounds: int) -> list[Cell]:
+    """A line for each method, and of a single block what it is made of."""
+    next(iter(work))(work.inputs[:1])  # the first call of a shape is slower
+
+    def several(measure: Callable[[], dict[str, float]]) -> list[dict[str, float]]:
+        return [measure() for _ in range(rounds)]
+
+    single, whole = len(work.blocks) * work.times == 1, work.times > 1
+    theirs = None if whole else authors_way.learn_block  # hours for a whole model of random weights; blocks tell it
+    their_sparsegpt = None if whole else authors_way.sparsegpt_block
+    cells = [cell(name, "BESA step", several(lambda: step_round(work)))] if single else []
+    besa = several(lambda: method_round(work, Besa(), besa_floor, theirs))
+    cells.append(cell(name, "BESA", besa, peak_bytes(work)))
+    cells.append(cell(name, "Wanda", several(lambda: method_round(work, Wanda(), two_passes, None))))
+    sparsegpt = several(lambda: method_round(work, SparseGPT(), two_passes, their_sparsegpt))
+    cells.append(cell(name, "SparseGPT", sparsegpt))
+    if single:
+        cells.append(cell(name, "SparseGPT's Hessians and factors", several(lambda: factor_round(work))))
+    return cells
 
 
-def peak_bytes(device: torch.device, block: Block, inputs: Tensor) -> int | None:
-    """Most device memory that BESA held on this block, inputs and targets included; None on a CPU."""
+def peak_bytes(work: Work) -> int | None:
+    """Most device memory that BESA held, inputs and targets included; None on a CPU."""
+    device = work.inputs.device
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
-    prune(block, inputs, Besa())
+    prune(work, Besa())
     return torch.cuda.max_memory_allocated(device)
 
 
@@ -254,19 +308,17 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     cuda = device.type == "cuda"
-    cells: list[Cell] = []
-    for case in CUDA if cuda else CPU:
-        if arguments.only in case.name:
-            cells += run_case(case, device, torch.bfloat16 if cuda else torch.float32, arguments.rounds)
-            print(show(cells[-5:]), flush=True)
-    record = {
-        "machine": describe_machine(device),
-        "rounds": arguments.rounds,
-        "cells": [asdict(line) for line in cells],
-    }
+    dtype = torch.bfloat16 if cuda else torch.float32
+    makers = {case.name: partial(make_work, case, device, dtype) for case in (CUDA if cuda else CPU)}
+    makers |= {} if cuda else {EMBEDDED: partial(embedded_work, device)}
     out = arguments.out or HERE / f"blocks_{device.type}.json"
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(show(cells))
+    cells: list[Cell] = []
+    for name, make in makers.items():
+        if arguments.only in name:
+            cells += run_case(name, make(), arguments.rounds)
+            print(show(cells), flush=True)
+            record = {"machine": describe_machine(device), "rounds": arguments.rounds, "cells": [*map(asdict, cells)]}
+            out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

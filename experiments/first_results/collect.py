@@ -1,5 +1,7 @@
 """Collects the study's run folders into results.json, tables.md and perplexity.png beside this file.
 
+What results.json holds already stays, unless the same method, target and seed were run again.
+
 python experiments/first_results/collect.py [--runs outputs/first_results]
 """
 
@@ -38,6 +40,12 @@ def read_runs(folder: Path) -> list[dict]:
             }
         )
     return runs
+
+
+def joined(recorded: list[dict], found: list[dict]) -> list[dict]:
+    """The runs of both, those that were `found` in the place of what was `recorded` of the same request."""
+    runs = {(run["pruner"], run["target_sparsity"], run["seed"]): run for run in [*recorded, *found]}
+    return [runs[request] for request in sorted(runs)]
 
 
 def cell(runs: list[dict], pruner: str, sparsity: float, key: str, digits: int) -> str:
@@ -115,8 +123,10 @@ def main() -> None:
     """Reads the runs, writes the three files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("outputs/first_results"))
-    by_model = {model: read_runs(parser.parse_args().runs / model) for model in MODELS}
-    (HERE / "results.json").write_text(json.dumps(by_model, indent=1) + "\n", encoding="utf-8")
+    folder, record = parser.parse_args().runs, HERE / "results.json"
+    recorded = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    by_model = {model: joined(recorded.get(model, []), read_runs(folder / model)) for model in MODELS}
+    record.write_text(json.dumps(by_model, indent=1) + "\n", encoding="utf-8")
     (HERE / "tables.md").write_text(tables(by_model), encoding="utf-8")
     plot(by_model, HERE / "perplexity.png")
     print((HERE / "tables.md").read_text(encoding="utf-8"))

