@@ -131,15 +131,22 @@ def _unknown_key(config: DictConfig, key: str) -> str | None:
         parents.append(part)
     else:
         return None
-    names = list(_dotted_keys(config if key.startswith("hydra.") else _own_nodes(config)))
+    absent = [] if parents else _groups_without_choice(config)
+    names = [*_dotted_keys(config if key.startswith("hydra.") else _own_nodes(config)), *absent]
     same_end = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     where = ".".join(parents)
     beside = [str(name) for name in node if name not in ("_target_", "hydra")] if isinstance(node, DictConfig) else []
+    beside += absent
     near = did_you_mean(key.rsplit(".", 1)[-1], beside, f"{where}.") if where else did_you_mean(key, names)
     if same_end:
         near = f"; did you mean {' or '.join(same_end)}?"
     of = f" of {where}" if where else ""
     return f"{key}: no such key{near}; keys{of}: {', '.join(beside) or 'none'}"
+
+
+def _groups_without_choice(config: DictConfig) -> list[str]:
+    """Groups that are keys although no preset of theirs is chosen."""
+    return [str(group) for group in config.hydra.runtime.choices if "/" not in group and group not in config]
 
 
 def _own_nodes(config: DictConfig) -> dict[str, Any]:

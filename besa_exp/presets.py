@@ -28,7 +28,7 @@ def presets(group: str) -> dict[str, str]:
 def first_comment(path: Path) -> str:
     """The first comment line of a YAML file that says something (`# @package ...` does not); "" where there is none."""
     for line in path.read_text(encoding="utf-8").splitlines():
-        comment = re.fullmatch(r"#\s*(?!@package)(.+)", line)
+        comment = re.fullmatch(r"#(?!\s*@package)\s*(.+)", line)
         if comment:
             return comment[1].strip()
     return ""

@@ -99,6 +99,7 @@ def test_every_yaml_says_in_its_first_lines_what_it_is(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     assert first_comment(path) in lines[0] + lines[1]
     assert len(first_comment(path)) > 15
+    assert "@package" not in first_comment(path)
 
 
 @pytest.mark.parametrize("group", ["experiment", "debug"])
