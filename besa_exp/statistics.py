@@ -40,21 +40,24 @@ S = TypeVar("S", bound=Statistic)
 
 
 class InputNorm:
-    """Mean over samples of ||X_j||^2, the squared norm of input feature j over the tokens of a sample [in]."""
+    """Mean over samples of ||X_j||^2, the squared norm of input feature j over the tokens of a sample [in].
+
+    Squares are fp32, their sums fp64: how samples are batched and dealt out to ranks does not show in fp32, where one
+    unit in the last place can swap the ranks of two weights."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
-        self.total = torch.zeros(columns, dtype=torch.float32, device=device)
+        self.total = torch.zeros(columns, dtype=torch.float64, device=device)
         self.samples = 0
 
     def add(self, inputs: Float[Tensor, "*token in"], samples: int) -> None:
         """Accumulate the tokens of `samples` more samples (some models flatten samples and tokens into one axis)."""
-        self.total += inputs.float().flatten(0, -2).square().sum(dim=0)
+        self.total += inputs.float().flatten(0, -2).square().sum(dim=0, dtype=torch.float64)
         self.samples += samples
 
     @property
     def squared_norm(self) -> Float[Tensor, " in"]:
         """The statistic, called `scaler_row` in Wanda's code."""
-        return self.total / self.samples
+        return (self.total / self.samples).float()
 
     def sum_over_ranks(self) -> None:
         """That of the samples of all ranks."""
@@ -62,7 +65,7 @@ class InputNorm:
 
     def is_finite(self) -> bool:
         """Whether no input overflowed or was NaN."""
-        return bool(self.total.isfinite().all())
+        return bool(self.total.float().isfinite().all())
 
 
 class Hessian:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,9 +27,13 @@ KEYS = ["prune", "tracker=none", "device=cpu", "evaluator.limit=6", "evaluator.d
 
 
 def on_two(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command on two processes, its two streams together."""
+    """A prune on two processes, its two streams together."""
+    return started_on_two([*KEYS, *arguments])
+
+
+def started_on_two(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*TORCHRUN, *KEYS, *arguments],
+        [*TORCHRUN, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -38,9 +44,10 @@ def on_two(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nine windows of 32 tokens of the embedded text: of two ranks one has a sample more."""
+    """Windows of the embedded text: of two ranks one has a sample more, and there are twice as many tokens as a linear
+    has inputs. With fewer, SparseGPT's Hessian is so ill-conditioned that rounding alone chooses other masks."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-    ids = torch.tensor(tokenizer.encode(calibration_documents().documents[0])[: 9 * 32]).view(9, 32)
+    ids = torch.tensor(tokenizer.encode(" ".join(calibration_documents().documents[:20]))[: 17 * 64]).view(17, 64)
     path = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
     save_file({"input_ids": ids}, path)
     return path
@@ -75,19 +82,17 @@ def results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-# besa: sums over ranks are rounded otherwise, so that one pair of 393,216 weights, whose importances differ in the
-# last bit, swaps ranks. Steps agree to 1e-7 until a cut falls between the two: other weights are masked, and the
-# loss, of 288 tokens only, moves by 2e-4.
 @pytest.mark.parametrize(
-    ("pruner", "more", "equal", "tolerance"),
+    ("pruner", "more"),
     [
-        ("wanda", ["evaluator=quick"], 0.999, 1e-4),
-        ("sparsegpt", ["evaluator=perplexity"], 0.999, 1e-4),
-        ("besa", ["evaluator=none", "pruner.batch_size=3"], 0.999, 1e-3),
-        ("besa_paper", ["evaluator=none"], 0.999, 1e-4),
+        ("wanda", ["evaluator=quick"]),
+        ("sparsegpt", ["evaluator=perplexity"]),
+        ("besa", ["evaluator=none", "pruner.batch_size=3"]),
+        ("besa", ["evaluator=perplexity", "model.load=streamed"]),
+        ("besa_paper", ["evaluator=none"]),
     ],
 )
-def test_two_processes_give_the_masks_losses_and_scores_of_one(short, tokens, tmp_path, pruner, more, equal, tolerance):
+def test_two_processes_give_the_masks_losses_and_scores_of_one(short, tokens, tmp_path, pruner, more):
     given = [f"model.path={short}", f"calibration.path={tokens}", f"pruner={pruner}", *more]
     given += [] if more[0] == "evaluator=none" else [f"evaluator.perplexity_sets=[{tokens}]"]
     assert main([*KEYS, *given, f"hydra.run.dir={tmp_path / 'one'}"]) == 0
@@ -95,11 +100,36 @@ def test_two_processes_give_the_masks_losses_and_scores_of_one(short, tokens, tm
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("block 2/2") == 1  # one rank speaks
     same, worst = compared(tmp_path / "one", tmp_path / "two")
-    assert same >= equal
-    assert worst <= tolerance
+    assert same >= 0.999
+    assert worst <= 1e-4
     one, two = (results(tmp_path / name) for name in ("one", "two"))
     assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-3)
     assert two["zero_shot"] == one["zero_shot"]
+
+
+def test_what_one_process_began_two_finish(unfinished, unbroken, request_arguments):
+    done = started_on_two([*request_arguments, f"hydra.run.dir={unfinished}"])
+    assert done.returncode == 0, done.stdout
+    assert "going on after" in done.stdout
+    same, worst = compared(unbroken, unfinished)
+    assert same >= 0.999
+    assert worst <= 1e-4
+
+
+def test_what_two_processes_began_one_finishes(unbroken, request_arguments, tmp_path, capsys):
+    folder = tmp_path / "run"
+    command = [*TORCHRUN, *request_arguments, f"hydra.run.dir={folder}"]
+    two = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(folder.glob("blocks/??????.json"))) < 2:
+        assert two.poll() is None, "it ended before it was killed"
+        time.sleep(0.001)
+    two.send_signal(signal.SIGTERM)
+    two.wait()
+    assert main([*request_arguments, f"hydra.run.dir={folder}"]) == 0
+    assert "going on after" in capsys.readouterr().out
+    same, worst = compared(unbroken, folder)
+    assert same >= 0.999
+    assert worst <= 1e-4
 
 
 def test_a_failing_rank_ends_all_with_its_error(short, tokens, tmp_path):
