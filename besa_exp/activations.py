@@ -10,9 +10,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
+
+from besa_exp.memory import free_memory
 
 Allocate = Callable[[torch.Size, torch.dtype], Tensor]
 SHARE_OF_FREE = 0.4  # of the memory that is free, which activations may take before `auto` goes to a slower place
@@ -37,7 +38,7 @@ def allocator(kind: str, device: torch.device, folder: Path, needed: int) -> tup
 def _choose(device: torch.device, needed: int) -> str:
     if device.type == "cuda" and needed < SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0]:
         return "device"
-    if needed < SHARE_OF_FREE * psutil.virtual_memory().available:
+    if needed < SHARE_OF_FREE * free_memory():
         return "host" if device.type == "cuda" else "device"
     return "disk"
 

@@ -6,11 +6,9 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +18,7 @@ from besa_exp import distributed
 from besa_exp.embedded.text import MODEL_DIR
 from besa_exp.errors import ConfigurationError, first_line
 from besa_exp.hub import MODEL_FILES, OTHER_FORMATS
+from besa_exp.memory import free_memory
 from besa_exp.model_config import code_of
 from besa_exp.model_folder import CONTEXT_KEYS, inspect_config, inspect_model_folder, only_pickled
 from besa_exp.pickled_weights import converted_folder
@@ -113,51 +112,78 @@ def load_tokenizer(settings: ModelSettings, folder: Path) -> PreTrainedTokenizer
 def _folder(settings: ModelSettings, offline: bool) -> Path:
     """The folder of the model's files; those of a hub id are fetched into the local cache."""
     path = model_path(settings)
-    if Path(path).is_dir():
-        return Path(path)
-    return _from_hub(path, settings, offline)
+    return Path(path) if Path(path).is_dir() else _from_hub(settings, offline)
 
 
-def _from_hub(path: str, settings: ModelSettings, offline: bool) -> Path:
-    """The hub's files in the local cache, fetched where the hub answers; its own client would wait for ever for one
-    that does not. config.json comes first: what it speaks against is refused before the weights come."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        HTTPError,  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def config_folder(settings: ModelSettings, offline: bool) -> Path:
+    """A folder that holds the model's config; of a hub id no weight is fetched."""
+    path = model_path(settings)
+    return Path(path) if Path(path).is_dir() else _HubModel.asked(settings, offline).fetched(["*.json", "*.py"])
 
-    unreachable, names = "offline=true" if offline else None, []
-    try:
-        if not offline:
+
+def _from_hub(settings: ModelSettings, offline: bool) -> Path:
+    """The hub's files in the local cache. config.json comes first: what it speaks against is refused before the weights
+    come."""
+    model = _HubModel.asked(settings, offline)
+    return model.fetched(wanted_files(settings, model.fetched(["*.json"]), model.names))
+
+
+@dataclass(frozen=True)
+class _HubModel:
+    """A model of the hub: the `names` of its files, none where the hub was not asked, and why it is `unreachable`."""
+
+    settings: ModelSettings
+    names: Sequence[str]
+    unreachable: str | None
+
+    @staticmethod
+    def asked(settings: ModelSettings, offline: bool) -> _HubModel:
+        """Asks the hub; its own client would wait for ever for one that does not answer. ConfigurationError: it knows
+        no such model."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import (
+            HTTPError,  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        if offline:
+            return _HubModel(settings, [], "offline=true")
+        path = model_path(settings)
+        try:
             info = HfApi().model_info(path, revision=settings.revision, timeout=HUB_TIMEOUT)
-            names = [file.rfilename for file in info.siblings or []]
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise ConfigurationError(
-            f"model.path={path}: the hub shows no such model or revision ({first_line(error)}); check model.path and "
-            "model.revision, or log in (hf auth login) if it is private or gated"
-        ) from error
-    except (OSError, HTTPError) as error:
-        unreachable = first_line(error)
-    fetch = partial(
-        snapshot_download,
-        path,
-        revision=settings.revision,
-        local_files_only=unreachable is not None,
-        ignore_patterns=OTHER_FORMATS,
-    )
-    try:
-        wanted = wanted_files(settings, Path(fetch(allow_patterns=["*.json"])), names)
-        return Path(fetch(allow_patterns=wanted))
-    except ConfigurationError:
-        raise
-    except (OSError, ValueError, HTTPError) as error:
-        raise ConfigurationError(
-            f"model.path={path}: not in the local cache, and the hub cannot be reached "
-            f"({unreachable or first_line(error)}); check the network, HF_ENDPOINT and proxies, or fetch it where "
-            f"there is one (hf download {path}) and give model.path that folder"
-        ) from error
+        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+            raise ConfigurationError(
+                f"model.path={path}: the hub shows no such model or revision ({first_line(error)}); check model.path "
+                "and model.revision, or log in (hf auth login) if it is private or gated"
+            ) from error
+        except (OSError, HTTPError) as error:
+            return _HubModel(settings, [], first_line(error))
+        return _HubModel(settings, [file.rfilename for file in info.siblings or []], None)
+
+    def fetched(self, patterns: Sequence[str]) -> Path:
+        """The folder, in the local cache, of its files that match. ConfigurationError: they cannot be had."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            HTTPError,  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
+        )
+
+        path = model_path(self.settings)
+        try:
+            folder = snapshot_download(
+                path,
+                revision=self.settings.revision,
+                local_files_only=self.unreachable is not None,
+                allow_patterns=list(patterns),
+                ignore_patterns=OTHER_FORMATS,
+            )
+        except (OSError, ValueError, HTTPError) as error:
+            raise ConfigurationError(
+                f"model.path={path}: not in the local cache, and the hub cannot be reached "
+                f"({self.unreachable or first_line(error)}); check the network, HF_ENDPOINT and proxies, or fetch it "
+                f"where there is one (hf download {path}) and give model.path that folder"
+            ) from error
+        return Path(folder)
 
 
 def wanted_files(settings: ModelSettings, folder: Path, names: Sequence[str]) -> list[str]:
@@ -190,8 +216,8 @@ def weight_bytes(folder: Path) -> int:
 
 def is_large(size: int, device: torch.device) -> bool:
     """Whether files of `size` bytes are more than the free memory easily holds beside what pruning needs."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return size > SHARE_OF_FREE * min(free, psutil.virtual_memory().available)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    return size > SHARE_OF_FREE * min(free, free_memory())
 
 
 def model_path(settings: ModelSettings) -> str:

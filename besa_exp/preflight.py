@@ -204,4 +204,6 @@ def _needed_bytes(settings: RunSettings, facts: ModelFolder) -> int:
     a_weight = BYTES_OF_DTYPE.get(settings.model.dtype)
     model_bytes = facts.weights * a_weight if a_weight else facts.saved_bytes
     in_linears = sum(rows * columns for rows, columns in facts.linears.values())
-    return required_bytes(model_bytes, in_linears, settings.save) + (facts.saved_bytes if facts.pickled else 0)
+    whole = settings.model.load == "whole"
+    needed = required_bytes(model_bytes, in_linears, facts.weights, settings.save, whole)
+    return needed + (facts.saved_bytes if facts.pickled else 0)

@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from besa_exp.errors import RunError
+from besa_exp.memory import free_memory
 
 TOKENS = 64  # of one sample: enough to tell models apart
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative; the devices may differ
@@ -42,7 +42,7 @@ def reloading(
     """Begins to load `folder` in a fresh process; what is yielded waits for it and says what was seen, or why nothing
     was. RunError, then: it does not load, or computes something else than `expected`."""
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    free = psutil.virtual_memory().available
+    free = free_memory()
     if size > SHARE_OF_FREE * free:
         reason = (
             f"the model takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; it was reloaded by the run itself"

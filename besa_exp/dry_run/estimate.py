@@ -30,6 +30,7 @@ from besa_exp.dry_run.needs import ModelSize, Need, Place, Plan, Working, kept_b
 from besa_exp.dry_run.seconds import seconds
 from besa_exp.errors import ConfigurationError
 from besa_exp.masks import Target
+from besa_exp.memory import free_memory
 from besa_exp.models import is_large, weight_bytes
 from besa_exp.settings import RunSettings
 from besa_exp.streaming import cannot_stream, give_back_memory, tensor_files
@@ -71,7 +72,7 @@ def estimate(settings: RunSettings, folder: Path, tell: Callable[[str], None] = 
     size = model_size(models[0])
     streamed, notes = _is_streamed(settings, models[0], size, device)
     texts = read_texts(settings, models[0])
-    free = {"host": psutil.virtual_memory().available, "disk": shutil.disk_usage(existing_place(folder)).free}
+    free = {"host": free_memory(), "disk": shutil.disk_usage(existing_place(folder)).free}
     free |= {"device": torch.cuda.mem_get_info(device)[0]} if device.type == "cuda" else {}
     tell("writing a file and reading it again")
     disk = disk_speed(folder)
@@ -113,7 +114,7 @@ def _probe(
     give_back_memory()
     libraries = psutil.Process().memory_info().rss
     least = LEAST_WORK * size.largest_block_bytes + size.outside_bytes
-    if device.type == "cpu" and least > psutil.virtual_memory().available:
+    if device.type == "cpu" and least > free_memory():
         return Probed(libraries, place, None, None, [f"time and working memory {UNKNOWN}: one block needs more memory"])
     target = Target.parse(settings.sparsity, settings.pattern)
     window = max((length for _, length in texts.windows), default=min(512, texts.seq_len))

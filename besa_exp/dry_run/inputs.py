@@ -17,7 +17,7 @@ from besa_exp.calibration import load_calibration
 from besa_exp.errors import ConfigurationError, Unavailable, first_line
 from besa_exp.evaluation.checks import perplexity_window
 from besa_exp.evaluation.scores import windows_of
-from besa_exp.models import load_tokenizer, model_context, model_path
+from besa_exp.models import config_folder, load_tokenizer, model_context, model_path
 from besa_exp.settings import ModelSettings, RunSettings
 from besa_exp.streaming import dtype_of
 from besa_exp.text_sources import HUB_FILES, Use, fetch
@@ -43,16 +43,15 @@ class Texts:
 def model_without_weights(settings: ModelSettings, offline: bool) -> PreTrainedModel:
     """The whole model on the meta device. ConfigurationError: its config cannot be had or is not known."""
     options = {"trust_remote_code": settings.trust_remote_code}
+    folder = config_folder(settings, offline)
     try:
-        config = AutoConfig.from_pretrained(
-            model_path(settings), revision=settings.revision, local_files_only=offline, **options
-        )
+        config = AutoConfig.from_pretrained(folder, local_files_only=offline, **options)
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype_of(config, settings.dtype), **options)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"model.path={settings.path}: its config cannot be had ({first_line(error)}), and nothing can be told "
-            "without it; give a folder, or a hub id that can be reached or is in the local cache"
+            f"model.path={settings.path}: no model can be built from its config ({first_line(error)}); it must be a "
+            "decoder-only model that transformers knows"
         ) from error
     model.tie_weights()
     return model.eval()

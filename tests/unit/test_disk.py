@@ -11,10 +11,17 @@ from besa_exp.disk import SPARE_BYTES, check_disk, required_bytes
 from besa_exp.settings import SaveSettings
 
 
-def test_what_is_saved_decides_what_disk_is_needed() -> None:
-    assert required_bytes(1000, 81, SaveSettings(model=True, masks=True)) == SPARE_BYTES + 1000 + 11
-    assert required_bytes(1000, 81, SaveSettings(model=True, masks=False)) == SPARE_BYTES + 1000
-    assert required_bytes(1000, 81, SaveSettings(model=False, masks=True)) == SPARE_BYTES + 11
+@pytest.mark.parametrize(
+    ("save", "whole", "needed"),
+    [  # 1,000 bytes, of 250 weights 200 in linears: finished blocks of 800 bytes and 25 of masks
+        (SaveSettings(model=True, masks=True), True, 800 + 25 + 1000 + 25),
+        (SaveSettings(model=True, masks=True), False, 800 + 25 + 200 + 25),
+        (SaveSettings(model=True, masks=False), False, 800 + 25 + 200),
+        (SaveSettings(model=False, masks=True), True, 800 + 25 + 25),
+    ],
+)
+def test_finished_blocks_and_what_is_saved_decide_what_disk_is_needed(save, whole, needed) -> None:
+    assert required_bytes(1000, 200, 250, save, whole) == SPARE_BYTES + needed
 
 
 def test_too_little_disk_is_one_problem_with_its_remedy(tmp_path: Path) -> None:
