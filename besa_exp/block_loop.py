@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor
 
@@ -12,8 +13,10 @@ from besa_exp import distributed
 from besa_exp.activations import Allocate
 from besa_exp.blocks import Block, Hidden, capture_blocks, check_replay, embed
 from besa_exp.budgets.budget import Budget, exact_targets
+from besa_exp.budgets.trial import Search, Trial
 from besa_exp.checkpoint import weights_sha256
 from besa_exp.finished_blocks import FinishedBlocks, block_tensors, load_block_tensors
+from besa_exp.head import head_of
 from besa_exp.masks import Target
 from besa_exp.models import LoadedModel
 from besa_exp.pruning import PrunedBlock, Pruner, prune_blocks
@@ -39,7 +42,7 @@ class BlockLoop:
         self,
         pruner: Pruner,
         target: Target,
-        budget: Budget | None,
+        budget: Budget | Search | None,
         on_step: Callable[[Step], None],
         on_block: Callable[[BlockReport], None],
     ) -> None:
@@ -73,9 +76,19 @@ class BlockLoop:
     def _embed(self, blocks: list[Block]) -> Hidden:
         return embed(self.loaded.model, blocks, self.input_ids, self.batch_size, self.allocate)
 
-    def _targets(self, blocks: list[Block], target: Target, budget: Budget, together: int) -> list[Target]:
-        """Each block's own, or that of the blocks it is pruned together with: the budget sees the dense blocks and a
-        copy of their inputs."""
+    def _targets(self, blocks: list[Block], target: Target, budget: Budget | Search, together: int) -> list[Target]:
+        """Each block's own, or that of the blocks it is pruned together with."""
+        if isinstance(budget, Search):
+            sparsities, sizes = self._searched(budget, blocks, target.sparsity)
+        else:
+            sparsities, sizes = self._measured(budget, blocks, target.sparsity)
+        own = exact_targets(sparsities, sizes, target.sparsity)
+        groups = [slice(start, start + together) for start in range(0, len(own), together)]
+        pruned = [sum(round(t.sparsity * size) for t, size in zip(own[g], sizes[g], strict=True)) for g in groups]
+        return [Target(count / sum(sizes[g])) for count, g in zip(pruned, groups, strict=True) for _ in own[g]]
+
+    def _measured(self, budget: Budget, blocks: list[Block], sparsity: float) -> tuple[Tensor, list[int]]:
+        """The blocks' wishes and weights: the budget sees the dense blocks and a copy of their inputs."""
         sizes: list[int] = []
 
         def measured() -> Iterable[Block]:
@@ -83,11 +96,14 @@ class BlockLoop:
                 sizes.append(sum(linear.weight.numel() for linear in block.linears.values()))
                 yield block
 
-        sparsities = budget.sparsities(measured(), self._embed(blocks), target.sparsity, self.batch_size)
-        own = exact_targets(sparsities, sizes, target.sparsity)
-        groups = [slice(start, start + together) for start in range(0, len(own), together)]
-        pruned = [sum(round(t.sparsity * size) for t, size in zip(own[g], sizes[g], strict=True)) for g in groups]
-        return [Target(count / sum(sizes[g])) for count, g in zip(pruned, groups, strict=True) for _ in own[g]]
+        return budget.sparsities(measured(), self._embed(blocks), sparsity, self.batch_size), sizes
+
+    def _searched(self, budget: Search, blocks: list[Block], sparsity: float) -> tuple[Tensor, list[int]]:
+        """The blocks' wishes and weights: the budget tries whole models, and goes on where an earlier attempt was."""
+        head = head_of(self.loaded.model, blocks, self.input_ids)
+        inputs, outputs = self._embed(blocks), self._embed(blocks)
+        trial = Trial.begin(partial(self._resident, blocks), inputs, outputs, head, self.batch_size)
+        return budget.search(trial, sparsity, self.finished.search), [*trial.sizes]
 
     def _check_replay(self, blocks: list[Block]) -> None:
         """On two samples, through all blocks, or the first where they are streamed."""

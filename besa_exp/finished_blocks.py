@@ -3,7 +3,8 @@
 `blocks/` in the run folder holds for block i `00000i.safetensors` (all its tensors, pruned, by their names in the
 model), `00000i.masks.safetensors` and, written last, `00000i.json`: the report, the hashes of the two files and that of
 the block's dense weights. A block is finished when its json is there and the hashes agree. `identity.json` says what
-the blocks were pruned from; blocks of another request are never gone on with.
+the blocks were pruned from; blocks of another request are never gone on with. `search.json` is how far a budget's
+search has come.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from besa_exp import atomic
+from besa_exp.budgets.progress import Progress
 from besa_exp.checkpoint import save_masks, weights_sha256
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.identity import IDENTITY, as_plain, check_identity
 from besa_exp.reports import BlockReport, LinearReport, Step
 
+SEARCH = "search.json"
 logger = logging.getLogger(__name__)
 
 
@@ -35,6 +38,11 @@ class FinishedBlocks:
     """The folder `blocks/` of one run."""
 
     folder: Path
+
+    @property
+    def search(self) -> Progress:
+        """That of the search for a budget, if there is one."""
+        return Progress(self.folder / SEARCH)
 
     def begin(self, identity: Mapping[str, Any], ends: Collection[int] | None = None) -> list[BlockReport]:
         """The reports of the blocks that are finished, from block 0 on without a gap; later and damaged ones go, and
@@ -51,7 +59,7 @@ class FinishedBlocks:
             reports.pop()
         whole = {file.name for index in range(len(reports)) for file in self._files(index)}
         for file in self.folder.iterdir():
-            if file.name not in whole and file.name != IDENTITY:
+            if file.name not in (*whole, IDENTITY, SEARCH):
                 atomic.remove(file)
         return reports
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from besa_exp import kernels
 from besa_exp.blocks import Block, Hidden
-from besa_exp.masks import Target, round_to_total
+from besa_exp.importance import wanda_importance
+from besa_exp.masks import Target, keep_by_rank, round_to_total
 from besa_exp.pruners.allocation import project_to_budget
 from besa_exp.statistics import Statistic, observe
 
@@ -47,6 +49,23 @@ def survey(
         statistics, _ = observe(block, inputs, statistic, batch_size, inputs)
         measured.append(measure(block, statistics))
     return measured
+
+
+@torch.no_grad()
+def pruned_to(
+    block: Block, squared_norms: Mapping[str, Float[Tensor, " _in"]], sparsities: Iterable[float]
+) -> Iterator[dict[str, Tensor]]:
+    """The block's weights, pruned by Wanda to each of the sparsities, with `squared_norms` of the linears' inputs."""
+    weights = {name: linear.weight.detach() for name, linear in block.linears.items()}
+    ranks = {
+        name: kernels.rank_in_row(wanda_importance(weight, squared_norms[name])) for name, weight in weights.items()
+    }
+    for sparsity in sparsities:
+        keep_masks = {
+            name: keep_by_rank(rank, torch.full((len(rank),), int(rank.shape[1] * sparsity), device=rank.device))
+            for name, rank in ranks.items()
+        }
+        yield {name: weight * keep_masks[name] for name, weight in weights.items()}
 
 
 def around(wishes: Float[Tensor, " block"], center: float, width: float) -> Float[Tensor, " block"]:

@@ -18,7 +18,7 @@ blocks x levels states lie where the activations do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +27,7 @@ from torch import Tensor
 
 from besa_exp import distributed
 from besa_exp.blocks import Block, Hidden
-from besa_exp.budgets.budget import no_pattern
-from besa_exp.importance import wanda_importance
-from besa_exp.masks import Target, keep_per_row
+from besa_exp.budgets.budget import no_pattern, pruned_to
 from besa_exp.statistics import InputNorm, observe
 
 SHARES = 400  # steps in which a block's sparsity is dealt out
@@ -75,20 +73,13 @@ class Learned:
             perturbed = [block.outputs(states, batch_size) for states in perturbed]
             before = dense
             statistics, dense = observe(block, before, InputNorm, batch_size)
-            perturbed += [block.outputs(before, batch_size, weights) for weights in _pruned(block, statistics, levels)]
+            norms = {name: statistic.squared_norm for name, statistic in statistics.items()}
+            perturbed += [block.outputs(before, batch_size, weights) for weights in pruned_to(block, norms, levels)]
             sizes.append(sum(linear.weight.numel() for linear in block.linears.values()))
         scale = distributed.all_sum(dense.double().square().sum())
         squared = [distributed.all_sum((states.double() - dense.double()).square().sum()) for states in perturbed]
         errors = torch.stack(squared).view(len(sizes), len(levels)) / scale
         return errors.cpu(), torch.tensor(sizes, dtype=torch.float64)
-
-
-def _pruned(block: Block, statistics: dict[str, InputNorm], levels: list[float]) -> Iterator[dict[str, Tensor]]:
-    """The block's weights, pruned by Wanda to each level."""
-    weights = {name: linear.weight.detach() for name, linear in block.linears.items()}
-    scores = {name: wanda_importance(weight, statistics[name].squared_norm) for name, weight in weights.items()}
-    for level in levels:
-        yield {name: weight * keep_per_row(scores[name], Target(level)) for name, weight in weights.items()}
 
 
 def deal_out(

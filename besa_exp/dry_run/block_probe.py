@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from besa_exp.activations import Allocate
 from besa_exp.blocks import Block, Hidden, capture_blocks, discover_blocks
 from besa_exp.budgets.budget import Budget
+from besa_exp.budgets.trial import Search
 from besa_exp.dry_run.meters import PeakMemory, seconds_of
 from besa_exp.masks import Target
 from besa_exp.pruning import PrunedBlock, Pruner, prune_blocks
@@ -130,7 +131,7 @@ class BlockProbe:
     target: Target
     batch_size: int
     allocate: Allocate
-    budget: Budget | None = None
+    budget: Budget | Search | None = None
 
     def cost(self, samples: int, seq_len: int) -> BlockCost:
         """Expected of a block of a run with so many samples; extrapolated where that would take too long."""
@@ -161,8 +162,12 @@ class BlockProbe:
 
     def forward_seconds(self, rows: int, length: int) -> float:
         """Of one forward pass of `rows` samples through the block, the better of two."""
-        block, hidden = self._block(rows, length), self._noise(rows, length)
+        block, hidden = self.block_of_noise(rows, length)
         return min(seconds_of(self.device, lambda: block.outputs(hidden, rows)) for _ in range(2))
+
+    def block_of_noise(self, rows: int, length: int) -> tuple[Block, Hidden]:
+        """The block and inputs for it."""
+        return self._block(rows, length), self._noise(rows, length)
 
     def _block(self, rows: int, length: int) -> Block:
         (block,) = capture_blocks(self.model, torch.zeros(rows, length, dtype=torch.int64))
@@ -176,7 +181,7 @@ class BlockProbe:
 
     def _measure(self, samples: int, length: int) -> BlockCost:
         """Prunes the block, which gets its weights back."""
-        block, inputs = self._block(samples, length), self._noise(samples, length)
+        block, inputs = self.block_of_noise(samples, length)
         kept = {name: linear.weight.detach().clone() for name, linear in block.linears.items()}
         steps: list[Step] = []
         give_back_memory()
@@ -186,7 +191,7 @@ class BlockProbe:
             before = memory.now() + (rooms * inputs.nbytes if inputs.device == self.device else 0)
 
             def prune() -> None:
-                if self.budget:  # it goes through the dense blocks first
+                if isinstance(self.budget, Budget):  # it goes through the dense blocks first
                     self.budget.sparsities([block], inputs.clone(), self.target.sparsity, self.batch_size)
                 for _ in prune_blocks(
                     [block], inputs, watched, self.target, self.batch_size, steps.append, allocate=self.allocate

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from besa_exp.activations import activation_bytes, allocator
 from besa_exp.blocks import discover_blocks, discover_linears
+from besa_exp.budgets.trial import Search
 from besa_exp.device import prepared_device
 from besa_exp.dry_run.block_probe import BlockCost, BlockProbe, with_one_block
 from besa_exp.dry_run.disk_probe import disk_speed, existing_place
@@ -27,6 +28,7 @@ from besa_exp.dry_run.evaluation_probe import EvaluationCost, evaluation_cost
 from besa_exp.dry_run.inputs import Texts, local_folder, model_without_weights, read_texts
 from besa_exp.dry_run.meters import seconds_of
 from besa_exp.dry_run.needs import ModelSize, Need, Place, Plan, Working, kept_bytes, needs
+from besa_exp.dry_run.search_probe import search_seconds
 from besa_exp.dry_run.seconds import seconds
 from besa_exp.errors import ConfigurationError
 from besa_exp.masks import Target
@@ -87,7 +89,7 @@ def estimate(settings: RunSettings, folder: Path, tell: Callable[[str], None] = 
         parts=needs(plan),
         kept=kept_bytes(plan),
         blocks=len(size.blocks),
-        seconds=seconds(plan, texts, build, disk, probed.block, probed.evaluation, scored),
+        seconds=seconds(plan, texts, build, disk, probed.block, probed.evaluation, scored, probed.search),
         free=free,
         notes=[*notes, *texts.notes, *probed.notes],
     )
@@ -102,6 +104,7 @@ class Probed:
     block: BlockCost | None
     evaluation: EvaluationCost | None
     notes: list[str]
+    search: float = 0.0  # seconds that the budget's search takes
 
 
 def _probe(
@@ -123,7 +126,10 @@ def _probe(
         cut, batch_size = with_one_block(model, device), settings.calibration.batch_size
         probe = BlockProbe(cut, device, pruner, target, batch_size, allocate, settings.budget)
         block = probe.cost(texts.samples, texts.seq_len)
-        return Probed(libraries, place, block, evaluation_cost(probe, evaluator, window) if evaluates else None, [])
+        evaluation = evaluation_cost(probe, evaluator, window) if evaluates else None
+        shape = (len(size.blocks), texts.samples, texts.seq_len)
+        search = search_seconds(probe, settings.budget, *shape) if isinstance(settings.budget, Search) else 0.0
+        return Probed(libraries, place, block, evaluation, [], search)
     except torch.OutOfMemoryError:
         return Probed(libraries, place, None, None, [f"time and working memory {UNKNOWN}: one block did not fit"])
 

@@ -21,12 +21,14 @@ def seconds(
     block: BlockCost | None,
     evaluation: EvaluationCost | None,
     models_scored: int,
+    search: float = 0.0,
 ) -> dict[str, float | None]:
     """Seconds by part, with one block's, and the total where all are known; None: not estimated. `build`: of the model
-    without weights. `models_scored`: how many models are evaluated."""
+    without weights. `models_scored`: how many models are evaluated. `search`: of the budget's, once a run."""
     load = build + (plan.size.outside_bytes if plan.streamed else plan.size.total_bytes) * disk.read
     a_block = _block_seconds(plan, disk, block) if block else None
-    pruning = None if block is None or a_block is None else a_block * plan.num_blocks + _replay_seconds(plan, block)
+    begin = search + _replay_seconds(plan, block) if block else 0.0
+    pruning = None if a_block is None else a_block * plan.num_blocks + begin
     found: dict[str, float | None] = {
         "load": load,
         "calibrate": texts.calibrate,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from besa_exp import distributed
-from besa_exp.blocks import capture_blocks, embed, replaced_forwards
+from besa_exp.blocks import capture_blocks, embed
 from besa_exp.evaluation.batches import BatchSize, rows_at_once, tokens_at_once
 from besa_exp.evaluation.perplexity import Perplexity, perplexity_of, sum_of_losses
+from besa_exp.head import head_logits
 from besa_exp.streaming import StreamedWeights
 
 
@@ -41,22 +41,4 @@ def streamed_logits(
     modules = [block.module for block in blocks]
     for start in range(0, len(windows), batch_size):
         ids = windows[start : start + batch_size].to(hidden.device)
-        yield ids, _head(model, modules, ids, hidden[start : start + batch_size])
-
-
-def _head(model: nn.Module, modules: list[nn.Module], ids: Tensor, hidden: Tensor) -> Tensor:
-    """What the model makes of the last block's output: its own forward pass with stand-ins for the blocks, which return
-    a tensor, or a tuple where the model wants one."""
-    results: tuple[Any, ...] = (hidden, (hidden, None))
-    for result in results:
-        stand_ins = [lambda *args, result=result, **kwargs: result] * len(modules)
-        with replaced_forwards(modules, stand_ins):
-            try:
-                logits = model(input_ids=ids, use_cache=False).logits
-            except (TypeError, AttributeError, IndexError, RuntimeError, ValueError):
-                if result is results[-1]:
-                    raise
-                continue
-        if logits.shape[:2] == ids.shape:
-            return logits
-    raise AssertionError("the model makes no logits of its last block's output")
+        yield ids, head_logits(model, modules, ids, hidden[start : start + batch_size])

@@ -1,0 +1,33 @@
+"""What a budget's search over whole models costs: ranks and a forward pass of one block, and the head, are timed."""
+
+from __future__ import annotations
+
+import torch
+
+from besa_exp.blocks import Hidden
+from besa_exp.budgets.budget import pruned_to
+from besa_exp.budgets.trial import Search
+from besa_exp.dry_run.block_probe import BlockProbe
+from besa_exp.dry_run.meters import seconds_of
+from besa_exp.head import head_of
+
+
+def search_seconds(probe: BlockProbe, search: Search, num_blocks: int, num_samples: int, seq_len: int) -> float:
+    """At most: that tried models begin alike saves a part. Measured on a sample of 256 tokens where they are longer."""
+    work = search.work(num_blocks, num_samples, seq_len, probe.target.sparsity)
+    length = min(seq_len, 256)
+    block, hidden = probe.block_of_noise(1, length)
+    head = head_of(probe.model, [block], torch.zeros(1, length, dtype=torch.int64))
+    norms = {
+        name: torch.ones(linear.weight.shape[1], device=linear.weight.device) for name, linear in block.linears.items()
+    }
+    a_pass = seconds_of(probe.device, lambda: [*pruned_to(block, norms, [probe.target.sparsity])])
+    a_head = min(seconds_of(probe.device, lambda: _compared(head(hidden))) for _ in range(2)) / length
+    a_token = probe.forward_seconds(1, length) / length
+    return num_blocks * (work.passes * a_pass + work.tokens * a_token) + work.tokens * a_head
+
+
+def _compared(logits: Hidden) -> float:
+    """What a divergence takes besides the logits."""
+    found = logits.float().log_softmax(dim=-1)
+    return float((found.exp() * (found - found)).sum(dim=-1).double().sum())

@@ -1,0 +1,45 @@
+"""The model's head: what it makes of the last block's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from besa_exp.blocks import Block, Hidden, replaced_forwards
+
+Logits = Float[Tensor, "sample seq vocabulary"]
+Head = Callable[[Hidden], Logits]
+
+
+def head_of(model: nn.Module, blocks: Sequence[Block], input_ids: Int[Tensor, "sample seq"]) -> Head:
+    """A function from the last block's outputs, of at most as many samples as `input_ids` has, to logits."""
+    modules = [block.module for block in blocks]
+    device = next(model.parameters()).device
+
+    def head(hidden: Hidden) -> Logits:
+        return head_logits(model, modules, input_ids[: len(hidden)].to(device), hidden.to(device))
+
+    return head
+
+
+@torch.no_grad()
+def head_logits(model: nn.Module, modules: list[nn.Module], ids: Int[Tensor, "sample seq"], hidden: Hidden) -> Logits:
+    """The model's own forward pass with stand-ins for the blocks, which return a tensor, or a tuple where the model
+    wants one. Of `ids` the shape alone matters."""
+    results: tuple[Any, ...] = (hidden, (hidden, None))
+    for result in results:
+        stand_ins = [lambda *args, result=result, **kwargs: result] * len(modules)
+        with replaced_forwards(modules, stand_ins):
+            try:
+                logits = model(input_ids=ids, use_cache=False).logits
+            except (TypeError, AttributeError, IndexError, RuntimeError, ValueError):
+                if result is results[-1]:
+                    raise
+                continue
+        if logits.shape[:2] == ids.shape:
+            return logits
+    raise AssertionError("the model makes no logits of its last block's output")
