@@ -4,6 +4,7 @@
 # make setup  set up .venv only
 # make bench  measure one block of each method against its floor, and dry_run=true against runs (make bench-gpu: CUDA)
 # make best   run the study of experiments/best (about two hours on 2 cores with JOBS=2; done runs are skipped)
+# make budgets  run the study of budgets over depth (some hours on 2 cores; done runs are skipped)
 # make first-results  run the study of experiments/first_results (about an hour on 2 cores; done runs are skipped)
 
 VENV := .venv
@@ -16,7 +17,7 @@ IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python,\
 	$(shell $(name) -c '$(IN_RANGE)' 2>/dev/null && echo $(name))))
 
-.PHONY: setup run test test-matrix lint types pytest browser first-results best bench bench-gpu clean
+.PHONY: setup run test test-matrix lint types pytest browser first-results best budgets bench bench-gpu clean
 .DEFAULT_GOAL := run
 
 setup: $(STAMP)
@@ -88,6 +89,11 @@ best: $(STAMP)
 		&& $(STUDY) pruner=wanda,sparsegpt,best sparsity=0.5 pattern=2:4 \
 		$(foreach without,$(WITHOUT),&& $(STUDY) pruner=best sparsity=0.7 $(without)) &&) true
 	$(BIN)/besa report outputs/best --out outputs/best/report
+
+budgets: $(STAMP)
+	$(if $(wildcard $(SHARED)/models),$(BIN)/python experiments/first_results/tokens.py --shared $(SHARED))
+	$(foreach study,$(BESTS:best%=budgets%),$(STUDY) &&) true
+	$(BIN)/besa report outputs/budgets --out outputs/budgets/report
 
 # Each prints its table and writes JSON beside itself; leave the machine alone while they run.
 bench: $(STAMP)

@@ -14,6 +14,7 @@ from besa_exp.activations import Allocate
 from besa_exp.blocks import Block, Hidden, capture_blocks, check_replay, embed
 from besa_exp.budgets.budget import Budget, exact_targets
 from besa_exp.budgets.trial import Search, Trial
+from besa_exp.budgets.uniform import Uniform
 from besa_exp.checkpoint import weights_sha256
 from besa_exp.finished_blocks import FinishedBlocks, block_tensors, load_block_tensors
 from besa_exp.head import head_of
@@ -42,7 +43,7 @@ class BlockLoop:
         self,
         pruner: Pruner,
         target: Target,
-        budget: Budget | Search | None,
+        budget: Budget | Search | Uniform | None,
         on_step: Callable[[Step], None],
         on_block: Callable[[BlockReport], None],
     ) -> None:
@@ -51,7 +52,8 @@ class BlockLoop:
         blocks = capture_blocks(self.loaded.model, self.input_ids)
         self._check_replay(blocks)
         together = blocks_together(pruner)
-        targets = self._targets(blocks, target, budget, together) if budget else target
+        alike = budget is None or isinstance(budget, Uniform)
+        targets = target if alike else self._targets(blocks, target, budget, together)
         grouped = units(blocks, together)
         pruning = prune_blocks(
             self._resident(grouped),

@@ -3,8 +3,8 @@
 `blocks/` in the run folder holds for block i `00000i.safetensors` (all its tensors, pruned, by their names in the
 model), `00000i.masks.safetensors` and, written last, `00000i.json`: the report, the hashes of the two files and that of
 the block's dense weights. A block is finished when its json is there and the hashes agree. `identity.json` says what
-the blocks were pruned from; blocks of another request are never gone on with. `search.json` is how far a budget's
-search has come.
+the blocks were pruned from; blocks of another request are never gone on with. `budget_search.json` says how far the
+search for a budget has come.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.identity import IDENTITY, as_plain, check_identity
 from besa_exp.reports import BlockReport, LinearReport, Step
 
-SEARCH = "search.json"
+SEARCH = "budget_search.json"
 logger = logging.getLogger(__name__)
 
 

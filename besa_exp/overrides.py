@@ -118,8 +118,8 @@ def _chosen(override: Override) -> Iterator[object]:
         yield from override.sweep_string_iterator() if override.is_discrete_sweep() else ()
     elif isinstance(value, list):
         yield from value
-    elif value is not None:
-        yield value
+    else:
+        yield "null" if value is None else value  # Hydra knows no way to choose nothing
 
 
 def _unknown_key(config: DictConfig, key: str) -> str | None:

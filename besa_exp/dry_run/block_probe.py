@@ -25,6 +25,7 @@ from besa_exp.activations import Allocate
 from besa_exp.blocks import Block, Hidden, capture_blocks, discover_blocks
 from besa_exp.budgets.budget import Budget
 from besa_exp.budgets.trial import Search
+from besa_exp.budgets.uniform import Uniform
 from besa_exp.dry_run.meters import PeakMemory, seconds_of
 from besa_exp.masks import Target
 from besa_exp.pruning import PrunedBlock, Pruner, prune_blocks
@@ -131,7 +132,7 @@ class BlockProbe:
     target: Target
     batch_size: int
     allocate: Allocate
-    budget: Budget | Search | None = None
+    budget: Budget | Search | Uniform | None = None
 
     def cost(self, samples: int, seq_len: int) -> BlockCost:
         """Expected of a block of a run with so many samples; extrapolated where that would take too long."""

@@ -3,7 +3,8 @@
     python killed_runs.py RUN_FOLDER MOMENTS besa-arguments...
 
 Each child is a `besa` process of its own, killed (SIGKILL) at its moment: MOMENTS is a JSON list of {after: seconds,
-blocks: that many finished, scores: that many finished, in_a_write: seen writing a file}, of which all given must hold.
+blocks: that many finished, scores: that many finished, generations: that many of a search finished, in_a_write: seen
+writing a file}, of which all given must hold.
 Prints a JSON list of what was there at each kill. The run is left unfinished.
 """
 
@@ -35,11 +36,13 @@ def kill(child: int, folder: Path, moment: dict) -> dict | None:
             "writing": being_written(folder),
             "blocks": [path.name for path in folder.glob("blocks/??????.json")],
             "scores": finished_scores(folder),
+            "generations": finished_generations(folder),
         }
         if (
             time.monotonic() - began >= moment.get("after", 0)
             and len(seen["blocks"]) >= moment.get("blocks", 0)
             and len(seen["scores"]) >= moment.get("scores", 0)
+            and seen["generations"] >= moment.get("generations", 0)
             and (seen["writing"] or not moment.get("in_a_write"))
         ):
             break
@@ -65,6 +68,14 @@ def finished_scores(folder: Path) -> list[list[str]]:
     except FileNotFoundError:
         return []
     return [[which, name] for which, kinds in content.items() for kind in kinds.values() for name in kind]
+
+
+def finished_generations(folder: Path) -> int:
+    """Of the search for a budget."""
+    try:
+        return json.loads((folder / "blocks" / "budget_search.json").read_text())["generations"]
+    except FileNotFoundError:
+        return 0
 
 
 def all_kills(folder: Path, moments: list[dict], arguments: list[str]) -> list[dict]:

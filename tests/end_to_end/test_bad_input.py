@@ -45,6 +45,7 @@ def refused(given: list[str], capsys: pytest.CaptureFixture[str]) -> Refusal:
         ("sparcity=0.5", ["sparcity: no such key; did you mean sparsity?"]),
         ("calibration.num_sample=4", ["did you mean calibration.num_samples?", "seq_len"]),
         ("num_samples=4", ["num_samples: no such key; did you mean calibration.num_samples?"]),
+        ("budget=null", ["budget=null: no such preset", "uniform"]),
         ("budgt=owl", ["budgt: no such key; did you mean budget?", "experiment"]),
         ("pruner.damping=1", ["pruner.damping: no such key"]),
         ("hydra.run.dri=x", ["did you mean hydra.run.dir?"]),
