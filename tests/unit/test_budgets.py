@@ -18,13 +18,14 @@ from tiny_llama import tiny_llama
 from besa_exp.blocks import capture_blocks, embed
 from besa_exp.budgets.alpha import Alpha, hill_exponent
 from besa_exp.budgets.atp import Atp
-from besa_exp.budgets.budget import exact_targets
+from besa_exp.budgets.budget import Budget, exact_targets
 from besa_exp.budgets.dlp import Dlp
 from besa_exp.budgets.evopress import EvoPress, Levels, Space
 from besa_exp.budgets.learned import Learned, deal_out
 from besa_exp.budgets.owl import Owl
 from besa_exp.budgets.progress import Progress
 from besa_exp.budgets.trial import Search, Trial
+from besa_exp.budgets.uniform import Uniform
 from besa_exp.head import head_of
 from besa_exp.masks import Target
 from besa_exp.pruners.besa import Besa
@@ -335,6 +336,16 @@ def test_a_search_asks_for_no_more_work_than_it_says() -> None:
         assert len(passes) == work.passes
         dense = sum(tokens) - work.tokens  # the head is asked for the dense model's predictions too
         assert 0 < dense <= work.tokens
+
+
+def test_the_uniform_budget_takes_any_target() -> None:
+    assert Uniform().check(0.5, "unstructured") == Uniform().check(0.5, "2:4") == []
+    assert not isinstance(Uniform(), Budget | Search)
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_budget_is_either_measured_or_searched_for(name: str) -> None:
+    assert isinstance(BUDGETS[name], Budget) != isinstance(BUDGETS[name], Search)
 
 
 @pytest.mark.parametrize("name", BUDGETS)
