@@ -52,8 +52,9 @@ class BlockLoop:
         blocks = capture_blocks(self.loaded.model, self.input_ids)
         self._check_replay(blocks)
         together = blocks_together(pruner)
-        alike = budget is None or isinstance(budget, Uniform)
-        targets = target if alike else self._targets(blocks, target, budget, together)
+        targets = target
+        if budget is not None and not isinstance(budget, Uniform):
+            targets = self._targets(blocks, target, budget, together)
         grouped = units(blocks, together)
         pruning = prune_blocks(
             self._resident(grouped),

@@ -93,7 +93,7 @@ class Trial:
     def divergences(self, models: Sequence[Sparsities], samples: Int[Tensor, " sample"]) -> list[float]:
         """D of each model on the `samples` of these numbers. RunError: not finite."""
         own = distributed.own_places(samples)
-        states = {(): self.inputs[own]}
+        states: Mapping[Sparsities, Hidden] = {(): self.inputs[own]}
         for depth, block in enumerate(self.blocks()):
             states = self._next(block, self.squared_norms[depth], states, [model[: depth + 1] for model in models])
         distinct = {model: states[model] for model in models}

@@ -106,3 +106,13 @@ def test_the_default_run_is_told(
     assert "W&B" in said
     assert "not estimated" not in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_search_for_a_budget_is_counted(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    def pruning(generations: int) -> str:
+        asked = ["pruner=wanda", "budget=evopress", f"budget.generations={generations}"]
+        lines = told(capsys, *given, *asked).splitlines()
+        return next(line for line in lines if "prune: 2 blocks of" in line).rstrip().rsplit("  ", 1)[-1]
+
+    assert pruning(2).endswith(" s")
+    assert "h" in pruning(10**6)
