@@ -11,7 +11,7 @@ from torch import Tensor
 
 from besa_exp import distributed
 from besa_exp.activations import Allocate
-from besa_exp.blocks import Block, Hidden, capture_blocks, check_replay, embed
+from besa_exp.blocks import Block, Hidden, capture_blocks, embed
 from besa_exp.budgets.budget import Budget, exact_targets
 from besa_exp.budgets.trial import Search, Trial
 from besa_exp.budgets.uniform import Uniform
@@ -21,6 +21,7 @@ from besa_exp.head import head_of
 from besa_exp.masks import Target
 from besa_exp.models import LoadedModel
 from besa_exp.pruning import PrunedBlock, Pruner, prune_blocks
+from besa_exp.replay_check import check_replay
 from besa_exp.reports import BlockReport, Step
 from besa_exp.scope import blocks_together, by_block, units
 

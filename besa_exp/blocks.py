@@ -2,7 +2,7 @@
 
 A block is called with exactly the arguments that the model itself gives it: they are captured by hooks from a real
 forward pass and replayed verbatim, block by block, so that rotary tables, masks and whatever a next release of
-transformers adds arrive untouched. `check_replay` proves it at the start of every run.
+transformers adds arrive untouched. `replay_check` proves it at the start of every run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from besa_exp import distributed
 from besa_exp.activations import Allocate
 from besa_exp.errors import RunError
-from besa_exp.linears import LOOKED_FOR, Linear, discover_linears, find_linears, watch, with_weights
+from besa_exp.linears import LOOKED_FOR, Linear, discover_linears, find_linears, with_weights
 
 Hidden = Float[Tensor, "sample seq hidden"]
 
@@ -199,59 +198,6 @@ def embed(
         hook.remove()
     assert out is not None, "there are no samples"
     return out
-
-
-@torch.no_grad()
-def check_replay(model: nn.Module, blocks: list[Block], input_ids: Int[Tensor, "sample seq"]) -> None:
-    """Prove that replaying `blocks`, the first ones or all, reproduces the model's own hidden states, and that their
-    linears are called. RunError names the first block that does not, or a linear that is not."""
-    own: list[Tensor] = []
-    called: set[tuple[int, str]] = set()
-
-    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        own.append(output[0] if isinstance(output, tuple) else output)
-        if len(own) == len(blocks):
-            raise Reached
-
-    hooks = []
-    for block in blocks:
-        note = partial(_note, called, block.index)
-        hooks += [*watch(block.linears, note, note), block.module.register_forward_hook(record)]
-    try:
-        with suppress(Reached):
-            model(input_ids.to(next(model.parameters()).device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    hidden = embed(model, blocks, input_ids, len(input_ids))
-    for block, expected in zip(blocks, own, strict=True):
-        hidden = block(hidden)
-        error = (hidden.float() - expected.float()).norm() / expected.float().norm()
-        if not error < 1e-3:
-            raise RunError(
-                f"{block.name}: replaying the block does not reproduce the model's own hidden states (relative error "
-                f"{float(error):.2e}); the model calls its blocks in a way the block loop does not know. "
-                "Please report the model's class and the transformers version."
-            )
-        _check_called(block, called)
-
-
-def _note(called: set[tuple[int, str]], index: int, name: str, inputs: Tensor) -> None:
-    called.add((index, name))
-
-
-def _check_called(block: Block, called: set[tuple[int, str]]) -> None:
-    idle = [
-        name
-        for name, linear in block.linears.items()
-        if (block.index, name) not in called and (linear.expert is not None or not linear.of_mixture)
-    ]
-    if idle:
-        raise RunError(
-            f"{block.name}.{idle[0]}: {type(block.module).__name__} uses this weight without calling the module that "
-            "holds it, so that its inputs cannot be observed; such a model cannot be pruned here. "
-            f"Looked for {LOOKED_FOR}"
-        )
 
 
 def reconstruction_loss(outputs: Hidden, targets: Hidden) -> Float[Tensor, ""]:

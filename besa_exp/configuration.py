@@ -125,7 +125,7 @@ def run_name(config: DictConfig) -> str:
     if isinstance(values.get("model"), dict):
         values["model"] = {key: value for key, value in values["model"].items() if key not in NOT_DECIDING}
     if isinstance(values.get("save"), dict):
-        values["save"].pop("verify", None)
+        values["save"] = {key: values["save"][key] for key in values["save"] if key not in ("verify", "push_to_hub")}
     method = method_name(OmegaConf.select(config, "hydra.runtime.choices"))
     pattern, amount = str(values.get("pattern")), values.get("sparsity")
     if fixes_sparsity(pattern):

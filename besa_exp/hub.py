@@ -7,19 +7,17 @@ Nothing here imports torch; the hub's client and datasets are imported when some
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-
-from besa_exp.errors import ConfigurationError, Unavailable, first_line
+from besa_exp.errors import Unavailable, first_line
 from besa_exp.evaluation.checks import TASK_FOLDERS
+from besa_exp.evaluation.task_definitions import data_set_of
 from besa_exp.model_folder import inspect_model_folder
 from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings
 from besa_exp.text_sources import HUB_FILES, Use, commit_of, fetch
@@ -191,34 +189,8 @@ def _file_of(name: str, use: Use) -> Need:
 
 
 def _task_data(task: str) -> Need:
-    """A task's data set, as lm-eval's own definition of the task names it."""
-    spec = importlib.util.find_spec("lm_eval")
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigurationError(f"evaluator.tasks={task}: lm-eval is not installed; pip install 'lm-eval[hf]>=0.4.13'")
-    folder = Path(spec.submodule_search_locations[0]) / "tasks" / TASK_FOLDERS[task]
-    for path in sorted(folder.glob("*.yaml")):
-        definition = _definition(path)
-        if definition.get("task") == task:
-            return Need("task", task, definition["dataset_path"], config=definition.get("dataset_name"))
-    raise ConfigurationError(f"evaluator.tasks={task}: the installed lm-eval does not define it in {folder}")
-
-
-def _definition(path: Path) -> dict[str, Any]:
-    """One of lm-eval's YAML files with what it includes; its functions are left out."""
-    own = yaml.load(path.read_text(encoding="utf-8"), _Definitions)  # noqa: S506 - a SafeLoader
-    included = own.get("include", []) if isinstance(own, dict) else []
-    names = [included] if isinstance(included, str) else included
-    union: dict[str, Any] = {}
-    for name in names:
-        union |= _definition(path.parent / name)
-    return union | own if isinstance(own, dict) else union
-
-
-class _Definitions(yaml.SafeLoader):
-    """Reads `!function` as None."""
-
-
-_Definitions.add_multi_constructor("!", lambda *_: None)
+    repository, config = data_set_of(task)
+    return Need("task", task, repository, config=config)
 
 
 def _held_model(need: Need) -> Held:

@@ -32,6 +32,7 @@ from besa_exp.job_process import run_apart
 from besa_exp.launchers import lost_jobs_told, visible_gpus
 from besa_exp.overrides import key_of
 from besa_exp.profiling import profiling
+from besa_exp.publishing import publish
 from besa_exp.request import CONFIG_NAME, Job, Request
 from besa_exp.run_folder import RunFolder, read_results
 from besa_exp.run_status import is_done, read_status, seen_status
@@ -65,7 +66,7 @@ def run_job(config: DictConfig) -> Outcome:
     folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     pruner_name = method_name(hydra_config.runtime.choices)
     if is_done(folder) and not config.overwrite:
-        return finished_before(folder)
+        return finished_before(folder, config)
     if hydra_config.mode != RunMode.MULTIRUN:
         return carry_out(config, pruner_name, folder, single=True)
     number, lines = hydra_config.job.num, list(hydra_config.overrides.task)
@@ -125,11 +126,15 @@ def _prune(config: DictConfig, pruner_name: str, folder: Path) -> dict[str, Any]
     if problems := preflight(settings, folder):  # anew: this may be another machine than the one that asked
         raise ConfigurationError(*problems)
     with interruptible(), profiling(folder) if settings.profile else nullcontext():
-        return prune(settings, folder, as_values(config))
+        results = prune(settings, folder, as_values(config))
+    publish(folder, settings.save)
+    return results
 
 
-def finished_before(folder: Path) -> Outcome:
-    """The outcome of a run whose results were there already."""
+def finished_before(folder: Path, config: DictConfig | None = None) -> Outcome:
+    """The outcome of a run whose results were there already; its model is pushed where `config` asks for it now."""
+    if config is not None and config.save.get("push_to_hub"):
+        publish(folder, read_settings(config, "", with_pruner=False).save)
     return Outcome(folder, "finished before", summary_line(read_results(folder)))
 
 
@@ -146,7 +151,7 @@ def launch(request: Request) -> list[Outcome]:
         return _sweep(hydra, request)
     (job,) = request.jobs
     if job.finished:
-        return [finished_before(job.folder)]
+        return [finished_before(job.folder, job.config)]
     made = [place for place in (job.folder, *job.folder.parents) if not place.exists()]
     outcome = hydra.run(request.config_name, run_job, [*request.lines, "hydra.mode=RUN"]).return_value
     if outcome.status == "refused" and made and is_leader():
@@ -158,7 +163,7 @@ def _sweep(hydra: Hydra, request: Request) -> list[Outcome]:
     """The outcomes in the order of the jobs. Where the launcher itself fails, what the folders tell."""
     jobs = sorted(request.jobs, key=lambda job: job.number)
     if all(job.finished for job in jobs):
-        return [finished_before(job.folder) for job in jobs]
+        return [finished_before(job.folder, job.config) for job in jobs]
     try:
         with lost_jobs_told(request.launcher):
             batches = hydra.multirun(request.config_name, run_job, [*request.lines, "hydra.mode=MULTIRUN"])

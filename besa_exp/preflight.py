@@ -18,6 +18,7 @@ from besa_exp.hub import is_hub_id, missing_offline, needs_of
 from besa_exp.model_folder import ModelFolder, inspect_config, inspect_model_folder, saved_dtype
 from besa_exp.nearest import did_you_mean
 from besa_exp.pattern import parse_pattern
+from besa_exp.publishing import check_push
 from besa_exp.run_checkpoint import check_run, run_and_model
 from besa_exp.settings import (
     CalibrationSettings,
@@ -50,6 +51,7 @@ def preflight(
     if settings.offline and here:
         calibration = None if {"calibration", "calibration.path"} & {*unknown} else settings.calibration
         problems += missing_offline(needs_of(*_known(settings, unknown, calibration)))
+    problems += check_push(settings.save, settings.offline) if here else []
     if here and facts:
         problems += check_disk(folder, _needed_bytes(settings, facts))
     return problems

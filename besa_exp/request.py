@@ -24,6 +24,7 @@ from besa_exp.launchers import launcher_lines, launcher_of
 from besa_exp.overrides import Composer, key_of
 from besa_exp.pattern import parse_pattern
 from besa_exp.preflight import preflight
+from besa_exp.publishing import check_names, check_push
 from besa_exp.run_status import is_done
 
 CONFIG_NAME = "prune"
@@ -68,6 +69,8 @@ def read_request(arguments: argparse.Namespace) -> Request:
     if multirun:
         params = [f"{key}={value}" for key, value in (main.hydra.sweeper.params or {}).items()]
         jobs = _jobs(composer, composer.spread(overrides, params), unknown)
+        pushed = [str(OmegaConf.select(job.config, "save.push_to_hub") or "") for job in jobs]
+        composer.problems |= {problem: problem for problem in check_names(pushed)}
     else:
         swept = [override for override in overrides if override.is_sweep_override()]
         composer.problems |= {o.key_or_group: f"{o.input_line}: several values; add -m to run them all" for o in swept}
@@ -137,6 +140,9 @@ def _job(composer: Composer, lines: Sequence[str], config: DictConfig, unknown: 
     job = Job(tuple(lines), config, folder, is_done(folder) and not config.get("overwrite"))
     if not job.finished:
         _check_settings(composer, job, unknown | {"pruner"})
+    elif OmegaConf.select(config, "save.push_to_hub"):  # all that is left to do
+        settings = read_settings(config, "", with_pruner=False)
+        composer.problems |= {problem: problem for problem in check_push(settings.save, settings.offline)}
     return job
 
 

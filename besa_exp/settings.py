@@ -73,6 +73,7 @@ class SaveSettings:
     model: bool = True
     masks: bool = True
     verify: bool = True  # load the saved model in a fresh process too
+    push_to_hub: str | None = None  # owner/name on the hub that receives the saved model, private
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,12 @@
-"""A stand-in for the hub's HTTP API on 127.0.0.1, as far as downloads need it: `python hub_server.py FOLDER` serves
-FOLDER/{models,datasets}/OWNER/NAME/..., prints its port, and then a line for each request."""
+"""A stand-in for the hub's HTTP API on 127.0.0.1, as far as downloads and pushes need it: `python hub_server.py FOLDER`
+serves FOLDER/{models,datasets}/OWNER/NAME/..., prints its port, and then a line for each request.
+
+A push is taken from whoever sends the token TOKEN: large files by git-lfs, the others in the commit, as the hub takes
+them from clients without Xet. FOLDER/visibility.json tells how repositories were made. The owner `full` has no room."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import sys
@@ -11,6 +15,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_token_of_the_tests_alone"
+LARGE = (".safetensors", "tokenizer.json")  # kept by git-lfs
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -25,11 +31,76 @@ class Hub(BaseHTTPRequestHandler):
         self._answer()
 
     def do_POST(self) -> None:
-        asked = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self._answer(asked)
+        asked, path = self._body(), urlparse(self.path).path
+        if path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif path == "/api/repos/create" or "/preupload/" in path or "/commit/" in path or path.endswith("/batch"):
+            self._pushed(path.strip("/").split("/"), asked)
+        else:
+            self._answer(asked)
+
+    def do_PUT(self) -> None:
+        (self.root / "lfs").mkdir(exist_ok=True)
+        (self.root / "lfs" / Path(self.path).name).write_bytes(self._body())
+        self._json({})
 
     def log_message(self, *_: object) -> None:
         print(self.command, self.path, flush=True)
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def _pushed(self, parts: list[str], asked: bytes) -> None:
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self._json({"error": "Invalid credentials"}, 401)
+        elif parts[-1] == "create":
+            self._create(json.loads(asked))
+        elif parts[-1] == "batch":
+            self._json({"transfer": "basic", "objects": list(map(self._lfs_object, json.loads(asked)["objects"]))})
+        elif parts[-2] == "preupload":
+            modes = [(file["path"], file["path"].endswith(LARGE)) for file in json.loads(asked)["files"]]
+            files = [{"path": p, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False} for p, lfs in modes]
+            self._json({"files": files})
+        else:
+            self._commit(self.root / "models" / parts[2] / parts[3], asked)
+
+    def _create(self, wanted: dict[str, str]) -> None:
+        folder = self.root / "models" / wanted["organization"] / wanted["name"]
+        if wanted["organization"] == "full":
+            self._json({"error": "Private repository storage limit reached"}, 403)
+        elif folder.is_dir():
+            self._json({"error": "You already created this model repo"}, 409)
+        else:
+            folder.mkdir(parents=True)
+            record = self.root / "visibility.json"
+            known = json.loads(record.read_text()) if record.exists() else {}
+            visibility = wanted.get("visibility", "public")
+            record.write_text(json.dumps({**known, f"{folder.parent.name}/{folder.name}": visibility}))
+            self._json({"url": f"http://{self.headers['Host']}/{wanted['organization']}/{wanted['name']}"})
+
+    def _lfs_object(self, wanted: dict[str, object]) -> dict[str, object]:
+        if (self.root / "lfs" / str(wanted["oid"])).is_file():
+            return wanted
+        return {**wanted, "actions": {"upload": {"href": f"http://{self.headers['Host']}/lfs/{wanted['oid']}"}}}
+
+    def _commit(self, folder: Path, asked: bytes) -> None:
+        for line in map(json.loads, asked.splitlines()):
+            value = line["value"]
+            if line["key"] == "header":
+                continue
+            lfs = line["key"] == "lfsFile"
+            content = (self.root / "lfs" / value["oid"]).read_bytes() if lfs else base64.b64decode(value["content"])
+            (folder / value["path"]).parent.mkdir(parents=True, exist_ok=True)
+            (folder / value["path"]).write_bytes(content)
+        address = f"http://{self.headers['Host']}/{folder.parent.name}/{folder.name}/commit/{COMMIT}"
+        self._json({"success": True, "commitOid": COMMIT, "commitUrl": address, "hookOutput": ""})
 
     def _answer(self, asked: bytes = b"") -> None:
         parts = [unquote(part) for part in urlparse(self.path).path.strip("/").split("/")]

@@ -14,11 +14,11 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hub_process import hub_of
 from tiny_llama import byte_tokenizer, tiny_llama
 
 from besa_exp.main import main
 
-TESTS = Path(__file__).parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 KEYS = ["calibration=wikitext2", "evaluator=none", "evaluator.perplexity_sets=[wikitext2]"]
 KEYS += ["evaluator.tasks=[openbookqa]"]
@@ -60,11 +60,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     for split in ("train", "validation", "test"):
         write_parquet(sets / f"allenai/openbookqa/main/{split}-00000-of-00001.parquet", questions)
     (sets / "allenai/openbookqa/README.md").write_text(CARD + "---\n")
-    command = [sys.executable, str(TESTS / "hub_server.py"), str(root)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
-        server.kill()
+    with hub_of(root) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,13 @@ from families import FAMILIES, MIXTURES, tiny
 from tiny_llama import tiny_llama
 from torch import nn
 
-from besa_exp.blocks import capture_blocks, check_replay, discover_blocks, embed, reconstruction_loss
+from besa_exp.blocks import capture_blocks, discover_blocks, embed, reconstruction_loss
 from besa_exp.errors import RunError
 from besa_exp.masks import Target
 from besa_exp.pruners.besa import Besa
 from besa_exp.pruners.wanda import Wanda
 from besa_exp.pruning import prune_blocks
+from besa_exp.replay_check import check_replay
 from besa_exp.statistics import Hessian, InputNorm, observe
 
 INPUT_IDS = torch.randint(1, 64, (5, 24), generator=torch.Generator().manual_seed(3))

@@ -15,7 +15,7 @@ from packaging.version import Version
 from test_pruners import PRUNERS
 from transformers import AutoModelForCausalLM
 
-from besa_exp.blocks import capture_blocks, check_replay, embed
+from besa_exp.blocks import capture_blocks, embed
 from besa_exp.checkpoint import save_model
 from besa_exp.errors import RunError
 from besa_exp.evaluation.perplexity import perplexity
@@ -23,6 +23,7 @@ from besa_exp.linears import discover_linears
 from besa_exp.masks import Target
 from besa_exp.models import model_context
 from besa_exp.pruning import prune_blocks
+from besa_exp.replay_check import check_replay
 from besa_exp.sparsity_table import linear_type
 
 INPUT_IDS = torch.randint(3, 64, (3, 12), generator=torch.Generator().manual_seed(3))

@@ -7,11 +7,12 @@ import torch
 from families import FAMILIES, tiny
 from test_blocks import INPUT_IDS
 
-from besa_exp.blocks import capture_blocks, check_replay, discover_blocks, embed
+from besa_exp.blocks import capture_blocks, discover_blocks, embed
 from besa_exp.evaluation.perplexity import perplexity
 from besa_exp.evaluation.simulated_speed import simulate_model
 from besa_exp.evaluation.streamed import streamed_perplexity
 from besa_exp.models import LoadedModel
+from besa_exp.replay_check import check_replay
 from besa_exp.streaming import cannot_stream, open_streamed, tensor_files
 
 CPU = torch.device("cpu")
