@@ -87,8 +87,7 @@ def results(folder: Path) -> dict:
     [
         ("wanda", ["evaluator=quick"]),
         ("sparsegpt", ["evaluator=perplexity"]),
-        ("besa", ["evaluator=none", "pruner.batch_size=3"]),
-        ("besa", ["evaluator=perplexity", "model.load=streamed"]),
+        ("besa", ["evaluator=perplexity", "model.load=streamed", "pruner.batch_size=3"]),
         ("besa_paper", ["evaluator=none"]),
     ],
 )
