@@ -19,6 +19,7 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -97,7 +98,7 @@ class Composer:
 
     def _unknown_keys(self, lines: Sequence[str]) -> dict[str, str]:
         """Keys that are not in the configuration which the chosen presets make."""
-        choices = [line for line in lines if self.presets(key_of(line))]
+        choices = [line for line in lines if self.presets(key_of(line)) or key_of(line) == "hydra.mode"]
         try:
             config = compose(self.config_name, [*choices, *self.search_path], return_hydra_config=True)
         except (HydraException, OmegaConfBaseException):
@@ -125,7 +126,7 @@ def _chosen(override: Override) -> Iterator[object]:
 def _unknown_key(config: DictConfig, key: str) -> str | None:
     node, parents = config, []
     for part in key.split("."):
-        if not isinstance(node, DictConfig) or part not in node:
+        if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118 - `in node` denies what has no value
             break
         node = node._get_node(part)
         parents.append(part)
@@ -140,8 +141,11 @@ def _unknown_key(config: DictConfig, key: str) -> str | None:
     near = did_you_mean(key.rsplit(".", 1)[-1], beside, f"{where}.") if where else did_you_mean(key, names)
     if same_end:
         near = f"; did you mean {' or '.join(same_end)}?"
-    of = f" of {where}" if where else ""
-    return f"{key}: no such key{near}; keys{of}: {', '.join(beside) or 'none'}"
+    choice = config.hydra.runtime.choices.get(where)
+    of = (f" of {where}={choice}" if choice else f" of {where}") if where else ""
+    apart = choice and config.hydra.mode == RunMode.MULTIRUN
+    remedy = f"; sweep the presets of {where} that have it in a command of their own" if apart else ""
+    return f"{key}: no such key{near}; keys{of}: {', '.join(beside) or 'none'}{remedy}"
 
 
 def _groups_without_choice(config: DictConfig) -> list[str]:
