@@ -1,7 +1,7 @@
 """What calibration accumulates about the inputs of a linear, in fp32 whatever the weights are.
 
-A sample is one calibration sequence; both statistics are means over samples, as in the authors' codes of Wanda
-(arXiv 2306.11695) and SparseGPT (arXiv 2301.00774), so that they do not depend on how samples are batched.
+A sample is one calibration sequence; squared norms and Hessians are means over samples, as in the authors' codes of
+Wanda (arXiv 2306.11695) and SparseGPT (arXiv 2301.00774), so that they do not depend on how samples are batched.
 """
 
 from __future__ import annotations
@@ -36,6 +36,14 @@ class Statistic(Protocol):
     def is_finite(self) -> bool: ...
 
 
+@runtime_checkable
+class WithNorm(Statistic, Protocol):
+    """A statistic that tells what `InputNorm` does, whatever else."""
+
+    @property
+    def squared_norm(self) -> Float[Tensor, " in"]: ...
+
+
 S = TypeVar("S", bound=Statistic)
 
 
@@ -66,6 +74,49 @@ class InputNorm:
     def is_finite(self) -> bool:
         """Whether no input overflowed or was NaN."""
         return bool(self.total.float().isfinite().all())
+
+
+class InputMoments:
+    """What DSnoT (arXiv 2310.08915) asks of each input feature: `squared_norm` as `InputNorm` has it, the mean over
+    samples of its sum over a sample's tokens, and its variance over all tokens. Sums are fp64, as there."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.squares = torch.zeros(columns, dtype=torch.float64, device=device)
+        self.sums = torch.zeros_like(self.squares)
+        self.samples = self.tokens = 0
+
+    def add(self, inputs: Float[Tensor, "*token in"], samples: int) -> None:
+        """Accumulate the tokens of `samples` more samples (some models flatten samples and tokens into one axis)."""
+        tokens = inputs.float().flatten(0, -2)
+        self.squares += tokens.square().sum(dim=0, dtype=torch.float64)
+        self.sums += tokens.sum(dim=0, dtype=torch.float64)
+        self.samples += samples
+        self.tokens += len(tokens)
+
+    @property
+    def squared_norm(self) -> Float[Tensor, " in"]:
+        """Mean over samples of ||X_j||^2."""
+        return (self.squares / self.samples).float()
+
+    @property
+    def total(self) -> Float[Tensor, " in"]:
+        """Mean over samples of the sum over a sample's tokens."""
+        return (self.sums / self.samples).float()
+
+    @property
+    def variance(self) -> Float[Tensor, " in"]:
+        """E[x^2] - E[x]^2 over all tokens."""
+        mean = self.sums / self.tokens
+        return (self.squares / self.tokens - mean.square()).clamp(min=0).float()
+
+    def sum_over_ranks(self) -> None:
+        """Those of the samples of all ranks."""
+        self.squares, self.sums = distributed.all_sum(self.squares), distributed.all_sum(self.sums)
+        self.samples, self.tokens = distributed.total(self.samples), distributed.total(self.tokens)
+
+    def is_finite(self) -> bool:
+        """Whether no input overflowed or was NaN."""
+        return bool(self.squares.float().isfinite().all())
 
 
 class Hessian:

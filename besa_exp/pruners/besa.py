@@ -44,7 +44,7 @@ from besa_exp.pruning import PrunedBlock, joined, num_probe_samples, probe_loss
 from besa_exp.quantisation import Quantiser, quantise
 from besa_exp.reports import Step
 from besa_exp.scope import SCOPES, sub_blocks
-from besa_exp.statistics import InputNorm
+from besa_exp.statistics import InputNorm, WithNorm
 
 CLIPPING_START = 0.99  # strength of all clipping at first: 1, where the sigmoid never gets, would clip nothing
 CLIPPING_LR = 0.1  # first step size of the strengths' logits
@@ -96,7 +96,7 @@ class Besa:
         block: Block,
         inputs: Hidden,
         targets: Hidden,
-        statistics: Mapping[str, InputNorm],
+        statistics: Mapping[str, WithNorm],
         target: Target,
         on_step: Callable[[Step], None],
     ) -> PrunedBlock:
@@ -117,7 +117,7 @@ class Besa:
         return joined(pruned)
 
     def _searches(
-        self, parts: Sequence[tuple[Block, Sequence[str]]], statistics: Mapping[str, InputNorm], target: Target
+        self, parts: Sequence[tuple[Block, Sequence[str]]], statistics: Mapping[str, WithNorm], target: Target
     ) -> list[Search]:
         """One for each part and the linears that are its own, with budgets that add up exactly."""
         searches, done = [], 0
@@ -130,7 +130,7 @@ class Besa:
             done += rows.num_weights
         return searches
 
-    def _importance(self, weights: Mapping[str, Tensor], statistics: Mapping[str, InputNorm], name: str) -> Tensor:
+    def _importance(self, weights: Mapping[str, Tensor], statistics: Mapping[str, WithNorm], name: str) -> Tensor:
         weight, squared_norm = weights[name], statistics[name].squared_norm
         if self.quantiser is None:
             return wanda_importance(weight, squared_norm)

@@ -30,7 +30,7 @@ from besa_exp.masks import Target
 from besa_exp.pruners.candidates import CandidateAllocation
 from besa_exp.pruning import PrunedBlock, finite_step, probe_loss
 from besa_exp.reports import Step
-from besa_exp.statistics import Hessian, InputNorm, Statistic, by_shared_input
+from besa_exp.statistics import Hessian, InputNorm, Statistic, WithNorm, by_shared_input
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class BesaPaper:
             return weights, {name: magnitude_importance(weight) for name, weight in weights.items()}
         importances = {}
         for statistic, names in by_shared_input(statistics):
-            if isinstance(statistic, InputNorm):
+            if self.metric == "Wanda" and isinstance(statistic, WithNorm):
                 for name in names:
                     importances[name] = wanda_importance(weights[name], statistic.squared_norm)
             elif isinstance(statistic, Hessian):

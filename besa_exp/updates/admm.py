@@ -24,6 +24,7 @@ from torch import Tensor
 
 from besa_exp.blocks import Block, Hidden
 from besa_exp.errors import RunError
+from besa_exp.masks import Target
 from besa_exp.pruning import PrunedBlock
 from besa_exp.reports import Step
 from besa_exp.statistics import Hessian, by_shared_input
@@ -96,6 +97,7 @@ class Admm:
         targets: Hidden,
         statistics: Mapping[str, Hessian],
         pruned: PrunedBlock,
+        target: Target,
         on_step: Callable[[Step], None],
     ) -> PrunedBlock:
         """From the dense weights, one factor for each shared input. RunError: G is not positive definite."""

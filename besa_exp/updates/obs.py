@@ -37,6 +37,7 @@ class Obs:
         targets: Hidden,
         statistics: Mapping[str, Hessian],
         pruned: PrunedBlock,
+        target: Target,
         on_step: Callable[[Step], None],
     ) -> PrunedBlock:
         """From the dense weights, one factor for each shared input."""

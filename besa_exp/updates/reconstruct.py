@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from besa_exp.blocks import Block, Hidden
+from besa_exp.masks import Target
 from besa_exp.pruning import PrunedBlock
 from besa_exp.reconstruction import Tuning, tune
 from besa_exp.reports import Step
@@ -28,6 +29,7 @@ class Reconstruct:
         targets: Hidden,
         statistics: Mapping[str, Any],
         pruned: PrunedBlock,
+        target: Target,
         on_step: Callable[[Step], None],
     ) -> PrunedBlock:
         """Tune under the pruner's keep masks."""

@@ -1,4 +1,5 @@
-"""A pruner followed by an update: the pruner decides the keep masks, the update the weights under them."""
+"""A pruner followed by an update: the pruner decides the keep masks, the update the weights under them, or what else
+is kept in the place of what."""
 
 from __future__ import annotations
 
@@ -36,9 +37,10 @@ class Update(Protocol):
         targets: Hidden,
         statistics: Mapping[str, Any],
         pruned: PrunedBlock,
+        target: Target,
         on_step: Callable[[Step], None],
     ) -> PrunedBlock:
-        """Decide the weights. Must not change the block."""
+        """Decide the weights, or exchange kept ones for pruned ones within the target. Must not change the block."""
         ...
 
 
@@ -86,9 +88,11 @@ class Updated:
         """First the pruner, then the update; the update's steps are counted on."""
         pruned = self.pruner.prune_block(block, inputs, targets, statistics, target, on_step)
         done = len(pruned.steps)
-        updated = self.update.update_block(
-            block, inputs, targets, statistics, pruned, lambda step: on_step(replace(step, step=step.step + done))
-        )
+
+        def on_later_step(step: Step) -> None:
+            on_step(replace(step, step=step.step + done))
+
+        updated = self.update.update_block(block, inputs, targets, statistics, pruned, target, on_later_step)
         later = tuple(replace(step, step=step.step + done) for step in updated.steps)
         return replace(updated, steps=(*pruned.steps, *later))
 

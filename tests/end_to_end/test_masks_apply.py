@@ -20,6 +20,7 @@ RUNS = {  # what decides about the bytes: the method, where the weights lay, wha
     "wanda, streamed": ("wanda", ["model.load=streamed"], False),
     "besa, whole, in another dtype, tied": ("besa", ["model.load=whole", "model.dtype=bfloat16"], True),
     "besa_paper, streamed, tied": ("besa_paper", ["model.load=streamed"], True),
+    "wanda with edited masks": ("wanda", ["update=dsnot"], False),
 }
 
 

@@ -15,7 +15,7 @@ from besa_exp.pruners.besa import Besa
 from besa_exp.pruners.wanda import Wanda
 from besa_exp.pruning import prune_blocks
 from besa_exp.replay_check import check_replay
-from besa_exp.statistics import Hessian, InputNorm, observe
+from besa_exp.statistics import Hessian, InputMoments, InputNorm, observe
 
 INPUT_IDS = torch.randint(1, 64, (5, 24), generator=torch.Generator().manual_seed(3))
 
@@ -92,7 +92,9 @@ def test_statistics_and_outputs_do_not_depend_on_the_batch_size(batch_size):
     torch.testing.assert_close(statistics["mlp.down_proj"].squared_norm.double(), expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(("statistic", "value"), [(InputNorm, "squared_norm"), (Hessian, "matrix")])
+@pytest.mark.parametrize(
+    ("statistic", "value"), [(InputNorm, "squared_norm"), (InputMoments, "total"), (Hessian, "matrix")]
+)
 def test_inputs_that_a_model_flattens_into_one_axis_of_tokens_count_the_same(statistic, value):
     inputs = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
     whole, flat = statistic(5, inputs.device), statistic(5, inputs.device)

@@ -26,6 +26,7 @@ from besa_exp.pruning import prune_blocks
 from besa_exp.quantisation import Quantiser, quantise, quantiser_of
 from besa_exp.reconstruction import Tuning
 from besa_exp.updates.admm import Admm
+from besa_exp.updates.dsnot import Dsnot
 from besa_exp.updates.obs import Obs
 from besa_exp.updates.reconstruct import Reconstruct
 from besa_exp.updates.updated import Updated
@@ -43,6 +44,7 @@ PRUNERS = {  # name: (pruner, how far from a 50 % target its measured sparsity m
     "besa+reconstruct": (Updated(Besa(checks=2), Reconstruct(Tuning(epochs=1))), 0.0005, False),
     "wanda+obs": (Updated(Wanda(), Obs()), 0.0005, True),
     "wanda+admm": (Updated(Wanda(), Admm()), 0.0005, True),
+    "wanda+dsnot": (Updated(Wanda(), Dsnot()), 0.0005, True),
     "ria": (Ria(), 0.0005, True),
     "besa_joint": (Besa(quantiser=Quantiser()), ROUNDED_TO_ZERO, False),
     "wanda_then_quantise": (Quantised(Wanda(), "prune"), ROUNDED_TO_ZERO, True),
@@ -149,6 +151,15 @@ def test_a_learned_allocation_refuses_n_of_m_and_names_what_takes_it(name):
     (problem,) = PRUNERS[name][0].check(0.5, "2:4")
     assert "2:4" in problem
     assert "pruner=wanda" in problem
+
+
+@pytest.mark.parametrize("pruner", [Wanda(), Ria(), Besa(checks=2), BesaPaper()])
+@pytest.mark.parametrize("update", [Obs(), Dsnot()])
+def test_what_an_update_observes_leaves_the_pruners_own_choice_as_it_was(pruner, update):
+    (alone, masks), (updated, edited) = prune_tiny(pruner)[1][0], prune_tiny(Updated(pruner, update))[1][0]
+    assert [linear.pruned for linear in updated.linears] == [linear.pruned for linear in alone.linears]
+    for name, mask in masks.keep_masks.items():
+        assert torch.equal(edited.keep_masks[name].sum(dim=1), mask.sum(dim=1))
 
 
 @pytest.mark.parametrize("granularity", ["row", "linear"])

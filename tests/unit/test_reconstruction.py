@@ -134,7 +134,7 @@ def test_the_obs_update_of_sparsegpts_own_mask_is_sparsegpt() -> None:
 
     statistics, _ = observe(block, inputs, Hessian, 4)
     pruned = SparseGPT().prune_block(block, inputs, targets, statistics, Target(0.5), lambda step: None)
-    updated = Obs().update_block(block, inputs, targets, statistics, pruned, lambda step: None)
+    updated = Obs().update_block(block, inputs, targets, statistics, pruned, Target(0.5), lambda step: None)
     assert pruned.weights is not None
     assert updated.weights is not None
     for name, weight in pruned.weights.items():

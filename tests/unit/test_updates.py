@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from besa_exp.importance import ria_importance
+from besa_exp.masks import Target, keep_per_row
+from besa_exp.statistics import InputMoments
 from besa_exp.updates.admm import RHO, admm, polish
+from besa_exp.updates.dsnot import dsnot
 
 GENERATOR = torch.Generator().manual_seed(3)
 INPUTS = torch.randn(400, 12, generator=GENERATOR, dtype=torch.float64) @ torch.randn(
@@ -65,3 +69,69 @@ def test_ria_takes_rows_and_columns_of_zeros() -> None:
     weight = torch.zeros(3, 4)
     weight[0, 0] = 1
     assert ria_importance(weight, torch.ones(4)).isfinite().all()
+
+
+def literal_dsnot(weight, total, variance, squared_norm, keep_mask, cycles, threshold, group):
+    """Row by row and cycle by cycle, in fp64; `group` None: the whole row is one, as often as it has a pair."""
+    kept, columns = keep_mask.clone(), keep_mask.shape[1]
+    for row in range(len(weight)):
+        part = [float(weight[row, j]) * float(total[j]) for j in range(columns)]
+        gain = [abs(part[j]) / float(variance[j]) for j in range(columns)]
+        wanda = [abs(float(weight[row, j])) * float(squared_norm[j]) ** 0.5 for j in range(columns)]
+        error = sum(part[j] for j in range(columns) if not keep_mask[row, j])
+        sign, moved = 1 if error > 0 else -1, set()
+        for _ in range(cycles):
+            pairs = []
+            for first in range(0, columns, group or columns):
+                mine = [j for j in range(first, first + (group or columns)) if j not in moved]
+                back = [j for j in mine if not keep_mask[row, j] and part[j] * sign > 0]
+                gone = [j for j in mine if keep_mask[row, j] and part[j] * sign < 0]
+                if back and gone:
+                    pairs.append((max(back, key=gain.__getitem__), min(gone, key=wanda.__getitem__)))
+            if abs(error) <= threshold or not pairs:
+                break
+            back, gone = max(pairs, key=lambda pair: gain[pair[0]])
+            if (error - part[back] + part[gone]) * sign <= 0:
+                break
+            error += part[gone] - part[back]
+            kept[row, back], kept[row, gone] = True, False
+            moved |= {back, gone} if group is None else set(range(back - back % group, back - back % group + group))
+    return kept
+
+
+@pytest.mark.parametrize("cycles", [1, 3, 50])
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 3.0])
+@pytest.mark.parametrize(("sparsity", "pattern"), [(0.5, "unstructured"), (0.9, "unstructured"), (0.5, "2:4")])
+def test_dsnot_is_its_loop_over_rows_and_cycles(cycles, threshold, sparsity, pattern) -> None:
+    generator = torch.Generator().manual_seed(7)
+    inputs = torch.randn(3, 5, 24, generator=generator) * torch.rand(24, generator=generator) + 0.2
+    weight, target = torch.randn(40, 24, generator=generator), Target.parse(sparsity, pattern)
+    seen = InputMoments(24, weight.device)
+    seen.add(inputs, 3)
+    keep_mask = keep_per_row(weight.abs(), target)
+    given = weight, seen.total, seen.variance, seen.squared_norm, keep_mask, cycles, threshold
+    group = target.pattern[1] if target.pattern else None
+    edited = dsnot(*given, group)
+    assert torch.equal(edited, literal_dsnot(*given, group))
+    assert not torch.equal(edited, keep_mask)
+    width = group or 24
+    assert torch.equal(edited.view(-1, width).sum(dim=1), keep_mask.view(-1, width).sum(dim=1))
+
+
+def test_dsnot_revives_the_weight_of_a_constant_input_first_and_never_that_of_a_dead_one() -> None:
+    seen = InputMoments(4, WEIGHT.device)
+    seen.add(torch.tensor([[0.0, 1.0, 2.0, -1.0], [0.0, 1.0, -1.0, 1.5]]), 1)
+    weight, kept = torch.tensor([[9.0, 50.0, 5.0, -2.0]]), torch.tensor([[False, False, False, True]])
+    edited = dsnot(weight, seen.total, seen.variance, seen.squared_norm, kept)
+    assert edited.tolist() == [[False, True, False, False]]
+
+
+def test_input_moments_are_means_over_samples_and_the_variance_of_all_tokens() -> None:
+    inputs = torch.randn(5, 6, 3, generator=GENERATOR) + 2
+    seen = InputMoments(3, inputs.device)
+    for batch in inputs.split(2):
+        seen.add(batch, len(batch))
+    exact = inputs.double()
+    torch.testing.assert_close(seen.total.double(), exact.sum(dim=1).mean(dim=0))
+    torch.testing.assert_close(seen.squared_norm.double(), exact.square().sum(dim=1).mean(dim=0))
+    torch.testing.assert_close(seen.variance.double(), exact.flatten(0, 1).var(dim=0, correction=0))
