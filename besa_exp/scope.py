@@ -30,6 +30,12 @@ def blocks_together(pruner: Any) -> int:
     return blocks_together(inner) if inner else 2 if getattr(pruner, "scope", "block") == "pair" else 1
 
 
+def takes_apart(pruner: Any) -> bool:
+    """Whether a pruner, or the one inside it, gives the parts of a block targets of their own."""
+    inner = getattr(pruner, "pruner", None)
+    return takes_apart(inner) if inner else getattr(pruner, "scope", "block") == "sub_block"
+
+
 def unit_ends(num_blocks: int, together: int) -> set[int]:
     """The numbers of finished blocks at which no unit of `together` blocks is cut in two."""
     return {*range(0, num_blocks, together), num_blocks}

@@ -13,7 +13,7 @@ shares, each to the block whose error per weight rises least, is optimal; errors
 
 Cost: blocks x levels / 2 passes of `num_samples` samples through the model: with 4 of 128 samples and 3 levels, for 32
 blocks, 1.5 passes of the calibration set, where a BESA run makes five. Blocks are read once, so streaming works; the
-blocks x levels states lie where the activations do.
+blocks x levels states lie in memory, on the device where the activations are there.
 """
 
 from __future__ import annotations
@@ -63,6 +63,15 @@ class Learned:
         errors, sizes = self._errors(blocks, inputs, levels, batch_size)
         return deal_out(torch.tensor(levels, dtype=torch.float64), errors, sizes, sparsity)
 
+    def passes(self, num_blocks: int, num_samples: int) -> int:
+        """Each block's own states, dense and at every level, and those of all blocks before it."""
+        own, levels = min(self.num_samples, num_samples), len(self.levels(0.5))
+        return own * (num_blocks * (1 + levels) + levels * num_blocks * (num_blocks - 1) // 2)
+
+    def states(self, num_blocks: int, num_samples: int) -> int:
+        """One of each block and level, and the dense ones before and after a block."""
+        return min(self.num_samples, num_samples) * (len(self.levels(0.5)) * num_blocks + 2)
+
     def _errors(
         self, blocks: Iterable[Block], inputs: Hidden, levels: list[float], batch_size: int
     ) -> tuple[Float[Tensor, "block level"], Float[Tensor, " block"]]:
@@ -70,7 +79,8 @@ class Learned:
         own = max(1, min(len(inputs), self.num_samples // distributed.num_ranks()))
         dense, perturbed, sizes = inputs[:own].clone(), [], []
         for block in blocks:
-            perturbed = [block.outputs(states, batch_size) for states in perturbed]
+            for states in perturbed:
+                block.outputs(states, batch_size, out=states)
             before = dense
             statistics, dense = observe(block, before, InputNorm, batch_size)
             norms = {name: statistic.squared_norm for name, statistic in statistics.items()}

@@ -1,8 +1,9 @@
 """What a block costs: one is really pruned, on a few samples of noise.
 
-The model is built without weights; its largest block and what is outside the blocks get random ones. The block loop
-itself (`pruning.prune_blocks`) then prunes that block with the run's own pruner, so that a pruner has nothing to say
-about its costs, and none is forgotten. A block's seconds are taken as
+The model is built without weights; its largest block (or two, where two are pruned together) and what is outside the
+blocks get random ones. The block loop itself (`pruning.prune_blocks`) then prunes them with the run's own pruner, so
+that a pruner has nothing to say about its costs, and none is forgotten. The passes of a budget over depth may grow with
+the square of the blocks: it tells their number, and what it does besides is measured. A block's seconds are taken as
 
     seconds(samples) = fixed + samples * per_sample,    per_sample(length) = rest + length * per_token
 
@@ -28,8 +29,9 @@ from besa_exp.budgets.trial import Search
 from besa_exp.budgets.uniform import Uniform
 from besa_exp.dry_run.meters import PeakMemory, seconds_of
 from besa_exp.masks import Target
-from besa_exp.pruning import PrunedBlock, Pruner, prune_blocks
+from besa_exp.pruning import PrunedBlock, Pruner, num_probe_samples, prune_blocks
 from besa_exp.reports import Step
+from besa_exp.scope import takes_apart, units
 from besa_exp.statistics import Statistic, by_shared_input
 from besa_exp.streaming import give_back_memory
 
@@ -42,12 +44,13 @@ FRACTION = 4  # of a length that is too short, the other one that tells how cost
 
 @dataclass(frozen=True)
 class BlockCost:
-    """Of one block with all samples: seconds, those of one sample's forward pass, the search's steps, and bytes (see
-    `needs.Working`)."""
+    """Of one block with all samples: seconds, those of one sample's forward pass, those that a budget takes besides
+    such passes, the search's steps (of blocks pruned together, each block's part), and bytes (see `needs.Working`)."""
 
     seconds: float
     forward_seconds: float
-    steps: int
+    budget_seconds: float
+    steps: float
     statistics: int
     forward: int
     pruner: int
@@ -94,13 +97,17 @@ def statistics_bytes(statistics: Mapping[str, Any]) -> int:
     return sum(value.nbytes for value in held if isinstance(value, Tensor))
 
 
-def with_one_block(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """`model`, built without weights, cut down to its largest block: random weights in the block, and outside."""
+def cut_down(model: PreTrainedModel, device: torch.device, count: int = 1) -> PreTrainedModel:
+    """`model`, built without weights, cut down to the largest `count` blocks in a row: random weights in them, and
+    outside."""
     path, modules = discover_blocks(model)
-    block = max(modules, key=lambda module: sum(parameter.numel() for parameter in module.parameters()))
+    sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in modules]
+    count = min(count, len(modules))
+    first = max(range(len(modules) - count + 1), key=lambda start: sum(sizes[start : start + count]))
     parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, nn.ModuleList([block]))
-    inside = set(block.modules())
+    kept = nn.ModuleList(modules[first : first + count])
+    setattr(model.get_submodule(parent), name, kept)
+    inside = set(kept.modules())
     generator = torch.Generator(device).manual_seed(0)
     for module in model.modules():
         for key, parameter in module._parameters.items():
@@ -124,7 +131,8 @@ def _random(like: Tensor, name: str, distinct: bool, device: torch.device, gener
 
 @dataclass(frozen=True)
 class BlockProbe:
-    """Prunes one block of random weights again and again, `batch_size` samples a forward pass of the block loop."""
+    """Prunes the blocks of `model`, which has as many as are pruned together, again and again, `batch_size` samples a
+    forward pass of the block loop."""
 
     model: PreTrainedModel
     device: torch.device
@@ -144,34 +152,45 @@ class BlockProbe:
         if self.device.type == "cuda":
             self._measure(few, length)  # kernels are compiled, libraries choose
         large = self._measure(many, length)
+        large = replace(large, forward_seconds=a_token * seq_len, budget_seconds=self._budget_seconds(length))
         if many == samples and length == seq_len:
-            return replace(large, forward_seconds=a_token * seq_len)
+            return large
         small = self._measure(few, length)
         short = self._measure(many, length // FRACTION) if length < seq_len else large
         per_sample, fixed = _line(few, small.seconds, many, large.seconds)
         when_short = max(0.0, short.seconds - fixed) / many
         per_step, no_steps = _line(few, small.steps, many, large.steps)
-        at_once = min(self.batch_size, samples) / min(self.batch_size, many)
-        return BlockCost(
+        judged = num_probe_samples(samples) if large.steps else 0  # they go through the block together
+        at_once = max(min(self.batch_size, samples), judged) / min(self.batch_size, many)
+        return replace(
+            large,
             seconds=fixed + samples * _extrapolated(length, per_sample, when_short, seq_len),
-            forward_seconds=a_token * seq_len,
-            steps=round(no_steps + per_step * samples),
-            statistics=large.statistics,
+            steps=no_steps + per_step * samples,
             forward=int(at_once * _extrapolated(length, large.forward, short.forward, seq_len)),
             pruner=int(_extrapolated(length, large.pruner, short.pruner, seq_len)),
         )
 
     def forward_seconds(self, rows: int, length: int) -> float:
-        """Of one forward pass of `rows` samples through the block, the better of two."""
+        """Of one forward pass of `rows` samples through a block, the better of two."""
         block, hidden = self.block_of_noise(rows, length)
-        return min(seconds_of(self.device, lambda: block.outputs(hidden, rows)) for _ in range(2))
+        return min(seconds_of(self.device, lambda: block.outputs(hidden, rows)) for _ in range(2)) / len(block.layers)
+
+    def _budget_seconds(self, length: int) -> float:
+        """What the budget takes for a block and one short sample: nearly all is what it does with the weights."""
+        block, hidden = self.block_of_noise(1, min(length, SHORTEST))
+        return seconds_of(self.device, lambda: self._ask_budget(block, hidden)) / len(block.layers)
+
+    def _ask_budget(self, block: Block, inputs: Hidden) -> None:
+        if isinstance(self.budget, Budget):  # it goes through the dense blocks first
+            self.budget.sparsities(block.layers, inputs, self.target.sparsity, self.batch_size)
 
     def block_of_noise(self, rows: int, length: int) -> tuple[Block, Hidden]:
         """The block and inputs for it."""
         return self._block(rows, length), self._noise(rows, length)
 
     def _block(self, rows: int, length: int) -> Block:
-        (block,) = capture_blocks(self.model, torch.zeros(rows, length, dtype=torch.int64))
+        blocks = capture_blocks(self.model, torch.zeros(rows, length, dtype=torch.int64))
+        (block,) = units(blocks, len(blocks))
         block.arguments(min(rows, self.batch_size))
         return block
 
@@ -181,7 +200,7 @@ class BlockProbe:
         return room.copy_(torch.randn(room.shape, generator=torch.Generator().manual_seed(0)).to(dtype))
 
     def _measure(self, samples: int, length: int) -> BlockCost:
-        """Prunes the block, which gets its weights back."""
+        """Prunes the block, which gets its weights back. What a budget holds counts as forward passes do."""
         block, inputs = self.block_of_noise(samples, length)
         kept = {name: linear.weight.detach().clone() for name, linear in block.linears.items()}
         steps: list[Step] = []
@@ -191,9 +210,9 @@ class BlockProbe:
             rooms = 3 if self.pruner.dense_targets else 1  # that the block loop makes besides the inputs
             before = memory.now() + (rooms * inputs.nbytes if inputs.device == self.device else 0)
 
+            self._ask_budget(block, inputs.clone())
+
             def prune() -> None:
-                if isinstance(self.budget, Budget):  # it goes through the dense blocks first
-                    self.budget.sparsities([block], inputs.clone(), self.target.sparsity, self.batch_size)
                 for _ in prune_blocks(
                     [block], inputs, watched, self.target, self.batch_size, steps.append, allocate=self.allocate
                 ):
@@ -203,7 +222,12 @@ class BlockProbe:
         for name, linear in block.linears.items():
             linear.weight.detach().copy_(kept[name])
         forward = max(0, watched.observed - before - watched.statistics_bytes)
-        return BlockCost(seconds, 0.0, len(steps), watched.statistics_bytes, forward, watched.working)
+        together = len(block.layers)
+        own_targets = inputs.nbytes if takes_apart(self.pruner) else 0  # `needs` counts them, for all samples
+        working = max(0, watched.working - own_targets)
+        return BlockCost(
+            seconds / together, 0.0, 0.0, len(steps) / together, watched.statistics_bytes, forward, working
+        )
 
 
 def _line(x: float, y: float, later_x: float, later_y: float) -> tuple[float, float]:

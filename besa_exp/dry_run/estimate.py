@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 
 from besa_exp.activations import activation_bytes, allocator
 from besa_exp.blocks import discover_blocks, discover_linears
+from besa_exp.budgets.budget import Budget
 from besa_exp.budgets.trial import Search
 from besa_exp.device import prepared_device
-from besa_exp.dry_run.block_probe import BlockCost, BlockProbe, with_one_block
+from besa_exp.dry_run.block_probe import BlockCost, BlockProbe, cut_down
 from besa_exp.dry_run.disk_probe import disk_speed, existing_place
 from besa_exp.dry_run.evaluation_probe import EvaluationCost, evaluation_cost
 from besa_exp.dry_run.inputs import Texts, local_folder, model_without_weights, read_texts
@@ -34,6 +35,7 @@ from besa_exp.errors import ConfigurationError
 from besa_exp.masks import Target
 from besa_exp.memory import free_memory
 from besa_exp.models import is_large, weight_bytes
+from besa_exp.scope import blocks_together, takes_apart
 from besa_exp.settings import RunSettings
 from besa_exp.streaming import cannot_stream, give_back_memory, tensor_files
 from besa_exp.updates.updated import with_update
@@ -116,14 +118,15 @@ def _probe(
     place, allocate = allocator(settings.activations, device, existing_place(folder), needed)
     give_back_memory()
     libraries = psutil.Process().memory_info().rss
-    least = LEAST_WORK * size.largest_block_bytes + size.outside_bytes
+    together = blocks_together(pruner)
+    least = LEAST_WORK * together * size.largest_block_bytes + size.outside_bytes
     if device.type == "cpu" and least > free_memory():
         return Probed(libraries, place, None, None, [f"time and working memory {UNKNOWN}: one block needs more memory"])
     target = Target.parse(settings.sparsity, settings.pattern)
     window = max((length for _, length in texts.windows), default=min(512, texts.seq_len))
     evaluates = evaluator.perplexity_sets or evaluator.tasks
     try:
-        cut, batch_size = with_one_block(model, device), settings.calibration.batch_size
+        cut, batch_size = cut_down(model, device, together), settings.calibration.batch_size
         probe = BlockProbe(cut, device, pruner, target, batch_size, allocate, settings.budget)
         block = probe.cost(texts.samples, texts.seq_len)
         evaluation = evaluation_cost(probe, evaluator, window) if evaluates else None
@@ -138,20 +141,25 @@ def _plan(
     settings: RunSettings, size: ModelSize, texts: Texts, streamed: bool, device: torch.device, probed: Probed
 ) -> Plan:
     block, evaluation, tracker = probed.block, probed.evaluation, settings.tracker
-    on_cuda = device.type == "cuda"
+    on_cuda, pruner = device.type == "cuda", with_update(settings.pruner, settings.update)
+    budget = settings.budget if isinstance(settings.budget, Budget) else None
     return Plan(
         size=size,
         on_cuda=on_cuda,
         streamed=streamed,
         samples=texts.samples,
         seq_len=texts.seq_len,
-        dense_targets=with_update(settings.pruner, settings.update).dense_targets,
+        dense_targets=pruner.dense_targets,
+        own_targets=takes_apart(pruner),
+        together=min(blocks_together(pruner), len(size.blocks)),
+        budget_passes=budget.passes(len(size.blocks), texts.samples) if budget else 0,
+        budget_states=budget.states(len(size.blocks), texts.samples) if budget else None,
         activations_at=cast(Place, probed.activations_at if on_cuda or probed.activations_at == "disk" else "host"),
         save_model=settings.save.model,
         save_masks=settings.save.masks,
         evaluates=bool(settings.evaluator.perplexity_sets or settings.evaluator.tasks),
         windows_tokens=max((count * length for count, length in texts.windows), default=0),
-        steps=block.steps * len(size.blocks) if block else 0,
+        steps=round(block.steps * len(size.blocks)) if block else 0,
         wandb=tracker.name == "wandb" and tracker.mode != "disabled",
         libraries=probed.libraries,
         working=Working(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from besa_exp.blocks import discover_blocks
 from besa_exp.dry_run.block_probe import BlockProbe
 from besa_exp.dry_run.meters import PeakMemory, seconds_of
 from besa_exp.evaluation.batches import rows_at_once, tokens_at_once
@@ -48,7 +49,7 @@ def evaluation_cost(probe: BlockProbe, settings: EvaluatorSettings, window: int)
     measured = tried * length
     return EvaluationCost(
         in_block=in_block / measured,
-        outside=max(0.0, whole - in_block) / measured,
+        outside=max(0.0, whole - in_block * len(discover_blocks(model)[1])) / measured,
         tokens=tokens,
         held=max(0, held) * batch // measured,
     )

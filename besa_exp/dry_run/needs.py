@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Place = Literal["device", "host", "disk"]
-Phase = Literal["load", "prune", "save", "evaluate"]
-PHASES: tuple[Phase, ...] = ("load", "prune", "save", "evaluate")
+Phase = Literal["load", "budget", "prune", "save", "evaluate"]
+PHASES: tuple[Phase, ...] = ("load", "budget", "prune", "save", "evaluate")
 STEP_BYTES = 170  # a line of metrics.jsonl for a step (seen: 150 to 165)
 LINEAR_BYTES = 200  # a linear's part of a block's line, report and row of sparsity.csv
 BASE_LOG_BYTES = 200_000  # config, environment, results, status, run.log, and W&B's own start
@@ -71,7 +71,9 @@ class Working:
 @dataclass(frozen=True)
 class Plan:
     """What of a run's settings decides about bytes. `samples`, `seq_len` of the calibration; `activations_at`: device,
-    host or disk; `windows_tokens`: most tokens of an evaluation's set, whose states a streamed model holds at once."""
+    host or disk; `windows_tokens`: most tokens of an evaluation's set, whose states a streamed model holds at once;
+    `own_targets`: the parts of a block have targets of their own; `together`: blocks pruned under one loss; the passes
+    of a budget over depth through a block, and the samples whose states it holds (None: there is no budget)."""
 
     size: ModelSize
     on_cuda: bool
@@ -79,6 +81,10 @@ class Plan:
     samples: int
     seq_len: int
     dense_targets: bool
+    own_targets: bool
+    together: int
+    budget_passes: int
+    budget_states: int | None
     activations_at: Place
     save_model: bool
     save_masks: bool
@@ -120,9 +126,13 @@ def _weights(plan: Plan) -> list[Need]:
     found = [Need("Python and libraries", "host", plan.libraries)]
     if plan.streamed:
         found.append(Need("weights outside the blocks", memory, size.outside_bytes))
-        found.append(Need("weights of the block at work", memory, size.largest_block_bytes, ("prune", "evaluate")))
+        block, others = size.largest_block_bytes, size.largest_block_bytes * (plan.together - 1)
+        when: tuple[Phase, ...] = ("budget", "prune", "evaluate")
+        found.append(Need("weights of the block at work", memory, block, when))
+        if others:
+            found.append(Need("weights pruned together with them", memory, others, ("prune",), "pruner.scope=block"))
         if plan.on_cuda:
-            found.append(Need("a block on its way", "host", size.largest_block_bytes, ("prune", "evaluate")))
+            found.append(Need("a block on its way", "host", block, when))
         if plan.save_model:
             found.append(Need("saved model, loaded anew", memory, size.outside_bytes, ("save", "evaluate")))
         return found
@@ -131,21 +141,24 @@ def _weights(plan: Plan) -> list[Need]:
     if plan.on_cuda:
         found.append(Need("weights on their way", "host", size.total_bytes, ("load", "save"), remedy))
     if plan.save_model:
-        when: tuple[Phase, ...] = (
-            ("save", "evaluate") if plan.on_cuda else ("evaluate",)
-        )  # a CPU maps files, and reads late
+        when = ("save", "evaluate") if plan.on_cuda else ("evaluate",)  # a CPU maps files, and reads late
         found.append(Need("saved model, loaded anew", memory, size.total_bytes, when, remedy))
     return found
 
 
 def _while_pruning(plan: Plan) -> list[Need]:
-    size, memory, working = plan.size, _memory(plan), plan.working
-    states = plan.samples * plan.seq_len * size.hidden * size.itemsize
+    memory, working = _memory(plan), plan.working
+    states = _states_bytes(plan, plan.samples)
     activations = states * (4 if plan.dense_targets else 2)
     elsewhere = {"device": "activations=host", "host": "activations=disk", "disk": ""}[plan.activations_at]
     fewer = "a smaller calibration.num_samples or .seq_len"
     deciding = None if None in (working.forward, working.pruner) else max(working.forward or 0, working.pruner or 0)
+    found = _while_dealing_out(plan)
+    if plan.own_targets:
+        remedy = f"pruner.scope=block or {fewer}"
+        found.append(Need("targets of a block's parts", _beside_activations(plan), states, ("prune",), remedy))
     return [
+        *found,
         Need(
             "activations and targets",
             plan.activations_at,
@@ -156,6 +169,28 @@ def _while_pruning(plan: Plan) -> list[Need]:
         Need("statistics of a block", memory, working.statistics, ("prune",)),
         Need("pruner and forward pass at work", memory, deciding, ("prune",), "a smaller calibration.batch_size"),
     ]
+
+
+def _while_dealing_out(plan: Plan) -> list[Need]:
+    """A budget over depth goes through the dense blocks with inputs of its own, before the block loop has any."""
+    if plan.budget_states is None:
+        return []
+    inputs, compared = (_states_bytes(plan, samples) for samples in (plan.samples, plan.budget_states))
+    found = [Need("budget: inputs", plan.activations_at, inputs, ("budget",))]
+    found.append(Need("budget: forward pass at work", _memory(plan), plan.working.forward, ("budget",)))
+    if compared:
+        remedy = "a smaller budget.num_samples"
+        found.append(Need("budget: states to compare", _beside_activations(plan), compared, ("budget",), remedy))
+    return found
+
+
+def _states_bytes(plan: Plan, samples: int) -> int:
+    return samples * plan.seq_len * plan.size.hidden * plan.size.itemsize
+
+
+def _beside_activations(plan: Plan) -> Place:
+    """Where a tensor like the activations lies: in memory where they are in files."""
+    return "host" if plan.activations_at == "disk" else plan.activations_at
 
 
 def _while_evaluating(plan: Plan) -> list[Need]:

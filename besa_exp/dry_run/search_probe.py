@@ -17,12 +17,13 @@ def search_seconds(probe: BlockProbe, search: Search, num_blocks: int, num_sampl
     work = search.work(num_blocks, num_samples, seq_len, probe.target.sparsity)
     length = min(seq_len, 256)
     block, hidden = probe.block_of_noise(1, length)
-    head = head_of(probe.model, [block], torch.zeros(1, length, dtype=torch.int64))
+    head = head_of(probe.model, block.layers, torch.zeros(1, length, dtype=torch.int64))
     norms = {
         name: torch.ones(linear.weight.shape[1], device=linear.weight.device) for name, linear in block.linears.items()
     }
     a_pass = seconds_of(probe.device, lambda: [*pruned_to(block, norms, [probe.target.sparsity])])
     a_head = min(seconds_of(probe.device, lambda: _compared(head(hidden))) for _ in range(2)) / length
+    a_pass /= len(block.layers)
     a_token = probe.forward_seconds(1, length) / length
     return num_blocks * (work.passes * a_pass + work.tokens * a_token) + work.tokens * a_head
 

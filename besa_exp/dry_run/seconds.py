@@ -27,7 +27,7 @@ def seconds(
     without weights. `models_scored`: how many models are evaluated. `search`: of the budget's, once a run."""
     load = build + (plan.size.outside_bytes if plan.streamed else plan.size.total_bytes) * disk.read
     a_block = _block_seconds(plan, disk, block) if block else None
-    begin = search + _replay_seconds(plan, block) if block else 0.0
+    begin = search + _budget_seconds(plan, disk, block) + _replay_seconds(plan, block) if block else 0.0
     pruning = None if a_block is None else a_block * plan.num_blocks + begin
     found: dict[str, float | None] = {
         "load": load,
@@ -50,6 +50,14 @@ def _block_seconds(plan: Plan, disk: DiskSpeed, block: BlockCost) -> float:
 def _replay_seconds(plan: Plan, block: BlockCost) -> float:
     """The check at the start, through all blocks, or the first one where they are streamed."""
     return REPLAYED * block.forward_seconds * (1 if plan.streamed else plan.num_blocks)
+
+
+def _budget_seconds(plan: Plan, disk: DiskSpeed, block: BlockCost) -> float:
+    """Of a budget over depth: its passes, what it does besides with each block, and the blocks read for it."""
+    if plan.budget_states is None:
+        return 0.0
+    read = plan.size.blocks_bytes * disk.read if plan.streamed else 0.0
+    return plan.budget_passes * block.forward_seconds + plan.num_blocks * block.budget_seconds + read
 
 
 def _save_seconds(plan: Plan, disk: DiskSpeed, load: float) -> float:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from besa_exp.console import PLAIN_WIDTH, duration
 from besa_exp.dry_run.estimate import Estimate, estimate
-from besa_exp.dry_run.needs import Place, peak, remedies
+from besa_exp.dry_run.needs import PHASES, Place, peak, remedies
 from besa_exp.settings import RunSettings
 
 NOT = "does NOT fit"
@@ -120,7 +120,7 @@ def _bytes_table(found: Estimate) -> Table:
     table.add_column("during")
     for part in found.parts:
         shown = NOT_ESTIMATED if part.size is None else _size(part.size)
-        when = "all of it" if len(part.phases) == 4 else ", ".join(part.phases)
+        when = "all of it" if len(part.phases) == len(PHASES) else ", ".join(part.phases)
         table.add_row(part.part, *(shown if place == part.place else "" for place in places), when)
     table.add_section()
     peaks = [peak(found.parts, place) for place in places]

@@ -106,10 +106,11 @@ class Besa:
         searches = self._searches(parts, statistics, target)
         pruned, fixed = [], {}
         loss_before = _start_loss(block, searches, inputs, targets) if len(searches) > 1 else None
+        own_targets = torch.empty_like(targets) if len(searches) > 1 else None
         for begun in searches:
             search = replace(begun, fixed=fixed)
             if len(searches) > 1:
-                targets = search.block.outputs(inputs, self.batch_size, fixed)
+                targets = search.block.outputs(inputs, self.batch_size, fixed, out=own_targets)
             done = sum(len(part.steps) for part in pruned)
             state, own_loss, steps = self._learn(search, inputs, targets, on_step, done)
             pruned.append(search.pruned(state, own_loss if loss_before is None else loss_before, steps))
