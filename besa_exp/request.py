@@ -60,7 +60,9 @@ def read_request(arguments: argparse.Namespace) -> Request:
     composer = composer_of(arguments)
     overrides = composer.parse(arguments.overrides)
     unknown = set(composer.problems)
-    single = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
+    varied = {override.key_or_group for override in overrides if override.is_sweep_override()}
+    fixed = [override for override in overrides if override.key_or_group not in varied]
+    single = [str(o.input_line) for o in fixed if o.key_or_group.split(".")[0] not in varied]  # a key may need a choice
     main = composer.compose(single)
     if main is None:
         raise ConfigurationError(*composer.problems.values())
