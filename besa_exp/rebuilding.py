@@ -28,6 +28,8 @@ from besa_exp.pruning import PrunedBlock, write_weights
 from besa_exp.saving import outside_blocks
 from besa_exp.settings import ModelSettings
 from besa_exp.shards import streamed_layout, whole_layout, write_index, write_shards
+from besa_exp.streaming import saves_blocks_anew
+from besa_exp.tensor_sources import as_saved
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def rebuild(
     """Writes the pruned model to `out`, whole or not at all; the weights under masks and the zeros among them.
 
     ConfigurationError: the model cannot be loaded or is not the one that was pruned; RunError: it cannot be written."""
-    loaded = _load(replace(model, dtype=masks.description["dtype"]))
+    loaded = _load(replace(model, dtype=masks.description["dtype"]), masks.description["layout"])
     masks.check(
         "what is outside the blocks", weights_sha256(outside_blocks(loaded)), masks.description["outside_sha256"]
     )
@@ -101,13 +103,17 @@ def rebuild(
     return sum(weights for weights, _ in counts.values()), sum(zeros for _, zeros in counts.values())
 
 
-def _load(model: ModelSettings) -> LoadedModel:
-    """Streamed if it can be."""
+def _load(model: ModelSettings, layout: str) -> LoadedModel:
+    """Streamed if it can be. Not where a run that held the whole model saved experts which it had stacked: transformers
+    keeps those in one file, as they share their memory."""
     cpu = torch.device("cpu")
     try:
-        return load_model(replace(model, load="streamed"), cpu, offline=False)
-    except ConfigurationError:  # of the whole loading it says why
-        return load_model(replace(model, load="whole"), cpu, offline=False)
+        loaded = load_model(replace(model, load="streamed"), cpu, offline=False)
+        if layout == "streamed" or not saves_blocks_anew(loaded.model):
+            return loaded
+    except ConfigurationError:
+        pass  # of the whole loading it says why
+    return load_model(replace(model, load="whole"), cpu, offline=False)
 
 
 def _pruned(
@@ -135,14 +141,16 @@ def _write_streamed(
     size: str,
 ) -> None:
     assert loaded.weights is not None
+    model = loaded.model
     if layout == "streamed":
-        outside = loaded.weights.read_outside(f"{blocks[0].name.rpartition('.')[0]}.")
-        files = streamed_layout(outside, [list(block_tensors(block.module, block.name)) for block in blocks])
+        outside = as_saved(model, loaded.weights.read_outside(f"{blocks[0].name.rpartition('.')[0]}."))
+        bare = [block_tensors(block.module, block.name) for block in blocks]
+        files = streamed_layout(outside, [list(as_saved(model, tensors)) for tensors in bare])
     else:
-        outside, files = outside_blocks(loaded), whole_layout(loaded.model, size)
-    write_shards(folder, files, _then(outside, pruned))
+        outside, files = as_saved(model, outside_blocks(loaded)), whole_layout(model, size)
+    write_shards(folder, files, _then(outside, (as_saved(model, tensors) for tensors in pruned)))
     if layout == "streamed" or len(files) > 1:
-        write_index(folder, list(files), loaded.model.num_parameters())
+        write_index(folder, list(files), model.num_parameters())
 
 
 def _then(first: Mapping[str, Tensor], others: Iterator[Mapping[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:

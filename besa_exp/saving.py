@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from besa_exp import atomic
 from besa_exp.blocks import capture_blocks, discover_blocks
@@ -19,10 +20,12 @@ from besa_exp.checkpoint import save_beside_weights, save_model, weights_sha256
 from besa_exp.errors import RunError
 from besa_exp.finished_blocks import FinishedBlocks
 from besa_exp.masks import Target
+from besa_exp.model_folder import read_header
 from besa_exp.models import LoadedModel
 from besa_exp.settings import RunSettings
 from besa_exp.shards import shard_names, write_index, write_shards
 from besa_exp.streaming import StreamedWeights
+from besa_exp.tensor_sources import as_saved
 
 
 def save_pruned(loaded: LoadedModel, finished: FinishedBlocks, folder: Path, card: str) -> None:
@@ -66,11 +69,8 @@ def block_names(loaded: LoadedModel) -> dict[int, str]:
 def pruned_weights(loaded: LoadedModel, finished: FinishedBlocks) -> LoadedModel:
     """The streamed model with the finished blocks' files in the place of the dense ones."""
     assert loaded.weights is not None
-    files: dict[str, Path] = {}
-    for path in finished.weight_files(len(block_names(loaded))):
-        with safe_open(path, framework="pt") as file:
-            files |= dict.fromkeys(file.keys(), path)
-    return replace(loaded, weights=loaded.weights.with_blocks(files))
+    files = finished.weight_files(len(block_names(loaded)))
+    return replace(loaded, weights=loaded.weights.with_blocks(loaded.model, files))
 
 
 def masks_origin(settings: RunSettings, loaded: LoadedModel) -> dict[str, Any]:
@@ -99,11 +99,22 @@ def _write_shards(loaded: LoadedModel, weights: StreamedWeights, finished: Finis
     """One shard for what is outside the blocks, one for each block, and the index of them all."""
     blocks = finished.weight_files(len(block_names(loaded)))
     files = shard_names(len(blocks) + 1)
-    outside = weights.read_outside(f"{discover_blocks(loaded.model)[0]}.")
+    outside = as_saved(loaded.model, weights.read_outside(f"{discover_blocks(loaded.model)[0]}."))
     write_shards(folder, {files[0]: list(outside)}, [outside])
     for source, file in zip(blocks, files[1:], strict=True):
-        _link(source, folder / file)
+        _write_block(loaded.model, source, folder / file)
     write_index(folder, files, loaded.model.num_parameters())
+
+
+def _write_block(model: PreTrainedModel, source: Path, target: Path) -> None:
+    """A finished block's file as part of the saved model, where transformers may have other names and shapes for it."""
+    names = read_header(source)[0].keys()
+    bare = {name: tensor for name, tensor in model.state_dict().items() if name in names}
+    if as_saved(model, bare).keys() == names:
+        _link(source, target)
+        return
+    saved = as_saved(model, load_file(source))
+    write_shards(target.parent, {target.name: list(saved)}, [saved])
 
 
 def _link(source: Path, target: Path) -> None:

@@ -26,9 +26,7 @@ def whole_layout(model: PreTrainedModel, shard_size: str) -> dict[str, list[str]
     """File name to tensors as `save_pretrained` deals them out; the model's weights may be absent (meta)."""
     left_out = {*(getattr(model, "all_tied_weights_keys", None) or ()), *(model._keys_to_ignore_on_save or ())}
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
-    # as from_pretrained leaves it where the files hold the modules' own names
-    model._weight_conversions = []  # pyright: ignore[reportArgumentType]
-    state = revert_weight_conversion(model, state)  # of which only the order is wanted here
+    state = revert_weight_conversion(model, state)
     return split_torch_state_dict_into_shards(state, max_shard_size=shard_size).filename_to_tensors
 
 

@@ -1,15 +1,14 @@
 """A model whose blocks are in memory one at a time, each read from the safetensors files when its turn comes.
 
 Embeddings, final norm and head stay. The modules are built without weights; a block's are read, used and dropped again.
-It works where the files hold the tensors under the names of transformers' modules, one to one, which most decoders'
-do; others are loaded whole (`cannot_stream` says why).
+It works where each tensor can be made of stored ones without the rest of the model (`tensor_sources`); other models are
+loaded whole (`cannot_stream` says why).
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,40 +16,36 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from besa_exp.blocks import Block, discover_blocks
-
-NOT_WEIGHTS = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")  # buffers that older checkpoints still hold
+from besa_exp.tensor_sources import (
+    Source,
+    Stored,
+    as_saved,
+    read_tensors,
+    stored_tensors,
+    tensor_sources,
+    tensors_of_file,
+)
 
 
 @dataclass
 class StreamedWeights:
-    """Where each tensor lies, {name in the model: file}, and what it becomes."""
+    """What each tensor is made of, {name in the model: source}, and what it becomes."""
 
-    files: dict[str, Path]
+    sources: dict[str, Source]
     dtype: torch.dtype
     device: torch.device
 
     def read(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names begin with `prefix`, on the CPU in the run's dtype, by full name."""
-        return self._read([name for name in self.files if name.startswith(prefix)])
+        return read_tensors([self.sources[name] for name in self.sources if name.startswith(prefix)], self.dtype)
 
     def read_outside(self, prefix: str) -> dict[str, Tensor]:
         """All other tensors, read like those."""
-        return self._read([name for name in self.files if not name.startswith(prefix)])
-
-    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Each file is opened once."""
-        tensors: dict[str, Tensor] = {}
-        for path in dict.fromkeys(self.files[name] for name in names):
-            with safe_open(path, framework="pt") as file:
-                for name in (name for name in names if self.files[name] == path):
-                    tensor = file.get_tensor(name)
-                    tensors[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-        return tensors
+        return read_tensors([self.sources[name] for name in self.sources if not name.startswith(prefix)], self.dtype)
 
     def load(self, name: str, module: nn.Module) -> None:
         """Put the weights into a block."""
@@ -94,23 +89,25 @@ class StreamedWeights:
                 for layer in block.layers:
                     self.release(layer.module)
 
-    def with_blocks(self, files: Mapping[str, Path]) -> StreamedWeights:
-        """The same model with other files for some tensors."""
-        return StreamedWeights({**self.files, **files}, self.dtype, self.device)
+    def with_blocks(self, model: PreTrainedModel, files: Iterable[Path]) -> StreamedWeights:
+        """The same model with other files for some tensors, which hold them under the model's own names."""
+        sources = {name: source for file in files for name, source in tensors_of_file(file, model).items()}
+        return StreamedWeights({**self.sources, **sources}, self.dtype, self.device)
 
 
 def open_streamed(
     folder: Path, dtype: str, device: torch.device, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, StreamedWeights]:
-    """The model without its blocks' weights, in evaluation mode, and where they lie. ValueError: `cannot_stream`."""
+    """The model without its blocks' weights, in evaluation mode, and where they lie.
+
+    ValueError: why it cannot be streamed (`cannot_stream`)."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     wanted = dtype_of(config, dtype)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
-    files = tensor_files(folder)
-    if reason := cannot_stream(model, files):
+    if reason := keeps_fp32(model):
         raise ValueError(reason)
-    weights = StreamedWeights(files, wanted, device)
+    weights = StreamedWeights(tensor_sources(model, stored_tensors(folder)), wanted, device)
     path, modules = discover_blocks(model)
     model.load_state_dict(weights.read_outside(f"{path}."), strict=False, assign=True)
     model.tie_weights()
@@ -121,21 +118,29 @@ def open_streamed(
     return model.eval().requires_grad_(False), weights
 
 
-def cannot_stream(model: PreTrainedModel, files: Mapping[str, Path]) -> str | None:
+def cannot_stream(model: PreTrainedModel, stored: Mapping[str, Stored]) -> str | None:
     """Why the model must be loaded whole; None: it need not."""
+    if reason := keeps_fp32(model):
+        return reason
+    try:
+        tensor_sources(model, stored)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def keeps_fp32(model: PreTrainedModel) -> str | None:
+    """A reason not to stream it: what of it is in fp32 is known to `from_pretrained` alone."""
     if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
         return f"{type(model).__name__} keeps some modules in fp32"
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    wanted = {name for name in model.state_dict() if name not in tied}
-    missing = sorted(wanted - files.keys())
-    left = sorted(name for name in files.keys() - wanted - tied if not name.endswith(NOT_WEIGHTS))
-    if missing or left:
-        named, lack = ", ".join((missing or left)[:2]), "lack" if missing else "also hold"
-        return (
-            f"the files {lack} {named}: their names are not those of {type(model).__name__}, whose tensors "
-            "transformers renames or merges as it loads"
-        )
     return None
+
+
+def saves_blocks_anew(model: PreTrainedModel) -> bool:
+    """Whether the saved model has other names or shapes for a block's tensors, so that its file is no finished one."""
+    path, modules = discover_blocks(model)
+    block = {f"{path}.{len(modules) - 1}.{name}": tensor for name, tensor in modules[-1].state_dict().items()}
+    return as_saved(model, block).keys() != block.keys()
 
 
 def give_back_memory() -> None:
@@ -144,16 +149,6 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name to the safetensors file that holds it."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / file for name, file in names.items()}
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        return dict.fromkeys(file.keys(), folder / "model.safetensors")
 
 
 def dtype_of(config: PreTrainedConfig, wanted: str) -> torch.dtype:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -37,7 +37,8 @@ from besa_exp.memory import free_memory
 from besa_exp.models import is_large, weight_bytes
 from besa_exp.scope import blocks_together, takes_apart
 from besa_exp.settings import RunSettings
-from besa_exp.streaming import cannot_stream, give_back_memory, tensor_files
+from besa_exp.streaming import cannot_stream, give_back_memory, saves_blocks_anew
+from besa_exp.tensor_sources import stored_tensors
 from besa_exp.updates.updated import with_update
 
 LEAST_WORK = 3  # blocks that a probe on a CPU needs at least
@@ -82,7 +83,10 @@ def estimate(settings: RunSettings, folder: Path, tell: Callable[[str], None] = 
     disk = disk_speed(folder)
     tell(f"pruning one block of random weights on {device}")
     probed = _probe(settings, models[0], size, texts, folder, device)
-    plan = _plan(settings, size, texts, streamed, device, probed)
+    plan = replace(
+        _plan(settings, size, texts, streamed, device, probed),
+        links_blocks=streamed and not saves_blocks_anew(models[0]),
+    )
     scored = 2 if settings.evaluator.dense else 1
     return Estimate(
         settings=settings,
@@ -180,7 +184,7 @@ def _is_streamed(
     notes = [] if there else ["the weights are not on this machine: the run fetches them first, which is not counted"]
     if wanted == "whole" or (wanted == "auto" and not is_large(there or size.total_bytes, device)):
         return False, notes
-    reason = cannot_stream(model, tensor_files(folder)) if folder and there else None
+    reason = cannot_stream(model, stored_tensors(folder)) if folder and there else None
     if reason is None:
         return True, notes
     if wanted == "streamed":

@@ -73,7 +73,8 @@ class Plan:
     """What of a run's settings decides about bytes. `samples`, `seq_len` of the calibration; `activations_at`: device,
     host or disk; `windows_tokens`: most tokens of an evaluation's set, whose states a streamed model holds at once;
     `own_targets`: the parts of a block have targets of their own; `together`: blocks pruned under one loss; the passes
-    of a budget over depth through a block, and the samples whose states it holds (None: there is no budget)."""
+    of a budget over depth through a block, and the samples whose states it holds (None: there is no budget);
+    `links_blocks`: the saved model's blocks are the finished blocks' own files."""
 
     size: ModelSize
     on_cuda: bool
@@ -94,6 +95,12 @@ class Plan:
     wandb: bool
     libraries: int
     working: Working
+    links_blocks: bool = False
+
+    @property
+    def saved_anew(self) -> int:
+        """Bytes of the saved model that are written beside the finished blocks."""
+        return self.size.outside_bytes if self.links_blocks else self.size.total_bytes
 
     @property
     def num_blocks(self) -> int:
@@ -212,9 +219,9 @@ def _files(plan: Plan) -> list[Need]:
     found = [Need("finished blocks, until the run is done", "disk", size.blocks_bytes, until_saved)]
     found.append(Need("their masks, until the run is done", "disk", size.masks, until_saved))
     if plan.save_model:
-        shards = size.outside_bytes if plan.streamed else size.total_bytes  # streamed: links to the finished blocks
-        remedy = "" if plan.streamed else "save.model=false or model.load=streamed (which saves no block twice)"
-        found.append(Need("saved shards", "disk", shards, ("save", "evaluate"), remedy))
+        less = "save.model=false" + ("" if plan.streamed else " or model.load=streamed (which saves no block twice)")
+        remedy = "" if plan.links_blocks else less
+        found.append(Need("saved shards", "disk", plan.saved_anew, ("save", "evaluate"), remedy))
     if plan.save_masks:
         found.append(Need("masks.safetensors", "disk", size.masks, ("save", "evaluate")))
     logs = log_bytes(plan.steps, plan.size.linears)

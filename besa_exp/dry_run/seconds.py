@@ -65,8 +65,7 @@ def _save_seconds(plan: Plan, disk: DiskSpeed, load: float) -> float:
     masks = disk.written(plan.size.masks) + plan.size.masks * disk.read if plan.save_masks else 0.0
     if not plan.save_model:
         return masks
-    written = plan.size.outside_bytes if plan.streamed else plan.size.total_bytes
-    return masks + disk.written(written, FILES_OF_A_MODEL) + 2 * plan.size.blocks_bytes * disk.read + load
+    return masks + disk.written(plan.saved_anew, FILES_OF_A_MODEL) + 2 * plan.size.blocks_bytes * disk.read + load
 
 
 def _evaluate_seconds(

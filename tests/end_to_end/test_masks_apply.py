@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -67,7 +68,10 @@ def test_masks_and_dense_weights_give_the_files_that_the_run_saved(name, given, 
     assert f"by {pruner}" in (Path("out") / "README.md").read_text()
 
 
-def test_a_whole_model_of_several_files_is_rebuilt_file_by_file_as_transformers_deals_them_out(given, dense):
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_whole_model_of_several_files_is_rebuilt_file_by_file_as_transformers_deals_them_out(family, given, tmp_path):
+    dense = tmp_path / "dense"
+    tiny(family).save_pretrained(dense)
     run = pruned(given, dense, "wanda", "model.load=whole")
     save_model(AutoModelForCausalLM.from_pretrained(run / "model"), None, Path("saved"), "card", shard_size="4KB")
     masks = Masks(run / "masks.safetensors", masks_description(run / "masks.safetensors"))
@@ -76,7 +80,28 @@ def test_a_whole_model_of_several_files_is_rebuilt_file_by_file_as_transformers_
     assert contents(Path("out")) == contents(Path("saved"))
 
 
-def test_a_model_that_cannot_be_streamed_is_rebuilt_whole(given, tied):
+@pytest.mark.parametrize("family", ["gpt_neox", "mixtral"])
+@pytest.mark.parametrize("load", ["whole", "streamed"])
+def test_tensors_that_transformers_renames_or_stacks_are_saved_as_they_were_and_rebuilt(family, load, given, tmp_path):
+    tiny(family).save_pretrained(tmp_path / family)
+    run = pruned(given, tmp_path / family, "magnitude", f"model.load={load}", "save.verify=true")
+    files = (run / "model").glob("*.safetensors")
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    dense = load_file(tmp_path / family / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in found.items()} == {name: t.shape for name, t in dense.items()}
+    assert all(torch.equal(tensor[tensor != 0], dense[name][tensor != 0]) for name, tensor in found.items())
+    assert apply(run, tmp_path / family) == 0
+    assert contents(Path("out")) == contents(run / "model")
+
+
+def test_a_model_that_cannot_be_streamed_is_rebuilt_whole(given, tmp_path):
+    tiny("gpt_oss").save_pretrained(tmp_path / "dense")
+    run = pruned(given, tmp_path / "dense", "magnitude", "model.load=auto")
+    assert apply(run, tmp_path / "dense") == 0
+    assert contents(Path("out")) == contents(run / "model")
+
+
+def test_a_model_whose_files_lack_the_prefix_of_its_base_is_rebuilt(given, tied):
     model = AutoModelForCausalLM.from_pretrained(tied)
     model.model.save_pretrained(tied)  # its names lack `model.`
     (config := tied / "config.json").write_text(config.read_text().replace("LlamaModel", "LlamaForCausalLM"))

@@ -259,11 +259,13 @@ def test_a_place_needs_the_most_that_one_phase_holds() -> None:
 
 
 def test_a_streamed_model_holds_a_block_and_saves_by_links() -> None:
-    parts = needs(plan(streamed=True, evaluates=False))
+    parts = needs(plan(streamed=True, links_blocks=True, evaluates=False))
     host = at(parts, "host")
     assert (host["weights outside the blocks"], host["weights of the block at work"]) == (1000, 2400)
     assert "weights" not in host
     assert at(parts, "disk")["saved shards"] == 1000
+    of_mixture = at(needs(plan(streamed=True)), "disk")  # its experts are saved apart
+    assert of_mixture["saved shards"] == SIZE.total_bytes
     assert at(needs(plan(streamed=True)), "host")["evaluation: hidden states"] == 320 * 10 * 2
 
 
