@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -76,8 +75,6 @@ def read_asked(arguments: argparse.Namespace) -> _Asked:
     composer.problems |= {o.key_or_group: f"{o.input_line}: one command scores one checkpoint" for o in swept}
     if arguments.multirun:
         composer.problems["-m"] = "-m: one command scores one checkpoint; leave it out, and loop in the shell"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        composer.problems["torchrun"] = "torchrun: one process scores a checkpoint; call besa evaluate by itself"
     lines = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
     config = composer.compose(lines)
     if config is None:

@@ -11,14 +11,15 @@ import json
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from besa_exp import atomic
+from besa_exp import atomic, distributed
 from besa_exp.checkpoint import count_zeros
 from besa_exp.console import RunConsole
 from besa_exp.dense_scores import files_of
@@ -29,13 +30,14 @@ from besa_exp.evaluation.finished_scores import FinishedScores
 from besa_exp.evaluation.merging import merged, remaining
 from besa_exp.evaluation.scores import Scores, evaluate
 from besa_exp.folder_lock import locked
+from besa_exp.followed_folder import FollowedFolder
 from besa_exp.model_folder import inspect_model_folder
 from besa_exp.models import LoadedModel, load_model, model_context
 from besa_exp.published import compared_with_published
 from besa_exp.run_checkpoint import run_and_model
 from besa_exp.run_folder import RunFolder
 from besa_exp.run_log import logging_to
-from besa_exp.settings import EvaluationSettings
+from besa_exp.settings import EvaluationSettings, TrackerSettings
 from besa_exp.tracking import start_tracker
 
 BLOCK_AND_LINEAR = re.compile(r"\.(\d+)\.(.+)\.weight$")  # model.layers.3.mlp.down_proj.weight
@@ -48,7 +50,7 @@ class _Evaluation:
     """One under way."""
 
     settings: EvaluationSettings
-    folder: RunFolder
+    folder: RunFolder | FollowedFolder
     console: RunConsole
     device: torch.device
 
@@ -69,8 +71,9 @@ def evaluate_checkpoint(settings: EvaluationSettings, path: Path, config: Mappin
 
     Each finished set and task is on the disk before the next begins: the same command goes on there.
     ConfigurationError: the folder holds scores of another model, or under other conditions."""
-    with locked(path), logging_to(path / "run.log"), RunConsole() as console:
-        evaluation = _Evaluation(settings, RunFolder(path), console, prepared_device(settings))
+    device = prepared_device(settings)
+    with distributed.joined(device), _opened(path) as folder, RunConsole() as console:
+        evaluation = _Evaluation(settings, folder, console, device)
         started = time.perf_counter()
         console.stage(f"loading {settings.checkpoint}")
         loaded = load_model(settings.model, evaluation.device, settings.offline)
@@ -80,18 +83,30 @@ def evaluate_checkpoint(settings: EvaluationSettings, path: Path, config: Mappin
     return results
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[RunFolder | FollowedFolder]:
+    """The folder, which of several ranks the first alone locks and writes."""
+    with ExitStack() as held:
+        if distributed.is_first():
+            held.enter_context(locked(path))
+            held.enter_context(logging_to(path / "run.log"))
+        held.enter_context(distributed.failing_together())
+        yield RunFolder(path) if distributed.is_first() else FollowedFolder(path)
+
+
 def _scored(evaluation: _Evaluation, loaded: LoadedModel, config: Mapping[str, Any]) -> dict[str, Any]:
     settings, folder = evaluation.settings, evaluation.folder
     started, digest = time.perf_counter(), _files_digest(loaded.folder)
-    results = _base(evaluation, loaded, digest)
+    results = distributed.from_first(lambda: _base(evaluation, loaded, digest))
     left = remaining(settings.evaluator, settings.seed, model_context(loaded.model), results, settings.overwrite)
     if left.conflicts:
         raise ConfigurationError(*left.conflicts)
     for line in left.known:
         evaluation.console.stage(line)
-    if settings.overwrite:
+    if settings.overwrite and distributed.is_first():
         atomic.remove(folder.scores)
-    tracker = start_tracker(settings.tracker, folder.path / "evaluate", config, folder.path.name, "evaluate")
+    tracked = settings.tracker if distributed.is_first() else TrackerSettings("none")
+    tracker = start_tracker(tracked, folder.path / "evaluate", config, folder.path.name, "evaluate")
     failed = True
     try:
         scores = _measured(evaluation, loaded, digest, left.settings)
@@ -104,7 +119,8 @@ def _scored(evaluation: _Evaluation, loaded: LoadedModel, config: Mapping[str, A
         logger.warning(line)
     _record(evaluation, results, scores, loaded, time.perf_counter() - started)
     folder.write_results(results)
-    atomic.remove(folder.scores)
+    if distributed.is_first():
+        atomic.remove(folder.scores)
     return results
 
 
@@ -113,7 +129,7 @@ def _measured(evaluation: _Evaluation, loaded: LoadedModel, digest: str, left: A
     settings, folder = evaluation.settings, evaluation.folder
     finished = FinishedScores(folder.scores, f"checkpoint {digest}")
     scores = evaluate(loaded, left, settings.offline, settings.seed, evaluation.console.stage, finished)
-    if (scores.perplexity or scores.zero_shot) and folder.metrics.is_file():
+    if (scores.perplexity or scores.zero_shot) and (folder.path / "metrics.jsonl").is_file():
         folder.log_scores("pruned", scores)
     return scores
 

@@ -107,6 +107,20 @@ def test_two_processes_give_the_masks_losses_and_scores_of_one(short, tokens, tm
     assert two["zero_shot"] == one["zero_shot"]
 
 
+def test_two_processes_score_a_folder_as_one_does(short, tokens, tmp_path):
+    asked = ["evaluate", f"checkpoint={short}", "device=cpu", "evaluator=quick", "evaluator.limit=6"]
+    asked.append(f"evaluator.perplexity_sets=[{tokens}]")
+    assert main([*asked, f"hydra.run.dir={tmp_path / 'one'}"]) == 0
+    done = started_on_two([*asked, f"hydra.run.dir={tmp_path / 'two'}"])
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("done: ") == 1  # one rank speaks
+    one, two = (results(tmp_path / name) for name in ("one", "two"))
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)
+    assert two["zero_shot"] == one["zero_shot"]
+    assert len(two["evaluations"]) == 1
+    assert two["blocks"] == one["blocks"]
+
+
 def test_what_one_process_began_two_finish(unfinished, unbroken, request_arguments):
     done = started_on_two([*request_arguments, f"hydra.run.dir={unfinished}"])
     assert done.returncode == 0, done.stdout
