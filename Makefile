@@ -5,6 +5,7 @@
 # make bench  measure one block of each method against its floor, and dry_run=true against runs (make bench-gpu: CUDA)
 # make best   run the study of experiments/best (about two hours on 2 cores with JOBS=2; done runs are skipped)
 # make budgets  run the study of budgets over depth (some hours on 2 cores; done runs are skipped)
+# make paper  run the study of experiments/paper: the paper's claims on two small models (about half an hour on 2 cores; done runs are skipped)
 # make first-results  run the study of experiments/first_results (about an hour on 2 cores; done runs are skipped)
 
 VENV := .venv
@@ -17,7 +18,7 @@ IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python,\
 	$(shell $(name) -c '$(IN_RANGE)' 2>/dev/null && echo $(name))))
 
-.PHONY: setup run test test-matrix lint types pytest browser first-results best budgets bench bench-gpu clean
+.PHONY: setup run test test-matrix lint types pytest browser first-results best budgets paper bench bench-gpu clean
 .DEFAULT_GOAL := run
 
 setup: $(STAMP)
@@ -94,6 +95,17 @@ budgets: $(STAMP)
 	$(if $(wildcard $(SHARED)/models),$(BIN)/python experiments/first_results/tokens.py --shared $(SHARED))
 	$(foreach study,$(BESTS:best%=budgets%),$(STUDY) &&) true
 	$(BIN)/besa report outputs/budgets --out outputs/budgets/report
+
+# The paper's claims; its models and text are not part of the repository, so that without BESA_SHARED there is nothing to run.
+CLAIMS := $(notdir $(basename $(wildcard conf/experiment/study_*.yaml)))
+
+paper: $(STAMP)
+	@test -d "$(SHARED)/models" || { echo "n/a: no models in $(SHARED)/models; name a folder that has them: BESA_SHARED=" >&2; exit 2; }
+	$(BIN)/python experiments/paper/tokens.py --shared $(SHARED)
+	$(foreach study,study $(CLAIMS),$(STUDY) &&) true
+	$(foreach study,study,$(STUDY) pruner=dense sparsity=0)
+	$(BIN)/python experiments/paper/collect.py --shared $(SHARED)
+	$(BIN)/besa report outputs/paper/runs --out outputs/paper/report
 
 # Each prints its table and writes JSON beside itself; leave the machine alone while they run.
 bench: $(STAMP)

@@ -190,6 +190,15 @@ def _is_single_run(*, _root_: DictConfig) -> bool:
     return mode != RunMode.MULTIRUN
 
 
+def _study(*, _root_: DictConfig) -> str | None:
+    """The experiment preset, by which a tracker groups runs. In a running job Hydra's node is elsewhere."""
+    choices = OmegaConf.select(_root_, "hydra.runtime.choices")
+    if choices is None and "hydra" not in _root_ and HydraConfig.initialized():
+        choices = HydraConfig.get().runtime.choices
+    return (choices or {}).get("experiment")
+
+
+OmegaConf.register_new_resolver("study", _study, replace=True)
 OmegaConf.register_new_resolver("single_run", _is_single_run, replace=True)
 OmegaConf.register_new_resolver("evaluation_folder", _evaluation_folder_of_root, replace=True)
 OmegaConf.register_new_resolver("run_name", _run_name_of_root, replace=True)

@@ -39,7 +39,7 @@ def start_run(
         id=_run_id(folder / "wandb"),
         resume="allow",
         job_type="prune",
-        config=masked(config),
+        config={**masked(config), "method": pruner},
         reinit="create_new",
         settings=_wandb_settings(settings.mode, folder),
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from wandb_file import one
 
 from besa_exp.main import main
 
@@ -127,6 +128,17 @@ def _process_of_the_long_job() -> int:
     raise AssertionError("the long job did not begin")
 
 
+def study(given: list[str], **swept: str) -> list[str]:
+    """Arguments of a study of one's own, with what it sweeps; it is written into the working folder."""
+    Path("presets/experiment").mkdir(parents=True)
+    params = "".join(f"      {key}: {values}\n" for key, values in swept.items())
+    Path("presets/experiment/own.yaml").write_text(
+        f"# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n{params}"
+    )
+    kept = [line for line in given if line.partition("=")[0] not in swept]
+    return [*kept, "--config-dir", "presets", "experiment=own"]
+
+
 def test_a_sweep_keeps_masks_alone_unless_told_otherwise(given: list[str]) -> None:
     assert sweep(*given, "seed=0").returncode == 0
     assert sweep(*given, "seed=1", "save.model=true").returncode == 0
@@ -136,12 +148,7 @@ def test_a_sweep_keeps_masks_alone_unless_told_otherwise(given: list[str]) -> No
 
 
 def test_the_card_of_a_sweeps_job_shows_a_command_that_runs_this_job_alone(given: list[str]) -> None:
-    given = [line for line in given if not line.startswith("pruner=")]
-    Path("presets/experiment").mkdir(parents=True)
-    Path("presets/experiment/own.yaml").write_text(
-        "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      pruner: wanda\n      seed: 3,4\n"
-    )
-    assert sweep(*given, "--config-dir", "presets", "experiment=own", "save.model=true").returncode == 0
+    assert sweep(*study(given, pruner="wanda", seed="3,4"), "save.model=true").returncode == 0
     first, second = folders("wanda")
     command = shlex.split((first / "model/README.md").read_text().split("```")[1])
     seed = json.loads((first / "results.json").read_text())["seed"]
@@ -149,6 +156,15 @@ def test_the_card_of_a_sweeps_job_shows_a_command_that_runs_this_job_alone(given
     assert main([*command[1:], "hydra.run.dir=alone"]) == 0
     assert (Path("alone") / "masks.safetensors").read_bytes() == (first / "masks.safetensors").read_bytes()
     assert (Path("alone") / "masks.safetensors").read_bytes() != (second / "masks.safetensors").read_bytes()
+
+
+def test_in_wandb_a_job_is_in_its_studys_group_with_method_and_sparsity_to_filter_by(given: list[str]) -> None:
+    asked = [line for line in study(given, pruner="wanda", seed="0") if line != "tracker=none"]
+    assert main(["prune", *asked, "pruner=wanda", "sparsity=0.25", "hydra.mode=RUN", "hydra.run.dir=job"]) == 0
+    run = one(Path("job"), "run")
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert (run.run_group, list(run.tags)) == ("own", ["wanda"])
+    assert (config["method"], config["sparsity"]) == ("wanda", 0.25)
 
 
 @pytest.mark.slow

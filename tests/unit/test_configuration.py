@@ -156,6 +156,11 @@ def test_seeds_of_the_groups_follow_the_one_seed() -> None:
     assert read("seed=5").calibration.seed == 5
 
 
+def test_a_tracked_runs_group_is_its_experiment_and_none_without_one() -> None:
+    assert read("tracker=wandb").tracker.group is None
+    assert read("experiment=compare", "tracker=wandb").tracker.group == "compare"
+
+
 def test_the_model_is_named_after_its_path_not_its_preset() -> None:
     assert read("model.path=/models/Some-Llama/").model.name == "Some-Llama"
 

@@ -128,7 +128,7 @@ def test_scores_are_summary_values_with_reasons_for_what_is_missing(tracked: Pat
 def test_the_run_has_its_config_masked_and_its_name_tags_and_group(tracked: Path) -> None:
     run = one(tracked, "run")
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
-    assert config["sparsity"] == 0.5
+    assert (config["method"], config["sparsity"]) == ("besa", 0.5)
     assert config["model"] == {"path": "embedded", "hf_token": "***"}
     assert (run.project, run.display_name, run.run_group) == ("a-project", "tiny-besa-0.5", "sweep-7")
     assert list(run.tags) == ["first", "second", "besa"]

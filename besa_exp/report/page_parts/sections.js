@@ -13,7 +13,7 @@ function showScores(kind) {
     const y = kind === "zero_shot" ? axis("accuracy") : byId("logarithmic").checked ? logarithmic("perplexity", reach) : axis("perplexity");
     const { label } = data.measures[measure];
     const made = card(model, label === model ? null : label, `${label} of ${model} against measured sparsity`);
-    return { ...made, traces: scoreTraces(own, kind), layout: layout(axis("measured sparsity", { tickformat: ".0%" }), y) };
+    return { ...made, traces: scoreTraces(own, kind), layout: layout(axis("measured sparsity", { tickformat: ".3~%" }), y) };
   });
   const some = data.cells.some((cell) => data.measures[cell.measure].kind === kind);
   const none = some ? "No score passes the filters." : `No run measured ${kind === "perplexity" ? "a perplexity" : "a zero-shot task"}.`;
