@@ -19,7 +19,7 @@ ABLATIONS = {
     "Importance": [f"{PAPER}, metric=Weight", PAPER, f"{PAPER}, metric=SparseGPT"],
     "Scope, with besa": ["besa, scope=sub_block", "besa", "besa, scope=pair"],
 }
-SIZES = (8, 16, 32, 64, 128)
+SIZES = (8, 16, 32, 64)
 SOURCES = ("tinystories", "c4", "wikitext2", "embedded")
 
 

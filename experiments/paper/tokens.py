@@ -23,7 +23,7 @@ from besa_exp.tokens import write_token_file
 
 MODELS = ("babyllama-105", "stories260K")
 SEQ_LEN, POOL_WINDOWS, HELD_OUT_WINDOWS, SEEDS = 256, 300, 100, 3
-SIZES = (8, 16, 32, 64, 128)
+SIZES = (8, 16, 32, 64)
 SIZE_OF_OTHERS = 32  # windows of the sources that are compared at one size
 
 
