@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -14,9 +15,7 @@ BENCHMARKS = Path(__file__).parents[2] / "experiments" / "benchmarks"
 @pytest.fixture
 def blocks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import blocks
-
-    yield blocks
+    yield importlib.import_module("blocks")
     for name in ("blocks", "authors_way", "machine"):
         sys.modules.pop(name, None)
 
