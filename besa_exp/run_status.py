@@ -37,9 +37,16 @@ def seen_status(path: Path) -> str | None:
 
 
 def is_done(path: Path) -> bool:
-    """Whether `path` holds a finished run with its results."""
+    """Whether `path` holds a finished run with its results; where they are gone or damaged the run begins again."""
     status = read_status(path)
-    return status is not None and status["status"] == "done" and (path / "results.json").is_file()
+    return status is not None and status["status"] == "done" and _holds_json(path / "results.json")
+
+
+def _holds_json(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def write_status(path: Path, status: str, started: str, error: BaseException | None = None) -> None:

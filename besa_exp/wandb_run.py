@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 INIT_TIMEOUT = 60.0  # seconds
 FINISH_TIMEOUT = 300.0  # seconds for the upload at the end; what was not sent stays in the run folder
+ID = re.compile(rb"[0-9A-Za-z_-]+")
 STEP_METRICS = {"step/*": "optimisation_step", "block/*": "block", "allocated/*": "block"}
 
 
@@ -81,12 +83,15 @@ def _remove_unsent(folder: Path) -> None:
 
 
 def _run_id(folder: Path) -> str:
-    """The id kept in `folder`; a new one at first. Not drawn from a generator that a seed governs."""
+    """The id kept in `folder`; a new one at first, or where the file is damaged. Not drawn from a generator that a seed
+    governs."""
     path = folder / "run_id"
-    if not path.exists():
+    kept = path.read_bytes() if path.exists() else b""
+    if not ID.fullmatch(kept):
+        kept = secrets.token_hex(6).encode()
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(6), encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
+        atomic.write_text(path, kept.decode())
+    return kept.decode()
 
 
 def forget_run(folder: Path) -> None:

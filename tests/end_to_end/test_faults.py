@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from resumed_runs import assert_equal_runs, killed, metrics_of, results_of
 from wandb_file import history, one
 
 from besa_exp.main import main
+from besa_exp.wandb_run import _run_id
 
 NO_HUB = """
 import socket, sys, time
@@ -51,6 +53,28 @@ def test_a_hub_that_cannot_be_reached_is_told_within_seconds_with_the_remedy(giv
     assert "Retry" not in said
     assert "Traceback" not in said
     assert list(Path.cwd().iterdir()) == [], "something was left behind"
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut off"])
+def test_a_finished_run_without_whole_results_is_run_again(given: list[str], damage: str) -> None:
+    command = ["prune", *given, "hydra.run.dir=run"]
+    assert main(command) == 0
+    results = Path("run/results.json")
+    whole = json.loads(results.read_text())
+    if damage == "gone":
+        results.unlink()
+    else:
+        results.write_text(results.read_text()[:100])
+    assert main(command) == 0
+    assert json.loads(results.read_text())["blocks"][0]["linears"] == whole["blocks"][0]["linears"]
+
+
+@pytest.mark.parametrize("damaged", [b"", b"\x00\xff", b"a/b"])
+def test_a_damaged_id_of_wandb_is_replaced_and_then_kept(tmp_path: Path, damaged: bytes) -> None:
+    (tmp_path / "run_id").write_bytes(damaged)
+    identity = _run_id(tmp_path)
+    assert re.fullmatch("[0-9a-f]{12}", identity)
+    assert _run_id(tmp_path) == identity
 
 
 SCORED = re.compile(r"(dense|pruned) model: (?:perplexity on|zero-shot) (\S+?)(, scored before)?$", re.MULTILINE)
