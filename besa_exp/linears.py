@@ -88,13 +88,26 @@ def find_linears(module: nn.Module) -> dict[str, Linear]:
     return linears
 
 
-def with_weights(
-    module: nn.Module, linears: Mapping[str, Linear], weights: Mapping[str, Float[Tensor, "_out _in"]]
-) -> dict[str, Tensor]:
-    """The module's parameters, as they are stored, that hold `weights` instead of their own. Differentiable."""
+def find_norms(module: nn.Module) -> list[dict[str, nn.Parameter]]:
+    """The parameters of each norm inside a module, by path: of a module that holds nothing but parameters of one axis.
+    Biases of linears, and routers, are of modules that hold more."""
+    norms = []
+    for path, inner in module.named_modules():
+        own = dict(inner.named_parameters())
+        if own and not any(inner.children()) and all(parameter.dim() == 1 for parameter in own.values()):
+            norms.append({f"{path}.{name}": parameter for name, parameter in own.items()})
+    return norms
+
+
+def with_weights(module: nn.Module, linears: Mapping[str, Linear], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The module's parameters, as they are stored, that hold `weights` instead of their own: those of linears by their
+    name, others by their path. Differentiable."""
     parameters: dict[str, Tensor] = {}
     stacks: dict[str, dict[int, Tensor]] = {}
     for name, weight in weights.items():
+        if name not in linears:
+            parameters[name] = weight
+            continue
         linear = linears[name]
         stored = weight.T if linear.transposed else weight
         if linear.expert is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -27,7 +27,7 @@ from besa_exp.statistics import Statistic, observe
 class PrunedBlock:
     """What a pruner decided: the keep mask of every linear [out in], new weights where the kept ones moved, the
     sparsity allocated to every row [out], and a search's course; `loss_before` is the probe samples' loss where the
-    search or update began (None: nothing was searched or updated).
+    search or update began (None: nothing was searched or updated). `norms`: new values of norms' parameters, by path.
 
     `_out` and `_in` are of each linear its own, in whatever order the linears come."""
 
@@ -36,6 +36,7 @@ class PrunedBlock:
     weights: Mapping[str, Float[Tensor, "_out _in"]] | None = None
     loss_before: float | None = None
     steps: tuple[Step, ...] = ()
+    norms: Mapping[str, Float[Tensor, " _size"]] = field(default_factory=dict)
 
 
 def pruned_by_masks(keep_masks: Mapping[str, Bool[Tensor, "out in"]]) -> PrunedBlock:
@@ -130,6 +131,11 @@ def write_weights(block: Block, pruned: PrunedBlock) -> None:
         if not weight.isfinite().all():
             raise RunError(f"{block.name}.{name}: the pruned weights are not finite in {weight.dtype}.")
         linear.weight.copy_(weight)
+    for path, found in pruned.norms.items():
+        norm = distributed.broadcast(found.contiguous())
+        if not norm.isfinite().all():
+            raise RunError(f"{block.name}.{path}: the tuned norm is not finite in {norm.dtype}.")
+        block.module.get_parameter(path).copy_(norm)
 
 
 def prune_blocks(

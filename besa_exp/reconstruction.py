@@ -6,6 +6,8 @@ with X what the pruned prefix gives and Y the targets. Block-wise tuning of the 
 al., arXiv 2402.12419). Here Adam works on fp32 copies, its step is a fraction of the weights' own size, so that it fits
 every linear and model, and samples that are not learned from (the probe) choose between the states.
 
+On request the block's norms are tuned along with the weights, under the same loss, and chosen together with them.
+
 The mask may still be closing while the weights are tuned (`Ramp`). The weights that go next are those of the whole
 block with the least W^2 E[(dL/dW)^2]: what their removal costs to second order, with the squared gradient for the
 curvature (optimal brain damage, LeCun et al., 1990). It compares weights of all rows and linears in one unit, that of
@@ -25,25 +27,29 @@ from torch import Tensor
 
 from besa_exp import distributed
 from besa_exp.blocks import Block, Hidden, reconstruction_loss
+from besa_exp.linears import find_norms
 from besa_exp.masks import keep_largest
 from besa_exp.pruning import finite_step, num_probe_samples, probe_loss
 from besa_exp.reports import Step
 
 Weights = Mapping[str, Float[Tensor, "_out _in"]]
 KeepMasks = Mapping[str, Bool[Tensor, "_out _in"]]
+Norms = Mapping[str, Float[Tensor, " _size"]]
+NORM_STEP = 0.1  # of a norm's first step size to that of weights: it holds few values, which all tokens share
 WARM_UP = 10  # steps in which the step size rises to its full value
 
 
 @dataclass(frozen=True)
 class Tuning:
     """`lr`: the first step, as a fraction of the root mean square of a linear's kept weights; it falls to 0 along a
-    cosine. `checks`: how often the probe samples judge once the mask is fixed."""
+    cosine. `checks`: how often the probe samples judge once the mask is fixed. `norms`: whether they are tuned too."""
 
     epochs: int = 8
     batch_size: int = 8
     lr: float = 0.1
     checks: int = 4
     seed: int = 0
+    norms: bool = False
 
     def __post_init__(self) -> None:
         for field in ("epochs", "batch_size", "checks"):
@@ -86,10 +92,11 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning found: weights in the block's dtype with zeros where they are not kept, the keep masks, the probe
-    loss where it began, and its course."""
+    """What tuning found: weights in the block's dtype with zeros where they are not kept, the parameters of norms that
+    were tuned, by path, the keep masks, the probe loss where it began, and its course."""
 
     weights: Weights
+    norms: Norms
     keep_masks: KeepMasks
     loss_before: float
     steps: tuple[Step, ...]
@@ -127,8 +134,8 @@ def tune(
     num_steps = tuning.num_steps(learn)
     settles = ramp.settles(num_steps) if ramp else 0
     judged = {num_steps - 1 - (num_steps - settles) * number // tuning.checks for number in range(tuning.checks)}
-    state = _State.of(block, weights, keep_masks, tuning.lr)
-    best, before = state.pruned(), state.probe_loss(inputs, targets)
+    state = _State.of(block, weights, keep_masks, tuning)
+    best, before = state.found(), state.probe_loss(inputs, targets)
     best_loss = math.inf if ramp else before
     steps: list[Step] = []
     for number, samples in enumerate(_batches(learn, tuning)):
@@ -141,8 +148,9 @@ def tune(
         if number in judged and number >= settles:
             loss = state.probe_loss(inputs, targets)
             if loss < best_loss:
-                best, best_loss = state.pruned(), loss
-    return Tuned(best, state.keep_masks, before, tuple(steps))
+                best, best_loss = state.found(), loss
+    found = {name: best[name] for name in state.latent}
+    return Tuned(found, {name: best[name] for name in state.norms}, state.keep_masks, before, tuple(steps))
 
 
 def _batches(learn: int, tuning: Tuning) -> Iterator[Tensor]:
@@ -154,24 +162,36 @@ def _batches(learn: int, tuning: Tuning) -> Iterator[Tensor]:
 
 @dataclass
 class _State:
-    """A block's weights on their way: `latent` in fp32, what is `kept` of them, and `masked`, leaves in the block's
-    dtype that every step fills with the kept weights."""
+    """A block's weights on their way: `latent` in fp32, what is `kept` of them, its `norms` in fp32 where they are
+    tuned, and `masked`, leaves in the block's dtype that every step fills with the kept weights and the norms."""
 
     block: Block
     latent: dict[str, Tensor]
+    norms: dict[str, Tensor]
     keep_masks: dict[str, Tensor]
     masked: dict[str, Tensor]
     optimizer: torch.optim.Adam
 
     @staticmethod
-    def of(block: Block, weights: Weights, keep_masks: KeepMasks, lr: float) -> _State:
+    def of(block: Block, weights: Weights, keep_masks: KeepMasks, tuning: Tuning) -> _State:
         latent = {name: weight.detach().float() * keep_masks[name] for name, weight in weights.items()}
         masked = {name: torch.empty_like(block.linears[name].weight).requires_grad_() for name in latent}
         groups = [
-            {"params": [weight], "full_lr": lr * float(weight.norm() / keep_masks[name].sum().clamp(min=1).sqrt())}
+            {
+                "params": [weight],
+                "full_lr": tuning.lr * float(weight.norm() / keep_masks[name].sum().clamp(min=1).sqrt()),
+            }
             for name, weight in latent.items()
         ]
-        return _State(block, latent, dict(keep_masks), masked, torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-16))
+        norms: dict[str, Tensor] = {}
+        for parameters in find_norms(block.module) if tuning.norms else ():
+            own = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+            size = max(float(value.square().mean().sqrt()) for value in own.values())
+            groups.append({"params": [*own.values()], "full_lr": NORM_STEP * tuning.lr * size})
+            masked |= {name: torch.empty_like(parameter).requires_grad_() for name, parameter in parameters.items()}
+            norms |= own
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-16)
+        return _State(block, latent, norms, dict(keep_masks), masked, optimizer)
 
     def step(self, inputs: Hidden, targets: Hidden, scale: float, number: int) -> Step:
         """One step of Adam on this rank's samples of the batch; it may have none."""
@@ -179,8 +199,12 @@ class _State:
         loss = reconstruction_loss(self.block(inputs, self.masked), targets)
         leaves = list(self.masked.values())
         gradients = torch.autograd.grad(loss, leaves) if len(inputs) else [torch.zeros_like(leaf) for leaf in leaves]
-        for (name, weight), gradient in zip(self.latent.items(), gradients, strict=True):
-            weight.grad = distributed.all_sum(gradient.float()) * self.keep_masks[name]
+        for name, gradient in zip(self.masked, gradients, strict=True):
+            summed = distributed.all_sum(gradient.float())
+            if name in self.norms:
+                self.norms[name].grad = summed
+            else:
+                self.latent[name].grad = summed * self.keep_masks[name]
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_lr"] * scale
         self.optimizer.step()
@@ -201,12 +225,12 @@ class _State:
         self._fill()
         return probe_loss(self.block, inputs, targets, self.masked)
 
-    def pruned(self) -> dict[str, Tensor]:
-        """A copy of the kept weights in the block's dtype."""
+    def found(self) -> dict[str, Tensor]:
+        """A copy of the kept weights and the norms in the block's dtype."""
         self._fill()
         return {name: masked.detach().clone() for name, masked in self.masked.items()}
 
     @torch.no_grad()
     def _fill(self) -> None:
         for name, masked in self.masked.items():
-            masked.copy_(self.latent[name] * self.keep_masks[name])
+            masked.copy_(self.norms[name] if name in self.norms else self.latent[name] * self.keep_masks[name])

@@ -90,6 +90,7 @@ def by_block(unit: Block, report: BlockReport, pruned: PrunedBlock) -> list[tupl
             keep_masks=_own(pruned.keep_masks, place),
             allocated=_own(pruned.allocated, place),
             weights=None if pruned.weights is None else _own(pruned.weights, place),
+            norms=_own(pruned.norms, place),
         )
         told = BlockReport(
             block.index,

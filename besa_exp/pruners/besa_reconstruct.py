@@ -70,5 +70,5 @@ class BesaReconstruct:
         first = target if ramp is None else Target(ramp.first)
         begun = SparseGPT(self.group_size, self.damping).masks_and_weights(block, statistics, first)
         tuned = tune(block, inputs, targets, begun[1], begun[0], self.tuning, on_step, ramp)
-        masked = pruned_by_masks(tuned.keep_masks)
+        masked = replace(pruned_by_masks(tuned.keep_masks), norms=tuned.norms)
         return replace(masked, weights=tuned.weights, loss_before=tuned.loss_before, steps=tuned.steps)

@@ -36,4 +36,5 @@ class Reconstruct:
         dense = {name: linear.weight for name, linear in block.linears.items()}
         begun = dense if pruned.weights is None else pruned.weights
         tuned = tune(block, inputs, targets, begun, pruned.keep_masks, self.tuning, on_step)
-        return replace(pruned, weights=tuned.weights, loss_before=tuned.loss_before, steps=tuned.steps)
+        found = replace(pruned, weights=tuned.weights, norms=tuned.norms)
+        return replace(found, loss_before=tuned.loss_before, steps=tuned.steps)

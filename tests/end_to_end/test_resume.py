@@ -225,3 +225,19 @@ def test_a_file_system_that_is_read_only_is_refused(request_arguments, tmp_path)
     )
     assert done.returncode == 2, done.stdout + done.stderr
     assert f"{place} cannot be written to; name another folder with hydra.run.dir=" in done.stderr
+
+
+def test_tuned_norms_are_saved_and_gone_on_with_and_masks_alone_do_not_give_them(request_arguments, tmp_path, capsys):
+    kept = [line for line in request_arguments if line != "pruner=besa"]
+    asked = [*kept, "pruner=wanda", "update=reconstruct", "update.tuning.norms=true", "update.tuning.epochs=1"]
+    folder, unbroken, dense = tmp_path / "run", tmp_path / "unbroken", Path(kept[1].partition("=")[2])
+    killed(asked, folder, [{"blocks": 2}])
+    assert main([*asked, f"hydra.run.dir={folder}"]) == 0
+    assert main([*asked, f"hydra.run.dir={unbroken}"]) == 0
+    assert_equal_runs(folder, unbroken)
+    saved, before = (load_file(path / "model.safetensors") for path in (unbroken / "model", dense))
+    changed = {name for name in saved if "norm" in name and not torch.equal(saved[name], before[name])}
+    assert len(changed) == 2 * BLOCKS
+    masks = ["masks", "apply", str(unbroken / "masks.safetensors"), "--model", str(dense)]
+    assert main([*masks, "--out", str(tmp_path / "out")]) == 2
+    assert "updated the weights that it kept" in capsys.readouterr().err

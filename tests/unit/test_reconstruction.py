@@ -9,6 +9,7 @@ import torch
 from tiny_llama import tiny_llama
 
 from besa_exp.blocks import capture_blocks, embed
+from besa_exp.linears import find_norms
 from besa_exp.masks import Target, keep_per_row
 from besa_exp.pruners.besa_reconstruct import BesaReconstruct
 from besa_exp.pruners.sparsegpt import SparseGPT
@@ -161,3 +162,43 @@ def test_an_update_leaves_the_pruners_masks_alone_and_numbers_its_steps_on() -> 
 def test_an_update_refuses_a_pruner_that_needs_another_statistic() -> None:
     assert Updated(Wanda(), Obs()).check(0.5, "unstructured") == []
     assert Updated(SparseGPT(), Reconstruct()).check(0.5, "unstructured") == []
+
+
+def test_norms_are_tuned_on_request_and_the_probe_chooses_them_with_the_weights() -> None:
+    block, inputs, targets = first_block()
+    masks, dense = uniform_masks(block), {name: p.clone() for name, p in block.module.named_parameters()}
+    tuning = Tuning(epochs=10, batch_size=4, norms=True)
+    tuned = tune(block, inputs, targets, weights_of(block), masks, tuning, lambda step: None)
+    assert set(tuned.norms) == {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    assert not any(torch.equal(norm, dense[path]) for path, norm in tuned.norms.items())
+    assert probe_loss(block, inputs, targets, {**tuned.weights, **tuned.norms}) < 0.95 * tuned.loss_before
+    assert all(torch.equal(parameter, dense[name]) for name, parameter in block.module.named_parameters())
+
+
+def test_a_step_size_that_ruins_the_block_leaves_its_norms_as_they_were() -> None:
+    block, inputs, targets = first_block()
+    tuning = Tuning(epochs=1, batch_size=4, lr=1.0, norms=True)
+    tuned = tune(block, inputs, targets, weights_of(block), uniform_masks(block, 0.1), tuning, lambda step: None)
+    assert all(torch.equal(norm, block.module.get_parameter(path)) for path, norm in tuned.norms.items())
+
+
+@pytest.mark.parametrize("pruner", [BesaReconstruct, Reconstruct])
+def test_tuned_norms_are_written_into_the_block_and_the_reported_loss_is_theirs(pruner) -> None:
+    tuning = Tuning(epochs=4, batch_size=4, norms=True)
+    chosen = BesaReconstruct(tuning) if pruner is BesaReconstruct else Updated(Wanda(), Reconstruct(tuning))
+    model = copy.deepcopy(DENSE)
+    blocks = capture_blocks(model, INPUT_IDS)[:1]
+    inputs = embed(model, blocks, INPUT_IDS, 4)
+    targets = blocks[0].outputs(inputs, 4)
+    given = inputs.clone()
+    ((report, pruned),) = prune_blocks(blocks, inputs, chosen, Target(0.6), 4)
+    assert len(pruned.norms) == 2
+    assert all(torch.equal(norm, blocks[0].module.get_parameter(path)) for path, norm in pruned.norms.items())
+    assert report.loss_after == pytest.approx(probe_loss(blocks[0], given, targets, {}), rel=1e-6)
+
+
+def test_norms_are_found_by_what_they_hold_biases_of_linears_are_not_among_them() -> None:
+    module = torch.nn.ModuleDict(
+        {"a": torch.nn.Linear(4, 4), "b": torch.nn.LayerNorm(4), "c": torch.nn.Sequential(torch.nn.RMSNorm(4))}
+    )
+    assert [list(norm) for norm in find_norms(module)] == [["b.weight", "b.bias"], ["c.0.weight"]]
