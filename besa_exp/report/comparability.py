@@ -67,7 +67,24 @@ def _with_losses(run: Run) -> list[Score]:
     losses = [block.after for block in run.blocks]
     if not losses or run.method.pruner in DATA_FREE:
         return list(run.scores)
-    return [*run.scores, Score(RECONSTRUCTION, sum(losses) / len(losses), {})]
+    return [*run.scores, Score(RECONSTRUCTION, sum(losses) / len(losses), _loss_facets(run))]
+
+
+def _loss_facets(run: Run) -> dict[str, str]:
+    """What a block's loss is relative to and taken over, as the pruner's settings, or the inner one's, say; an update
+    that tunes the kept weights aims at the dense model too."""
+    pruner = run.config.get("pruner")
+    pruner = pruner if isinstance(pruner, Mapping) else {}
+    inner = pruner.get("pruner")
+    pruner = inner if isinstance(inner, Mapping) else pruner
+    update = run.config.get("update")
+    tuned = isinstance(update, Mapping) and ".reconstruct." in str(update.get("_target_"))
+    return {
+        "loss against": "the dense model"
+        if pruner.get("dense_targets") or tuned
+        else "the dense block on pruned inputs",
+        "loss over": "two blocks" if pruner.get("scope") == "pair" else "one block",
+    }
 
 
 def _judged(group: Sequence[_Candidate]) -> list[Entry]:

@@ -137,6 +137,26 @@ def test_a_dtype_of_its_own_stands_apart(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("config", "facet"),
+    [
+        ({"pruner": {"dense_targets": True}}, "loss against"),
+        ({"pruner": {"scope": "pair"}}, "loss over"),
+        ({"pruner": {"pruner": {"scope": "pair"}}}, "loss over"),
+        ({"update": {"_target_": "besa_exp.updates.reconstruct.Reconstruct"}}, "loss against"),
+    ],
+)
+def test_a_loss_against_other_targets_stands_apart_and_its_perplexity_does_not(
+    tmp_path: Path, config: dict, facet: str
+) -> None:
+    for number in range(2):
+        finished_run(tmp_path / f"usual{number}", {"seed": number})
+    finished_run(tmp_path / "odd", {"pruner": "magnitude"}, config)
+    apart = {c.measure.label: c.apart for c in cells_of(tmp_path) if c.method.pruner == "magnitude"}
+    assert apart["reconstruction loss"].startswith(f"{facet}: ")
+    assert apart["wikitext2"] == ""
+
+
 def test_runs_of_one_seed_with_other_calibration_tokens_are_not_averaged(tmp_path: Path) -> None:
     for name, tokens in (("a", "c0"), ("b", "c0"), ("odd", "c9")):
         finished_run(tmp_path / name, {"pruner": f"pruner_{name}", "calibration.tokens_sha256": tokens})
