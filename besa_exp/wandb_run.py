@@ -57,7 +57,7 @@ def _wandb_settings(mode: str, folder: Path) -> wandb.Settings:
 
     return wandb.Settings(
         mode=mode,  # pyright: ignore[reportArgumentType] - checked there
-        root_dir=str(folder),
+        root_dir=str(folder.absolute()),  # its service may have begun in another working folder
         silent=True,
         console="off",
         host="",
