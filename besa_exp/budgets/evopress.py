@@ -77,8 +77,8 @@ class EvoPress:
         parent: Levels = tuple(found.get("levels", [0] * len(trial.sizes)))
         for generation in range(found.get("generations", 0), self.generations):
             parent, error = self._next_parent(trial, space, parent, Random(f"{self.seed} {generation}"))  # noqa: S311
-            progress.write({"generations": generation + 1, "levels": parent})
             logger.info("evopress, generation %d: KL %.4g at levels %s", generation + 1, error, [*parent])
+            progress.write({"generations": generation + 1, "levels": parent})
         return space.sparsities(parent)
 
     def _next_parent(self, trial: Trial, space: Space, parent: Levels, random: Random) -> tuple[Levels, float]:
