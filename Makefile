@@ -97,13 +97,14 @@ budgets: $(STAMP)
 	$(BIN)/besa report outputs/budgets --out outputs/budgets/report
 
 # The paper's claims; its models and text are not part of the repository, so that without BESA_SHARED there is nothing to run.
+EMBEDDED := model.name=embedded model.path=embedded model.dtype=float32 evaluator.tasks=[embedded_continuations] evaluator.limit=200
 CLAIMS := $(notdir $(basename $(wildcard conf/experiment/study_*.yaml)))
 
 paper: $(STAMP)
 	@test -d "$(SHARED)/models" || { echo "n/a: no models in $(SHARED)/models; name a folder that has them: BESA_SHARED=" >&2; exit 2; }
 	$(BIN)/python experiments/paper/tokens.py --shared $(SHARED)
-	$(foreach study,study $(CLAIMS),$(STUDY) &&) true
-	$(foreach study,study,$(STUDY) pruner=dense sparsity=0)
+	$(foreach study,study $(CLAIMS),$(STUDY) && $(STUDY) $(EMBEDDED) $(if $(filter %source,$(study)),,calibration.name=embedded) &&) true
+	$(foreach study,study,$(STUDY) pruner=dense sparsity=0 && $(STUDY) $(EMBEDDED) calibration.name=embedded pruner=dense sparsity=0)
 	$(BIN)/python experiments/paper/collect.py --shared $(SHARED)
 	$(BIN)/besa report outputs/paper/runs --out outputs/paper/report
 

@@ -4,9 +4,10 @@ same run has kept is taken from there."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from besa_exp import distributed
@@ -38,6 +39,7 @@ class BlockLoop:
     finished: FinishedBlocks
     done: int
     allocate: Allocate
+    compute_dtype: torch.dtype | None = None
     dense_sha256: dict[int, str] = field(default_factory=dict)
 
     def run(
@@ -52,6 +54,7 @@ class BlockLoop:
         `on_block` is told of each new one when it is on the disk."""
         blocks = capture_blocks(self.loaded.model, self.input_ids)
         self._check_replay(blocks)
+        blocks = [replace(block, compute_dtype=self.compute_dtype) for block in blocks]
         together = blocks_together(pruner)
         targets = target
         if budget is not None and not isinstance(budget, Uniform):
@@ -131,7 +134,11 @@ class BlockLoop:
     def _keep(self, block: Block, report: BlockReport, pruned: PrunedBlock) -> None:
         if not distributed.is_first():
             return
-        keep_masks = {f"{block.name}.{name}.weight": mask for name, mask in pruned.keep_masks.items()}
+        keep_masks, permutations = (
+            {f"{block.name}.{name}.weight": value for name, value in values.items()}
+            for values in (pruned.keep_masks, pruned.permutations)
+        )
         tensors = block_tensors(block.module, block.name)
         dense_sha256 = self.dense_sha256.pop(block.index)
-        self.finished.write(report, tensors, keep_masks, dense_sha256, pruned.weights is not None)
+        updated = pruned.weights is not None
+        self.finished.write(report, tensors, keep_masks, dense_sha256, updated, permutations)

@@ -33,7 +33,8 @@ class Block:
     """One decoder layer: its module, its linears by path (`self_attn.q_proj`), and its captured call arguments.
 
     `arguments` gives, for a batch size, the positional arguments after the hidden states and all keyword arguments.
-    `parts`: the decoder layers, where these are several that are pruned together (`besa_exp.scope`)."""
+    `parts`: the decoder layers, where these are several that are pruned together (`besa_exp.scope`). `compute_dtype`:
+    what products are computed in, where that is not the weights' dtype."""
 
     index: int
     name: str
@@ -41,6 +42,7 @@ class Block:
     linears: Mapping[str, Linear]
     arguments: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
     parts: tuple[Block, ...] = ()
+    compute_dtype: torch.dtype | None = None
 
     @property
     def layers(self) -> tuple[Block, ...]:
@@ -58,11 +60,12 @@ class Block:
         if len(hidden) == 0:  # a rank that owns no sample of a batch
             return hidden
         args, kwargs = self.arguments(hidden.shape[0])
-        if weights is None:
-            output = self.module(hidden, *args, **kwargs)
-        else:
-            parameters = with_weights(self.module, self.linears, weights)
-            output = torch.func.functional_call(self.module, parameters, (hidden, *args), kwargs)
+        with torch.autocast(hidden.device.type, self.compute_dtype, enabled=self.compute_dtype is not None):
+            if weights is None:
+                output = self.module(hidden, *args, **kwargs)
+            else:
+                parameters = with_weights(self.module, self.linears, weights)
+                output = torch.func.functional_call(self.module, parameters, (hidden, *args), kwargs)
         output = output[0] if isinstance(output, tuple) else output
         assert output.shape == hidden.shape, f"{self.name} turned {tuple(hidden.shape)} into {tuple(output.shape)}"
         return output

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -81,14 +81,17 @@ def save_masks(
     path: Path,
     dense_sha256: str | None = None,
     weights_updated: bool = False,
+    permutations: Mapping[str, Int[Tensor, " in"]] | None = None,
 ) -> None:
-    """keep_mask of each linear by its full name, one bit a weight: row-major, highest bit first, 1 = kept.
+    """keep_mask of each linear by its full name, one bit a weight: row-major, highest bit first, 1 = kept. Beside it,
+    as `NAME.permutation` in int32, the order of inputs in which it is N:M, where that is not their own.
 
     `dense_sha256` (see `weights_sha256`) names the dense weights that the masks belong to; `weights_updated`: kept
     weights were changed too, so that dense weights and masks do not give the pruned ones."""
     names = sorted(keep_masks)
     packed = {name: torch.from_numpy(np.packbits(keep_masks[name].cpu().numpy())) for name in names}
     shapes = {name: list(keep_masks[name].shape) for name in names}
+    packed |= {f"{name}.permutation": order.to("cpu", torch.int32) for name, order in (permutations or {}).items()}
     _write_masks(packed, {"shapes": shapes, "dense_sha256": dense_sha256, "weights_updated": weights_updated}, path)
 
 

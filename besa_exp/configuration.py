@@ -40,6 +40,7 @@ DETERMINING_KEYS = (
     "seed",
     "device",
     "deterministic",
+    "compute_dtype",
     "save",
 )
 METHOD_GROUPS = ("budget", "pruner", "update")  # what a method is made of, in the order in which it is named

@@ -24,6 +24,11 @@ def prepared_device(settings: RunSettings | EvaluationSettings) -> torch.device:
     return distributed.local_device(torch.device(automatic if settings.device == "auto" else settings.device))
 
 
+def compute_dtype(settings: RunSettings) -> torch.dtype | None:
+    """What the block loop computes products in; None: the weights' dtype."""
+    return None if settings.compute_dtype == "auto" else getattr(torch, settings.compute_dtype)
+
+
 def peak_memory(device: torch.device) -> dict[str, int]:
     """Most bytes held so far by this process on the host, and by torch on the device."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

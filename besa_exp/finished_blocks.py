@@ -70,6 +70,7 @@ class FinishedBlocks:
         keep_masks: Mapping[str, Tensor],
         dense_sha256: str,
         weights_updated: bool = False,
+        permutations: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Keep one block for good. RunError: the disk is full or cannot be written to."""
         weights, masks, record = self._files(report.index)
@@ -77,7 +78,7 @@ class FinishedBlocks:
             with atomic.replaced_file(weights) as partial:
                 on_host = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
                 save_file(on_host, partial, {"format": "pt"})
-            save_masks(keep_masks, masks, dense_sha256, weights_updated)
+            save_masks(keep_masks, masks, dense_sha256, weights_updated, permutations)
             content = {
                 "report": asdict(report),
                 "sha256": {file.name: file_sha256(file) for file in (weights, masks)},

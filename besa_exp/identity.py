@@ -12,12 +12,13 @@ from besa_exp.errors import ConfigurationError
 IDENTITY = "identity.json"  # in the folder of the blocks
 # Of a model's keys: where the weights lie, and what is said about them elsewhere. They decide nothing.
 NOT_DECIDING = ("load", "convert", "name", "context", "published_perplexity")
+DECIDING = ("model", "calibration", "pruner", "update", "budget", "sparsity", "pattern", "seed", "deterministic")
+DECIDING += ("compute_dtype",)
 
 
 def request_identity(config: Mapping[str, Any], tokens_sha256: str | None = None) -> dict[str, Any]:
     """What blocks are pruned from: the part of the configuration that decides about them, and calibration tokens."""
-    keys = ("model", "calibration", "pruner", "update", "budget", "sparsity", "pattern", "seed", "deterministic")
-    identity: dict[str, Any] = {key: config[key] for key in keys if key in config}
+    identity: dict[str, Any] = {key: config[key] for key in DECIDING if key in config}
     if isinstance(identity.get("model"), Mapping):
         identity["model"] = {key: value for key, value in identity["model"].items() if key not in NOT_DECIDING}
     return identity | ({"calibration_tokens_sha256": tokens_sha256} if tokens_sha256 else {})

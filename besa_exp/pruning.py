@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from besa_exp import distributed
@@ -19,8 +19,9 @@ from besa_exp.activations import Allocate
 from besa_exp.blocks import Block, Hidden, reconstruction_loss
 from besa_exp.errors import RunError
 from besa_exp.masks import Target
+from besa_exp.observation import observe
 from besa_exp.reports import BlockReport, LinearReport, Step
-from besa_exp.statistics import Statistic, observe
+from besa_exp.statistics import Statistic
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class PrunedBlock:
     """What a pruner decided: the keep mask of every linear [out in], new weights where the kept ones moved, the
     sparsity allocated to every row [out], and a search's course; `loss_before` is the probe samples' loss where the
     search or update began (None: nothing was searched or updated). `norms`: new values of norms' parameters, by path.
+    `permutations`: the order of a linear's inputs in which its mask is N:M, where that is not their own.
 
     `_out` and `_in` are of each linear its own, in whatever order the linears come."""
 
@@ -37,6 +39,7 @@ class PrunedBlock:
     loss_before: float | None = None
     steps: tuple[Step, ...] = ()
     norms: Mapping[str, Float[Tensor, " _size"]] = field(default_factory=dict)
+    permutations: Mapping[str, Int[Tensor, " _in"]] = field(default_factory=dict)
 
 
 def pruned_by_masks(keep_masks: Mapping[str, Bool[Tensor, "out in"]]) -> PrunedBlock:

@@ -17,7 +17,7 @@ from besa_exp.block_loop import BlockLoop
 from besa_exp.calibration import Calibration, load_calibration, save_tokens
 from besa_exp.checkpoint import write_card
 from besa_exp.console import RunConsole
-from besa_exp.device import peak_memory, prepared_device
+from besa_exp.device import compute_dtype, peak_memory, prepared_device
 from besa_exp.environment import environment
 from besa_exp.errors import ConfigurationError
 from besa_exp.finished_blocks import FinishedBlocks
@@ -142,7 +142,8 @@ def _prune_model(
     samples, length = input_ids.shape
     needed = activation_bytes(samples, length, hidden, loaded.model.dtype.itemsize, pruner.dense_targets)
     _, allocate = allocator(settings.activations, run.device, run.folder.path, needed)
-    loop = BlockLoop(loaded, input_ids, settings.calibration.batch_size, finished, len(reports), allocate)
+    batch_size, dtype = settings.calibration.batch_size, compute_dtype(settings)
+    loop = BlockLoop(loaded, input_ids, batch_size, finished, len(reports), allocate, dtype)
     with run.timed("prune"), run.console.pruning(len(block_names(loaded)) - len(reports)) as progress:
 
         def on_step(step: Step) -> None:

@@ -60,6 +60,7 @@ def _chained(blocks: Sequence[Block]) -> Block:
         },
         lambda batch_size: (tuple(block.arguments(batch_size) for block in blocks), {}),
         tuple(blocks),
+        blocks[0].compute_dtype,
     )
 
 

@@ -97,6 +97,7 @@ class RunSettings:
     offline: bool = False
     resume: bool = True  # go on after the last whole block of an unfinished run
     overwrite: bool = False
+    compute_dtype: Literal["auto", "bfloat16"] = "auto"  # of the block loop's products; auto: the weights'
     activations: Literal["auto", "device", "host", "disk"] = "auto"  # where hidden states lie between blocks
     profile: bool = False  # write profile.txt into the run folder
     dry_run: bool = False  # tell what the run will need, and run nothing

@@ -15,7 +15,7 @@ from jaxtyping import install_import_hook
 
 # Shapes are types: every annotated function of these modules is checked at each call, in tests only.
 SHAPED = "blocks calibration checkpoint evaluation importance kernels linears masks pruners pruning"
-SHAPED += " replay_check statistics tokens"
+SHAPED += " observation permutation replay_check statistics tokens"
 install_import_hook([f"besa_exp.{module}" for module in SHAPED.split()], "beartype.beartype")
 
 ROOT = Path(__file__).parents[1]

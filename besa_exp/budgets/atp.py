@@ -54,4 +54,5 @@ class Atp:
 
     def work(self, num_blocks: int, num_samples: int, seq_len: int, sparsity: float) -> Work:
         """All progressions, once."""
-        return Work(1, len(self.wishes(sparsity, num_blocks)) * min(self.num_samples, num_samples) * seq_len)
+        samples = len(self.wishes(sparsity, num_blocks)) * min(self.num_samples, num_samples)
+        return Work(1, samples * seq_len, samples)

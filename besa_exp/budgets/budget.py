@@ -13,8 +13,9 @@ from besa_exp import kernels
 from besa_exp.blocks import Block, Hidden
 from besa_exp.importance import wanda_importance
 from besa_exp.masks import Target, keep_by_rank, round_to_total
+from besa_exp.observation import observe
 from besa_exp.pruners.allocation import project_to_budget
-from besa_exp.statistics import Statistic, observe
+from besa_exp.statistics import Statistic
 
 T = TypeVar("T")
 

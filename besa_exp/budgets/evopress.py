@@ -98,9 +98,9 @@ class EvoPress:
         """All generations, as if no two children began alike."""
         standing = [self.children, *self.survivors[:-1]]
         standing[-1] += 1  # the parent
-        samples = [samples_of(tokens, num_samples, seq_len) for tokens in self.tokens]
-        tokens = sum(count * size for count, size in zip(standing, samples, strict=True)) * seq_len
-        return Work(self.generations * len(self.tokens), self.generations * tokens)
+        each = [samples_of(tokens, num_samples, seq_len) for tokens in self.tokens]
+        samples = [count * size for count, size in zip(standing, each, strict=True)]
+        return Work(self.generations * len(samples), self.generations * sum(samples) * seq_len, max(samples))
 
 
 def samples_of(tokens: int, num_samples: int, seq_len: int) -> int:

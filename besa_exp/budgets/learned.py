@@ -28,7 +28,8 @@ from torch import Tensor
 from besa_exp import distributed
 from besa_exp.blocks import Block, Hidden
 from besa_exp.budgets.budget import no_pattern, pruned_to
-from besa_exp.statistics import InputNorm, observe
+from besa_exp.observation import observe
+from besa_exp.statistics import InputNorm
 
 SHARES = 400  # steps in which a block's sparsity is dealt out
 

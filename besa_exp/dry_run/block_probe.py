@@ -141,6 +141,7 @@ class BlockProbe:
     batch_size: int
     allocate: Allocate
     budget: Budget | Search | Uniform | None = None
+    compute_dtype: torch.dtype | None = None
 
     def cost(self, samples: int, seq_len: int) -> BlockCost:
         """Expected of a block of a run with so many samples; extrapolated where that would take too long."""
@@ -190,6 +191,7 @@ class BlockProbe:
 
     def _block(self, rows: int, length: int) -> Block:
         blocks = capture_blocks(self.model, torch.zeros(rows, length, dtype=torch.int64))
+        blocks = [replace(block, compute_dtype=self.compute_dtype) for block in blocks]
         (block,) = units(blocks, len(blocks))
         block.arguments(min(rows, self.batch_size))
         return block

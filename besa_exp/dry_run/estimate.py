@@ -20,16 +20,16 @@ from transformers import PreTrainedModel
 
 from besa_exp.activations import activation_bytes, allocator
 from besa_exp.blocks import discover_blocks, discover_linears
-from besa_exp.budgets.budget import Budget
 from besa_exp.budgets.trial import Search
-from besa_exp.device import prepared_device
+from besa_exp.device import compute_dtype, prepared_device
 from besa_exp.dry_run.block_probe import BlockCost, BlockProbe, cut_down
 from besa_exp.dry_run.disk_probe import disk_speed, existing_place
 from besa_exp.dry_run.evaluation_probe import EvaluationCost, evaluation_cost
 from besa_exp.dry_run.inputs import Texts, local_folder, model_without_weights, read_texts
 from besa_exp.dry_run.meters import seconds_of
-from besa_exp.dry_run.needs import ModelSize, Need, Place, Plan, Working, kept_bytes, needs
-from besa_exp.dry_run.search_probe import search_seconds
+from besa_exp.dry_run.needs import Need, kept_bytes, needs
+from besa_exp.dry_run.plan import ModelSize, Place, Plan, Working
+from besa_exp.dry_run.search_probe import dealing, search_seconds
 from besa_exp.dry_run.seconds import seconds
 from besa_exp.errors import ConfigurationError
 from besa_exp.masks import Target
@@ -131,7 +131,8 @@ def _probe(
     evaluates = evaluator.perplexity_sets or evaluator.tasks
     try:
         cut, batch_size = cut_down(model, device, together), settings.calibration.batch_size
-        probe = BlockProbe(cut, device, pruner, target, batch_size, allocate, settings.budget)
+        dtype = compute_dtype(settings)
+        probe = BlockProbe(cut, device, pruner, target, batch_size, allocate, settings.budget, dtype)
         block = probe.cost(texts.samples, texts.seq_len)
         evaluation = evaluation_cost(probe, evaluator, window) if evaluates else None
         shape = (len(size.blocks), texts.samples, texts.seq_len)
@@ -146,7 +147,6 @@ def _plan(
 ) -> Plan:
     block, evaluation, tracker = probed.block, probed.evaluation, settings.tracker
     on_cuda, pruner = device.type == "cuda", with_update(settings.pruner, settings.update)
-    budget = settings.budget if isinstance(settings.budget, Budget) else None
     return Plan(
         size=size,
         on_cuda=on_cuda,
@@ -156,8 +156,7 @@ def _plan(
         dense_targets=pruner.dense_targets,
         own_targets=takes_apart(pruner),
         together=min(blocks_together(pruner), len(size.blocks)),
-        budget_passes=budget.passes(len(size.blocks), texts.samples) if budget else 0,
-        budget_states=budget.states(len(size.blocks), texts.samples) if budget else None,
+        dealing=dealing(settings.budget, len(size.blocks), texts.samples, texts.seq_len, settings.sparsity),
         activations_at=cast(Place, probed.activations_at if on_cuda or probed.activations_at == "disk" else "host"),
         save_model=settings.save.model,
         save_masks=settings.save.masks,

@@ -14,98 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Place = Literal["device", "host", "disk"]
+from besa_exp.dry_run.plan import Place, Plan
+
 Phase = Literal["load", "budget", "prune", "save", "evaluate"]
 PHASES: tuple[Phase, ...] = ("load", "budget", "prune", "save", "evaluate")
 STEP_BYTES = 170  # a line of metrics.jsonl for a step (seen: 150 to 165)
 LINEAR_BYTES = 200  # a linear's part of a block's line, report and row of sparsity.csv
 BASE_LOG_BYTES = 200_000  # config, environment, results, status, run.log, and W&B's own start
+LOGITS_HELD = 5  # fp32 tensors of logits' size in `Trial`: of the dense model and the tried one, and what compares them
+RANK_BYTES = 2  # of a weight
 WANDB_TIMES = 4  # what W&B writes for each byte of metrics.jsonl, its copy of the console included
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Counts of values: of each block all its tensors, `outside` them what the model holds besides (tied weights once).
-    `masks`: bytes of all masks, one bit a weight. `itemsize`: bytes of a value as it is computed with and saved."""
-
-    blocks: tuple[int, ...]
-    outside: int
-    masks: int
-    linears: int
-    hidden: int
-    vocabulary: int
-    itemsize: int
-
-    @property
-    def total_bytes(self) -> int:
-        """All weights."""
-        return (sum(self.blocks) + self.outside) * self.itemsize
-
-    @property
-    def outside_bytes(self) -> int:
-        """Embeddings, final norm, head."""
-        return self.outside * self.itemsize
-
-    @property
-    def largest_block_bytes(self) -> int:
-        """The largest block's weights."""
-        return max(self.blocks) * self.itemsize
-
-    @property
-    def blocks_bytes(self) -> int:
-        """All blocks' weights."""
-        return sum(self.blocks) * self.itemsize
-
-
-@dataclass(frozen=True)
-class Working:
-    """Bytes beyond weights and activations: the statistics of one block's linears, a batch's forward pass through a
-    block, the pruner while it decides, and a batch's way through the head in an evaluation. None: not estimated."""
-
-    statistics: int | None
-    forward: int | None
-    pruner: int | None
-    evaluation: int | None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What of a run's settings decides about bytes. `samples`, `seq_len` of the calibration; `activations_at`: device,
-    host or disk; `windows_tokens`: most tokens of an evaluation's set, whose states a streamed model holds at once;
-    `own_targets`: the parts of a block have targets of their own; `together`: blocks pruned under one loss; the passes
-    of a budget over depth through a block, and the samples whose states it holds (None: there is no budget);
-    `links_blocks`: the saved model's blocks are the finished blocks' own files."""
-
-    size: ModelSize
-    on_cuda: bool
-    streamed: bool
-    samples: int
-    seq_len: int
-    dense_targets: bool
-    own_targets: bool
-    together: int
-    budget_passes: int
-    budget_states: int | None
-    activations_at: Place
-    save_model: bool
-    save_masks: bool
-    evaluates: bool
-    windows_tokens: int
-    steps: int
-    wandb: bool
-    libraries: int
-    working: Working
-    links_blocks: bool = False
-
-    @property
-    def saved_anew(self) -> int:
-        """Bytes of the saved model that are written beside the finished blocks."""
-        return self.size.outside_bytes if self.links_blocks else self.size.total_bytes
-
-    @property
-    def num_blocks(self) -> int:
-        """Of the model."""
-        return len(self.size.blocks)
 
 
 @dataclass(frozen=True)
@@ -180,14 +98,19 @@ def _while_pruning(plan: Plan) -> list[Need]:
 
 def _while_dealing_out(plan: Plan) -> list[Need]:
     """A budget over depth goes through the dense blocks with inputs of its own, before the block loop has any."""
-    if plan.budget_states is None:
+    if plan.dealing is None:
         return []
-    inputs, compared = (_states_bytes(plan, samples) for samples in (plan.samples, plan.budget_states))
+    inputs, compared = (_states_bytes(plan, samples) for samples in (plan.samples, plan.dealing.states))
     found = [Need("budget: inputs", plan.activations_at, inputs, ("budget",))]
     found.append(Need("budget: forward pass at work", _memory(plan), plan.working.forward, ("budget",)))
     if compared:
         remedy = "a smaller budget.num_samples"
         found.append(Need("budget: states to compare", _beside_activations(plan), compared, ("budget",), remedy))
+    if plan.dealing.tried_tokens:
+        logits = LOGITS_HELD * plan.dealing.tried_tokens * plan.size.vocabulary * 4
+        tried = plan.size.largest_block_bytes + max(plan.size.blocks) * RANK_BYTES
+        found.append(Need("budget: logits of a tried model", _memory(plan), logits, ("budget",)))
+        found.append(Need("budget: a tried block and its ranks", _memory(plan), tried, ("budget",)))
     return found
 
 

@@ -1,15 +1,32 @@
-"""What a budget's search over whole models costs: ranks and a forward pass of one block, and the head, are timed."""
+"""What a budget over depth holds, and what its search over whole models takes: ranks and a forward pass of one block,
+and the head, are timed."""
 
 from __future__ import annotations
 
 import torch
 
 from besa_exp.blocks import Hidden
-from besa_exp.budgets.budget import pruned_to
-from besa_exp.budgets.trial import Search
+from besa_exp.budgets.budget import Budget, pruned_to
+from besa_exp.budgets.trial import TOKENS, Search
+from besa_exp.budgets.uniform import Uniform
 from besa_exp.dry_run.block_probe import BlockProbe
 from besa_exp.dry_run.meters import seconds_of
+from besa_exp.dry_run.plan import Dealing
 from besa_exp.head import head_of
+
+
+def dealing(
+    budget: Budget | Search | Uniform | None, num_blocks: int, num_samples: int, seq_len: int, sparsity: float
+) -> Dealing | None:
+    """What the budget asks for; None where it asks for nothing."""
+    if isinstance(budget, Search):
+        work = budget.work(num_blocks, num_samples, seq_len, sparsity)
+        rows = max(1, min(TOKENS // seq_len, num_samples))
+        held = num_samples + 2 * work.side_by_side  # the dense outputs; of each tried model before a block and after
+        return Dealing(num_blocks * num_samples, held, 1 + work.passes, rows * seq_len)
+    if isinstance(budget, Budget):
+        return Dealing(budget.passes(num_blocks, num_samples), budget.states(num_blocks, num_samples))
+    return None
 
 
 def search_seconds(probe: BlockProbe, search: Search, num_blocks: int, num_samples: int, seq_len: int) -> float:

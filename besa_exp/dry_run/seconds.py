@@ -6,7 +6,7 @@ from besa_exp.dry_run.block_probe import BlockCost
 from besa_exp.dry_run.disk_probe import DiskSpeed
 from besa_exp.dry_run.evaluation_probe import EvaluationCost
 from besa_exp.dry_run.inputs import Texts
-from besa_exp.dry_run.needs import Plan
+from besa_exp.dry_run.plan import Plan
 
 REPLAYED = 4  # passes of a sample through the model when a run begins: two samples, twice
 FILES_OF_A_BLOCK = 3  # weights, masks, report
@@ -54,10 +54,10 @@ def _replay_seconds(plan: Plan, block: BlockCost) -> float:
 
 def _budget_seconds(plan: Plan, disk: DiskSpeed, block: BlockCost) -> float:
     """Of a budget over depth: its passes, what it does besides with each block, and the blocks read for it."""
-    if plan.budget_states is None:
+    if plan.dealing is None:
         return 0.0
-    read = plan.size.blocks_bytes * disk.read if plan.streamed else 0.0
-    return plan.budget_passes * block.forward_seconds + plan.num_blocks * block.budget_seconds + read
+    read = plan.dealing.reads * plan.size.blocks_bytes * disk.read if plan.streamed else 0.0
+    return plan.dealing.passes * block.forward_seconds + plan.num_blocks * block.budget_seconds + read
 
 
 def _save_seconds(plan: Plan, disk: DiskSpeed, load: float) -> float:

@@ -14,7 +14,8 @@ from rich.text import Text
 
 from besa_exp.console import PLAIN_WIDTH, duration
 from besa_exp.dry_run.estimate import Estimate, estimate
-from besa_exp.dry_run.needs import PHASES, Place, peak, remedies
+from besa_exp.dry_run.needs import PHASES, peak, remedies
+from besa_exp.dry_run.plan import Place
 from besa_exp.settings import RunSettings
 
 NOT = "does NOT fit"

@@ -53,7 +53,7 @@ def measure_model(loaded: LoadedModel) -> dict[str, Any]:
         for name, linear in block.linears.items():
             weight = linear.weight
             if not is_two_of_four(weight):
-                raise Unavailable(f"{block.name}.{name} is not 2:4; prune with pattern=2:4")
+                raise Unavailable(f"{block.name}.{name} is not 2:4; prune with pattern=2:4, without pruner.permute")
             if linear_type(name) not in linears:
                 linears[linear_type(name)] = _measured(weight.contiguous(), f"{block.name}.{name}")
     return {"device": torch.cuda.get_device_name(device), "tokens": TOKENS, "linears": linears}

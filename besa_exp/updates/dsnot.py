@@ -104,6 +104,8 @@ class Dsnot:
         edited = {}
         for name, keep_mask in pruned.keep_masks.items():
             weight, seen = block.linears[name].weight.detach(), statistics[name]
-            given = (seen.total, seen.variance, seen.squared_norm)
-            edited[name] = dsnot(weight, *given, keep_mask, self.cycles, self.threshold, group)
+            order = pruned.permutations.get(name, torch.arange(weight.shape[1], device=weight.device))
+            given = (each[order] for each in (seen.total, seen.variance, seen.squared_norm))
+            found = dsnot(weight[:, order], *given, keep_mask[:, order], self.cycles, self.threshold, group)
+            edited[name] = found[:, order.argsort()]
         return replace(pruned, keep_masks=edited, weights=None)

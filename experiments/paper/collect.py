@@ -23,6 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from besa_exp.blocks import capture_blocks, embed
+from besa_exp.embedded.text import MODEL_DIR
 from besa_exp.report.runs import Run, read_run
 from besa_exp.sparsity_table import linear_type, short_names
 from besa_exp.tokens import read_token_file
@@ -58,6 +59,7 @@ def record(run: Run) -> dict:
     (perplexity,) = [score.value for score in run.scores if score.measure.kind == "perplexity"]
     speed = run.simulated_speed.get("linears", {})
     names = short_names([linear_type(linear.name) for linear in run.blocks[0].linears])
+    accuracies = [score.value for score in run.scores if score.measure.metric == "acc_norm"]
     return {
         "model": run.model,
         "method": run.method.label,
@@ -66,6 +68,7 @@ def record(run: Run) -> dict:
         "seed": run.seed,
         "measured": run.measured,
         "perplexity": perplexity,
+        **({"accuracy": accuracies[0]} if accuracies else {}),
         "loss": [[block.before, block.after] for block in run.blocks],
         "sparsity": sparsities(run),
         "simulated_speed_up": {names.get(kind, kind): row["speed_up"] for kind, row in speed.items()},
@@ -96,8 +99,9 @@ def found(runs: Path, shared: Path, tokens: Path) -> list[dict]:
         run = read_run(path)
         row = record(run)
         if run.model not in dense:
+            folder = MODEL_DIR if run.model == "embedded" else shared / "models" / run.model
             held_out = read_token_file(tokens / run.model / "held-out.safetensors")[:WINDOWS]
-            dense[run.model] = hidden_states(shared / "models" / run.model, held_out), held_out
+            dense[run.model] = hidden_states(folder, held_out), held_out
         if (path / "model").is_dir():
             row["error"] = errors(path / "model", *dense[run.model])
         records.append(row)

@@ -34,7 +34,7 @@ def _errors(rows: Sequence[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     looks = styles([method.split(",")[0] for method in METHODS])
-    figure, axes = pyplot.subplots(1, len(MODELS), figsize=(10, 3.8))
+    figure, axes = pyplot.subplots(1, len(MODELS), figsize=(14, 3.8))
     for axis, model in zip(axes, MODELS, strict=True):
         for method in METHODS[1:]:
             blocks = list(zip(*(row["error"] for row in chosen(rows, model, method) if "error" in row), strict=True))
@@ -49,7 +49,7 @@ def _errors(rows: Sequence[dict], path: Path) -> None:
         axis.set(title=model, xlabel="after block", ylabel="error against the dense model", yscale="log")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}" if model == MODELS[1] else "")
+        axis.yaxis.set_minor_formatter("{x:g}" if model == "stories260K" else "")
     axes[0].legend(loc="best")
     _save(figure, path)
 
@@ -58,8 +58,8 @@ def _allocation(rows: Sequence[dict], path: Path) -> None:
     """Mean over seeds of the sparsity by block and linear, besa and besa_paper."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 4, figsize=(12, 3.2))
-    for axis, (model, method) in zip(axes, [(m, p) for m in MODELS for p in (PAPER, "besa")], strict=True):
+    figure, axes = pyplot.subplots(len(MODELS), 2, figsize=(7, 2.6 * len(MODELS)))
+    for axis, (model, method) in zip(axes.flat, [(m, p) for m in MODELS for p in (PAPER, "besa")], strict=True):
         own = chosen(rows, model, method)
         blocks = range(len(own[0]["sparsity"]))
         grid = [[statistics.mean(row["sparsity"][b][linear] for row in own) for linear in LINEARS] for b in blocks]

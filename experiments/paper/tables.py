@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from itertools import combinations
 
-MODELS = ("babyllama-105", "stories260K")
+MODELS = ("babyllama-105", "stories260K", "embedded")
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
-USUAL = ["tinystories", 32]  # the calibration set of all that does not vary it
+USUAL = (None, 32)  # the calibration set of all that does not vary it: so many windows of the model's own text
 PAPER = "besa_paper"
 LAYER_WISE = f"{PAPER}, granularity=linear, dense_targets=true, d_coef=50"
 METHODS = ("dense", "wanda", "sparsegpt", LAYER_WISE, PAPER, "besa_linear", "besa")
@@ -28,13 +28,11 @@ def short(label: str) -> str:
     return f"{PAPER} layer-wise" if label == LAYER_WISE else label
 
 
-def chosen(rows: Sequence[dict], model: str, method: str, calibration: list | None = None) -> list[dict]:
+def chosen(rows: Sequence[dict], model: str, method: str, calibration: tuple[str | None, int] = USUAL) -> list[dict]:
     """The records of one cell, its seeds."""
-    return [
-        row
-        for row in rows
-        if (row["model"], row["method"], row["calibration"]) == (model, method, calibration or USUAL)
-    ]
+    source, windows = calibration
+    wanted = [source or ("embedded" if model == "embedded" else "tinystories"), windows]
+    return [row for row in rows if (row["model"], row["method"], row["calibration"]) == (model, method, wanted)]
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -54,14 +52,15 @@ def cells(own: Sequence[dict]) -> list[str]:
     """Zeros, perplexity, the error of the last hidden states, seeds."""
     wrong = [row["error"][-1] for row in own if "error" in row]
     zeros = f"{statistics.mean(row['measured'] for row in own):.1%}" if own else "n/a"
-    return [zeros, spread([row["perplexity"] for row in own], 2), spread(wrong, 3), str(len(own))]
+    right = [row["accuracy"] for row in own if "accuracy" in row]
+    return [zeros, spread([row["perplexity"] for row in own], 2), spread(wrong, 3), spread(right, 3), str(len(own))]
 
 
-HEAD = ("zeros", "perplexity", "error at the end", "seeds")
+HEAD = ("zeros", "perplexity", "error at the end", "zero-shot accuracy", "seeds")
 
 
-def variants(rows: Sequence[dict], named: Sequence[tuple[str, str, list]], first: str) -> list[str]:
-    """Both models, a line for each (name, method, calibration)."""
+def variants(rows: Sequence[dict], named: Sequence[tuple], first: str) -> list[str]:
+    """All models, a line for each (name, method, calibration)."""
     lines = []
     for model in MODELS:
         lines += [[model, name, *cells(chosen(rows, model, *cell))] for name, *cell in named]
@@ -118,10 +117,10 @@ def tables(rows: Sequence[dict]) -> str:
     """All of them."""
     lines = ["## Methods at 50 %", "", *variants(rows, [(short(m), m, USUAL) for m in METHODS], "method")]
     for title, methods in ABLATIONS.items():
-        calibration = ["tinystories", 16] if "16 windows" in title else USUAL
+        calibration = (None, 16) if "16 windows" in title else USUAL
         lines += [f"## {title}", "", *variants(rows, [(short(m), m, calibration) for m in methods], "method")]
-    sizes = [(str(size), PAPER, ["tinystories", size]) for size in SIZES]
-    sources = [(source, PAPER, [source, 32]) for source in SOURCES]
+    sizes = [(str(size), PAPER, (None, size)) for size in SIZES]
+    sources = [(source, PAPER, (source, 32)) for source in SOURCES]
     lines += ["## Calibration windows (besa_paper)", "", *variants(rows, sizes, "windows")]
     lines += ["## Calibration source (besa_paper)", "", *variants(rows, sources, "source")]
     lines += ["## Error of the hidden states against the dense model", "", *along_depth(rows, lambda row: row["error"])]

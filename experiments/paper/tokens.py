@@ -1,8 +1,8 @@
-"""Makes the exact tokens that the study calibrates and scores the two TinyStories models on.
+"""Makes the exact tokens that the study calibrates and scores its models on.
 
 Each document is BOS + text; documents are laid one after the other and cut into windows of 256. A seed draws windows of
-each source for calibration, so that a larger set holds the smaller ones; the first 100 windows of the test stories are
-held out.
+each source for calibration, so that a larger set holds the smaller ones. Held out are the first 100 windows of the test
+stories, for the embedded model of its own perplexity set.
 
     python experiments/paper/tokens.py [--shared ../shared] [--out outputs/paper/tokens]
 """
@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from besa_exp.embedded.text import calibration_documents
+from besa_exp.embedded.text import MODEL_DIR, calibration_documents, perplexity_documents
 from besa_exp.tokens import write_token_file
 
-MODELS = ("babyllama-105", "stories260K")
+MODELS = {"babyllama-105": "tinystories", "stories260K": "tinystories", "embedded": "embedded"}  # and its own source
 SEQ_LEN, POOL_WINDOWS, HELD_OUT_WINDOWS, SEEDS = 256, 300, 100, 3
 SIZES = (8, 16, 32, 64)
 SIZE_OF_OTHERS = 32  # windows of the sources that are compared at one size
@@ -59,18 +59,20 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=Path(os.environ.get("BESA_SHARED", "../shared")))
     parser.add_argument("--out", type=Path, default=Path("outputs/paper/tokens"))
     arguments = parser.parse_args()
-    for name in MODELS:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.shared / "models" / name)
+    data = arguments.shared / "data"
+    for name, own_source in MODELS.items():
+        embedded = name == "embedded"
+        tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR if embedded else arguments.shared / "models" / name)
         folder = arguments.out / name
         folder.mkdir(parents=True, exist_ok=True)
-        for source, documents in sources(arguments.shared / "data").items():
+        for source, documents in sources(data).items():
             pool = windows(tokenizer, documents, POOL_WINDOWS)
             for seed in range(SEEDS):
                 order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
-                for size in SIZES if source == "tinystories" else (SIZE_OF_OTHERS,):
+                for size in SIZES if source == own_source else (SIZE_OF_OTHERS,):
                     write_token_file(pool[order[:size]], folder / f"{source}-{size}-{seed}.safetensors")
-        held_out = windows(tokenizer, stories(arguments.shared / "data" / "tinystories" / "test.txt"), HELD_OUT_WINDOWS)
-        write_token_file(held_out, folder / "held-out.safetensors")
+        texts = perplexity_documents().documents if embedded else stories(data / "tinystories" / "test.txt")
+        write_token_file(windows(tokenizer, texts, HELD_OUT_WINDOWS), folder / "held-out.safetensors")
         print(f"{name}: tokens in {folder}")
 
 

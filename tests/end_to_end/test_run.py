@@ -132,6 +132,16 @@ def test_the_same_seed_gives_the_same_bytes_but_for_times(run, results, tokens, 
     assert again == results
 
 
+def test_products_in_bf16_give_nearly_the_same_model(results, tokens, tmp_path):
+    assert main([*arguments(tokens, tmp_path), "compute_dtype=bfloat16", "save.model=false"]) == 0
+    rounded = json.loads((tmp_path / "results.json").read_text())
+    (found,), (expected,) = (one["perplexity"].values() for one in (rounded, results))
+    assert found == pytest.approx(expected, rel=0.03)  # a handful of tokens
+    losses = [[block["reconstruction_loss"]["after"] for block in one["blocks"]] for one in (rounded, results)]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
 def test_lm_eval_runs_on_the_saved_model_and_gives_the_same_scores(run, results, tmp_path):
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={run[0] / 'model'}"]
     command += ["--tasks", TASK, "--include_path", str(TASKS_DIR), "--limit", "6", "--device", "cpu"]

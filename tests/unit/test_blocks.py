@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import FAMILIES, MIXTURES, tiny
@@ -11,11 +13,12 @@ from torch import nn
 from besa_exp.blocks import capture_blocks, discover_blocks, embed, reconstruction_loss
 from besa_exp.errors import RunError
 from besa_exp.masks import Target
+from besa_exp.observation import observe
 from besa_exp.pruners.besa import Besa
 from besa_exp.pruners.wanda import Wanda
 from besa_exp.pruning import prune_blocks
 from besa_exp.replay_check import check_replay
-from besa_exp.statistics import Hessian, InputMoments, InputNorm, observe
+from besa_exp.statistics import Hessian, InputMoments, InputNorm
 
 INPUT_IDS = torch.randint(1, 64, (5, 24), generator=torch.Generator().manual_seed(3))
 
@@ -40,6 +43,31 @@ def test_replayed_blocks_reproduce_the_models_hidden_states_for_all_samples(fami
     model(INPUT_IDS, use_cache=False)
     hook.remove()
     torch.testing.assert_close(hidden, own[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES | MIXTURES)
+def test_compute_dtype_rounds_products_and_leaves_all_else_in_the_weights_dtype(family):
+    model = tiny(family)
+    blocks = capture_blocks(model, INPUT_IDS)
+    hidden = embed(model, blocks, INPUT_IDS, batch_size=5)
+    exact, rounded = blocks[0], replace(blocks[0], compute_dtype=torch.bfloat16)
+    expected, found = exact(hidden), rounded(hidden)
+    assert found.dtype == expected.dtype == torch.float32
+    assert 1e-5 < float((found - expected).norm() / expected.norm()) < 0.03  # eps of bf16: 0.008
+    weights = {name: linear.weight.detach().requires_grad_() for name, linear in rounded.linears.items()}
+    gradients = torch.autograd.grad(rounded(hidden, weights).square().sum(), [*weights.values()])
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+
+
+@pytest.mark.parametrize("statistic", [InputNorm, InputMoments, Hessian])
+def test_statistics_are_not_rounded_where_products_are(statistic):
+    seen, inputs = statistic(24, torch.device("cpu")), torch.randn(3, 40, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen.add(inputs, 3)
+    exact = inputs.double().flatten(0, 1)
+    torch.testing.assert_close(seen.squared_norm.double(), exact.square().sum(dim=0) / 3, rtol=1e-6, atol=0)
+    if isinstance(seen, Hessian):
+        torch.testing.assert_close(seen.matrix.double(), 2 / 3 * exact.T @ exact, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_that_calls_its_blocks_unlike_the_loop_is_refused_by_the_self_check():

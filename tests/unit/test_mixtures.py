@@ -10,14 +10,15 @@ import torch
 from families import tiny
 from torch import nn
 
-from besa_exp import statistics
+from besa_exp import observation
 from besa_exp.blocks import Block, capture_blocks, embed
 from besa_exp.linears import discover_linears
 from besa_exp.masks import Target
+from besa_exp.observation import FEW_TOKENS, observe
 from besa_exp.pruners.magnitude import Magnitude
 from besa_exp.pruners.wanda import Wanda
 from besa_exp.pruning import prune_blocks
-from besa_exp.statistics import FEW_TOKENS, Hessian, InputNorm, observe
+from besa_exp.statistics import Hessian, InputNorm
 
 SAMPLES, LENGTH = 8, 16
 INPUT_IDS = torch.randint(3, 64, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(5))
@@ -53,7 +54,7 @@ def down_inputs(family, experts, expert, tokens):
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("batch_size", [3, 8])
 def test_an_experts_statistics_are_of_the_tokens_that_its_router_sends_it(family, batch_size, monkeypatch):
-    monkeypatch.setattr(statistics, "FEW_TOKENS", 0)
+    monkeypatch.setattr(observation, "FEW_TOKENS", 0)
     block, inputs, experts, hidden, chosen = mixture(family)
     norms, _ = observe(block, inputs, InputNorm, batch_size)
     hessians, _ = observe(block, inputs, Hessian, batch_size)

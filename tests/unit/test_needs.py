@@ -14,15 +14,23 @@ from transformers import LlamaForCausalLM
 from besa_exp.activations import allocator
 from besa_exp.blocks import capture_blocks, embed
 from besa_exp.budgets.alpha import Alpha
+from besa_exp.budgets.atp import Atp
+from besa_exp.budgets.evopress import EvoPress
+from besa_exp.budgets.progress import Progress
+from besa_exp.budgets.trial import Search, Trial
 from besa_exp.checkpoint import save_masks, save_model
 from besa_exp.dry_run.block_probe import BlockCost, BlockProbe, cut_down
 from besa_exp.dry_run.disk_probe import DiskSpeed
 from besa_exp.dry_run.estimate import Estimate, model_size
 from besa_exp.dry_run.inputs import Texts, model_without_weights
-from besa_exp.dry_run.needs import ModelSize, Plan, Working, kept_bytes, needs, peak, remedies
+from besa_exp.dry_run.meters import PeakMemory
+from besa_exp.dry_run.needs import kept_bytes, needs, peak, remedies
+from besa_exp.dry_run.plan import Dealing, ModelSize, Plan, Working
+from besa_exp.dry_run.search_probe import dealing
 from besa_exp.dry_run.seconds import seconds
 from besa_exp.dry_run.tables import estimate_tables, sweep_table, verdicts
 from besa_exp.finished_blocks import FinishedBlocks, block_tensors
+from besa_exp.head import head_of
 from besa_exp.masks import Target
 from besa_exp.model_folder import read_header
 from besa_exp.pruners.besa import Besa
@@ -35,6 +43,7 @@ from besa_exp.reports import BlockReport
 from besa_exp.result_tables import as_text
 from besa_exp.scope import blocks_together
 from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings, RunSettings, TrackerSettings
+from besa_exp.streaming import give_back_memory
 
 CPU = torch.device("cpu")
 HIDDEN, FFN = 64, 96
@@ -48,8 +57,7 @@ PLAN = Plan(
     dense_targets=False,
     own_targets=False,
     together=1,
-    budget_passes=0,
-    budget_states=None,
+    dealing=None,
     activations_at="host",
     save_model=True,
     save_masks=True,
@@ -212,7 +220,7 @@ def test_targets_of_a_blocks_parts_are_counted_once_for_all_samples() -> None:
 
 
 def test_a_budget_holds_its_states_before_the_blocks_are_pruned() -> None:
-    parts = needs(plan(budget_states=100, budget_passes=40))
+    parts = needs(plan(dealing=Dealing(passes=40, states=100)))
     state = 16 * 10 * 2
     assert peak([part for part in parts if part.phases == ("budget",)], "host") == (108 * state + 300, "budget")
     assert "states" not in " ".join(part.part for part in needs(PLAN))
@@ -225,9 +233,40 @@ def test_a_budget_takes_the_time_of_its_passes_and_of_the_blocks_it_reads() -> N
     def pruning(**changes) -> float:
         return seconds(plan(evaluates=False, **changes), texts, 0.0, disk, block, None, 1)["prune"] or 0.0
 
-    dealt = {"budget_passes": 40, "budget_states": 0}
+    dealt = {"dealing": Dealing(passes=40, states=0)}
     assert pruning(**dealt) - pruning() == pytest.approx(40 * 0.5 + 2 * 3.0)
     assert pruning(streamed=True, **dealt) - pruning(streamed=True) == pytest.approx(40 * 0.5 + 2 * 3.0 + 4.4)
+
+
+def test_a_search_reads_all_blocks_for_each_pass_and_holds_logits_and_a_tried_block() -> None:
+    search = Dealing(passes=0, states=0, reads=21, tried_tokens=32)
+    parts = at([part for part in needs(plan(dealing=search)) if part.phases == ("budget",)], "host")
+    assert parts["budget: logits of a tried model"] == 5 * 32 * 50 * 4
+    assert parts["budget: a tried block and its ranks"] == 1200 * 2 + 1200 * 2
+    disk, texts = DiskSpeed(0.0, 0.0, 1e-3, 0.0), Texts(8, 16, 0.0, [], [], 0.0, [])
+    block = BlockCost(1.0, 0.5, 0.0, 0, 0, 0, 0)
+    streamed = seconds(plan(evaluates=False, streamed=True, dealing=search), texts, 0.0, disk, block, None, 1)
+    without = seconds(plan(evaluates=False, streamed=True), texts, 0.0, disk, block, None, 1)
+    assert (streamed["prune"] or 0) - (without["prune"] or 0) == pytest.approx(21 * 4.4)
+
+
+@pytest.mark.parametrize("budget", [Atp(), EvoPress(generations=2, tokens=(1024, 2048))])
+def test_what_a_search_is_expected_to_hold_is_what_it_holds(budget: Search) -> None:
+    model = tiny_llama(256, vocab_size=4096, hidden_size=256, num_hidden_layers=3).requires_grad_(False)
+    tokens = torch.randint(0, 4096, (16, 256), generator=torch.Generator().manual_seed(0))
+    blocks = capture_blocks(model, tokens)
+    inputs, outputs = (embed(model, blocks, tokens, 4) for _ in range(2))
+    asked = dealing(budget, 3, 16, 256, 0.5)
+    expected = plan(size=model_size(model), samples=16, seq_len=256, dealing=asked)
+    there = {"budget: inputs", "budget: forward pass at work"}  # before the search, and too little to count
+    parts = [part for part in needs(expected) if part.phases == ("budget",) and part.part not in there]
+    give_back_memory()
+    with PeakMemory(CPU) as memory:
+        before = memory.now()
+        trial = Trial.begin(lambda: blocks, inputs, outputs, head_of(model, blocks, tokens), 4)
+        budget.search(trial, 0.5, Progress())
+        held = memory.lap() - before + outputs.nbytes
+    assert 0.7 < held / sum(part.size or 0 for part in parts) < 1.3
 
 
 def test_what_a_budget_does_besides_its_passes_is_measured() -> None:

@@ -131,7 +131,8 @@ def test_besa_reconstruct_keeps_an_n_m_pattern() -> None:
 
 def test_the_obs_update_of_sparsegpts_own_mask_is_sparsegpt() -> None:
     block, inputs, targets = first_block()
-    from besa_exp.statistics import Hessian, observe
+    from besa_exp.observation import observe
+    from besa_exp.statistics import Hessian
 
     statistics, _ = observe(block, inputs, Hessian, 4)
     pruned = SparseGPT().prune_block(block, inputs, targets, statistics, Target(0.5), lambda step: None)

@@ -13,13 +13,14 @@ from tiny_llama import tiny_llama
 from besa_exp.blocks import capture_blocks, embed
 from besa_exp.errors import RunError
 from besa_exp.masks import Target
+from besa_exp.observation import observe
 from besa_exp.pruners.besa import Besa
 from besa_exp.pruners.quantised import Quantised
 from besa_exp.pruners.wanda import Wanda
 from besa_exp.pruning import prune_blocks
 from besa_exp.quantisation import Quantiser
 from besa_exp.scope import blocks_together, by_block, sub_blocks, unit_ends, units
-from besa_exp.statistics import InputNorm, observe
+from besa_exp.statistics import InputNorm
 from besa_exp.streaming import open_streamed
 
 SIDE_BY_SIDE = {"gpt_neox", "falcon"}
@@ -56,6 +57,14 @@ def test_a_block_parts_where_attention_ends_in_every_family(family, dtype):
     assert torch.equal(mlp(inputs), blocks[0](inputs))
     assert attention(inputs).shape == inputs.shape
     assert not torch.equal(attention(inputs), mlp(inputs))
+
+
+def test_blocks_that_are_pruned_together_compute_in_the_dtype_of_each():
+    blocks, inputs = blocks_and_inputs(tiny("llama"))
+    (exact,) = units(blocks[:2], 2)
+    (rounded,) = units([replace(block, compute_dtype=torch.bfloat16) for block in blocks[:2]], 2)
+    assert not torch.equal(exact(inputs), rounded(inputs))
+    torch.testing.assert_close(exact(inputs), rounded(inputs), rtol=0.05, atol=0.05)
 
 
 def test_attention_as_a_part_gives_the_state_after_its_residual():
