@@ -105,7 +105,8 @@ class Dsnot:
         for name, keep_mask in pruned.keep_masks.items():
             weight, seen = block.linears[name].weight.detach(), statistics[name]
             order = pruned.permutations.get(name, torch.arange(weight.shape[1], device=weight.device))
-            given = (each[order] for each in (seen.total, seen.variance, seen.squared_norm))
-            found = dsnot(weight[:, order], *given, keep_mask[:, order], self.cycles, self.threshold, group)
+            total, variance, norm = (each[order] for each in (seen.total, seen.variance, seen.squared_norm))
+            given = (weight[:, order], total, variance, norm, keep_mask[:, order])
+            found = dsnot(*given, self.cycles, self.threshold, group)
             edited[name] = found[:, order.argsort()]
         return replace(pruned, keep_masks=edited, weights=None)
