@@ -1,6 +1,6 @@
 # make run    set up .venv and prune the embedded model (ARGS="sparsity=0.6 pruner=wanda" adds to the command)
 # make test   set up .venv and check everything: ruff, pyright, pytest (as root where apt is, Chromium is installed for the report's test)
-# make test-matrix  run the family and parity tests with the oldest and the newest transformers, each in a .venv-... of its own
+# make test-matrix  run the family and parity tests with the oldest and the newest transformers and torch, each in a .venv-... of its own
 # make setup  set up .venv only
 # make bench  measure one block of each method against its floor, and dry_run=true against runs (make bench-gpu: CUDA)
 # make best   run the study of experiments/best (about two hours on 2 cores with JOBS=2; done runs are skipped)
@@ -64,7 +64,7 @@ test-matrix: $(MATRIX:%=.venv-%/installed)
 
 .venv-%/installed: tests/matrix/%.txt pyproject.toml
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --constraint $< torch==2.13.0
+	.venv-$*/bin/python -m pip install --quiet --constraint $< torch
 	.venv-$*/bin/python -m pip install --quiet --constraint $< --editable '.[$(EXTRAS)]'
 	@touch $@
 
