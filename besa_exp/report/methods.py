@@ -100,7 +100,12 @@ def styles(pruners: list[str]) -> dict[str, Style]:
 
 @cache
 def _preset(group: str, name: str) -> Mapping[str, Any]:
-    """conf/GROUP/NAME.yaml; {} for what is not the package's."""
+    """conf/GROUP/NAME.yaml with the presets of the group that it builds on; {} for what is not the package's."""
     path = CONF_DIR / group / f"{name}.yaml"
-    known = path.parent == CONF_DIR / group and path.stem == name and path.is_file()
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if known else {}
+    if not (path.parent == CONF_DIR / group and path.stem == name and path.is_file()):
+        return {}
+    own = yaml.safe_load(path.read_text(encoding="utf-8"))
+    under: dict[str, Any] = {}
+    for base in own.pop("defaults", []):
+        under |= _preset(group, base) if isinstance(base, str) else {}
+    return under | own

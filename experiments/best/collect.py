@@ -1,0 +1,162 @@
+"""Collects run folders of the studies `best` and `budgets` into results.json and tables.md beside this file.
+
+What results.json holds already stays, unless the same run was made again.
+
+    python experiments/best/collect.py [outputs/best outputs/budgets]
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from besa_exp.report.runs import Run, read_run
+
+HERE = Path(__file__).parent
+MODELS = ("babyllama-105", "stories260K", "embedded")
+COLUMNS = [("50 %", "unstructured", 0.5), ("60 %", "unstructured", 0.6), ("70 %", "unstructured", 0.7)]
+COLUMNS += [("80 %", "unstructured", 0.8), ("2:4", "2:4", 0.5)]
+METHODS = ("wanda", "wanda+dsnot", "wanda+obs", "wanda+admm", "ria", "ria, permute=true", "sparsegpt", "besa")
+METHODS += ("sparsegpt+reconstruct", "besa+reconstruct", "best")
+PIECES = {
+    "best": "all of it",
+    "best, start=0": "no start from SparseGPT",
+    "best, until=0": "the mask fixed at once, not closed bit by bit",
+    "best, dense_targets=false": "targets from the pruned prefix",
+    "best, tuning.checks=1": "the probe does not choose",
+    "sparsegpt+reconstruct": "SparseGPT's mask, its kept weights tuned",
+}
+BUDGETS = ("uniform", "owl", "dlp", "alpha", "atp", "learned", "evopress")
+UNDER = ("wanda", "sparsegpt", "best")
+
+
+def record(run: Run) -> dict[str, Any]:
+    """What the study keeps of a run."""
+    (perplexity,) = [score.value for score in run.scores if score.measure.kind == "perplexity"]
+    accuracies = [score.value for score in run.scores if score.measure.metric == "acc_norm"]
+    return {
+        "model": run.model,
+        "method": run.method.label.replace(f", {run.pattern}", ""),
+        "pattern": run.pattern,
+        "target": run.target,
+        "seed": run.seed,
+        "measured": run.measured,
+        "perplexity": perplexity,
+        "accuracy": accuracies[0] if accuracies else None,
+        "prune_processor_seconds": run.seconds.get("prune_processor"),
+        "peak_host_bytes": run.memory.get("host"),
+        "calibration_sha256": run.calibration["tokens_sha256"],
+        "commit": run.environment.get("git_commit"),
+    }
+
+
+def request(row: dict[str, Any]) -> tuple:
+    """What two records of the same run have in common, wherever it was made."""
+    return row["model"], row["method"], row["pattern"], row["target"], row["seed"]
+
+
+def spread(values: Sequence[float | None], digits: int = 2) -> str:
+    """Mean and, over several seeds, the sample standard deviation; fewer than three seeds are told."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return "-"
+    mean = statistics.mean(found)
+    digits = 0 if mean >= 1000 else digits
+    more = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
+    return f"{mean:.{digits}f}{more}{'' if len(found) >= 3 else f' ({len(found)})'}"
+
+
+class Rows(list[dict[str, Any]]):
+    """Records that can be asked for."""
+
+    def of(self, model: str, method: str, pattern: str, target: float) -> list[dict[str, Any]]:
+        """One cell, its seeds."""
+        wanted = model, method, pattern, target
+        return [row for row in self if (row["model"], row["method"], row["pattern"], row["target"]) == wanted]
+
+    def cell(self, model: str, method: str, pattern: str, target: float, key: str = "perplexity", digits: int = 2):
+        """One cell as text."""
+        return spread([row[key] for row in self.of(model, method, pattern, target)], digits)
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown; lines without any value are left out."""
+    told = [line for line in lines if any(value != "-" for value in line[1:])]
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(line)} |" for line in told), ""]
+
+
+def costs(rows: Rows, model: str, method: str) -> list[str]:
+    """Processor seconds and peak memory over all unstructured targets."""
+    own = [row for row in rows if (row["model"], row["method"], row["pattern"]) == (model, method, "unstructured")]
+    seconds = [row["prune_processor_seconds"] for row in own if row["prune_processor_seconds"] is not None]
+    peaks = [row["peak_host_bytes"] for row in own if row["peak_host_bytes"]]
+    return [
+        f"{statistics.mean(seconds):.1f} ± {statistics.stdev(seconds):.1f}" if len(seconds) > 1 else "-",
+        f"{statistics.mean(peaks) / 1e6:.0f} MB" if peaks else "-",
+    ]
+
+
+def per_model(rows: Rows, line: Callable[[str], list[str]], head: Sequence[str]) -> list[str]:
+    """A line for each model."""
+    return table(head, [[model, *line(model)] for model in MODELS])
+
+
+def main() -> None:
+    """Reads the runs, writes the files."""
+    folders = [Path(argument) for argument in sys.argv[1:]] or [Path("outputs/best"), Path("outputs/budgets")]
+    kept = HERE / "results.json"
+    rows = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
+    for folder in folders:
+        rows += [record(read_run(path.parent)) for path in sorted(folder.rglob("results.json"))]
+    by_request = {request(row): row for row in rows}
+    rows = Rows(by_request[key] for key in sorted(by_request, key=str))
+    kept.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+    (HERE / "tables.md").write_text("\n".join(tables(rows)), encoding="utf-8")
+    print((HERE / "tables.md").read_text(encoding="utf-8"))
+
+
+def tables(rows: Rows) -> list[str]:
+    """All tables."""
+    names = [name for name, *_ in COLUMNS]
+    lines = ["Mean ± sample standard deviation over three seeds, or over as many as are told in brackets.", ""]
+    for model in MODELS:
+        dense = rows.cell(model, "dense", "unstructured", 0.0).partition(" ")[0]
+        lines += [f"## Held-out perplexity, {model} (dense {dense})", ""]
+        lines += table(
+            ["method", *names, "processor s", "peak memory"],
+            [[m, *(rows.cell(model, m, *column[1:]) for column in COLUMNS), *costs(rows, model, m)] for m in METHODS],
+        )
+    lines += ["## Accuracy on the first 200 questions of the embedded task (acc_norm)", ""]
+    lines += table(
+        ["method", *names],
+        [
+            [m, *(rows.cell("embedded", m, *column[1:], key="accuracy", digits=3) for column in COLUMNS)]
+            for m in METHODS
+        ],
+    )
+    lines += ["## best without one of its pieces, 70 %", ""]
+    lines += table(
+        ["", *MODELS],
+        [
+            [what, *(rows.cell(model, m, "unstructured", 0.7, digits=3) for model in MODELS)]
+            for m, what in PIECES.items()
+        ],
+    )
+    for target in (0.5, 0.7):
+        lines += [f"## Budgets over depth, {target:.0%}", ""]
+        head = ["budget", *(f"{model}: {pruner}" for model in MODELS for pruner in UNDER)]
+        named = [
+            [b, *(rows.cell(m, f"{b}+{p}", "unstructured", target) for m in MODELS for p in UNDER)] for b in BUDGETS
+        ]
+        lines += table(head, named)
+    lines += ["## Cost of a budget with wanda, processor seconds of the block loop", ""]
+    lines += table(["budget", *MODELS], [[b, *(costs(rows, m, f"{b}+wanda")[0] for m in MODELS)] for b in BUDGETS])
+    return lines
+
+
+if __name__ == "__main__":
+    main()
