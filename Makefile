@@ -89,11 +89,13 @@ best: $(STAMP)
 	$(foreach study,$(BESTS),$(STUDY) pruner=dense sparsity=0 seed=0 && $(STUDY) && $(STUDY) pruner=sparsegpt update=reconstruct \
 		&& $(STUDY) pruner=wanda,sparsegpt,best sparsity=0.5 pattern=2:4 \
 		$(foreach without,$(WITHOUT),&& $(STUDY) pruner=best sparsity=0.7 $(without)) &&) true
+	$(BIN)/python experiments/best/collect.py
 	$(BIN)/besa report outputs/best --out outputs/best/report
 
 budgets: $(STAMP)
 	$(if $(wildcard $(SHARED)/models),$(BIN)/python experiments/first_results/tokens.py --shared $(SHARED))
 	$(foreach study,$(BESTS:best%=budgets%),$(STUDY) &&) true
+	$(BIN)/python experiments/best/collect.py
 	$(BIN)/besa report outputs/budgets --out outputs/budgets/report
 
 # The paper's claims; its models and text are not part of the repository, so that without BESA_SHARED there is nothing to run.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,6 @@ def costs(rows: Rows, model: str, method: str) -> list[str]:
         f"{statistics.mean(seconds):.1f} ± {statistics.stdev(seconds):.1f}" if len(seconds) > 1 else "-",
         f"{statistics.mean(peaks) / 1e6:.0f} MB" if peaks else "-",
     ]
-
-
-def per_model(rows: Rows, line: Callable[[str], list[str]], head: Sequence[str]) -> list[str]:
-    """A line for each model."""
-    return table(head, [[model, *line(model)] for model in MODELS])
 
 
 def main() -> None:
