@@ -31,6 +31,7 @@ from besa_exp.embedded.text import MODEL_DIR, TRAINING_PACKAGES, EmbeddedText, e
 
 HERE = Path(__file__).parent
 WARM_UP, DECAY = 0.02, 0.4  # of the budget: its first and its last part
+BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # whether the CPU has the units
 MUON_LR, ADAMW_LR = 0.02, 0.004  # https://github.com/KellerJordan/modded-nanogpt for the first
 
 
@@ -205,7 +206,8 @@ def train_step(model: LlamaForCausalLM, optimizers: list, batch: torch.Tensor, s
 
 def token_loss(model: LlamaForCausalLM, window: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy of the next token. window: int64 [sample, seq + 1]."""
-    logits = model(input_ids=window[:, :-1], use_cache=False).logits
+    with torch.autocast("cpu", torch.bfloat16, enabled=torch.is_grad_enabled() and BF16):
+        logits = model(input_ids=window[:, :-1], use_cache=False).logits
     return cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
 
 
