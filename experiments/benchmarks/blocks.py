@@ -281,6 +281,19 @@ def run_case(name: str, work: Work, rounds: int) -> list[Cell]:
     return cells
 
 
+def run_in_bf16(name: str, work: Work, rounds: int) -> list[Cell]:
+    """The same weights and inputs with products in bf16, against fp32 in the place of a floor."""
+    rounded = replace(work, blocks=tuple(replace(block, compute_dtype=torch.bfloat16) for block in work.blocks))
+    prune(rounded, Wanda())  # the first call of a shape is slower
+    found = []
+    for what, pruner in (("BESA", Besa()), ("Wanda", Wanda()), ("SparseGPT", SparseGPT())):
+        seconds = [
+            [timed(work.inputs.device, partial(prune, each, pruner)) for each in (rounded, work)] for _ in range(rounds)
+        ]
+        found.append(cell(name, f"{what} in bf16", [{"ours": ours, "floor": floor} for ours, floor in seconds]))
+    return found
+
+
 def peak_bytes(work: Work) -> int | None:
     """Most device memory that BESA held, inputs and targets included; None on a CPU."""
     device = work.inputs.device
@@ -305,6 +318,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="run only the cases whose name holds this")
+    parser.add_argument("--bf16", action="store_true", help="products in bf16 against fp32, instead of all else")
     parser.add_argument("--out", type=Path, help="default: blocks_cpu.json or blocks_cuda.json beside this file")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -312,11 +326,12 @@ def main() -> None:
     dtype = torch.bfloat16 if cuda else torch.float32
     makers = {case.name: partial(make_work, case, device, dtype) for case in (CUDA if cuda else CPU)}
     makers |= {} if cuda else {EMBEDDED: partial(embedded_work, device)}
-    out = arguments.out or HERE / f"blocks_{device.type}.json"
+    out = arguments.out or HERE / f"blocks_{device.type}{'_bf16' if arguments.bf16 else ''}.json"
+    run = run_in_bf16 if arguments.bf16 else run_case
     cells: list[Cell] = []
     for name, make in makers.items():
         if arguments.only in name:
-            cells += run_case(name, make(), arguments.rounds)
+            cells += run(name, make(), arguments.rounds)
             print(show(cells), flush=True)
             record = {"machine": describe_machine(device), "rounds": arguments.rounds, "cells": [*map(asdict, cells)]}
             out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
