@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa_exp import atomic
 from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.shards import write_joined
 
 SHARD_SIZE = "5GB"
 BESIDE_WEIGHTS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken")
@@ -92,33 +93,28 @@ def save_masks(
     packed = {name: torch.from_numpy(np.packbits(keep_masks[name].cpu().numpy())) for name in names}
     shapes = {name: list(keep_masks[name].shape) for name in names}
     packed |= {f"{name}.permutation": order.to("cpu", torch.int32) for name, order in (permutations or {}).items()}
-    _write_masks(packed, {"shapes": shapes, "dense_sha256": dense_sha256, "weights_updated": weights_updated}, path)
+    description = {"shapes": shapes, "dense_sha256": dense_sha256, "weights_updated": weights_updated}
+    _write_masks(path, description, lambda partial, text: save_file(packed, partial, text))
 
 
-def _write_masks(packed: dict[str, Tensor], description: Mapping[str, Any], path: Path) -> None:
+def _write_masks(path: Path, description: Mapping[str, Any], write: Callable[[Path, dict[str, str]], None]) -> None:
     text = json.dumps({"format_version": MASKS_VERSION, **description}, sort_keys=True)
     try:
         with atomic.replaced_file(path) as partial:
-            save_file(packed, partial, metadata={MASKS_KEY: text})
+            write(partial, {MASKS_KEY: text})
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} could not be written ({error}); free disk space or set save.masks=false") from error
 
 
-def merge_masks(files: Iterable[Path], path: Path, origin: Mapping[str, Any]) -> None:
+def merge_masks(files: Sequence[Path], path: Path, origin: Mapping[str, Any]) -> None:
     """The blocks' masks files, in order, as one, which also says `origin`: what the masks were made from and how."""
-    packed: dict[str, Tensor] = {}
-    shapes: dict[str, list[int]] = {}
-    described = []
-    for file in files:
-        described.append(masks_description(file))
-        shapes |= described[-1]["shapes"]
-        packed |= load_file(file)
+    described = [masks_description(file) for file in files]
     of_blocks = {
-        "shapes": shapes,
+        "shapes": {name: shape for description in described for name, shape in description["shapes"].items()},
         "dense_sha256": [description["dense_sha256"] for description in described],
         "weights_updated": any(description["weights_updated"] for description in described),
     }
-    _write_masks(packed, {**of_blocks, **origin}, path)
+    _write_masks(path, {**of_blocks, **origin}, lambda partial, text: write_joined(files, partial, text))
 
 
 def load_masks(path: Path) -> dict[str, Bool[Tensor, "out in"]]:

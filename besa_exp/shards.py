@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
@@ -20,6 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from besa_exp.model_folder import read_header
 
 METADATA = {"format": "pt"}
+ITEMSIZES = {"U8": 1, "I32": 4}  # of the tensors of masks files
 
 
 def whole_layout(model: PreTrainedModel, shard_size: str) -> dict[str, list[str]]:
@@ -48,6 +50,41 @@ def write_shards(folder: Path, layout: Mapping[str, Sequence[str]], parts: Itera
         while not held.keys() >= set(names):
             held |= next(coming)
         save_file({name: held.pop(name).cpu().contiguous() for name in names}, folder / file, METADATA)
+
+
+def write_joined(files: Sequence[Path], path: Path, metadata: Mapping[str, str]) -> None:
+    """One safetensors file that holds what several do, copied tensor by tensor: none is read as a whole. Wider numbers
+    come first, so that each lies at a multiple of its size, as the format's own library has it."""
+    parts = []
+    for file in files:
+        header, problem = read_header(file)
+        assert problem is None, problem
+        start = 8 + _header_length(file)
+        parts += [(file, start + tensor["data_offsets"][0], name, tensor) for name, tensor in header.items()]
+    parts.sort(key=lambda part: -ITEMSIZES[part[3]["dtype"]])
+    joined: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for _, _, name, tensor in parts:
+        begin, end = end, end + _size(tensor)
+        joined[name] = tensor | {"data_offsets": [begin, end]}
+    text = json.dumps(joined).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for file, start, _, tensor in parts:
+            with file.open("rb") as source:
+                source.seek(start)
+                stream.write(source.read(_size(tensor)))
+
+
+def _header_length(file: Path) -> int:
+    with file.open("rb") as stream:
+        return int.from_bytes(stream.read(8), "little")
+
+
+def _size(tensor: Mapping[str, Any]) -> int:
+    begin, end = tensor["data_offsets"]
+    return end - begin
 
 
 def write_index(folder: Path, files: Iterable[str], num_parameters: int) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_pruners import prune_tiny
 
-from besa_exp.checkpoint import load_masks, merge_masks, save_masks
+from besa_exp.checkpoint import load_masks, masks_description, merge_masks, save_masks
 from besa_exp.masks import keep_n_of_m
 from besa_exp.permutation import _exchanged, keep_n_of_m_permuted, kept_importance, permuted_for
 from besa_exp.pruners.ria import Ria
@@ -96,9 +96,10 @@ def test_masks_are_n_of_m_in_the_order_told_and_linears_of_one_input_share_it(pr
 def test_the_masks_file_holds_the_orders_and_they_are_merged(tmp_path: Path) -> None:
     order = torch.tensor([2, 0, 3, 1])
     mask = torch.tensor([[True, False, True, False]])
-    save_masks({"a.weight": mask}, tmp_path / "0", "0", permutations={"a.weight": order})
-    save_masks({"b.weight": ~mask}, tmp_path / "1", "1")
-    merge_masks([tmp_path / "0", tmp_path / "1"], tmp_path / "all", {})
+    save_masks({"b.weight": ~mask}, tmp_path / "0", "0")  # one byte, after which no whole number of four may lie
+    save_masks({"a.weight": mask}, tmp_path / "1", "1", permutations={"a.weight": order})
+    merge_masks([tmp_path / "0", tmp_path / "1"], tmp_path / "all", {"method": "ria"})
+    assert masks_description(tmp_path / "all")["method"] == "ria"
     assert load_file(tmp_path / "all")["a.weight.permutation"].tolist() == order.tolist()
     assert "b.weight.permutation" not in load_file(tmp_path / "all")
     assert {name: mask.tolist() for name, mask in load_masks(tmp_path / "all").items()} == {
