@@ -22,6 +22,7 @@ RUNS = {  # what decides about the bytes: the method, where the weights lay, wha
     "besa, whole, in another dtype, tied": ("besa", ["model.load=whole", "model.dtype=bfloat16"], True),
     "besa_paper, streamed, tied": ("besa_paper", ["model.load=streamed"], True),
     "wanda with edited masks": ("wanda", ["update=dsnot"], False),
+    "ria with groups of its own": ("ria", ["pattern=2:4", "pruner.permute=true"], False),
 }
 
 
@@ -66,6 +67,19 @@ def test_masks_and_dense_weights_give_the_files_that_the_run_saved(name, given, 
     assert apply(run, model) == 0
     assert contents(Path("out")) == contents(run / "model")
     assert f"by {pruner}" in (Path("out") / "README.md").read_text()
+
+
+@pytest.mark.parametrize("load", ["whole", "streamed"])
+def test_the_saved_weights_are_two_of_four_in_the_order_that_the_masks_file_tells(load, given, dense):
+    run = pruned(given, dense, "ria", "pattern=2:4", "pruner.permute=true", f"model.load={load}")
+    told = load_file(run / "masks.safetensors")
+    weights = {k: v for file in (run / "model").glob("*.safetensors") for k, v in load_file(file).items()}
+    in_order = [name for name in masks_description(run / "masks.safetensors")["shapes"] if "_proj" in name]
+    assert len(in_order) == 14
+    for name in in_order:
+        kept = weights[name][:, told[f"{name}.permutation"].long()].ne(0).view(-1, 4).sum(dim=1)
+        assert kept.eq(2).all(), name
+    assert any(weights[name].ne(0).view(-1, 4).sum(dim=1).ne(2).any() for name in in_order)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
