@@ -75,6 +75,8 @@ def method_of(name: str, config: Mapping[str, Any], pattern: str) -> Method:
     for group in METHOD_GROUPS:
         presets = [preset for part in name.split("+") if (preset := _preset(group, part))]
         differing += _differences(config.get(group), presets[0]) if presets else []
+    if (dtype := config.get("compute_dtype", "auto")) != "auto":
+        differing.append(f"compute_dtype={dtype}")
     return Method(name, ", ".join([*([pattern] if pattern != "unstructured" else []), *differing]))
 
 

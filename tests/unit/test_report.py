@@ -199,6 +199,8 @@ def test_other_settings_of_a_pruner_are_another_method() -> None:
     assert method_of("wanda", {}, "2:4").label == "wanda, 2:4"
     tuned = {"pruner": {"tuning": {"epochs": 2, "seed": 3}}, "update": None}
     assert method_of("besa_reconstruct", tuned, "unstructured").variant == "tuning.epochs=2"
+    assert method_of("wanda", {"compute_dtype": "bfloat16"}, "2:4").label == "wanda, 2:4, compute_dtype=bfloat16"
+    assert method_of("wanda", {"compute_dtype": "auto"}, "2:4").label == "wanda, 2:4"
     without = {"pruner": {"start": 0, "tuning": {"checks": 1}}}
     assert method_of("best", without, "unstructured").label == "best, start=0, tuning.checks=1"
     combined = {"budget": {"width": 0.3}, "pruner": {}, "update": {"damping": 0.01}}
