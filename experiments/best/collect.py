@@ -1,4 +1,5 @@
-"""Collects run folders of the studies `best` and `budgets` into results.json and tables.md beside this file.
+"""Collects run folders of the studies `best` and `budgets` into results.json, tables.md and perplexity.png beside this
+file.
 
 What results.json holds already stays, unless the same run was made again.
 
@@ -14,12 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from besa_exp.report.methods import styles
 from besa_exp.report.runs import Run, read_run
 
 HERE = Path(__file__).parent
 MODELS = ("babyllama-105", "stories260K", "embedded")
 COLUMNS = [("50 %", "unstructured", 0.5), ("60 %", "unstructured", 0.6), ("70 %", "unstructured", 0.7)]
 COLUMNS += [("80 %", "unstructured", 0.8), ("2:4", "2:4", 0.5)]
+TARGETS = [0.5, 0.6, 0.7, 0.8]
 METHODS = ("wanda", "wanda+dsnot", "wanda+obs", "wanda+admm", "ria", "ria, permute=true", "sparsegpt", "besa")
 METHODS += ("sparsegpt+reconstruct", "besa+reconstruct", "best")
 PIECES = {
@@ -111,7 +114,40 @@ def main() -> None:
     rows = Rows(by_request[key] for key in sorted(by_request, key=str))
     kept.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
     (HERE / "tables.md").write_text("\n".join(tables(rows)), encoding="utf-8")
+    draw(rows, HERE / "perplexity.png")
     print((HERE / "tables.md").read_text(encoding="utf-8"))
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """Perplexity over dense against sparsity; mean and spread over seeds."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    shown = ("wanda", "sparsegpt", "besa", "sparsegpt+reconstruct", "best")
+    looks = styles(list(shown))
+    figure, axes = pyplot.subplots(1, len(MODELS), figsize=(13, 4))
+    for axis, model in zip(axes, MODELS, strict=True):
+        (dense,) = (row["perplexity"] for row in rows.of(model, "dense", "unstructured", 0.0))
+        for method in shown:
+            cells = [
+                (x, [row["perplexity"] / dense for row in rows.of(model, method, "unstructured", x)]) for x in TARGETS
+            ]
+            there = [(x, values) for x, values in cells if values]
+            means = [statistics.mean(values) for _, values in there]
+            around = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in there]
+            look = looks[method]
+            axis.errorbar(
+                [x for x, _ in there], means, around, label=method, color=look.light, marker=look.marker, capsize=2
+            )
+        axis.set(title=model, xlabel="sparsity", xticks=TARGETS, yscale="log")
+        axis.yaxis.set_major_formatter("{x:g}")
+    axes[0].set_ylabel("held-out perplexity over dense")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
 
 
 def tables(rows: Rows) -> list[str]:
