@@ -22,10 +22,10 @@ from besa_exp.memory import free_memory
 from besa_exp.model_config import code_of
 from besa_exp.model_folder import CONTEXT_KEYS, inspect_config, inspect_model_folder, only_pickled
 from besa_exp.pickled_weights import converted_folder
+from besa_exp.reachability import HUB_TIMEOUT
 from besa_exp.settings import ModelSettings
 from besa_exp.streaming import StreamedWeights, open_streamed
 
-HUB_TIMEOUT = 15.0  # seconds that the hub has to answer
 CONTEXT = 2048  # tokens that the families without a limit were trained on at a time
 SHARE_OF_FREE = 0.5  # of the memory that is free: larger models are streamed
 logger = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from besa_exp.reachability import HUB_TIMEOUT
 from besa_exp.settings import SaveSettings
 from besa_exp.torchrun import is_leader
 
-HUB_TIMEOUT = 15.0  # seconds that the hub has to answer; its client would wait for ever
 MESSAGE = "Model pruned with besa-exp"
 
 

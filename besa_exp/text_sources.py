@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from besa_exp.errors import ConfigurationError, Unavailable, first_line
 from besa_exp.nearest import did_you_mean
+from besa_exp.reachability import hub_problem
 
 Use = Literal["calibration", "perplexity"]
 
@@ -132,12 +133,15 @@ def fetch(source: str, use: Use, offline: bool) -> Path:
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
 
     wanted = HUB_FILES[source][use]
+    silent = None if offline else hub_problem()
+    cached = offline or silent is not None
     try:
         path = hf_hub_download(
-            wanted.repository, wanted.filename, repo_type="dataset", revision=wanted.revision, local_files_only=offline
+            wanted.repository, wanted.filename, repo_type="dataset", revision=wanted.revision, local_files_only=cached
         )
     except (OSError, HTTPError) as error:
-        cause = "offline=true and it is not in the local cache" if offline else first_line(error)
+        why = f"the hub cannot be reached: {silent}," if silent else "offline=true"
+        cause = f"{why} and it is not in the local cache" if cached else first_line(error)
         revision = f" --revision {wanted.revision}" if wanted.revision else ""
         raise Unavailable(
             f"{source}: cannot get {wanted.filename} of the data set {wanted.repository} ({cause}); give a local file "

@@ -37,6 +37,7 @@ from besa_exp.errors import Unavailable, first_line
 from besa_exp.evaluation.batches import BatchSize, halved_until_it_fits, rows_at_once, tokens_at_once
 from besa_exp.evaluation.checks import TASK_FOLDERS
 from besa_exp.hub import offline_hub
+from besa_exp.reachability import hub_problem
 from besa_exp.settings import EvaluatorSettings
 
 # lm-eval's decorators hide these two's signatures from a type checker.
@@ -147,13 +148,15 @@ def load_task(name: str, data_dir: str | None, num_fewshot: int, offline: bool) 
     embedded = Path(TASK_FOLDERS[name]).is_absolute()
     mirrored = data_dir is not None and not embedded
     override, source = _mirror(name, definition, Path(data_dir or ""), num_fewshot) if mirrored else ({}, "")
+    silent = None if offline or mirrored or embedded else hub_problem()
     try:
-        with offline_hub(offline and not mirrored):
+        with offline_hub((offline and not mirrored) or silent is not None):
             # A group of one: the way lm-eval offers to change some fields of a registered task and keep the others.
             loaded = manager.load({"group": "one", "task": [{"task": name, **override}]})
     except LOADING_ERRORS as error:
         remedy = "" if embedded else "; set evaluator.data_dir, or run once with a network and offline=false"
-        raise Unavailable(f"its data cannot be loaded ({first_line(error)}){remedy}") from error
+        why = f"the hub cannot be reached: {silent}" if silent else first_line(error)
+        raise Unavailable(f"its data cannot be loaded ({why}){remedy}") from error
     task = loaded["tasks"][name]
     assert isinstance(task, ConfigurableTask)
     return task, source or ("embedded" if embedded else f"hub: {definition.get('dataset_path')}")

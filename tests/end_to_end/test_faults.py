@@ -55,6 +55,25 @@ def test_a_hub_that_cannot_be_reached_is_told_within_seconds_with_the_remedy(giv
     assert list(Path.cwd().iterdir()) == [], "something was left behind"
 
 
+def test_without_a_network_sets_and_tasks_of_the_hub_are_not_waited_for_and_the_rest_is_scored(
+    request_arguments: list[str], tmp_path: Path
+) -> None:
+    tokens = next(key for key in request_arguments if key.startswith("calibration.path=")).partition("=")[2]
+    keys = [key for key in request_arguments if not key.startswith(("evaluator", "pruner"))]
+    keys += ["pruner=wanda", "evaluator=none", f"evaluator.perplexity_sets=[c4,wikitext2,{tokens}]"]
+    keys += ["evaluator.tasks=[openbookqa]", "evaluator.limit=2", f"hydra.run.dir={tmp_path / 'run'}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    command = [sys.executable, "-m", "besa_exp", *keys]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [name for name, value in results["perplexity"].items() if value] == [tokens]
+    assert set(results["unavailable"]) == {"c4", "wikitext2", "openbookqa"}
+    assert all("the hub cannot be reached" in reason for reason in results["unavailable"].values())
+    assert "Retry" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("damage", ["gone", "cut off"])
 def test_a_finished_run_without_whole_results_is_run_again(given: list[str], damage: str) -> None:
     command = ["prune", *given, "hydra.run.dir=run"]
