@@ -76,7 +76,6 @@ def fetched(hub: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     return work, environment, done.stdout
 
 
-@pytest.mark.xdist_group("fetched")  # one worker makes what they share
 def test_the_manifest_says_what_lies_where_in_which_version(fetched: tuple[Path, dict[str, str], str]) -> None:
     work, _, said = fetched
     assert "4 of 4 there" in said
@@ -97,7 +96,6 @@ def test_the_manifest_says_what_lies_where_in_which_version(fetched: tuple[Path,
     assert items[1]["filename"] != items[2]["filename"]
 
 
-@pytest.mark.xdist_group("fetched")  # one worker makes what they share
 def test_a_run_off_line_uses_the_caches_in_a_network_without_interfaces(
     hub: str, fetched: tuple[Path, dict[str, str], str]
 ) -> None:

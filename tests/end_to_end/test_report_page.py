@@ -25,7 +25,6 @@ SPEED = {"model": "simulated, not measured", "linears": {"self_attn.q_proj": {"s
 PATIENCE = 60  # seconds
 
 pytestmark = [
-    pytest.mark.xdist_group("report page"),  # one worker makes what they share
     pytest.mark.enable_socket,  # the browser's driver is spoken to on this machine
     pytest.mark.skipif(
         not (BROWSER and DRIVER), reason="needs a browser and its driver: apt-get install chromium chromium-driver"

@@ -29,8 +29,6 @@ RESULTS = (
 )
 TASK = "embedded_continuations"
 
-pytestmark = pytest.mark.xdist_group("run")  # one worker makes what they share
-
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
