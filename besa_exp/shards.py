@@ -59,7 +59,7 @@ def write_joined(files: Sequence[Path], path: Path, metadata: Mapping[str, str])
     for file in files:
         header, problem = read_header(file)
         assert problem is None, problem
-        start = 8 + _header_length(file)
+        start = file.stat().st_size - max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         parts += [(file, start + tensor["data_offsets"][0], name, tensor) for name, tensor in header.items()]
     parts.sort(key=lambda part: -ITEMSIZES[part[3]["dtype"]])
     joined: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -75,11 +75,6 @@ def write_joined(files: Sequence[Path], path: Path, metadata: Mapping[str, str])
             with file.open("rb") as source:
                 source.seek(start)
                 stream.write(source.read(_size(tensor)))
-
-
-def _header_length(file: Path) -> int:
-    with file.open("rb") as stream:
-        return int.from_bytes(stream.read(8), "little")
 
 
 def _size(tensor: Mapping[str, Any]) -> int:
