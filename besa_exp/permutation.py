@@ -7,7 +7,8 @@ best way, a linear assignment. With the others of group g fixed, input i adds to
 
     sum_r max(0, S_ri - T_rg),    T_rg the N-th largest importance in row r of the others of g,
 
-over what the others keep alone, and sum_r max(0, a_r - b_r) = (||a - b||_1 + sum_r a_r - sum_r b_r) / 2.
+over what the others keep alone, and sum_r max(0, a_r - b_r) = (||a - b||_1 + sum_r a_r - sum_r b_r) / 2. The two sums
+are the same for every assignment, so that the largest total of the distances is the best exchange.
 """
 
 from __future__ import annotations
@@ -62,8 +63,7 @@ def _exchanged(
     last_kept = importance[:, others].topk(kept, dim=2).values[..., -1].T  # T: [group, out]
     moved = importance[:, movable].T
     distance = torch.cdist(moved[None], last_kept[None], p=1)[0]
-    gain = distance + moved.sum(dim=1)[:, None] - last_kept.sum(dim=1)
-    inputs, of_group = linear_sum_assignment(gain.double().cpu().numpy(), maximize=True)
+    inputs, of_group = linear_sum_assignment(distance.double().cpu().numpy(), maximize=True)
     dealt = torch.as_tensor(inputs[of_group.argsort()], device=order.device)
     groups[:, place] = movable[dealt]
     return groups.flatten()
