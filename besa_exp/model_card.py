@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from besa_exp.environment import masked_command
+from besa_exp.markdown import markdown_table
 from besa_exp.sparsity_table import type_counts
 
 HONESTY = (
@@ -59,10 +60,10 @@ def model_card(
         samples, length = calibration["num_samples"], calibration["seq_len"]
         lines.append(f"- Calibration: {calibration['name']}, {samples} samples of {length} tokens")
     honesty = HONESTY if results["pattern"] == "unstructured" else HONESTY_N_M
-    lines += ["", honesty, "", "## Sparsity by linear type", "", "| linear | weights | zeros | sparsity |"]
-    lines += ["|---|---:|---:|---:|"]
-    for name, (weights, pruned) in type_counts(results["blocks"]).items():
-        lines.append(f"| {name} | {weights:,} | {pruned:,} | {pruned / weights:.4f} |")
+    counts = type_counts(results["blocks"]).items()
+    rows = [[name, f"{weights:,}", f"{pruned:,}", f"{pruned / weights:.4f}"] for name, (weights, pruned) in counts]
+    lines += ["", honesty, "", "## Sparsity by linear type", ""]
+    lines += markdown_table(["linear", "weights", "zeros", "sparsity"], rows, numbers=True)
     shown = shlex.join(["besa", *masked_command(command[1:])])
     lines += ["", *_scores(results), *_simulated_speed(results), "## Command", "", "```", shown, "```", ""]
     return "\n".join(lines)
@@ -91,9 +92,8 @@ def _scores(results: Mapping[str, Any]) -> list[str]:
     pruned, dense = score_rows(results), score_rows(results.get("dense") or {})
     if not pruned:
         return []
-    lines = ["## Scores", "", "| measure | dense | pruned |", "|---|---:|---:|"]
-    for name, value in pruned.items():
-        lines.append(f"| {name} | {_number(dense.get(name))} | {_number(value)} |")
+    rows = [[name, _number(dense.get(name)), _number(value)] for name, value in pruned.items()]
+    lines = ["## Scores", "", *markdown_table(["measure", "dense", "pruned"], rows, numbers=True)]
     reasons = [f"- n/a, {name}: {reason}" for name, reason in sorted((results.get("unavailable") or {}).items())]
     return [*lines, "", *reasons, *([""] if reasons else [])]
 
@@ -114,13 +114,8 @@ def _simulated_speed(results: Mapping[str, Any]) -> list[str]:
     rows = speed_rows(results)
     if not rows:
         return []
-    head = [f"## Speed, {results['simulated_speed']['model']}", "", "| " + " | ".join(SPEED_HEADS) + " |"]
-    return [
-        *head,
-        "|---" + "|---:" * (len(SPEED_HEADS) - 1) + "|",
-        *("| " + " | ".join(row) + " |" for row in rows),
-        "",
-    ]
+    head = f"## Speed, {results['simulated_speed']['model']}"
+    return [head, "", *markdown_table(SPEED_HEADS, rows, numbers=True), ""]
 
 
 def speed_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:

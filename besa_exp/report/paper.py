@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from besa_exp.markdown import markdown_table
 from besa_exp.report.runs import Measure, Run
 from besa_exp.report.summaries import Cell
 
@@ -140,11 +141,11 @@ def paper_markdown(tables: Sequence[PaperTable]) -> str:
         if not any(isinstance(cell.paper, float) or cell.ours is not None for cell in table.cells):
             continue
         lines += [f"### {table.title}", "", f"Paper / ours (difference). {table.source}".rstrip(), ""]
-        lines += ["| row | ours | " + " | ".join(models) + " |", "|---|---" + "|---" * len(models) + "|"]
+        rows = []
         for row, pruner in dict.fromkeys((cell.row, cell.pruner) for cell in table.cells):
             cells = {cell.model: cell for cell in table.cells if (cell.row, cell.pruner) == (row, pruner)}
-            lines.append(f"| {row} | {pruner} | {' | '.join(_shown(cells[model], table.kind) for model in models)} |")
-        lines.append("")
+            rows.append([row, pruner, *(_shown(cells[model], table.kind) for model in models)])
+        lines += [*markdown_table(["row", "ours", *models], rows), ""]
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from besa_exp.markdown import markdown_table
 from besa_exp.report.comparability import Entry
 from besa_exp.report.methods import Method
 from besa_exp.report.runs import Measure, Run
@@ -122,15 +123,12 @@ def markdown(runs: Sequence[Run], found: Sequence[Cell], paper: str) -> str:
 
 def _matrix(chosen: Sequence[Cell]) -> list[str]:
     targets = sorted({cell.target for cell in chosen})
-    lines = [
-        "| method | " + " | ".join(f"{target:.4g}" for target in targets) + " |",
-        "|---" + "|---:" * len(targets) + "|",
-    ]
+    rows = []
     for method in dict.fromkeys(cell.method for cell in chosen):
         own = {cell.target: cell for cell in chosen if cell.method == method}
-        shown = [_with_measured(own[target]) if target in own else "" for target in targets]
-        lines.append(f"| {_escaped(method.label)} | {' | '.join(shown)} |")
-    return lines
+        shown = (_with_measured(own[target]) if target in own else "" for target in targets)
+        rows.append([_escaped(method.label), *shown])
+    return markdown_table(["method", *(f"{target:.4g}" for target in targets)], rows, numbers=True)
 
 
 def _with_measured(cell: Cell) -> str:

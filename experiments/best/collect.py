@@ -8,15 +8,16 @@ What results.json holds already stays, unless the same run was made again.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from besa_exp.markdown import markdown_table
 from besa_exp.report.methods import styles
 from besa_exp.report.runs import Run, read_run
+from besa_exp.report.studies import kept_records, over_seeds
 
 HERE = Path(__file__).parent
 MODELS = ("babyllama-105", "stories260K", "embedded")
@@ -35,6 +36,7 @@ PIECES = {
 }
 BUDGETS = ("uniform", "owl", "dlp", "alpha", "atp", "learned", "evopress")
 UNDER = ("wanda", "sparsegpt", "best")
+NONE = "n/a"
 
 
 def record(run: Run) -> dict[str, Any]:
@@ -62,17 +64,6 @@ def request(row: dict[str, Any]) -> tuple:
     return row["model"], row["method"], row["pattern"], row["target"], row["seed"]
 
 
-def spread(values: Sequence[float | None], digits: int = 2) -> str:
-    """Mean and, over several seeds, the sample standard deviation; fewer than three seeds are told."""
-    found = [value for value in values if value is not None]
-    if not found:
-        return "-"
-    mean = statistics.mean(found)
-    digits = 0 if mean >= 1000 else digits
-    more = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
-    return f"{mean:.{digits}f}{more}{'' if len(found) >= 3 else f' ({len(found)})'}"
-
-
 class Rows(list[dict[str, Any]]):
     """Records that can be asked for."""
 
@@ -83,13 +74,12 @@ class Rows(list[dict[str, Any]]):
 
     def cell(self, model: str, method: str, pattern: str, target: float, key: str = "perplexity", digits: int = 2):
         """One cell as text."""
-        return spread([row[key] for row in self.of(model, method, pattern, target)], digits)
+        return over_seeds([row[key] for row in self.of(model, method, pattern, target)], digits)
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     """Markdown; lines without any value are left out."""
-    told = [line for line in lines if any(value != "-" for value in line[1:])]
-    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(line)} |" for line in told), ""]
+    return [*markdown_table(head, [line for line in lines if any(value != NONE for value in line[1:])]), ""]
 
 
 def costs(rows: Rows, model: str, method: str) -> list[str]:
@@ -98,21 +88,16 @@ def costs(rows: Rows, model: str, method: str) -> list[str]:
     seconds = [row["prune_processor_seconds"] for row in own if row["prune_processor_seconds"] is not None]
     peaks = [row["peak_host_bytes"] for row in own if row["peak_host_bytes"]]
     return [
-        f"{statistics.mean(seconds):.1f} ± {statistics.stdev(seconds):.1f}" if len(seconds) > 1 else "-",
-        f"{statistics.mean(peaks) / 1e6:.0f} MB" if peaks else "-",
+        f"{statistics.mean(seconds):.1f} ± {statistics.stdev(seconds):.1f}" if len(seconds) > 1 else NONE,
+        f"{statistics.mean(peaks) / 1e6:.0f} MB" if peaks else NONE,
     ]
 
 
 def main() -> None:
     """Reads the runs, writes the files."""
     folders = [Path(argument) for argument in sys.argv[1:]] or [Path("outputs/best"), Path("outputs/budgets")]
-    kept = HERE / "results.json"
-    rows = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
-    for folder in folders:
-        rows += [record(read_run(path.parent)) for path in sorted(folder.rglob("results.json"))]
-    by_request = {request(row): row for row in rows}
-    rows = Rows(by_request[key] for key in sorted(by_request, key=str))
-    kept.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+    paths = [path.parent for folder in folders for path in sorted(folder.rglob("results.json"))]
+    rows = Rows(kept_records(HERE / "results.json", (record(read_run(path)) for path in paths), request))
     (HERE / "tables.md").write_text("\n".join(tables(rows)), encoding="utf-8")
     draw(rows, HERE / "perplexity.png")
     print((HERE / "tables.md").read_text(encoding="utf-8"))

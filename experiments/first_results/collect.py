@@ -12,6 +12,9 @@ import json
 import statistics
 from pathlib import Path
 
+from besa_exp.markdown import markdown_table
+from besa_exp.report.studies import kept_records, over_seeds
+
 HERE = Path(__file__).parent
 MODELS = ("embedded", "babyllama-105", "stories260K")
 METHODS = ("magnitude", "wanda", "sparsegpt", "besa_paper", "besa_linear", "besa")
@@ -20,13 +23,14 @@ TASK = ("embedded_continuations", "acc,none")
 
 
 def read_runs(folder: Path) -> list[dict]:
-    """What the study keeps of every finished run of one model."""
+    """What the study keeps of every finished run; `folder` holds one of each model."""
     runs = []
-    for path in sorted(folder.glob("*/results.json")):
+    for path in sorted(folder.glob("*/*/results.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
         ((name, perplexity),) = results["perplexity"].items()
         runs.append(
             {
+                "model": path.parts[-3],
                 "pruner": results["pruner"],
                 "target_sparsity": results["target_sparsity"],
                 "measured_sparsity": results["measured_sparsity"],
@@ -42,35 +46,27 @@ def read_runs(folder: Path) -> list[dict]:
     return runs
 
 
-def joined(recorded: list[dict], found: list[dict]) -> list[dict]:
-    """The runs of both, those that were `found` in the place of what was `recorded` of the same request."""
-    runs = {(run["pruner"], run["target_sparsity"], run["seed"]): run for run in [*recorded, *found]}
-    return [runs[request] for request in sorted(runs)]
+def request(run: dict) -> tuple:
+    """What two records of the same run have in common, wherever it was made."""
+    return run["model"], run["pruner"], run["target_sparsity"], run["seed"]
 
 
 def cell(runs: list[dict], pruner: str, sparsity: float, key: str, digits: int) -> str:
     """Mean and, over several seeds, the sample standard deviation."""
     chosen = [run for run in runs if run["pruner"] == pruner and run["target_sparsity"] == sparsity]
-    values = [run[key] for run in chosen if run[key] is not None]
-    if not values:
-        return "n/a"
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    missing = f" ({len(values)} of {SEEDS} seeds)" if len(values) < SEEDS and pruner != "magnitude" else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}{missing}"
+    return over_seeds([run[key] for run in chosen], digits, seeds=1 if pruner == "magnitude" else SEEDS)
 
 
 def table(runs: list[dict], key: str, digits: int) -> list[str]:
     """Methods by target sparsity, as Markdown."""
     targets = sorted({run["target_sparsity"] for run in runs if run["pruner"] in METHODS})
-    lines = ["| method | " + " | ".join(f"{target:.0%}" for target in targets) + " |"]
-    lines.append("|---" * (len(targets) + 1) + "|")
-    rows = {method: [cell(runs, method, target, key, digits) for target in targets] for method in METHODS}
-    return lines + [f"| {method} | {' | '.join(cells)} |" for method, cells in rows.items()]
+    rows = [[method, *(cell(runs, method, target, key, digits) for target in targets)] for method in METHODS]
+    return markdown_table(["method", *(f"{target:.0%}" for target in targets)], rows)
 
 
 def tables(by_model: dict[str, list[dict]]) -> str:
     """All tables."""
-    lines = []
+    lines = ["Mean ± sample standard deviation over three seeds, or over as many as are told in brackets.", ""]
     for model, runs in by_model.items():
         if not runs:
             lines += [f"## {model}", "", "n/a: no runs (its weights and text are not part of this repository)", ""]
@@ -123,10 +119,8 @@ def main() -> None:
     """Reads the runs, writes the three files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("outputs/first_results"))
-    folder, record = parser.parse_args().runs, HERE / "results.json"
-    recorded = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    by_model = {model: joined(recorded.get(model, []), read_runs(folder / model)) for model in MODELS}
-    record.write_text(json.dumps(by_model, indent=1) + "\n", encoding="utf-8")
+    runs = kept_records(HERE / "results.json", read_runs(parser.parse_args().runs), request)
+    by_model = {model: [run for run in runs if run["model"] == model] for model in MODELS}
     (HERE / "tables.md").write_text(tables(by_model), encoding="utf-8")
     plot(by_model, HERE / "perplexity.png")
     print((HERE / "tables.md").read_text(encoding="utf-8"))

@@ -1,5 +1,7 @@
 """Collects the study's run folders into results.json beside this file and prints the table.
 
+What results.json holds already stays, unless the same run was made again.
+
 python experiments/joint/collect.py [--runs outputs/joint]
 """
 
@@ -10,6 +12,9 @@ import json
 import statistics
 import sys
 from pathlib import Path
+
+from besa_exp.markdown import markdown_table
+from besa_exp.report.studies import kept_records, over_seeds
 
 HERE = Path(__file__).parent
 
@@ -36,25 +41,23 @@ def read_runs(folder: Path) -> list[dict]:
     return runs
 
 
+def request(run: dict) -> tuple:
+    """What two records of the same run have in common, wherever it was made."""
+    return run["pruner"], run["bits"], run["target_sparsity"], run["seed"]
+
+
 def table(runs: list[dict]) -> list[str]:
     """A row for each method, bits and target, the best first within equal bits, as Markdown."""
     rows: dict[tuple, list[dict]] = {}
     for run in runs:
         rows.setdefault((run["bits"], run["pruner"], run["target_sparsity"]), []).append(run)
-    lines = [
-        "| bits | method | target | zeros | perplexity | last block's loss | seeds |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for (bits, pruner, target), chosen in sorted(rows.items(), key=lambda row: (row[0][0] or 32, mean(row[1]))):
-        values = [run["perplexity"] for run in chosen]
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        perplexity = over_seeds([run["perplexity"] for run in chosen], 3)
         zeros = statistics.mean(run["measured_sparsity"] for run in chosen)
         loss = statistics.mean(run["reconstruction_loss"][-1]["after"] for run in chosen)
-        lines.append(
-            f"| {bits or 'fp32'} | {pruner} | {target:g} | {zeros:.4f} | {mean(chosen):.3f}{spread} | {loss:.4f} | "
-            f"{len(chosen)} |"
-        )
-    return lines
+        lines.append([str(bits or "fp32"), pruner, f"{target:g}", f"{zeros:.4f}", perplexity, f"{loss:.4f}"])
+    return markdown_table(["bits", "method", "target", "zeros", "perplexity", "last block's loss"], lines)
 
 
 def mean(runs: list[dict]) -> float:
@@ -65,6 +68,5 @@ def mean(runs: list[dict]) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("outputs/joint"))
-    found = read_runs(parser.parse_args().runs)
-    (HERE / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write("\n".join(table(found)) + "\n")
+    runs = kept_records(HERE / "results.json", read_runs(parser.parse_args().runs), request)
+    sys.stdout.write("\n".join(table(runs)) + "\n")

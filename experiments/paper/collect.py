@@ -12,7 +12,6 @@ What results.json here holds already stays, unless the same run was made again.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from besa_exp.blocks import capture_blocks, embed
 from besa_exp.embedded.text import MODEL_DIR
 from besa_exp.report.runs import Run, read_run
+from besa_exp.report.studies import kept_records
 from besa_exp.sparsity_table import linear_type, short_names
 from besa_exp.tokens import read_token_file
 
@@ -115,12 +115,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("outputs/paper/runs"))
     parser.add_argument("--tokens", type=Path, default=Path("outputs/paper/tokens"))
     given = parser.parse_args()
-    kept = HERE / "results.json"
-    recorded = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
     new = rounded(found(given.runs, given.shared, given.tokens))
-    rows_by_request = {request(row): row for row in [*recorded, *new]}
-    rows = [rows_by_request[key] for key in sorted(rows_by_request)]
-    kept.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+    rows = kept_records(HERE / "results.json", new, request)
     (HERE / "tables.md").write_text(tables.tables(rows), encoding="utf-8")
     figures.draw(rows, HERE)
     print((HERE / "tables.md").read_text(encoding="utf-8"))

@@ -6,6 +6,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from itertools import combinations
 
+from besa_exp.markdown import markdown_table
+from besa_exp.report.studies import over_seeds
+
 MODELS = ("babyllama-105", "stories260K", "embedded")
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 USUAL = (None, 32)  # the calibration set of all that does not vary it: so many windows of the model's own text
@@ -35,28 +38,20 @@ def chosen(rows: Sequence[dict], model: str, method: str, calibration: tuple[str
     return [row for row in rows if (row["model"], row["method"], row["calibration"]) == (model, method, wanted)]
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and, over several values, the sample standard deviation."""
-    if not values:
-        return "n/a"
-    more = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{more}"
-
-
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown."""
-    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(line)} |" for line in lines), ""]
+    """Markdown and an empty line."""
+    return [*markdown_table(head, lines), ""]
 
 
 def cells(own: Sequence[dict]) -> list[str]:
-    """Zeros, perplexity, the error of the last hidden states, seeds."""
+    """Zeros, perplexity, the error of the last hidden states, accuracy."""
     wrong = [row["error"][-1] for row in own if "error" in row]
     zeros = f"{statistics.mean(row['measured'] for row in own):.1%}" if own else "n/a"
     right = [row["accuracy"] for row in own if "accuracy" in row]
-    return [zeros, spread([row["perplexity"] for row in own], 2), spread(wrong, 3), spread(right, 3), str(len(own))]
+    return [zeros, over_seeds([row["perplexity"] for row in own], 2), over_seeds(wrong, 3), over_seeds(right, 3)]
 
 
-HEAD = ("zeros", "perplexity", "error at the end", "zero-shot accuracy", "seeds")
+HEAD = ("zeros", "perplexity", "error at the end", "zero-shot accuracy")
 
 
 def variants(rows: Sequence[dict], named: Sequence[tuple], first: str) -> list[str]:
@@ -108,14 +103,15 @@ def speed(rows: Sequence[dict]) -> list[str]:
     for model in MODELS:
         for method in METHODS[1:]:
             own = chosen(rows, model, method)
-            named = [spread([row["simulated_speed_up"][linear] for row in own], 2) for linear in (*LINEARS, "all")]
-            lines.append([model, short(method), *named])
+            by_linear = ([row["simulated_speed_up"][linear] for row in own] for linear in (*LINEARS, "all"))
+            lines.append([model, short(method), *(over_seeds(values, 2) for values in by_linear)])
     return table(("model", "method", *LINEARS, "all"), lines)
 
 
 def tables(rows: Sequence[dict]) -> str:
     """All of them."""
-    lines = ["## Methods at 50 %", "", *variants(rows, [(short(m), m, USUAL) for m in METHODS], "method")]
+    lines = ["Mean ± sample standard deviation over three seeds, or over as many as are told in brackets.", ""]
+    lines += ["## Methods at 50 %", "", *variants(rows, [(short(m), m, USUAL) for m in METHODS], "method")]
     for title, methods in ABLATIONS.items():
         calibration = (None, 16) if "16 windows" in title else USUAL
         lines += [f"## {title}", "", *variants(rows, [(short(m), m, calibration) for m in methods], "method")]

@@ -25,6 +25,7 @@ from besa_exp.report.methods import STYLES, method_of, styles
 from besa_exp.report.page import page
 from besa_exp.report.paper import paper_tables, published
 from besa_exp.report.runs import Run, read_run
+from besa_exp.report.studies import kept_records, over_seeds
 from besa_exp.report.summaries import Cell, cells, markdown
 
 HOSTILE = '</script><img src="x" onerror="alert(1)">&\u2028'
@@ -330,6 +331,32 @@ def test_a_report_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["report", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
     assert "no such folder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_records_of_a_study_stay_until_the_same_run_is_made_again(tmp_path: Path) -> None:
+    def request(record: dict[str, Any]) -> tuple:
+        return record["method"], record["seed"]
+
+    kept = tmp_path / "results.json"
+    old = [{"method": "wanda", "seed": seed, "perplexity": 7.0} for seed in (1, 0)]
+    assert kept_records(kept, old, request) == old[::-1]
+    new = [{"method": "wanda", "seed": 1, "perplexity": 8.0}, {"method": "besa", "seed": 0, "perplexity": None}]
+    assert kept_records(kept, new, request) == [new[1], old[1], new[0]] == json.loads(kept.read_text())
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ([1.0, 2.0, 3.0], "2.00 ± 1.00"),
+        ([1.0, None, 3.0], "2.00 ± 1.41 (2)"),
+        ([4.0], "4.00 (1)"),
+        ([1234.4, 1234.4, 1234.4], "1234 ± 0"),
+        ([None], "n/a"),
+        ([], "n/a"),
+    ],
+)
+def test_a_cell_of_a_study_tells_its_spread_and_missing_seeds(values: list[float | None], text: str) -> None:
+    assert over_seeds(values, 2) == text
 
 
 def test_reading_runs_imports_neither_torch_nor_hydra(tmp_path: Path) -> None:
