@@ -89,18 +89,7 @@ def test_one_job_fails_the_others_are_done_and_skipped_on_a_second_start(
 def test_a_job_that_is_killed_is_told_as_failed_with_a_remedy_and_the_others_are_done(
     launcher: list[str], given: list[str]
 ) -> None:
-    given = [argument for argument in given if not argument.startswith("pruner=")]
-    command = [
-        sys.executable,
-        "-m",
-        "besa_exp",
-        "prune",
-        "-m",
-        *given,
-        "pruner=besa",
-        "pruner.epochs=100000,1",
-        *launcher,
-    ]
+    command = of_a_long_and_a_short_job(given, *launcher)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ALONE) as process:
         os.kill(_process_of_the_long_job(), signal.SIGKILL)
         said = process.communicate(timeout=300)[0]
@@ -114,6 +103,27 @@ def test_a_job_that_is_killed_is_told_as_failed_with_a_remedy_and_the_others_are
     assert "SIGKILL" in said
     assert "Traceback" in (states["failed"] / "run.log").read_text()
     assert (states["failed"] / "blocks").is_dir(), "what was finished is gone"
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_terminated_leaves_its_job_interrupted_and_begins_no_other(given: list[str]) -> None:
+    command = of_a_long_and_a_short_job(given)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ALONE) as process:
+        _process_of_the_long_job()
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == 143, said
+    assert "Traceback" not in said
+    assert "the same command goes on" in said
+    assert [status(folder)["status"] for folder in folders("besa") if (folder / "status.json").is_file()] == [
+        "interrupted"
+    ]
+
+
+def of_a_long_and_a_short_job(given: list[str], *more: str) -> list[str]:
+    """The words of a sweep whose first job takes hours."""
+    given = [argument for argument in given if not argument.startswith("pruner=")]
+    return [sys.executable, "-m", "besa_exp", "prune", "-m", *given, "pruner=besa", "pruner.epochs=100000,1", *more]
 
 
 def _process_of_the_long_job() -> int:
