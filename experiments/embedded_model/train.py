@@ -2,12 +2,12 @@
 
 Question: does a model small enough to ship learn enough of this text that pruning visibly hurts it?
 
-Block matrices are trained with Muon (muon.py), embeddings and norms with AdamW. The learning rate follows elapsed time,
-not steps: it rises, stays, and falls linearly to zero over the last 40 % of the budget, so a run on a busy machine
-still finishes decayed, with fewer steps. What it had learned before the fall is kept in the work folder; `--resume`
-trains on from there with a new budget. Each process holds one thread and one copy of the weights.
+Block matrices are trained with Muon, embeddings and norms with AdamW. The schedule follows elapsed time, not steps, so
+that a run on a busy machine still finishes decayed, with fewer steps: the learning rate rises, stays, and falls
+linearly to zero over the last 40 % of the budget. For the first half of it the windows are a quarter of the context,
+which costs half as much per token; then they are whole. Each process holds one thread and one copy of the weights.
 
-    python experiments/embedded_model/train.py --minutes 50 --export besa_exp/embedded/model
+    python experiments/embedded_model/train.py --minutes 40 --export besa_exp/embedded/model
 """
 
 import argparse
@@ -22,7 +22,6 @@ import tokenizers
 import torch
 from llama import export, model_config
 from loss_curve import LossCurve
-from muon import Muon
 from tokenizer import WINDOW, encode, load_or_train_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -30,7 +29,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from besa_exp.embedded.text import MODEL_DIR, TRAINING_PACKAGES, EmbeddedText, embedded_text, perplexity_documents
 
 HERE = Path(__file__).parent
-WARM_UP, DECAY = 0.02, 0.4  # of the budget: its first and its last part
+WARM_UP, SHORT, DECAY = 0.02, 0.5, 0.4  # of the budget: its first part, that of short windows, and its last part
+SHORT_WINDOW = WINDOW // 4
 BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # whether the CPU has the units
 MUON_LR, ADAMW_LR = 0.02, 0.004  # https://github.com/KellerJordan/modded-nanogpt for the first
 
@@ -86,18 +86,17 @@ def describe(arguments: argparse.Namespace, corpus: EmbeddedText, held_out: Embe
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=50.0, help="wall-clock budget that the schedule follows")
+    parser.add_argument("--minutes", type=float, default=40.0, help="wall-clock budget that the schedule follows")
     parser.add_argument("--max-steps", type=int, default=1_000_000, help="stop earlier (to measure speed)")
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--intermediate", type=int, default=512)
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=4, help="windows per process and step")
+    parser.add_argument("--batch", type=int, default=8, help="whole windows per process and step")
     parser.add_argument("--muon-weight-decay", type=float, default=0.1)
     parser.add_argument("--adamw-weight-decay", type=float, default=0.01)
-    parser.add_argument("--resume", action="store_true", help="go on from the state before the last decay")
-    parser.add_argument("--eval-seconds", type=float, default=120.0, help="between two held-out losses")
+    parser.add_argument("--eval-seconds", type=float, default=60.0, help="between two held-out losses")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=HERE / "work", help="cache of the tokens and the tokenizer")
@@ -112,50 +111,34 @@ def parse_arguments() -> argparse.Namespace:
 def train(model: LlamaForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor, arguments: argparse.Namespace) -> dict:
     """Trains until the budget is spent and writes the loss curve. Returns the totals, losses in nats per token."""
     optimizers = build_optimizers(model, arguments)
-    seed = arguments.seed + 1000 * torch.distributed.get_rank() + 7 * arguments.resume  # its own order of windows
-    batches = window_batches(tokens, arguments.batch, seed)
+    seed = arguments.seed + 1000 * torch.distributed.get_rank()  # its own order of windows
     curve = LossCurve(arguments.curve, arguments.workers * arguments.batch * WINDOW)
-    state = arguments.work / "before_decay.pt"
-    step = load_state(state, model, optimizers) if arguments.resume else 0
-    warm_up = 0.0 if arguments.resume else WARM_UP
-    start, next_evaluation, running, saved = time.monotonic(), 0.0, [], False
+    start, next_evaluation, running, step, window = time.monotonic(), 0.0, [], 0, 0
     while True:
         elapsed = mean_over_processes([time.monotonic() - start])[0]
         progress = elapsed / (60 * arguments.minutes)
         if progress >= 1 or step >= arguments.max_steps:
             break
-        if progress >= 1 - DECAY and not saved:
-            saved = save_state(state, model, optimizers, step)
+        if window != window_at(progress):
+            window = window_at(progress)
+            batches = window_batches(tokens, window, arguments.batch * WINDOW // window, seed + window)
+            model.set_attn_implementation("eager" if window < WINDOW else "sdpa")  # the faster one at each length
         if elapsed >= next_evaluation:
-            curve.write(step, elapsed, held_out_loss=stream_loss(model, held_out[: 40 * WINDOW]))
+            loss = stream_loss(model, held_out[: 40 * WINDOW], window)
+            curve.write(step, elapsed, window=window, held_out_loss=loss)
             next_evaluation = elapsed + arguments.eval_seconds
-        running.append(train_step(model, optimizers, next(batches), learning_rate_scale(progress, warm_up)))
+        running.append(train_step(model, optimizers, next(batches), learning_rate_scale(progress)))
         step += 1
         if step % 20 == 0:
             curve.write(step, elapsed, train_loss=sum(running) / len(running), progress=round(progress, 4))
             running = []
     losses = {
-        "held_out_loss": stream_loss(model, held_out),
-        "training_loss": stream_loss(model, tokens[: len(held_out)]),
+        "held_out_loss": stream_loss(model, held_out, WINDOW),
+        "training_loss": stream_loss(model, tokens[: len(held_out)], WINDOW),
     }
     curve.write(step, elapsed, **losses, final=True)
     seen = step * curve.tokens_per_step
     return {"steps": step, "tokens_seen": seen, "epochs": seen / len(tokens), "seconds": elapsed, **losses}
-
-
-def save_state(path: Path, model: LlamaForCausalLM, optimizers: list, step: int) -> bool:
-    if torch.distributed.get_rank() == 0:
-        states = [optimizer.state_dict() for optimizer in optimizers]
-        torch.save({"step": step, "model": model.state_dict(), "optimizers": states}, path)
-    return True
-
-
-def load_state(path: Path, model: LlamaForCausalLM, optimizers: list) -> int:
-    state = torch.load(path)
-    model.load_state_dict(state["model"])
-    for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(values)
-    return state["step"]
 
 
 def mean_over_processes(values: list[float]) -> list[float]:
@@ -164,10 +147,14 @@ def mean_over_processes(values: list[float]) -> list[float]:
     return (tensor / torch.distributed.get_world_size()).tolist()
 
 
-def learning_rate_scale(progress: float, warm_up: float) -> float:
-    """Rises over the first `warm_up` of the budget, stays at 1, falls linearly to zero over its last DECAY."""
-    rise = progress / warm_up if warm_up else 1.0
-    return max(1e-3, min(rise, 1.0, (1 - progress) / DECAY))
+def window_at(progress: float) -> int:
+    """Tokens in a window: a quarter of the context in the first half of the budget, where it costs half as much."""
+    return SHORT_WINDOW if progress < SHORT else WINDOW
+
+
+def learning_rate_scale(progress: float) -> float:
+    """Rises over the first WARM_UP of the budget, stays at 1, falls linearly to zero over its last DECAY."""
+    return max(1e-3, min(progress / WARM_UP, 1.0, (1 - progress) / DECAY))
 
 
 def build_optimizers(model: LlamaForCausalLM, arguments: argparse.Namespace) -> list[torch.optim.Optimizer]:
@@ -175,7 +162,7 @@ def build_optimizers(model: LlamaForCausalLM, arguments: argparse.Namespace) -> 
     chosen = {id(parameter) for parameter in matrices}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
     optimizers = [
-        Muon(matrices, lr=MUON_LR, weight_decay=arguments.muon_weight_decay),
+        torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=arguments.muon_weight_decay),
         torch.optim.AdamW(rest, lr=ADAMW_LR, betas=(0.9, 0.95), weight_decay=arguments.adamw_weight_decay),
     ]
     for optimizer in optimizers:
@@ -211,21 +198,21 @@ def token_loss(model: LlamaForCausalLM, window: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
 
 
-def window_batches(tokens: torch.Tensor, size: int, seed: int):
-    """Endless [size, WINDOW + 1] batches: every epoch cuts the stream at a new offset and shuffles the windows."""
+def window_batches(tokens: torch.Tensor, window: int, size: int, seed: int):
+    """Endless [size, window + 1] batches: every epoch cuts the stream at a new offset and shuffles the windows."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        offset = int(torch.randint(WINDOW, (1,), generator=generator))
-        windows = tokens[offset:].unfold(0, WINDOW + 1, WINDOW)
+        offset = int(torch.randint(window, (1,), generator=generator))
+        windows = tokens[offset:].unfold(0, window + 1, window)
         order = torch.randperm(len(windows), generator=generator)
         for start in range(0, len(order) - size + 1, size):
             yield windows[order[start : start + size]]
 
 
 @torch.no_grad()
-def stream_loss(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
+def stream_loss(model: LlamaForCausalLM, tokens: torch.Tensor, window: int) -> float:
     """Mean loss in nats per token over consecutive windows of the stream; the processes share the work."""
-    windows = tokens.unfold(0, WINDOW + 1, WINDOW)[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
+    windows = tokens.unfold(0, window + 1, window)[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
     total = sum(token_loss(model, batch).item() * len(batch) for batch in windows.split(8))
     total, count = mean_over_processes([total, float(len(windows))])
     return total / count
