@@ -45,10 +45,10 @@ def started_on_two(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Windows of the embedded text: of two ranks one has a sample more, and there are twice as many tokens as a linear
-    has inputs. With fewer, SparseGPT's Hessian is so ill-conditioned that rounding alone chooses other masks."""
+    """Windows of the embedded text: of two ranks one has a sample more, and there are four times as many tokens as a
+    linear has inputs. With fewer, SparseGPT's Hessian is so ill-conditioned that rounding alone chooses other masks."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-    ids = torch.tensor(tokenizer.encode(" ".join(calibration_documents().documents[:20]))[: 17 * 64]).view(17, 64)
+    ids = torch.tensor(tokenizer.encode(" ".join(calibration_documents().documents[:20]))[: 33 * 64]).view(33, 64)
     path = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
     save_file({"input_ids": ids}, path)
     return path
