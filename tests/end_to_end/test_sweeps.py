@@ -149,12 +149,11 @@ def study(given: list[str], **swept: str) -> list[str]:
     return [*kept, "--config-dir", "presets", "experiment=own"]
 
 
-def test_a_sweep_keeps_masks_alone_unless_told_otherwise(given: list[str]) -> None:
-    assert sweep(*given, "seed=0").returncode == 0
-    assert sweep(*given, "seed=1", "save.model=true").returncode == 0
-    kept = [(folder / "model").is_dir() for folder in folders("magnitude")]
-    assert kept == [False, True]
-    assert all((folder / "masks.safetensors").is_file() for folder in folders("magnitude"))
+def test_a_sweep_keeps_masks_and_the_models_too_when_told(given: list[str]) -> None:
+    assert sweep(*given, "save.model=true").returncode == 0
+    (folder,) = folders("magnitude")
+    assert (folder / "model" / "model.safetensors").is_file()
+    assert (folder / "masks.safetensors").is_file()
 
 
 def test_the_card_of_a_sweeps_job_shows_a_command_that_runs_this_job_alone(given: list[str]) -> None:
@@ -178,7 +177,10 @@ def test_in_wandb_a_job_is_in_its_studys_group_with_method_and_sparsity_to_filte
 
 
 @pytest.mark.slow
-def test_the_dense_model_is_scored_once_for_all_jobs(launcher: list[str], given: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["joblib"], indirect=True)  # whose jobs run at the same time
+def test_the_dense_model_is_scored_once_for_all_jobs_and_masks_alone_are_kept(
+    launcher: list[str], given: list[str], tmp_path: Path
+) -> None:
     given = [argument for argument in given if not argument.startswith(("pruner=", "evaluator="))]
     scored = ["evaluator=perplexity", f"evaluator.perplexity_sets=[{tmp_path / 'tokens.safetensors'}]"]
     asked = [*given, *scored, "evaluator.dense=true", "pruner=wanda,magnitude", *launcher]
@@ -190,3 +192,6 @@ def test_the_dense_model_is_scored_once_for_all_jobs(launcher: list[str], given:
     results = [json.loads(path.read_text())["dense"] for path in Path("outputs").glob("*/results.json")]
     assert results[0] == results[1]
     assert len(list(Path("outputs/.dense_scores").glob("*.json"))) == 1
+    kept = [(folder / "model").exists() for folder in Path("outputs").glob("*-s0-*")]
+    assert kept == [False, False]
+    assert len(list(Path("outputs").glob("*/masks.safetensors"))) == 2
