@@ -76,7 +76,7 @@ JOBS := 1
 STUDY = OMP_NUM_THREADS=1 $(BIN)/besa prune experiment=$(study) hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
 
 first-results: $(STAMP)
-	$(if $(wildcard $(SHARED)/models),$(BIN)/python experiments/first_results/tokens.py --shared $(SHARED))
+	$(if $(wildcard $(SHARED)/models),$(BIN)/python experiments/tokens.py first_results --shared $(SHARED))
 	$(foreach study,$(STUDIES),$(STUDY) pruner=dense sparsity=0 seed=0 && $(STUDY) pruner=magnitude seed=0 && $(STUDY) &&) true
 	$(BIN)/python experiments/first_results/collect.py
 
@@ -85,7 +85,7 @@ WITHOUT := pruner.start=0 pruner.until=0 pruner.dense_targets=false pruner.tunin
 BESTS := best $(if $(wildcard $(SHARED)/models),best_babyllama best_stories260k)
 
 best: $(STAMP)
-	$(if $(wildcard $(SHARED)/models),$(BIN)/python experiments/first_results/tokens.py --shared $(SHARED))
+	$(if $(wildcard $(SHARED)/models),$(BIN)/python experiments/tokens.py first_results --shared $(SHARED))
 	$(foreach study,$(BESTS),$(STUDY) pruner=dense sparsity=0 seed=0 && $(STUDY) && $(STUDY) pruner=sparsegpt update=reconstruct \
 		&& $(STUDY) pruner=wanda,sparsegpt,best sparsity=0.5 pattern=2:4 \
 		$(foreach without,$(WITHOUT),&& $(STUDY) pruner=best sparsity=0.7 $(without)) &&) true
@@ -93,7 +93,7 @@ best: $(STAMP)
 	$(BIN)/besa report outputs/best --out outputs/best/report
 
 budgets: $(STAMP)
-	$(if $(wildcard $(SHARED)/models),$(BIN)/python experiments/first_results/tokens.py --shared $(SHARED))
+	$(if $(wildcard $(SHARED)/models),$(BIN)/python experiments/tokens.py first_results --shared $(SHARED))
 	$(foreach study,$(BESTS:best%=budgets%),$(STUDY) &&) true
 	$(BIN)/python experiments/best/collect.py
 	$(BIN)/besa report outputs/budgets --out outputs/budgets/report
@@ -104,7 +104,7 @@ CLAIMS := $(notdir $(basename $(wildcard conf/experiment/study_*.yaml)))
 
 paper: $(STAMP)
 	@test -d "$(SHARED)/models" || { echo "n/a: no models in $(SHARED)/models; name a folder that has them: BESA_SHARED=" >&2; exit 2; }
-	$(BIN)/python experiments/paper/tokens.py --shared $(SHARED)
+	$(BIN)/python experiments/tokens.py paper --shared $(SHARED)
 	$(foreach study,study $(CLAIMS),$(STUDY) && $(STUDY) $(EMBEDDED) $(if $(filter %source,$(study)),,calibration.name=embedded) &&) true
 	$(foreach study,study,$(STUDY) pruner=dense sparsity=0 && $(STUDY) $(EMBEDDED) calibration.name=embedded pruner=dense sparsity=0)
 	$(BIN)/python experiments/paper/collect.py --shared $(SHARED)

@@ -1,0 +1,103 @@
+"""Makes the exact tokens that a study calibrates and scores its models on.
+
+Each document is BOS + text; documents are laid one after the other and cut into windows of 256. A seed draws windows
+for calibration from the first ones, so that a larger set holds the smaller ones. Held out are the first windows of the
+test stories, for the embedded model of its own perplexity set.
+
+first_results (best and budgets too): TinyStories for the two models that are not part of the project. paper: several
+sizes of the model's own source, and other sources at one size, for these two and the embedded model.
+
+    python experiments/tokens.py first_results|paper [--shared ../shared] [--out outputs/<study>/tokens]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from besa_exp.embedded.text import MODEL_DIR, calibration_documents, perplexity_documents
+from besa_exp.tokens import write_token_file
+
+TINYSTORIES_MODELS = ("babyllama-105", "stories260K")
+SEQ_LEN, SEEDS = 256, 3
+
+
+def first_results(shared: Path, out: Path) -> None:
+    """calibration-<seed>.safetensors and held-out.safetensors for each model."""
+    for name in TINYSTORIES_MODELS:
+        tokenizer, folder = AutoTokenizer.from_pretrained(shared / "models" / name), made(out / name)
+        draw(windows(tokenizer, stories(shared, "valid"), 600), {128: "calibration-{seed}"}, folder)
+        write_token_file(windows(tokenizer, stories(shared, "test"), 200), folder / "held-out.safetensors")
+
+
+def paper(shared: Path, out: Path) -> None:
+    """<source>-<windows>-<seed>.safetensors and held-out.safetensors for each model."""
+    for name in (*TINYSTORIES_MODELS, "embedded"):
+        embedded = name == "embedded"
+        tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR if embedded else shared / "models" / name)
+        folder, own_source = made(out / name), "embedded" if embedded else "tinystories"
+        for source, documents in sources(shared).items():
+            sizes = (8, 16, 32, 64) if source == own_source else (32,)
+            files = {size: f"{source}-{size}-{{seed}}" for size in sizes}
+            draw(windows(tokenizer, documents, 300), files, folder)
+        held_out = perplexity_documents().documents if embedded else stories(shared, "test")
+        write_token_file(windows(tokenizer, held_out, 100), folder / "held-out.safetensors")
+
+
+def sources(shared: Path) -> dict[str, Iterable[str]]:
+    """The documents of each source; WikiText-2 is one text."""
+    wikitext2, c4 = shared / "data" / "wikitext2" / "wiki.train.tokens", shared / "data" / "c4" / "c4_docs.jsonl"
+    return {
+        "tinystories": stories(shared, "valid"),
+        "c4": (json.loads(line)["text"] for line in c4.open(encoding="utf-8")),
+        "wikitext2": [wikitext2.read_text(encoding="utf-8")[:1_000_000]],
+        "embedded": calibration_documents().documents,
+    }
+
+
+def stories(shared: Path, split: str) -> list[str]:
+    """TinyStories, valid or test."""
+    return (shared / "data" / "tinystories" / f"{split}.txt").read_text(encoding="utf-8").split("<|endoftext|>")
+
+
+def windows(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], count: int) -> torch.Tensor:
+    """The first `count` windows of the documents [window, seq]."""
+    ids: list[int] = []
+    for document in documents:
+        if document.strip():
+            ids += [tokenizer.bos_token_id, *tokenizer.encode(document.strip(), add_special_tokens=False)]
+        if len(ids) >= count * SEQ_LEN:
+            return torch.tensor(ids[: count * SEQ_LEN]).view(count, SEQ_LEN)
+    raise SystemExit(f"too little text for {count} windows of {SEQ_LEN} tokens: {len(ids)} tokens")
+
+
+def draw(pool: torch.Tensor, files: dict[int, str], folder: Path) -> None:
+    """Writes a file of so many windows of the pool for each seed."""
+    for seed in range(SEEDS):
+        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+        for size, name in files.items():
+            write_token_file(pool[order[:size]], folder / f"{name.format(seed=seed)}.safetensors")
+
+
+def made(folder: Path) -> Path:
+    """The folder, there from now on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"tokens in {folder}")
+    return folder
+
+
+STUDIES = {"first_results": first_results, "paper": paper}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--shared", type=Path, default=Path(os.environ.get("BESA_SHARED", "../shared")))
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    STUDIES[given.study](given.shared, given.out or Path("outputs") / given.study / "tokens")
