@@ -51,10 +51,9 @@ browser:
 		&& timeout 480 apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null 2>&1; } \
 		|| echo "no chromium: apt-get install chromium chromium-driver"
 
-# Two workers with one thread each: many small tensors gain nothing from more. Compiled modules are kept even where the
-# environment says otherwise: the tests start a hundred processes.
+# Two workers with one thread each: many small tensors gain nothing from more.
 pytest: $(STAMP)
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 # The columns are tests/matrix/*.txt: what each pins. An environment is made once; remove it to have it made anew.
 MATRIX := oldest newest

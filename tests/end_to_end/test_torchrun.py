@@ -89,7 +89,8 @@ def results(folder: Path) -> dict:
         ("wanda", ["evaluator=quick"]),
         ("sparsegpt", ["evaluator=perplexity"]),
         ("besa", ["evaluator=perplexity", "model.load=streamed", "pruner.batch_size=3"]),
-        ("besa_paper", ["evaluator=none", "update=dsnot"]),
+        ("besa_paper", ["evaluator=none"]),
+        ("wanda", ["evaluator=none", "update=dsnot"]),
     ],
 )
 def test_two_processes_give_the_masks_losses_and_scores_of_one(short, tokens, tmp_path, pruner, more):
