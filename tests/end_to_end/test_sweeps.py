@@ -177,7 +177,6 @@ def test_in_wandb_a_job_is_in_its_studys_group_with_method_and_sparsity_to_filte
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib"], indirect=True)  # whose jobs run at the same time
 def test_the_dense_model_is_scored_once_for_all_jobs_and_masks_alone_are_kept(
     launcher: list[str], given: list[str], tmp_path: Path
 ) -> None:
