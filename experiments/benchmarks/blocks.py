@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import besa_exp
 from besa_exp.blocks import Block, capture_blocks, embed
 from besa_exp.importance import inverse_factor
+from besa_exp.markdown import markdown_table
 from besa_exp.masks import Target
 from besa_exp.pruners.besa import Besa
 from besa_exp.pruners.sparsegpt import SparseGPT
@@ -305,12 +306,13 @@ def peak_bytes(work: Work) -> int | None:
 
 
 def show(cells: list[Cell]) -> str:
-    lines = ["| case | what | this, s | floor, s | ratio | authors' way, s | authors' / this |", "|---" * 7 + "|"]
+    rows = []
     for line in cells:
-        authors = f"{line.authors:.3f} | {line.authors_ratio:.2f}" if line.authors else "- | -"
-        floor = f"{line.floor:.3f} | {line.ratio:.2f}" if line.floor else "- | -"
-        lines.append(f"| {line.case} | {line.what} | {line.seconds:.3f} | {floor} | {authors} |")
-    return "\n".join(lines)
+        floor = [f"{line.floor:.3f}", f"{line.ratio:.2f}"] if line.floor else ["-", "-"]
+        authors = [f"{line.authors:.3f}", f"{line.authors_ratio:.2f}"] if line.authors else ["-", "-"]
+        rows.append([line.case, line.what, f"{line.seconds:.3f}", *floor, *authors])
+    head = ["case", "what", "this, s", "floor, s", "ratio", "authors' way, s", "authors' / this"]
+    return "\n".join(markdown_table(head, rows))
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from besa_exp.embedded.text import MODEL_DIR
 from besa_exp.evaluation.perplexity import perplexity
+from besa_exp.markdown import markdown_table
 
 HERE = Path(__file__).parent
 
@@ -154,16 +155,13 @@ def measure(case: Case, device: torch.device, rounds: int) -> Cell:
 
 def table(cells: list[Cell]) -> str:
     """Markdown."""
-    lines = [
-        "| model | floor: batch | tokens/s | evaluator: batch | tokens/s | evaluator / floor |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {cell.case} | {cell.floor_batch_size} | {cell.floor:,.0f} | {cell.batch_size} | {cell.evaluator:,.0f} | "
-        f"{cell.ratio:.3f} |"
-        for cell in cells
-    ]
-    return "\n".join(lines)
+    head = ["model", "floor: batch", "tokens/s", "evaluator: batch", "tokens/s", "evaluator / floor"]
+    rows = []
+    for cell in cells:
+        floor = [str(cell.floor_batch_size), f"{cell.floor:,.0f}"]
+        evaluator = [str(cell.batch_size), f"{cell.evaluator:,.0f}"]
+        rows.append([cell.case, *floor, *evaluator, f"{cell.ratio:.3f}"])
+    return "\n".join(markdown_table(head, rows))
 
 
 def main() -> None:

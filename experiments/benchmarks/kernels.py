@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from besa_exp.kernels import HAS_TRITON
+from besa_exp.markdown import markdown_table
 
 HERE = Path(__file__).parent
 LLAMA = [(4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192), (8192, 28672)]  # out, in
@@ -147,16 +148,13 @@ def show(cells: list[Cell]) -> str:
     def figure(value: float | None, to: float | None = 1.0) -> str:
         return "not measured" if value is None or to is None else f"{value / to:.3g}"
 
-    lines = [
-        "| kernel | out x in | Triton, ms | floor, ms | / floor | PyTorch, ms | PyTorch / Triton |",
-        "|---" * 7 + "|",
-    ]
-    lines += [
-        f"| {cell.kernel} | {cell.shape[0]} x {cell.shape[1]} | {figure(cell.triton)} | {figure(cell.floor)} | "
-        f"{figure(cell.triton, cell.floor)} | {figure(cell.reference)} | {figure(cell.reference, cell.triton)} |"
-        for cell in cells
-    ]
-    return "\n".join(lines)
+    head = ["kernel", "out x in", "Triton, ms", "floor, ms", "/ floor", "PyTorch, ms", "PyTorch / Triton"]
+    rows = []
+    for cell in cells:
+        triton = [figure(cell.triton), figure(cell.floor), figure(cell.triton, cell.floor)]
+        reference = [figure(cell.reference), figure(cell.reference, cell.triton)]
+        rows.append([cell.kernel, f"{cell.shape[0]} x {cell.shape[1]}", *triton, *reference])
+    return "\n".join(markdown_table(head, rows))
 
 
 def main() -> None:
