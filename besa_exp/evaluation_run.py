@@ -33,6 +33,7 @@ from besa_exp.folder_lock import locked
 from besa_exp.followed_folder import FollowedFolder
 from besa_exp.model_folder import inspect_model_folder
 from besa_exp.models import LoadedModel, load_model, model_context
+from besa_exp.process import imports_are_done
 from besa_exp.published import compared_with_published
 from besa_exp.run_checkpoint import run_and_model
 from besa_exp.run_folder import RunFolder
@@ -71,6 +72,7 @@ def evaluate_checkpoint(settings: EvaluationSettings, path: Path, config: Mappin
 
     Each finished set and task is on the disk before the next begins: the same command goes on there.
     ConfigurationError: the folder holds scores of another model, or under other conditions."""
+    imports_are_done()
     device = prepared_device(settings)
     with distributed.joined(device), _opened(path) as folder, RunConsole() as console:
         evaluation = _Evaluation(settings, folder, console, device)

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from besa_exp import atomic
 from besa_exp.errors import Interrupted
 from besa_exp.jobs import carry_out
+from besa_exp.process import run_as_process
 
 
 def main() -> int:
@@ -42,4 +43,4 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_process(main)

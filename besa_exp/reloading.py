@@ -22,6 +22,7 @@ from torch import Tensor
 
 from besa_exp.errors import RunError
 from besa_exp.memory import free_memory
+from besa_exp.process import run_as_process
 
 TOKENS = 64  # of one sample: enough to tell models apart
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative; the devices may differ
@@ -92,7 +93,7 @@ def _answer(
     return {"token_loss": found["token_loss"], "expected": expected, "tokens": len(request["input_ids"][0])}
 
 
-def _main() -> None:
+def _main() -> int:
     request = json.loads(sys.stdin.readline())
     from transformers import AutoModelForCausalLM
 
@@ -107,7 +108,8 @@ def _main() -> None:
     loss = token_loss(model.eval(), torch.tensor(request["input_ids"]))
     lacking, left = (sorted(map(str, told[key])) for key in ("missing_keys", "unexpected_keys"))
     sys.stdout.write(json.dumps({"token_loss": loss, "lacking": lacking, "left": left}) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    _main()
+    run_as_process(_main)

@@ -25,6 +25,7 @@ from besa_exp.followed_folder import opened
 from besa_exp.identity import request_identity
 from besa_exp.masks import Target
 from besa_exp.models import LoadedModel, load_model, model_context
+from besa_exp.process import imports_are_done
 from besa_exp.reports import BlockReport, Step
 from besa_exp.results import results_of, score_values
 from besa_exp.run_saving import card, reread, save
@@ -42,6 +43,7 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
 
     An unfinished run of the same request goes on after its last whole block. ConfigurationError: the request cannot be
     carried out; RunError: it failed on the way. What was measured and pruned stays."""
+    imports_are_done()
     started = time.perf_counter()
     device = prepared_device(settings)
     resume = request_identity(config) if settings.resume else None

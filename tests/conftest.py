@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -23,6 +24,20 @@ SHARED_DIR = Path(os.environ.get("BESA_SHARED", ROOT.parent / "shared"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
+
+
+def pytest_configure() -> None:
+    """Modules and tests stay for as long as the process: the collector need not walk them; see besa_exp/process.py."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # Hypothesis asks the collector who holds what
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,9 @@ lm-eval reads the task from tasks/embedded_continuations.yaml, which names `task
 
 import hashlib
 import re
+from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 
 from besa_exp.embedded.text import embedded_text
 
@@ -43,6 +45,7 @@ class Item:
     documents: tuple[int, ...]
 
 
+@cache
 def continuation_items() -> tuple[Item, ...]:
     """The ITEMS questions, the same in every call with the same package versions.
 
@@ -50,15 +53,16 @@ def continuation_items() -> tuple[Item, ...]:
     """
     documents = embedded_text("held_out").documents
     training, held_out = "\0".join(embedded_text("train").documents), "\0".join(documents)
-    passages = []
-    for number, document in enumerate(documents):
-        found = [
-            passage
-            for passage in _passages(document, number)
-            if passage.continuation not in training and held_out.count(passage.continuation) == 1
-        ]
-        passages += sorted(found, key=_digest)[:ITEMS_PER_DOCUMENT]
-    passages = sorted(passages, key=_digest)[:ITEMS]
+    candidates = [passage for number, document in enumerate(documents) for passage in _passages(document, number)]
+    passages, of_document = [], Counter[int]()
+    for passage in sorted(candidates, key=_digest):
+        if len(passages) == ITEMS:
+            break
+        if of_document[passage.document] == ITEMS_PER_DOCUMENT:
+            continue
+        if passage.continuation not in training and held_out.count(passage.continuation) == 1:
+            passages.append(passage)
+            of_document[passage.document] += 1
     if len(passages) < ITEMS:
         raise ValueError(f"the installed packages give {len(passages)} held-out passages; the task needs {ITEMS}")
     return tuple(_item(passages, index) for index in range(ITEMS))

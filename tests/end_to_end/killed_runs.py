@@ -15,8 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from besa_exp import jobs, preflight, run  # noqa: F401 - imported once, here, for all the children
 from besa_exp.main import main
+from besa_exp.process import imports_are_done, run_as_process
 
 
 def start(arguments: list[str]) -> int:
@@ -89,9 +89,18 @@ def all_kills(folder: Path, moments: list[dict], arguments: list[str]) -> list[d
     return kills
 
 
-if __name__ == "__main__":
+def kill_again_and_again() -> int:
+    """Modules are imported once, here, for all the children."""
+    from besa_exp import jobs, preflight, run  # noqa: F401
+
     folder, moments, *arguments = sys.argv[1:]
     if any(argument.startswith("evaluator.tasks=") for argument in arguments):
-        from besa_exp.evaluation import zero_shot  # noqa: F401 - lm-eval, once for all the children
+        from besa_exp.evaluation import zero_shot  # noqa: F401
+    imports_are_done()
     seen = all_kills(Path(folder), json.loads(moments), [*arguments, f"hydra.run.dir={folder}"])
     sys.stdout.write(json.dumps(seen) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_as_process(kill_again_and_again)

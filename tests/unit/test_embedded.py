@@ -12,7 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from besa_exp.embedded.continuations import (
     CONTINUATION,
+    ITEMS,
+    ITEMS_PER_DOCUMENT,
     LONGEST_CONTEXT,
+    _digest,
+    _passages,
     continuation_items,
     task_dataset,
 )
@@ -26,8 +30,6 @@ from besa_exp.embedded.text import (
     is_held_out,
     perplexity_documents,
 )
-
-items = cache(continuation_items)
 
 
 @cache
@@ -136,8 +138,8 @@ def test_the_model_has_learned_its_language():
 
 
 def test_an_item_offers_four_different_choices_of_one_length_from_four_documents():
-    assert len(items()) >= 500
-    for item in items():
+    assert len(continuation_items()) >= 500
+    for item in continuation_items():
         assert len(set(item.choices)) == 4
         assert len(set(item.documents)) == 4
         assert {len(choice) for choice in item.choices} == {CONTINUATION}
@@ -149,26 +151,26 @@ def test_an_item_offers_four_different_choices_of_one_length_from_four_documents
 def test_the_right_choice_continues_the_context_and_no_other_does():
     documents = embedded_text("held_out").documents
     held_out = "\0".join(documents)
-    for item in items():
+    for item in continuation_items():
         right = item.choices[item.answer]
         assert item.context + right in documents[item.documents[item.answer]]
         assert not any(item.context + choice in held_out for choice in item.choices if choice != right)
 
 
 def test_a_scorer_blind_to_the_context_cannot_profit_from_the_places_or_the_choices():
-    places = Counter(item.answer for item in items())
+    places = Counter(item.answer for item in continuation_items())
     assert len(places) == 4
     assert max(places.values()) - min(places.values()) <= 1
-    right = {item.choices[item.answer] for item in items()}
-    assert all(set(item.choices) <= right for item in items())
+    right = {item.choices[item.answer] for item in continuation_items()}
+    assert all(set(item.choices) <= right for item in continuation_items())
 
 
 def test_items_do_not_overlap():
-    passages = [item.context + item.choices[item.answer] for item in items()]
+    passages = [item.context + item.choices[item.answer] for item in continuation_items()]
     assert len(set(passages)) == len(passages)
     held_out = embedded_text("held_out").documents
     ends: dict[int, list[tuple[int, int]]] = {}
-    for item, passage in zip(items(), passages, strict=True):
+    for item, passage in zip(continuation_items(), passages, strict=True):
         document = item.documents[item.answer]
         start = held_out[document].index(passage)
         ends.setdefault(document, []).append((start, start + len(passage)))
@@ -178,12 +180,25 @@ def test_items_do_not_overlap():
 
 
 def test_the_items_are_the_same_in_every_call():
-    assert continuation_items() == items()
+    assert continuation_items.__wrapped__() == continuation_items()
+
+
+def test_the_items_are_the_first_in_hash_order_that_are_found_once_and_few_of_a_document():
+    """Literally: all candidates are judged, then each document's first ones are taken, then the first of these."""
+    held_out, kept = embedded_text("held_out").documents, []
+    training, whole = "\0".join(embedded_text("train").documents), "\0".join(held_out)
+    for number, document in enumerate(held_out):
+        found = [p for p in _passages(document, number) if p.continuation not in training]
+        found = [p for p in found if whole.count(p.continuation) == 1]
+        kept += sorted(found, key=_digest)[:ITEMS_PER_DOCUMENT]
+    chosen = sorted(kept, key=_digest)[:ITEMS]
+    assert max(Counter(passage.document for passage in chosen).values()) == ITEMS_PER_DOCUMENT
+    assert [item.context for item in continuation_items()] == [passage.context for passage in chosen]
 
 
 def test_no_right_choice_is_in_the_training_text():
     training = "\0".join(embedded_text("train").documents)
-    assert not [item for item in items() if item.choices[item.answer] in training]
+    assert not [item for item in continuation_items() if item.choices[item.answer] in training]
 
 
 def test_lm_eval_finds_the_task_and_reads_its_items():
@@ -193,7 +208,7 @@ def test_lm_eval_finds_the_task_and_reads_its_items():
     task: Any = loaded["tasks"][TASK_NAME]
     documents = list(task.test_docs())
     assert documents == list(task_dataset()["test"])
-    assert task.doc_to_text(documents[0]) == items()[0].context
-    assert task.doc_to_choice(documents[0]) == list(items()[0].choices)
-    assert task.doc_to_target(documents[0]) == items()[0].answer
+    assert task.doc_to_text(documents[0]) == continuation_items()[0].context
+    assert task.doc_to_choice(documents[0]) == list(continuation_items()[0].choices)
+    assert task.doc_to_target(documents[0]) == continuation_items()[0].answer
     assert {"acc", "acc_norm"} <= set(task.aggregation())
