@@ -1,4 +1,7 @@
-"""`torchrun --nproc-per-node 2 -m besa_exp prune`: the results of one process, and one rank's failure ends both."""
+"""`torchrun --nproc-per-node 2 -m besa_exp prune`: the results of one process, and one rank's failure ends both.
+
+What the command does is tested by the command itself; of what two ranks compute much is tested by `two_ranks.py`, which
+imports torch once for both."""
 
 from __future__ import annotations
 
@@ -23,18 +26,15 @@ from besa_exp.main import main
 EMBEDDING = "model.embed_tokens.weight"
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "besa_exp"]
+FORKED = [sys.executable, str(Path(__file__).parent / "two_ranks.py")]
 KEYS = ["prune", "tracker=none", "device=cpu", "evaluator.limit=6", "evaluator.dense=false", "sparsity=0.6"]
 KEYS += ["save.verify=false"]
 
 
-def on_two(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A prune on two processes, its two streams together."""
-    return started_on_two([*KEYS, *arguments])
-
-
-def started_on_two(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+def on_two(launcher: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command on two processes, its two streams together."""
     return subprocess.run(
-        [*TORCHRUN, *arguments],
+        [*launcher, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -84,20 +84,20 @@ def results(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("pruner", "more"),
+    ("launcher", "pruner", "more"),
     [
-        ("wanda", ["evaluator=quick"]),
-        ("sparsegpt", ["evaluator=perplexity"]),
-        ("besa", ["evaluator=perplexity", "model.load=streamed", "pruner.batch_size=3"]),
-        ("besa_paper", ["evaluator=none"]),
-        ("wanda", ["evaluator=none", "update=dsnot"]),
+        ("torchrun", "wanda", ["evaluator=quick"]),
+        ("forked", "sparsegpt", ["evaluator=perplexity"]),
+        ("forked", "besa", ["evaluator=perplexity", "model.load=streamed", "pruner.batch_size=3"]),
+        ("forked", "besa_paper", ["evaluator=none"]),
+        ("forked", "wanda", ["evaluator=none", "update=dsnot"]),
     ],
 )
-def test_two_processes_give_the_masks_losses_and_scores_of_one(short, tokens, tmp_path, pruner, more):
+def test_two_processes_give_the_masks_losses_and_scores_of_one(short, tokens, tmp_path, launcher, pruner, more):
     given = [f"model.path={short}", f"calibration.path={tokens}", f"pruner={pruner}", *more]
     given += [] if more[0] == "evaluator=none" else [f"evaluator.perplexity_sets=[{tokens}]"]
     assert main([*KEYS, *given, f"hydra.run.dir={tmp_path / 'one'}"]) == 0
-    done = on_two(*given, f"hydra.run.dir={tmp_path / 'two'}")
+    done = on_two(FORKED if launcher == "forked" else TORCHRUN, *KEYS, *given, f"hydra.run.dir={tmp_path / 'two'}")
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("block 2/2") == 1  # one rank speaks
     same, worst = compared(tmp_path / "one", tmp_path / "two")
@@ -112,7 +112,7 @@ def test_two_processes_score_a_folder_as_one_does(short, tokens, tmp_path):
     asked = ["evaluate", f"checkpoint={short}", "device=cpu", "evaluator=quick", "evaluator.limit=6"]
     asked.append(f"evaluator.perplexity_sets=[{tokens}]")
     assert main([*asked, f"hydra.run.dir={tmp_path / 'one'}"]) == 0
-    done = started_on_two([*asked, f"hydra.run.dir={tmp_path / 'two'}"])
+    done = on_two(FORKED, *asked, f"hydra.run.dir={tmp_path / 'two'}")
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("done: ") == 1  # one rank speaks
     one, two = (results(tmp_path / name) for name in ("one", "two"))
@@ -123,7 +123,7 @@ def test_two_processes_score_a_folder_as_one_does(short, tokens, tmp_path):
 
 
 def test_what_one_process_began_two_finish(unfinished, unbroken, request_arguments):
-    done = started_on_two([*request_arguments, f"hydra.run.dir={unfinished}"])
+    done = on_two(FORKED, *request_arguments, f"hydra.run.dir={unfinished}")
     assert done.returncode == 0, done.stdout
     assert "going on after" in done.stdout
     same, worst = compared(unbroken, unfinished)
@@ -158,7 +158,7 @@ def test_a_failing_rank_ends_all_with_its_error(short, tokens, tmp_path):
     ids[1, 3] = unused
     save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
     given = ["pruner=wanda", "evaluator=none", f"model.path={broken}", f"hydra.run.dir={folder}"]
-    done = on_two(*given, f"calibration.path={tmp_path / 'ids.safetensors'}")
+    done = on_two(TORCHRUN, *KEYS, *given, f"calibration.path={tmp_path / 'ids.safetensors'}")
     assert done.returncode != 0
     assert "rank 1 failed: model.layers.0" in done.stdout
     status = json.loads((folder / "status.json").read_text())
@@ -167,7 +167,7 @@ def test_a_failing_rank_ends_all_with_its_error(short, tokens, tmp_path):
 
 
 def test_a_refusal_is_told_once_and_leaves_nothing(tmp_path):
-    done = on_two("sparsity=1.5", f"hydra.run.dir={tmp_path / 'run'}")
+    done = on_two(TORCHRUN, *KEYS, "sparsity=1.5", f"hydra.run.dir={tmp_path / 'run'}")
     assert done.returncode != 0
     assert done.stdout.count("sparsity=1.5: must be in [0, 1)") == 1
     assert "exitcode  : 2" in done.stdout

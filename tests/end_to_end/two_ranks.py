@@ -1,0 +1,45 @@
+"""`torchrun --nproc-per-node 2 -m besa_exp ...` by torch's own launcher, from a process that has imported everything
+before it forks the ranks: a script, because it forks before torch has computed anything.
+
+    python two_ranks.py besa-arguments...
+"""
+
+import os
+import sys
+
+from besa_exp.process import imports_are_done, run_as_process
+from besa_exp.torchrun import is_leader
+
+
+def rank(arguments: list[str]) -> None:
+    from besa_exp.main import main
+
+    if not is_leader():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if code := main(arguments):
+        sys.exit(code)
+
+
+def launch() -> int:
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from besa_exp import evaluation_run, jobs, preflight, run  # noqa: F401
+
+    imports_are_done()
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        run_id="two ranks",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="fork",
+    )
+    elastic_launch(config, rank)(sys.argv[1:])
+    return 0
+
+
+if __name__ == "__main__":
+    run_as_process(launch)
