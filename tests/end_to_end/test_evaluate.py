@@ -14,7 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from besa_exp.errors import ConfigurationError
+from besa_exp.evaluate_command import read_asked
+from besa_exp.evaluation_run import evaluate_checkpoint
 from besa_exp.main import main
+from besa_exp.prune_command import composed
 
 Answer = tuple[int, str]
 Ask = Callable[..., Answer]
@@ -182,6 +186,22 @@ def test_scores_of_files_that_have_changed_are_not_mixed(
     assert "its earlier scores are dropped" in said
     (folder,) = Path("outputs").iterdir()
     assert set(results_in(folder)["perplexity"]) == {str(second)}
+
+
+def test_scores_that_another_command_adds_while_the_model_loads_are_not_replaced(
+    ask: Ask, given: list[str], model_dir: Path, tmp_path: Path
+) -> None:
+    tokens = token_file(tmp_path / "a.safetensors", 1)
+    words = [f"checkpoint={model_dir}", "device=cpu", "evaluator=none", f"evaluator.perplexity_sets=[{tokens}]"]
+    checked = []
+    assert composed("besa evaluate", "evaluate", words, lambda parsed: checked.append(read_asked(parsed)) or 0) == 0
+    assert ask(*words)[0] == 0
+    (asked,) = checked
+    before = results_in(asked.folder)
+    token_file(tokens, 2)
+    with pytest.raises(ConfigurationError, match="the file has changed since"):
+        evaluate_checkpoint(asked.settings, asked.folder, asked.config)
+    assert results_in(asked.folder) == before
 
 
 def test_all_problems_are_told_at_once_and_nothing_is_written(ask: Ask, given: list[str]) -> None:
