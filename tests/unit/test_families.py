@@ -27,9 +27,6 @@ from besa_exp.replay_check import check_replay
 from besa_exp.sparsity_table import linear_type
 
 INPUT_IDS = torch.randint(3, 64, (3, 12), generator=torch.Generator().manual_seed(3))
-KINDS = ("gpt2", "mixtral")  # of linears besides nn.Linear: for these compositions of methods are tried too
-METHODS = ("dense", "magnitude", "wanda", "sparsegpt", "besa_paper", "besa", "besa_linear", "besa_reconstruct")
-CASES = [(family, pruner) for family in FAMILIES | MIXTURES for pruner in (PRUNERS if family in KINDS else METHODS)]
 COARSE = 0.06  # besa_paper rounds each row's count down, by up to 1 of 32 inputs, and aims by a penalty
 LINEARS = {  # the types of linears in the last block
     "opt": "self_attn.k_proj self_attn.v_proj self_attn.q_proj self_attn.out_proj fc1 fc2",
@@ -49,7 +46,8 @@ def dense(family):
     return model, perplexity(model, INPUT_IDS, 12, 2).value
 
 
-@pytest.mark.parametrize(("family", "pruner"), CASES)
+@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("family", FAMILIES | MIXTURES)
 def test_a_family_is_pruned_saved_loaded_anew_and_scored(family, pruner, tmp_path):
     before, dense_score = dense(family)
     model = copy.deepcopy(before)
