@@ -34,7 +34,7 @@ PIECES = {
     "best, tuning.checks=1": "the probe does not choose",
     "sparsegpt+reconstruct": "SparseGPT's mask, its kept weights tuned",
 }
-BUDGETS = ("uniform", "owl", "dlp", "alpha", "atp", "learned", "evopress")
+BUDGETS = ("uniform", "owl", "dlp", "dlp, width=0.15", "alpha", "atp", "learned", "evopress")
 UNDER = ("wanda", "sparsegpt", "best")
 NONE = "n/a"
 
@@ -135,6 +135,12 @@ def draw(rows: Rows, path: Path) -> None:
     pyplot.close(figure)
 
 
+def under(budget: str, pruner: str) -> str:
+    """The method's label. Uniform is what a pruner does without a budget."""
+    name, *settings = budget.split(", ")
+    return pruner if budget == "uniform" else ", ".join([f"{name}+{pruner}", *settings])
+
+
 def tables(rows: Rows) -> list[str]:
     """All tables."""
     names = [name for name, *_ in COLUMNS]
@@ -166,7 +172,7 @@ def tables(rows: Rows) -> list[str]:
         lines += [f"## Budgets over depth, {target:.0%}", ""]
         head = ["budget", *(f"{model}: {pruner}" for model in MODELS for pruner in UNDER)]
         named = [
-            [b, *(rows.cell(m, f"{b}+{p}", "unstructured", target) for m in MODELS for p in UNDER)] for b in BUDGETS
+            [b, *(rows.cell(m, under(b, p), "unstructured", target) for m in MODELS for p in UNDER)] for b in BUDGETS
         ]
         lines += table(head, named)
     lines += ["## Cost of a budget with wanda, processor seconds of the block loop", ""]
