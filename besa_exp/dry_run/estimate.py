@@ -160,6 +160,7 @@ def _plan(
         activations_at=cast(Place, probed.activations_at if on_cuda or probed.activations_at == "disk" else "host"),
         save_model=settings.save.model,
         save_masks=settings.save.masks,
+        verified=settings.save.model and settings.save.verify,
         evaluates=bool(settings.evaluator.perplexity_sets or settings.evaluator.tasks),
         windows_tokens=max((count * length for count, length in texts.windows), default=0),
         steps=round(block.steps * len(size.blocks)) if block else 0,

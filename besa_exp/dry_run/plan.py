@@ -71,7 +71,7 @@ class Plan:
     host or disk; `windows_tokens`: most tokens of an evaluation's set, whose states a streamed model holds at once;
     `own_targets`: the parts of a block have targets of their own; `together`: blocks pruned under one loss; `dealing`:
     of a budget over depth, None where there is none; `links_blocks`: the saved model's blocks are the finished blocks'
-    own files."""
+    own files; `verified`: a fresh process loads it while it is scored."""
 
     size: ModelSize
     on_cuda: bool
@@ -92,6 +92,7 @@ class Plan:
     libraries: int
     working: Working
     links_blocks: bool = False
+    verified: bool = False
 
     @property
     def saved_anew(self) -> int:

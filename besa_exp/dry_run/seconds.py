@@ -11,6 +11,7 @@ from besa_exp.dry_run.plan import Plan
 REPLAYED = 4  # passes of a sample through the model when a run begins: two samples, twice
 FILES_OF_A_BLOCK = 3  # weights, masks, report
 FILES_OF_A_MODEL = 5  # configs and tokenizer
+FRESH_PROCESS = 2.5  # seconds until Python has imported torch and transformers, as measured on two CPU cores
 
 
 def seconds(
@@ -29,12 +30,14 @@ def seconds(
     a_block = _block_seconds(plan, disk, block) if block else None
     begin = search + _budget_seconds(plan, disk, block) + _replay_seconds(plan, block) if block else 0.0
     pruning = None if a_block is None else a_block * plan.num_blocks + begin
+    evaluated = _evaluate_seconds(plan, texts, disk, evaluation, models_scored)
+    save = _save_seconds(plan, disk, load) + _verify_seconds(plan, disk, (evaluated or 0.0) / max(models_scored, 1))
     found: dict[str, float | None] = {
         "load": load,
         "calibrate": texts.calibrate,
         "prune": pruning,
-        "save": _save_seconds(plan, disk, load),
-        "evaluate": _evaluate_seconds(plan, texts, disk, evaluation, models_scored),
+        "save": save,
+        "evaluate": evaluated,
     }
     known = [value for value in found.values() if value is not None]
     return {**found, "one block": a_block, "total": sum(known) if len(known) == len(found) else None}
@@ -66,6 +69,11 @@ def _save_seconds(plan: Plan, disk: DiskSpeed, load: float) -> float:
     if not plan.save_model:
         return masks
     return masks + disk.written(plan.saved_anew, FILES_OF_A_MODEL) + 2 * plan.size.blocks_bytes * disk.read + load
+
+
+def _verify_seconds(plan: Plan, disk: DiskSpeed, scoring: float) -> float:
+    """What is waited for the fresh process that loads the saved model when scoring it has ended."""
+    return max(0.0, FRESH_PROCESS + plan.size.total_bytes * disk.read - scoring) if plan.verified else 0.0
 
 
 def _evaluate_seconds(

@@ -27,6 +27,8 @@ from typing import Any
 
 if "--wall" not in sys.argv:
     time.perf_counter = time.process_time  # before the project's modules and torch's look at the clock
+# A fresh process that loads the saved model has processor time of its own, which is not asked for.
+APART = [] if "--wall" in sys.argv else ["save.verify=false"]
 
 import torch
 import transformers
@@ -68,7 +70,7 @@ def keys_of(folder: Path, out: Path, pruner: str, more: list[str]) -> list[str]:
     return [
         f"model.path={folder}", f"calibration.path={tokens}", f"pruner={pruner}", "evaluator=perplexity",
         f"evaluator.perplexity_sets=[{tokens}]", "tracker=none", "device=cpu", "save.model=true",
-        f"hydra.run.dir={out}", *more,
+        f"hydra.run.dir={out}", *more, *APART,
     ]  # fmt: skip
 
 

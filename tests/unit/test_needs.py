@@ -22,12 +22,13 @@ from besa_exp.checkpoint import save_masks, save_model
 from besa_exp.dry_run.block_probe import BlockCost, BlockProbe, cut_down
 from besa_exp.dry_run.disk_probe import DiskSpeed
 from besa_exp.dry_run.estimate import Estimate, model_size
+from besa_exp.dry_run.evaluation_probe import EvaluationCost
 from besa_exp.dry_run.inputs import Texts, model_without_weights
 from besa_exp.dry_run.meters import PeakMemory
 from besa_exp.dry_run.needs import kept_bytes, needs, peak, remedies
 from besa_exp.dry_run.plan import Dealing, ModelSize, Plan, Working
 from besa_exp.dry_run.search_probe import dealing
-from besa_exp.dry_run.seconds import seconds
+from besa_exp.dry_run.seconds import FRESH_PROCESS, seconds
 from besa_exp.dry_run.tables import estimate_tables, sweep_table, verdicts
 from besa_exp.finished_blocks import FinishedBlocks, block_tensors
 from besa_exp.head import head_of
@@ -236,6 +237,19 @@ def test_a_budget_takes_the_time_of_its_passes_and_of_the_blocks_it_reads() -> N
     dealt = {"dealing": Dealing(passes=40, states=0)}
     assert pruning(**dealt) - pruning() == pytest.approx(40 * 0.5 + 2 * 3.0)
     assert pruning(streamed=True, **dealt) - pruning(streamed=True) == pytest.approx(40 * 0.5 + 2 * 3.0 + 4.4)
+
+
+def test_the_fresh_process_that_loads_the_saved_model_is_waited_for_where_scoring_it_takes_less() -> None:
+    disk, texts = DiskSpeed(0.0, 0.0, 1e-3, 0.0), Texts(8, 16, 0.0, [(20, 16)], [], 0.0, [])
+
+    def save(a_token: float, verified: bool) -> float:
+        costs = BlockCost(1.0, 0.5, 0.0, 0, 0, 0, 0), EvaluationCost(0.0, a_token, 16, 0)
+        return seconds(plan(verified=verified), texts, 0.0, disk, *costs, 2)["save"] or 0.0
+
+    starts_and_reads = FRESH_PROCESS + 5.4  # 2,700 weights of two bytes
+    for a_token in (0.0, 0.01):
+        assert save(a_token, True) - save(a_token, False) == pytest.approx(starts_and_reads - 320 * a_token)
+    assert save(1.0, True) == save(1.0, False)
 
 
 def test_a_search_reads_all_blocks_for_each_pass_and_holds_logits_and_a_tried_block() -> None:
