@@ -27,8 +27,6 @@ from typing import Any
 
 if "--wall" not in sys.argv:
     time.perf_counter = time.process_time  # before the project's modules and torch's look at the clock
-# A fresh process that loads the saved model has processor time of its own, which is not asked for.
-APART = [] if "--wall" in sys.argv else ["save.verify=false"]
 
 import torch
 import transformers
@@ -43,6 +41,8 @@ from besa_exp.dry_run.needs import peak
 from besa_exp.main import main as besa
 
 HERE = Path(__file__).parent
+# A fresh process that loads the saved model has processor time of its own, which is not asked for.
+APART = [] if "--wall" in sys.argv else ["save.verify=false"]
 SIZES = {  # hidden, ffn, blocks, samples, tokens of a sample
     "small": (256, 704, 4, 32, 256),
     "medium": (512, 1408, 6, 32, 128),
