@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 
 def is_launched() -> bool:
@@ -13,3 +15,9 @@ def is_launched() -> bool:
 def is_leader() -> bool:
     """Whether this process is alone, or the first of those that torchrun started."""
     return not is_launched() or os.environ.get("RANK", "0") == "0"
+
+
+def only_the_leader_speaks() -> None:
+    """What the other processes print goes nowhere."""
+    if not is_leader():
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives

@@ -86,12 +86,10 @@ def test_one_job_fails_the_others_are_done_and_skipped_on_a_second_start(
 
 
 @pytest.mark.slow
-def test_a_job_that_is_killed_is_told_as_failed_with_a_remedy_and_the_others_are_done_with_its_dense_scores(
-    launcher: list[str], given: list[str], tmp_path: Path
+def test_a_job_that_is_killed_is_told_as_failed_with_a_remedy_and_the_others_are_done(
+    launcher: list[str], given: list[str]
 ) -> None:
-    given = [argument for argument in given if not argument.startswith("evaluator=")]
-    scored = ["evaluator=perplexity", f"evaluator.perplexity_sets=[{tmp_path / 'tokens.safetensors'}]"]
-    command = of_a_long_and_a_short_job(given, *scored, "evaluator.dense=true", *launcher)
+    command = of_a_long_and_a_short_job(given, *launcher)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ALONE) as process:
         os.kill(_process_of_the_long_job(), signal.SIGKILL)
         said = process.communicate(timeout=300)[0]
@@ -105,14 +103,6 @@ def test_a_job_that_is_killed_is_told_as_failed_with_a_remedy_and_the_others_are
     assert "SIGKILL" in said
     assert "Traceback" in (states["failed"] / "run.log").read_text()
     assert (states["failed"] / "blocks").is_dir(), "what was finished is gone"
-    logs = [(folder / "run.log").read_text() for folder in states.values()]
-    assert sorted("dense model: perplexity on" in log for log in logs) == [False, True], "not scored once for both"
-    assert sorted("dense model: scored before by another run" in log for log in logs) == [False, True]
-    (shared,) = Path("outputs/.dense_scores").glob("*.json")
-    (perplexity,) = json.loads((states["done"] / "results.json").read_text())["dense"]["perplexity"].values()
-    assert repr(perplexity) in shared.read_text()
-    assert not (states["done"] / "model").exists()
-    assert (states["done"] / "masks.safetensors").is_file()
 
 
 @pytest.mark.slow
@@ -184,3 +174,23 @@ def test_in_wandb_a_job_is_in_its_studys_group_with_method_and_sparsity_to_filte
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert (run.run_group, list(run.tags)) == ("own", ["wanda"])
     assert (config["method"], config["sparsity"]) == ("wanda", 0.25)
+
+
+@pytest.mark.slow
+def test_the_dense_model_is_scored_once_for_all_jobs_and_masks_alone_are_kept(
+    launcher: list[str], given: list[str], tmp_path: Path
+) -> None:
+    given = [argument for argument in given if not argument.startswith(("pruner=", "evaluator="))]
+    scored = ["evaluator=perplexity", f"evaluator.perplexity_sets=[{tmp_path / 'tokens.safetensors'}]"]
+    asked = [*given, *scored, "evaluator.dense=true", "pruner=wanda,magnitude", *launcher]
+    done = sweep(*asked)
+    assert done.returncode == 0, done.stdout + done.stderr
+    logs = [(folder / "run.log").read_text() for folder in (*folders("wanda"), *folders("magnitude"))]
+    assert sorted("dense model: perplexity on" in log for log in logs) == [False, True]
+    assert sorted("dense model: scored before by another run" in log for log in logs) == [False, True]
+    results = [json.loads(path.read_text())["dense"] for path in Path("outputs").glob("*/results.json")]
+    assert results[0] == results[1]
+    assert len(list(Path("outputs/.dense_scores").glob("*.json"))) == 1
+    kept = [(folder / "model").exists() for folder in Path("outputs").glob("*-s0-*")]
+    assert kept == [False, False]
+    assert len(list(Path("outputs").glob("*/masks.safetensors"))) == 2

@@ -4,18 +4,16 @@ before it forks the ranks: a script, because it forks before torch has computed 
     python two_ranks.py besa-arguments...
 """
 
-import os
 import sys
 
 from besa_exp.process import imports_are_done, run_as_process
-from besa_exp.torchrun import is_leader
+from besa_exp.torchrun import only_the_leader_speaks
 
 
 def rank(arguments: list[str]) -> None:
     from besa_exp.main import main
 
-    if not is_leader():
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    only_the_leader_speaks()
     if code := main(arguments):
         sys.exit(code)
 
