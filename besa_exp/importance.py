@@ -10,7 +10,6 @@ from torch import Tensor
 
 from besa_exp.errors import RunError
 
-WHOLE = 256  # inputs up to which a triangular matrix is inverted as a whole
 log = logging.getLogger(__name__)
 
 
@@ -47,10 +46,10 @@ def ria_importance(
 def obs_importance(
     weight: Float[Tensor, "out in"], factor: Float[Tensor, "in in"], squared: bool = True
 ) -> Float[Tensor, "out in"]:
-    """W_ij^2 / U_jj^2 with U the factor of `inverse_factor`: the rise of the squared error when weight ij goes
-    (SparseGPT, arXiv 2301.00774, Eq. 2). BESA's authors divide by U_jj instead (`squared=False`)."""
+    """W_ij^2 / U_jj^2, the rise of the squared error when weight ij goes (SparseGPT, arXiv 2301.00774, Eq. 2). BESA's
+    authors divide by U_jj instead (`squared=False`). `factor` is R of `upper_factor`: 1 / U_jj = R_jj."""
     diagonal = factor.diagonal()
-    return weight.float().square() / (diagonal.square() if squared else diagonal)
+    return weight.float().square() * (diagonal.square() if squared else diagonal)
 
 
 def dead_inputs(hessian: Float[Tensor, "in in"]) -> Tensor:
@@ -58,44 +57,25 @@ def dead_inputs(hessian: Float[Tensor, "in in"]) -> Tensor:
     return hessian.diagonal() == 0
 
 
-def inverse_factor(hessian: Float[Tensor, "in in"], damping: float, where: str) -> Float[Tensor, "in in"]:
-    """U, upper triangular, with U^T U = (H + damping * mean(diag H) I)^-1; dead inputs count with H_ii = 1.
-
-    With the order of inputs reversed the Cholesky factor of H is an upper one, H = R R^T, so that U = R^-1: half the
-    work of factoring the inverse, and no inverse of H is formed.
+def upper_factor(hessian: Float[Tensor, "in in"], damping: float, where: str) -> Float[Tensor, "in in"]:
+    """R, upper triangular, with R R^T = H + damping * mean(diag H) I; dead inputs count with H_ii = 1. It is the
+    Cholesky factor for the reversed order of inputs, and R^-1 is SparseGPT's U, U^T U = (H + ...)^-1: a quarter of
+    the work of inverting H and factoring the inverse, and as near to fp64.
 
     The damping is raised tenfold, at most three times, and logged, when H is not positive definite. RunError: still
     not, `where` names the block and linear."""
-    hessian = hessian.clone()
-    diagonal = hessian.diagonal()
+    diagonal = hessian.diagonal().clone()
     diagonal[dead_inputs(hessian)] = 1
     mean = diagonal.mean()
     for attempt in range(4):
         relative = damping * 10**attempt
-        damped = hessian.clone()
-        damped.diagonal().add_(relative * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not failed:
-            factor = inverse_of_upper(lower.flip(0, 1))
-            if bool(factor.isfinite().all()):
-                return factor
+        damped = hessian.flip(0, 1)
+        damped.diagonal().copy_((diagonal + relative * mean).flip(0))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed and bool(lower.diagonal().isfinite().all()):  # what is not finite in a row shows there
+            return lower.flip(0, 1)
         log.warning("%s: the Hessian is not positive definite at damping %g, trying %g", where, relative, relative * 10)
     raise RunError(
         f"{where}: the Hessian of its inputs is not positive definite even at damping {damping * 1000:g} of its mean "
         "diagonal; use more calibration tokens or a larger pruner.damping."
     )
-
-
-def inverse_of_upper(factor: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-    """The inverse of an upper triangular matrix, by halves: [[A, B], [0, D]]^-1 = [[A^-1, -A^-1 B D^-1], [0, D^-1]]. A
-    third of the products of a triangular solve against the identity, nearly all of them matrix products."""
-    columns = len(factor)
-    if columns <= WHOLE:
-        identity = torch.eye(columns, dtype=factor.dtype, device=factor.device)
-        return torch.linalg.solve_triangular(factor, identity, upper=True)
-    half = columns // 2
-    inverse = torch.zeros_like(factor)
-    inverse[:half, :half] = inverse_of_upper(factor[:half, :half])
-    inverse[half:, half:] = inverse_of_upper(factor[half:, half:])
-    inverse[:half, half:] = -(inverse[:half, :half] @ factor[:half, half:]) @ inverse[half:, half:]
-    return inverse

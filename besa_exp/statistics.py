@@ -122,18 +122,26 @@ class Hessian:
     def add(self, inputs: Float[Tensor, "*token in"], samples: int) -> None:
         """Accumulate the tokens of `samples` more samples (some models flatten samples and tokens into one axis)."""
         tokens = inputs.float().flatten(0, -2)
-        columns = tokens.shape[1]
-        width = max(columns // 16, 128)  # H is symmetric: panels that reach from the diagonal to the right spare 15/32
-        for start in range(0, columns, width):
-            panel = slice(start, start + width)
-            self.upper[panel, start:].addmm_(tokens[:, panel].T, tokens[:, start:])
+        for panel in self.panels:
+            self.upper[panel, panel.start :].addmm_(tokens[:, panel].T, tokens[:, panel.start :])
         self.samples += samples
+
+    @property
+    def panels(self) -> list[slice]:
+        """Rows that are summed from the diagonal to the right: H is symmetric, which spares 15/32 of the products."""
+        columns = len(self.upper)
+        width = max(columns // 16, 128)
+        return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
 
     @property
     def matrix(self) -> Float[Tensor, "in in"]:
         """The statistic."""
-        upper = self.upper.triu()
-        return (upper + upper.triu(1).T).mul_(2 / self.samples)
+        whole = self.upper * (2 / self.samples)
+        for panel in self.panels:
+            block = whole[panel, panel]
+            block.copy_(block.triu() + block.triu(1).T)
+            whole[panel.stop :, panel] = whole[panel, panel.stop :].T
+        return whole
 
     @property
     def squared_norm(self) -> Float[Tensor, " in"]:

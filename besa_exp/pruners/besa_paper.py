@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from besa_exp import distributed
 from besa_exp.blocks import Block, Hidden, reconstruction_loss
-from besa_exp.importance import dead_inputs, inverse_factor, magnitude_importance, obs_importance, wanda_importance
+from besa_exp.importance import dead_inputs, magnitude_importance, obs_importance, upper_factor, wanda_importance
 from besa_exp.masks import Target
 from besa_exp.pruners.candidates import CandidateAllocation
 from besa_exp.pruning import PrunedBlock, finite_step, probe_loss
@@ -151,8 +151,9 @@ class BesaPaper:
                 for name in names:
                     importances[name] = wanda_importance(weights[name], statistic.squared_norm)
             elif isinstance(statistic, Hessian):
-                dead = dead_inputs(statistic.matrix)
-                factor = inverse_factor(statistic.matrix, self.damping, f"{block.name}.{names[0]}")
+                matrix = statistic.matrix
+                dead = dead_inputs(matrix)
+                factor = upper_factor(matrix, self.damping, f"{block.name}.{names[0]}")
                 for name in names:
                     weights[name] = weights[name].masked_fill(dead, 0)
                     importances[name] = obs_importance(weights[name], factor, self.metric == "SparseGPT-Git")

@@ -6,6 +6,14 @@ Columns go in groups: the mask of a group is chosen when the group is reached, l
 
 The authors' threshold takes one weight too many per group (`<=` against the sorted value at the count); here the count
 is exact. With a mask given, the result does not depend on the group size.
+
+U itself is never formed. With R = U^-1, which is upper triangular too and R R^T = H, and E = W - W_hat the change of
+the columns before group g, the weights that the group is met with are
+
+    W_g + E R_before,g (R_g,g)^-1
+
+(the form that QuIP, Chee et al., arXiv 2307.13304, proves equal). So H is factored once and not inverted, and each
+group is written once, where updating all later columns after every group writes them over and over.
 """
 
 from __future__ import annotations
@@ -19,7 +27,7 @@ from torch import Tensor
 
 from besa_exp import kernels
 from besa_exp.blocks import Block
-from besa_exp.importance import dead_inputs, inverse_factor, obs_importance
+from besa_exp.importance import dead_inputs, obs_importance, upper_factor
 from besa_exp.masks import Target, keep_largest, keep_n_of_m
 from besa_exp.pattern import check_unchosen
 from besa_exp.pruning import PrunedBlock, probe_loss, pruned_by_masks
@@ -33,33 +41,41 @@ def sparsegpt(
     group_size: int = 128,
     keep_mask: Bool[Tensor, "out in"] | None = None,
 ) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
-    """The pruned and updated weight in fp32, and its keep mask (Algorithm 1). `factor` is U of `inverse_factor`.
+    """The pruned and updated weight in fp32, and its keep mask (Algorithm 1). `factor` is R of `upper_factor`.
 
     `keep_mask` fixes the mask; else it is chosen group by group, or for N:M every M columns."""
-    weight = weight.float().clone()
-    columns = weight.shape[1]
+    weight = weight.float()
     kept = torch.ones_like(weight, dtype=torch.bool) if keep_mask is None else keep_mask
-    part = target.pattern[1] if target.pattern and keep_mask is None else group_size  # whose mask is chosen at once
-    for start in range(0, columns, group_size):
-        end = min(start + group_size, columns)
-        errors = torch.empty_like(weight[:, start:end])
-        for begin in range(start, end, part):
-            stop = min(begin + part, end)
-            here = slice(begin, stop)
-            if keep_mask is None:
-                kept[:, here] = _choose(weight[:, here], factor[here, here], target)
-            weight[:, here], error = kernels.obs_columns(weight[:, here], factor[here, here], kept[:, here])
-            weight[:, stop:end] -= error @ factor[here, stop:end]
-            errors[:, begin - start : stop - start] = error
-        weight[:, end:] -= errors @ factor[start:end, end:]
-    return weight, kept
+    change = torch.empty_like(weight)  # W - W_hat
+    for start in range(0, weight.shape[1], group_size):
+        group = slice(start, start + group_size)
+        own = factor[group, group]
+        inverse = torch.linalg.solve_triangular(
+            own, torch.eye(len(own), device=own.device), upper=True
+        )  # U of the group
+        met = weight[:, group] + (change[:, :start] @ factor[:start, group]) @ inverse
+        if keep_mask is None:
+            updated = _choose_and_update(met, own, inverse, target, kept[:, group])
+        else:
+            updated, _ = kernels.obs_columns(met, inverse, kept[:, group])
+        change[:, group] = weight[:, group] - updated
+    return weight - change, kept
 
 
-def _choose(weight: Tensor, factor: Tensor, target: Target) -> Tensor:
-    importance = obs_importance(weight, factor)
-    if target.pattern:
-        return keep_n_of_m(importance, *target.pattern)
-    return keep_largest(importance, int(importance.numel() * target.sparsity))
+def _choose_and_update(weight: Tensor, factor: Tensor, inverse: Tensor, target: Target, kept: Tensor) -> Tensor:
+    """The updated weights of a group; its mask is written into `kept`."""
+    columns = weight.shape[1]
+    part = target.pattern[1] if target.pattern else columns  # whose mask is chosen at once
+    for start in range(0, columns, part):
+        here = slice(start, start + part)
+        importance = obs_importance(weight[:, here], factor[here, here])
+        if target.pattern:
+            kept[:, here] = keep_n_of_m(importance, *target.pattern)
+        else:
+            kept[:, here] = keep_largest(importance, int(importance.numel() * target.sparsity))
+        weight[:, here], errors = kernels.obs_columns(weight[:, here], inverse[here, here], kept[:, here])
+        weight[:, start + part :] -= errors @ inverse[here, start + part :]
+    return weight
 
 
 @dataclass(frozen=True)
@@ -107,7 +123,7 @@ class SparseGPT:
         weights, keep_masks = {}, {}
         for hessian, names in by_shared_input(statistics):
             matrix = hessian.matrix
-            factor = inverse_factor(matrix, self.damping, f"{block.name}.{names[0]}")
+            factor = upper_factor(matrix, self.damping, f"{block.name}.{names[0]}")
             for name in names:
                 weight = block.linears[name].weight.detach().float()
                 weight = weight.masked_fill(dead_inputs(matrix), 0)

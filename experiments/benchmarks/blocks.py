@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import besa_exp
 from besa_exp.blocks import Block, capture_blocks, embed
-from besa_exp.importance import inverse_factor
+from besa_exp.importance import upper_factor
 from besa_exp.markdown import markdown_table
 from besa_exp.masks import Target
 from besa_exp.pruners.besa import Besa
@@ -231,7 +231,7 @@ def factor_round(work: Work) -> dict[str, float]:
             hessian = Hessian(seen.shape[-1], device)
             for _ in inputs:
                 hessian.add(seen, 1)
-            inverse_factor(hessian.matrix, 0.01, "benchmark")
+            upper_factor(hessian.matrix, 0.01, "benchmark")
 
     def theirs() -> None:
         for seen in features.values():

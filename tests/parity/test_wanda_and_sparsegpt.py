@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from besa_exp.importance import inverse_factor, wanda_importance
+from besa_exp.importance import upper_factor, wanda_importance
 from besa_exp.masks import Target, keep_per_row
 from besa_exp.pruners.sparsegpt import sparsegpt
 from besa_exp.statistics import Hessian, InputNorm
@@ -23,7 +23,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def factor(golden):
-    return inverse_factor(observed(Hessian, golden["inputs"]).matrix, 0.01, "golden linear")
+    return upper_factor(observed(Hessian, golden["inputs"]).matrix, 0.01, "golden linear")
 
 
 def observed(statistic, inputs, batch_size=1):
@@ -103,7 +103,7 @@ def test_one_pruned_column_is_the_closed_form_obs_update(golden):
     expected = weight - (weight[:, :1] / inverse[0, 0]) * inverse[0]
     keep_mask = torch.ones_like(golden["weight"], dtype=torch.bool)
     keep_mask[:, 0] = False
-    factor = inverse_factor(observed(Hessian, golden["inputs"]).matrix, 0.01, "here")
+    factor = upper_factor(observed(Hessian, golden["inputs"]).matrix, 0.01, "here")
     pruned, _ = sparsegpt(golden["weight"], factor, Target(0.5), 16, keep_mask)
     torch.testing.assert_close(pruned[:, 1:].double(), expected[:, 1:], rtol=0, atol=1e-4)
     assert pruned[:, 0].eq(0).all()
@@ -111,7 +111,7 @@ def test_one_pruned_column_is_the_closed_form_obs_update(golden):
 
 def test_with_a_diagonal_hessian_sparsegpt_orders_weights_as_wanda_does(golden):
     norms = golden["wanda_scaler_row"].clamp(min=0.1)
-    factor = inverse_factor(torch.diag(2 * norms), 1e-9, "here")
+    factor = upper_factor(torch.diag(2 * norms), 1e-9, "here")
     weight = golden["weight"][:1]
     _, keep_mask = sparsegpt(weight, factor, Target(0.5), 64)
     assert torch.equal(keep_mask, keep_per_row(wanda_importance(weight, norms), Target(0.5)))
