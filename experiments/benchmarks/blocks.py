@@ -4,8 +4,10 @@
 
 A floor is what no implementation of the method can avoid: passes of the same block, dense, over the same samples. Each
 round runs everything once, one after the other; a cell is the median over rounds, a ratio the median of the
-rounds' ratios. A step of BESA is followed by a bare one each time, so that both meet the same machine. Weights and
-inputs are random, those of the embedded model apart. Needs torch, transformers and jaxtyping alone.
+rounds' ratios. A step of BESA is followed by a bare one each time, so that both meet the same machine. The authors' way
+runs twice: on the very block that the others have, and with the attention of the transformers it needs (4.31), which
+forms the matrix of scores ("eager"). Weights and inputs are random, those of the embedded model apart. Needs torch,
+transformers, jaxtyping and prodigyopt alone.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ EMBEDDED = "embedded model, 64 x 256 tokens"
 
 @dataclass(frozen=True)
 class Cell:
-    """One line: seconds of this project, of the floor and of the authors' way, and their ratios."""
+    """One line: seconds of this project, of the floor, of the authors' way, that with eager attention, and ratios."""
 
     case: str
     what: str
@@ -83,6 +85,8 @@ class Cell:
     ratio: float | None
     authors: float | None = None
     authors_ratio: float | None = None
+    authors_eager: float | None = None
+    authors_eager_ratio: float | None = None
     peak_bytes: int | None = None
 
 
@@ -108,7 +112,7 @@ class Work:
             yield block
 
 
-def make_work(case: Case, device: torch.device, dtype: torch.dtype) -> Work:
+def make_work(case: Case, device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> Work:
     """A block with random weights on `device`, and random inputs for it."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -119,7 +123,7 @@ def make_work(case: Case, device: torch.device, dtype: torch.dtype) -> Work:
         num_attention_heads=case.heads,
         num_key_value_heads=case.kv_heads,
         max_position_embeddings=case.seq_len,
-        attn_implementation="sdpa",
+        attn_implementation=attention,
     )
     with device:
         model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
@@ -129,9 +133,10 @@ def make_work(case: Case, device: torch.device, dtype: torch.dtype) -> Work:
     return Work.of([block], inputs, case.blocks)
 
 
-def embedded_work(device: torch.device, samples: int = 64, seq_len: int = 256) -> Work:
+def embedded_work(device: torch.device, attention: str = "sdpa", samples: int = 64, seq_len: int = 256) -> Work:
     """The model of the package, on random tokens."""
-    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).to(device).requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32, attn_implementation=attention)
+    model.to(device).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (samples, seq_len), generator=generator)
     blocks = capture_blocks(model, tokens)
@@ -188,7 +193,7 @@ def authors(work: Work, prune_block: Callable[[Block, Tensor], object]) -> None:
         inputs = block.outputs(inputs, 1) if len(work.blocks) > 1 else inputs
 
 
-def step_round(work: Work, samples: int = 16) -> dict[str, float]:
+def step_round(work: Work, eager: Work, samples: int = 16) -> dict[str, float]:
     """The usual step of BESA, each followed by a bare one, and of the authors' way."""
     device, block = work.inputs.device, work.blocks[0]
     times = -(-8 // len(work.inputs))  # enough steps that the median is none of those which judge by the probe
@@ -203,20 +208,29 @@ def step_round(work: Work, samples: int = 16) -> dict[str, float]:
         began = clock(device)
 
     prune(few, Besa(), on_step)
-    moments = authors_way.learn_block(block, few.inputs)
-    gaps = [later - sooner for sooner, later in itertools.pairwise(moments)]
-    return {name: statistics.median(v) for name, v in (("ours", ours), ("floor", floor), ("authors", gaps))}
+    found = {"ours": ours, "floor": floor}
+    for name, each in (("authors", block), ("authors_eager", eager.blocks[0])):
+        moments = authors_way.learn_block(each, few.inputs)
+        found[name] = [later - sooner for sooner, later in itertools.pairwise(moments)]
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
 def method_round(
-    work: Work, pruner: Pruner, floor: Callable[[Work], None], theirs: Callable[[Block, Tensor], object] | None
+    work: Work,
+    eager: Work,
+    pruner: Pruner,
+    floor: Callable[[Work], None],
+    theirs: Callable[[Block, Tensor], object] | None,
 ) -> dict[str, float]:
     device = work.inputs.device
     seconds = {
         "floor": timed(device, lambda: floor(work)),
         "ours": timed(device, lambda: prune(work, pruner)),
     }
-    return seconds | ({"authors": timed(device, lambda: authors(work, theirs))} if theirs else {})
+    if theirs:
+        seconds["authors"] = timed(device, lambda: authors(work, theirs))
+        seconds["authors_eager"] = timed(device, lambda: authors(eager, theirs))
+    return seconds
 
 
 def factor_round(work: Work) -> dict[str, float]:
@@ -244,26 +258,32 @@ def factor_round(work: Work) -> dict[str, float]:
 
 
 def cell(case: str, what: str, rounds: list[dict[str, float]], peak: int | None = None) -> Cell:
-    ours, floor, theirs = ([found[name] for found in rounds if name in found] for name in ("ours", "floor", "authors"))
+    def median(name: str) -> float | None:
+        return statistics.median(found[name] for found in rounds) if name in rounds[0] else None
 
-    def ratio(of: list[float], to: list[float]) -> float:
-        return statistics.median(a / b for a, b in zip(of, to, strict=True))
+    def ratio(of: str, to: str) -> float | None:
+        there = of in rounds[0] and to in rounds[0]
+        return statistics.median(found[of] / found[to] for found in rounds) if there else None
 
     return Cell(
         case,
         what,
-        statistics.median(ours),
-        statistics.median(floor) if floor else None,
-        ratio(ours, floor) if floor else None,
-        statistics.median(theirs) if theirs else None,
-        ratio(theirs, ours) if theirs else None,
+        statistics.median(found["ours"] for found in rounds),
+        median("floor"),
+        ratio("ours", "floor"),
+        median("authors"),
+        ratio("authors", "ours"),
+        median("authors_eager"),
+        ratio("authors_eager", "ours"),
         peak,
     )
 
 
-def run_case(name: str, work: Work, rounds: int) -> list[Cell]:
+def run_case(name: str, make: Callable[..., Work], rounds: int) -> list[Cell]:
     """A line for each method, and of a single block what it is made of."""
-    next(iter(work))(work.inputs[:1])  # the first call of a shape is slower
+    work, eager = make(), make(attention="eager")
+    for each in (work, eager):
+        next(iter(each))(each.inputs[:1])  # the first call of a shape is slower
 
     def several(measure: Callable[[], dict[str, float]]) -> list[dict[str, float]]:
         return [measure() for _ in range(rounds)]
@@ -271,19 +291,20 @@ def run_case(name: str, work: Work, rounds: int) -> list[Cell]:
     single, whole = len(work.blocks) * work.times == 1, work.times > 1
     theirs = None if whole else authors_way.learn_block  # hours for a whole model of random weights; blocks tell it
     their_sparsegpt = None if whole else authors_way.sparsegpt_block
-    cells = [cell(name, "BESA step", several(lambda: step_round(work)))] if single else []
-    besa = several(lambda: method_round(work, Besa(), besa_floor, theirs))
+    cells = [cell(name, "BESA step", several(lambda: step_round(work, eager)))] if single else []
+    besa = several(lambda: method_round(work, eager, Besa(), besa_floor, theirs))
     cells.append(cell(name, "BESA", besa, peak_bytes(work)))
-    cells.append(cell(name, "Wanda", several(lambda: method_round(work, Wanda(), two_passes, None))))
-    sparsegpt = several(lambda: method_round(work, SparseGPT(), two_passes, their_sparsegpt))
+    cells.append(cell(name, "Wanda", several(lambda: method_round(work, eager, Wanda(), two_passes, None))))
+    sparsegpt = several(lambda: method_round(work, eager, SparseGPT(), two_passes, their_sparsegpt))
     cells.append(cell(name, "SparseGPT", sparsegpt))
     if single:
         cells.append(cell(name, "SparseGPT's Hessians and factors", several(lambda: factor_round(work))))
     return cells
 
 
-def run_in_bf16(name: str, work: Work, rounds: int) -> list[Cell]:
+def run_in_bf16(name: str, make: Callable[..., Work], rounds: int) -> list[Cell]:
     """The same weights and inputs with products in bf16, against fp32 in the place of a floor."""
+    work = make()
     rounded = replace(work, blocks=tuple(replace(block, compute_dtype=torch.bfloat16) for block in work.blocks))
     prune(rounded, Wanda())  # the first call of a shape is slower
     found = []
@@ -306,12 +327,24 @@ def peak_bytes(work: Work) -> int | None:
 
 
 def show(cells: list[Cell]) -> str:
-    rows = []
-    for line in cells:
-        floor = [f"{line.floor:.3f}", f"{line.ratio:.2f}"] if line.floor else ["-", "-"]
-        authors = [f"{line.authors:.3f}", f"{line.authors_ratio:.2f}"] if line.authors else ["-", "-"]
-        rows.append([line.case, line.what, f"{line.seconds:.3f}", *floor, *authors])
-    head = ["case", "what", "this, s", "floor, s", "ratio", "authors' way, s", "authors' / this"]
+    def shown(value: float | None, digits: int) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    rows = [
+        [
+            line.case,
+            line.what,
+            shown(line.seconds, 3),
+            shown(line.floor, 3),
+            shown(line.ratio, 2),
+            shown(line.authors, 3),
+            shown(line.authors_ratio, 2),
+            shown(line.authors_eager, 3),
+            shown(line.authors_eager_ratio, 2),
+        ]
+        for line in cells
+    ]
+    head = ["case", "what", "this, s", "floor, s", "ratio", "authors' way, s", "/ this", "eager, s", "/ this"]
     return "\n".join(markdown_table(head, rows))
 
 
@@ -333,7 +366,7 @@ def main() -> None:
     cells: list[Cell] = []
     for name, make in makers.items():
         if arguments.only in name:
-            cells += run(name, make(), arguments.rounds)
+            cells += run(name, make, arguments.rounds)
             print(show(cells), flush=True)
             record = {"machine": describe_machine(device), "rounds": arguments.rounds, "cells": [*map(asdict, cells)]}
             out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ def blocks(monkeypatch: pytest.MonkeyPatch):
 
 def test_every_line_of_a_block_is_measured_against_its_floor_and_the_authors_way(blocks) -> None:
     case = blocks.Case("tiny", 32, 48, 2, 1, samples=8, seq_len=16)
-    cells = blocks.run_case(case.name, blocks.make_work(case, torch.device("cpu"), torch.float32), rounds=1)
+    make = partial(blocks.make_work, case, torch.device("cpu"), torch.float32)
+    cells = blocks.run_case(case.name, make, rounds=1)
     assert [cell.what for cell in cells] == [
         "BESA step",
         "BESA",
@@ -33,6 +35,7 @@ def test_every_line_of_a_block_is_measured_against_its_floor_and_the_authors_way
     assert all(cell.seconds > 0 for cell in cells)
     assert [cell.what for cell in cells if cell.floor is None] == ["SparseGPT's Hessians and factors"]
     assert [cell.what for cell in cells if cell.authors is None] == ["Wanda"]
+    assert [cell.what for cell in cells if cell.authors_eager is None] == ["Wanda", "SparseGPT's Hessians and factors"]
 
 
 def test_a_model_of_many_blocks_is_one_block_filled_again_and_again(blocks) -> None:
