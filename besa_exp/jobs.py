@@ -75,11 +75,14 @@ def run_job(config: DictConfig) -> Outcome:
     label = "" if alone else f"job {number}: "
     gpus = visible_gpus() if "Joblib" in str(hydra_config.launcher._target_) and config.device == "auto" else []
     gpu = gpus[number % len(gpus)] if len(gpus) > 1 else None
+    words, before = _alone(hydra_config), read_status(folder)
     try:
-        told = run_apart(as_values(config), pruner_name, folder, _alone(hydra_config), label, gpu)
+        told = run_apart(as_values(config), pruner_name, folder, words, label, gpu)
         return Outcome(folder, cast(Status, told["status"]), told["text"])
     except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure alone, and told as such
-        _record(folder, error)
+        status = read_status(folder)
+        if status is None or status == before or status["status"] == "running":  # it could not tell itself
+            _record(folder, error, words)
         return Outcome(folder, "failed", _named(error))
 
 
@@ -112,10 +115,10 @@ def _named(error: Exception) -> str:
     return str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
 
 
-def _record(folder: Path, error: Exception) -> None:
-    """Gives the folder the status of a failure that the run itself could not tell; finished blocks stay."""
-    with suppress(type(error), ConfigurationError, OSError), RunFolder.open(folder, resume={}):
-        raise error
+def _record(folder: Path, error: Exception, words: Sequence[str] | None = None) -> None:
+    """Tells the failure in the folder, where that can be."""
+    with suppress(ConfigurationError, OSError):
+        RunFolder.record_failure(folder, error, words)
 
 
 def _prune(config: DictConfig, pruner_name: str, folder: Path) -> dict[str, Any]:

@@ -102,6 +102,17 @@ class RunFolder:
             for name in ("blocks", "scores.json"):
                 atomic.remove(path / name)
 
+    @staticmethod
+    def record_failure(path: Path, error: Exception, words: Sequence[str] | None = None) -> None:
+        """Has status.json and run.log tell of a failure that the run itself could not tell of; all else stays.
+        `words`: of the run's command, where that is not this process's. Raises ConfigurationError as `open` does."""
+        with locked(path):
+            _check_free(path, overwrite=False)
+            started = (read_status(path) or {}).get("started", now())
+            with suppress(type(error)), logging_to(path / "run.log"):
+                raise error
+            write_status(path, "failed", started, error, words)
+
     def rewind(self, reports: Sequence[BlockReport]) -> None:
         """metrics.jsonl and sparsity.csv as they were when the blocks of `reports` had been finished; scores of the
         dense model stay."""

@@ -7,6 +7,7 @@ import os
 import shlex
 import socket
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,10 @@ def _holds_json(path: Path) -> bool:
         return False
 
 
-def write_status(path: Path, status: str, started: str, error: BaseException | None = None) -> None:
-    """Replaces status.json by what this process says."""
+def write_status(
+    path: Path, status: str, started: str, error: BaseException | None = None, words: Sequence[str] | None = None
+) -> None:
+    """Replaces status.json by what this process says. `words`: of the command, where that is not this process's own."""
     record = {
         "status": status,
         "started": started,
@@ -58,7 +61,7 @@ def write_status(path: Path, status: str, started: str, error: BaseException | N
         "process": os.getpid(),
         "host": socket.gethostname(),
         "error": f"{type(error).__name__}: {error}" if error else None,
-        "command": shlex.join(["besa", *masked_command(sys.argv[1:])]),
+        "command": shlex.join(["besa", *masked_command((sys.argv if words is None else words)[1:])]),
     }
     atomic.write_text(path / "status.json", json.dumps(record, indent=2) + "\n")
 

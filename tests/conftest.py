@@ -4,20 +4,40 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Read by the libraries when they are imported, so set before any test module is.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 os.environ.pop("HYDRA_FULL_ERROR", None)
 
+import jaxtyping
 import pytest
 import torch
-from jaxtyping import install_import_hook
+
+whole_check = jaxtyping.jaxtyped
+
+
+def jaxtyped(*, typechecker: Any) -> Callable[[Any], Any]:
+    """The decorator that the import hook gives every function and class. Inner functions without shapes go without it:
+    they would have a check compiled each time that the outer one is called, an eighth of the tests' time."""
+    decorate = whole_check(typechecker=typechecker)
+
+    def decorated(item: Any) -> Any:
+        hints = getattr(item, "__annotations__", {}).values()
+        inner = "<locals>" in getattr(item, "__qualname__", "")
+        return item if inner and not any("[Tensor" in str(hint) for hint in hints) else decorate(item)
+
+    return decorated
+
+
+jaxtyping.jaxtyped = jaxtyped  # type: ignore[assignment]
 
 # Shapes are types: every annotated function of these modules is checked at each call, in tests only.
 SHAPED = "blocks calibration checkpoint evaluation importance kernels linears masks pruners pruning"
 SHAPED += " observation permutation replay_check statistics tokens"
-install_import_hook([f"besa_exp.{module}" for module in SHAPED.split()], "beartype.beartype")
+jaxtyping.install_import_hook([f"besa_exp.{module}" for module in SHAPED.split()], "beartype.beartype")
 
 ROOT = Path(__file__).parents[1]
 SHARED_DIR = Path(os.environ.get("BESA_SHARED", ROOT.parent / "shared"))

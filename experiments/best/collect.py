@@ -34,7 +34,7 @@ PIECES = {
     "best, tuning.checks=1": "the probe does not choose",
     "sparsegpt+reconstruct": "SparseGPT's mask, its kept weights tuned",
 }
-BUDGETS = ("uniform", "owl", "dlp", "dlp, width=0.15", "alpha", "atp", "learned", "evopress")
+BUDGETS = ("uniform", "owl", "dlp", "dlp, width=0.15", "dlp, width=0.08", "alpha", "atp", "learned", "evopress")
 UNDER = ("wanda", "sparsegpt", "best")
 NONE = "n/a"
 
@@ -168,7 +168,7 @@ def tables(rows: Rows) -> list[str]:
             for m, what in PIECES.items()
         ],
     )
-    for target in (0.5, 0.7):
+    for target in TARGETS:
         lines += [f"## Budgets over depth, {target:.0%}", ""]
         head = ["budget", *(f"{model}: {pruner}" for model in MODELS for pruner in UNDER)]
         named = [

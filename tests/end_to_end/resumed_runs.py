@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import torch
+from ready_process import run_ready
 
 BLOCKS = 5  # of the model that is pruned
 
 
 def killed(arguments: list[str], folder: Path, moments: list[dict]) -> list[dict]:
     """Starts the run in `folder` again and again and kills it at the moments; see killed_runs.py."""
-    script = [sys.executable, str(Path(__file__).parent / "killed_runs.py"), str(folder), json.dumps(moments)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    environment.pop("WANDB_SERVICE", None)  # this process's own: it would outlive the killed ones and hold their runs
-    done = subprocess.run([*script, *arguments], capture_output=True, text=True, timeout=600, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_ready("killed_runs.py", str(folder), json.dumps(moments), *arguments)
+    assert done.returncode == 0, done.stdout
     return json.loads(done.stdout.splitlines()[-1])
 
 

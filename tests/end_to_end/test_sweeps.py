@@ -102,7 +102,11 @@ def test_a_job_that_is_killed_is_told_as_failed_with_a_remedy_and_the_others_are
         assert told in error
     assert "SIGKILL" in said
     assert "Traceback" in (states["failed"] / "run.log").read_text()
-    assert (states["failed"] / "blocks").is_dir(), "what was finished is gone"
+    for kept in ("blocks", "config.yaml", "environment.json"):
+        assert (states["failed"] / kept).exists(), f"{kept} is gone"
+    words = shlex.split(status(states["failed"])["command"])
+    assert words[:2] == ["besa", "prune"]
+    assert "pruner.epochs=100000" in words
 
 
 @pytest.mark.slow
@@ -118,6 +122,17 @@ def test_a_sweep_that_is_terminated_leaves_its_job_interrupted_and_begins_no_oth
     assert [status(folder)["status"] for folder in folders("besa") if (folder / "status.json").is_file()] == [
         "interrupted"
     ]
+
+
+@pytest.mark.slow
+def test_a_job_that_is_terminated_stays_interrupted_and_the_others_are_done(given: list[str]) -> None:
+    command = of_a_long_and_a_short_job(given)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ALONE) as process:
+        os.kill(_process_of_the_long_job(), signal.SIGTERM)
+        said = process.communicate(timeout=300)[0]
+    assert process.returncode == 1, said
+    assert "the job was interrupted" in said
+    assert {status(folder)["status"] for folder in folders("besa")} == {"interrupted", "done"}
 
 
 def of_a_long_and_a_short_job(given: list[str], *more: str) -> list[str]:

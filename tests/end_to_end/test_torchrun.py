@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ready_process import run_ready
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -26,15 +27,14 @@ from besa_exp.main import main
 EMBEDDING = "model.embed_tokens.weight"
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "besa_exp"]
-FORKED = [sys.executable, str(Path(__file__).parent / "two_ranks.py")]
 KEYS = ["prune", "tracker=none", "device=cpu", "evaluator.limit=6", "evaluator.dense=false", "sparsity=0.6"]
 KEYS += ["save.verify=false"]
 
 
-def on_two(launcher: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+def on_two(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A command on two processes, its two streams together."""
     return subprocess.run(
-        [*launcher, *arguments],
+        [*TORCHRUN, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -97,7 +97,8 @@ def test_two_processes_give_the_masks_losses_and_scores_of_one(short, tokens, tm
     given = [f"model.path={short}", f"calibration.path={tokens}", f"pruner={pruner}", *more]
     given += [] if more[0] == "evaluator=none" else [f"evaluator.perplexity_sets=[{tokens}]"]
     assert main([*KEYS, *given, f"hydra.run.dir={tmp_path / 'one'}"]) == 0
-    done = on_two(FORKED if launcher == "forked" else TORCHRUN, *KEYS, *given, f"hydra.run.dir={tmp_path / 'two'}")
+    command = [*KEYS, *given, f"hydra.run.dir={tmp_path / 'two'}"]
+    done = run_ready("two_ranks.py", *command) if launcher == "forked" else on_two(*command)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("block 2/2") == 1  # one rank speaks
     same, worst = compared(tmp_path / "one", tmp_path / "two")
@@ -112,7 +113,7 @@ def test_two_processes_score_a_folder_as_one_does(short, tokens, tmp_path):
     asked = ["evaluate", f"checkpoint={short}", "device=cpu", "evaluator=quick", "evaluator.limit=6"]
     asked.append(f"evaluator.perplexity_sets=[{tokens}]")
     assert main([*asked, f"hydra.run.dir={tmp_path / 'one'}"]) == 0
-    done = on_two(FORKED, *asked, f"hydra.run.dir={tmp_path / 'two'}")
+    done = run_ready("two_ranks.py", *asked, f"hydra.run.dir={tmp_path / 'two'}")
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("done: ") == 1  # one rank speaks
     one, two = (results(tmp_path / name) for name in ("one", "two"))
@@ -123,7 +124,7 @@ def test_two_processes_score_a_folder_as_one_does(short, tokens, tmp_path):
 
 
 def test_what_one_process_began_two_finish(unfinished, unbroken, request_arguments):
-    done = on_two(FORKED, *request_arguments, f"hydra.run.dir={unfinished}")
+    done = run_ready("two_ranks.py", *request_arguments, f"hydra.run.dir={unfinished}")
     assert done.returncode == 0, done.stdout
     assert "going on after" in done.stdout
     same, worst = compared(unbroken, unfinished)
@@ -158,7 +159,7 @@ def test_a_failing_rank_ends_all_with_its_error(short, tokens, tmp_path):
     ids[1, 3] = unused
     save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
     given = ["pruner=wanda", "evaluator=none", f"model.path={broken}", f"hydra.run.dir={folder}"]
-    done = on_two(TORCHRUN, *KEYS, *given, f"calibration.path={tmp_path / 'ids.safetensors'}")
+    done = on_two(*KEYS, *given, f"calibration.path={tmp_path / 'ids.safetensors'}")
     assert done.returncode != 0
     assert "rank 1 failed: model.layers.0" in done.stdout
     status = json.loads((folder / "status.json").read_text())
@@ -167,7 +168,7 @@ def test_a_failing_rank_ends_all_with_its_error(short, tokens, tmp_path):
 
 
 def test_a_refusal_is_told_once_and_leaves_nothing(tmp_path):
-    done = on_two(TORCHRUN, *KEYS, "sparsity=1.5", f"hydra.run.dir={tmp_path / 'run'}")
+    done = on_two(*KEYS, "sparsity=1.5", f"hydra.run.dir={tmp_path / 'run'}")
     assert done.returncode != 0
     assert done.stdout.count("sparsity=1.5: must be in [0, 1)") == 1
     assert "exitcode  : 2" in done.stdout

@@ -61,8 +61,9 @@ def test_a_family_is_pruned_saved_loaded_anew_and_scored(family, pruner, tmp_pat
 
     save_model(model, None, tmp_path / "model", "card")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    loaded = again.state_dict()
     for name, tensor in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
+        assert torch.equal(loaded[name], tensor), name
     tied = are_tied(before)
     assert are_tied(again) == tied
     score = perplexity(again, INPUT_IDS, 12, 2).value
@@ -78,8 +79,9 @@ def assert_only_linears_changed(model, before, blocks):
     """Embeddings, head, norms, biases and routers keep their bits."""
     held = {f"{block.name}.{linear.path}" for block in blocks for linear in block.linears.values()}
     assert not any(name.endswith(("gate.weight", "router.weight", "norm.weight", "bias")) for name in held)
+    dense = before.state_dict()
     for name, tensor in model.state_dict().items():
-        assert name in held or torch.equal(tensor, before.state_dict()[name]), name
+        assert name in held or torch.equal(tensor, dense[name]), name
 
 
 @pytest.mark.parametrize("family", FAMILIES | MIXTURES)
