@@ -3,7 +3,7 @@
 # make test-matrix  run the family and parity tests with the oldest and the newest transformers and torch, each in a .venv-... of its own
 # make setup  set up .venv only
 # make bench  measure one block of each method against its floor, and dry_run=true against runs (make bench-gpu: CUDA)
-# make best   run the study of experiments/best (about two hours on 2 cores with JOBS=2; done runs are skipped)
+# make best   run the study of experiments/best (an hour to an hour and a half on 2 cores with JOBS=2; done runs are skipped)
 # make budgets  run the study of budgets over depth (some hours on 2 cores; done runs are skipped)
 # make paper  run the study of experiments/paper: the paper's claims on three small models (half an hour on 2 cores with JOBS=2; done runs are skipped)
 # make first-results  run the study of experiments/first_results (about an hour on 2 cores; done runs are skipped)
