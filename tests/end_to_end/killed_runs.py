@@ -1,6 +1,7 @@
-"""Starts one run again and again and kills it: a script, because it forks before torch has computed anything.
+"""Starts one run again and again and kills it: a script for `run_ready`, because it must fork before torch has computed
+anything.
 
-    python killed_runs.py RUN_FOLDER MOMENTS besa-arguments...
+    killed_runs.py RUN_FOLDER MOMENTS besa-arguments...
 
 Each child is a `besa` process of its own, killed (SIGKILL) at its moment: MOMENTS is a JSON list of {after: seconds,
 blocks: that many finished, scores: that many finished, generations: that many of a search finished, in_a_write: seen
@@ -16,7 +17,6 @@ import time
 from pathlib import Path
 
 from besa_exp.main import main
-from besa_exp.process import imports_are_done, run_as_process
 
 
 def start(arguments: list[str]) -> int:
@@ -90,17 +90,14 @@ def all_kills(folder: Path, moments: list[dict], arguments: list[str]) -> list[d
 
 
 def kill_again_and_again() -> int:
-    """Modules are imported once, here, for all the children."""
-    from besa_exp import jobs, preflight, run  # noqa: F401
-
+    """What the server has not imported is imported once, here, for all the children."""
     folder, moments, *arguments = sys.argv[1:]
     if any(argument.startswith("evaluator.tasks=") for argument in arguments):
         from besa_exp.evaluation import zero_shot  # noqa: F401
-    imports_are_done()
     seen = all_kills(Path(folder), json.loads(moments), [*arguments, f"hydra.run.dir={folder}"])
     sys.stdout.write(json.dumps(seen) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    run_as_process(kill_again_and_again)
+    sys.exit(kill_again_and_again())

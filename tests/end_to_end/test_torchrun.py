@@ -1,7 +1,7 @@
 """`torchrun --nproc-per-node 2 -m besa_exp prune`: the results of one process, and one rank's failure ends both.
 
-What the command does is tested by the command itself; of what two ranks compute much is tested by `two_ranks.py`, which
-imports torch once for both."""
+What the command does is tested by the command itself; of what two ranks compute much is tested by `two_ranks.py`,
+forked from a process that has torch already."""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
-"""`torchrun --nproc-per-node 2 -m besa_exp ...` by torch's own launcher, from a process that has imported everything
-before it forks the ranks: a script, because it forks before torch has computed anything.
+"""`torchrun --nproc-per-node 2 -m besa_exp ...` by torch's own launcher, with forked ranks: a script for `run_ready`,
+because it must fork before torch has computed anything.
 
-    python two_ranks.py besa-arguments...
+    two_ranks.py besa-arguments...
 """
 
 import sys
 
-from besa_exp.process import imports_are_done, run_as_process
 from besa_exp.torchrun import only_the_leader_speaks
 
 
@@ -21,9 +20,6 @@ def rank(arguments: list[str]) -> None:
 def launch() -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from besa_exp import evaluation_run, jobs, preflight, run  # noqa: F401
-
-    imports_are_done()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -40,4 +36,4 @@ def launch() -> int:
 
 
 if __name__ == "__main__":
-    run_as_process(launch)
+    sys.exit(launch())
