@@ -7,9 +7,10 @@ transformers adds arrive untouched. `replay_check` proves it at the start of eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from besa_exp import distributed
 from besa_exp.activations import Allocate
 from besa_exp.errors import RunError
-from besa_exp.linears import LOOKED_FOR, Linear, discover_linears, find_linears, with_weights
+from besa_exp.linears import LOOKED_FOR, Linear, discover_linears, find_linears, replaced_forwards, with_weights
+from besa_exp.products import Product, computed_by
 
 Hidden = Float[Tensor, "sample seq hidden"]
 
@@ -54,13 +56,20 @@ class Block:
         """Where the block computes; hidden states that lie elsewhere are brought there batch by batch."""
         return next(self.module.parameters()).device
 
-    def __call__(self, hidden: Hidden, weights: Mapping[str, Tensor] | None = None) -> Hidden:
-        """The block's output, with `weights` (linear path to [out in]) in place of its own where given."""
+    def __call__(
+        self,
+        hidden: Hidden,
+        weights: Mapping[str, Tensor] | None = None,
+        products: Mapping[str, Product] = MappingProxyType({}),
+    ) -> Hidden:
+        """The block's output, with `weights` (linear path to [out in]) in place of its own where given, and plain
+        linears computed by `products` where given."""
         hidden = hidden.to(self.device)
         if len(hidden) == 0:  # a rank that owns no sample of a batch
             return hidden
         args, kwargs = self.arguments(hidden.shape[0])
-        with torch.autocast(hidden.device.type, self.compute_dtype, enabled=self.compute_dtype is not None):
+        autocast = torch.autocast(hidden.device.type, self.compute_dtype, enabled=self.compute_dtype is not None)
+        with autocast, computed_by(self.linears, products):
             if weights is None:
                 output = self.module(hidden, *args, **kwargs)
             else:
@@ -156,18 +165,6 @@ def _captured(
             "calls seen: some are skipped or called again. Looked for a decoder that calls each of its blocks once"
         )
     return seen
-
-
-@contextmanager
-def replaced_forwards(modules: list[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """Modules that compute something else for a while."""
-    for module, forward in zip(modules, forwards, strict=True):
-        module.forward = forward  # on the instance: it hides the class's
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
 
 
 @torch.no_grad()

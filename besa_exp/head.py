@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from besa_exp.blocks import Block, Hidden, replaced_forwards
+from besa_exp.blocks import Block, Hidden
+from besa_exp.linears import replaced_forwards
 
 Logits = Float[Tensor, "sample seq vocabulary"]
 Head = Callable[[Hidden], Logits]

@@ -8,7 +8,8 @@ expert's part is a linear of its own, `mlp.experts.3.down_proj`. Routers are lin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -138,6 +139,18 @@ def watch(
         hook = partial(_tell_experts, on_tokens, names, all_tokens)
         handles.append(experts.register_forward_pre_hook(hook, with_kwargs=True))
     return handles
+
+
+@contextmanager
+def replaced_forwards(modules: list[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Modules that compute something else for a while."""
+    for module, forward in zip(modules, forwards, strict=True):
+        module.forward = forward  # on the instance: it hides the class's
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
 
 
 def _tell(on_input: OnInput, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from besa_exp import kernels
+from besa_exp.kernels.numpy_rows import in_order
 from besa_exp.pattern import parse_pattern
 
 
@@ -42,13 +43,22 @@ def keep_by_rank(rank: Int[Tensor, "out in"], pruned: Int[Tensor, " out"]) -> Bo
 
 def keep_largest(importance: Float[Tensor, "out in"], pruned: int) -> Bool[Tensor, "out in"]:
     """Keep mask that prunes exactly the `pruned` least important weights of the whole matrix."""
-    flat = importance.flatten()
+    return keep_largest_of_rows(importance.reshape(1, -1), pruned).view_as(importance)
+
+
+def keep_largest_of_rows(importance: Float[Tensor, "out in"], pruned: int) -> Bool[Tensor, "out in"]:
+    """Keep mask that prunes exactly the `pruned` least important weights of each row; of equals, the first go."""
     if pruned == 0:
         return torch.ones_like(importance, dtype=torch.bool)
-    threshold = flat.kthvalue(pruned).values
-    below, tied = flat < threshold, flat == threshold
-    keep_mask = ~(below | (tied & (tied.cumsum(dim=0) <= pruned - below.sum())))  # of equals, the first go
-    return keep_mask.view_as(importance)
+    place = pruned - 1
+    on_cpu = importance.device.type == "cpu"
+    threshold = in_order(importance, place) if on_cpu else importance.sort(dim=1).values[:, place:pruned]
+    keep_mask = (importance <= threshold).logical_not_()  # and not `>`: NaN stays, and is noticed
+    if keep_mask.count_nonzero() != importance.numel() - len(importance) * pruned:
+        tied = importance == threshold
+        more = importance.shape[1] - pruned - keep_mask.sum(dim=1, keepdim=True)
+        keep_mask |= tied & (tied.cumsum(dim=1) > tied.sum(dim=1, keepdim=True) - more)
+    return keep_mask
 
 
 def rank_in_group(importance: Float[Tensor, "out in"], group: int) -> Int[Tensor, "out in"]:
@@ -67,9 +77,7 @@ def keep_per_row(importance: Float[Tensor, "out in"], target: Target) -> Bool[Te
     assert target.group is None, "rows that keep N of M each are chosen, not uniform"
     if target.pattern:
         return keep_n_of_m(importance, *target.pattern)
-    rows, columns = importance.shape
-    pruned = torch.full((rows,), int(columns * target.sparsity), device=importance.device)
-    return keep_by_rank(kernels.rank_in_row(importance), pruned)
+    return keep_largest_of_rows(importance, int(importance.shape[1] * target.sparsity))
 
 
 def round_to_total(counts: Float[Tensor, " rows"], total: int) -> Int[Tensor, " rows"]:

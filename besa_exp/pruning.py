@@ -21,7 +21,7 @@ from besa_exp.errors import RunError
 from besa_exp.masks import Target
 from besa_exp.observation import observe
 from besa_exp.reports import BlockReport, LinearReport, Step
-from besa_exp.statistics import Statistic
+from besa_exp.statistics import Statistic, is_finite
 
 
 @dataclass(frozen=True)
@@ -127,16 +127,17 @@ def write_weights(block: Block, pruned: PrunedBlock) -> None:
     """Write the pruned weights into the block: the one place where weights change. All ranks write what rank 0 found.
     RunError: a weight is not finite."""
     for name, linear in block.linears.items():
-        weight = linear.weight if pruned.weights is None else pruned.weights[name].to(linear.weight.dtype)
-        weight = distributed.broadcast(
-            torch.where(pruned.keep_masks[name], weight, torch.zeros_like(weight)).contiguous()
-        )
-        if not weight.isfinite().all():
+        weight = linear.weight
+        if pruned.weights is not None:
+            weight.copy_(pruned.weights[name])
+        weight.masked_fill_(~pruned.keep_masks[name], 0)
+        if distributed.num_ranks() > 1:
+            weight.copy_(distributed.broadcast(weight.contiguous()))
+        if not is_finite(weight):
             raise RunError(f"{block.name}.{name}: the pruned weights are not finite in {weight.dtype}.")
-        linear.weight.copy_(weight)
     for path, found in pruned.norms.items():
         norm = distributed.broadcast(found.contiguous())
-        if not norm.isfinite().all():
+        if not is_finite(norm):
             raise RunError(f"{block.name}.{path}: the tuned norm is not finite in {norm.dtype}.")
         block.module.get_parameter(path).copy_(norm)
 
@@ -199,7 +200,7 @@ def _report(block: Block, pruned: PrunedBlock, after: float, seconds: float) -> 
         LinearReport(
             name,
             linear.weight.numel(),
-            int((linear.weight == 0).sum()),
+            linear.weight.numel() - int(linear.weight.bool().count_nonzero()),  # of floats 15 x slower
             float(pruned.allocated[name].float().mean()),
         )
         for name, linear in block.linears.items()

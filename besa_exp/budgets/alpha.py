@@ -21,6 +21,7 @@ from torch import Tensor
 from besa_exp.blocks import Block, Hidden
 from besa_exp.budgets.budget import no_pattern
 from besa_exp.errors import RunError
+from besa_exp.statistics import is_finite
 
 BINS = 100  # of the histogram that shows the densest place
 
@@ -57,7 +58,7 @@ class Alpha:
         exponents, sizes = [], []
         for block in blocks:
             for name, linear in block.linears.items():
-                if not linear.weight.isfinite().all():
+                if not is_finite(linear.weight):
                     raise RunError(f"{block.name}.{name}: its weights are not finite; check the checkpoint")
             linears = [linear.weight.detach() for linear in block.linears.values()]
             exponents.append(sum(map(hill_exponent, linears)) / len(linears))

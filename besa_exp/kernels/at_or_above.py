@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+CHUNK = 1 << 20  # weights a pass: the temporaries stay in a CPU's cache, whatever the size of the linear
+
 
 def at_or_above(rank: Int[Tensor, "out in"], bound: Int[Tensor, " out"]) -> Int[Tensor, "out in"]:
     """1 where rank >= bound[row], else 0, in the dtype of `rank`: a product with it masks.

@@ -6,9 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from besa_exp.kernels.at_or_above import at_or_above
-
-CHUNK = 1 << 20  # weights a pass: the temporaries stay in a CPU's cache, whatever the size of the linear
+from besa_exp.kernels.at_or_above import CHUNK, at_or_above
 
 
 def count_gradient(
@@ -23,12 +21,21 @@ def count_gradient(
 
     `gradient` is dL/dW of the masked weight; the result is fp32 whatever the weights are."""
     columns = weight.shape[1]
-    half = max(window / 2, 0.5)
-    first, end = (pruned - half).ceil().clamp(min=0).long(), (pruned + half).ceil().clamp(max=columns).long()
+    first, end, width = ranks_around(pruned, window, columns)
     rows = max(1, CHUNK // columns)
     parts = (part.split(rows) for part in (weight, gradient, rank, first, end))
     sums = [
         (w.float() * g.float()).mul_(at_or_above(r, low).sub_(at_or_above(r, high))).sum(dim=1)
         for w, g, r, low, high in zip(*parts, strict=True)
     ]
-    return -torch.cat(sums) / ((pruned + half).clamp(max=columns) - (pruned - half).clamp(min=0))
+    return -torch.cat(sums) / width
+
+
+def ranks_around(
+    pruned: Int[Tensor, " out"], window: float, columns: int
+) -> tuple[Int[Tensor, " out"], Int[Tensor, " out"], Float[Tensor, " out"]]:
+    """The first of the `window` ranks around pruned[row], the first above them, and how wide the window is within the
+    row. A window has one rank at least."""
+    half = max(window / 2, 0.5)
+    first, end = (pruned - half).ceil().clamp(min=0).long(), (pruned + half).ceil().clamp(max=columns).long()
+    return first, end, (pruned + half).clamp(max=columns) - (pruned - half).clamp(min=0)

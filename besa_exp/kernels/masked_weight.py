@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from besa_exp.kernels.at_or_above import at_or_above
+from besa_exp.kernels.at_or_above import CHUNK, at_or_above
 
 
 def masked_weight(
@@ -14,6 +14,20 @@ def masked_weight(
     rank: Int[Tensor, "out in"],
     pruned: Int[Tensor, " out"],
     out: Float[Tensor, "out in"] | None = None,
+    end: Int[Tensor, " out"] | None = None,
 ) -> Float[Tensor, "out in"]:
-    """`weight` with the `pruned[row]` least important weights of each row at zero; into `out` where given."""
-    return torch.mul(weight, at_or_above(rank, pruned), out=out)
+    """`weight` with the `pruned[row]` least important weights of each row at zero, and where `end` (at least `pruned`)
+    is given those of rank end[row] and above too; into `out` where given."""
+    if out is None:
+        return weight * _kept(rank, pruned, end)
+    rows = max(1, CHUNK // weight.shape[1])
+    for first in range(0, len(weight), rows):
+        part = slice(first, first + rows)
+        kept = _kept(rank[part], pruned[part], end if end is None else end[part])
+        torch.mul(weight[part], kept, out=out[part])
+    return out
+
+
+def _kept(rank: Tensor, pruned: Tensor, end: Tensor | None) -> Tensor:
+    kept = at_or_above(rank, pruned)
+    return kept if end is None else kept.sub_(at_or_above(rank, end))

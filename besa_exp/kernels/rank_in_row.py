@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
+from besa_exp.kernels.numpy_rows import sort_rows_
+
 CHUNK = 1 << 22  # weights that are sorted at a time: their keys take 8 bytes each
 
 
@@ -35,8 +37,8 @@ def _ordered_bits(values: Tensor) -> Tensor:
 
 
 def _sort_rows(keys: Int64[Tensor, "row column"]) -> Int64[Tensor, "row column"]:
-    """Each row sorted. numpy's sort of int64 uses the CPU's vectors: 6 x faster than torch's argsort of fp32."""
+    """Each row sorted."""
     if keys.device.type != "cpu":
         return keys.sort(dim=1).values
-    keys.numpy().sort(axis=1)
+    sort_rows_(keys)
     return keys

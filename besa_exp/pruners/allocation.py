@@ -124,7 +124,7 @@ class Rows:
 
     def sparsity(self, counts: Mapping[str, Int[Tensor, " out"]]) -> dict[str, Float[Tensor, " out"]]:
         """The sparsity of each row, by linear."""
-        return {name: count / (self.group or self.weights[name].shape[1]) for name, count in counts.items()}
+        return {name: count / self._levels(name) for name, count in counts.items()}
 
     def keep_masks(self, counts: Mapping[str, Int[Tensor, " out"]]) -> dict[str, Bool[Tensor, "out in"]]:
         """Hard masks: rank >= count."""
@@ -138,16 +138,30 @@ class Rows:
     def count_gradient(
         self, name: str, gradient: Float[Tensor, "out in"], pruned: Int[Tensor, " out"], window: float
     ) -> Float[Tensor, " out"]:
-        """dL / d(levels pruned) of each row of a linear; that of groups is their sum, over the weights on both sides of
-        the cut at least. `gradient`: dL/dW of the masked weights; `window`: a fraction of the levels."""
-        weight, rank, group = self.weights[name], self.ranks[name], self.group
-        if group is None:
-            return kernels.count_gradient(weight, gradient, rank, pruned, window * weight.shape[1])
-        groups = weight.shape[1] // group
-        weight, gradient, rank = (values.reshape(-1, group) for values in (weight, gradient, rank))
+        """dL / d(levels pruned) of each row of a linear; that of groups is their sum. `gradient`: dL/dW of the masked
+        weights; `window`: a fraction of the levels."""
+        weight, rank, levels = self.weights[name], self.ranks[name], self._levels(name)
+        groups = weight.shape[1] // levels
+        weight, gradient, rank = (values.reshape(-1, levels) for values in (weight, gradient, rank))
         pruned = pruned.repeat_interleave(groups)
-        by_group = kernels.count_gradient(weight, gradient, rank, pruned, max(window * group, 2.0))
+        by_group = kernels.count_gradient(weight, gradient, rank, pruned, self._window(name, window))
         return by_group.view(-1, groups).sum(dim=1)
+
+    def near(
+        self, name: str, pruned: Int[Tensor, " out"], window: float, out: Float[Tensor, "out in"]
+    ) -> Float[Tensor, " out"]:
+        """Fill `out` with the weights around the cuts that `count_gradient` averages over, all others at zero. Returns
+        what their sum in a row is to be divided by."""
+        first, end, width = kernels.ranks_around(pruned, self._window(name, window), self._levels(name))
+        kernels.masked_weight(self.weights[name], self.ranks[name], first, out=out, end=end)
+        return width
+
+    def _levels(self, name: str) -> int:
+        return self.group or self.weights[name].shape[1]
+
+    def _window(self, name: str, window: float) -> float:
+        """In levels: of a group the weights on both sides of the cut at least."""
+        return max(window * self._levels(name), 2.0 if self.group else 0.0)
 
     def row_gradient(self, by_count: Mapping[str, Float[Tensor, " out"]]) -> Float[Tensor, " row"]:
         """dL / d(sparsity of a row), from the linears' `count_gradient` in order."""

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from besa_exp import distributed, kernels
 from besa_exp.blocks import Block, Hidden, reconstruction_loss
+from besa_exp.products import Product
 from besa_exp.pruners.allocation import Rows
+from besa_exp.pruners.counted_linear import counted_linear
 from besa_exp.pruning import PrunedBlock, finite_step, probe_loss
 from besa_exp.quantisation import Quantiser, clipping_gradient, quantise
 from besa_exp.reports import Step
@@ -48,21 +50,25 @@ class Search:
     """What the search asks of one block: losses and gradients of states that prune `total` weights of `rows`.
 
     `capacity`: weights of each cell. `masked` are buffers for the effective weights: leaves that every step fills
-    anew. `fixed`: weights of other linears of the module, decided before."""
+    anew; `around` is one for the weights of any linear that are near its cuts. `fixed`: weights of other linears of
+    the module, decided before."""
 
     block: Block
     rows: Rows
     total: int
     capacity: Float[Tensor, " cell"]
     masked: Mapping[str, Tensor]
+    around: Float[Tensor, " weight"]
     quantiser: Quantiser | None
     fixed: Mapping[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def of(block: Block, rows: Rows, total: int, quantiser: Quantiser | None) -> Search:
         """With buffers of its own."""
+        weights = rows.weights.values()
         masked = {name: torch.empty_like(weight).requires_grad_() for name, weight in rows.weights.items()}
-        return Search(block, rows, total, rows.per_cell(rows.columns, rows.num_cells), masked, quantiser)
+        around = next(iter(weights)).new_empty(max(weight.numel() for weight in weights))
+        return Search(block, rows, total, rows.per_cell(rows.columns, rows.num_cells), masked, around, quantiser)
 
     @property
     def expected(self) -> float:
@@ -81,12 +87,13 @@ class Search:
         """The step's record, and dL / d(state), of the sparsities along the budget: without the part that would only
         change the total. `inputs` are this rank's of the batch; it may have none."""
         rows, counts = self._fill(state)
-        loss = reconstruction_loss(self.block(inputs, {**self.fixed, **self.masked}), targets)
         by_count = {name: torch.zeros_like(count, dtype=torch.float32) for name, count in counts.items()}
         by_clipping = {name: torch.zeros_like(logits) for name, logits in state.clipping.items()}
+        products = {} if self.quantiser else self._products(counts, window, by_count)
+        loss = reconstruction_loss(self.block(inputs, {**self.fixed, **self.masked}, products), targets)
 
         def use(name: str, gradient: Tensor) -> None:
-            by_count[name] = rows.count_gradient(name, gradient, counts[name], window)
+            by_count[name] += rows.count_gradient(name, gradient, counts[name], window)
             if name in by_clipping:
                 by_clipping[name] = self._clipping_gradient(name, gradient, counts[name], state.clipping[name])
 
@@ -98,8 +105,25 @@ class Search:
         record = finite_step(self.block, step, loss, loss, 0.0, self.expected)
         return record, [along_budget, *map(distributed.all_sum, by_clipping.values())]
 
+    def _products(
+        self, counts: Mapping[str, Tensor], window: float, by_count: Mapping[str, Tensor]
+    ) -> dict[str, Product]:
+        """For linears that need no dL/dW: they add to `by_count` when the loss is differentiated."""
+
+        def near(name: str) -> tuple[Tensor, Tensor]:
+            out = self.around[: self.rows.weights[name].numel()].view_as(self.rows.weights[name])
+            return out, self.rows.near(name, counts[name], window, out)
+
+        products = {}
+        for name, into in by_count.items():
+            count = torch.zeros_like(into, requires_grad=True)
+            count.grad = into
+            products[name] = partial(counted_linear, count=count, near=partial(near, name))
+        return products
+
     def _backward(self, loss: Tensor, use: Callable[[str, Tensor], None]) -> None:
-        """Gives `use` dL/dW of each linear as it is known, one at a time: together they take as much as the block."""
+        """Gives `use` dL/dW of each linear that is not among `_products`, as it is known, one at a time: together they
+        take as much as the block."""
 
         def used(name: str, weight: Tensor) -> None:
             assert weight.grad is not None

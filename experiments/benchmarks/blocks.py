@@ -4,10 +4,11 @@
 
 A floor is what no implementation of the method can avoid: passes of the same block, dense, over the same samples. Each
 round runs everything once, one after the other; a cell is the median over rounds, a ratio the median of the
-rounds' ratios. A step of BESA is followed by a bare one each time, so that both meet the same machine. The authors' way
-runs twice: on the very block that the others have, and with the attention of the transformers it needs (4.31), which
-forms the matrix of scores ("eager"). Weights and inputs are random, those of the embedded model apart. Needs torch,
-transformers, jaxtyping and prodigyopt alone.
+rounds' ratios. A step of BESA is followed by a bare one each time, so that both meet the same machine. A floor's
+products are computed by the routine that this project chooses (`besa_exp.products`), those of the authors' way by
+PyTorch's own. That way runs twice: with the attention of the others, and with that of the transformers it needs (4.31),
+which forms the matrix of scores ("eager"). Weights and inputs are random, those of the embedded model apart. Needs
+torch, transformers, jaxtyping and prodigyopt alone.
 """
 
 from __future__ import annotations
@@ -143,6 +144,17 @@ def embedded_work(device: torch.device, attention: str = "sdpa", samples: int = 
     return Work.of(blocks, embed(model, blocks, tokens, samples))
 
 
+class StockLinear(torch.nn.Linear):
+    """A linear that this project does not compute by a routine of its choice, as it is of another class."""
+
+
+def stock(work: Work) -> Work:
+    """`work` with PyTorch's own products, from now on."""
+    for linear in (linear for block in work.blocks for linear in block.linears.values()):
+        linear.module.__class__ = StockLinear
+    return work
+
+
 def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -193,8 +205,8 @@ def authors(work: Work, prune_block: Callable[[Block, Tensor], object]) -> None:
         inputs = block.outputs(inputs, 1) if len(work.blocks) > 1 else inputs
 
 
-def step_round(work: Work, eager: Work, samples: int = 16) -> dict[str, float]:
-    """The usual step of BESA, each followed by a bare one, and of the authors' way."""
+def step_round(work: Work, theirs: dict[str, Work], samples: int = 16) -> dict[str, float]:
+    """The usual step of BESA, each followed by a bare one, and of the authors' way, on each of `theirs`."""
     device, block = work.inputs.device, work.blocks[0]
     times = -(-8 // len(work.inputs))  # enough steps that the median is none of those which judge by the probe
     few = replace(work, inputs=work.inputs.repeat(times, 1, 1)[:samples])
@@ -209,27 +221,26 @@ def step_round(work: Work, eager: Work, samples: int = 16) -> dict[str, float]:
 
     prune(few, Besa(), on_step)
     found = {"ours": ours, "floor": floor}
-    for name, each in (("authors", block), ("authors_eager", eager.blocks[0])):
-        moments = authors_way.learn_block(each, few.inputs)
+    for name, each in theirs.items():
+        moments = authors_way.learn_block(each.blocks[0], few.inputs)
         found[name] = [later - sooner for sooner, later in itertools.pairwise(moments)]
     return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
 def method_round(
     work: Work,
-    eager: Work,
+    theirs: dict[str, Work],
     pruner: Pruner,
     floor: Callable[[Work], None],
-    theirs: Callable[[Block, Tensor], object] | None,
+    their_way: Callable[[Block, Tensor], object] | None,
 ) -> dict[str, float]:
     device = work.inputs.device
     seconds = {
         "floor": timed(device, lambda: floor(work)),
         "ours": timed(device, lambda: prune(work, pruner)),
     }
-    if theirs:
-        seconds["authors"] = timed(device, lambda: authors(work, theirs))
-        seconds["authors_eager"] = timed(device, lambda: authors(eager, theirs))
+    if their_way:
+        seconds |= {name: timed(device, partial(authors, each, their_way)) for name, each in theirs.items()}
     return seconds
 
 
@@ -281,21 +292,23 @@ def cell(case: str, what: str, rounds: list[dict[str, float]], peak: int | None 
 
 def run_case(name: str, make: Callable[..., Work], rounds: int) -> list[Cell]:
     """A line for each method, and of a single block what it is made of."""
-    work, eager = make(), make(attention="eager")
-    for each in (work, eager):
+    work = make()
+    peak = peak_bytes(work)  # before there is anything else on the device
+    theirs = {"authors": stock(make()), "authors_eager": stock(make(attention="eager"))}
+    for each in (work, *theirs.values()):
         next(iter(each))(each.inputs[:1])  # the first call of a shape is slower
 
     def several(measure: Callable[[], dict[str, float]]) -> list[dict[str, float]]:
         return [measure() for _ in range(rounds)]
 
     single, whole = len(work.blocks) * work.times == 1, work.times > 1
-    theirs = None if whole else authors_way.learn_block  # hours for a whole model of random weights; blocks tell it
+    their_besa = None if whole else authors_way.learn_block  # hours for a whole model of random weights; blocks tell it
     their_sparsegpt = None if whole else authors_way.sparsegpt_block
-    cells = [cell(name, "BESA step", several(lambda: step_round(work, eager)))] if single else []
-    besa = several(lambda: method_round(work, eager, Besa(), besa_floor, theirs))
-    cells.append(cell(name, "BESA", besa, peak_bytes(work)))
-    cells.append(cell(name, "Wanda", several(lambda: method_round(work, eager, Wanda(), two_passes, None))))
-    sparsegpt = several(lambda: method_round(work, eager, SparseGPT(), two_passes, their_sparsegpt))
+    cells = [cell(name, "BESA step", several(lambda: step_round(work, theirs)))] if single else []
+    besa = several(lambda: method_round(work, theirs, Besa(), besa_floor, their_besa))
+    cells.append(cell(name, "BESA", besa, peak))
+    cells.append(cell(name, "Wanda", several(lambda: method_round(work, theirs, Wanda(), two_passes, None))))
+    sparsegpt = several(lambda: method_round(work, theirs, SparseGPT(), two_passes, their_sparsegpt))
     cells.append(cell(name, "SparseGPT", sparsegpt))
     if single:
         cells.append(cell(name, "SparseGPT's Hessians and factors", several(lambda: factor_round(work))))

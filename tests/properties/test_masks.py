@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from besa_exp.kernels import count_gradient, rank_in_row
-from besa_exp.masks import Target, keep_by_rank, keep_largest, keep_n_of_m, round_to_total
+from besa_exp.masks import (
+    Target,
+    keep_by_rank,
+    keep_largest,
+    keep_largest_of_rows,
+    keep_n_of_m,
+    round_to_total,
+)
 from besa_exp.pruners.allocation import project_to_budget, round_to_worth
 from besa_exp.pruners.candidates import CandidateMask, float_candidates
 
@@ -47,6 +54,31 @@ def test_exactly_k_weights_go_and_none_kept_is_less_important(importance, fracti
     assert int((~keep_mask).sum()) == pruned
     if 0 < pruned < importance.numel():
         assert importance[~keep_mask].max() <= importance[keep_mask].min()
+
+
+@QUICK
+@given(matrices(), st.floats(0, 1))
+def test_a_rows_most_important_weights_are_those_of_the_highest_ranks(importance, fraction):
+    pruned = int(fraction * importance.shape[1])
+    keep_mask = keep_largest_of_rows(importance, pruned)
+    assert torch.equal(keep_mask, rank_in_row(importance) >= pruned)
+
+
+def test_threads_that_share_the_rows_of_a_large_matrix_change_no_mask_and_no_rank():
+    importance = torch.rand(3001, 301, generator=torch.Generator().manual_seed(0))
+    expected = importance.argsort(dim=1, stable=True).argsort(dim=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(rank_in_row(importance).long(), expected)
+        assert torch.equal(keep_largest_of_rows(importance, 100), expected >= 100)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_not_a_number_is_kept_so_that_it_is_noticed():
+    importance = torch.tensor([[3.0, float("nan"), 1.0, 2.0], [1.0, 2.0, 3.0, 4.0]])
+    assert keep_largest_of_rows(importance, 2).tolist() == [[True, True, False, False], [False, False, True, True]]
 
 
 @QUICK

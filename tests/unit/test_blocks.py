@@ -15,6 +15,7 @@ from besa_exp.errors import RunError
 from besa_exp.masks import Target
 from besa_exp.observation import observe
 from besa_exp.pruners.besa import Besa
+from besa_exp.pruners.magnitude import Magnitude
 from besa_exp.pruners.wanda import Wanda
 from besa_exp.pruning import prune_blocks
 from besa_exp.replay_check import check_replay
@@ -174,6 +175,15 @@ def test_a_statistic_that_overflows_stops_the_run_naming_block_and_linear():
     blocks = capture_blocks(model, INPUT_IDS)
     with pytest.raises(RunError, match=r"model\.layers\.1\.mlp\.down_proj.*not finite"):
         list(prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 5), Wanda(), Target(0.5), 5))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_stops_the_run_naming_block_and_linear(value):
+    model = tiny_llama(context=32).requires_grad_(False)
+    weight_of(model, "1.mlp.up_proj")[3, 5] = value
+    blocks = capture_blocks(model, INPUT_IDS)
+    with pytest.raises(RunError, match=r"model\.layers\.1\.mlp\.up_proj: the pruned weights are not finite"):
+        list(prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 5), Magnitude(), Target(0.5), 5))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_naming_the_block():

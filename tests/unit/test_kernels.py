@@ -95,6 +95,12 @@ def test_masked_weight_is_the_weight_or_zero(device, shape, dtype):
         assert result.dtype == dtype
         assert torch.equal(result, expected)
     assert torch.equal(kernels.masked_weight(weight, rank, pruned), expected)
+    end = (pruned + shape[1] // 3 + 1).clamp(max=shape[1])
+    expected = torch.where(rank < end[:, None], expected, torch.zeros_like(weight))
+    assert torch.equal(in_triton("masked_weight", device, weight, rank, pruned, None, end), expected)
+    into = torch.full_like(weight, 7.0)
+    for out in (None, into):
+        assert torch.equal(kernels.masked_weight(weight, rank, pruned, out, end), expected)
 
 
 @on_devices("shape", [((5, 63),)], [((5, 63),), ((1000, 1000),)])
