@@ -24,7 +24,7 @@ def masked_weight(
     for first in range(0, len(weight), rows):
         part = slice(first, first + rows)
         kept = _kept(rank[part], pruned[part], end if end is None else end[part])
-        torch.mul(weight[part], kept, out=out[part])
+        torch.mul(weight[part], kept.to(weight.dtype), out=out[part])  # a product that converts by itself is slower
     return out
 
 

@@ -266,6 +266,7 @@ def test_kernels_compile_to_machine_code_without_a_device(rows, columns, dtype, 
     monkeypatch.setattr("triton.runtime.jit.JITFunction.run", compile_only)
     weight, gradient, rank, pruned = draw((rows, columns), dtype)
     in_triton("masked_weight", "cpu", weight, rank, pruned)
+    in_triton("masked_weight", "cpu", weight, rank, pruned, None, pruned)
     in_triton("count_gradient", "cpu", weight, gradient, rank, pruned, 0.1 * columns)
     in_triton("candidate_gradient", "cpu", weight, gradient, rank, pruned)
     in_triton("rank_in_row", "cpu", weight)
