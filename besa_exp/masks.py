@@ -50,9 +50,8 @@ def keep_largest_of_rows(importance: Float[Tensor, "out in"], pruned: int) -> Bo
     """Keep mask that prunes exactly the `pruned` least important weights of each row; of equals, the first go."""
     if pruned == 0:
         return torch.ones_like(importance, dtype=torch.bool)
-    place = pruned - 1
     on_cpu = importance.device.type == "cpu"
-    threshold = in_order(importance, place) if on_cpu else importance.sort(dim=1).values[:, place:pruned]
+    threshold = in_order(importance, pruned - 1) if on_cpu else importance.kthvalue(pruned, dim=1, keepdim=True).values
     keep_mask = (importance <= threshold).logical_not_()  # and not `>`: NaN stays, and is noticed
     if keep_mask.count_nonzero() != importance.numel() - len(importance) * pruned:
         tied = importance == threshold

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from besa_exp.kernels.candidate_gradient import candidate_gradient as _candidate_gradient
 from besa_exp.kernels.count_gradient import count_gradient as _count_gradient
-from besa_exp.kernels.count_gradient import ranks_around as ranks_around
+from besa_exp.kernels.count_gradient import weights_around as weights_around
 from besa_exp.kernels.masked_weight import masked_weight as _masked_weight
 from besa_exp.kernels.obs_columns import obs_columns as _obs_columns
 from besa_exp.kernels.rank_in_row import rank_in_row as _rank_in_row

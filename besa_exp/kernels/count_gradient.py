@@ -21,7 +21,7 @@ def count_gradient(
 
     `gradient` is dL/dW of the masked weight; the result is fp32 whatever the weights are."""
     columns = weight.shape[1]
-    first, end, width = ranks_around(pruned, window, columns)
+    first, end, width = _ranks_around(pruned, window, columns)
     rows = max(1, CHUNK // columns)
     parts = (part.split(rows) for part in (weight, gradient, rank, first, end))
     sums = [
@@ -31,7 +31,25 @@ def count_gradient(
     return -torch.cat(sums) / width
 
 
-def ranks_around(
+def weights_around(
+    weight: Float[Tensor, "out in"],
+    rank: Int[Tensor, "out in"],
+    pruned: Int[Tensor, " out"],
+    window: float,
+    levels: int,
+    out: Float[Tensor, "out in"],
+) -> Float[Tensor, " out"]:
+    """Fill `out` with the weights in the window around pruned[row], of ranks below `levels`, and zeros; returns what
+    `count_gradient` divides their sum in a row by. For a CPU: there is no kernel for a GPU."""
+    first, end, width = _ranks_around(pruned, window, levels)
+    rows = max(1, CHUNK // weight.shape[1])
+    parts = (values.split(rows) for values in (weight, rank, first, end, out))
+    for w, r, low, high, into in zip(*parts, strict=True):
+        torch.mul(w, at_or_above(r, low).sub_(at_or_above(r, high)).to(w.dtype), out=into)
+    return width
+
+
+def _ranks_around(
     pruned: Int[Tensor, " out"], window: float, columns: int
 ) -> tuple[Int[Tensor, " out"], Int[Tensor, " out"], Float[Tensor, " out"]]:
     """The first of the `window` ranks around pruned[row], the first above them, and how wide the window is within the

@@ -14,20 +14,12 @@ def masked_weight(
     rank: Int[Tensor, "out in"],
     pruned: Int[Tensor, " out"],
     out: Float[Tensor, "out in"] | None = None,
-    end: Int[Tensor, " out"] | None = None,
 ) -> Float[Tensor, "out in"]:
-    """`weight` with the `pruned[row]` least important weights of each row at zero, and where `end` (at least `pruned`)
-    is given those of rank end[row] and above too; into `out` where given."""
+    """`weight` with the `pruned[row]` least important weights of each row at zero; into `out` where given."""
     if out is None:
-        return weight * _kept(rank, pruned, end)
+        return weight * at_or_above(rank, pruned)
     rows = max(1, CHUNK // weight.shape[1])
-    for first in range(0, len(weight), rows):
-        part = slice(first, first + rows)
-        kept = _kept(rank[part], pruned[part], end if end is None else end[part])
-        torch.mul(weight[part], kept.to(weight.dtype), out=out[part])  # a product that converts by itself is slower
+    parts = (values.split(rows) for values in (weight, rank, pruned, out))
+    for w, r, bound, into in zip(*parts, strict=True):
+        torch.mul(w, at_or_above(r, bound).to(w.dtype), out=into)  # a product that converts by itself is slower
     return out
-
-
-def _kept(rank: Tensor, pruned: Tensor, end: Tensor | None) -> Tensor:
-    kept = at_or_above(rank, pruned)
-    return kept if end is None else kept.sub_(at_or_above(rank, end))

@@ -17,19 +17,16 @@ WIDTH = 1024  # columns of a tile at most: 2 KB runs of a bf16 row, and whole ro
 @triton.jit
 @no_type_check  # compiled by Triton, not called by Python: annotations are not types here
 def _kernel(
-    weight, rank, pruned, end, out, rows, columns,
-    weight_row, weight_column, rank_row, rank_column, pruned_row, end_row, out_row, out_column,
-    HAS_END: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    weight, rank, pruned, out, rows, columns,
+    weight_row, weight_column, rank_row, rank_column, pruned_row, out_row, out_column,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(tl.int64)[None, :]
     inside = (row < rows) & (column < columns)
     position = tl.load(rank + row * rank_row + column * rank_column, mask=inside, other=0).to(tl.int32)
     cut = tl.load(pruned + row * pruned_row, mask=row < rows, other=0).to(tl.int32)
-    near = inside
-    if HAS_END:  # a narrow window leaves most sectors of W unread
-        near &= (position >= cut) & (position < tl.load(end + row * end_row, mask=row < rows, other=0).to(tl.int32))
-    values = tl.load(weight + row * weight_row + column * weight_column, mask=near, other=0).to(tl.float32)
+    values = tl.load(weight + row * weight_row + column * weight_column, mask=inside, other=0).to(tl.float32)
     kept = tl.where(position >= cut, values, 0.0)
     tl.store(out + row * out_row + column * out_column, kept.to(out.dtype.element_ty), mask=inside)
 
@@ -39,10 +36,9 @@ def masked_weight(
     rank: Int[Tensor, "out in"],
     pruned: Int[Tensor, " out"],
     out: Float[Tensor, "out in"] | None = None,
-    end: Int[Tensor, " out"] | None = None,
 ) -> Float[Tensor, "out in"]:
-    """W where rank >= pruned[row], and below end[row] if there is an `end`, zero elsewhere; into `out` where given (it
-    may be `weight` itself). See the reference in `masked_weight.py`; here zeros are +0, whatever W is there."""
+    """W where rank >= pruned[row], zero elsewhere; into `out` where given (it may be `weight` itself). See the
+    reference in `masked_weight.py`; this one writes +0 where W is negative, inf or NaN too."""
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if out is None else out
     rows, columns = weight.shape
     if not weight.numel():
@@ -50,9 +46,9 @@ def masked_weight(
     width = min(WIDTH, triton.next_power_of_2(columns))
     height = TILE // width
     _kernel[triton.cdiv(rows, height), triton.cdiv(columns, width)](
-        weight, rank, pruned, pruned if end is None else end, out, rows, columns,
-        *weight.stride(), *rank.stride(), *pruned.stride(), *(pruned if end is None else end).stride(), *out.stride(),
-        HAS_END=end is not None, BLOCK_ROWS=height, BLOCK_COLUMNS=width,
+        weight, rank, pruned, out, rows, columns,
+        *weight.stride(), *rank.stride(), *pruned.stride(), *out.stride(),
+        BLOCK_ROWS=height, BLOCK_COLUMNS=width,
     )  # fmt: skip
     torch.autograd.graph.increment_version(out)  # as PyTorch does: autograd then sees that `out` was overwritten
     return out

@@ -147,14 +147,13 @@ class Rows:
         by_group = kernels.count_gradient(weight, gradient, rank, pruned, self._window(name, window))
         return by_group.view(-1, groups).sum(dim=1)
 
-    def near(
+    def weights_around(
         self, name: str, pruned: Int[Tensor, " out"], window: float, out: Float[Tensor, "out in"]
     ) -> Float[Tensor, " out"]:
         """Fill `out` with the weights around the cuts that `count_gradient` averages over, all others at zero. Returns
         what their sum in a row is to be divided by."""
-        first, end, width = kernels.ranks_around(pruned, self._window(name, window), self._levels(name))
-        kernels.masked_weight(self.weights[name], self.ranks[name], first, out=out, end=end)
-        return width
+        window, levels = self._window(name, window), self._levels(name)
+        return kernels.weights_around(self.weights[name], self.ranks[name], pruned, window, levels, out)
 
     def _levels(self, name: str) -> int:
         return self.group or self.weights[name].shape[1]

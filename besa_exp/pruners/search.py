@@ -89,7 +89,7 @@ class Search:
         rows, counts = self._fill(state)
         by_count = {name: torch.zeros_like(count, dtype=torch.float32) for name, count in counts.items()}
         by_clipping = {name: torch.zeros_like(logits) for name, logits in state.clipping.items()}
-        products = {} if self.quantiser else self._products(counts, window, by_count)
+        products = self._products(counts, window, by_count)
         loss = reconstruction_loss(self.block(inputs, {**self.fixed, **self.masked}, products), targets)
 
         def use(name: str, gradient: Tensor) -> None:
@@ -108,11 +108,14 @@ class Search:
     def _products(
         self, counts: Mapping[str, Tensor], window: float, by_count: Mapping[str, Tensor]
     ) -> dict[str, Product]:
-        """For linears that need no dL/dW: they add to `by_count` when the loss is differentiated."""
+        """For linears that need no dL/dW: they add to `by_count` when the loss is differentiated. With a quantiser all
+        need it; and on a GPU it costs less than to read once more what the products without it make."""
+        if self.quantiser or self.block.device.type != "cpu":
+            return {}
 
         def near(name: str) -> tuple[Tensor, Tensor]:
             out = self.around[: self.rows.weights[name].numel()].view_as(self.rows.weights[name])
-            return out, self.rows.near(name, counts[name], window, out)
+            return out, self.rows.weights_around(name, counts[name], window, out)
 
         products = {}
         for name, into in by_count.items():

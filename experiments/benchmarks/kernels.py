@@ -70,9 +70,6 @@ def cases(rows: int, columns: int, device: torch.device) -> Iterator[Case]:
     del importance
     pruned = torch.full((rows,), columns // 2, device=device)
     yield Case("masked_weight", (weight, rank, pruned), weight.numel() * (2 + 2 + 2))
-    end = pruned + int(WINDOW * columns)
-    moved = weight.numel() * (2 + WINDOW * 2 + 2)  # all ranks, the window's weights, the result
-    yield Case("masked_weight, window", (weight, rank, pruned, None, end), moved)
     near = 2 + WINDOW * (2 + 2)  # all ranks; weights and gradients in the window
     yield Case("count_gradient", (weight, gradient, rank, pruned, WINDOW * columns), weight.numel() * near)
     cuts = torch.tensor([columns * d // (CANDIDATES - 1) for d in range(CANDIDATES)], device=device)

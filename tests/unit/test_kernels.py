@@ -95,12 +95,7 @@ def test_masked_weight_is_the_weight_or_zero(device, shape, dtype):
         assert result.dtype == dtype
         assert torch.equal(result, expected)
     assert torch.equal(kernels.masked_weight(weight, rank, pruned), expected)
-    end = (pruned + shape[1] // 3 + 1).clamp(max=shape[1])
-    expected = torch.where(rank < end[:, None], expected, torch.zeros_like(weight))
-    assert torch.equal(in_triton("masked_weight", device, weight, rank, pruned, None, end), expected)
-    into = torch.full_like(weight, 7.0)
-    for out in (None, into):
-        assert torch.equal(kernels.masked_weight(weight, rank, pruned, out, end), expected)
+    assert torch.equal(kernels.masked_weight(weight, rank, pruned, out=torch.full_like(weight, 7.0)), expected)
 
 
 @on_devices("shape", [((5, 63),)], [((5, 63),), ((1000, 1000),)])
@@ -266,7 +261,6 @@ def test_kernels_compile_to_machine_code_without_a_device(rows, columns, dtype, 
     monkeypatch.setattr("triton.runtime.jit.JITFunction.run", compile_only)
     weight, gradient, rank, pruned = draw((rows, columns), dtype)
     in_triton("masked_weight", "cpu", weight, rank, pruned)
-    in_triton("masked_weight", "cpu", weight, rank, pruned, None, pruned)
     in_triton("count_gradient", "cpu", weight, gradient, rank, pruned, 0.1 * columns)
     in_triton("candidate_gradient", "cpu", weight, gradient, rank, pruned)
     in_triton("rank_in_row", "cpu", weight)

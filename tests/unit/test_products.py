@@ -8,7 +8,7 @@ from families import MIXTURES, tiny
 from torch import nn
 
 from besa_exp.blocks import capture_blocks, embed
-from besa_exp.kernels import count_gradient, masked_weight, rank_in_row, ranks_around
+from besa_exp.kernels import count_gradient, rank_in_row, weights_around
 from besa_exp.linears import Linear
 from besa_exp.masks import Target
 from besa_exp.observation import observe
@@ -110,9 +110,8 @@ def test_under_autocast_products_are_its_own_unless_they_are_given():
 
 def around(weight, cut, window):
     """The weights around the cuts and the windows' widths, for importances that are magnitudes."""
-    rank = rank_in_row(weight.abs())
-    first, end, width = ranks_around(cut, window, weight.shape[1])
-    return masked_weight(weight, rank, first, out=torch.empty_like(weight), end=end), width
+    out = torch.empty_like(weight)
+    return out, weights_around(weight, rank_in_row(weight.abs()), cut, window, weight.shape[1], out)
 
 
 @pytest.mark.parametrize("shape", [MANY, (3, 5, 30, 4)])
@@ -179,7 +178,7 @@ def test_a_searchs_gradient_looks_at_a_window_of_the_row_or_at_both_sides_of_the
     weight = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
     rows = Rows.of({"one": weight}, lambda name: weight.abs(), "row", group)
     cut, out = torch.full((3,), group // 2 if group else 20), torch.empty_like(weight)
-    assert rows.near("one", cut, window, out).tolist() == [width] * 3
+    assert rows.weights_around("one", cut, window, out).tolist() == [width] * 3
     assert (out != 0).sum(dim=1).tolist() == [near] * 3
     assert torch.equal(out[out != 0], weight[out != 0])
     gradient = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
