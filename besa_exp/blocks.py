@@ -21,7 +21,7 @@ from besa_exp import distributed
 from besa_exp.activations import Allocate
 from besa_exp.errors import RunError
 from besa_exp.linears import LOOKED_FOR, Linear, discover_linears, find_linears, replaced_forwards, with_weights
-from besa_exp.products import Product, computed_by
+from besa_exp.products import Product, computed_by, is_plain
 
 Hidden = Float[Tensor, "sample seq hidden"]
 
@@ -90,9 +90,16 @@ class Block:
         """The outputs for all samples, `batch_size` at a time, in the inputs' dtype; into `out`, which may be `inputs`
         itself, or beside the inputs."""
         out = torch.empty_like(inputs) if out is None else out
+        weights = weights if self.compute_dtype is None else self._rounded(weights or {}, self.compute_dtype)
         for start in range(0, len(inputs), batch_size):
             out[start : start + batch_size] = self(inputs[start : start + batch_size], weights)
         return out
+
+    def _rounded(self, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The weights of a pass over many samples with those of plain linears as autocast would round them anew for
+        each."""
+        own = {name: linear.weight for name, linear in self.linears.items() if is_plain(linear)}
+        return {**weights, **{name: weights.get(name, weight).to(dtype) for name, weight in own.items()}}
 
 
 def discover_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:

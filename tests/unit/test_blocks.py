@@ -60,6 +60,19 @@ def test_compute_dtype_rounds_products_and_leaves_all_else_in_the_weights_dtype(
     assert {gradient.dtype for gradient in gradients} == {torch.float32}
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", next(iter(MIXTURES))])
+def test_weights_that_a_pass_rounds_once_give_what_autocast_rounds_for_each_batch(family):
+    model = tiny(family)
+    block = replace(capture_blocks(model, INPUT_IDS)[0], compute_dtype=torch.bfloat16)
+    hidden = embed(model, [block], INPUT_IDS, batch_size=5)
+    weights = {name: linear.weight * 1.5 for name, linear in [*block.linears.items()][:2]}
+    for given in (None, weights):
+        found = block.outputs(hidden, 2, given)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, torch.cat([block(batch, given) for batch in hidden.split(2)]))
+    assert not torch.equal(found, block.outputs(hidden, 2))
+
+
 @pytest.mark.parametrize("statistic", [InputNorm, InputMoments, Hessian])
 def test_statistics_are_not_rounded_where_products_are(statistic):
     seen, inputs = statistic(24, torch.device("cpu")), torch.randn(3, 40, 24)
