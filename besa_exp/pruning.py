@@ -131,8 +131,7 @@ def write_weights(block: Block, pruned: PrunedBlock) -> None:
         if pruned.weights is not None:
             weight.copy_(pruned.weights[name])
         weight.masked_fill_(~pruned.keep_masks[name], 0)
-        if distributed.num_ranks() > 1:
-            weight.copy_(distributed.broadcast(weight.contiguous()))
+        weight.copy_(distributed.broadcast(weight.contiguous()))
         if not is_finite(weight):
             raise RunError(f"{block.name}.{name}: the pruned weights are not finite in {weight.dtype}.")
     for path, found in pruned.norms.items():

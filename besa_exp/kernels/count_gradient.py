@@ -25,7 +25,7 @@ def count_gradient(
     rows = max(1, CHUNK // columns)
     parts = (part.split(rows) for part in (weight, gradient, rank, first, end))
     sums = [
-        (w.float() * g.float()).mul_(at_or_above(r, low).sub_(at_or_above(r, high))).sum(dim=1)
+        (w.float() * g.float()).mul_(_inside(r, low, high)).sum(dim=1)
         for w, g, r, low, high in zip(*parts, strict=True)
     ]
     return -torch.cat(sums) / width
@@ -45,8 +45,13 @@ def weights_around(
     rows = max(1, CHUNK // weight.shape[1])
     parts = (values.split(rows) for values in (weight, rank, first, end, out))
     for w, r, low, high, into in zip(*parts, strict=True):
-        torch.mul(w, at_or_above(r, low).sub_(at_or_above(r, high)).to(w.dtype), out=into)
+        torch.mul(w, _inside(r, low, high).to(w.dtype), out=into)
     return width
+
+
+def _inside(rank: Tensor, first: Tensor, end: Tensor) -> Tensor:
+    """1 where first[row] <= rank < end[row], else 0."""
+    return at_or_above(rank, first).sub_(at_or_above(rank, end))
 
 
 def _ranks_around(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Float
@@ -50,25 +50,26 @@ class Search:
     """What the search asks of one block: losses and gradients of states that prune `total` weights of `rows`.
 
     `capacity`: weights of each cell. `masked` are buffers for the effective weights: leaves that every step fills
-    anew; `around` is one for the weights of any linear that are near its cuts. `fixed`: weights of other linears of
-    the module, decided before."""
+    anew. `fixed`: weights of other linears of the module, decided before."""
 
     block: Block
     rows: Rows
     total: int
     capacity: Float[Tensor, " cell"]
     masked: Mapping[str, Tensor]
-    around: Float[Tensor, " weight"]
     quantiser: Quantiser | None
     fixed: Mapping[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def of(block: Block, rows: Rows, total: int, quantiser: Quantiser | None) -> Search:
         """With buffers of its own."""
-        weights = rows.weights.values()
         masked = {name: torch.empty_like(weight).requires_grad_() for name, weight in rows.weights.items()}
-        around = next(iter(weights)).new_empty(max(weight.numel() for weight in weights))
-        return Search(block, rows, total, rows.per_cell(rows.columns, rows.num_cells), masked, around, quantiser)
+        return Search(block, rows, total, rows.per_cell(rows.columns, rows.num_cells), masked, quantiser)
+
+    @cached_property
+    def around(self) -> Float[Tensor, " weight"]:
+        """One buffer for the weights of any linear that are near its cuts, made when it is first used."""
+        return torch.empty_like(max(self.rows.weights.values(), key=Tensor.numel)).flatten()
 
     @property
     def expected(self) -> float:
