@@ -3,7 +3,7 @@ same run has kept is taken from there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -14,16 +14,18 @@ from besa_exp import distributed
 from besa_exp.activations import Allocate
 from besa_exp.blocks import Block, Hidden, capture_blocks, embed
 from besa_exp.budgets.budget import Budget, exact_targets
+from besa_exp.budgets.progress import Progress
 from besa_exp.budgets.trial import Search, Trial
 from besa_exp.budgets.uniform import Uniform
-from besa_exp.checkpoint import weights_sha256
+from besa_exp.checkpoint import load_masks, weights_sha256
 from besa_exp.finished_blocks import FinishedBlocks, block_tensors, load_block_tensors
 from besa_exp.head import head_of
 from besa_exp.masks import Target
 from besa_exp.models import LoadedModel
+from besa_exp.pruners.model_search import Decided, ModelRows, ModelSearch, Whole
 from besa_exp.pruning import PrunedBlock, Pruner, prune_blocks
 from besa_exp.replay_check import check_replay
-from besa_exp.reports import BlockReport, Step
+from besa_exp.reports import BlockReport, ModelStep, Step
 from besa_exp.scope import blocks_together, by_block, units
 
 
@@ -31,7 +33,8 @@ from besa_exp.scope import blocks_together, by_block, units
 class BlockLoop:
     """Prunes the blocks of `loaded` after the `done` first ones, which `finished` holds.
 
-    Of several ranks each has its own samples in `input_ids`; the first keeps the blocks."""
+    Of several ranks each has its own samples in `input_ids`; the first keeps the blocks. `keeps_dense`: the weights
+    that pruning overwrites in a model that is loaded whole are held in `dense`, for `refined`."""
 
     loaded: LoadedModel
     input_ids: Tensor
@@ -40,7 +43,9 @@ class BlockLoop:
     done: int
     allocate: Allocate
     compute_dtype: torch.dtype | None = None
+    keeps_dense: bool = False
     dense_sha256: dict[int, str] = field(default_factory=dict)
+    dense: dict[str, Tensor] = field(default_factory=dict)
 
     def run(
         self,
@@ -75,6 +80,49 @@ class BlockLoop:
                 self._keep(block, own, decided)
                 on_block(own)
             del pruned, decided  # they would stay, a quarter of a block or more, until the next one is pruned
+
+    def refined(
+        self,
+        search: ModelSearch,
+        before: Sequence[BlockReport],
+        progress: Progress,
+        on_step: Callable[[ModelStep], None],
+    ) -> Decided:
+        """What a search over the whole model makes of the blocks that are all finished now, of which `before` tells; a
+        pruner for a loop of its own. The model is dense again. What was found is kept in `progress`."""
+        blocks = self._dense_blocks()
+        outputs = self._embed(blocks)
+        for block in self._resident(blocks):
+            block.outputs(outputs, self.batch_size, out=outputs)
+        head = head_of(self.loaded.model, blocks, self.input_ids)
+
+        def resident(backwards: bool) -> Iterable[Block]:
+            return self._resident(blocks[::-1] if backwards else blocks)
+
+        whole = Whole(resident, self._embed(blocks), outputs, head, self.batch_size)
+        rows = ModelRows.of(whole, [self._counts(block) for block in blocks])
+        if found := progress.read():
+            counts = [{name: torch.tensor(count) for name, count in block.items()} for block in found["counts"]]
+        else:
+            counts = search.learn(rows, on_step)
+            progress.write({"counts": [{name: count.tolist() for name, count in own.items()} for own in counts]})
+        return Decided(rows, counts, before)
+
+    def _dense_blocks(self) -> list[Block]:
+        """The blocks with their dense weights in them, or about to be read."""
+        blocks = capture_blocks(self.loaded.model, self.input_ids)
+        state = self.loaded.model.state_dict()
+        for name, weight in self.dense.items():
+            state[name].copy_(weight)
+        return [replace(block, compute_dtype=self.compute_dtype) for block in blocks]
+
+    def _counts(self, block: Block) -> dict[str, Tensor]:
+        """How many weights of each row [out] are pruned in the finished block, by linear."""
+        distributed.barrier()  # rank 0 has written it
+        keep_masks = load_masks(self.finished.mask_files(block.index + 1)[-1])
+        return {
+            name: (~keep_masks[f"{block.name}.{name}.weight"]).sum(dim=1).to(block.device) for name in block.linears
+        }
 
     def _resident(self, blocks: list[Block]) -> Iterable[Block]:
         """The blocks in order, each with its weights."""
@@ -125,6 +173,8 @@ class BlockLoop:
         """Whether the block was finished before; then it has its pruned weights now."""
         for layer in block.layers:
             dense = block_tensors(layer.module, layer.name)
+            if self.keeps_dense and not self.loaded.weights:
+                self.dense |= {name: tensor.clone() for name, tensor in dense.items()}
             if layer.index >= self.done:
                 self.dense_sha256[layer.index] = weights_sha256(dense)
             else:

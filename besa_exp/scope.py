@@ -1,9 +1,10 @@
-"""How much is reconstructed together, under one loss and one budget: a part of a block, a block, or two of them.
+"""How much is reconstructed together, under one loss and one budget: a part of a block, a block, two of them, or, after
+each block by itself, the whole model (`besa_exp.pruners.model_search`).
 
-To a pruner all three are a `Block`, which maps hidden states to hidden states and has linears. A sub-block ends where
-the residual stream passes from attention to MLP. That place is found, not listed by family: it is the input of a module
-through which passes all that the block's output knows of its input, with linears before and after it. Blocks whose
-attention and MLP work side by side (GPT-J, GPT-NeoX, Falcon, Phi) have no such place, and are refused.
+To a pruner the first three are a `Block`, which maps hidden states to hidden states and has linears. A sub-block ends
+where the residual stream passes from attention to MLP. That place is found, not listed by family: it is the input of
+a module through which passes all that the block's output knows of its input, with linears before and after it. Blocks
+whose attention and MLP work side by side (GPT-J, GPT-NeoX, Falcon, Phi) have no such place, and are refused.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from besa_exp.errors import RunError
 from besa_exp.pruning import PrunedBlock
 from besa_exp.reports import BlockReport
 
-SCOPES = ("sub_block", "block", "pair")
+SCOPES = ("sub_block", "block", "pair", "model")
 
 
 def blocks_together(pruner: Any) -> int:
@@ -34,6 +35,11 @@ def takes_apart(pruner: Any) -> bool:
     """Whether a pruner, or the one inside it, gives the parts of a block targets of their own."""
     inner = getattr(pruner, "pruner", None)
     return takes_apart(inner) if inner else getattr(pruner, "scope", "block") == "sub_block"
+
+
+def model_search(pruner: Any) -> Any | None:
+    """The search over the whole model that a pruner asks for; None: it asks for none."""
+    return pruner.model if getattr(pruner, "scope", "block") == "model" else None
 
 
 def unit_ends(num_blocks: int, together: int) -> set[int]:

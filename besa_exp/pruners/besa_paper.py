@@ -24,11 +24,12 @@ from prodigyopt import Prodigy
 from torch import Tensor, nn
 
 from besa_exp import distributed
-from besa_exp.blocks import Block, Hidden, reconstruction_loss
+from besa_exp.blocks import Block, Hidden
 from besa_exp.importance import dead_inputs, magnitude_importance, obs_importance, upper_factor, wanda_importance
+from besa_exp.losses import channel_loss, gradient_scale
 from besa_exp.masks import Target
 from besa_exp.pruners.candidates import CandidateAllocation
-from besa_exp.pruning import PrunedBlock, finite_step, probe_loss
+from besa_exp.pruning import PrunedBlock, checked_gradient, finite_step, probe_loss
 from besa_exp.reports import Step
 from besa_exp.statistics import Hessian, InputNorm, Statistic, WithNorm, by_shared_input
 
@@ -111,20 +112,21 @@ class BesaPaper:
         total = sum(weight.numel() for weight in weights.values())
         optimizer = self._optimizer(thetas)
         steps: list[Step] = []
+        scale = gradient_scale(block.product_dtype)
         for own in distributed.own_batches(len(inputs), self.batch_size) * self.epochs:
             masked, sparsity = {}, torch.zeros((), device=inputs.device)
             for name, allocation in allocations.items():
                 masked[name], linear_sparsity = allocation()
                 sparsity = sparsity + linear_sparsity * (weights[name].numel() / total)
-            reconstruction = reconstruction_loss(block(inputs[own], masked), targets[own])
+            reconstruction = channel_loss(block(inputs[own], masked), targets[own])
             penalty = self.penalty * ((sparsity - target.sparsity) / target.sparsity) ** 2
             loss = reconstruction + penalty
             steps.append(finite_step(block, len(steps), loss, reconstruction, penalty, sparsity))
             on_step(steps[-1])
             optimizer.zero_grad()
-            (reconstruction + penalty / distributed.num_ranks()).backward()  # each rank's part
+            ((reconstruction + penalty / distributed.num_ranks()) * scale).backward()  # each rank's part
             for theta in thetas:
-                theta.grad = distributed.all_sum(theta.grad)  # type: ignore[arg-type]
+                theta.grad = checked_gradient(steps[-1], distributed.all_sum(theta.grad), scale)  # type: ignore[arg-type]
             optimizer.step()
         return PrunedBlock(
             keep_masks={name: allocation.keep_mask() for name, allocation in allocations.items()},
