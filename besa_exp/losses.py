@@ -10,7 +10,7 @@ divides each token by its own size before it reads it, and so does `token`. `exp
 follows: with `channel` besa is behind Wanda there.
 
 In fp16 the gradient of such a loss is below the smallest number there is: dL/dY is about 2 error / (tokens hidden
-size). `gradient_scale` says what the loss is multiplied by before it is differentiated.
+size). `differentiate` hands it to the block as a multiple that is not.
 """
 
 from __future__ import annotations
@@ -50,10 +50,21 @@ def channel_loss(outputs: Hidden, targets: Hidden) -> Float[Tensor, ""]:
 LOSSES: dict[str, Loss] = {"token": token_loss, "channel": channel_loss}
 """By the name that `pruner.loss` takes."""
 
-FP16_SCALE = 2.0**16  # the authors' gradient scaler begins there too; a power of two rounds nothing
 
+def differentiate(
+    loss_of: Callable[[Hidden], Float[Tensor, ""]], outputs: Hidden, product_dtype: torch.dtype
+) -> tuple[Float[Tensor, ""], Hidden, Float[Tensor, ""]]:
+    """The loss, a multiple of its gradient to the outputs to go on from, and of what: all gradients that follow from
+    it, in fp32, are to be divided by that.
 
-def gradient_scale(dtype: torch.dtype) -> float:
-    """What a loss is multiplied by before it is differentiated through products in `dtype`, and its gradients, in fp32,
-    are divided by again."""
-    return FP16_SCALE if dtype == torch.float16 else 1.0
+    1, but where products are fp16: then the power of two with which the largest number of the gradient is in (1/2, 1]
+    (the authors' gradient scaler multiplies by 2^16 in its place)."""
+    reached = outputs.detach().float().requires_grad_()
+    loss = loss_of(reached)
+    if not len(outputs):  # a rank that owns no sample of the batch
+        return loss.detach(), torch.zeros_like(outputs), torch.ones_like(loss)
+    (gradient,) = torch.autograd.grad(loss, reached)
+    largest = gradient.abs().max()
+    scaled = product_dtype == torch.float16 and bool(largest > 0)
+    scale = 2.0 ** -largest.log2().ceil() if scaled else torch.ones_like(largest)
+    return loss.detach(), (gradient * scale).to(outputs.dtype), scale

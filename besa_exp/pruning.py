@@ -109,9 +109,9 @@ def finite_step(
     return Step(block.index, step, *values)
 
 
-def checked_gradient(step: Step, gradient: Tensor, scale: float) -> Tensor:
-    """`gradient` / `scale`. RunError: it is not finite. Where it is all zero although there is a loss, a warning says
-    so: the search learns nothing in such a step."""
+def checked_gradient(step: Step, gradient: Tensor) -> Tensor:
+    """`gradient` itself. RunError: it is not finite. Where it is all zero although there is a loss, a warning says so:
+    the search learns nothing in such a step."""
     largest = float(gradient.abs().max())
     if not math.isfinite(largest):
         raise RunError(
@@ -126,7 +126,7 @@ def checked_gradient(step: Step, gradient: Tensor, scale: float) -> Tensor:
             step.step,
             step.reconstruction,
         )
-    return gradient / scale
+    return gradient
 
 
 def num_probe_samples(num_samples: int) -> int:

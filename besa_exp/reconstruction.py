@@ -28,7 +28,7 @@ from torch import Tensor
 from besa_exp import distributed
 from besa_exp.blocks import Block, Hidden
 from besa_exp.linears import find_norms
-from besa_exp.losses import gradient_scale, token_loss
+from besa_exp.losses import differentiate, token_loss
 from besa_exp.masks import keep_largest
 from besa_exp.pruning import finite_step, num_probe_samples, probe_loss
 from besa_exp.reports import Step
@@ -197,14 +197,18 @@ class _State:
     def step(self, inputs: Hidden, targets: Hidden, scale: float, number: int) -> Step:
         """One step of Adam on this rank's samples of the batch; it may have none."""
         self._fill()
-        loss = token_loss(self.block(inputs, self.masked), targets)
+        outputs = self.block(inputs, self.masked)
+        loss, upstream, multiple = differentiate(
+            lambda reached: token_loss(reached, targets), outputs, self.block.product_dtype
+        )
         leaves = list(self.masked.values())
-        scale = gradient_scale(self.block.product_dtype)
         gradients = (
-            torch.autograd.grad(loss * scale, leaves) if len(inputs) else [torch.zeros_like(leaf) for leaf in leaves]
+            torch.autograd.grad(outputs, leaves, upstream)
+            if len(inputs)
+            else [torch.zeros_like(leaf) for leaf in leaves]
         )
         for name, gradient in zip(self.masked, gradients, strict=True):
-            summed = distributed.all_sum(gradient.float()) / scale
+            summed = distributed.all_sum(gradient.float() / multiple)
             if name in self.norms:
                 self.norms[name].grad = summed
             else:

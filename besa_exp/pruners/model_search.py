@@ -30,7 +30,7 @@ from besa_exp.blocks import Block, Hidden
 from besa_exp.errors import RunError
 from besa_exp.head import Head, divergence
 from besa_exp.importance import wanda_importance
-from besa_exp.losses import gradient_scale, token_loss
+from besa_exp.losses import token_loss
 from besa_exp.masks import Target, keep_by_rank, round_to_total
 from besa_exp.observation import observe
 from besa_exp.pruners.allocation import Rows, project_to_budget
@@ -168,10 +168,10 @@ class ModelRows:
             )
             self._fill(number, block, counts[number])
 
-            def value_of(outputs: Hidden, upstream: Hidden = upstream) -> Tensor:
-                return (outputs * upstream).sum()
+            def upstream_of(outputs: Hidden, upstream: Hidden = upstream) -> tuple[Tensor, Hidden, Tensor]:
+                return outputs.new_zeros(()), upstream, outputs.new_ones(())
 
-            _, by_row[number] = search.by_row(inputs, search.rows, counts[number], window, value_of)
+            _, by_row[number], _ = search.by_row(inputs, search.rows, counts[number], window, upstream_of)
             upstream = inputs.grad if len(own) else inputs.detach()
         gradient = distributed.all_sum(torch.cat(by_row)) / scale
         if not (math.isfinite(loss) and gradient.isfinite().all()):
@@ -182,11 +182,11 @@ class ModelRows:
         return loss, gradient - self.capacity * (gradient.sum() / self.capacity.sum())
 
     def _at_the_end(self, states: Hidden, own: Tensor, num_samples: int) -> tuple[float, Hidden, float]:
-        """D, and the gradient of scale * D to the last block's outputs."""
-        scale = gradient_scale(states.dtype)
+        """D, and the gradient of scale * D to the last block's outputs. A logit's part of it is (q - p) / tokens."""
+        tokens = num_samples * states.shape[1]
+        scale = 2.0 ** math.floor(math.log2(tokens)) if states.dtype == torch.float16 else 1.0
         states = states.detach().requires_grad_()
         total = states.new_zeros((), dtype=torch.float32)
-        tokens = num_samples * states.shape[1]
         for place in range(len(states)):  # the logits of one sample at a time
             with torch.no_grad():
                 expected = self.whole.head(self.whole.outputs[own[place : place + 1]])

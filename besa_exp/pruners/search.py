@@ -16,7 +16,7 @@ from torch import Tensor
 
 from besa_exp import distributed, kernels
 from besa_exp.blocks import Block, Hidden
-from besa_exp.losses import Loss, gradient_scale
+from besa_exp.losses import Loss, differentiate
 from besa_exp.products import Product
 from besa_exp.pruners.allocation import Rows
 from besa_exp.pruners.counted_linear import counted_linear
@@ -90,21 +90,20 @@ class Search:
         """The step's record, and dL / d(state), of the sparsities along the budget: without the part that would only
         change the total. `inputs` are this rank's of the batch; it may have none."""
         rows, counts = self._fill(state)
-        scale = gradient_scale(self.block.product_dtype)
         by_clipping = {name: torch.zeros_like(logits) for name, logits in state.clipping.items()}
 
         def clip(name: str, gradient: Tensor) -> None:
             by_clipping[name] = self._clipping_gradient(name, gradient, counts[name], state.clipping[name])
 
-        def loss_of(outputs: Hidden) -> Tensor:
-            return self.loss(outputs, targets) * scale
+        def upstream_of(outputs: Hidden) -> tuple[Tensor, Hidden, Tensor]:
+            return differentiate(lambda reached: self.loss(reached, targets), outputs, self.block.product_dtype)
 
-        loss, by_row = self.by_row(inputs, rows, counts, window, loss_of, clip if by_clipping else None)
-        record = finite_step(self.block, step, loss / scale, loss / scale, 0.0, self.expected)
-        by_row = checked_gradient(record, distributed.all_sum(by_row), scale)
+        loss, by_row, scale = self.by_row(inputs, rows, counts, window, upstream_of, clip if by_clipping else None)
+        record = finite_step(self.block, step, loss, loss, 0.0, self.expected)
+        by_row = checked_gradient(record, distributed.all_sum(by_row / scale))
         by_cell = self.rows.per_cell(by_row, len(self.capacity))
         along_budget = by_cell - self.capacity * (by_cell.sum() / self.rows.num_weights)
-        return record, [along_budget, *(distributed.all_sum(found) / scale for found in by_clipping.values())]
+        return record, [along_budget, *(distributed.all_sum(found / scale) for found in by_clipping.values())]
 
     def by_row(
         self,
@@ -112,15 +111,17 @@ class Search:
         rows: Rows,
         counts: Mapping[str, Tensor],
         window: float,
-        value_of: Callable[[Hidden], Tensor],
+        upstream_of: Callable[[Hidden], tuple[Tensor, Hidden, Tensor]],
         use: Callable[[str, Tensor], None] | None = None,
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, " row"]]:
-        """What `value_of` makes of the outputs under the masks of `counts`, which are in the buffers, and its gradient
-        to the sparsity of every row: this rank's part. `use` is given dL/dW of each linear. Inputs that require a
-        gradient get theirs."""
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " row"], Float[Tensor, ""]]:
+        """`upstream_of` makes of the outputs under the masks of `counts`, which are in the buffers, a loss, its
+        gradient to them, and of what that is a multiple. Returned are loss, that multiple of the gradient to the
+        sparsity of every row, this rank's part, and of what. `use` is given dL/dW of each linear. Inputs that require
+        a gradient get theirs."""
         by_count = {name: torch.zeros_like(count, dtype=torch.float32) for name, count in counts.items()}
         products = self._products(counts, window, by_count)
-        value = value_of(self.block(inputs, {**self.fixed, **self.masked}, products))
+        outputs = self.block(inputs, {**self.fixed, **self.masked}, products)
+        loss, upstream, scale = upstream_of(outputs)
 
         def used(name: str, gradient: Tensor) -> None:
             by_count[name] += rows.count_gradient(name, gradient, counts[name], window)
@@ -128,8 +129,8 @@ class Search:
                 use(name, gradient)
 
         if len(inputs):
-            self._backward(value, used)
-        return value, self.rows.row_gradient(by_count)
+            self._backward(outputs, upstream, used)
+        return loss, self.rows.row_gradient(by_count), scale
 
     def _products(
         self, counts: Mapping[str, Tensor], window: float, by_count: Mapping[str, Tensor]
@@ -150,7 +151,7 @@ class Search:
             products[name] = partial(counted_linear, count=count, near=partial(near, name))
         return products
 
-    def _backward(self, loss: Tensor, use: Callable[[str, Tensor], None]) -> None:
+    def _backward(self, outputs: Hidden, upstream: Hidden, use: Callable[[str, Tensor], None]) -> None:
         """Gives `use` dL/dW of each linear that is not among `_products`, as it is known, one at a time: together they
         take as much as the block."""
 
@@ -161,7 +162,7 @@ class Search:
 
         hooks = [weight.register_post_accumulate_grad_hook(partial(used, name)) for name, weight in self.masked.items()]
         try:
-            loss.backward()
+            outputs.backward(upstream)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from besa_exp.losses import channel_loss, gradient_scale, token_loss
+from besa_exp.losses import channel_loss, differentiate, token_loss
 
 
 def states(*shape, seed=0):
@@ -47,8 +47,24 @@ def test_a_token_or_channel_of_zeros_leaves_the_loss_finite(loss):
     assert float(loss(targets.clone(), targets)) == 0
 
 
-def test_only_fp16_needs_a_scaled_loss_and_the_scale_rounds_nothing():
-    assert gradient_scale(torch.float32) == gradient_scale(torch.bfloat16) == 1
-    scale = gradient_scale(torch.float16)
-    value = states(1000)
-    assert torch.equal(value * scale / scale, value)
+def mean_square(outputs):
+    return outputs.square().mean() * 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_is_handed_on_as_it_is_where_products_are_not_fp16(dtype):
+    outputs = states(2, 6, 8).to(dtype)
+    loss, gradient, scale = differentiate(mean_square, outputs, dtype)
+    assert float(scale) == 1
+    assert float(loss) == pytest.approx(float(mean_square(outputs.float())))
+    assert torch.equal(gradient, (outputs.float() * (2e-12 / outputs.numel())).to(dtype))
+
+
+def test_in_fp16_a_gradient_below_its_smallest_number_is_handed_on_as_a_power_of_two_times_itself():
+    outputs = states(2, 6, 8).half()
+    _, gradient, scale = differentiate(mean_square, outputs, torch.float16)
+    true = outputs.double() * (2e-12 / outputs.numel())
+    assert true.half().count_nonzero() == 0
+    assert torch.log2(scale) == torch.log2(scale).round()
+    assert 0.5 < float(gradient.abs().max()) <= 1
+    torch.testing.assert_close(gradient.double() / float(scale), true, rtol=2e-3, atol=0)
