@@ -14,19 +14,19 @@ from besa_exp import distributed
 from besa_exp.activations import Allocate
 from besa_exp.blocks import Block, Hidden, capture_blocks, embed
 from besa_exp.budgets.budget import Budget, exact_targets
-from besa_exp.budgets.progress import Progress
 from besa_exp.budgets.trial import Search, Trial
 from besa_exp.budgets.uniform import Uniform
-from besa_exp.checkpoint import load_masks, weights_sha256
+from besa_exp.checkpoint import load_masks, masks_description, weights_sha256
 from besa_exp.finished_blocks import FinishedBlocks, block_tensors, load_block_tensors
 from besa_exp.head import head_of
 from besa_exp.masks import Target
 from besa_exp.models import LoadedModel
-from besa_exp.pruners.model_search import Decided, ModelRows, ModelSearch, Whole
+from besa_exp.pruners.whole_model import Decided, KeepMasks, Weights, Whole
 from besa_exp.pruning import PrunedBlock, Pruner, prune_blocks
 from besa_exp.replay_check import check_replay
 from besa_exp.reports import BlockReport, ModelStep, Step
-from besa_exp.scope import blocks_together, by_block, units
+from besa_exp.saving import pruned_weights
+from besa_exp.scope import Refinement, blocks_together, by_block, units
 
 
 @dataclass
@@ -82,47 +82,57 @@ class BlockLoop:
             del pruned, decided  # they would stay, a quarter of a block or more, until the next one is pruned
 
     def refined(
-        self,
-        search: ModelSearch,
-        before: Sequence[BlockReport],
-        progress: Progress,
-        on_step: Callable[[ModelStep], None],
+        self, refinements: Sequence[Refinement], before: Sequence[BlockReport], on_step: Callable[[ModelStep], None]
     ) -> Decided:
-        """What a search over the whole model makes of the blocks that are all finished now, of which `before` tells; a
-        pruner for a loop of its own. The model is dense again. What was found is kept in `progress`."""
-        blocks = self._dense_blocks()
+        """What the refinements, one after the other, make of all blocks together, which are all finished now and of
+        which `before` tells: a pruner for a loop of its own. The model is dense again."""
+        blocks = [
+            replace(block, compute_dtype=self.compute_dtype)
+            for block in capture_blocks(self.loaded.model, self.input_ids)
+        ]
+        keep_masks, weights = self._found(blocks)
+        state = self.loaded.model.state_dict()
+        for name, weight in self.dense.items():
+            state[name].copy_(weight)
+        whole = self._whole(blocks)
+        done = 0
+
+        def on_later_step(step: ModelStep) -> None:
+            on_step(replace(step, step=step.step + done))
+
+        for refinement in refinements:
+            keep_masks, weights = refinement.refine(whole, keep_masks, weights, on_later_step)
+            done += refinement.steps
+        return Decided(keep_masks, weights, before)
+
+    def _whole(self, blocks: list[Block]) -> Whole:
+        """The dense model."""
         outputs = self._embed(blocks)
         for block in self._resident(blocks):
             block.outputs(outputs, self.batch_size, out=outputs)
-        head = head_of(self.loaded.model, blocks, self.input_ids)
 
         def resident(backwards: bool) -> Iterable[Block]:
             return self._resident(blocks[::-1] if backwards else blocks)
 
-        whole = Whole(resident, self._embed(blocks), outputs, head, self.batch_size)
-        rows = ModelRows.of(whole, [self._counts(block) for block in blocks])
-        if found := progress.read():
-            counts = [{name: torch.tensor(count) for name, count in block.items()} for block in found["counts"]]
-        else:
-            counts = search.learn(rows, on_step)
-            progress.write({"counts": [{name: count.tolist() for name, count in own.items()} for own in counts]})
-        return Decided(rows, counts, before)
+        head = head_of(self.loaded.model, blocks, self.input_ids)
+        return Whole(resident, self._embed(blocks), outputs, head, self.batch_size)
 
-    def _dense_blocks(self) -> list[Block]:
-        """The blocks with their dense weights in them, or about to be read."""
-        blocks = capture_blocks(self.loaded.model, self.input_ids)
-        state = self.loaded.model.state_dict()
-        for name, weight in self.dense.items():
-            state[name].copy_(weight)
-        return [replace(block, compute_dtype=self.compute_dtype) for block in blocks]
-
-    def _counts(self, block: Block) -> dict[str, Tensor]:
-        """How many weights of each row [out] are pruned in the finished block, by linear."""
-        distributed.barrier()  # rank 0 has written it
-        keep_masks = load_masks(self.finished.mask_files(block.index + 1)[-1])
-        return {
-            name: (~keep_masks[f"{block.name}.{name}.weight"]).sum(dim=1).to(block.device) for name in block.linears
-        }
+    def _found(self, blocks: list[Block]) -> tuple[list[KeepMasks], list[Weights] | None]:
+        """The keep masks of the finished blocks, and their weights where kept ones moved."""
+        distributed.barrier()  # rank 0 has written them
+        files = self.finished.mask_files(len(blocks))
+        keep_masks = [
+            {name: masks[f"{block.name}.{name}.weight"] for name in block.linears}
+            for block, masks in zip(blocks, map(load_masks, files), strict=True)
+        ]
+        if not any(masks_description(file)["weights_updated"] for file in files):
+            return keep_masks, None
+        return keep_masks, [
+            {name: linear.weight.detach().clone() for name, linear in block.linears.items()}
+            for block in (
+                pruned_weights(self.loaded, self.finished).weights.resident(blocks) if self.loaded.weights else blocks
+            )
+        ]
 
     def _resident(self, blocks: list[Block]) -> Iterable[Block]:
         """The blocks in order, each with its weights."""

@@ -28,7 +28,6 @@ from besa_exp.identity import IDENTITY, request_identity
 from besa_exp.masks import Target
 from besa_exp.models import LoadedModel, load_model, model_context
 from besa_exp.process import imports_are_done
-from besa_exp.pruners.model_search import ModelSearch
 from besa_exp.pruning import Pruner
 from besa_exp.reports import BlockReport, Step
 from besa_exp.results import results_of, score_values
@@ -36,7 +35,7 @@ from besa_exp.run_saving import card, reread, save
 from besa_exp.run_scoring import published, score, score_dense
 from besa_exp.running import Run
 from besa_exp.saving import block_names
-from besa_exp.scope import blocks_together, model_search, unit_ends
+from besa_exp.scope import Refinement, blocks_together, refinements, unit_ends
 from besa_exp.settings import RunSettings, TrackerSettings
 from besa_exp.tracking import Tracker, start_tracker
 from besa_exp.updates.updated import with_update
@@ -142,21 +141,19 @@ def _prune_model(
     """The block loop: each report goes to the run folder, the tracker and the console. Returns the reports of all
     blocks and where the blocks lie; after a search over the whole model, where that left them."""
     settings, input_ids = run.settings, distributed.own_samples(calibration.input_ids)
-    search = model_search(settings.pruner)
-    pruner = settings.pruner if search else with_update(settings.pruner, settings.update)
+    later = refinements(settings.pruner, settings.pattern)
+    pruner = settings.pruner if later else with_update(settings.pruner, settings.update)
     hidden = loaded.model.config.get_text_config().hidden_size
     samples, length = input_ids.shape
     needed = activation_bytes(samples, length, hidden, loaded.model.dtype.itemsize, pruner.dense_targets)
     _, allocate = allocator(settings.activations, run.device, run.folder.path, needed)
     batch_size, dtype = settings.calibration.batch_size, compute_dtype(settings)
-    loop = BlockLoop(
-        loaded, input_ids, batch_size, finished, len(reports), allocate, dtype, keeps_dense=search is not None
-    )
+    loop = BlockLoop(loaded, input_ids, batch_size, finished, len(reports), allocate, dtype, keeps_dense=bool(later))
     with run.timed("prune"):
-        _follow(run, loop, pruner, None if search else tracker, reports)
-        if search is None:
+        _follow(run, loop, pruner, None if later else tracker, reports)
+        if not later:
             return reports, finished
-        return _refine(run, loop, search, tracker, reports), finished.refined
+        return _refine(run, loop, later, tracker, reports), finished.refined
 
 
 def _follow(
@@ -184,14 +181,14 @@ def _follow(
 
 
 def _refine(
-    run: Run, loop: BlockLoop, search: ModelSearch, tracker: Tracker, before: Sequence[BlockReport]
+    run: Run, loop: BlockLoop, later: Sequence[Refinement], tracker: Tracker, before: Sequence[BlockReport]
 ) -> list[BlockReport]:
-    """The search over the whole model, and a second walk through the blocks that writes what it found."""
+    """What follows the block loop over the whole model, and a second walk through the blocks that writes it."""
     refined = loop.finished.refined
     identity = json.loads((loop.finished.folder / IDENTITY).read_text(encoding="utf-8"))
     reports = distributed.from_first(lambda: refined.begin(identity))
     run.console.stage("the search over the whole model")
-    decided = loop.refined(search, before, refined.search, run.folder.log_model_step)
+    decided = loop.refined(later, before, run.folder.log_model_step)
     run.folder.rewind(reports)
     pruner = with_update(decided, run.settings.update)
     second = replace(loop, finished=refined, done=len(reports), keeps_dense=False, dense_sha256={}, dense={})

@@ -103,6 +103,10 @@ class Besa:
             f"pattern=N:{group}, in which every row keeps its own N, or pruner=wanda, sparsegpt or magnitude",
         ]
 
+    def refinements(self, pattern: str) -> tuple[ModelSearch, ...]:
+        """What follows the block loop."""
+        return (self.model,) if self.scope == "model" else ()
+
     def prune_block(
         self,
         block: Block,

@@ -6,20 +6,16 @@ p and q the dense and the pruned model's distributions of the next token, n_r th
 arXiv 2402.16880) learns the same sparsities block by block under the error of the block's output; that error says
 neither how much the blocks after it make of it, nor what a block may give up in favour of another. Here the blockwise
 result is the start, and a few steps with the gradient of D move weights between rows, linears and blocks. Masks,
-gradients and projection are those of `besa`.
-
-A step goes through the blocks twice. Forwards only the states between blocks are kept; backwards each block is computed
-once more and handed the gradient of its output. So one block's activations are held at a time, and blocks may be read
-from files in both directions. The probe samples judge as in `besa`: the result is never worse on them, in D, than the
-blockwise one.
+gradients and projection are those of `besa`. The probe samples judge as there: the result is never worse on them, in D,
+than the blockwise one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -28,31 +24,15 @@ from torch import Tensor
 from besa_exp import distributed
 from besa_exp.blocks import Block, Hidden
 from besa_exp.errors import RunError
-from besa_exp.head import Head, divergence
 from besa_exp.importance import wanda_importance
 from besa_exp.losses import token_loss
-from besa_exp.masks import Target, keep_by_rank, round_to_total
+from besa_exp.masks import keep_by_rank, round_to_total
 from besa_exp.observation import observe
 from besa_exp.pruners.allocation import Rows, project_to_budget
 from besa_exp.pruners.search import Search
-from besa_exp.pruning import PrunedBlock, num_probe_samples, pruned_by_masks
-from besa_exp.reports import BlockReport, ModelStep, Step
+from besa_exp.pruners.whole_model import KeepMasks, Weights, Whole, batches
+from besa_exp.reports import ModelStep
 from besa_exp.statistics import InputNorm
-
-Blocks = Callable[[bool], Iterable[Block]]
-"""The dense blocks, each with its weights while it is out: in order, or from the last to the first (True)."""
-
-
-@dataclass(frozen=True)
-class Whole:
-    """A dense model as a search sees it: its blocks, the inputs of the first and the outputs of the last, of the
-    samples that this rank owns, and its head."""
-
-    blocks: Blocks
-    inputs: Hidden
-    outputs: Hidden
-    head: Head
-    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -74,17 +54,28 @@ class ModelSearch:
             if not 0 < getattr(self, field) <= 1:
                 raise ValueError(f"pruner.model.{field}={getattr(self, field)}: must be above 0 and at most 1")
 
+    def refine(
+        self,
+        whole: Whole,
+        keep_masks: Sequence[KeepMasks],
+        weights: Sequence[Weights] | None,
+        on_step: Callable[[ModelStep], None],
+    ) -> tuple[list[KeepMasks], None]:
+        """Keep masks of as many weights as `keep_masks`, those of the start. Weights do not move, and must not have."""
+        assert weights is None, "the search over the whole model begins with dense weights under masks"
+        rows = ModelRows.of(whole, keep_masks)
+        counts = self.learn(rows, on_step)
+        return [rows.keep_masks(number, own) for number, own in enumerate(counts)], None
+
     def learn(self, rows: ModelRows, on_step: Callable[[ModelStep], None]) -> list[dict[str, Tensor]]:
         """The counts of every row [out], by block and linear; they sum to what those at the start sum to. RunError: the
         divergence or its gradient is not finite."""
-        num_samples = distributed.total(len(rows.whole.inputs))
-        learn = max(1, num_samples - num_probe_samples(num_samples))
-        probe = torch.arange(min(learn, num_samples - 1), num_samples)
+        learn, probe = rows.whole.samples()
         sparsity = rows.start.clone()
         best, best_loss = sparsity.clone(), rows.divergence(sparsity, probe)
         optimizer = torch.optim.Adam([sparsity], betas=(0.8, 0.99), eps=1e-30)
         scale, every = self.lr, math.ceil(self.steps / self.checks)
-        for number, samples in zip(range(self.steps), _batches(learn, self.batch_size, self.seed), strict=False):
+        for number, samples in zip(range(self.steps), batches(learn, self.batch_size, self.seed), strict=False):
             loss, sparsity.grad = rows.gradient(sparsity, samples, self.window)
             on_step(ModelStep(number, loss, best_loss))
             optimizer.param_groups[0]["lr"] = scale * (1 + math.cos(math.pi * number / self.steps)) / 2
@@ -102,13 +93,6 @@ class ModelSearch:
         return rows.counts(best)
 
 
-def _batches(learn: int, batch_size: int, seed: int) -> Iterator[Int[Tensor, " sample"]]:
-    """Numbers of samples, without end: every sample once before any comes again."""
-    order = torch.Generator().manual_seed(seed)
-    while True:
-        yield from torch.randperm(learn, generator=order).split(batch_size)
-
-
 @dataclass(frozen=True)
 class ModelRows:
     """The rows of all blocks, in order: `capacity` is the number of weights of each, `start` its sparsity at first, and
@@ -122,23 +106,24 @@ class ModelRows:
     total: int
 
     @staticmethod
-    def of(whole: Whole, start: Sequence[Mapping[str, Int[Tensor, " _out"]]]) -> ModelRows:
-        """`start`: the counts of every block's linears. Weights rank by Wanda's importance with the input norms behind
-        blocks that are pruned so: the ranks that `besa` decided by."""
+    def of(whole: Whole, start: Sequence[KeepMasks]) -> ModelRows:
+        """`start`: the keep masks of every block's linears. Weights rank by Wanda's importance with the input norms
+        behind blocks that are pruned so: the ranks that `besa` decided by."""
         states = whole.inputs.clone()
-        rows, buffers, shared = [], [], {}
-        for block, counts in zip(whole.blocks(False), start, strict=True):
+        rows, buffers, shared, counted = [], [], {}, []
+        for block, keep_masks in zip(whole.blocks(False), start, strict=True):
             statistics, _ = observe(block, states, InputNorm, whole.batch_size)
             own = _rows_of(block, statistics)
+            counts = {name: (~keep_masks[name]).sum(dim=1).to(block.device) for name in own.weights}
             masked = _buffers(own.weights, shared)
             with torch.no_grad():
                 own.masked_into(masked, counts)
             block.outputs(states, whole.batch_size, masked, out=states)
             rows.append(_without_weights(own))
             buffers.append(masked)
-        capacity = torch.cat([own.columns for own in rows])
-        counted = torch.cat([counts[name] for own, counts in zip(rows, start, strict=True) for name in own.weights])
-        return ModelRows(whole, rows, buffers, capacity, counted.to(capacity) / capacity, int(counted.sum()))
+            counted += counts.values()
+        capacity, pruned = torch.cat([own.columns for own in rows]), torch.cat(counted)
+        return ModelRows(whole, rows, buffers, capacity, pruned.to(capacity) / capacity, int(pruned.sum()))
 
     def counts(self, sparsity: Float[Tensor, " row"]) -> list[dict[str, Int[Tensor, " out"]]]:
         """Whole numbers of weights whose sum is exact, by block and linear."""
@@ -151,64 +136,32 @@ class ModelRows:
     def gradient(
         self, sparsity: Float[Tensor, " row"], samples: Int[Tensor, " sample"], window: float
     ) -> tuple[float, Float[Tensor, " row"]]:
-        """D on the samples of these numbers and its gradient along the budget."""
+        """D on the samples of these numbers and its gradient along the budget. RunError: one is not finite."""
         counts = self.counts(sparsity)
-        own = distributed.own_places(samples).to(self.whole.inputs.device)
-        states = [self.whole.inputs[own]]
-        with torch.no_grad():
-            for number, block in enumerate(self.whole.blocks(False)):
-                states.append(block(states[-1], self._fill(number, block, counts[number])))
-        loss, upstream, scale = self._at_the_end(states.pop(), own, len(samples))
-        by_row: list[Tensor] = [torch.empty(0)] * len(self.rows)
-        last = len(self.rows) - 1
-        for number, block in zip(range(last, -1, -1), self.whole.blocks(True), strict=True):
-            inputs = states.pop().requires_grad_()
-            search = Search(
-                block, self._present(number, block), 0, self.capacity, self.buffers[number], None, token_loss
-            )
-            self._fill(number, block, counts[number])
+        by_row: dict[int, Tensor] = {}
 
-            def upstream_of(outputs: Hidden, upstream: Hidden = upstream) -> tuple[Tensor, Hidden, Tensor]:
-                return outputs.new_zeros(()), upstream, outputs.new_ones(())
+        def use(number: int, block: Block, inputs: Hidden, upstream: Hidden, multiple: float) -> None:
+            rows, masked = self._present(number, block), self._fill(counts, number, block)
+            search = Search(block, rows, self.total, self.capacity, masked, None, token_loss)
 
-            _, by_row[number], _ = search.by_row(inputs, search.rows, counts[number], window, upstream_of)
-            upstream = inputs.grad if len(own) else inputs.detach()
-        gradient = distributed.all_sum(torch.cat(by_row)) / scale
-        if not (math.isfinite(loss) and gradient.isfinite().all()):
+            def upstream_of(outputs: Hidden) -> tuple[Tensor, Hidden, Tensor]:
+                return outputs.new_zeros(()), upstream, outputs.new_tensor(multiple, dtype=torch.float32)
+
+            _, found, scale = search.by_row(inputs, rows, counts[number], window, upstream_of)
+            by_row[number] = found / scale
+
+        loss = self.whole.differentiate(samples, partial(self._fill, counts), use)
+        gradient = distributed.all_sum(torch.cat([by_row[number] for number in range(len(self.rows))]))
+        if not gradient.isfinite().all():
             raise RunError(
-                f"the divergence from the dense model is {loss}, or its gradient is not finite; load the model in "
-                "float32 or bfloat16 (model.dtype)."
+                "the gradient of the divergence from the dense model is not finite; load the model in float32 or "
+                "bfloat16 (model.dtype)."
             )
         return loss, gradient - self.capacity * (gradient.sum() / self.capacity.sum())
 
-    def _at_the_end(self, states: Hidden, own: Tensor, num_samples: int) -> tuple[float, Hidden, float]:
-        """D, and the gradient of scale * D to the last block's outputs. A logit's part of it is (q - p) / tokens."""
-        tokens = num_samples * states.shape[1]
-        scale = 2.0 ** math.floor(math.log2(tokens)) if states.dtype == torch.float16 else 1.0
-        states = states.detach().requires_grad_()
-        total = states.new_zeros((), dtype=torch.float32)
-        for place in range(len(states)):  # the logits of one sample at a time
-            with torch.no_grad():
-                expected = self.whole.head(self.whole.outputs[own[place : place + 1]])
-            part = divergence(expected, self.whole.head(states[place : place + 1])).sum() / tokens
-            (part * scale).backward()
-            total += part.detach()
-        upstream = states.grad if states.grad is not None else torch.zeros_like(states)
-        return float(distributed.all_sum(total)), upstream, scale
-
-    @torch.no_grad()
     def divergence(self, sparsity: Float[Tensor, " row"], samples: Int[Tensor, " sample"]) -> float:
         """D on the samples of these numbers."""
-        counts = self.counts(sparsity)
-        own = distributed.own_places(samples).to(self.whole.inputs.device)
-        states = self.whole.inputs[own]
-        for number, block in enumerate(self.whole.blocks(False)):
-            block.outputs(states, self.whole.batch_size, self._fill(number, block, counts[number]), out=states)
-        total = torch.zeros((), dtype=torch.float64)
-        for place in range(len(own)):
-            expected = self.whole.head(self.whole.outputs[own[place : place + 1]])
-            total += divergence(expected, self.whole.head(states[place : place + 1])).double().sum().cpu()
-        return float(distributed.all_sum(total)) / (len(samples) * self.whole.inputs.shape[1])
+        return self.whole.divergence(samples, partial(self._fill, self.counts(sparsity)))
 
     def keep_masks(self, number: int, counts: Mapping[str, Int[Tensor, " _out"]]) -> dict[str, Tensor]:
         """Those of a block."""
@@ -220,41 +173,10 @@ class ModelRows:
         return replace(known, weights={name: block.linears[name].weight.detach() for name in known.weights})
 
     @torch.no_grad()
-    def _fill(self, number: int, block: Block, counts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def _fill(self, counts: Sequence[Mapping[str, Tensor]], number: int, block: Block) -> Mapping[str, Tensor]:
         """The block's masked weights, in its buffers."""
-        self._present(number, block).masked_into(self.buffers[number], counts)
+        self._present(number, block).masked_into(self.buffers[number], counts[number])
         return self.buffers[number]
-
-
-@dataclass(frozen=True)
-class Decided:
-    """A pruner whose masks were decided before, for all blocks together. `before`: the report of each block by the
-    search that came first, whose course is told."""
-
-    rows: ModelRows
-    counts: Sequence[Mapping[str, Int[Tensor, " _out"]]]
-    before: Sequence[BlockReport]
-
-    statistic = None
-    dense_targets = False
-
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Nothing is left to decide."""
-        return []
-
-    def prune_block(
-        self,
-        block: Block,
-        inputs: Hidden,
-        targets: Hidden,
-        statistics: Mapping[str, Any],
-        target: Target,
-        on_step: Callable[[Step], None],
-    ) -> PrunedBlock:
-        """The masks of this block."""
-        before = self.before[block.index]
-        pruned = pruned_by_masks(self.rows.keep_masks(block.index, self.counts[block.index]))
-        return replace(pruned, loss_before=before.loss_before, steps=before.steps)
 
 
 def _rows_of(block: Block, statistics: Mapping[str, InputNorm]) -> Rows:

@@ -1,4 +1,4 @@
-"""The search over the whole model: its gradient, its budget, what it promises, and streamed blocks."""
+"""Searches over the whole model: their gradients, the budget, what they promise, and the order of blocks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from besa_exp.errors import RunError
 from besa_exp.head import divergence, head_of
 from besa_exp.masks import Target
 from besa_exp.pruners.besa import Besa
-from besa_exp.pruners.model_search import Decided, ModelRows, ModelSearch, Whole
+from besa_exp.pruners.model_search import ModelRows, ModelSearch
+from besa_exp.pruners.model_tuning import ModelTuning, _Tuned
 from besa_exp.pruners.wanda import Wanda
+from besa_exp.pruners.whole_model import Decided, Whole
 from besa_exp.pruning import prune_blocks
 
 INPUT_IDS = torch.randint(0, 256, (12, 32), generator=torch.Generator().manual_seed(1))
@@ -24,9 +26,9 @@ def dense_model():
     return tiny_llama(context=32).requires_grad_(False)
 
 
-def whole_of(model, order=None):
-    blocks = capture_blocks(model, INPUT_IDS)
-    inputs = embed(model, blocks, INPUT_IDS, 4)
+def whole_of(model, order=None, ids=INPUT_IDS):
+    blocks = capture_blocks(model, ids)
+    inputs = embed(model, blocks, ids, 4)
     outputs = inputs.clone()
     for block in blocks:
         block.outputs(outputs, 4, out=outputs)
@@ -37,16 +39,19 @@ def whole_of(model, order=None):
                 order.append(block.index)
             yield block
 
-    return Whole(resident, inputs, outputs, head_of(model, blocks, INPUT_IDS), 4)
+    return Whole(resident, inputs, outputs, head_of(model, blocks, ids), 4)
 
 
 def uniform(model, sparsity=0.5):
+    """Keep masks of the right counts; which weights of a row they prune does not matter."""
     return [
         {
-            name: torch.full((len(linear.weight),), int(linear.weight.shape[1] * sparsity))
-            for name, linear in b.linears.items()
+            name: (torch.arange(linear.weight.shape[1]) >= int(linear.weight.shape[1] * sparsity)).expand_as(
+                linear.weight
+            )
+            for name, linear in block.linears.items()
         }
-        for b in capture_blocks(model, INPUT_IDS)
+        for block in capture_blocks(model, INPUT_IDS)
     ]
 
 
@@ -141,8 +146,7 @@ def test_its_ranks_are_those_that_besa_decided_by():
     pruned = dense_model()
     blocks = capture_blocks(pruned, INPUT_IDS)
     results = list(prune_blocks(blocks, embed(pruned, blocks, INPUT_IDS, 4), Besa(), Target(0.5), 4))
-    start = [{name: (~mask).sum(dim=1) for name, mask in result.keep_masks.items()} for _, result in results]
-    rows = ModelRows.of(whole_of(dense_model()), start)
+    rows = ModelRows.of(whole_of(dense_model()), [result.keep_masks for _, result in results])
     for number, (_, result) in enumerate(results):
         for name, keep_mask in rows.keep_masks(number, rows.counts(rows.start)[number]).items():
             assert torch.equal(keep_mask, result.keep_masks[name]), name
@@ -153,7 +157,8 @@ def test_decided_masks_are_written_by_the_block_loop_with_the_course_of_the_sear
     blocks = capture_blocks(pruned, INPUT_IDS)
     before = [report for report, _ in prune_blocks(blocks, embed(pruned, blocks, INPUT_IDS, 4), Besa(), Target(0.5), 4)]
     rows = rows_of(model)
-    decided = Decided(rows, rows.counts(rows.start), before)
+    masks = [rows.keep_masks(number, counts) for number, counts in enumerate(rows.counts(rows.start))]
+    decided = Decided(masks, None, before)
     blocks = capture_blocks(model, INPUT_IDS)
     for report, result in prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 4), decided, Target(0.5), 4):
         assert report.loss_before == before[report.index].loss_before
@@ -182,3 +187,58 @@ def test_scope_model_is_refused_where_rows_cannot_be_told_apart():
     assert "pruner.scope=model" in Besa(scope="model", granularity="linear").check(0.5, "unstructured")[0]
     assert not Besa(scope="model").check(0.5, "unstructured")
     assert Wanda().check(0.5, "unstructured") == []
+
+
+def uniform_masks(model):
+    rows = rows_of(model, 0.3)
+    return [rows.keep_masks(number, counts) for number, counts in enumerate(rows.counts(rows.start))]
+
+
+def test_a_step_of_tuning_moves_kept_weights_as_adam_does_with_the_gradient_of_one_graph():
+    model = dense_model()
+    whole, masks, samples = whole_of(model), uniform_masks(model), torch.tensor([1, 2])
+    leaves = [
+        {name: (block.linears[name].weight * mask).requires_grad_() for name, mask in own.items()}
+        for block, own in zip(whole.blocks(False), masks, strict=True)
+    ]
+    state = whole.inputs[samples]
+    for block, own in zip(whole.blocks(False), leaves, strict=True):
+        state = block(state, own)
+    divergence(whole.head(whole.outputs[samples]), whole.head(state)).mean().backward()
+    tuning = ModelTuning(steps=1, batch_size=2, lr=0.01, checks=1)
+    state = _Tuned.of(whole, masks, None, tuning.lr)
+    state.step(samples, 1.0)
+    for own, plain, kept in zip(state.latent, leaves, masks, strict=True):
+        for name, weight in own.items():
+            size = plain[name].detach()[kept[name]].square().mean().sqrt()
+            change = (weight - plain[name].detach())[kept[name]] / (0.01 * size)
+            clear = plain[name].grad[kept[name]].abs() > 1e-3 * plain[name].grad.abs().max()
+            torch.testing.assert_close(change[clear], -plain[name].grad[kept[name]].sign()[clear], rtol=1e-3, atol=1e-3)
+
+
+def test_tuning_keeps_every_zero_and_is_better_on_the_probe():
+    model = dense_model()
+    whole = whole_of(model, ids=INPUT_IDS[:1].expand(4, -1))  # what judges is what is learned from
+    masks, steps = uniform_masks(model), []
+    kept, weights = ModelTuning(steps=24, lr=0.01).refine(whole, masks, None, steps.append)
+    assert kept is masks
+    assert weights is not None
+    assert len(steps) == 24
+    for number, own in enumerate(weights):
+        for name, weight in own.items():
+            assert not weight[~masks[number][name]].any()
+
+    def dense(number, block):
+        return {name: block.linears[name].weight * mask for name, mask in masks[number].items()}
+
+    probe = whole.samples()[1]
+    assert whole.divergence(probe, lambda number, block: weights[number]) < 0.8 * whole.divergence(probe, dense)
+
+
+def test_tuning_that_only_makes_it_worse_gives_back_its_start():
+    model = dense_model()
+    whole, masks = whole_of(model), uniform_masks(model)
+    _, weights = ModelTuning(steps=2, lr=1.0, checks=1).refine(whole, masks, None, lambda step: None)
+    for own, block, kept in zip(weights or (), whole.blocks(False), masks, strict=True):
+        for name, weight in own.items():
+            assert torch.equal(weight, block.linears[name].weight * kept[name])
