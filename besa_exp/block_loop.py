@@ -117,7 +117,7 @@ class BlockLoop:
         head = head_of(self.loaded.model, blocks, self.input_ids)
         return Whole(resident, self._embed(blocks), outputs, head, self.batch_size)
 
-    def _found(self, blocks: list[Block]) -> tuple[list[KeepMasks], list[Weights] | None]:
+    def _found(self, blocks: list[Block]) -> tuple[Sequence[KeepMasks], Sequence[Weights] | None]:
         """The keep masks of the finished blocks, and their weights where kept ones moved."""
         distributed.barrier()  # rank 0 has written them
         files = self.finished.mask_files(len(blocks))
@@ -127,11 +127,10 @@ class BlockLoop:
         ]
         if not any(masks_description(file)["weights_updated"] for file in files):
             return keep_masks, None
+        streamed = pruned_weights(self.loaded, self.finished).weights if self.loaded.weights else None
         return keep_masks, [
             {name: linear.weight.detach().clone() for name, linear in block.linears.items()}
-            for block in (
-                pruned_weights(self.loaded, self.finished).weights.resident(blocks) if self.loaded.weights else blocks
-            )
+            for block in (streamed.resident(blocks) if streamed else blocks)
         ]
 
     def _resident(self, blocks: list[Block]) -> Iterable[Block]:

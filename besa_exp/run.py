@@ -161,8 +161,9 @@ def _follow(
 ) -> None:
     """One walk through the blocks after those of `reports`, which grows by the others."""
     settings = run.settings
-    for report in reports if tracker else ():
-        tracker.log_block(report)
+    if tracker:
+        for report in reports:
+            tracker.log_block(report)
     with run.console.pruning(len(block_names(loop.loaded)) - len(reports)) as progress:
 
         def on_step(step: Step) -> None:
