@@ -27,6 +27,18 @@ from besa_exp.reports import BlockReport, Step
 from besa_exp.scope import blocks_together, by_block, units
 
 
+def check_blocks(loaded: LoadedModel, input_ids: Tensor, batch_size: int) -> None:
+    """The self-check, through all blocks, before any long work: on the last two samples, with the arguments of the
+    first. RunError: the model cannot be pruned block by block; what it does that forbids it."""
+    blocks = capture_blocks(loaded.model, input_ids)
+    check_replay(loaded.model, blocks, input_ids[-min(2, batch_size) :], partial(resident, loaded))
+
+
+def resident(loaded: LoadedModel, blocks: list[Block]) -> Iterable[Block]:
+    """The blocks in order, each with its weights while it is out."""
+    return loaded.weights.resident(blocks) if loaded.weights else blocks
+
+
 @dataclass
 class BlockLoop:
     """Prunes the blocks of `loaded` after the `done` first ones, which `finished` holds.
@@ -53,7 +65,6 @@ class BlockLoop:
         """Every block is in `finished` afterwards. `budget` deals `target` out to the blocks; None: each has the same.
         `on_block` is told of each new one when it is on the disk."""
         blocks = capture_blocks(self.loaded.model, self.input_ids)
-        self._check_replay(blocks)
         blocks = [replace(block, compute_dtype=self.compute_dtype) for block in blocks]
         together = blocks_together(pruner)
         targets = target
@@ -78,7 +89,7 @@ class BlockLoop:
 
     def _resident(self, blocks: list[Block]) -> Iterable[Block]:
         """The blocks in order, each with its weights."""
-        return self.loaded.weights.resident(blocks) if self.loaded.weights else blocks
+        return resident(self.loaded, blocks)
 
     def _embed(self, blocks: list[Block]) -> Hidden:
         return embed(self.loaded.model, blocks, self.input_ids, self.batch_size, self.allocate)
@@ -92,7 +103,9 @@ class BlockLoop:
         own = exact_targets(sparsities, sizes, target.sparsity)
         groups = [slice(start, start + together) for start in range(0, len(own), together)]
         pruned = [sum(round(t.sparsity * size) for t, size in zip(own[g], sizes[g], strict=True)) for g in groups]
-        return [Target(count / sum(sizes[g])) for count, g in zip(pruned, groups, strict=True) for _ in own[g]]
+        return [
+            Target(count / sum(sizes[g]), exact=True) for count, g in zip(pruned, groups, strict=True) for _ in own[g]
+        ]
 
     def _measured(self, budget: Budget, blocks: list[Block], sparsity: float) -> tuple[Tensor, list[int]]:
         """The blocks' wishes and weights: the budget sees the dense blocks and a copy of their inputs."""
@@ -111,15 +124,6 @@ class BlockLoop:
         inputs, outputs = self._embed(blocks), self._embed(blocks)
         trial = Trial.begin(partial(self._resident, blocks), inputs, outputs, head, self.batch_size)
         return budget.search(trial, sparsity, self.finished.search), [*trial.sizes]
-
-    def _check_replay(self, blocks: list[Block]) -> None:
-        """On two samples, through all blocks, or the first where they are streamed."""
-        samples = self.input_ids[: min(2, self.batch_size)]
-        if self.loaded.weights is None:
-            check_replay(self.loaded.model, blocks, samples)
-            return
-        for block in self.loaded.weights.resident(blocks[:1]):
-            check_replay(self.loaded.model, [block], samples)
 
     def _restore(self, block: Block) -> bool:
         """Whether the block was finished before; then it has its pruned weights now."""

@@ -117,6 +117,7 @@ def _scored(evaluation: _Evaluation, loaded: LoadedModel, config: Mapping[str, A
     finally:
         tracker.finish([], failed)
     results, told = merged(results, scores)
+    results |= {"model_notes": [*loaded.notes]} if loaded.notes else {}
     for line in told:
         logger.warning(line)
     _record(evaluation, results, scores, loaded, time.perf_counter() - started)

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from besa_exp.blocks import Block, Hidden
+from besa_exp.blocks import Block, Hidden, embed
+from besa_exp.call_arguments import NotAlone, other_tokens
 from besa_exp.linears import replaced_forwards
 
 Logits = Float[Tensor, "sample seq vocabulary"]
@@ -17,9 +18,17 @@ Head = Callable[[Hidden], Logits]
 
 
 def head_of(model: nn.Module, blocks: Sequence[Block], input_ids: Int[Tensor, "sample seq"]) -> Head:
-    """A function from the last block's outputs, of at most as many samples as `input_ids` has, to logits."""
+    """A function from the last block's outputs, of at most as many samples as `input_ids` has, to logits. NotAlone:
+    these depend on the tokens too."""
     modules = [block.module for block in blocks]
     device = next(model.parameters()).device
+    one = input_ids[:1].to(device)
+    state = embed(model, [*blocks], one, 1)
+    if not torch.equal(*(head_logits(model, modules, ids, state) for ids in (one, other_tokens(model, one)))):
+        raise NotAlone(
+            f"{type(model).__name__} makes its logits of the tokens as well as of the last block's output: a budget "
+            "that tries whole models cannot be used"
+        )
 
     def head(hidden: Hidden) -> Logits:
         return head_logits(model, modules, input_ids[: len(hidden)].to(device), hidden.to(device))

@@ -13,7 +13,7 @@ from typing import Any
 
 from besa_exp import distributed
 from besa_exp.activations import activation_bytes, allocator
-from besa_exp.block_loop import BlockLoop
+from besa_exp.block_loop import BlockLoop, check_blocks
 from besa_exp.calibration import Calibration, load_calibration, save_tokens
 from besa_exp.checkpoint import write_card
 from besa_exp.console import RunConsole
@@ -56,6 +56,7 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
             loaded = load_model(settings.model, device, settings.offline)
         with run.timed("calibrate"):
             calibration = _calibrate(run, loaded)
+            check_blocks(loaded, distributed.own_samples(calibration.input_ids), settings.calibration.batch_size)
         finished = FinishedBlocks(folder.blocks)
         ends = unit_ends(len(block_names(loaded)), blocks_together(settings.pruner))
         identity = request_identity(config, calibration.tokens_sha256)
@@ -66,6 +67,7 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
             dense = score_dense(run, loaded) if settings.evaluator.dense else None
             _prune_model(run, loaded, calibration, tracker, reports, finished)
             results = results_of(settings, calibration, reports, environment(device))
+            results |= {"model_notes": [*loaded.notes]} if loaded.notes else {}
             saved = save(run, loaded, finished, results)
             with reread(run, loaded, finished, calibration) as reloaded:
                 scores = score(run, "pruned", saved)

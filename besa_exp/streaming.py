@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from besa_exp.blocks import Block, discover_blocks
 from besa_exp.tensor_sources import (
@@ -29,6 +29,7 @@ from besa_exp.tensor_sources import (
     tensor_sources,
     tensors_of_file,
 )
+from besa_exp.transformers_config import read_config, stored_dtype
 
 LARGE = 8 * 2**20  # more than the temporaries that inner loops work in, which are used again and again
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
@@ -105,8 +106,8 @@ def open_streamed(
 
     ValueError: why it cannot be streamed (`cannot_stream`)."""
     give_back_large_tensors()
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    wanted = dtype_of(config, dtype)
+    config, _ = read_config(folder, trust_remote_code)
+    wanted = dtype_of(config, dtype, folder)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
     if reason := keeps_fp32(model):
@@ -114,7 +115,8 @@ def open_streamed(
     weights = StreamedWeights(tensor_sources(model, stored_tensors(folder)), wanted, device)
     path, modules = discover_blocks(model)
     model.load_state_dict(weights.read_outside(f"{path}."), strict=False, assign=True)
-    model.tie_weights()
+    # As from_pretrained does: two that are to be tied but differ stay apart.
+    model.tie_weights(missing_keys=model.state_dict().keys() - weights.sources.keys(), recompute_mapping=False)
     inside = {inner for block in modules for inner in block.modules()}
     for module in model.modules():
         if module not in inside:
@@ -163,9 +165,6 @@ def give_back_memory() -> None:
         trim(0)
 
 
-def dtype_of(config: PreTrainedConfig, wanted: str) -> torch.dtype:
+def dtype_of(config: PreTrainedConfig, wanted: str, folder: Path) -> torch.dtype:
     """What the weights are computed in: as `wanted`, or for auto as they were saved."""
-    if wanted != "auto":
-        return getattr(torch, wanted)
-    saved = config.get_text_config().dtype or config.dtype or torch.float32
-    return saved if isinstance(saved, torch.dtype) else getattr(torch, saved)
+    return stored_dtype(config, folder) if wanted == "auto" else getattr(torch, wanted)
