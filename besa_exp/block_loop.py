@@ -17,6 +17,7 @@ from besa_exp.budgets.budget import Budget, exact_targets
 from besa_exp.budgets.trial import Search, Trial
 from besa_exp.budgets.uniform import Uniform
 from besa_exp.checkpoint import weights_sha256
+from besa_exp.cpu_units import as_stored
 from besa_exp.finished_blocks import FinishedBlocks, block_tensors, load_block_tensors
 from besa_exp.head import head_of
 from besa_exp.masks import Target
@@ -128,12 +129,15 @@ class BlockLoop:
     def _restore(self, block: Block) -> bool:
         """Whether the block was finished before; then it has its pruned weights now."""
         for layer in block.layers:
-            dense = block_tensors(layer.module, layer.name)
+            dense = self._stored_tensors(layer)
             if layer.index >= self.done:
                 self.dense_sha256[layer.index] = weights_sha256(dense)
             else:
                 load_block_tensors(layer.module, layer.name, self.finished.tensors(layer.index, dense))
         return block.index < self.done
+
+    def _stored_tensors(self, block: Block) -> dict[str, Tensor]:
+        return as_stored(block_tensors(block.module, block.name), self.loaded.stored)
 
     def _keep(self, block: Block, report: BlockReport, pruned: PrunedBlock) -> None:
         if not distributed.is_first():
@@ -142,7 +146,7 @@ class BlockLoop:
             {f"{block.name}.{name}.weight": value for name, value in values.items()}
             for values in (pruned.keep_masks, pruned.permutations)
         )
-        tensors = block_tensors(block.module, block.name)
+        tensors = self._stored_tensors(block)
         dense_sha256 = self.dense_sha256.pop(block.index)
         updated = pruned.weights is not None
         self.finished.write(report, tensors, keep_masks, dense_sha256, updated, permutations)

@@ -142,17 +142,17 @@ def _check_states(model: nn.Module, hidden: Any, input_ids: Tensor) -> None:
     if len(shape) != 3 or shape[:2] != tuple(input_ids.shape):
         raise NotAlone(
             f"the states between the blocks of {type(model).__name__} have the shape {list(shape)} for "
-            f"{list(input_ids.shape)} tokens, where [sample, seq, hidden] is what blocks are given here: this model can "
-            "be scored but not pruned"
+            f"{list(input_ids.shape)} tokens, where [sample, seq, hidden] is what blocks are given here: this model "
+            "can be scored but not pruned"
         )
 
 
 def difference(block: nn.Module, one: Sequence[Arguments], other: Sequence[Arguments]) -> str | None:
     """The name of what differs first in the arguments that blocks like this got in two passes; None: nothing does."""
     for arguments, others in zip(one, other, strict=True):
-        named, others = _named(block, arguments), _named(block, others)
-        for name, value in named.items():
-            if not _same(value, others.get(name)):
+        others_named = _named(block, others)
+        for name, value in _named(block, arguments).items():
+            if not _same(value, others_named.get(name)):
                 return name
     return None
 

@@ -37,13 +37,15 @@ logger = logging.getLogger(__name__)
 class LoadedModel:
     """A model in evaluation mode, weights frozen, and its tokenizer, None where it has none. `weights` is set when its
     blocks are streamed: they are in memory only while `weights` puts them there. `folder`: where its files lie.
-    `notes`: what was read otherwise than its config says, in sentences that stand in results.json."""
+    `notes`: what was read otherwise than its config says, in sentences that stand in results.json. `stored`: the dtype
+    that it is saved in, where it is computed in another."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     weights: StreamedWeights | None
     folder: Path
     notes: tuple[str, ...] = ()
+    stored: torch.dtype | None = None
 
 
 def load_model(settings: ModelSettings, device: torch.device, offline: bool) -> LoadedModel:
@@ -134,7 +136,8 @@ def _check_all_loaded(settings: ModelSettings, model: nn.Module, loading: Mappin
     problems = []
     if lacking:
         problems.append(
-            f"{where} lack {_few(lacking)} of {kind}, or hold them in another shape or without data; give the whole model"
+            f"{where} lack {_few(lacking)} of {kind}, or hold them in another shape or without data; give the whole "
+            "model"
         )
     if left:
         problems.append(

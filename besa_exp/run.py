@@ -17,6 +17,7 @@ from besa_exp.block_loop import BlockLoop, check_blocks
 from besa_exp.calibration import Calibration, load_calibration, save_tokens
 from besa_exp.checkpoint import write_card
 from besa_exp.console import RunConsole
+from besa_exp.cpu_units import in_a_fast_dtype, rounding
 from besa_exp.device import compute_dtype, peak_memory, prepared_device
 from besa_exp.environment import environment
 from besa_exp.errors import ConfigurationError
@@ -53,7 +54,7 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
         folder.write_environment(environment(device))
         console.stage(f"loading {settings.model.path}")
         with run.timed("load"):
-            loaded = load_model(settings.model, device, settings.offline)
+            loaded = in_a_fast_dtype(load_model(settings.model, device, settings.offline), settings.model.dtype)
         with run.timed("calibrate"):
             calibration = _calibrate(run, loaded)
             check_blocks(loaded, distributed.own_samples(calibration.input_ids), settings.calibration.batch_size)
@@ -139,7 +140,7 @@ def _prune_model(
 ) -> None:
     """The block loop: each report goes to the run folder, the tracker and the console."""
     settings, input_ids = run.settings, distributed.own_samples(calibration.input_ids)
-    pruner = with_update(settings.pruner, settings.update)
+    pruner = rounding(with_update(settings.pruner, settings.update), loaded.stored)
     for report in reports:
         tracker.log_block(report)
     hidden = loaded.model.config.get_text_config().hidden_size

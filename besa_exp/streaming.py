@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,11 +37,13 @@ M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 @dataclass
 class StreamedWeights:
-    """What each tensor is made of, {name in the model: source}, and what it becomes."""
+    """What each tensor is made of, {name in the model: source}, and what it becomes: of `dtype` where it is read, on
+    `device`, and there of the dtype `computed`, where that is another."""
 
     sources: dict[str, Source]
     dtype: torch.dtype
     device: torch.device
+    computed: torch.dtype | None = None
 
     def read(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names begin with `prefix`, on the CPU in the run's dtype, by full name."""
@@ -54,9 +56,12 @@ class StreamedWeights:
     def load(self, name: str, module: nn.Module) -> None:
         """Put the weights into a block."""
         prefix = f"{name}."
-        state = {name.removeprefix(prefix): tensor.to(self.device) for name, tensor in self.read(prefix).items()}
+        state = {name.removeprefix(prefix): self._placed(tensor) for name, tensor in self.read(prefix).items()}
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False)
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.computed if tensor.is_floating_point() else None)
 
     def release(self, module: nn.Module) -> None:
         """Take the weights out of a block; buffers that no file holds stay."""
@@ -96,7 +101,7 @@ class StreamedWeights:
     def with_blocks(self, model: PreTrainedModel, files: Iterable[Path]) -> StreamedWeights:
         """The same model with other files for some tensors, which hold them under the model's own names."""
         sources = {name: source for file in files for name, source in tensors_of_file(file, model).items()}
-        return StreamedWeights({**self.sources, **sources}, self.dtype, self.device)
+        return replace(self, sources={**self.sources, **sources})
 
 
 def open_streamed(

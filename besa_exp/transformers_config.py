@@ -19,7 +19,8 @@ ATTENTIONS = (None, "eager", "sdpa")  # what PyTorch itself computes; all else i
 
 def read_config(folder: Path, trust_remote_code: bool) -> tuple[PreTrainedConfig, list[str]]:
     """The config, and what of it was replaced, in sentences: attention by another package (flash attention) becomes
-    what transformers chooses here; outputs as bare tuples are never asked for. OSError, ValueError: it cannot be read."""
+    what transformers chooses here; outputs as bare tuples are never asked for. OSError, ValueError: it cannot be
+    read."""
     config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     config.return_dict = True
     asked = config._attn_implementation

@@ -16,7 +16,9 @@ from besa_exp.masks import (
     keep_largest,
     keep_largest_of_rows,
     keep_n_of_m,
+    keep_rows_to_the_weight,
     round_to_total,
+    targets_of_linears,
 )
 from besa_exp.pruners.allocation import project_to_budget, round_to_worth
 from besa_exp.pruners.candidates import CandidateMask, float_candidates
