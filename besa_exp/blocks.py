@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from besa_exp import distributed
 from besa_exp.activations import Allocate
-from besa_exp.call_arguments import Arguments, Reached, arguments_of_the_shape, hidden_of
+from besa_exp.call_arguments import Arguments, Reached, arguments_of_the_shape, check_states, hidden_of
 from besa_exp.errors import RunError
 from besa_exp.linears import LOOKED_FOR, Linear, discover_linears, find_linears, with_weights
 from besa_exp.products import Product, computed_by, is_plain
@@ -144,7 +144,8 @@ def embed(
     batch_size: int,
     allocate: Allocate | None = None,
 ) -> Hidden:
-    """The hidden states that enter block 0, for all samples; `allocate` gives the room, by default on the device."""
+    """The hidden states that enter block 0, for all samples; `allocate` gives the room, by default on the device.
+    NotAlone: they are of another shape."""
     states: list[Tensor] = []
 
     def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -156,9 +157,10 @@ def embed(
     out: Tensor | None = None
     try:
         for start in range(0, len(input_ids), batch_size):
+            batch = input_ids[start : start + batch_size]
             with suppress(Reached):
-                model(input_ids[start : start + batch_size].to(device), use_cache=False)
-            state = states.pop()
+                model(batch.to(device), use_cache=False)
+            check_states(model, state := states.pop(), batch)
             if out is None:
                 shape = torch.Size([len(input_ids), *state.shape[1:]])
                 out = allocate(shape, state.dtype) if allocate else state.new_empty(shape)

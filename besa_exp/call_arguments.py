@@ -121,7 +121,7 @@ def _captured(
 
     def stand_in(*args: Any, **kwargs: Any) -> Any:
         hidden = hidden_of(kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0])
-        _check_states(model, hidden, input_ids)
+        check_states(model, hidden, input_ids)
         seen.append((args[1:], kwargs))
         if len(seen) == len(modules):
             raise Reached
@@ -137,7 +137,8 @@ def _captured(
     return seen
 
 
-def _check_states(model: nn.Module, hidden: Any, input_ids: Tensor) -> None:
+def check_states(model: nn.Module, hidden: Any, input_ids: TokenIds) -> None:
+    """NotAlone: the states that enter a block are not [sample, seq, hidden]."""
     shape = tuple(getattr(hidden, "shape", ()))
     if len(shape) != 3 or shape[:2] != tuple(input_ids.shape):
         raise NotAlone(

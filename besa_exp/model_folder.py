@@ -123,26 +123,47 @@ def read_header(file: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def weight_files(folder: Path, where: str | None = None) -> tuple[list[Path], list[str]]:
-    """The safetensors files that make up the model, by transformers' order: the one that config.json names
+    """The safetensors files that make up the model, by transformers' order: what config.json names
     (`transformers_weights`), model.safetensors, then those of the index; and what is wrong with the set. Where two sets
     can be meant, neither is taken."""
-    where, (whole, index) = where or str(folder), (folder / "model.safetensors", folder / INDEX)
-    if named := _named_weights(folder):
-        whole, index = folder / named, folder / (named if named.endswith(".index.json") else INDEX)
-    indexed, problems = _indexed(index, where) if index.is_file() else ([], [])
-    if whole != index and whole.is_file():
-        if problems or set(indexed) <= {whole}:
-            return [whole], []
-        return [], [
-            f"{where}: holds two sets of weights, {whole.name} and those that {index.name} names, "
-            f"{', '.join(file.name for file in indexed[:2])} ...; remove the one that is not meant"
-        ]
-    if index.is_file():
-        return indexed, problems
+    where, named = where or str(folder), _named_weights(folder)
+    index = _index(folder, named)
+    whole = None if named and index else folder / (named or "model.safetensors")
+    names, problem = _names_in(index) if index and index.is_file() else ([], None)
+    if problem:
+        return [], [problem]
+    if whole and whole.is_file():
+        others = [name for name in names if name != whole.name and (folder / name).is_file()]
+        two = (
+            f"{where}: holds two sets of weights, {whole.name} and {', '.join(others[:2])} ..., which its index names; "
+            "remove the one that is not meant"
+        )
+        return ([], [two]) if others else ([whole], [])
+    if names:
+        missing = [name for name in names if not (folder / name).is_file()]
+        problems = [f"{where}: {', '.join(missing)} missing, which its index names; copy them too"] if missing else []
+        return [folder / name for name in names if name not in missing], problems
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
         return [], [only_pickled(where, pickles[0])]
-    return [], [f"{where}: no {whole.name} in it; give the folder that save_pretrained wrote"]
+    return [], [f"{where}: no {named or 'model.safetensors'} in it; give the folder that save_pretrained wrote"]
+
+
+def index_without_metadata(folder: Path) -> list[str]:
+    """The problem of an index that transformers itself cannot read, though it names all files."""
+    index = _index(folder, _named_weights(folder))
+    if index is None or not index.is_file() or weight_files(folder)[0] == [folder / "model.safetensors"]:
+        return []
+    if isinstance(json.loads(index.read_text(encoding="utf-8")).get("metadata"), dict):
+        return []
+    return [f'{index}: has no "metadata", without which transformers reads no index; add "metadata": {{}}']
+
+
+def _index(folder: Path, named: str | None) -> Path | None:
+    """Where the index would lie; None: the config names a single file."""
+    if named and not named.endswith(".index.json"):
+        return None
+    return folder / (named or INDEX)
 
 
 def _named_weights(folder: Path) -> str | None:
@@ -152,16 +173,12 @@ def _named_weights(folder: Path) -> str | None:
         return None
 
 
-def _indexed(index: Path, where: str) -> tuple[list[Path], list[str]]:
-    """The files that an index names and that are there, and what is wrong with it."""
+def _names_in(index: Path) -> tuple[list[str], str | None]:
+    """The files that an index names, or that it is none."""
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        names, _ = sorted(set(content["weight_map"].values())), content["metadata"]  # transformers wants both
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())), None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        return [], [f"{index}: cannot be read as an index ({error!r}); copy the model folder again"]
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    problems = [f"{where}: {', '.join(missing)} missing, which its index names; copy them too"] if missing else []
-    return [index.parent / name for name in names if name not in missing], problems
+        return [], f"{index}: cannot be read as an index ({error!r}); copy the model folder again"
 
 
 def _held_twice(tensors: dict[str, Any], header: dict[str, Any], file: Path, where: str) -> list[str]:

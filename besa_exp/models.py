@@ -20,7 +20,14 @@ from besa_exp.errors import ConfigurationError, first_line
 from besa_exp.hub import MODEL_FILES, OTHER_FORMATS
 from besa_exp.memory import free_memory
 from besa_exp.model_config import code_of
-from besa_exp.model_folder import CONTEXT_KEYS, inspect_config, inspect_model_folder, only_pickled, weight_files
+from besa_exp.model_folder import (
+    CONTEXT_KEYS,
+    index_without_metadata,
+    inspect_config,
+    inspect_model_folder,
+    only_pickled,
+    weight_files,
+)
 from besa_exp.pickled_weights import converted_folder
 from besa_exp.reachability import HUB_TIMEOUT
 from besa_exp.settings import ModelSettings
@@ -119,7 +126,8 @@ def _checked_folder(settings: ModelSettings, offline: bool) -> Path:
     """The folder of safetensors, converted from pickled weights where that is asked for."""
     folder = _folder(settings, offline)
     facts, problems = inspect_model_folder(folder, "model.path", settings.convert, settings.trust_remote_code)
-    if facts is None:
+    problems = problems or index_without_metadata(folder)
+    if facts is None or problems:
         raise ConfigurationError(*problems)
     if code := code_of(json.loads((folder / "config.json").read_text(encoding="utf-8"))):
         runs = "is run" if settings.trust_remote_code else "is not run: transformers' own classes are used"

@@ -117,6 +117,12 @@ def index_without_metadata(folder: Folder) -> None:
     path.write_text(json.dumps({"weight_map": json.loads(path.read_text())["weight_map"]}))
 
 
+def a_stale_index(folder: Folder) -> None:
+    two_sets(folder)
+    for file in SHARDS:
+        folder.remove(file)
+
+
 ONE_MODEL: dict[str, tuple[bool, Callable[[Folder], None], str | None]] = {  # name: tied, change, part of its note
     "as it was saved": (False, lambda folder: None, None),
     "tied": (True, lambda folder: None, None),
@@ -126,6 +132,7 @@ ONE_MODEL: dict[str, tuple[bool, Callable[[Folder], None], str | None]] = {  # n
     "sharded, beside other files": (False, sharded, None),
     "sharded, a tensor left out of the map": (False, sharded_with_a_short_map, None),
     "an index of the whole file": (False, index_of_the_whole_file, None),
+    "an index whose files are gone": (False, a_stale_index, None),
     "a file that the config names": (False, two_sets_of_which_one_is_named, None),
     "no dtype in the config": (False, no_dtype_in_the_config, None),
     "another dtype in the config": (False, lambda folder: folder.config(dtype="bfloat16"), None),
@@ -173,9 +180,9 @@ def test_whole_streamed_and_transformers_own_are_one_model(name, tmp_path):
 
 
 REFUSED: dict[str, tuple[bool, Callable[[Folder], None], str]] = {
-    "two sets of weights": (False, two_sets, "holds two sets of weights, model.safetensors and those that"),
+    "two sets of weights": (False, two_sets, "holds two sets of weights, model.safetensors and model-00001"),
     "a tensor in two files": (False, held_by_two_files, "is held by model-00002-of-00002.safetensors and by another"),
-    "an index without metadata": (False, index_without_metadata, "cannot be read as an index"),
+    "an index without metadata": (False, index_without_metadata, 'has no "metadata", without which'),
     "untied, no head": (True, lambda folder: folder.config(tie_word_embeddings=False), "lack lm_head.weight"),
     "fewer blocks in the config": (
         False,
