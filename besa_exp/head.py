@@ -1,4 +1,4 @@
-"""The model's head: what it makes of the last block's output."""
+"""The model's head: what it makes of the last block's output, and how far apart two models' predictions are."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ Head = Callable[[Hidden], Logits]
 
 
 def head_of(model: nn.Module, blocks: Sequence[Block], input_ids: Int[Tensor, "sample seq"]) -> Head:
-    """A function from the last block's outputs, of at most as many samples as `input_ids` has, to logits. NotAlone:
-    these depend on the tokens too."""
+    """A function from the last block's outputs, of at most as many samples as `input_ids` has, to logits.
+    Differentiable in the outputs. NotAlone: logits depend on the tokens too."""
     modules = [block.module for block in blocks]
     device = next(model.parameters()).device
     one = input_ids[:1].to(device)
-    state = embed(model, [*blocks], one, 1)
-    if not torch.equal(*(head_logits(model, modules, ids, state) for ids in (one, other_tokens(model, one)))):
+    with torch.no_grad():
+        state = embed(model, [*blocks], one, 1)
+        logits, others = (head_logits(model, modules, ids, state) for ids in (one, other_tokens(model, one)))
+    if not torch.equal(logits, others):
         raise NotAlone(
-            f"{type(model).__name__} makes its logits of the tokens as well as of the last block's output: a budget "
-            "that tries whole models cannot be used"
+            f"{type(model).__name__} makes its logits of the tokens as well as of the last block's output: what "
+            "tries whole models, a budget or a search, cannot be used"
         )
 
     def head(hidden: Hidden) -> Logits:
@@ -36,7 +38,6 @@ def head_of(model: nn.Module, blocks: Sequence[Block], input_ids: Int[Tensor, "s
     return head
 
 
-@torch.no_grad()
 def head_logits(model: nn.Module, modules: list[nn.Module], ids: Int[Tensor, "sample seq"], hidden: Hidden) -> Logits:
     """The model's own forward pass with stand-ins for the blocks, which return a tensor, or a tuple where the model
     wants one. Of `ids` the shape alone matters."""
@@ -53,3 +54,9 @@ def head_logits(model: nn.Module, modules: list[nn.Module], ids: Int[Tensor, "sa
         if logits.shape[:2] == ids.shape:
             return logits
     raise AssertionError("the model makes no logits of its last block's output")
+
+
+def divergence(expected: Logits, found: Logits) -> Float[Tensor, "sample seq"]:
+    """KL(p || q) of each token in fp32, p the distribution of the next token by `expected`, q by `found`."""
+    p, q = expected.float().log_softmax(dim=-1), found.float().log_softmax(dim=-1)
+    return (p.exp() * (p - q)).sum(dim=-1)

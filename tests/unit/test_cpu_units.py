@@ -75,6 +75,8 @@ def test_what_was_computed_in_fp32_is_saved_in_its_own_dtype_with_the_zeros_that
     loop = BlockLoop(loaded, INPUT_IDS, 5, finished, 0, allocator("device", CPU, tmp_path, 0)[1])
     pruner = rounding(SparseGPT(group_size=32), loaded.stored)
     loop.run(pruner, Target(0.5), None, lambda step: None, reports.append)
+    in_memory = [parameter for parameter in loaded.model.parameters() if not parameter.is_meta]
+    assert all(torch.equal(parameter, parameter.half().float()) for parameter in in_memory)
     save_pruned(loaded, finished, tmp_path / "model", "card")
     saved = {name: t for file in (tmp_path / "model").glob("*.safetensors") for name, t in load_file(file).items()}
     assert {tensor.dtype for tensor in saved.values()} == {torch.float16}
