@@ -15,6 +15,7 @@ from besa_exp.linears import replaced_forwards
 
 Logits = Float[Tensor, "sample seq vocabulary"]
 Head = Callable[[Hidden], Logits]
+FEW = 64  # tokens that show what logits depend on
 
 
 def head_of(model: nn.Module, blocks: Sequence[Block], input_ids: Int[Tensor, "sample seq"]) -> Head:
@@ -22,7 +23,7 @@ def head_of(model: nn.Module, blocks: Sequence[Block], input_ids: Int[Tensor, "s
     Differentiable in the outputs. NotAlone: logits depend on the tokens too."""
     modules = [block.module for block in blocks]
     device = next(model.parameters()).device
-    one = input_ids[:1].to(device)
+    one = input_ids[:1, :FEW].to(device)
     with torch.no_grad():
         state = embed(model, [*blocks], one, 1)
         logits, others = (head_logits(model, modules, ids, state) for ids in (one, other_tokens(model, one)))
