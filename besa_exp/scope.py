@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ def takes_apart(pruner: Any) -> bool:
     return takes_apart(inner) if inner else getattr(pruner, "scope", "block") == "sub_block"
 
 
+@runtime_checkable
 class Refinement(Protocol):
     """A search over the whole model that begins where the block loop has ended."""
 

@@ -11,6 +11,7 @@ never worse on them than where it began.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,27 +24,32 @@ from besa_exp.blocks import Block, Hidden
 from besa_exp.pruners.whole_model import KeepMasks, Weights, Whole, batches
 from besa_exp.reports import ModelStep
 
+logger = logging.getLogger(__name__)
+
 WARM_UP = 5  # steps in which the step size rises to its full value
+STEP_SIZES = (0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)  # that are tried, the largest first
+TRIED = 4  # steps with each
 
 
 @dataclass(frozen=True)
 class ModelTuning:
     """`lr`: the first step, as a fraction of the root mean square of a linear's kept weights; it falls to 0 along a
-    cosine. `checks`: how often the probe samples judge."""
+    cosine. None: of STEP_SIZES the one whose first TRIED steps lower the probe's divergence most; smaller ones are
+    tried until that gets no better. `checks`: how often the probe samples judge."""
 
     steps: int = 28
     batch_size: int = 2
-    lr: float = 1e-3
-    checks: int = 2
+    lr: float | None = None
+    checks: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
         for field in ("steps", "batch_size", "checks"):
             if getattr(self, field) < 1:
-                raise ValueError(f"pruner.tuning.{field}={getattr(self, field)}: must be at least 1")
-        if not 0 < self.lr <= 1:
+                raise ValueError(f"pruner.model.{field}={getattr(self, field)}: must be at least 1")
+        if self.lr is not None and not 0 < self.lr <= 1:
             raise ValueError(
-                f"pruner.tuning.lr={self.lr}: must be above 0 and at most 1, in units of the weights' size"
+                f"pruner.model.lr={self.lr}: must be above 0 and at most 1, in units of the weights' size, or null"
             )
 
     def refine(
@@ -54,8 +60,9 @@ class ModelTuning:
         on_step: Callable[[ModelStep], None],
     ) -> tuple[Sequence[KeepMasks], list[Weights]]:
         """The same masks, and the kept weights in fp32. `weights`: where they begin, the dense ones where None."""
-        state = _Tuned.of(whole, keep_masks, weights, self.lr)
         learn, probe = whole.samples()
+        lr = self.lr or self._step_size(whole, keep_masks, weights, learn, probe)
+        state = _Tuned.of(whole, keep_masks, weights, lr)
         best, best_loss = state.copy(), whole.divergence(probe, state.weights)
         every = math.ceil(self.steps / self.checks)
         for number, samples in zip(range(self.steps), batches(learn, self.batch_size, self.seed), strict=False):
@@ -67,6 +74,26 @@ class ModelTuning:
                 if found < best_loss:
                     best, best_loss = state.copy(), found
         return keep_masks, best
+
+    def _step_size(
+        self,
+        whole: Whole,
+        keep_masks: Sequence[KeepMasks],
+        weights: Sequence[Weights] | None,
+        learn: int,
+        probe: Tensor,
+    ) -> float:
+        best, best_loss = STEP_SIZES[-1], math.inf
+        for lr in STEP_SIZES:
+            state = _Tuned.of(whole, keep_masks, weights, lr)
+            for number, samples in zip(range(TRIED), batches(learn, self.batch_size, self.seed), strict=False):
+                state.step(samples, min(1.0, (number + 1) / WARM_UP))
+            loss = whole.divergence(probe, state.weights)
+            logger.info("step size %g: divergence %.4g on the probe after %d steps", lr, loss, TRIED)
+            if loss >= best_loss:
+                break
+            best, best_loss = lr, loss
+        return best
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,8 @@ class Decided:
     ) -> PrunedBlock:
         """What was decided for this block."""
         before = self.before[block.index]
+        for step in before.steps:
+            on_step(step)
         pruned = pruned_by_masks({name: mask.to(block.device) for name, mask in self.keep_masks[block.index].items()})
         weights = self.weights[block.index] if self.weights else None
         return replace(pruned, weights=weights, loss_before=before.loss_before, steps=before.steps)
