@@ -22,7 +22,8 @@ def config_problems(config: Mapping[str, Any], where: str, trust_remote_code: bo
             f"{where}: {_kind(config)} is an encoder-decoder (is_encoder_decoder in its config.json); blocks are "
             "looked for in decoder-only models: give one of these"
         )
-    quantisation = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
+    quantisation = config.get("quantization_config")
+    quantisation = quantisation or (config.get("text_config") or {}).get("quantization_config")
     if quantisation:
         method = quantisation.get("quant_method") or quantisation.get("format") or "an unnamed method"
         problems.append(

@@ -15,10 +15,11 @@ from typing import Any
 
 from besa_exp import distributed
 from besa_exp.activations import activation_bytes, allocator
-from besa_exp.block_loop import BlockLoop
+from besa_exp.block_loop import BlockLoop, check_blocks
 from besa_exp.calibration import Calibration, load_calibration, save_tokens
 from besa_exp.checkpoint import write_card
 from besa_exp.console import RunConsole
+from besa_exp.cpu_units import in_a_fast_dtype, rounding
 from besa_exp.device import compute_dtype, peak_memory, prepared_device
 from besa_exp.environment import environment
 from besa_exp.errors import ConfigurationError
@@ -56,9 +57,10 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
         folder.write_environment(environment(device))
         console.stage(f"loading {settings.model.path}")
         with run.timed("load"):
-            loaded = load_model(settings.model, device, settings.offline)
+            loaded = in_a_fast_dtype(load_model(settings.model, device, settings.offline), settings.model.dtype)
         with run.timed("calibrate"):
             calibration = _calibrate(run, loaded)
+            check_blocks(loaded, distributed.own_samples(calibration.input_ids), settings.calibration.batch_size)
         finished = FinishedBlocks(folder.blocks)
         ends = unit_ends(len(block_names(loaded)), blocks_together(settings.pruner))
         identity = request_identity(config, calibration.tokens_sha256)
@@ -69,6 +71,7 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
             dense = score_dense(run, loaded) if settings.evaluator.dense else None
             reports, finished = _prune_model(run, loaded, calibration, tracker, reports, finished)
             results = results_of(settings, calibration, reports, environment(device))
+            results |= {"model_notes": [*loaded.notes]} if loaded.notes else {}
             saved = save(run, loaded, finished, results)
             with reread(run, loaded, finished, calibration) as reloaded:
                 scores = score(run, "pruned", saved)
@@ -178,6 +181,7 @@ def _follow(
             reports.append(report)
 
         target = Target.parse(settings.sparsity, settings.pattern)
+        pruner = rounding(pruner, loop.loaded.stored)
         loop.run(pruner, target, settings.budget if budget else None, on_step, on_block)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from besa_exp.calibration import load_calibration
 from besa_exp.errors import ConfigurationError, Unavailable, first_line
@@ -21,6 +21,7 @@ from besa_exp.models import config_folder, load_tokenizer, model_context, model_
 from besa_exp.settings import ModelSettings, RunSettings
 from besa_exp.streaming import dtype_of
 from besa_exp.text_sources import HUB_FILES, Use, fetch
+from besa_exp.transformers_config import read_config
 
 LARGEST_TEXT = 30e6  # bytes of a file that is read here; C4's shard has 320 MB
 ASKED = 64  # questions of a task whose lengths stand for all
@@ -45,9 +46,9 @@ def model_without_weights(settings: ModelSettings, offline: bool) -> PreTrainedM
     options = {"trust_remote_code": settings.trust_remote_code}
     folder = config_folder(settings, offline)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=offline, **options)
+        config, _ = read_config(folder, settings.trust_remote_code)
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype_of(config, settings.dtype), **options)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype_of(config, settings.dtype, folder), **options)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"model.path={settings.path}: no model can be built from its config ({first_line(error)}); it must be a "
