@@ -113,7 +113,7 @@ def _windows(
         try:
             if reason := _unread(source, "perplexity"):
                 raise Unavailable(reason)
-            count, length = windows_of(source, tokenizer, window, offline=True)[0].shape
+            count, length = windows_of(source, tokenizer, window, True, settings.evaluator.column)[0].shape
         except Unavailable as error:
             notes.append(f"perplexity on {source}: {first_line(error)}")
         else:

@@ -64,6 +64,10 @@ def _set_problems(settings: EvaluatorSettings, context: int | None) -> list[str]
         except ConfigurationError as error:
             problems += error.problems
             continue
+        if len(shape) == 2 and shape[1] < 2:
+            problems.append(
+                f"{key}={source}: its windows have one token each, and nothing is predicted; give rows of two or more"
+            )
         if context is not None and len(shape) == 2 and shape[1] > context:
             problems.append(
                 f"{key}={source}: its windows of {shape[1]} tokens exceed the model's context, {context}; cut its rows"

@@ -90,7 +90,9 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
         union["unavailable"][name] = reason
         if name in scores.perplexity:
             union["perplexity"][name] = None
-    union |= {"simulated_speed": scores.simulated_speed} if scores.simulated_speed else {}
+    if scores.simulated_speed:
+        union["simulated_speed"] = scores.simulated_speed
+        union["unavailable"].pop("simulated speed", None)
     if scores.speed:  # measured anew each time it is asked for: this may be another device
         union["speed"] = scores.speed
         if "unavailable" not in scores.speed:
@@ -133,6 +135,8 @@ def _set_difference(
     differs = []
     if path.is_file() and record.get("file_sha256") not in (None, file_sha256(path)):
         differs.append("the file has changed since")
+    if path.is_file() and record.get("column") not in (None, settings.column):
+        differs.append(f"column {record['column']} then, {settings.column} now")
     window = None if context is None and settings.seq_len is None else perplexity_window(settings, context or 0)
     if window is not None and not _has_own_windows(name) and record.get("seq_len") not in (None, window):
         differs.append(f"windows of {record['seq_len']} tokens then, {window} now")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from besa_exp import distributed
 from besa_exp.blocks import capture_blocks, embed
+from besa_exp.errors import as_unavailable
 from besa_exp.evaluation.batches import BatchSize, rows_at_once, tokens_at_once
 from besa_exp.evaluation.perplexity import Perplexity, perplexity_of, sum_of_losses
 from besa_exp.head import head_logits
@@ -22,11 +23,20 @@ def streamed_perplexity(
 ) -> Perplexity:
     """As `perplexity`, of a model whose blocks are read from files. Holds the hidden states of all own windows."""
     size = rows_at_once(tokens_at_once(model), windows.shape[1]) if batch_size == "auto" else batch_size
-    total = torch.zeros((), dtype=torch.float64)
     own = distributed.own_samples(windows)
-    for ids, logits in streamed_logits(model, weights, own, size) if len(own) else ():
-        total += sum_of_losses(logits, ids).cpu()
+    total = distributed.agreed(lambda: _sum(model, weights, own, size))
     return perplexity_of(float(distributed.all_sum(total)), windows, size)
+
+
+def _sum(
+    model: nn.Module, weights: StreamedWeights, windows: Int[Tensor, "window seq"], batch_size: int
+) -> Float[Tensor, ""]:
+    """The sum of the losses of all windows."""
+    total = torch.zeros((), dtype=torch.float64)
+    with as_unavailable():
+        for ids, logits in streamed_logits(model, weights, windows, batch_size) if len(windows) else ():
+            total += sum_of_losses(logits, ids).cpu()
+    return total
 
 
 @torch.no_grad()

@@ -271,14 +271,25 @@ def truncated(path: Path) -> Path:
 UNREADABLE = {  # what is wrong: (how to make the file in a folder, what the message must say)
     "missing": (lambda folder: folder / "nothing.txt", "no such file"),
     "a folder": (lambda folder: folder, "is a folder"),
-    "another kind": (lambda folder: write_bytes(folder / "a.docx", b"x"), ".jsonl.gz"),
+    "another kind": (lambda folder: write_bytes(folder / "a.docx", b"x"), ".jsonl, .json, .parquet"),
     "not UTF-8": (lambda folder: write_bytes(folder / "a.txt", "caf\u00e9".encode("latin-1")), "byte 3"),
     "empty": (lambda folder: write_bytes(folder / "a.txt", b"\n \n"), "no text"),
     "no JSON": (lambda folder: write_bytes(folder / "a.jsonl", b'{"text": "a"}\n{"text": \n'), "line 2"),
-    "no text field": (lambda folder: write_jsonl(folder / "a.jsonl", ["a"], "body"), "no text under 'text'"),
-    "no gzip": (lambda folder: write_bytes(folder / "a.jsonl.gz", b'{"text": "a"}\n'), "line 1"),
+    "no text field": (
+        lambda folder: write_jsonl(folder / "a.jsonl", ["a"], "body"),
+        "no column 'text' but body; calibration.column",
+    ),
+    "a list": (lambda folder: write_bytes(folder / "a.json", b'[{"text": "a"}]'), "jq -c"),
+    "half a pair": (lambda folder: write_bytes(folder / "a.jsonl", b'{"text": "a"}\n{"text": "a\\ud83d"}\n'), "line 2"),
+    "a number": (lambda folder: write_bytes(folder / "a.jsonl", b'{"text": 3}\n'), "int, not text"),
+    "UTF-16": (lambda folder: write_bytes(folder / "a.txt", "text".encode("utf-16")), "iconv -f utf-16"),
+    "broken gzip": (
+        lambda folder: write_bytes(folder / "a.jsonl.gz", gzip.compress(b"x" * 99)[:10] + b"rest"),
+        "cannot be",
+    ),
     "truncated gzip": (lambda folder: truncated(write_jsonl(folder / "a.jsonl.gz", [words(3000)])), "line 1"),
     "no text column": (lambda folder: write_parquet(folder / "a.parquet", ["a"], "body"), "no column 'text' but body"),
+    "numbers": (lambda folder: write_parquet(folder / "a.parquet", [3], "text"), "int, not text"),  # type: ignore[list-item]
     "truncated parquet": (lambda folder: truncated(write_parquet(folder / "a.parquet", [words(3000)])), "parquet"),
 }
 

@@ -266,7 +266,7 @@ def test_a_model_with_broken_logits_has_no_perplexity_and_says_so(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     scores = score(broken, settings(tmp_path / "a.txt"))
     assert scores.perplexity[str(tmp_path / "a.txt")] is None
-    assert "not a finite number" in scores.unavailable[str(tmp_path / "a.txt")]
+    assert "logits are not finite" in scores.unavailable[str(tmp_path / "a.txt")]
 
 
 def test_a_loss_too_large_for_a_float_is_infinite_not_a_crash():
