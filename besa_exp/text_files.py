@@ -3,7 +3,7 @@
 Three formats, told by the name: plain text, JSON lines (an object a line) and parquet. The first two may be compressed
 with gzip, xz, zstd or bzip2, which is told by their first bytes whatever the name says. Text is UTF-8; a byte order
 mark before it is dropped; lines of JSON end at \\n alone, as U+2028 and the like are part of a text. A null stands for
-no text, in every format alike. What cannot be read is a ConfigurationError that names the file, the line and the remedy.
+no text, in every format alike. What cannot be read is a ConfigurationError that names file, line and remedy.
 """
 
 from __future__ import annotations

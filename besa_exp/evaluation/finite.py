@@ -22,8 +22,8 @@ def check_finite(logits: Tensor) -> None:
     lowest, highest = (float(value) for value in torch.aminmax(logits.detach()))
     if not (-float("inf") < lowest <= highest < float("inf")):
         raise Unavailable(
-            f"the model's logits are not finite (from {lowest} to {highest}), so nothing of it can be scored: its weights "
-            "or its states are broken; where the weights are float16, model.dtype=float32 may help"
+            f"the model's logits are not finite (from {lowest} to {highest}), so nothing of it can be scored: its "
+            "weights or its states are broken; where the weights are float16, model.dtype=float32 may help"
         )
 
 

@@ -24,6 +24,7 @@ from besa_exp.evaluation.finished_scores import FinishedScores
 from besa_exp.evaluation.perplexity import cut_windows, perplexity
 from besa_exp.evaluation.simulated_speed import simulate_model
 from besa_exp.evaluation.speed import measure_model
+from besa_exp.evaluation.task_definitions import scored_names
 from besa_exp.settings import EvaluatorSettings
 from besa_exp.text_sources import COLUMN, file_sha256, is_token_file, read_text
 from besa_exp.tokens import (
@@ -178,22 +179,25 @@ def _score_tasks(
     finished: FinishedScores | None,
 ) -> None:
     on_progress("loading lm-eval")
-    tokenizer = loaded.tokenizer
-    if reason := _no_tasks(tokenizer):
-        scores.unavailable.update(dict.fromkeys(settings.tasks, reason))
+    tasks = scored_names(settings.tasks, settings.include_path)
+    try:
+        with as_unavailable():
+            scored = _harness(loaded, settings)
+            scores.provenance["zero_shot"] = _tasks_record(loaded.model, loaded.tokenizer, settings, seed)
+    except Unavailable as error:
+        scores.unavailable.update(dict.fromkeys(tasks, str(error)))
         return
-    assert tokenizer is not None
-    from besa_exp.evaluation.zero_shot import harness, score_task
+    from besa_exp.evaluation.zero_shot import score_task
 
-    scored = harness(loaded.model, tokenizer, settings.batch_size, _context(loaded.model))
-    scores.provenance["zero_shot"] = _tasks_record(loaded.model, tokenizer, settings, seed)
-    request = {"limit": settings.limit, "num_fewshot": settings.num_fewshot, "seed": seed, "data": settings.data_dir}
+    keys = ("limit", "num_fewshot", "include_path")
+    request = {key: getattr(settings, key) for key in keys} | {"seed": seed, "data": settings.data_dir}
     with callable_model(loaded):
-        for task in settings.tasks:
+        for task in tasks:
             earlier = finished.find("zero_shot", task, request) if finished else None
             on_progress(f"zero-shot {task}" + (", scored before" if earlier else ""))
             try:
-                metrics, record = earlier or astuple(score_task(task, scored, settings, offline, seed))
+                with as_unavailable():
+                    metrics, record = earlier or astuple(score_task(task, scored, settings, offline, seed))
             except Unavailable as error:
                 scores.unavailable[task] = str(error)
                 continue
@@ -203,23 +207,23 @@ def _score_tasks(
                 finished.keep("zero_shot", task, request, (metrics, record))
 
 
+def _harness(loaded: LoadedModel, settings: EvaluatorSettings) -> Any:
+    """The model as lm-eval scores it. Unavailable: why no task can be scored."""
+    if loaded.tokenizer is None:
+        raise Unavailable("the model has no tokenizer; a zero-shot task needs one")
+    try:
+        from besa_exp.evaluation.zero_shot import harness
+    except ImportError as error:
+        raise Unavailable(f"lm-eval cannot be imported ({error}); pip install 'lm-eval[hf]>=0.4.13'") from error
+    return harness(loaded.model, loaded.tokenizer, settings.batch_size, _context(loaded.model))
+
+
 def callable_model(loaded: LoadedModel) -> AbstractContextManager[None]:
     """The model as a whole can be called for as long as this lasts."""
     if loaded.weights is None:
         return nullcontext()
     path, modules = discover_blocks(loaded.model)
     return loaded.weights.on_demand({f"{path}.{index}": module for index, module in enumerate(modules)})
-
-
-def _no_tasks(tokenizer: Any) -> str | None:
-    """Why no zero-shot task can be scored; None: nothing speaks against it. lm-eval is loaded."""
-    if tokenizer is None:
-        return "the model has no tokenizer; a zero-shot task needs one"
-    try:
-        import besa_exp.evaluation.zero_shot  # noqa: F401
-    except ImportError as error:
-        return f"lm-eval cannot be imported ({error}); pip install 'lm-eval[hf]>=0.4.13'"
-    return None
 
 
 def _tasks_record(model: Any, tokenizer: Any, settings: EvaluatorSettings, seed: int) -> dict[str, Any]:
