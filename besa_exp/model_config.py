@@ -61,7 +61,7 @@ def adapter_problem(adapter: Mapping[str, Any], where: str) -> str:
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of the config of a model that also sees or hears, what is said of its decoder; else, and where that is null, all."""
+    """What the config of a model that also sees or hears says of its decoder; else, and where that is null, all."""
     text = config.get("text_config")
     return text if isinstance(text, Mapping) else config
 

@@ -30,11 +30,11 @@ def token_file_shape(path: Path) -> tuple[int, ...]:
         raise ConfigurationError(f"{path}: {TOKENS_KEY!r} has the type {dtype} and the shape {list(shape)}; {rule}")
     if masked:
         raise ConfigurationError(
-            f"{path}: its {MASK_KEY!r} leaves tokens out, and every token here counts; cut or pack the rows so that none "
-            f"is padding, and save {TOKENS_KEY!r} alone"
+            f"{path}: its {MASK_KEY!r} leaves tokens out, and every token here counts; cut or pack the rows so that "
+            f"none is padding, and save {TOKENS_KEY!r} alone"
         )
     if unused:
         raise ConfigurationError(
-            f"{path}: holds {', '.join(unused)} beside {TOKENS_KEY!r}, which would not be used; save {TOKENS_KEY!r} alone"
+            f"{path}: holds {', '.join(unused)} beside {TOKENS_KEY!r}, which is not used; save {TOKENS_KEY!r} alone"
         )
     return shape

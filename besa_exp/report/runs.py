@@ -196,7 +196,8 @@ def _scores(results: Mapping[str, Any], provenance: Mapping[str, Any]) -> Iterat
     for task, metrics in (results.get("zero_shot") or {}).items():
         record = (harness.get("tasks") or {}).get(task) or {}
         facets = _task_facets(harness, record)
-        whole = record.get("documents") is None or record["documents"] == record.get("questions", record["documents"])
+        there = record.get("questions")
+        whole = harness.get("limit") is None if there is None else record.get("documents") == there
         for key, value in metrics.items():
             metric = key.removesuffix(",none")
             if "_stderr" not in metric and value is not None:
