@@ -136,9 +136,8 @@ def _requests(
     from besa_exp.evaluation.task_loading import load_task
     from besa_exp.evaluation.zero_shot import quiet, seeded
 
-    names = scored_names(wanted.tasks, wanted.include_path)
     found, whole = [], True
-    for name in names:
+    for name in scored_names(wanted.tasks, wanted.include_path):
         try:
             with quiet(), seeded(settings.seed), as_unavailable():
                 tasks = load_task(name, wanted, offline=True).tasks.values()

@@ -86,9 +86,9 @@ def all_names(include_path: str | None = None) -> list[str]:
     return list(dict.fromkeys([*TASK_FOLDERS, *own, *(read_definitions(root) if root else ())]))
 
 
-def scored_names(names: Iterable[str], include_path: str | None = None) -> tuple[str, ...]:
-    """The names with a score of their own: a tag, or a group without an average, stands for its parts."""
-    return tuple(dict.fromkeys(part for name in names for part in _scored_parts(name, include_path)))
+def scored_names(names: Iterable[str], include_path: str | None = None) -> Iterator[str]:
+    """The names with a score of their own, each once: a tag, or a group without an average, stands for its parts."""
+    yield from dict.fromkeys(part for name in names for part in _scored_parts(name, include_path))
 
 
 def _scored_parts(name: str, include_path: str | None) -> Iterator[str]:

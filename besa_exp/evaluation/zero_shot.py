@@ -101,7 +101,7 @@ class Harness(_HFLM):
         finally:
             self.batch_size_per_gpu = before
 
-    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **options: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **options: Any) -> list[tuple[float, bool]]:
         if any(not context or not continuation for _, context, continuation in requests):
             raise Unavailable(
                 "one of its choices has no tokens of its own: the tokenizer joins it with what is before it"
@@ -215,13 +215,15 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without lm-eval's notices, and without progress bars where nobody watches: they go to stderr unasked."""
+    """Without lm-eval's notices, some of which are printed, and without progress bars where nobody watches: they go to
+    stderr unasked."""
     logger = logging.getLogger("lm_eval")
     level, bars = logger.level, datasets.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
-        with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+        bars_seen = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+        with bars_seen, contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logger.setLevel(level)

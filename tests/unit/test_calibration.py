@@ -310,6 +310,15 @@ TOKEN_FILES = {
     "three dimensions": ({"input_ids": torch.ones(2, 2, 2, dtype=torch.int64)}, "[2, 2, 2]"),
     "negative": ({"input_ids": -torch.ones(2, 8, dtype=torch.int64)}, "negative"),
     "longer than the context": ({"input_ids": torch.ones(2, 65, dtype=torch.int64)}, "context of 64"),
+    "a mask with holes": (
+        {"input_ids": torch.ones(2, 8, dtype=torch.int64), "attention_mask": torch.tensor([[0] + [1] * 7, [1] * 8])},
+        "'attention_mask' leaves tokens out",
+    ),
+    "more than is used": (
+        {"input_ids": torch.ones(2, 8, dtype=torch.int64), "labels": torch.ones(2, 8, dtype=torch.int64)},
+        "holds labels beside 'input_ids'",
+    ),
+    "one token a sample": ({"input_ids": torch.ones(2, 1, dtype=torch.int64)}, "one token each"),
     "beyond the vocabulary": ({"input_ids": torch.full((2, 8), 258)}, "vocabulary of 258"),
 }
 
@@ -319,6 +328,13 @@ def test_a_token_file_that_does_not_fit_is_refused_with_the_reason(tmp_path, wro
     content, reason = TOKEN_FILES[wrong]
     save_file(content, tmp_path / "t.safetensors")
     assert reason in refusal(settings(tmp_path / "t.safetensors"), vocabulary=258)
+
+
+def test_a_mask_of_ones_says_nothing_and_the_tokens_are_taken(tmp_path):
+    ids = torch.arange(16).view(2, 8)
+    save_file({"input_ids": ids, "attention_mask": torch.ones(2, 8, dtype=torch.bool)}, tmp_path / "t.safetensors")
+    found = load_calibration(settings(tmp_path / "t.safetensors"), None, CONTEXT, True)
+    assert torch.equal(found.input_ids, ids)
 
 
 def test_a_truncated_token_file_is_refused(tmp_path):
