@@ -144,6 +144,8 @@ def test_a_dtype_of_its_own_stands_apart(tmp_path: Path) -> None:
     [
         ({"pruner": {"dense_targets": True}}, "loss against"),
         ({"pruner": {"scope": "pair"}}, "loss over"),
+        ({"pruner": {"scope": "model"}}, "loss over"),
+        ({"pruner": {"model": {"steps": 14}}}, "loss over"),
         ({"pruner": {"pruner": {"scope": "pair"}}}, "loss over"),
         ({"update": {"_target_": "besa_exp.updates.reconstruct.Reconstruct"}}, "loss against"),
     ],
