@@ -32,7 +32,8 @@ DEFINITIONS = {  # one of each kind that lm-eval has
     "metric_list:\n  - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}\n",
     "writing": "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{choices[0]}}'\n"
     "generation_kwargs: {until: ['.'], max_gen_toks: 6, do_sample: false}\nnum_fewshot: 2\n"
-    "process_results: !function written.letters\nmetric_list:\n  - {metric: exact_match, aggregation: mean, higher_is_better: true}\n",
+    "process_results: !function written.letters\n"
+    "metric_list:\n  - {metric: exact_match, aggregation: mean, higher_is_better: true}\n",
     "other": "output_type: multiple_choice\ndoc_to_text: question\ndoc_to_target: answer\n"
     f"doc_to_choice: choices\n{METRICS}",
 }
