@@ -82,8 +82,9 @@ def is_token_file(source: str) -> bool:
     return source.lower().endswith(TOKENS)
 
 
-def check_source(source: str, key: str) -> list[str]:
-    """What is wrong with `source` (the name of a set, or a path) as the value of `key`, in complete sentences."""
+def check_source(source: str, key: str, use: Use, column: str = COLUMN) -> list[str]:
+    """What is wrong with `source` (the name of a set, or a path) as the value of `key`, in complete sentences. Of a
+    file with columns the first row is read."""
     if source in SET_NAMES:
         return []
     path = Path(source).expanduser()
@@ -100,6 +101,11 @@ def check_source(source: str, key: str) -> list[str]:
         return [f"{key}={source}: a file of this kind cannot be read; it must end in {readable_names()}, or {TOKENS}"]
     if not os.access(path, os.R_OK):
         return [f"{key}={source}: you may not read this file; change its permissions or name another"]
+    if format_of(path.name) not in (None, "plain"):
+        try:
+            next(column_texts(path, column, COLUMN_KEYS[use]), None)
+        except ConfigurationError as error:
+            return list(error.problems)
     return []
 
 
@@ -113,7 +119,7 @@ def read_text(source: str, use: Use, offline: bool, column: str = COLUMN) -> Tex
         return _embedded(use)
     if source in HUB_FILES:
         return _from_hub(source, use, offline)
-    if problems := check_source(source, "path"):
+    if problems := check_source(source, "path", use, column):
         raise ConfigurationError(*problems)
     path = Path(source).expanduser()
     plain = format_of(path.name) == "plain"

@@ -50,7 +50,7 @@ def _set_problems(settings: EvaluatorSettings, context: int | None) -> list[str]
     key = "evaluator.perplexity_sets"
     problems = _repeated(settings.perplexity_sets, key)
     for source in settings.perplexity_sets:
-        unreadable = check_source(source, key)
+        unreadable = check_source(source, key, "perplexity", settings.column)
         problems += unreadable
         if unreadable or not is_token_file(source):
             continue

@@ -51,7 +51,7 @@ FORMS = {  # how the same lines may be stored
 def test_the_same_lines_are_read_from_every_form(tmp_path, form):
     name, stored = FORMS[form]
     (tmp_path / name).write_bytes(stored(json_lines(DOCUMENTS)))
-    assert check_source(str(tmp_path / name), "calibration.path") == []
+    assert check_source(str(tmp_path / name), "calibration.path", "calibration") == []
     assert list(column_texts(tmp_path / name, "text", "key")) == DOCUMENTS
     assert [row for _, row in rows(tmp_path / name)] == [{"text": text} for text in DOCUMENTS]
 
@@ -82,6 +82,13 @@ def test_another_column_is_chosen_by_its_name_and_the_error_names_those_that_are
         assert read_text(str(tmp_path / name), "perplexity", True, "title").documents == ("b",)
         with pytest.raises(ConfigurationError, match=r"no column 'text' but body, title; evaluator\.column=NAME"):
             read_text(str(tmp_path / name), "perplexity", True)
+
+
+def test_a_column_that_is_not_there_is_told_before_anything_is_read_whole(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "a"}\n{"body"')
+    (problem,) = check_source(str(tmp_path / "a.jsonl"), "calibration.path", "calibration")
+    assert "no column 'text' but body; calibration.column=NAME" in problem
+    assert check_source(str(tmp_path / "a.jsonl"), "calibration.path", "calibration", "body") == []
 
 
 def test_the_line_of_a_broken_row_is_named(tmp_path):
