@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from besa_exp.model_config import adapter_problem, config_problems, quantised_tensors
+from besa_exp.model_config import adapter_problem, config_problems, quantised_tensors, text_part
 
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")  # of a config, first found
@@ -189,7 +189,7 @@ def _held_twice(tensors: dict[str, Any], header: dict[str, Any], file: Path, whe
 
 
 def _context(config: dict[str, Any]) -> int | None:
-    text = config.get("text_config") or config
+    text = text_part(config)
     context = next((text[key] for key in CONTEXT_KEYS if text.get(key)), None)
     return context if isinstance(context, int) else None
 
