@@ -28,7 +28,8 @@ def main() -> int:
     assert isinstance(config, DictConfig)
     outcome = carry_out(config, request["pruner_name"], Path(request["folder"]))
     sys.stdout.flush()
-    atomic.write_text(Path(request["answer"]), json.dumps({"status": outcome.status, "text": outcome.text}))
+    told = {"status": outcome.status, "text": outcome.text, "missed": outcome.missed}
+    atomic.write_text(Path(request["answer"]), json.dumps(told))
     return outcome.exit_code
 
 

@@ -5,6 +5,7 @@ Load -> score dense if asked -> calibration tokens -> block loop -> save, reload
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from besa_exp.finished_blocks import FinishedBlocks
 from besa_exp.followed_folder import opened
 from besa_exp.identity import request_identity
 from besa_exp.masks import Target
+from besa_exp.missed_target import miss_of, out_of_reach
 from besa_exp.models import LoadedModel, load_model, model_context
 from besa_exp.process import imports_are_done
 from besa_exp.reports import BlockReport, Step
@@ -36,6 +38,8 @@ from besa_exp.scope import blocks_together, unit_ends
 from besa_exp.settings import RunSettings, TrackerSettings
 from besa_exp.tracking import Tracker, start_tracker
 from besa_exp.updates.updated import with_update
+
+logger = logging.getLogger(__name__)
 
 
 def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,6 +55,8 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
         run = Run(settings, device, folder, console, {})
         folder.write_config(config)
         folder.write_environment(environment(device))
+        if warning := out_of_reach(settings):
+            logger.warning(warning)
         console.stage(f"loading {settings.model.path}")
         with run.timed("load"):
             loaded = load_model(settings.model, device, settings.offline)
@@ -71,6 +77,7 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
                 scores = score(run, "pruned", saved)
                 results |= reloaded()
             tracker.log_scores(scores, dense)
+            tracker.log_summary({"target_missed": miss_of(results)})
         results |= score_values(scores) | {"provenance": scores.provenance}
         results |= {"dense": score_values(dense)} if dense else {}
         results |= published(settings, dense or (scores if results["measured_sparsity"] == 0 else None))
