@@ -6,9 +6,9 @@ Load -> score dense if asked -> calibration tokens -> block loop -> save, reload
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from besa_exp.running import Run
 from besa_exp.saving import block_names
 from besa_exp.scope import blocks_together, unit_ends
 from besa_exp.settings import RunSettings, TrackerSettings
+from besa_exp.spent import Spent
 from besa_exp.tracking import Tracker, start_tracker
 from besa_exp.updates.updated import with_update
 
@@ -48,21 +49,20 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
     An unfinished run of the same request goes on after its last whole block. ConfigurationError: the request cannot be
     carried out; RunError: it failed on the way. What was measured and pruned stays."""
     imports_are_done()
-    started = time.perf_counter()
     device = prepared_device(settings)
     resume = request_identity(config) if settings.resume else None
     with distributed.joined(device), opened(path, settings.overwrite, resume) as folder, RunConsole() as console:
-        run = Run(settings, device, folder, console, {})
+        run = Run(settings, device, folder, console, Spent(folder.spent, partial(peak_memory, device)))
         folder.write_config(config)
         folder.write_environment(environment(device))
         if warning := out_of_reach(settings):
             logger.warning(warning)
         console.stage(f"loading {settings.model.path}")
-        with run.timed("load"):
+        with run.spent.timed("load"):
             loaded = load_model(settings.model, device, settings.offline)
-        with run.timed("calibrate"):
+        with run.spent.timed("calibrate"):
             calibration = _calibrate(run, loaded)
-        finished = FinishedBlocks(folder.blocks)
+        finished = FinishedBlocks(folder.blocks, run.spent.keep)
         ends = unit_ends(len(block_names(loaded)), blocks_together(settings.pruner))
         identity = request_identity(config, calibration.tokens_sha256)
         reports = distributed.from_first(lambda: finished.begin(identity, ends))
@@ -81,8 +81,7 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
         results |= score_values(scores) | {"provenance": scores.provenance}
         results |= {"dense": score_values(dense)} if dense else {}
         results |= published(settings, dense or (scores if results["measured_sparsity"] == 0 else None))
-        run.seconds["total"] = time.perf_counter() - started
-        results |= {"seconds": run.seconds, "peak_memory_bytes": peak_memory(device)}
+        results |= {"seconds": run.spent.seconds(), "peak_memory_bytes": run.spent.peak_memory()}
         _write(run, loaded, results)
     return results
 
@@ -153,7 +152,7 @@ def _prune_model(
     _, allocate = allocator(settings.activations, run.device, run.folder.path, needed)
     batch_size, dtype = settings.calibration.batch_size, compute_dtype(settings)
     loop = BlockLoop(loaded, input_ids, batch_size, finished, len(reports), allocate, dtype)
-    with run.timed("prune"), run.console.pruning(len(block_names(loaded)) - len(reports)) as progress:
+    with run.spent.timed("prune"), run.console.pruning(len(block_names(loaded)) - len(reports)) as progress:
 
         def on_step(step: Step) -> None:
             run.folder.log_step(step)

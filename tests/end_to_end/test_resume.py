@@ -54,8 +54,15 @@ def test_a_run_killed_twenty_times_ends_with_the_bytes_of_an_unbroken_one(reques
     assert len(seen) == KILLS
     assert any(kill["writing"] for kill in seen)
     assert len({len(kill["blocks"]) for kill in seen}) > 1
+    spent = json.loads((folder / "spent.json").read_text())["seconds"]
     assert main([*request_arguments, f"hydra.run.dir={folder}"]) == 0
     assert_equal_runs(folder, unbroken)
+    results = json.loads((folder / "results.json").read_text())
+    found, blocks = results["seconds"], [block["seconds"] for block in results["blocks"]]
+    assert found["prune"] >= sum(blocks)  # those of all attempts
+    assert all(found[part] > seconds for part, seconds in spent.items())
+    assert found["total"] >= sum(seconds for part, seconds in found.items() if part in ("load", "calibrate", "prune"))
+    assert not (folder / "spent.json").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
