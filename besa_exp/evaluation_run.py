@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from besa_exp.evaluation.merging import merged, remaining
 from besa_exp.evaluation.scores import Scores, evaluate
 from besa_exp.folder_lock import locked
 from besa_exp.followed_folder import FollowedFolder
+from besa_exp.input_files import fingerprint, write_inputs
 from besa_exp.model_folder import inspect_model_folder
 from besa_exp.models import LoadedModel, load_model, model_context
 from besa_exp.process import imports_are_done
@@ -111,6 +112,8 @@ def _scored(evaluation: _Evaluation, loaded: LoadedModel, config: Mapping[str, A
         evaluation.console.stage(line)
     if settings.overwrite and distributed.is_first():
         atomic.remove(folder.scores)
+    if distributed.is_first():
+        write_inputs(folder.path, fingerprint(replace(settings, evaluator=left.settings)))
     tracked = settings.tracker if distributed.is_first() else TrackerSettings("none")
     tracker = start_tracker(tracked, folder.path / "evaluate", config, folder.path.name, "evaluate")
     failed = True

@@ -37,6 +37,7 @@ from besa_exp.publishing import publish
 from besa_exp.request import CONFIG_NAME, Job, Request
 from besa_exp.run_folder import RunFolder, read_results
 from besa_exp.run_status import is_done, read_status, seen_status
+from besa_exp.streams import keep_streams
 from besa_exp.torchrun import is_leader
 
 Status = Literal["done", "finished before", "refused", "failed"]
@@ -71,6 +72,7 @@ def run_job(config: DictConfig) -> Outcome:
         return finished_before(folder, config)
     if hydra_config.mode != RunMode.MULTIRUN:
         return carry_out(config, pruner_name, folder, single=True)
+    keep_streams()  # of a launcher's process
     number, lines = hydra_config.job.num, list(hydra_config.overrides.task)
     print(f"job {number}: {' '.join(lines)} -> {folder}", flush=True)
     alone = str(hydra_config.launcher._target_).endswith("BasicLauncher")

@@ -44,6 +44,7 @@ WRITTEN = (  # what a run leaves besides .lock and status.json; nothing else in 
     "blocks",
     "scores.json",
     "spent.json",
+    "inputs.json",
     "wandb",
 )
 KEPT = (
@@ -52,6 +53,7 @@ KEPT = (
     "blocks",
     "scores.json",
     "spent.json",
+    "inputs.json",
     "wandb",
 )  # of these an unfinished run goes on
 LEFTOVERS = tuple(f".{name}.{state}" for name in (*WRITTEN, "status.json") for state in ("partial", "replaced"))

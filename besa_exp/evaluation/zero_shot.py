@@ -156,6 +156,11 @@ def load_task(name: str, data_dir: str | None, num_fewshot: int, offline: bool) 
     except LOADING_ERRORS as error:
         remedy = "" if embedded else "; set evaluator.data_dir, or run once with a network and offline=false"
         why = f"the hub cannot be reached: {silent}" if silent else first_line(error)
+        if mirrored:
+            raise Unavailable(
+                f"{source.partition(' ')[0]} cannot be asked ({why}): its rows lack a field of {name}'s prompts, or "
+                "hold another kind of value; give rows with the fields of the task's own data set"
+            ) from error
         raise Unavailable(f"its data cannot be loaded ({why}){remedy}") from error
     task = loaded["tasks"][name]
     assert isinstance(task, ConfigurableTask)
