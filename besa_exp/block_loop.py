@@ -3,7 +3,7 @@ same run has kept is taken from there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -16,22 +16,25 @@ from besa_exp.blocks import Block, Hidden, capture_blocks, embed
 from besa_exp.budgets.budget import Budget, exact_targets
 from besa_exp.budgets.trial import Search, Trial
 from besa_exp.budgets.uniform import Uniform
-from besa_exp.checkpoint import weights_sha256
+from besa_exp.checkpoint import load_masks, masks_description, weights_sha256
 from besa_exp.finished_blocks import FinishedBlocks, block_tensors, load_block_tensors
 from besa_exp.head import head_of
 from besa_exp.masks import Target
 from besa_exp.models import LoadedModel
+from besa_exp.pruners.whole_model import Decided, KeepMasks, Weights, Whole
 from besa_exp.pruning import PrunedBlock, Pruner, prune_blocks
 from besa_exp.replay_check import check_replay
-from besa_exp.reports import BlockReport, Step
-from besa_exp.scope import blocks_together, by_block, units
+from besa_exp.reports import BlockReport, ModelStep, Step
+from besa_exp.saving import pruned_weights
+from besa_exp.scope import Refinement, blocks_together, by_block, units
 
 
 @dataclass
 class BlockLoop:
     """Prunes the blocks of `loaded` after the `done` first ones, which `finished` holds.
 
-    Of several ranks each has its own samples in `input_ids`; the first keeps the blocks."""
+    Of several ranks each has its own samples in `input_ids`; the first keeps the blocks. `keeps_dense`: the weights
+    that pruning overwrites in a model that is loaded whole are held in `dense`, for `refined`."""
 
     loaded: LoadedModel
     input_ids: Tensor
@@ -40,7 +43,9 @@ class BlockLoop:
     done: int
     allocate: Allocate
     compute_dtype: torch.dtype | None = None
+    keeps_dense: bool = False
     dense_sha256: dict[int, str] = field(default_factory=dict)
+    dense: dict[str, Tensor] = field(default_factory=dict)
 
     def run(
         self,
@@ -75,6 +80,59 @@ class BlockLoop:
                 self._keep(block, own, decided)
                 on_block(own)
             del pruned, decided  # they would stay, a quarter of a block or more, until the next one is pruned
+
+    def refined(
+        self, refinements: Sequence[Refinement], before: Sequence[BlockReport], on_step: Callable[[ModelStep], None]
+    ) -> Decided:
+        """What the refinements, one after the other, make of all blocks together, which are all finished now and of
+        which `before` tells: a pruner for a loop of its own. The model is dense again."""
+        blocks = [
+            replace(block, compute_dtype=self.compute_dtype)
+            for block in capture_blocks(self.loaded.model, self.input_ids)
+        ]
+        keep_masks, weights = self._found(blocks)
+        state = self.loaded.model.state_dict()
+        for name, weight in self.dense.items():
+            state[name].copy_(weight)
+        whole = self._whole(blocks)
+        done = 0
+
+        def on_later_step(step: ModelStep) -> None:
+            on_step(replace(step, step=step.step + done))
+
+        for refinement in refinements:
+            keep_masks, weights = refinement.refine(whole, keep_masks, weights, on_later_step)
+            done += refinement.steps
+        return Decided(keep_masks, weights, before)
+
+    def _whole(self, blocks: list[Block]) -> Whole:
+        """The dense model."""
+        outputs = self._embed(blocks)
+        for block in self._resident(blocks):
+            block.outputs(outputs, self.batch_size, out=outputs)
+
+        def resident(backwards: bool) -> Iterable[Block]:
+            return self._resident(blocks[::-1] if backwards else blocks)
+
+        head = head_of(self.loaded.model, blocks, self.input_ids)
+        return Whole(resident, self._embed(blocks), outputs, head, self.batch_size)
+
+    def _found(self, blocks: list[Block]) -> tuple[list[KeepMasks], list[Weights] | None]:
+        """The keep masks of the finished blocks, and their weights where kept ones moved."""
+        distributed.barrier()  # rank 0 has written them
+        files = self.finished.mask_files(len(blocks))
+        keep_masks = [
+            {name: masks[f"{block.name}.{name}.weight"] for name in block.linears}
+            for block, masks in zip(blocks, map(load_masks, files), strict=True)
+        ]
+        if not any(masks_description(file)["weights_updated"] for file in files):
+            return keep_masks, None
+        return keep_masks, [
+            {name: linear.weight.detach().clone() for name, linear in block.linears.items()}
+            for block in (
+                pruned_weights(self.loaded, self.finished).weights.resident(blocks) if self.loaded.weights else blocks
+            )
+        ]
 
     def _resident(self, blocks: list[Block]) -> Iterable[Block]:
         """The blocks in order, each with its weights."""
@@ -125,6 +183,8 @@ class BlockLoop:
         """Whether the block was finished before; then it has its pruned weights now."""
         for layer in block.layers:
             dense = block_tensors(layer.module, layer.name)
+            if self.keeps_dense and not self.loaded.weights:
+                self.dense |= {name: tensor.clone() for name, tensor in dense.items()}
             if layer.index >= self.done:
                 self.dense_sha256[layer.index] = weights_sha256(dense)
             else:

@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from besa_exp import distributed
 from besa_exp.activations import Allocate
 from besa_exp.errors import RunError
 from besa_exp.linears import LOOKED_FOR, Linear, discover_linears, find_linears, replaced_forwards, with_weights
@@ -55,6 +54,11 @@ class Block:
     def device(self) -> torch.device:
         """Where the block computes; hidden states that lie elsewhere are brought there batch by batch."""
         return next(self.module.parameters()).device
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """What its products are computed in."""
+        return self.compute_dtype or next(iter(self.linears.values())).weight.dtype
 
     def __call__(
         self,
@@ -205,13 +209,3 @@ def embed(
         hook.remove()
     assert out is not None, "there are no samples"
     return out
-
-
-def reconstruction_loss(outputs: Hidden, targets: Hidden) -> Float[Tensor, ""]:
-    """sum(((Y - Yhat) / ||Y||_channel)^2) / hidden in fp32, the norm per output channel over the batch's tokens
-    (BESA, Eq. 1, as the authors' code scales it): the mean relative squared error of the channels.
-
-    The batch is that of all ranks; the gradient is that of the own samples' part."""
-    targets = targets.to(outputs.device).float()
-    norm = distributed.all_norm(targets.flatten(0, 1).norm(dim=0))
-    return distributed.all_sum(((targets - outputs.float()) / norm).square().sum()) / targets.shape[-1]

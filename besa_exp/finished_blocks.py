@@ -30,6 +30,7 @@ from besa_exp.identity import IDENTITY, as_plain, check_identity
 from besa_exp.reports import BlockReport, LinearReport, Step
 
 SEARCH = "budget_search.json"
+REFINED = "model"  # the folder of the blocks as a search over the whole model leaves them
 logger = logging.getLogger(__name__)
 
 
@@ -44,6 +45,11 @@ class FinishedBlocks:
     def search(self) -> Progress:
         """That of the search for a budget, if there is one."""
         return Progress(self.folder / SEARCH, self.keep_spent)
+
+    @property
+    def refined(self) -> FinishedBlocks:
+        """The blocks after a search over the whole model, which begins with these."""
+        return FinishedBlocks(self.folder / REFINED, self.keep_spent)
 
     def begin(self, identity: Mapping[str, Any], ends: Collection[int] | None = None) -> list[BlockReport]:
         """The reports of the blocks that are finished, from block 0 on without a gap; later and damaged ones go, and
@@ -60,7 +66,7 @@ class FinishedBlocks:
             reports.pop()
         whole = {file.name for index in range(len(reports)) for file in self._files(index)}
         for file in self.folder.iterdir():
-            if file.name not in (*whole, IDENTITY, SEARCH):
+            if file.name not in (*whole, IDENTITY, SEARCH, REFINED):
                 atomic.remove(file)
         return reports
 

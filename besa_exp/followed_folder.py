@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from besa_exp import distributed
-from besa_exp.reports import BlockReport, Step
+from besa_exp.reports import BlockReport, ModelStep, Step
 from besa_exp.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ class FollowedFolder:
         pass
 
     def log_step(self, step: Step) -> None:
+        pass
+
+    def log_model_step(self, step: ModelStep) -> None:
         pass
 
     def log_block(self, report: BlockReport) -> None:

@@ -1,11 +1,10 @@
-"""The model's head: what it makes of the last block's output."""
+"""The model's head: what it makes of the last block's output, and how far apart two models' predictions are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -17,7 +16,8 @@ Head = Callable[[Hidden], Logits]
 
 
 def head_of(model: nn.Module, blocks: Sequence[Block], input_ids: Int[Tensor, "sample seq"]) -> Head:
-    """A function from the last block's outputs, of at most as many samples as `input_ids` has, to logits."""
+    """A function from the last block's outputs, of at most as many samples as `input_ids` has, to logits.
+    Differentiable in the outputs."""
     modules = [block.module for block in blocks]
     device = next(model.parameters()).device
 
@@ -27,7 +27,6 @@ def head_of(model: nn.Module, blocks: Sequence[Block], input_ids: Int[Tensor, "s
     return head
 
 
-@torch.no_grad()
 def head_logits(model: nn.Module, modules: list[nn.Module], ids: Int[Tensor, "sample seq"], hidden: Hidden) -> Logits:
     """The model's own forward pass with stand-ins for the blocks, which return a tensor, or a tuple where the model
     wants one. Of `ids` the shape alone matters."""
@@ -44,3 +43,9 @@ def head_logits(model: nn.Module, modules: list[nn.Module], ids: Int[Tensor, "sa
         if logits.shape[:2] == ids.shape:
             return logits
     raise AssertionError("the model makes no logits of its last block's output")
+
+
+def divergence(expected: Logits, found: Logits) -> Float[Tensor, "sample seq"]:
+    """KL(p || q) of each token in fp32, p the distribution of the next token by `expected`, q by `found`."""
+    p, q = expected.float().log_softmax(dim=-1), found.float().log_softmax(dim=-1)
+    return (p.exp() * (p - q)).sum(dim=-1)

@@ -5,6 +5,8 @@ Every block is pruned on the outputs of the pruned blocks before it (the pruned 
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +18,15 @@ from torch import Tensor
 
 from besa_exp import distributed
 from besa_exp.activations import Allocate
-from besa_exp.blocks import Block, Hidden, reconstruction_loss
+from besa_exp.blocks import Block, Hidden
 from besa_exp.errors import RunError
+from besa_exp.losses import Loss, token_loss
 from besa_exp.masks import Target
 from besa_exp.observation import observe
 from besa_exp.reports import BlockReport, LinearReport, Step
 from besa_exp.statistics import Statistic, is_finite
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,26 @@ def finite_step(
     return Step(block.index, step, *values)
 
 
+def checked_gradient(step: Step, gradient: Tensor) -> Tensor:
+    """`gradient` itself. RunError: it is not finite. Where it is all zero although there is a loss, a warning says so:
+    the search learns nothing in such a step."""
+    largest = float(gradient.abs().max())
+    if not math.isfinite(largest):
+        raise RunError(
+            f"block {step.block}: the gradient is {largest} at step {step.step}; the dtype overflows: compute in "
+            "float32 or bfloat16 (compute_dtype or model.dtype)."
+        )
+    if largest == 0 and step.reconstruction > 0:
+        logger.warning(
+            "block %d: the gradient of step %d is zero everywhere although the loss is %.3g, so nothing is learned "
+            "from it; compute in float32 or bfloat16 (compute_dtype or model.dtype)",
+            step.block,
+            step.step,
+            step.reconstruction,
+        )
+    return gradient
+
+
 def num_probe_samples(num_samples: int) -> int:
     """How many samples, the last ones, a search does not learn from: they choose between its states and give the
     reported losses."""
@@ -116,10 +141,12 @@ def own_probe(samples: Hidden) -> Float[Tensor, "probe seq hidden"]:
     return samples[distributed.own_place(num_samples - num_probe_samples(num_samples)) :]
 
 
-def probe_loss(block: Block, inputs: Hidden, targets: Hidden, weights: Mapping[str, Tensor]) -> float:
-    """The reconstruction loss of the probe samples with `weights` in place of the block's own. RunError: not finite."""
+def probe_loss(
+    block: Block, inputs: Hidden, targets: Hidden, weights: Mapping[str, Tensor], loss: Loss = token_loss
+) -> float:
+    """The loss of the probe samples with `weights` in place of the block's own. RunError: not finite."""
     probe = own_probe(inputs)
-    return _finite_loss(block, block.outputs(probe, max(1, len(probe)), weights), own_probe(targets))
+    return _finite_loss(block, block.outputs(probe, max(1, len(probe)), weights), own_probe(targets), loss)
 
 
 @torch.no_grad()
@@ -184,13 +211,13 @@ def prune_blocks(
             dense_inputs, targets = targets, dense_inputs
 
 
-def _finite_loss(block: Block, outputs: Hidden, targets: Hidden) -> float:
-    loss = reconstruction_loss(outputs, targets)
-    if not torch.isfinite(loss):
+def _finite_loss(block: Block, outputs: Hidden, targets: Hidden, loss: Loss = token_loss) -> float:
+    value = float(loss(outputs, targets))
+    if not math.isfinite(value):
         raise RunError(
-            f"{block.name}: the reconstruction loss is {float(loss)}; its inputs, targets or outputs are not finite."
+            f"{block.name}: the reconstruction loss is {value}; its inputs, targets or outputs are not finite."
         )
-    return float(loss)
+    return value
 
 
 def _report(block: Block, pruned: PrunedBlock, after: float, seconds: float) -> BlockReport:

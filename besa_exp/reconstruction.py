@@ -26,8 +26,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from besa_exp import distributed
-from besa_exp.blocks import Block, Hidden, reconstruction_loss
+from besa_exp.blocks import Block, Hidden
 from besa_exp.linears import find_norms
+from besa_exp.losses import differentiate, token_loss
 from besa_exp.masks import keep_largest
 from besa_exp.pruning import finite_step, num_probe_samples, probe_loss
 from besa_exp.reports import Step
@@ -196,11 +197,18 @@ class _State:
     def step(self, inputs: Hidden, targets: Hidden, scale: float, number: int) -> Step:
         """One step of Adam on this rank's samples of the batch; it may have none."""
         self._fill()
-        loss = reconstruction_loss(self.block(inputs, self.masked), targets)
+        outputs = self.block(inputs, self.masked)
+        loss, upstream, multiple = differentiate(
+            lambda reached: token_loss(reached, targets), outputs, self.block.product_dtype
+        )
         leaves = list(self.masked.values())
-        gradients = torch.autograd.grad(loss, leaves) if len(inputs) else [torch.zeros_like(leaf) for leaf in leaves]
+        gradients = (
+            torch.autograd.grad(outputs, leaves, upstream)
+            if len(inputs)
+            else [torch.zeros_like(leaf) for leaf in leaves]
+        )
         for name, gradient in zip(self.masked, gradients, strict=True):
-            summed = distributed.all_sum(gradient.float())
+            summed = distributed.all_sum(gradient.float() / multiple)
             if name in self.norms:
                 self.norms[name].grad = summed
             else:

@@ -18,6 +18,16 @@ class Step:
 
 
 @dataclass(frozen=True)
+class ModelStep:
+    """One step of a search over the whole model: `divergence` from the dense model, mean KL a token in nats, of the
+    step's samples, and the least that the probe samples had so far."""
+
+    step: int
+    divergence: float
+    probe_divergence: float
+
+
+@dataclass(frozen=True)
 class LinearReport:
     """How many of one linear's weights are zero; `allocated` is the sparsity the allocation asked of it."""
 
@@ -34,8 +44,8 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One pruned block. The losses are the paper's reconstruction loss (Eq. 1, per output channel relative to the
-    target's norm) on the probe samples: `loss_before` with the starting mask, nothing learned or updated,
+    """One pruned block. The losses are the reconstruction loss (each token's squared error relative to its own size;
+    `besa_exp.losses`) on the probe samples: `loss_before` with the starting mask, nothing learned or updated,
     `loss_after` with the weights as written."""
 
     index: int

@@ -5,8 +5,10 @@ Load -> score dense if asked -> calibration tokens -> block loop -> save, reload
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,13 @@ from besa_exp.errors import ConfigurationError
 from besa_exp.finished_blocks import FinishedBlocks
 from besa_exp.finite_weights import check_finite_weights
 from besa_exp.followed_folder import opened
-from besa_exp.identity import request_identity
+from besa_exp.identity import IDENTITY, request_identity
 from besa_exp.input_files import fingerprint, write_inputs
 from besa_exp.masks import Target
 from besa_exp.missed_target import miss_of, out_of_reach
 from besa_exp.models import LoadedModel, load_model, model_context
 from besa_exp.process import imports_are_done
+from besa_exp.pruning import Pruner
 from besa_exp.reports import BlockReport, Step
 from besa_exp.results import results_of, score_values
 from besa_exp.run_dense import dense_results
@@ -37,7 +40,7 @@ from besa_exp.run_scoring import published, score, score_dense
 from besa_exp.run_tracking import tracking
 from besa_exp.running import Run, model_facts
 from besa_exp.saving import block_names
-from besa_exp.scope import blocks_together, unit_ends
+from besa_exp.scope import Refinement, blocks_together, refinements, unit_ends
 from besa_exp.settings import RunSettings
 from besa_exp.spent import Spent
 from besa_exp.tracking import Tracker
@@ -85,7 +88,7 @@ def _pruned(run: Run, loaded: LoadedModel, config: Mapping[str, Any]) -> dict[st
     console.plan(settings, _facts(loaded, calibration, len(reports)))
     with tracking(run, config, reports) as tracker:
         dense = score_dense(run, loaded) if settings.evaluator.dense else None
-        _prune_model(run, loaded, calibration, tracker, reports, finished)
+        reports, finished = _prune_model(run, loaded, calibration, tracker, reports, finished)
         results = results_of(settings, calibration, reports, environment(device))
         saved = save(run, loaded, finished, results)
         with reread(run, loaded, finished, calibration) as reloaded:
@@ -132,19 +135,33 @@ def _prune_model(
     tracker: Tracker,
     reports: list[BlockReport],
     finished: FinishedBlocks,
-) -> None:
-    """The block loop: each report goes to the run folder, the tracker and the console."""
+) -> tuple[list[BlockReport], FinishedBlocks]:
+    """The block loop: each report goes to the run folder, the tracker and the console. Returns the reports of all
+    blocks and where the blocks lie; after a search over the whole model, where that left them."""
     settings, input_ids = run.settings, distributed.own_samples(calibration.input_ids)
-    pruner = with_update(settings.pruner, settings.update)
-    for report in reports:
-        tracker.log_block(report)
+    later = refinements(settings.pruner, settings.pattern)
+    pruner = settings.pruner if later else with_update(settings.pruner, settings.update)
     hidden = loaded.model.config.get_text_config().hidden_size
     samples, length = input_ids.shape
     needed = activation_bytes(samples, length, hidden, loaded.model.dtype.itemsize, pruner.dense_targets)
     _, allocate = allocator(settings.activations, run.device, run.folder.path, needed)
     batch_size, dtype = settings.calibration.batch_size, compute_dtype(settings)
-    loop = BlockLoop(loaded, input_ids, batch_size, finished, len(reports), allocate, dtype)
-    with run.spent.timed("prune"), run.console.pruning(len(block_names(loaded)) - len(reports)) as progress:
+    loop = BlockLoop(loaded, input_ids, batch_size, finished, len(reports), allocate, dtype, keeps_dense=bool(later))
+    with run.spent.timed("prune"):
+        _follow(run, loop, pruner, None if later else tracker, reports)
+        if not later:
+            return reports, finished
+        return _refine(run, loop, later, tracker, reports), finished.refined
+
+
+def _follow(
+    run: Run, loop: BlockLoop, pruner: Pruner, tracker: Tracker | None, reports: list[BlockReport], budget: bool = True
+) -> None:
+    """One walk through the blocks after those of `reports`, which grows by the others."""
+    settings = run.settings
+    for report in reports if tracker else ():
+        tracker.log_block(report)
+    with run.console.pruning(len(block_names(loop.loaded)) - len(reports)) as progress:
 
         def on_step(step: Step) -> None:
             run.folder.log_step(step)
@@ -152,11 +169,29 @@ def _prune_model(
 
         def on_block(report: BlockReport) -> None:
             run.folder.log_block(report)
-            tracker.log_block(report)
+            if tracker:
+                tracker.log_block(report)
             progress.block(report)
             reports.append(report)
 
-        loop.run(pruner, Target.parse(settings.sparsity, settings.pattern), settings.budget, on_step, on_block)
+        target = Target.parse(settings.sparsity, settings.pattern)
+        loop.run(pruner, target, settings.budget if budget else None, on_step, on_block)
+
+
+def _refine(
+    run: Run, loop: BlockLoop, later: Sequence[Refinement], tracker: Tracker, before: Sequence[BlockReport]
+) -> list[BlockReport]:
+    """What follows the block loop over the whole model, and a second walk through the blocks that writes it."""
+    refined = loop.finished.refined
+    identity = json.loads((loop.finished.folder / IDENTITY).read_text(encoding="utf-8"))
+    reports = distributed.from_first(lambda: refined.begin(identity))
+    run.console.stage("the search over the whole model")
+    decided = loop.refined(later, before, run.folder.log_model_step)
+    run.folder.rewind(reports)
+    pruner = with_update(decided, run.settings.update)
+    second = replace(loop, finished=refined, done=len(reports), keeps_dense=False, dense_sha256={}, dense={})
+    _follow(run, second, pruner, tracker, reports, budget=False)
+    return reports
 
 
 def _write(run: Run, loaded: LoadedModel, results: Mapping[str, Any]) -> None:

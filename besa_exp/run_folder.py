@@ -24,7 +24,7 @@ from besa_exp.environment import masked
 from besa_exp.errors import ConfigurationError, Interrupted, RunError
 from besa_exp.folder_lock import locked
 from besa_exp.identity import check_identity
-from besa_exp.reports import BlockReport, Step
+from besa_exp.reports import BlockReport, ModelStep, Step
 from besa_exp.run_log import logging_to
 from besa_exp.run_status import is_done, now, read_status, write_status
 
@@ -126,8 +126,10 @@ class RunFolder:
 
     def rewind(self, reports: Sequence[BlockReport]) -> None:
         """metrics.jsonl and sparsity.csv as they were when the blocks of `reports` had been finished; scores of the
-        dense model stay."""
-        kept = [line for line in self._lines() if line.get("kind") == "scores" and line.get("which") == "dense"]
+        dense model and the course of a search over the whole model stay."""
+        lines = self._lines()
+        kept = [line for line in lines if line.get("kind") == "scores" and line.get("which") == "dense"]
+        kept += [*{line["step"]: line for line in lines if line.get("kind") == "model_step"}.values()]
         with atomic.replaced_file(self.metrics) as partial:
             blocks = [[*map(_step_line, report.steps), _block_line(report)] for report in reports]
             partial.write_text("".join(map(_json_line, [*kept, *chain(*blocks)])), encoding="utf-8")
@@ -162,6 +164,10 @@ class RunFolder:
     def log_step(self, step: Step) -> None:
         """One line of metrics.jsonl. Raises RunError, naming block and step, on a number that is not finite."""
         self._append(_step_line(step), f"block {step.block}, step {step.step}")
+
+    def log_model_step(self, step: ModelStep) -> None:
+        """One line of metrics.jsonl for a step of a search over the whole model."""
+        self._append({"kind": "model_step", **asdict(step)}, f"step {step.step} of the search over the whole model")
 
     def log_block(self, report: BlockReport) -> None:
         """One line of metrics.jsonl, and one row a linear of sparsity.csv."""

@@ -1,17 +1,18 @@
-"""How much is reconstructed together, under one loss and one budget: a part of a block, a block, or two of them.
+"""How much is reconstructed together, under one loss and one budget: a part of a block, a block, two of them, or, after
+each block by itself, the whole model (`Refinement`).
 
-To a pruner all three are a `Block`, which maps hidden states to hidden states and has linears. A sub-block ends where
-the residual stream passes from attention to MLP. That place is found, not listed by family: it is the input of a module
-through which passes all that the block's output knows of its input, with linears before and after it. Blocks whose
-attention and MLP work side by side (GPT-J, GPT-NeoX, Falcon, Phi) have no such place, and are refused.
+To a pruner the first three are a `Block`, which maps hidden states to hidden states and has linears. A sub-block ends
+where the residual stream passes from attention to MLP. That place is found, not listed by family: it is the input of
+a module through which passes all that the block's output knows of its input, with linears before and after it. Blocks
+whose attention and MLP work side by side (GPT-J, GPT-NeoX, Falcon, Phi) have no such place, and are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,12 @@ from torch import Tensor, nn
 from besa_exp.blocks import Block, Hidden, Reached
 from besa_exp.errors import RunError
 from besa_exp.pruning import PrunedBlock
-from besa_exp.reports import BlockReport
+from besa_exp.reports import BlockReport, ModelStep
 
-SCOPES = ("sub_block", "block", "pair")
+if TYPE_CHECKING:
+    from besa_exp.pruners.whole_model import KeepMasks, Weights, Whole
+
+SCOPES = ("sub_block", "block", "pair", "model")
 
 
 def blocks_together(pruner: Any) -> int:
@@ -34,6 +38,32 @@ def takes_apart(pruner: Any) -> bool:
     """Whether a pruner, or the one inside it, gives the parts of a block targets of their own."""
     inner = getattr(pruner, "pruner", None)
     return takes_apart(inner) if inner else getattr(pruner, "scope", "block") == "sub_block"
+
+
+@runtime_checkable
+class Refinement(Protocol):
+    """A search over the whole model that begins where the block loop has ended."""
+
+    @property
+    def steps(self) -> int:
+        """How many it takes."""
+        ...
+
+    def refine(
+        self,
+        whole: Whole,
+        keep_masks: Sequence[KeepMasks],
+        weights: Sequence[Weights] | None,
+        on_step: Callable[[ModelStep], None],
+    ) -> tuple[Sequence[KeepMasks], Sequence[Weights] | None]:
+        """The masks and weights of all blocks, from those that the block loop found; None: the dense weights."""
+        ...
+
+
+def refinements(pruner: Any, pattern: str) -> Sequence[Refinement]:
+    """What a pruner asks for after the block loop."""
+    wanted = getattr(pruner, "refinements", None)
+    return wanted(pattern) if wanted else ()
 
 
 def unit_ends(num_blocks: int, together: int) -> set[int]:

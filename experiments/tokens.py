@@ -4,10 +4,13 @@ Each document is BOS + text; documents are laid one after the other and cut into
 for calibration from the first ones, so that a larger set holds the smaller ones. Held out are the first windows of the
 test stories, for the embedded model of its own perplexity set.
 
+real_model: windows of 512 tokens of WikiText-2's validation text, at random places, to calibrate on; the first windows
+of 1,024 tokens of its test text and of C4 are held out. No BOS, which the model was trained without.
+
 first_results (best and budgets too): TinyStories for the two models that are not part of the project. paper: several
 sizes of the model's own source, and other sources at one size, for these two and the embedded model.
 
-    python experiments/tokens.py first_results|paper [--shared ../shared] [--out outputs/<study>/tokens]
+    python experiments/tokens.py first_results|paper|real_model [--shared ../shared] [--out outputs/<study>/tokens]
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from besa_exp.tokens import write_token_file
 
 TINYSTORIES_MODELS = ("babyllama-105", "stories260K")
 SEQ_LEN, SEEDS = 256, 3
+REAL_MODEL = Path("outputs/models/smollm2-135m-instruct")  # make real-model
 
 
 def first_results(shared: Path, out: Path) -> None:
@@ -48,6 +52,29 @@ def paper(shared: Path, out: Path) -> None:
             draw(windows(tokenizer, documents, 300), files, folder)
         held_out = perplexity_documents().documents if embedded else stories(shared, "test")
         write_token_file(windows(tokenizer, held_out, 100), folder / "held-out.safetensors")
+
+
+def real_model(shared: Path, out: Path) -> None:
+    """calibration-<seed>.safetensors, calibration-large-<seed>.safetensors, and wikitext2 and c4, held out."""
+    tokenizer, folder = AutoTokenizer.from_pretrained(REAL_MODEL), made(out)
+    raw, c4 = shared / "data" / "wikitext2", shared / "data" / "c4" / "c4_docs.jsonl"
+    valid, test = (
+        whole_text(tokenizer, (raw / f"wiki.{part}.raw").read_text(encoding="utf-8")) for part in ("valid", "test")
+    )
+    for seed in range(SEEDS):
+        generator = torch.Generator().manual_seed(seed)
+        for name, count, length in (("calibration", 32, 512), ("calibration-large", 128, 1024)):
+            starts = torch.randint(0, len(valid) - length, (count,), generator=generator).tolist()
+            drawn = torch.stack([valid[start : start + length] for start in starts])
+            write_token_file(drawn, folder / f"{name}-{seed}.safetensors")
+    documents = (json.loads(line)["text"] for line in c4.open(encoding="utf-8"))
+    for name, ids in (("wikitext2", test), ("c4", whole_text(tokenizer, "\n\n".join(documents)))):
+        write_token_file(ids[: 16 * 1024].view(16, 1024), folder / f"{name}.safetensors")
+
+
+def whole_text(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+    """The tokens of one text [token]."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 def sources(shared: Path) -> dict[str, Iterable[str]]:
@@ -92,7 +119,7 @@ def made(folder: Path) -> Path:
     return folder
 
 
-STUDIES = {"first_results": first_results, "paper": paper}
+STUDIES = {"first_results": first_results, "paper": paper, "real_model": real_model}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -22,7 +22,7 @@ from besa_exp.blocks import Block, Hidden
 from besa_exp.budgets.budget import exact_targets, pruned_to, survey
 from besa_exp.budgets.progress import Progress
 from besa_exp.errors import RunError
-from besa_exp.head import Head
+from besa_exp.head import Head, divergence
 from besa_exp.statistics import InputNorm
 
 Sparsities = tuple[float, ...]  # of a tried model's blocks, in order
@@ -130,9 +130,8 @@ class Trial:
         rows = max(1, TOKENS // self.inputs.shape[1])
         total = torch.zeros(len(tried), dtype=torch.float64)
         for start in range(0, len(dense), rows):
-            expected = self.head(dense[start : start + rows]).float().log_softmax(dim=-1)
+            expected = self.head(dense[start : start + rows])
             for number, states in enumerate(tried):
-                found = self.head(states[start : start + rows]).float().log_softmax(dim=-1)
-                of_tokens = (expected.exp() * (expected - found)).sum(dim=-1)
-                total[number] += of_tokens.double().sum().cpu()
+                found = self.head(states[start : start + rows])
+                total[number] += divergence(expected, found).double().sum().cpu()
         return total

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -36,9 +36,11 @@ from torch import Tensor
 from besa_exp import distributed
 from besa_exp.blocks import Block, Hidden
 from besa_exp.importance import rounded_importance, wanda_importance
+from besa_exp.losses import LOSSES
 from besa_exp.masks import Target
 from besa_exp.pattern import fixes_sparsity
 from besa_exp.pruners.allocation import Rows, project_to_budget
+from besa_exp.pruners.model_search import ModelSearch
 from besa_exp.pruners.search import Search, State
 from besa_exp.pruning import PrunedBlock, joined, num_probe_samples, probe_loss
 from besa_exp.quantisation import Quantiser, quantise
@@ -54,8 +56,9 @@ CLIPPING_LR = 0.1  # first step size of the strengths' logits
 class Besa:
     """`granularity` row or linear: whom a sparsity is shared by. `lr` is the first step size, in sparsity: it only
     shrinks. `window`: ranks around the cut that the gradient averages, as a fraction of the row. `checks`: how often
-    the probe samples judge. `scope`: what shares a loss and a budget (`besa_exp.scope`). `quantiser`: what the kept
-    weights are rounded with; None: they stay as they are."""
+    the probe samples judge. `scope`: what shares a loss and a budget (`besa_exp.scope`). `loss`: what is learned from
+    (`besa_exp.losses`). `model`: with scope=model, the search over the whole model. `quantiser`: what the kept weights
+    are rounded with; None: they stay as they are."""
 
     granularity: str = "row"
     epochs: int = 1
@@ -65,31 +68,44 @@ class Besa:
     checks: int = 2
     seed: int = 0
     scope: str = "block"
+    loss: str = "token"
     quantiser: Quantiser | None = None
+    model: ModelSearch = field(default_factory=ModelSearch)
 
     statistic = InputNorm
     dense_targets = False
 
     def __post_init__(self) -> None:
-        for field, choices in (("granularity", ("row", "linear")), ("scope", SCOPES)):
-            if getattr(self, field) not in choices:
-                raise ValueError(f"pruner.{field}={getattr(self, field)}: must be {' or '.join(choices)}")
-        for field in ("epochs", "batch_size", "checks"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"pruner.{field}={getattr(self, field)}: must be at least 1")
-        for field in ("lr", "window"):
-            if not 0 < getattr(self, field) <= 1:
-                raise ValueError(f"pruner.{field}={getattr(self, field)}: must be above 0 and at most 1")
+        for key, choices in (("granularity", ("row", "linear")), ("scope", SCOPES), ("loss", LOSSES)):
+            if getattr(self, key) not in choices:
+                raise ValueError(f"pruner.{key}={getattr(self, key)}: must be {' or '.join(choices)}")
+        for key in ("epochs", "batch_size", "checks"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"pruner.{key}={getattr(self, key)}: must be at least 1")
+        for key in ("lr", "window"):
+            if not 0 < getattr(self, key) <= 1:
+                raise ValueError(f"pruner.{key}={getattr(self, key)}: must be above 0 and at most 1")
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """What N is in every row is to be allocated, not given."""
+        problems = []
+        if self.scope == "model" and (pattern != "unstructured" or self.granularity != "row" or self.quantiser):
+            problems.append(
+                "pruner.scope=model: allocates sparsity between single rows under pattern=unstructured, and rounds no "
+                "weights; use pruner.scope=block, or pruner=besa with pattern=unstructured"
+            )
         if not fixes_sparsity(pattern):
-            return []
+            return problems
         group = pattern.partition(":")[2]
         return [
+            *problems,
             f"pattern={pattern}: besa allocates sparsity between rows, and this pattern fixes it in every row; use "
-            f"pattern=N:{group}, in which every row keeps its own N, or pruner=wanda, sparsegpt or magnitude"
+            f"pattern=N:{group}, in which every row keeps its own N, or pruner=wanda, sparsegpt or magnitude",
         ]
+
+    def refinements(self, pattern: str) -> tuple[ModelSearch, ...]:
+        """What follows the block loop."""
+        return (self.model,) if self.scope == "model" else ()
 
     def prune_block(
         self,
@@ -127,7 +143,7 @@ class Besa:
             importance = partial(self._importance, weights, statistics)
             rows = Rows.of(weights, importance, self.granularity, target.group)
             total = round(target.sparsity * (done + rows.num_weights)) - round(target.sparsity * done)
-            searches.append(Search.of(part, rows, total, self.quantiser))
+            searches.append(Search.of(part, rows, total, self.quantiser, LOSSES[self.loss]))
             done += rows.num_weights
         return searches
 

@@ -18,17 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from prodigyopt import Prodigy
 from torch import Tensor, nn
 
 from besa_exp import distributed
-from besa_exp.blocks import Block, Hidden, reconstruction_loss
+from besa_exp.blocks import Block, Hidden
 from besa_exp.importance import dead_inputs, magnitude_importance, obs_importance, upper_factor, wanda_importance
+from besa_exp.losses import channel_loss, differentiate
 from besa_exp.masks import Target
 from besa_exp.pruners.candidates import CandidateAllocation, reach
-from besa_exp.pruning import PrunedBlock, finite_step, probe_loss
+from besa_exp.pruning import PrunedBlock, checked_gradient, finite_step, probe_loss
 from besa_exp.reports import Step
 from besa_exp.statistics import Hessian, InputNorm, Statistic, WithNorm, by_shared_input
 
@@ -121,15 +123,22 @@ class BesaPaper:
             for name, allocation in allocations.items():
                 masked[name], linear_sparsity = allocation()
                 sparsity = sparsity + linear_sparsity * (weights[name].numel() / total)
-            reconstruction = reconstruction_loss(block(inputs[own], masked), targets[own])
+            outputs = block(inputs[own], masked)
+            reconstruction, upstream, scale = differentiate(
+                partial(channel_loss, targets=targets[own]), outputs, block.product_dtype
+            )
             penalty = self.penalty * ((sparsity - target.sparsity) / target.sparsity) ** 2
             loss = reconstruction + penalty
             steps.append(finite_step(block, len(steps), loss, reconstruction, penalty, sparsity))
             on_step(steps[-1])
             optimizer.zero_grad()
-            (reconstruction + penalty / distributed.num_ranks()).backward()  # each rank's part
+            own_penalty = scale * penalty / distributed.num_ranks()  # each rank's part
+            if len(outputs):
+                torch.autograd.backward([outputs, own_penalty], [upstream, None])
+            else:
+                own_penalty.backward()
             for theta in thetas:
-                theta.grad = distributed.all_sum(theta.grad)  # type: ignore[arg-type]
+                theta.grad = checked_gradient(steps[-1], distributed.all_sum(theta.grad / scale))  # type: ignore[arg-type]
             optimizer.step()
         return PrunedBlock(
             keep_masks={name: allocation.keep_mask() for name, allocation in allocations.items()},

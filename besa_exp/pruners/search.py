@@ -15,11 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp import distributed, kernels
-from besa_exp.blocks import Block, Hidden, reconstruction_loss
+from besa_exp.blocks import Block, Hidden
+from besa_exp.losses import Loss, differentiate
 from besa_exp.products import Product
 from besa_exp.pruners.allocation import Rows
 from besa_exp.pruners.counted_linear import counted_linear
-from besa_exp.pruning import PrunedBlock, finite_step, probe_loss
+from besa_exp.pruning import PrunedBlock, checked_gradient, finite_step, probe_loss
 from besa_exp.quantisation import Quantiser, clipping_gradient, quantise
 from besa_exp.reports import Step
 
@@ -58,13 +59,14 @@ class Search:
     capacity: Float[Tensor, " cell"]
     masked: Mapping[str, Tensor]
     quantiser: Quantiser | None
+    loss: Loss
     fixed: Mapping[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(block: Block, rows: Rows, total: int, quantiser: Quantiser | None) -> Search:
+    def of(block: Block, rows: Rows, total: int, quantiser: Quantiser | None, loss: Loss) -> Search:
         """With buffers of its own."""
         masked = {name: torch.empty_like(weight).requires_grad_() for name, weight in rows.weights.items()}
-        return Search(block, rows, total, rows.per_cell(rows.columns, rows.num_cells), masked, quantiser)
+        return Search(block, rows, total, rows.per_cell(rows.columns, rows.num_cells), masked, quantiser, loss)
 
     @cached_property
     def around(self) -> Float[Tensor, " weight"]:
@@ -88,23 +90,47 @@ class Search:
         """The step's record, and dL / d(state), of the sparsities along the budget: without the part that would only
         change the total. `inputs` are this rank's of the batch; it may have none."""
         rows, counts = self._fill(state)
-        by_count = {name: torch.zeros_like(count, dtype=torch.float32) for name, count in counts.items()}
         by_clipping = {name: torch.zeros_like(logits) for name, logits in state.clipping.items()}
-        products = self._products(counts, window, by_count)
-        loss = reconstruction_loss(self.block(inputs, {**self.fixed, **self.masked}, products), targets)
 
-        def use(name: str, gradient: Tensor) -> None:
-            by_count[name] += rows.count_gradient(name, gradient, counts[name], window)
-            if name in by_clipping:
-                by_clipping[name] = self._clipping_gradient(name, gradient, counts[name], state.clipping[name])
+        def clip(name: str, gradient: Tensor) -> None:
+            by_clipping[name] = self._clipping_gradient(name, gradient, counts[name], state.clipping[name])
 
-        if len(inputs):
-            self._backward(loss, use)
-        by_row = distributed.all_sum(self.rows.row_gradient(by_count))
+        def upstream_of(outputs: Hidden) -> tuple[Tensor, Hidden, Tensor]:
+            return differentiate(lambda reached: self.loss(reached, targets), outputs, self.block.product_dtype)
+
+        loss, by_row, scale = self.by_row(inputs, rows, counts, window, upstream_of, clip if by_clipping else None)
+        record = finite_step(self.block, step, loss, loss, 0.0, self.expected)
+        by_row = checked_gradient(record, distributed.all_sum(by_row / scale))
         by_cell = self.rows.per_cell(by_row, len(self.capacity))
         along_budget = by_cell - self.capacity * (by_cell.sum() / self.rows.num_weights)
-        record = finite_step(self.block, step, loss, loss, 0.0, self.expected)
-        return record, [along_budget, *map(distributed.all_sum, by_clipping.values())]
+        return record, [along_budget, *(distributed.all_sum(found / scale) for found in by_clipping.values())]
+
+    def by_row(
+        self,
+        inputs: Hidden,
+        rows: Rows,
+        counts: Mapping[str, Tensor],
+        window: float,
+        upstream_of: Callable[[Hidden], tuple[Tensor, Hidden, Tensor]],
+        use: Callable[[str, Tensor], None] | None = None,
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " row"], Float[Tensor, ""]]:
+        """`upstream_of` makes of the outputs under the masks of `counts`, which are in the buffers, a loss, its
+        gradient to them, and of what that is a multiple. Returned are loss, that multiple of the gradient to the
+        sparsity of every row, this rank's part, and of what. `use` is given dL/dW of each linear. Inputs that require
+        a gradient get theirs."""
+        by_count = {name: torch.zeros_like(count, dtype=torch.float32) for name, count in counts.items()}
+        products = self._products(counts, window, by_count)
+        outputs = self.block(inputs, {**self.fixed, **self.masked}, products)
+        loss, upstream, scale = upstream_of(outputs)
+
+        def used(name: str, gradient: Tensor) -> None:
+            by_count[name] += rows.count_gradient(name, gradient, counts[name], window)
+            if use:
+                use(name, gradient)
+
+        if len(inputs):
+            self._backward(outputs, upstream, used)
+        return loss, self.rows.row_gradient(by_count), scale
 
     def _products(
         self, counts: Mapping[str, Tensor], window: float, by_count: Mapping[str, Tensor]
@@ -125,7 +151,7 @@ class Search:
             products[name] = partial(counted_linear, count=count, near=partial(near, name))
         return products
 
-    def _backward(self, loss: Tensor, use: Callable[[str, Tensor], None]) -> None:
+    def _backward(self, outputs: Hidden, upstream: Hidden, use: Callable[[str, Tensor], None]) -> None:
         """Gives `use` dL/dW of each linear that is not among `_products`, as it is known, one at a time: together they
         take as much as the block."""
 
@@ -136,7 +162,7 @@ class Search:
 
         hooks = [weight.register_post_accumulate_grad_hook(partial(used, name)) for name, weight in self.masked.items()]
         try:
-            loss.backward()
+            outputs.backward(upstream)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -144,7 +170,7 @@ class Search:
     def probe_loss(self, inputs: Hidden, targets: Hidden, state: State) -> float:
         """The loss of the samples that are not learned from."""
         self._fill(state)
-        return probe_loss(self.block, inputs, targets, {**self.fixed, **self.masked})
+        return probe_loss(self.block, inputs, targets, {**self.fixed, **self.masked}, self.loss)
 
     def weights(self, state: State) -> dict[str, Tensor]:
         """The effective weights of a state, by linear."""

@@ -16,7 +16,8 @@ import torch
 from prodigyopt import Prodigy
 from torch import Tensor, nn
 
-from besa_exp.blocks import Block, reconstruction_loss
+from besa_exp.blocks import Block
+from besa_exp.losses import channel_loss
 
 STEP, PENALTY, TARGET, D_COEF = 0.01, 5.0, 0.5, 5.0
 
@@ -73,7 +74,7 @@ def learn_block(block: Block, inputs: Tensor) -> list[float]:
     moments = []
     for sample, target in zip(inputs.split(1), targets.split(1), strict=True):
         masked, sparsity = masked_weights(allocations, total)
-        loss = reconstruction_loss(block(sample, masked), target) + PENALTY * ((sparsity - TARGET) / TARGET) ** 2
+        loss = channel_loss(block(sample, masked), target) + PENALTY * ((sparsity - TARGET) / TARGET) ** 2
         loss.item()  # logged at every step
         optimizer.zero_grad()
         loss.backward()

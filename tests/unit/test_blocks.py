@@ -10,7 +10,7 @@ from families import FAMILIES, MIXTURES, tiny
 from tiny_llama import tiny_llama
 from torch import nn
 
-from besa_exp.blocks import capture_blocks, discover_blocks, embed, reconstruction_loss
+from besa_exp.blocks import capture_blocks, discover_blocks, embed
 from besa_exp.errors import RunError
 from besa_exp.masks import Target
 from besa_exp.observation import observe
@@ -171,14 +171,6 @@ def test_statistics_are_taken_on_the_pruned_prefix():
     count = int(0.9 * importance.shape[1])
     expected = importance >= importance.sort(dim=1).values[:, count : count + 1]
     assert torch.equal(second[1].keep_masks["mlp.up_proj"], expected)
-
-
-def test_reconstruction_loss_is_the_papers_formula_in_fp64():
-    generator = torch.Generator().manual_seed(0)
-    targets, outputs = torch.randn(3, 7, 5, generator=generator), torch.randn(3, 7, 5, generator=generator)
-    y, yhat = targets.double().reshape(-1, 5), outputs.double().reshape(-1, 5)
-    expected = sum(((y[:, c] - yhat[:, c]) ** 2).sum() / (y[:, c] ** 2).sum() for c in range(5)) / 5
-    assert float(reconstruction_loss(outputs, targets)) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_a_statistic_that_overflows_stops_the_run_naming_block_and_linear():

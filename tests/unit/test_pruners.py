@@ -182,7 +182,7 @@ def test_a_quantised_row_holds_no_more_values_than_its_bits_allow_zero_among_the
 @pytest.mark.parametrize(("bits", "group_size"), [(2, None), (3, 16), (8, 40)])
 def test_joint_compression_takes_any_bits_and_groups_at_the_exact_budget(bits, group_size):
     quantiser = Quantiser(bits, group_size)
-    for first, (report, pruned) in zip((True, False), prune_tiny(Besa(quantiser=quantiser))[1], strict=True):
+    for first, (report, pruned) in zip((True, False), prune_tiny(Besa(quantiser=quantiser, epochs=3))[1], strict=True):
         weights = sum(linear.weights for linear in report.linears)
         asked = sum(float((pruned.allocated[name] * mask.shape[1]).sum()) for name, mask in pruned.keep_masks.items())
         assert round(asked) == round(weights / 2)
@@ -231,7 +231,7 @@ def test_besa_allocates_unlike_uniform_and_never_ends_above_its_start_on_the_pro
 @pytest.mark.parametrize("granularity", ["row", "linear"])
 @pytest.mark.parametrize("sparsity", [0.5, 0.37, 0.8])
 def test_with_n_of_8_every_group_of_a_row_keeps_the_rows_own_n_and_the_budget_is_met(granularity, sparsity):
-    results = prune_tiny(Besa(granularity=granularity), sparsity, "N:8")[1]
+    results = prune_tiny(Besa(granularity=granularity, epochs=3), sparsity, "N:8")[1]
     for report, pruned in results:
         chosen = set()
         for linear, keep_mask in pruned.keep_masks.items():
