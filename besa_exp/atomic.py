@@ -1,11 +1,15 @@
-"""Files and folders that appear whole or not at all: written beside their place, made durable, then renamed into it."""
+"""Files and folders that appear whole or not at all: written beside their place, made durable, then renamed into it.
+
+Every file has the mode that the umask gives: safetensors makes its own 0600, which nobody else could read.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -19,9 +23,11 @@ def write_text(path: Path, text: str) -> None:
 def replaced_file(path: Path) -> Iterator[Path]:
     """A place to write a file that takes the name `path` when the block ends well, and is removed when it does not."""
     partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)  # of a run that was killed
     try:
+        mode = _mode_of_new(partial)
         yield partial
-        _flush(partial)
+        _finish(partial, mode)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -37,9 +43,11 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         remove(leftover)
     partial.mkdir(parents=True)
     try:
+        mode = _mode_of_new(partial / ".mode")
+        (partial / ".mode").unlink()
         yield partial
         for file in filter(Path.is_file, partial.rglob("*")):
-            _flush(file)
+            _finish(file, mode)
         if path.exists():
             path.rename(replaced)
         partial.rename(path)
@@ -56,7 +64,16 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
-    """Waits until the file's content is on the disk, so that its new name never points to less."""
+def _mode_of_new(path: Path) -> int:
+    """The mode of the file that is made there, by the umask and what the folder says."""
+    path.touch(exist_ok=False)
+    return path.stat().st_mode
+
+
+def _finish(path: Path, mode: int) -> None:
+    """Gives the file the mode and waits until its content is on the disk, so that its new name never points to less."""
     with path.open("rb") as file:
+        if path.stat().st_mode != mode:
+            with suppress(PermissionError):  # a file system without modes
+                path.chmod(stat.S_IMODE(mode))
         os.fsync(file.fileno())

@@ -34,6 +34,10 @@ from besa_exp.tokens import (
     write_token_file,
 )
 
+BEYOND_THE_EMBEDDING = (
+    "the tokenizer in the model's folder gives it: it is another model's, or has tokens added for which the embedding "
+    "has no rows; put the model's own tokenizer there"
+)
 logger = logging.getLogger(__name__)
 
 
@@ -75,7 +79,7 @@ def load_calibration(
     if vocabulary is not None and int(input_ids.max()) >= vocabulary:
         raise ConfigurationError(
             f"calibration={source}: token id {int(input_ids.max())} is not in the model's vocabulary of {vocabulary}; "
-            "these tokens were made with another tokenizer"
+            + ("these tokens were made with another tokenizer" if is_token_file(source) else BEYOND_THE_EMBEDDING)
         )
     return Calibration(input_ids, tokens_sha256(input_ids), source, provenance)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,6 +52,7 @@ LATER_KEYS = (
     ("evaluator", "include_path", None),
 )
 METHOD_GROUPS = ("budget", "pruner", "update")  # what a method is made of, in the order in which it is named
+WANDB_MODES_ONCE = {"dryrun": "offline", "run": "online"}  # as its older versions called them
 HASH_LENGTH = 8
 NAME_LENGTH = 24  # of each part of a run's name
 
@@ -209,6 +211,15 @@ def _study(*, _root_: DictConfig) -> str | None:
     return (choices or {}).get("experiment")
 
 
+def _from_wandb(name: str, default: Any = None) -> Any:
+    """What W&B's environment variable `WANDB_<name>` says, where it says something: its users rely on them."""
+    value = os.environ.get(f"WANDB_{name}", "").strip()
+    if name == "TAGS":
+        return OmegaConf.create([tag.strip() for tag in value.split(",") if tag.strip()] or list(default))
+    return WANDB_MODES_ONCE.get(value, value) if name == "MODE" and value else value or default
+
+
+OmegaConf.register_new_resolver("wandb", _from_wandb, replace=True)
 OmegaConf.register_new_resolver("study", _study, replace=True)
 OmegaConf.register_new_resolver("single_run", _is_single_run, replace=True)
 OmegaConf.register_new_resolver("evaluation_folder", _evaluation_folder_of_root, replace=True)

@@ -20,6 +20,7 @@ from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from besa_exp.missed_target import told_miss
 from besa_exp.reports import BlockReport, Step
 from besa_exp.result_tables import as_text, plan_table, result_tables
 from besa_exp.settings import RunSettings
@@ -58,11 +59,11 @@ class RunConsole:
         if self._terminal:
             self._terminal.print(table)
 
-    def stage(self, text: str) -> None:
+    def stage(self, text: str, style: str = "bold") -> None:
         """What happens now, in a line."""
         logger.info(text)
         if self._terminal:
-            self._terminal.print(text, style="bold", highlight=False, markup=False)
+            self._terminal.print(text, style=style, highlight=False, markup=False)
 
     @contextmanager
     def pruning(self, num_blocks: int, steps_per_block: int | None = None) -> Iterator[PruningProgress]:
@@ -85,7 +86,9 @@ class RunConsole:
         seconds = results.get("seconds", {}).get("total")
         took = f", {duration(seconds)}" if seconds is not None else ""
         target, measured = results["target_sparsity"], results["measured_sparsity"]
-        self.stage(f"{results['pruner']}: measured sparsity {measured:.4f} (target {target:.4f}){took}")
+        line = f"{results['pruner']}: measured sparsity {measured:.4f} (target {target:.4f}){took}"
+        missed = told_miss(results)
+        self.stage(f"{line}; {missed}" if missed else line, style="bold yellow" if missed else "bold")
         self.stage(f"run folder: {folder}")
 
     def tables(self, results: Mapping[str, Any]) -> None:

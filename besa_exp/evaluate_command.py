@@ -19,8 +19,9 @@ from besa_exp.configuration import Unreadable, as_values, read_evaluation
 from besa_exp.environment_variables import set_before_imports
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.evaluation.merging import remaining
+from besa_exp.input_files import check_scored_inputs
 from besa_exp.jobs import full_errors, summary_line
-from besa_exp.overrides import Composer
+from besa_exp.overrides import Composer, told_sweep
 from besa_exp.preflight import preflight_evaluation
 from besa_exp.prune_command import composed
 from besa_exp.request import composer_of, sets_one_of
@@ -72,7 +73,7 @@ def read_asked(arguments: argparse.Namespace) -> _Asked:
     overrides = composer.parse(arguments.overrides)
     unknown = set(composer.problems)
     swept = [override for override in overrides if override.is_sweep_override()]
-    composer.problems |= {o.key_or_group: f"{o.input_line}: one command scores one checkpoint" for o in swept}
+    composer.problems |= {o.key_or_group: told_sweep(o, "one command scores one checkpoint") for o in swept}
     if arguments.multirun:
         composer.problems["-m"] = "-m: one command scores one checkpoint; leave it out, and loop in the shell"
     lines = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
@@ -107,6 +108,7 @@ def _checked(
     facts, problems = preflight_evaluation(settings, unknown)
     composer.problems |= {problem: problem for problem in problems}
     folder = _folder(composer, config)
+    composer.problems |= {problem: problem for problem in check_scored_inputs(folder, settings)}
     if composer.problems or not (folder / "results.json").is_file():
         return settings, None
     try:

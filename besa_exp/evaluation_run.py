@@ -10,10 +10,10 @@ import hashlib
 import json
 import logging
 import re
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from besa_exp.evaluation.merging import merged, remaining
 from besa_exp.evaluation.scores import Scores, evaluate
 from besa_exp.folder_lock import locked
 from besa_exp.followed_folder import FollowedFolder
+from besa_exp.input_files import fingerprint, write_inputs
 from besa_exp.model_folder import inspect_model_folder
 from besa_exp.models import LoadedModel, load_model, model_context
 from besa_exp.process import imports_are_done
@@ -40,6 +41,7 @@ from besa_exp.run_checkpoint import run_and_model
 from besa_exp.run_folder import RunFolder
 from besa_exp.run_log import logging_to
 from besa_exp.settings import EvaluationSettings, TrackerSettings
+from besa_exp.spent import Spent
 from besa_exp.tracking import start_tracker
 
 BLOCK_AND_LINEAR = re.compile(r"\.(\d+)\.(.+)\.weight$")  # model.layers.3.mlp.down_proj.weight
@@ -55,6 +57,7 @@ class _Evaluation:
     folder: RunFolder | FollowedFolder
     console: RunConsole
     device: torch.device
+    spent: Spent
 
 
 def earlier_results(folder: Path) -> dict[str, Any]:
@@ -76,14 +79,16 @@ def evaluate_checkpoint(settings: EvaluationSettings, path: Path, config: Mappin
     imports_are_done()
     device = prepared_device(settings)
     with distributed.joined(device), _opened(path) as folder, RunConsole() as console:
-        evaluation = _Evaluation(settings, folder, console, device)
-        started = time.perf_counter()
+        if settings.overwrite and distributed.is_first():
+            atomic.remove(folder.spent)
+        spent = Spent(folder.spent, partial(peak_memory, device))
+        evaluation = _Evaluation(settings, folder, console, device, spent)
         console.stage(f"loading {settings.checkpoint}")
         loaded = load_model(settings.model, evaluation.device, settings.offline)
         loaded = in_a_fast_dtype(loaded, settings.model.dtype)
         results = _scored(evaluation, loaded, config)
         console.tables(results)
-        console.stage(f"{path / 'results.json'}: {time.perf_counter() - started:.1f} s")
+        console.stage(f"{path / 'results.json'}: {spent.seconds()['total']:.1f} s")
     return results
 
 
@@ -100,7 +105,7 @@ def _opened(path: Path) -> Iterator[RunFolder | FollowedFolder]:
 
 def _scored(evaluation: _Evaluation, loaded: LoadedModel, config: Mapping[str, Any]) -> dict[str, Any]:
     settings, folder = evaluation.settings, evaluation.folder
-    started, digest = time.perf_counter(), _files_digest(loaded.folder)
+    digest = _files_digest(loaded.folder)
     results = distributed.from_first(lambda: _base(evaluation, loaded, digest))
     left = remaining(settings.evaluator, settings.seed, model_context(loaded.model), results, settings.overwrite)
     if left.conflicts:
@@ -109,6 +114,8 @@ def _scored(evaluation: _Evaluation, loaded: LoadedModel, config: Mapping[str, A
         evaluation.console.stage(line)
     if settings.overwrite and distributed.is_first():
         atomic.remove(folder.scores)
+    if distributed.is_first():
+        write_inputs(folder.path, fingerprint(replace(settings, evaluator=left.settings)))
     tracked = settings.tracker if distributed.is_first() else TrackerSettings("none")
     tracker = start_tracker(tracked, folder.path / "evaluate", config, folder.path.name, "evaluate")
     failed = True
@@ -122,17 +129,18 @@ def _scored(evaluation: _Evaluation, loaded: LoadedModel, config: Mapping[str, A
     results |= {"model_notes": [*loaded.notes]} if loaded.notes else {}
     for line in told:
         logger.warning(line)
-    _record(evaluation, results, scores, loaded, time.perf_counter() - started)
+    _record(evaluation, results, scores, loaded)
     folder.write_results(results)
     if distributed.is_first():
         atomic.remove(folder.scores)
+        atomic.remove(folder.spent)
     return results
 
 
 def _measured(evaluation: _Evaluation, loaded: LoadedModel, digest: str, left: Any) -> Scores:
     """The scores that were not known; those of an evaluation that was cut off are taken from it."""
     settings, folder = evaluation.settings, evaluation.folder
-    finished = FinishedScores(folder.scores, f"checkpoint {digest}")
+    finished = FinishedScores(folder.scores, f"checkpoint {digest}", evaluation.spent.keep)
     scores = evaluate(loaded, left, settings.offline, settings.seed, evaluation.console.stage, finished)
     if (scores.perplexity or scores.zero_shot) and (folder.path / "metrics.jsonl").is_file():
         folder.log_scores("pruned", scores)
@@ -199,16 +207,14 @@ def _check_same_zeros(run: Path, reported: list[dict[str, Any]], counted: list[d
                 )
 
 
-def _record(
-    evaluation: _Evaluation, results: dict[str, Any], scores: Scores, loaded: LoadedModel, seconds: float
-) -> None:
+def _record(evaluation: _Evaluation, results: dict[str, Any], scores: Scores, loaded: LoadedModel) -> None:
     """What was done, where and how: the scores of one results.json may come from several machines."""
     settings = evaluation.settings
     names = [*(name for name, value in scores.perplexity.items() if value is not None), *scores.zero_shot]
-    where = environment(evaluation.device)
+    where, seconds = environment(evaluation.device), evaluation.spent.seconds()["total"]
     results.setdefault("environment", where)
     results.setdefault("seconds", {"total": seconds})
-    results.setdefault("peak_memory_bytes", peak_memory(evaluation.device))
+    results.setdefault("peak_memory_bytes", evaluation.spent.peak_memory())
     if names:
         entry = {
             "scored": names,

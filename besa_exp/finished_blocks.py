@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,19 +36,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FinishedBlocks:
-    """The folder `blocks/` of one run."""
+    """The folder `blocks/` of one run. `keep_spent` is called before each block, or step of a search, is kept."""
 
     folder: Path
+    keep_spent: Callable[[], None] = lambda: None
 
     @property
     def search(self) -> Progress:
         """That of the search for a budget, if there is one."""
-        return Progress(self.folder / SEARCH)
+        return Progress(self.folder / SEARCH, self.keep_spent)
 
     @property
     def refined(self) -> FinishedBlocks:
         """The blocks after a search over the whole model, which begins with these."""
-        return FinishedBlocks(self.folder / REFINED)
+        return FinishedBlocks(self.folder / REFINED, self.keep_spent)
 
     def begin(self, identity: Mapping[str, Any], ends: Collection[int] | None = None) -> list[BlockReport]:
         """The reports of the blocks that are finished, from block 0 on without a gap; later and damaged ones go, and
@@ -90,6 +91,7 @@ class FinishedBlocks:
                 "sha256": {file.name: file_sha256(file) for file in (weights, masks)},
                 "dense_sha256": dense_sha256,
             }
+            self.keep_spent()
             atomic.write_text(record, json.dumps(content) + "\n")
         except (OSError, SafetensorError) as error:
             raise RunError(

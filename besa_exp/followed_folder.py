@@ -25,6 +25,7 @@ class FollowedFolder:
         self.tokens = path / "calibration.safetensors"
         self.blocks = path / "blocks"
         self.scores = path / "scores.json"
+        self.spent = path / "spent.json"
 
     def rewind(self, reports: Sequence[BlockReport]) -> None:
         pass

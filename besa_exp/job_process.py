@@ -27,8 +27,9 @@ PATIENCE = 60  # seconds that a worker has to put its work away
 
 def run_apart(
     config: Mapping[str, Any], pruner_name: str, folder: Path, command: Sequence[str], label: str, gpu: str | None
-) -> dict[str, str]:
-    """What became of the job, as the worker tells it: {status, text}. RunError: the process ended without a word.
+) -> dict[str, Any]:
+    """What became of the job, as the worker tells it: {status, text, missed}. RunError: the process ended without a
+    word.
 
     `config` is the resolved configuration, `command` what a person would type for it. With a `label` each line that
     the worker prints begins with it; without one it has the terminal for itself."""

@@ -26,9 +26,13 @@ def main() -> int:
     sys.argv = request["command"]
     config = OmegaConf.create(request["config"])
     assert isinstance(config, DictConfig)
-    outcome = carry_out(config, request["pruner_name"], Path(request["folder"]))
+    try:
+        outcome = carry_out(config, request["pruner_name"], Path(request["folder"]))
+    except KeyboardInterrupt:  # told in the folder, and by the command that started this process
+        return 130
     sys.stdout.flush()
-    atomic.write_text(Path(request["answer"]), json.dumps({"status": outcome.status, "text": outcome.text}))
+    told = {"status": outcome.status, "text": outcome.text, "missed": outcome.missed}
+    atomic.write_text(Path(request["answer"]), json.dumps(told))
     return outcome.exit_code
 
 

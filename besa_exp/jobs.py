@@ -30,12 +30,14 @@ from besa_exp.errors import ConfigurationError, RunError, first_line
 from besa_exp.interruption import interruptible
 from besa_exp.job_process import run_apart
 from besa_exp.launchers import lost_jobs_told, visible_gpus
+from besa_exp.missed_target import miss_of, told_miss
 from besa_exp.overrides import key_of
 from besa_exp.profiling import profiling
 from besa_exp.publishing import publish
 from besa_exp.request import CONFIG_NAME, Job, Request
 from besa_exp.run_folder import RunFolder, read_results
 from besa_exp.run_status import is_done, read_status, seen_status
+from besa_exp.streams import keep_streams
 from besa_exp.task_metrics import main_metric, metric_name, partly_scored, with_error
 from besa_exp.torchrun import is_leader
 
@@ -52,6 +54,7 @@ class Outcome:
     folder: Path
     status: Status
     text: str
+    missed: bool = False  # the target
 
     @property
     def exit_code(self) -> int:
@@ -70,6 +73,7 @@ def run_job(config: DictConfig) -> Outcome:
         return finished_before(folder, config)
     if hydra_config.mode != RunMode.MULTIRUN:
         return carry_out(config, pruner_name, folder, single=True)
+    keep_streams()  # of a launcher's process
     number, lines = hydra_config.job.num, list(hydra_config.overrides.task)
     print(f"job {number}: {' '.join(lines)} -> {folder}", flush=True)
     alone = str(hydra_config.launcher._target_).endswith("BasicLauncher")
@@ -79,7 +83,7 @@ def run_job(config: DictConfig) -> Outcome:
     words, before = _alone(hydra_config), read_status(folder)
     try:
         told = run_apart(as_values(config), pruner_name, folder, words, label, gpu)
-        return Outcome(folder, cast(Status, told["status"]), told["text"])
+        return Outcome(folder, cast(Status, told["status"]), told["text"], told["missed"])
     except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure alone, and told as such
         status = read_status(folder)
         if status is None or status == before or status["status"] == "running":  # it could not tell itself
@@ -100,7 +104,7 @@ def carry_out(config: DictConfig, pruner_name: str, folder: Path, single: bool =
     before = read_status(folder)
     try:
         set_before_imports(offline=config.offline)
-        return Outcome(folder, "done", summary_line(_prune(config, pruner_name, folder)))
+        return finished("done", folder, _prune(config, pruner_name, folder))
     except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure alone, and told as such
         if full_errors():
             traceback.print_exc()
@@ -139,7 +143,12 @@ def finished_before(folder: Path, config: DictConfig | None = None) -> Outcome:
     """The outcome of a run whose results were there already; its model is pushed where `config` asks for it now."""
     if config is not None and config.save.get("push_to_hub"):
         publish(folder, read_settings(config, "", with_pruner=False).save)
-    return Outcome(folder, "finished before", summary_line(read_results(folder)))
+    return finished("finished before", folder, read_results(folder))
+
+
+def finished(status: Status, folder: Path, results: Mapping[str, Any]) -> Outcome:
+    """The outcome of a run with its results."""
+    return Outcome(folder, status, summary_line(results), bool(miss_of(results)))
 
 
 def full_errors() -> bool:
@@ -185,7 +194,7 @@ def _sweep(hydra: Hydra, request: Request) -> list[Outcome]:
 def _outcome_of_lost(job: Job, reason: str) -> Outcome:
     """What became of a job whose worker did not answer, `reason` being why."""
     if is_done(job.folder):
-        return Outcome(job.folder, "finished before" if job.finished else "done", finished_before(job.folder).text)
+        return finished("finished before" if job.finished else "done", job.folder, read_results(job.folder))
     status = read_status(job.folder) or {}
     if status.get("status") == "failed":
         return Outcome(job.folder, "failed", status["error"])
@@ -208,7 +217,8 @@ def _remove_refused(made: Sequence[Path]) -> None:
 def summary_line(results: Mapping[str, Any]) -> str:
     """The results of one run in a line: measured sparsity, and each score with the dense model's."""
     dense = results.get("dense") or {}
-    parts = [f"{100 * results['measured_sparsity']:.2f} % zeros"]
+    missed = told_miss(results)
+    parts = [f"{100 * results['measured_sparsity']:.2f} % zeros" + (f" - {missed}" if missed else "")]
     for name, value in results["perplexity"].items():
         before = (dense.get("perplexity") or {}).get(name)
         parts.append(f"perplexity {Path(name).name} {_number(value, 3)}" + (f" (dense {before:.3f})" if before else ""))
@@ -232,12 +242,13 @@ def show(outcomes: Sequence[Outcome]) -> None:
     if len(outcomes) == 1:
         (outcome,) = outcomes
         where = f"; see {outcome.folder / 'run.log'}" if outcome.exit_code else f" -> {outcome.folder}"
-        print(f"{outcome.status}: {outcome.text}{where}", file=sys.stderr if outcome.exit_code else sys.stdout)
+        line, stream = f"{outcome.status}: {outcome.text}{where}", sys.stderr if outcome.exit_code else sys.stdout
+        print(f"\033[33m{line}\033[0m" if outcome.missed and stream.isatty() else line, file=stream)
         return
     table = Table(box=box.SIMPLE)
     for column in ("job", "status", "folder", "results or error"):
         table.add_column(column, overflow="fold")
     for number, outcome in enumerate(outcomes):
-        style = "red" if outcome.exit_code else None
+        style = "red" if outcome.exit_code else "yellow" if outcome.missed else None
         table.add_row(str(number), outcome.status, str(outcome.folder), escape(outcome.text), style=style)
     Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES).print(table)

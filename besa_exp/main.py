@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from besa_exp import __version__
 from besa_exp.errors import ConfigurationError, Interrupted, RunError
 from besa_exp.nearest import did_you_mean
+from besa_exp.streams import exit_code_of
 from besa_exp.torchrun import is_launched
 
 HELP = """\
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = COMMANDS[command](rest)
         sys.stdout.flush()
-        return code
+        return code if command in WORKING else exit_code_of(sys.stdout, code)
     except ConfigurationError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
@@ -53,9 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as error:
         print(f"besa {command}: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader of a pipe has gone: nothing more can be said
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except Interrupted as error:
         print(f"besa: interrupted: {error}", file=sys.stderr)
         return 143
@@ -146,3 +144,4 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "-sc": _complete,
     "--shell-completion": _complete,
 }
+WORKING = ("prune", "evaluate", "masks", "prefetch", "report")  # whose output is not all that they are for

@@ -13,6 +13,7 @@ import yaml
 
 from besa_exp.environment import masked_command
 from besa_exp.markdown import escaped, markdown_table
+from besa_exp.missed_target import told_miss
 from besa_exp.sparsity_table import type_counts
 from besa_exp.task_metrics import metric_name, partly_scored
 
@@ -52,7 +53,8 @@ def model_card(
         "",
         f"- Base model: {model}" + (f", revision `{revision}`" if revision else ""),
         f"- Method: {results['pruner']}, pattern {results['pattern']}, seed {results['seed']}",
-        f"- Sparsity of the pruned linears: target {target:.4f}, measured {measured:.4f}",
+        f"- Sparsity of the pruned linears: target {target:.4f}, measured {measured:.4f}"
+        + (f"; **{missed}**" if (missed := told_miss(results)) else ""),
     ]
     if quantisation := results.get("quantisation"):
         shared = "each output channel" if (size := quantisation["group_size"]) is None else f"every {size} inputs"

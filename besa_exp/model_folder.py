@@ -15,6 +15,7 @@ from typing import Any
 
 from besa_exp.model_config import adapter_problem, config_problems, quantised_tensors, text_part
 
+CACHED = "models--"  # begins the hub cache's folders of models
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")  # of a config, first found
 INDEX = "model.safetensors.index.json"
@@ -70,7 +71,18 @@ def inspect_config(folder: Path, where: str, trust_remote_code: bool) -> tuple[d
             return {}, [adapter_problem(json.loads(adapter_file.read_text(encoding="utf-8")), where)]
     except (OSError, ValueError) as error:
         return {}, [f"{config_file}: cannot be read as JSON ({error}); copy the model folder again"]
-    return {}, [f"{where}: no config.json in it; give the folder that save_pretrained wrote"]
+    return {}, [f"{where}: {_no_model(folder)}"]
+
+
+def _no_model(folder: Path) -> str:
+    """What a folder without a config.json is, and what to give instead."""
+    if folder.name.startswith(CACHED) and (folder / "snapshots").is_dir():
+        name = folder.name.removeprefix(CACHED).replace("--", "/")
+        return f"is the hub cache's folder of {name}, not a model's; give the hub id {name}, which finds it there"
+    held = sorted(path.name.removeprefix(CACHED) for path in folder.iterdir() if path.name.startswith(CACHED))
+    if held:
+        return f"is a cache of the hub, not a model's folder; give a hub id, as {held[0].replace('--', '/')}"
+    return "no config.json in it; give the folder that save_pretrained wrote"
 
 
 def pickled_files(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ valid name. A line's key is what stands before its `=`.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from besa_exp.nearest import did_you_mean
+from besa_exp.text_keys import list_keys, quoted, text_keys, what_needs_quotes
 
 
 @dataclass
@@ -80,9 +82,13 @@ class Composer:
         return list(loader.get_group_options(group, ObjectType.CONFIG, self.config_name, list(self.search_path)))
 
     def _unparsed(self, line: str, error: OverrideParseException) -> str:
-        if "=" in line:
-            reason = str(error).splitlines()[0].rstrip(".")
-            return f"{line}: cannot be read ({reason}); quote a value with spaces, commas or brackets: key='\"value\"'"
+        key, equals, value = line.partition("=")
+        if equals and key and (odd := what_needs_quotes(value)):
+            return (
+                f"{line}: {odd} in a value stands in quotes, two for the shell and two for Hydra: {quoted(key, value)}"
+            )
+        if equals:
+            return f"{line}: cannot be read ({str(error).splitlines()[0].rstrip('.')}); arguments are written key=value"
         groups = GlobalHydra.instance().config_loader().list_groups("")
         meant = [f"{group}={line}" for group in groups if group != "hydra" and line in self.presets(group)]
         return f"{line}: arguments are written key=value" + (f"; did you mean {' or '.join(meant)}?" if meant else "")
@@ -106,6 +112,18 @@ class Composer:
         changed = [key_of(line) for line in lines if line not in choices and not line.startswith(("+", "~"))]
         messages = {key: _unknown_key(config, key) for key in changed}
         return {key: message for key, message in messages.items() if message}
+
+
+def told_sweep(override: Override, rule: str) -> str:
+    """The problem of several values where one is asked for. A comma may be part of a text, or a list be meant."""
+    line = str(override.input_line)
+    key, _, value = line.partition("=")
+    if "," not in value or key not in text_keys():
+        return f"{line}: several values; {rule}"
+    meant = f"a list stands in brackets: {shlex.quote(f'{key}=[{value}]')}"
+    if key not in list_keys():
+        meant = f"where it is part of one value, that stands in quotes: {quoted(key, value)}"
+    return f"{line}: the comma makes it several values; {rule}; {meant}"
 
 
 def key_of(line: str) -> str:

@@ -6,6 +6,7 @@ but where the pruner is to be asked or a CUDA device is named.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -15,6 +16,7 @@ from besa_exp.disk import check_disk, required_bytes
 from besa_exp.embedded.text import MODEL_DIR
 from besa_exp.evaluation.checks import check_evaluator
 from besa_exp.hub import is_hub_id, missing_offline, needs_of
+from besa_exp.input_files import check_run_inputs
 from besa_exp.model_folder import ModelFolder, inspect_config, inspect_model_folder, saved_dtype
 from besa_exp.nearest import did_you_mean
 from besa_exp.pattern import parse_pattern
@@ -26,6 +28,7 @@ from besa_exp.settings import (
     EvaluatorSettings,
     ModelSettings,
     RunSettings,
+    SaveSettings,
     TrackerSettings,
 )
 
@@ -45,13 +48,17 @@ def preflight(
     facts, problems = _check_shared(settings, unknown, here, "model.path")
     context = facts.context if facts else settings.model.context
     problems += _check_target(settings, facts, "pruner" not in unknown)
-    if "calibration" not in unknown:
+    if "calibration" not in unknown and not settings.is_dense:
         length = None if "calibration.path" in unknown else context
         problems += check_calibration(settings.calibration, length)
     if settings.offline and here:
-        calibration = None if {"calibration", "calibration.path"} & {*unknown} else settings.calibration
+        left_out = settings.is_dense or {"calibration", "calibration.path"} & {*unknown}
+        calibration = None if left_out else settings.calibration
         problems += missing_offline(needs_of(*_known(settings, unknown, calibration)))
     problems += check_push(settings.save, settings.offline) if here else []
+    if settings.is_dense and settings.save.push_to_hub:
+        problems.append("save.push_to_hub: pruner=dense makes no model, it scores the one it is given; leave it out")
+    problems += check_run_inputs(folder, settings) if here else []
     if here and facts:
         problems += check_disk(folder, _needed_bytes(settings, facts))
     return problems
@@ -115,6 +122,8 @@ def _check_dtype(dtype: str) -> list[str]:
 
 def check_model(settings: ModelSettings, key: str = "model.path") -> tuple[ModelFolder | None, list[str]]:
     """What can be told of the model and its problems, without loading it; `key` is what a person set to name it."""
+    if not settings.path.strip():
+        return None, [f"{key}=: is empty; give a model's folder, a hub id (owner/name), or embedded"]
     folder = model_folder(settings)
     if folder is None:
         return _check_hub_id(settings, key)
@@ -174,7 +183,8 @@ def _indivisible(pattern: str, group: int, facts: ModelFolder) -> list[str]:
 def _check_tracker(settings: TrackerSettings, offline: bool) -> list[str]:
     if settings.mode not in TRACKER_MODES:
         near = did_you_mean(settings.mode, TRACKER_MODES)
-        return [f"tracker.mode={settings.mode}: must be one of {', '.join(TRACKER_MODES)}{near}"]
+        source = " (WANDB_MODE says so)" if os.environ.get("WANDB_MODE") == settings.mode else ""
+        return [f"tracker.mode={settings.mode}{source}: must be one of {', '.join(TRACKER_MODES)}{near}"]
     if offline and settings.mode == "online":
         return ["tracker.mode=online: needs the network, which offline=true forbids; set tracker.mode=offline"]
     return []
@@ -207,5 +217,6 @@ def _needed_bytes(settings: RunSettings, facts: ModelFolder) -> int:
     model_bytes = facts.weights * a_weight if a_weight else facts.saved_bytes
     in_linears = sum(rows * columns for rows, columns in facts.linears.values())
     whole = settings.model.load == "whole"
-    needed = required_bytes(model_bytes, in_linears, facts.weights, settings.save, whole)
+    save = SaveSettings(model=False, masks=False) if settings.is_dense else settings.save
+    needed = required_bytes(model_bytes, in_linears, facts.weights, save, whole)
     return needed + (facts.saved_bytes if facts.pickled else 0)

@@ -12,12 +12,16 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from besa_exp.streams import keep_streams
+
 OBJECTS_WHILE_IMPORTING = 50_000  # made between two collections of the youngest; Python's own is 700 to 2000
 _thresholds: list[tuple[int, int, int]] = []  # Python's own, while others hold
 
 
 def run_as_process(command: Callable[[], int]) -> NoReturn:
-    """Ends the process with the exit code of `command`, which calls `imports_are_done` before its long work."""
+    """Ends the process with the exit code of `command`, which calls `imports_are_done` before its long work. Its
+    standard streams may go away meanwhile."""
+    keep_streams()
     _thresholds.append(gc.get_threshold())
     gc.set_threshold(OBJECTS_WHILE_IMPORTING)
     code = command()

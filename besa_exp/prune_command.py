@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra import initialize_config_dir
@@ -18,6 +19,7 @@ from besa_exp.errors import ConfigurationError
 from besa_exp.jobs import launch, run_job, show
 from besa_exp.request import CONFIG_NAME, Job, Request, check_composition, read_request
 from besa_exp.settings import RunSettings
+from besa_exp.text_keys import with_text_quoted
 from besa_exp.torchrun import is_launched
 
 HYDRA_VERSION = "1.3"
@@ -34,9 +36,8 @@ def composed(
 ) -> int:
     """What `carry_out` makes of the arguments, Hydra being initialized; flags that only show something are answered by
     Hydra."""
-    parser = get_args_parser()
-    parser.prog = command
-    parsed = parser.parse_intermixed_args(list(arguments))
+    arguments = [with_text_quoted(argument) for argument in arguments]
+    parsed = _parsed(command, arguments)
     conf_dir = str(Path(parsed.config_path or CONF_DIR).absolute())
     with initialize_config_dir(conf_dir, job_name="besa", version_base=HYDRA_VERSION):
         if not any(getattr(parsed, flag) for flag in ANSWERED_BY_HYDRA):
@@ -44,6 +45,24 @@ def composed(
         if parsed.cfg or parsed.info or parsed.help:
             check_composition(parsed, config_name)
     return hydra_flags(arguments, config_name)
+
+
+def _parsed(command: str, arguments: Sequence[str]) -> argparse.Namespace:
+    """As Hydra reads its flags. ConfigurationError: one that there is not, above all a key with dashes before it."""
+    parser = get_args_parser()
+    parser.prog = command
+
+    def refuse(message: str) -> NoReturn:
+        unknown = [word for word in message.partition("unrecognized arguments: ")[2].split(" ") if word[:2] == "--"]
+        keys = [word.lstrip("-").partition("=") for word in unknown]
+        told = [
+            f"{word}: no such flag; a key is written without dashes: {name}={value or 'VALUE'} ({command} --help)"
+            for word, (name, _, value) in zip(unknown, keys, strict=True)
+        ]
+        raise ConfigurationError(*(told or [f"{message}; {command} --help"]))
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_intermixed_args(list(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> int:

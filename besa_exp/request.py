@@ -20,8 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from besa_exp.configuration import METHOD_GROUPS, Unreadable, method_name, read_settings
 from besa_exp.environment_variables import set_before_imports
 from besa_exp.errors import ConfigurationError
+from besa_exp.input_files import check_run_inputs
 from besa_exp.launchers import launcher_lines, launcher_of
-from besa_exp.overrides import Composer, key_of
+from besa_exp.overrides import Composer, key_of, told_sweep
 from besa_exp.pattern import parse_pattern
 from besa_exp.preflight import preflight
 from besa_exp.publishing import check_names, check_push
@@ -75,7 +76,7 @@ def read_request(arguments: argparse.Namespace) -> Request:
         composer.problems |= {problem: problem for problem in check_names(pushed)}
     else:
         swept = [override for override in overrides if override.is_sweep_override()]
-        composer.problems |= {o.key_or_group: f"{o.input_line}: several values; add -m to run them all" for o in swept}
+        composer.problems |= {o.key_or_group: told_sweep(o, "add -m to run them all") for o in swept}
         jobs = [_job(composer, single, main, unknown, of_sweep=False)]
     _ask_pruners(composer, jobs, unknown)
     if composer.problems or not jobs:
@@ -117,13 +118,21 @@ def _jobs(composer: Composer, lines_of_jobs: Sequence[Sequence[str]], unknown: s
             continue
         job = replace(_job(composer, lines, config, unknown, of_sweep=True), number=number)
         if job.folder in jobs:
-            different = _only(lines, jobs[job.folder].lines)
-            composer.problems[str(job.folder)] = (
-                f"two jobs of the sweep would share the folder {job.folder}, with {different}: what tells them apart "
-                "does not change the result; drop one, or give each its own with hydra.sweep.subdir='${hydra.job.num}'"
-            )
+            composer.problems[str(job.folder)] = _shared_folder(job, jobs[job.folder], lines_of_jobs)
         jobs[job.folder] = job
     return list(jobs.values())
+
+
+def _shared_folder(job: Job, other: Job, lines_of_jobs: Sequence[Sequence[str]]) -> str:
+    if set(job.lines) == set(other.lines):
+        common = set.intersection(*map(set, lines_of_jobs))
+        twice = " ".join(line for line in job.lines if line not in common) or " ".join(job.lines)
+        return f"{twice} stands twice in the sweep; name each value once"
+    different = _only(job.lines, other.lines)
+    return (
+        f"two jobs of the sweep would share the folder {job.folder}, with {different}: what tells them apart does not "
+        "change the result; drop one, or give each its own with hydra.sweep.subdir='${hydra.job.num}'"
+    )
 
 
 def _only(lines: Sequence[str], others: Sequence[str]) -> str:
@@ -142,10 +151,21 @@ def _job(composer: Composer, lines: Sequence[str], config: DictConfig, unknown: 
     job = Job(tuple(lines), config, folder, is_done(folder) and not config.get("overwrite"))
     if not job.finished:
         _check_settings(composer, job, unknown | {"pruner"})
-    elif OmegaConf.select(config, "save.push_to_hub"):  # all that is left to do
-        settings = read_settings(config, "", with_pruner=False)
-        composer.problems |= {problem: problem for problem in check_push(settings.save, settings.offline)}
+    else:
+        _check_finished(composer, job)
     return job
+
+
+def _check_finished(composer: Composer, job: Job) -> None:
+    """Notes what speaks against showing a finished run: its inputs are others now, or it cannot be pushed."""
+    try:
+        settings = read_settings(job.config, "", with_pruner=False)
+    except Unreadable:  # what it was asked with then is no key or value any more
+        return
+    pushed = check_push(settings.save, settings.offline) if settings.save.push_to_hub else []
+    composer.problems |= {problem: problem for problem in pushed}
+    for problem in check_run_inputs(job.folder, settings):  # of many jobs with the same input the first is named
+        composer.problems.setdefault(problem.partition(" holds ")[2], problem)
 
 
 def _ask_pruners(composer: Composer, jobs: Sequence[Job], unknown: set[str]) -> None:

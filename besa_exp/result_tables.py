@@ -42,6 +42,8 @@ def plan_table(settings: RunSettings, facts: Mapping[str, Any]) -> Table:
         "keeps": _kept(settings.save),
         **facts,
     }
+    if settings.is_dense:
+        rows = {name: value for name, value in rows.items() if name not in ("target", "calibration", "keeps")}
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")

@@ -16,12 +16,11 @@ from besa_exp.settings import RunSettings
 
 def results_of(
     settings: RunSettings,
-    calibration: Calibration,
+    calibration: Calibration | None,
     reports: Sequence[BlockReport],
     environment: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """results.json without scores, times and memory."""
-    samples, length = calibration.input_ids.shape
+    """results.json without scores, times and memory. `calibration` None: of a dense model, which has no target."""
     linears = [linear for report in reports for linear in report.linears]
     weights, pruned = sum(linear.weights for linear in linears), sum(linear.pruned for linear in linears)
     return {
@@ -29,19 +28,24 @@ def results_of(
         "pruner": settings.pruner_name,
         "pattern": settings.pattern,
         "seed": settings.seed,
-        "target_sparsity": Target.parse(settings.sparsity, settings.pattern).sparsity,
+        "target_sparsity": Target.parse(settings.sparsity, settings.pattern).sparsity if calibration else 0.0,
         "measured_sparsity": pruned / weights,
         "linears": len(linears),
         "quantisation": asdict(quantiser) if (quantiser := quantiser_of(settings.pruner)) else None,
         "blocks": [_block(report) for report in reports],
-        "calibration": {
-            "name": calibration.name,
-            "num_samples": samples,
-            "seq_len": length,
-            "tokens_sha256": calibration.tokens_sha256,
-            "provenance": calibration.provenance,
-        },
+        "calibration": _calibration(calibration) if calibration else None,
         "environment": environment,
+    }
+
+
+def _calibration(calibration: Calibration) -> dict[str, Any]:
+    samples, length = calibration.input_ids.shape
+    return {
+        "name": calibration.name,
+        "num_samples": samples,
+        "seq_len": length,
+        "tokens_sha256": calibration.tokens_sha256,
+        "provenance": calibration.provenance,
     }
 
 

@@ -6,10 +6,10 @@ Load -> score dense if asked -> calibration tokens -> block loop -> save, reload
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +24,30 @@ from besa_exp.device import compute_dtype, peak_memory, prepared_device
 from besa_exp.environment import environment
 from besa_exp.errors import ConfigurationError
 from besa_exp.finished_blocks import FinishedBlocks
+from besa_exp.finite_weights import check_finite_weights
 from besa_exp.followed_folder import opened
 from besa_exp.identity import IDENTITY, request_identity
+from besa_exp.input_files import fingerprint, write_inputs
 from besa_exp.masks import Target
+from besa_exp.missed_target import miss_of, out_of_reach
 from besa_exp.models import LoadedModel, load_model, model_context
 from besa_exp.process import imports_are_done
 from besa_exp.pruning import Pruner
 from besa_exp.reports import BlockReport, Step
 from besa_exp.results import results_of, score_values
+from besa_exp.run_dense import dense_results
 from besa_exp.run_saving import card, reread, save
 from besa_exp.run_scoring import published, score, score_dense
-from besa_exp.running import Run
+from besa_exp.run_tracking import tracking
+from besa_exp.running import Run, model_facts
 from besa_exp.saving import block_names
 from besa_exp.scope import Refinement, blocks_together, refinements, unit_ends
-from besa_exp.settings import RunSettings, TrackerSettings
-from besa_exp.tracking import Tracker, start_tracker
+from besa_exp.settings import RunSettings
+from besa_exp.spent import Spent
+from besa_exp.tracking import Tracker
 from besa_exp.updates.updated import with_update
+
+logger = logging.getLogger(__name__)
 
 
 def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,42 +56,52 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
     An unfinished run of the same request goes on after its last whole block. ConfigurationError: the request cannot be
     carried out; RunError: it failed on the way. What was measured and pruned stays."""
     imports_are_done()
-    started = time.perf_counter()
     device = prepared_device(settings)
     resume = request_identity(config) if settings.resume else None
     with distributed.joined(device), opened(path, settings.overwrite, resume) as folder, RunConsole() as console:
-        run = Run(settings, device, folder, console, {})
+        run = Run(settings, device, folder, console, Spent(folder.spent, partial(peak_memory, device)))
         folder.write_config(config)
         folder.write_environment(environment(device))
+        if distributed.is_first():
+            write_inputs(path, fingerprint(settings))
+        if warning := out_of_reach(settings):
+            logger.warning(warning)
         console.stage(f"loading {settings.model.path}")
-        with run.timed("load"):
+        with run.spent.timed("load"):
             loaded = in_a_fast_dtype(load_model(settings.model, device, settings.offline), settings.model.dtype)
-        with run.timed("calibrate"):
-            calibration = _calibrate(run, loaded)
-            check_blocks(loaded, distributed.own_samples(calibration.input_ids), settings.calibration.batch_size)
-        finished = FinishedBlocks(folder.blocks)
-        ends = unit_ends(len(block_names(loaded)), blocks_together(settings.pruner))
-        identity = request_identity(config, calibration.tokens_sha256)
-        reports = distributed.from_first(lambda: finished.begin(identity, ends))
-        folder.rewind(reports)
-        console.plan(settings, _facts(loaded, calibration, len(reports)))
-        with _tracking(run, config, reports) as tracker:
-            dense = score_dense(run, loaded) if settings.evaluator.dense else None
-            reports, finished = _prune_model(run, loaded, calibration, tracker, reports, finished)
-            results = results_of(settings, calibration, reports, environment(device))
-            results |= {"model_notes": [*loaded.notes]} if loaded.notes else {}
-            saved = save(run, loaded, finished, results)
-            with reread(run, loaded, finished, calibration) as reloaded:
-                scores = score(run, "pruned", saved)
-                results |= reloaded()
-            tracker.log_scores(scores, dense)
-        results |= score_values(scores) | {"provenance": scores.provenance}
-        results |= {"dense": score_values(dense)} if dense else {}
-        results |= published(settings, dense or (scores if results["measured_sparsity"] == 0 else None))
-        run.seconds["total"] = time.perf_counter() - started
-        results |= {"seconds": run.seconds, "peak_memory_bytes": peak_memory(device)}
+        results = dense_results(run, loaded, config) if settings.is_dense else _pruned(run, loaded, config)
+        results |= {"model_notes": [*loaded.notes]} if loaded.notes else {}
+        results |= {"seconds": run.spent.seconds(), "peak_memory_bytes": run.spent.peak_memory()}
         _write(run, loaded, results)
     return results
+
+
+def _pruned(run: Run, loaded: LoadedModel, config: Mapping[str, Any]) -> dict[str, Any]:
+    """results.json but for times and memory."""
+    settings, folder, console, device = run.settings, run.folder, run.console, run.device
+    check_finite_weights(loaded.model, settings.model.path)
+    with run.spent.timed("calibrate"):
+        calibration = _calibrate(run, loaded)
+        check_blocks(loaded, distributed.own_samples(calibration.input_ids), settings.calibration.batch_size)
+    finished = FinishedBlocks(folder.blocks, run.spent.keep)
+    ends = unit_ends(len(block_names(loaded)), blocks_together(settings.pruner))
+    identity = request_identity(config, calibration.tokens_sha256)
+    reports = distributed.from_first(lambda: finished.begin(identity, ends))
+    folder.rewind(reports)
+    console.plan(settings, _facts(loaded, calibration, len(reports)))
+    with tracking(run, config, reports) as tracker:
+        dense = score_dense(run, loaded) if settings.evaluator.dense else None
+        reports, finished = _prune_model(run, loaded, calibration, tracker, reports, finished)
+        results = results_of(settings, calibration, reports, environment(device))
+        saved = save(run, loaded, finished, results)
+        with reread(run, loaded, finished, calibration) as reloaded:
+            scores = score(run, "pruned", saved)
+            results |= reloaded()
+        tracker.log_scores(scores, dense)
+        tracker.log_summary({"target_missed": miss_of(results)})
+    results |= score_values(scores) | {"provenance": scores.provenance}
+    results |= {"dense": score_values(dense)} if dense else {}
+    return results | published(settings, dense or (scores if results["measured_sparsity"] == 0 else None))
 
 
 def _calibrate(run: Run, loaded: LoadedModel) -> Calibration:
@@ -109,28 +127,8 @@ def _calibrate(run: Run, loaded: LoadedModel) -> Calibration:
 def _facts(loaded: LoadedModel, calibration: Calibration, done: int) -> dict[str, Any]:
     """What the plan shows besides the settings."""
     samples, length = calibration.input_ids.shape
-    facts = {
-        "weights": f"{sum(parameter.numel() for parameter in loaded.model.parameters()):,}",
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": str(next(loaded.model.parameters()).device),
-        "calibration tokens": f"{samples} x {length}, sha256 {calibration.tokens_sha256[:12]}",
-    }
-    facts |= {"in memory": "one block at a time"} if loaded.weights else {}
-    return facts | ({"going on after": f"{done} finished blocks"} if done else {})
-
-
-@contextmanager
-def _tracking(run: Run, config: Mapping[str, Any], reports: Sequence[BlockReport]) -> Iterator[Tracker]:
-    """The tracker, finished with what was reported however the run ends."""
-    path = run.folder.path
-    tracked = run.settings.tracker if distributed.is_first() else TrackerSettings("none")
-    tracker = start_tracker(tracked, path, config, path.name, run.settings.pruner_name)
-    failed = True
-    try:
-        yield tracker
-        failed = False
-    finally:
-        tracker.finish(reports, failed)
+    facts = {"calibration tokens": f"{samples} x {length}, sha256 {calibration.tokens_sha256[:12]}"}
+    return model_facts(loaded) | facts | ({"going on after": f"{done} finished blocks"} if done else {})
 
 
 def _prune_model(
@@ -152,7 +150,7 @@ def _prune_model(
     _, allocate = allocator(settings.activations, run.device, run.folder.path, needed)
     batch_size, dtype = settings.calibration.batch_size, compute_dtype(settings)
     loop = BlockLoop(loaded, input_ids, batch_size, finished, len(reports), allocate, dtype, keeps_dense=bool(later))
-    with run.timed("prune"):
+    with run.spent.timed("prune"):
         _follow(run, loop, pruner, None if later else tracker, reports)
         if not later:
             return reports, finished
@@ -204,6 +202,6 @@ def _refine(
 def _write(run: Run, loaded: LoadedModel, results: Mapping[str, Any]) -> None:
     """results.json, the model card with the scores, and the tables."""
     run.folder.write_results(results)
-    if run.settings.save.model and distributed.is_first():
+    if run.settings.keeps_model and distributed.is_first():
         write_card(run.folder.model, card(run, loaded, results))
     run.console.summary(results, run.folder.path)

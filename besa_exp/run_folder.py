@@ -43,9 +43,19 @@ WRITTEN = (  # what a run leaves besides .lock and status.json; nothing else in 
     "model",
     "blocks",
     "scores.json",
+    "spent.json",
+    "inputs.json",
     "wandb",
 )
-KEPT = ("metrics.jsonl", "run.log", "blocks", "scores.json", "wandb")  # of these an unfinished run goes on
+KEPT = (
+    "metrics.jsonl",
+    "run.log",
+    "blocks",
+    "scores.json",
+    "spent.json",
+    "inputs.json",
+    "wandb",
+)  # of these an unfinished run goes on
 LEFTOVERS = tuple(f".{name}.{state}" for name in (*WRITTEN, "status.json") for state in ("partial", "replaced"))
 SPARSITY_COLUMNS = ("block", "linear", "weights", "pruned", "sparsity")
 
@@ -65,6 +75,7 @@ class RunFolder:
         self.sparsity = path / "sparsity.csv"
         self.blocks = path / "blocks"
         self.scores = path / "scores.json"
+        self.spent = path / "spent.json"
 
     @classmethod
     @contextmanager
@@ -99,7 +110,7 @@ class RunFolder:
                     write_status(path, status, started, error)
                 raise
             write_status(path, "done", started)
-            for name in ("blocks", "scores.json"):
+            for name in ("blocks", "scores.json", "spent.json"):
                 atomic.remove(path / name)
 
     @staticmethod

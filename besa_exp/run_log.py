@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from besa_exp.errors import Interrupted
+
 
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
@@ -26,8 +28,10 @@ def logging_to(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        text = "".join(traceback.format_exception(error))
-        handler.handle(logging.LogRecord("besa_exp", logging.ERROR, __file__, 0, "the run failed\n%s", (text,), None))
+        interrupted = isinstance(error, KeyboardInterrupt | Interrupted)
+        text = str(error) or "Ctrl-C" if interrupted else "".join(traceback.format_exception(error))
+        how = "was interrupted" if interrupted else "failed"
+        handler.handle(logging.LogRecord("besa_exp", logging.ERROR, __file__, 0, "the run %s\n%s", (how, text), None))
         raise
     finally:
         root.removeHandler(handler)

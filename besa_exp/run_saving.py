@@ -25,7 +25,7 @@ from besa_exp.saving import check_saved, masks_origin, pruned_weights, save_prun
 def save(run: Run, loaded: LoadedModel, finished: FinishedBlocks, results: Mapping[str, Any]) -> LoadedModel:
     """Save what is to be kept; then the pruned model: the one that was saved, loaded anew, its zeros counted."""
     settings, folder = run.settings, run.folder
-    with run.timed("save"):
+    with run.spent.timed("save"):
         if settings.save.model:
             run.console.stage("saving the pruned model and loading it anew")
         if distributed.is_first():
@@ -62,7 +62,7 @@ def reread(
 
         def reloaded() -> dict[str, Any]:
             run.console.stage("the saved model in a fresh process")
-            with run.timed("save"):
+            with run.spent.timed("save"):
                 return {"reloaded": answer()}
 
         yield reloaded

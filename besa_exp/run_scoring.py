@@ -36,12 +36,12 @@ def score_dense(run: Run, loaded: LoadedModel) -> Scores:
 def score(run: Run, which: str, loaded: LoadedModel) -> Scores:
     """Scores of the dense or the pruned model, recorded in metrics.jsonl as soon as they are known."""
     settings, console = run.settings, run.console
-    earlier = FinishedScores(run.folder.scores, which)
+    earlier = FinishedScores(run.folder.scores, which, run.spent.keep)
 
     def on_progress(text: str) -> None:
         console.stage(f"{which} model: {text}")
 
-    with run.timed("evaluate"):
+    with run.spent.timed("evaluate"):
         scores = evaluate(loaded, settings.evaluator, settings.offline, settings.seed, on_progress, earlier)
     run.folder.log_scores(which, scores)
     return scores

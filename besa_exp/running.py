@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from besa_exp.console import RunConsole
 from besa_exp.followed_folder import FollowedFolder
+from besa_exp.models import LoadedModel
 from besa_exp.run_folder import RunFolder
 from besa_exp.settings import RunSettings
+from besa_exp.spent import Spent
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run under way: what is asked, where it is written and shown, and the seconds spent on each part."""
+    """One run under way: what is asked, where it is written and shown, and what it has taken so far."""
 
     settings: RunSettings
     device: torch.device
     folder: RunFolder | FollowedFolder
     console: RunConsole
-    seconds: dict[str, float]
+    spent: Spent
 
-    @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        """Adds the time of the block to `part`, and the processor time of all threads, which other programs on the
-        machine do not lengthen, to `part`_processor."""
-        started, worked = time.perf_counter(), time.process_time()
-        yield
-        self._add(part, time.perf_counter() - started)
-        self._add(f"{part}_processor", time.process_time() - worked)
 
-    def _add(self, part: str, seconds: float) -> None:
-        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+def model_facts(loaded: LoadedModel) -> dict[str, Any]:
+    """What the plan shows of a model besides the settings."""
+    facts = {
+        "weights": f"{sum(parameter.numel() for parameter in loaded.model.parameters()):,}",
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": str(next(loaded.model.parameters()).device),
+    }
+    return facts | ({"in memory": "one block at a time"} if loaded.weights else {})

@@ -106,6 +106,16 @@ class RunSettings:
     dry_run: bool = False  # tell what the run will need, and run nothing
     save: SaveSettings = field(default_factory=SaveSettings)
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is to be pruned or updated: the model is only scored, and kept nowhere."""
+        return self.pruner_name == "dense"
+
+    @property
+    def keeps_model(self) -> bool:
+        """Whether the run folder will hold a model."""
+        return self.save.model and not self.is_dense
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:

@@ -40,6 +40,9 @@ class Tracker(Protocol):
     def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
         """Scores of the pruned model, and of the dense one where it was scored."""
 
+    def log_summary(self, values: Mapping[str, float]) -> None:
+        """Values of the run as a whole."""
+
     def finish(self, reports: Sequence[BlockReport], failed: bool = False) -> None:
         """Closes the run, with the table of all `reports` where there are any."""
 
@@ -51,6 +54,9 @@ class NoTracker:
         pass
 
     def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
+        pass
+
+    def log_summary(self, values: Mapping[str, float]) -> None:
         pass
 
     def finish(self, reports: Sequence[BlockReport], failed: bool = False) -> None:
@@ -97,7 +103,10 @@ class WandbTracker:
         values = dict(_flat_scores(scores))
         if dense is not None:
             values |= {f"dense/{name}": value for name, value in _flat_scores(dense)}
-        self._attempt(lambda: self._run.summary.update(values))
+        self.log_summary(values)
+
+    def log_summary(self, values: Mapping[str, float | str]) -> None:
+        self._attempt(lambda: self._run.summary.update(dict(values)))
 
     def finish(self, reports: Sequence[BlockReport], failed: bool = False) -> None:
         if reports:

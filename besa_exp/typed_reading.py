@@ -141,8 +141,11 @@ class Reader:
             return int(value)
         if hint is float and number and math.isfinite(value):
             return float(value)
-        if hint is str and (isinstance(value, str) or number):
-            return str(value)
+        if hint is str and isinstance(value, str):
+            return value
+        if hint is str and number:  # 2024_05_01 is the number 20240501: what was written is lost
+            example = f"{key.rpartition('.')[2]}: '{value}'"
+            return self.refuse(key, f"{key}={value}: must be a text, not a number; write it in quotes: {example}")
         rule = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}[hint]
         rule = " or ".join([rule, *words])
         return self.refuse(key, f"{key}={_shown(value)}: must be {rule}; write for example {key}={_example(hint)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """What a search has found so far, in one file that is whole at any time; None: it is kept nowhere."""
+    """What a search has found so far, in one file that is whole at any time; None: it is kept nowhere. `keep_spent` is
+    called before it is written."""
 
     file: Path | None = None
+    keep_spent: Callable[[], None] = lambda: None
 
     def read(self) -> dict[str, Any]:
         """What was written last, on every rank; empty: nothing was, or it cannot be read and the search begins anew."""
@@ -30,6 +32,7 @@ class Progress:
         if self.file is None or not distributed.is_first():
             return
         try:
+            self.keep_spent()
             atomic.write_text(self.file, json.dumps(found) + "\n")
         except OSError as error:
             raise RunError(

@@ -30,7 +30,7 @@ from besa_exp.dry_run.meters import seconds_of
 from besa_exp.dry_run.needs import Need, kept_bytes, needs
 from besa_exp.dry_run.plan import ModelSize, Place, Plan, Working
 from besa_exp.dry_run.search_probe import dealing, search_seconds
-from besa_exp.dry_run.seconds import seconds
+from besa_exp.dry_run.seconds import scored_only, seconds
 from besa_exp.errors import ConfigurationError
 from besa_exp.masks import Target
 from besa_exp.memory import free_memory
@@ -42,6 +42,7 @@ from besa_exp.tensor_sources import stored_tensors
 from besa_exp.updates.updated import with_update
 
 LEAST_WORK = 3  # blocks that a probe on a CPU needs at least
+BEFORE_SCORING = {"budget", "prune", "save"}  # phases that a run of the dense model has not
 UNKNOWN = "are not estimated"
 
 
@@ -87,15 +88,21 @@ def estimate(settings: RunSettings, folder: Path, tell: Callable[[str], None] = 
         _plan(settings, size, texts, streamed, device, probed),
         links_blocks=streamed and not saves_blocks_anew(models[0]),
     )
-    scored = 2 if settings.evaluator.dense else 1
+    scored = 2 if settings.evaluator.dense and not settings.is_dense else 1
+    parts, taken = (
+        needs(plan),
+        seconds(plan, texts, build, disk, probed.block, probed.evaluation, scored, probed.search),
+    )
+    if settings.is_dense:
+        parts, taken = [part for part in parts if {*part.phases} - BEFORE_SCORING], scored_only(taken)
     return Estimate(
         settings=settings,
         folder=folder,
         device=device,
-        parts=needs(plan),
+        parts=parts,
         kept=kept_bytes(plan),
         blocks=len(size.blocks),
-        seconds=seconds(plan, texts, build, disk, probed.block, probed.evaluation, scored, probed.search),
+        seconds=taken,
         free=free,
         notes=[*notes, *texts.notes, *probed.notes, *_not_estimated(settings)],
     )
@@ -164,9 +171,9 @@ def _plan(
         together=min(blocks_together(pruner), len(size.blocks)),
         dealing=dealing(settings.budget, len(size.blocks), texts.samples, texts.seq_len, settings.sparsity),
         activations_at=cast(Place, probed.activations_at if on_cuda or probed.activations_at == "disk" else "host"),
-        save_model=settings.save.model,
-        save_masks=settings.save.masks,
-        verified=settings.save.model and settings.save.verify,
+        save_model=settings.keeps_model,
+        save_masks=settings.save.masks and not settings.is_dense,
+        verified=settings.keeps_model and settings.save.verify,
         evaluates=bool(settings.evaluator.perplexity_sets or settings.evaluator.tasks),
         windows_tokens=max((count * length for count, length in texts.windows), default=0),
         steps=round(block.steps * len(size.blocks)) if block else 0,

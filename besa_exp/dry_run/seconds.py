@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from besa_exp.dry_run.block_probe import BlockCost
 from besa_exp.dry_run.disk_probe import DiskSpeed
 from besa_exp.dry_run.evaluation_probe import EvaluationCost
@@ -41,6 +43,13 @@ def seconds(
     }
     known = [value for value in found.values() if value is not None]
     return {**found, "one block": a_block, "total": sum(known) if len(known) == len(found) else None}
+
+
+def scored_only(found: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Of a dense model, which is loaded and scored."""
+    parts = {"load": found["load"], "evaluate": found["evaluate"]}
+    known = [value for value in parts.values() if value is not None]
+    return {**parts, "total": sum(known) if len(known) == len(parts) else None}
 
 
 def _block_seconds(plan: Plan, disk: DiskSpeed, block: BlockCost) -> float:

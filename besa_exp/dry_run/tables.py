@@ -16,6 +16,7 @@ from besa_exp.console import PLAIN_WIDTH, duration
 from besa_exp.dry_run.estimate import Estimate, estimate
 from besa_exp.dry_run.needs import PHASES, peak, remedies
 from besa_exp.dry_run.plan import Place
+from besa_exp.missed_target import out_of_reach
 from besa_exp.settings import RunSettings
 
 NOT = "does NOT fit"
@@ -147,7 +148,8 @@ def _seconds_table(found: Estimate) -> Table:
 
 def _remarks(found: Estimate) -> list[str]:
     done = ["a finished run is there, which the command shows and leaves alone (overwrite=true prunes anew)"]
-    return [f"note: {note}" for note in [*(done if found.finished else []), *found.notes]]
+    missed = [warning] if (warning := out_of_reach(found.settings)) else []
+    return [f"note: {note}" for note in [*(done if found.finished else []), *missed, *found.notes]]
 
 
 def _peak(found: Estimate, place: Place) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from besa_exp import atomic, distributed
 @dataclass(frozen=True)
 class FinishedScores:
     """scores.json of a run folder: {which model: {kind: {set or task: request and result}}}. Of several ranks the first
-    reads it for all, and writes it."""
+    reads it for all, and writes it. `keep_spent` is called before each score is kept."""
 
     path: Path
     which: str
+    keep_spent: Callable[[], None] = lambda: None
 
     def find(self, kind: str, name: str, request: dict[str, Any]) -> Any | None:
         """What was measured under the same `request`; None: nothing."""
@@ -29,6 +31,7 @@ class FinishedScores:
             return
         content = self._read()
         content.setdefault(self.which, {}).setdefault(kind, {})[name] = {"request": request, "result": result}
+        self.keep_spent()
         atomic.write_text(self.path, json.dumps(content) + "\n")
 
     def _read(self) -> dict[str, Any]:

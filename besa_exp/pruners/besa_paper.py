@@ -29,7 +29,7 @@ from besa_exp.blocks import Block, Hidden
 from besa_exp.importance import dead_inputs, magnitude_importance, obs_importance, upper_factor, wanda_importance
 from besa_exp.losses import channel_loss, differentiate
 from besa_exp.masks import Target
-from besa_exp.pruners.candidates import CandidateAllocation
+from besa_exp.pruners.candidates import CandidateAllocation, reach
 from besa_exp.pruning import PrunedBlock, checked_gradient, finite_step, probe_loss
 from besa_exp.reports import Step
 from besa_exp.statistics import Hessian, InputNorm, Statistic, WithNorm, by_shared_input
@@ -76,6 +76,11 @@ class BesaPaper:
     def statistic(self) -> type[Statistic] | None:
         """What the metric needs."""
         return {"Weight": None, "Wanda": InputNorm}.get(self.metric, Hessian)
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The least and the largest sparsity of a row."""
+        return reach(self.sparsity_step, self.sigmoid)
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """The penalty divides by the target; N:M leaves nothing to allocate."""

@@ -6,6 +6,8 @@ backward.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -19,6 +21,21 @@ def float_candidates(step: float) -> Float[Tensor, " candidate"]:
     candidates = torch.arange(1.0, -step, -step)
     candidates[-1] = 0.0
     return candidates
+
+
+def reach(step: float, sigmoid: bool) -> tuple[float, float]:
+    """The least and the largest alpha. softmax(theta) comes as near to 0 and 1 as one likes; softmax(sigmoid(theta)) at
+    most e : 1 between the k largest candidates and the others, for the k where that is most."""
+    if not sigmoid:
+        return 0.0, 1.0
+    candidates = float_candidates(step).double()
+    return 1 - _largest(1 - candidates.flip(0)), _largest(candidates)
+
+
+def _largest(candidates: Float[Tensor, " candidate"]) -> float:
+    """Of the means with weight e on the first k and 1 on the others."""
+    heavier, counts = math.e - 1, torch.arange(1, len(candidates) + 1)
+    return float(((candidates.sum() + heavier * candidates.cumsum(0)) / (len(candidates) + heavier * counts)).max())
 
 
 class SoftmaxInLanes(torch.autograd.Function):

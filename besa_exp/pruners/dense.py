@@ -1,4 +1,4 @@
-"""No pruning: the dense model goes through the same run, so that its scores and its block loop are measured alike."""
+"""No pruning. `pruner=dense` alone is only scored (`run_dense.py`); with an update or budget its blocks are walked."""
 
 from __future__ import annotations
 

@@ -81,6 +81,8 @@ def _write(report: Report, out: Path) -> None:
     apart = len({number for cell in report.cells if cell.apart for number in cell.runs})
     told = [f"{done} finished run{'' if done == 1 else 's'}"]
     told += [f"{apart} of them not comparable in part"] if apart else []
+    missed = sum(bool(run.missed) for run in runs if run.status == "done")
+    told += [f"{missed} of them missed their target by 0.5 points or more"] if missed else []
     told += [f"{len(runs) - done} not finished"] if done < len(runs) else []
     print(f"{', '.join(told)} -> {out / 'report.html'}, summary.md, summary.csv, {len(figures)} figures")
 

@@ -128,6 +128,7 @@ def _remark(cell: Cell, runs: Sequence[Run]) -> str:
     if cell.measure.kind == "perplexity":
         windows = {s.facets["evaluation window"] for s in (*run.scores, *run.dense_scores) if s.measure == cell.measure}
         remarks += [f"windows of {window}" for window in sorted(windows - {WINDOW})]
+    remarks += [f"at {cell.measured:.1%}"] if cell.missed else []
     if cell.method.variant:
         remarks.append(cell.method.variant)
     return "; ".join(remarks)

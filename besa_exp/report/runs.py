@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from besa_exp.missed_target import missed_by
 from besa_exp.report.methods import Method, method_of
 from besa_exp.run_status import KILLED, read_status, seen_status
 
@@ -98,6 +99,12 @@ class Run:
     memory: Mapping[str, int]
     quantisation: Mapping[str, Any]
     simulated_speed: Mapping[str, Any]  # of a cycle model: nothing is measured
+
+    @property
+    def missed(self) -> float:
+        """Measured less target sparsity where that is half a point or more, else 0."""
+        unknown = self.target is None or self.measured is None or self.method.pruner == "dense"
+        return 0.0 if unknown else missed_by(self.target, self.measured)  # type: ignore[arg-type]
 
     @property
     def path(self) -> Path:

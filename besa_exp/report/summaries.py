@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from besa_exp.markdown import escaped, markdown_table
+from besa_exp.missed_target import missed_by
 from besa_exp.report.comparability import Entry
 from besa_exp.report.methods import Method
 from besa_exp.report.runs import Measure, Run
@@ -31,6 +32,11 @@ class Cell:
     values: tuple[float, ...]
     runs: tuple[int, ...]
     apart: str
+
+    @property
+    def missed(self) -> bool:
+        """Whether the mean measured sparsity is half a point or more off the target."""
+        return self.method.pruner != DENSE.pruner and bool(missed_by(self.target, self.measured))
 
     @property
     def text(self) -> str:
@@ -89,7 +95,7 @@ def runs_csv(runs: Sequence[Run]) -> str:
     measures = sorted({score.measure for run in runs for score in run.scores}, key=measure_rank)
     fixed = ["folder", "status", "error", "model", "method", "pattern", "seed", "target_sparsity", "measured_sparsity"]
     after = ["calibration", "calibration_sha256", "prune_seconds", "prune_processor_seconds", "total_seconds"]
-    after += ["peak_host_bytes", "git_commit"]
+    after += ["peak_host_bytes", "git_commit", "target_missed"]
     file = io.StringIO()
     rows = csv.writer(file, lineterminator="\n")
     rows.writerow([*fixed, *(f"{m.kind} {m.label}" for m in measures), *after])
@@ -99,7 +105,11 @@ def runs_csv(runs: Sequence[Run]) -> str:
         calibration = run.calibration
         facts = [calibration.get("name"), calibration.get("tokens_sha256")]
         facts += [run.seconds.get(part) for part in ("prune", "prune_processor", "total")]
-        facts += [run.memory.get("host"), run.environment.get("git_commit")]
+        facts += [
+            run.memory.get("host"),
+            run.environment.get("git_commit"),
+            run.missed if run.status == "done" else None,
+        ]
         rows.writerow([*told, run.measured, *(values.get(measure) for measure in measures), *facts])
     return file.getvalue()
 
@@ -132,16 +142,15 @@ def _matrix(chosen: Sequence[Cell]) -> list[str]:
 
 
 def _with_measured(cell: Cell) -> str:
-    """The measured sparsity too, where it misses the target by more than half a point."""
-    missed = cell.method.pruner != "dense" and abs(cell.measured - cell.target) > 0.005
-    return cell.text + (f" at {cell.measured:.1%}" if missed else "")
+    """The measured sparsity too, where it misses the target."""
+    return cell.text + (f" at {cell.measured:.1%}" if cell.missed else "")
 
 
 def _apart(found: Sequence[Cell], runs: Sequence[Run]) -> list[str]:
     lines = []
     for cell in found:
         if cell.apart:
-            name = f"{cell.model}, {cell.method.label}, {cell.target:.4g}: {cell.measure.label} {cell.text}"
+            name = f"{cell.model}, {cell.method.label}, {cell.target:.4g}: {cell.measure.label} {_with_measured(cell)}"
             lines.append(f"- {escaped(name)} ({escaped(runs[cell.runs[0]].folder)}): {escaped(cell.apart)}")
     return lines or ["All scores that were found are comparable."]
 

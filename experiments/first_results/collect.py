@@ -37,9 +37,9 @@ def read_runs(folder: Path) -> list[dict]:
                 "seed": results["seed"],
                 "perplexity": perplexity,
                 "accuracy": results["zero_shot"].get(TASK[0], {}).get(TASK[1]),
-                "prune_seconds": results["seconds"]["prune"],
+                "prune_seconds": results["seconds"].get("prune"),
                 "tokens_sha256": results["provenance"]["perplexity"][name]["tokens_sha256"],
-                "calibration_sha256": results["calibration"]["tokens_sha256"],
+                "calibration_sha256": (results["calibration"] or {}).get("tokens_sha256"),
                 "environment": results["environment"],
             }
         )

@@ -265,6 +265,30 @@ def test_a_failure_inside_a_run_exits_with_1_and_stays_told(
     assert "Traceback" in (folder / "run.log").read_text()
 
 
+@pytest.mark.parametrize("load", ["whole", "streamed"])
+def test_a_weight_outside_the_blocks_that_is_not_finite_is_named_although_no_sample_needs_it(
+    load: str, given: list[str], model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(model_dir, tmp_path / "nan")
+    weights = load_file(folder / "model.safetensors")
+    tokens = load_file(given[1].partition("=")[2])["input_ids"]
+    unused = next(token for token in range(64) if token not in tokens)
+    weights["model.embed_tokens.weight"][unused, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert main(["prune", *given, f"model.path={folder}", f"model.load={load}"]) == 1
+    said = capsys.readouterr()
+    assert f"model.path={folder}: model.embed_tokens.weight holds NaN or infinity" in said.err
+    assert "block 1/" not in said.out
+
+
+def test_folders_of_the_hubs_cache_are_answered_with_the_hub_id(refused: Refusal, tmp_path: Path) -> None:
+    (tmp_path / "hub" / "models--org--name" / "snapshots" / "0123").mkdir(parents=True)
+    assert "give the hub id org/name" in refused(f"model.path={tmp_path}/hub/models--org--name")
+    assert "is a cache of the hub, not a model's folder; give a hub id, as org/name" in refused(
+        f"model.path={tmp_path}/hub"
+    )
+
+
 def test_a_job_that_fails_stops_no_other_and_the_sweep_exits_with_1(
     given: list[str], broken_model: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

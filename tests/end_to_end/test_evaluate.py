@@ -97,7 +97,8 @@ def test_a_score_on_other_tokens_is_refused_and_replaced_only_when_asked(run: Pa
     token_file(tmp_path / "first.safetensors", seed=9)
     code, said = ask("checkpoint=run", f"evaluator.perplexity_sets=[{name}]")
     assert code == 2
-    assert "has been scored otherwise (the file has changed since): overwrite=true replaces" in said
+    assert f"run holds scores of other inputs: evaluator.perplexity_sets={name} has changed" in said
+    assert "score it again with overwrite=true" in said
     assert results_in(run) == before
     code, said = ask("checkpoint=run", f"evaluator.perplexity_sets=[{name}]", "overwrite=true")
     assert code == 0
@@ -180,7 +181,7 @@ def test_scores_of_files_that_have_changed_are_not_mixed(
     save_file({name: 2 * weight for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
     code, said = ask(f"checkpoint={model}", f"evaluator.perplexity_sets=[{second}]")
     assert code == 2
-    assert "holds scores of other files" in said
+    assert f"holds scores of other inputs: checkpoint={model} has changed" in said
     code, said = ask(f"checkpoint={model}", f"evaluator.perplexity_sets=[{second}]", "overwrite=true")
     assert code == 0
     assert "its earlier scores are dropped" in said

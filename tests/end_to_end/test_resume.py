@@ -106,6 +106,7 @@ def test_another_request_in_the_folder_is_refused_with_the_difference_and_overwr
 
 def test_other_calibration_tokens_under_the_same_name_are_refused(unfinished, request_arguments, capsys):
     path = Path(next(line for line in request_arguments if line.startswith("calibration.path=")).split("=")[1])
+    (unfinished / "inputs.json").unlink()  # as where it was written by an earlier version
     kept = path.read_bytes()
     try:
         save_file({"input_ids": torch.zeros(16, 24, dtype=torch.long)}, path)
@@ -118,6 +119,7 @@ def test_other_calibration_tokens_under_the_same_name_are_refused(unfinished, re
 
 def test_another_model_under_the_same_path_is_refused(unfinished, request_arguments, tmp_path, capsys):
     path = Path(next(line for line in request_arguments if line.startswith("model.path=")).split("=")[1])
+    (unfinished / "inputs.json").unlink()  # as where it was written by an earlier version
     shutil.copytree(path, tmp_path / "kept")
     try:
         tensors = load_file(path / "model.safetensors")
@@ -127,6 +129,31 @@ def test_another_model_under_the_same_path_is_refused(unfinished, request_argume
     finally:
         shutil.copytree(tmp_path / "kept", path, dirs_exist_ok=True)
     assert "block 0 was pruned from other dense weights" in capsys.readouterr().err
+
+
+def test_seconds_are_those_of_all_attempts(unfinished, request_arguments):
+    spent = json.loads((unfinished / "spent.json").read_text())["seconds"]
+    assert spent["load"] + spent["calibrate"] + spent["prune"] <= spent["total"]
+    assert main([*request_arguments, f"hydra.run.dir={unfinished}"]) == 0
+    results = json.loads((unfinished / "results.json").read_text())
+    found, blocks = results["seconds"], [block["seconds"] for block in results["blocks"]]
+    assert found["prune"] >= sum(blocks)
+    assert all(found[part] > seconds for part, seconds in spent.items())
+    assert not (unfinished / "spent.json").exists()
+
+
+def test_a_changed_input_of_an_unfinished_run_is_named_before_anything_is_loaded(unfinished, request_arguments, capsys):
+    path = Path(next(line for line in request_arguments if line.startswith("calibration.path=")).split("=")[1])
+    kept = path.read_bytes()
+    try:
+        save_file({"input_ids": torch.zeros(16, 24, dtype=torch.long)}, path)
+        assert main([*request_arguments, f"hydra.run.dir={unfinished}"]) == 2
+    finally:
+        path.write_bytes(kept)
+    seen = capsys.readouterr()
+    assert f"holds an unfinished run of other inputs: calibration.path={path} has changed" in seen.err
+    assert "loading" not in seen.out
+    assert len(list(unfinished.glob("blocks/00000?.json"))) >= 3
 
 
 def test_without_resume_an_unfinished_run_starts_anew(unfinished, request_arguments, unbroken, capsys):

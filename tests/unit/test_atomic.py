@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from besa_exp import atomic
 
@@ -48,3 +51,20 @@ def test_a_link_to_a_model_elsewhere_is_removed_and_not_followed(tmp_path: Path)
     atomic.remove(tmp_path / "model")
     assert not (tmp_path / "model").exists()
     assert (tmp_path / "elsewhere" / "weights").read_text() == "precious"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_files_have_the_mode_that_the_umask_gives_whoever_wrote_them(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic.replaced_file(tmp_path / "masks.safetensors") as partial:
+            save_file({"a": torch.zeros(1)}, partial)
+        with atomic.replaced_folder(tmp_path / "model") as partial:
+            (partial / "inner").mkdir()
+            save_file({"a": torch.zeros(1)}, partial / "inner" / "model.safetensors")
+            (partial / "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in files} == {"masks.safetensors", "model.safetensors", "config.json"}
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}

@@ -337,6 +337,13 @@ def test_a_mask_of_ones_says_nothing_and_the_tokens_are_taken(tmp_path):
     assert torch.equal(found.input_ids, ids)
 
 
+def test_tokens_of_text_beyond_the_vocabulary_are_blamed_on_the_tokenizer_and_those_of_a_file_are_not(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [words(80, seed) for seed in range(20)])
+    assert "the tokenizer in the model's folder gives it" in refusal(settings(path), vocabulary=100)
+    save_file({"input_ids": torch.full((2, 8), 258)}, tmp_path / "t.safetensors")
+    assert "were made with another tokenizer" in refusal(settings(tmp_path / "t.safetensors"), vocabulary=258)
+
+
 def test_a_truncated_token_file_is_refused(tmp_path):
     save_file({"input_ids": torch.ones(2, 8, dtype=torch.int64)}, tmp_path / "t.safetensors")
     whole = (tmp_path / "t.safetensors").read_bytes()

@@ -136,6 +136,16 @@ def test_the_run_has_its_config_masked_and_its_name_tags_and_group(tracked: Path
     assert one(tracked, "exit").exit_code == 0
 
 
+def test_wandbs_own_name_and_kind_of_job_win_over_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_NAME", "mine")
+    monkeypatch.setenv("WANDB_JOB_TYPE", "ablation")
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    start_tracker(SETTINGS, tmp_path, CONFIG, "tiny-besa-0.5", "besa").finish([])
+    run = one(tmp_path, "run")
+    assert (run.display_name, run.job_type) == ("mine", "ablation")
+
+
 def test_the_table_and_the_heat_map_of_sparsity_lie_in_the_run_folder(tracked: Path) -> None:
     assert one(tracked, "exit")  # all is written
     (table,) = tracked.glob("wandb/offline-run-*/files/media/table/**/*.json")

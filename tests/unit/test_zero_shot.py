@@ -264,7 +264,9 @@ def test_a_task_that_cannot_be_had_is_named_with_its_reason_and_loses_no_other(m
 def test_rows_without_the_fields_of_the_task_make_it_unavailable(model, mirror):
     write_mirror(mirror, "boolq", "validation", [{"text": "x"}] * 3)
     scores = score(model, settings("boolq", data_dir=mirror))
-    assert "its data cannot be loaded" in scores.unavailable["boolq"]
+    told = scores.unavailable["boolq"]
+    assert "its rows must have the keys that the task's prompt names" in told
+    assert "network" not in told
 
 
 def test_a_task_of_the_hub_that_is_not_cached_is_unavailable_offline_at_once(model, tmp_path, monkeypatch):

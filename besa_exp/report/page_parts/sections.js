@@ -23,14 +23,15 @@ function showScores(kind) {
   fill(document.querySelector(`[data-numbers="${kind}"]`), tables.length ? tables : empty(none));
 }
 
+const stacked = (text, below) => element("span", { class: "stack" }, element("span", {}, text), below ? element("span", { class: "minor" }, below) : null);
+
 function matrix(cells, caption) {
   const targets = unique(cells.map((cell) => cell.target)).sort((a, b) => a - b);
   const columns = [{ head: "method", of: (method) => methodName(method) }, ...targets.map((target) => ({
     head: targetName(target), number: true, of: (method) => {
       const cell = cells.find((other) => other.method === method && other.target === target);
       if (!cell) return "";
-      const missed = !isDense(method) && Math.abs(cell.measured - cell.target) > 0.005;
-      return element("span", { class: "stack" }, element("span", {}, cell.text), missed ? element("span", { class: "minor" }, `at ${percent(cell.measured, 1)}`) : null);
+      return stacked(cell.text, cell.missed ? `at ${percent(cell.measured, 1)}` : "");
     },
   }))];
   return table(columns, unique(cells.map((cell) => cell.method)), { caption });
@@ -77,10 +78,12 @@ function showRun() {
   if (!run.curve.blocks.length) charts.append(element("div", { class: "card" }, element("h3", {}, "Loss of the search"), empty("This method takes no optimisation steps.")));
 }
 
+const missText = (run) => run.missed ? `missed by ${Math.abs(100 * run.missed).toFixed(1)} points` : "";
+
 function facts(run) {
   const { calibration } = run;
   const pairs = [
-    ["Measured sparsity", `${percent(run.measured, 3)} (target ${targetName(run.target)})`], ["Pattern", run.pattern], ["Seed", run.seed],
+    ["Measured sparsity", `${percent(run.measured, 3)} (target ${[targetName(run.target), missText(run)].filter(Boolean).join(", ")})`], ["Pattern", run.pattern], ["Seed", run.seed],
     ...run.scores.map(([measure, value]) => [`${data.measures[measure].kind === "perplexity" ? "Perplexity" : "Zero-shot"} ${data.measures[measure].label}`, scoreText(data.measures[measure].kind, value)]),
     ...Object.entries(run.unavailable).map(([name, reason]) => [name, `n/a: ${reason}`]),
     ...Object.entries(run.quantisation).map(([name, value]) => [`Quantised, ${name.replace("_", " ")}`, value ?? "all inputs of a row"]),
@@ -145,7 +148,7 @@ function showRuns() {
     { head: "model", of: (run) => run.model, key: (run) => run.model },
     { head: "method", of: (run) => methodName(run.method), key: (run) => run.method },
     { head: "target", number: true, of: (run) => targetName(run.target), key: (run) => run.target },
-    { head: "measured", number: true, of: (run) => percent(run.measured), key: (run) => run.measured },
+    { head: "measured", number: true, of: (run) => stacked(percent(run.measured), missText(run)), key: (run) => run.measured },
     { head: "seed", number: true, of: (run) => String(run.seed), key: (run) => run.seed },
     scoreColumn("perplexity", "perplexity"), scoreColumn("zero_shot", "zero-shot"),
     { head: "pruning", number: true, of: (run) => duration(run.seconds.prune), key: (run) => run.seconds.prune },

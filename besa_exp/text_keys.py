@@ -1,0 +1,76 @@
+"""Keys whose value is a text stay text: Hydra reads `model.path=2024_05_01` as the number 20240501 and the revision
+`12e4567` as infinity. On the command line such values are quoted before Hydra sees them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import types
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from besa_exp.settings import EvaluationSettings, RunSettings
+
+OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+# What Hydra would make a number or a truth value of. `null` stays nothing.
+NUMBER = r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[+-]?\d[\d_]*)?"
+NO_TEXT = re.compile(rf"{NUMBER}|[+-]?(inf|nan)|true|false", re.IGNORECASE)
+PARTS = re.compile(r"([,\[\]])")  # of a sweep or a list
+UNQUOTED = re.compile(r"[\w/\-\\+.$%*@?|:~]", re.ASCII)  # characters of a value that need no quotes
+NAMES = {" ": "a space", ",": "a comma", "'": "a quote", '"': "a quote"}
+
+
+@cache
+def text_keys() -> frozenset[str]:
+    """The dotted keys of all commands whose value, or each of whose values, is a text."""
+    return frozenset([*dict(_all_keys()), *OF_HYDRA])
+
+
+@cache
+def list_keys() -> frozenset[str]:
+    """Those of them that take several."""
+    return frozenset(key for key, several in _all_keys() if several)
+
+
+def with_text_quoted(argument: str) -> str:
+    """An argument `key=value` of a text key with each value in quotes that Hydra would read as something else."""
+    key, equals, value = argument.partition("=")
+    if not equals or key.lstrip("+") not in text_keys() or re.search(r"['\"(]", value):
+        return argument
+    parts = [f"'{part}'" if NO_TEXT.fullmatch(part.strip()) else part for part in PARTS.split(value)]
+    return f"{key}={''.join(parts)}"
+
+
+def quoted(key: str, value: str) -> str:
+    """`key=value` as a shell takes it, the value in quotes of Hydra's."""
+    inner = value.replace("\\", "\\\\").replace('"', '\\"') if '"' in value else value
+    return shlex.quote(f'{key}="{inner}"')
+
+
+def what_needs_quotes(value: str) -> str | None:
+    """The first character of a value that only stands in quotes, in words; None: there is none."""
+    found = next((letter for letter in value if not UNQUOTED.fullmatch(letter)), None)
+    return NAMES.get(found, found) if found else None
+
+
+def _all_keys() -> list[tuple[str, bool]]:
+    return [*_text_keys(RunSettings, ""), *_text_keys(EvaluationSettings, "")]
+
+
+def _text_keys(cls: type, prefix: str) -> Iterator[tuple[str, bool]]:
+    """Each with whether it takes several."""
+    hints = get_type_hints(cls)
+    for field in fields(cls):
+        hint = _without_none(hints[field.name])
+        several = get_origin(hint) is tuple and get_args(hint)[0] is str
+        if is_dataclass(hint):
+            yield from _text_keys(hint, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+        elif hint is str or several:
+            yield f"{prefix}{field.name}", several
+
+
+def _without_none(hint: Any) -> Any:
+    options = [option for option in get_args(hint) if option is not type(None)]
+    return options[0] if get_origin(hint) in (Union, types.UnionType) and len(options) == 1 else hint
