@@ -82,7 +82,9 @@ class Harness(_HFLM):
     def _check_room(self, requests: list[Any]) -> None:
         """Counts the prompts that are cut to leave room for an answer. Unavailable: one takes the whole context."""
         for context, options in (request.args for request in requests):
-            room = self.max_length - normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
+            room = self.max_length - normalize_gen_kwargs(options, self.max_gen_toks).get(
+                "max_gen_toks", self.max_gen_toks
+            )
             if room < 1:
                 raise Unavailable(
                     f"its answers may have {self.max_length - room} tokens; the model's context is {self.max_length}"

@@ -7,6 +7,7 @@ import gzip
 import json
 import logging
 import lzma
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow
@@ -20,7 +21,7 @@ from besa_exp.text_sources import check_source, read_text
 DOCUMENTS = ["a\u2028b\u0085c", "caf\u00e9 \U0001f600", " x "]
 
 
-def json_lines(documents: list[str | None], end: str = "\n") -> bytes:
+def json_lines(documents: Sequence[str | None], end: str = "\n") -> bytes:
     return "".join(json.dumps({"text": text}, ensure_ascii=False) + end for text in documents).encode()
 
 
