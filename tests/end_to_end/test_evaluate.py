@@ -212,7 +212,7 @@ def test_all_problems_are_told_at_once_and_nothing_is_written(ask: Ask, given: l
     for told in (
         "checkpoint: no value given",
         "evaluator.limit=x: must be a whole number",
-        "did you mean piqa?",
+        "did you mean piqa or ",
         "sparsity: no such key",
         "device=gpu: must be auto",
         "model.dtype=float8: must be one of",

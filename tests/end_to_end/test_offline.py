@@ -191,7 +191,7 @@ def test_prefetch_refuses_what_prune_would_refuse(capsys: pytest.CaptureFixture[
     assert main(["prefetch", "model=lama2_7b", "calibration.num_samples=0", "evaluator.tasks=[piqaa]"]) == 2
     said = capsys.readouterr().err
     assert "3 problems" in said
-    for told in ("did you mean", "calibration.num_samples=0", "did you mean piqa?"):
+    for told in ("did you mean", "calibration.num_samples=0", "did you mean piqa or "):
         assert told in said
 
 
