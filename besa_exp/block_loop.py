@@ -17,6 +17,7 @@ from besa_exp.budgets.budget import Budget, exact_targets
 from besa_exp.budgets.trial import Search, Trial
 from besa_exp.budgets.uniform import Uniform
 from besa_exp.checkpoint import load_masks, masks_description, weights_sha256
+from besa_exp.cpu_units import as_stored
 from besa_exp.finished_blocks import FinishedBlocks, block_tensors, load_block_tensors
 from besa_exp.head import head_of
 from besa_exp.masks import Target
@@ -27,6 +28,18 @@ from besa_exp.replay_check import check_replay
 from besa_exp.reports import BlockReport, ModelStep, Step
 from besa_exp.saving import pruned_weights
 from besa_exp.scope import Refinement, blocks_together, by_block, units
+
+
+def check_blocks(loaded: LoadedModel, input_ids: Tensor, batch_size: int) -> None:
+    """The self-check, through all blocks, before any long work: on the last two samples, with the arguments of the
+    first. RunError: the model cannot be pruned block by block; what it does that forbids it."""
+    blocks = capture_blocks(loaded.model, input_ids)
+    check_replay(loaded.model, blocks, input_ids[-min(2, batch_size) :], partial(resident, loaded))
+
+
+def resident(loaded: LoadedModel, blocks: list[Block]) -> Iterable[Block]:
+    """The blocks in order, each with its weights while it is out."""
+    return loaded.weights.resident(blocks) if loaded.weights else blocks
 
 
 @dataclass
@@ -58,7 +71,6 @@ class BlockLoop:
         """Every block is in `finished` afterwards. `budget` deals `target` out to the blocks; None: each has the same.
         `on_block` is told of each new one when it is on the disk."""
         blocks = capture_blocks(self.loaded.model, self.input_ids)
-        self._check_replay(blocks)
         blocks = [replace(block, compute_dtype=self.compute_dtype) for block in blocks]
         together = blocks_together(pruner)
         targets = target
@@ -117,7 +129,7 @@ class BlockLoop:
         head = head_of(self.loaded.model, blocks, self.input_ids)
         return Whole(resident, self._embed(blocks), outputs, head, self.batch_size)
 
-    def _found(self, blocks: list[Block]) -> tuple[list[KeepMasks], list[Weights] | None]:
+    def _found(self, blocks: list[Block]) -> tuple[Sequence[KeepMasks], Sequence[Weights] | None]:
         """The keep masks of the finished blocks, and their weights where kept ones moved."""
         distributed.barrier()  # rank 0 has written them
         files = self.finished.mask_files(len(blocks))
@@ -127,16 +139,15 @@ class BlockLoop:
         ]
         if not any(masks_description(file)["weights_updated"] for file in files):
             return keep_masks, None
+        streamed = pruned_weights(self.loaded, self.finished).weights if self.loaded.weights else None
         return keep_masks, [
             {name: linear.weight.detach().clone() for name, linear in block.linears.items()}
-            for block in (
-                pruned_weights(self.loaded, self.finished).weights.resident(blocks) if self.loaded.weights else blocks
-            )
+            for block in (streamed.resident(blocks) if streamed else blocks)
         ]
 
     def _resident(self, blocks: list[Block]) -> Iterable[Block]:
         """The blocks in order, each with its weights."""
-        return self.loaded.weights.resident(blocks) if self.loaded.weights else blocks
+        return resident(self.loaded, blocks)
 
     def _embed(self, blocks: list[Block]) -> Hidden:
         return embed(self.loaded.model, blocks, self.input_ids, self.batch_size, self.allocate)
@@ -150,7 +161,9 @@ class BlockLoop:
         own = exact_targets(sparsities, sizes, target.sparsity)
         groups = [slice(start, start + together) for start in range(0, len(own), together)]
         pruned = [sum(round(t.sparsity * size) for t, size in zip(own[g], sizes[g], strict=True)) for g in groups]
-        return [Target(count / sum(sizes[g])) for count, g in zip(pruned, groups, strict=True) for _ in own[g]]
+        return [
+            Target(count / sum(sizes[g]), exact=True) for count, g in zip(pruned, groups, strict=True) for _ in own[g]
+        ]
 
     def _measured(self, budget: Budget, blocks: list[Block], sparsity: float) -> tuple[Tensor, list[int]]:
         """The blocks' wishes and weights: the budget sees the dense blocks and a copy of their inputs."""
@@ -170,19 +183,10 @@ class BlockLoop:
         trial = Trial.begin(partial(self._resident, blocks), inputs, outputs, head, self.batch_size)
         return budget.search(trial, sparsity, self.finished.search), [*trial.sizes]
 
-    def _check_replay(self, blocks: list[Block]) -> None:
-        """On two samples, through all blocks, or the first where they are streamed."""
-        samples = self.input_ids[: min(2, self.batch_size)]
-        if self.loaded.weights is None:
-            check_replay(self.loaded.model, blocks, samples)
-            return
-        for block in self.loaded.weights.resident(blocks[:1]):
-            check_replay(self.loaded.model, [block], samples)
-
     def _restore(self, block: Block) -> bool:
         """Whether the block was finished before; then it has its pruned weights now."""
         for layer in block.layers:
-            dense = block_tensors(layer.module, layer.name)
+            dense = self._stored_tensors(layer)
             if self.keeps_dense and not self.loaded.weights:
                 self.dense |= {name: tensor.clone() for name, tensor in dense.items()}
             if layer.index >= self.done:
@@ -191,6 +195,9 @@ class BlockLoop:
                 load_block_tensors(layer.module, layer.name, self.finished.tensors(layer.index, dense))
         return block.index < self.done
 
+    def _stored_tensors(self, block: Block) -> dict[str, Tensor]:
+        return as_stored(block_tensors(block.module, block.name), self.loaded.stored)
+
     def _keep(self, block: Block, report: BlockReport, pruned: PrunedBlock) -> None:
         if not distributed.is_first():
             return
@@ -198,7 +205,7 @@ class BlockLoop:
             {f"{block.name}.{name}.weight": value for name, value in values.items()}
             for values in (pruned.keep_masks, pruned.permutations)
         )
-        tensors = block_tensors(block.module, block.name)
+        tensors = self._stored_tensors(block)
         dense_sha256 = self.dense_sha256.pop(block.index)
         updated = pruned.weights is not None
         self.finished.write(report, tensors, keep_masks, dense_sha256, updated, permutations)

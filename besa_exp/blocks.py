@@ -18,15 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from besa_exp.activations import Allocate
+from besa_exp.call_arguments import Arguments, Reached, arguments_of_the_shape, check_states, hidden_of
 from besa_exp.errors import RunError
-from besa_exp.linears import LOOKED_FOR, Linear, discover_linears, find_linears, replaced_forwards, with_weights
+from besa_exp.linears import LOOKED_FOR, Linear, discover_linears, find_linears, with_weights
 from besa_exp.products import Product, computed_by, is_plain
 
 Hidden = Float[Tensor, "sample seq hidden"]
-
-
-class Reached(Exception):
-    """Ends a forward pass as soon as the captured block is reached."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Block:
     name: str
     module: nn.Module
     linears: Mapping[str, Linear]
-    arguments: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
+    arguments: Callable[[int], Arguments]
     parts: tuple[Block, ...] = ()
     compute_dtype: torch.dtype | None = None
 
@@ -79,7 +76,7 @@ class Block:
             else:
                 parameters = with_weights(self.module, self.linears, weights)
                 output = torch.func.functional_call(self.module, parameters, (hidden, *args), kwargs)
-        output = output[0] if isinstance(output, tuple) else output
+        output = hidden_of(output)
         assert output.shape == hidden.shape, f"{self.name} turned {tuple(hidden.shape)} into {tuple(output.shape)}"
         return output
 
@@ -125,14 +122,14 @@ def discover_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
 
 def capture_blocks(model: nn.Module, input_ids: Int[Tensor, "sample seq"]) -> list[Block]:
     """The model's blocks in order. Arguments are captured on demand, once for each batch size, from the first samples
-    of `input_ids` (they depend on the shape of the batch alone)."""
+    of `input_ids`. NotAlone, then: they do not depend on the shape of the batch alone."""
     path, modules = discover_blocks(model)
-    captured: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+    captured: dict[int, list[Arguments]] = {}
 
-    def arguments_of(index: int) -> Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]:
-        def arguments(batch_size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments_of(index: int) -> Callable[[int], Arguments]:
+        def arguments(batch_size: int) -> Arguments:
             if batch_size not in captured:
-                captured[batch_size] = _capture_arguments(model, modules, input_ids[:batch_size])
+                captured[batch_size] = arguments_of_the_shape(model, modules, input_ids[:batch_size])
             return captured[batch_size][index]
 
         return arguments
@@ -144,41 +141,6 @@ def capture_blocks(model: nn.Module, input_ids: Int[Tensor, "sample seq"]) -> li
 
 
 @torch.no_grad()
-def _capture_arguments(
-    model: nn.Module, modules: list[nn.Module], input_ids: Tensor
-) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What the model calls its blocks with, while stand-ins that hand on the hidden states take the blocks' place: no
-    block computes, nor needs its weights. They return a tuple, as some blocks do and most models pass on unseen; where
-    the model does not, a tensor."""
-    try:
-        return _captured(model, modules, input_ids, lambda hidden: (hidden, None))
-    except (TypeError, AttributeError):
-        return _captured(model, modules, input_ids, lambda hidden: hidden)
-
-
-def _captured(
-    model: nn.Module, modules: list[nn.Module], input_ids: Tensor, result: Callable[[Any], Any]
-) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def stand_in(*args: Any, **kwargs: Any) -> Any:
-        hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
-        seen.append((args[1:], kwargs))
-        if len(seen) == len(modules):
-            raise Reached
-        return result(hidden)
-
-    with replaced_forwards(modules, [stand_in] * len(modules)), suppress(Reached):
-        model(input_ids.to(next(model.parameters()).device), use_cache=False)
-    if len(seen) != len(modules):
-        raise RunError(
-            f"{type(model).__name__}: {len(modules)} blocks of {type(modules[0]).__name__} were found, {len(seen)} "
-            "calls seen: some are skipped or called again. Looked for a decoder that calls each of its blocks once"
-        )
-    return seen
-
-
-@torch.no_grad()
 def embed(
     model: nn.Module,
     blocks: list[Block],
@@ -186,7 +148,8 @@ def embed(
     batch_size: int,
     allocate: Allocate | None = None,
 ) -> Hidden:
-    """The hidden states that enter block 0, for all samples; `allocate` gives the room, by default on the device."""
+    """The hidden states that enter block 0, for all samples; `allocate` gives the room, by default on the device.
+    NotAlone: they are of another shape."""
     states: list[Tensor] = []
 
     def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -198,9 +161,10 @@ def embed(
     out: Tensor | None = None
     try:
         for start in range(0, len(input_ids), batch_size):
+            batch = input_ids[start : start + batch_size]
             with suppress(Reached):
-                model(input_ids[start : start + batch_size].to(device), use_cache=False)
-            state = states.pop()
+                model(batch.to(device), use_cache=False)
+            check_states(model, state := states.pop(), batch)
             if out is None:
                 shape = torch.Size([len(input_ids), *state.shape[1:]])
                 out = allocate(shape, state.dtype) if allocate else state.new_empty(shape)

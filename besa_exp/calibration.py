@@ -93,7 +93,7 @@ def _windows_of_text(
     source: str, settings: CalibrationSettings, tokenizer: Tokenizer, offline: bool
 ) -> tuple[Int[Tensor, "sample seq"], dict[str, Any]]:
     try:
-        text = read_text(source, "calibration", offline)
+        text = read_text(source, "calibration", offline, settings.column)
     except Unavailable as error:
         raise ConfigurationError(f"calibration={error}") from error
     alone = len(text.documents) == 1

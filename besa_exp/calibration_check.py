@@ -20,7 +20,7 @@ def check_calibration(settings: CalibrationSettings, context: int | None) -> lis
         if getattr(settings, key) < least
     ]
     source, key = (settings.path, "calibration.path") if settings.path else (settings.name, "calibration")
-    if unreadable := check_source(source, key):
+    if unreadable := check_source(source, key, "calibration", settings.column):
         return problems + unreadable
     seq_len, remedy = settings.seq_len, f"set calibration.seq_len={context} or less"
     if is_token_file(source):
@@ -31,6 +31,8 @@ def check_calibration(settings: CalibrationSettings, context: int | None) -> lis
         if len(shape) != 2:
             return [*problems, f"{key}={source}: input_ids has the shape {list(shape)}; it must be [sample, seq]"]
         seq_len, remedy = shape[1], "cut its rows"
+        if seq_len < 2:
+            problems.append(f"{key}={source}: its samples have one token each; give rows of two or more")
     if context is not None and seq_len > context:
         problems.append(
             f"{key}={source}: a window of {seq_len} tokens exceeds the model's context of {context}; {remedy}"

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa_exp import atomic
 from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.model_folder import read_header, weight_files
 from besa_exp.shards import write_joined
 
 SHARD_SIZE = "5GB"
@@ -184,8 +185,4 @@ def _copy_missing(sources: Path | None, folder: Path) -> None:
 
 def _shards(folder: Path) -> dict[str, str]:
     """Tensor name to the file that holds it."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        return dict.fromkeys(file.keys(), "model.safetensors")
+    return {name: file.name for file in weight_files(folder)[0] for name in read_header(file)[0]}

@@ -44,6 +44,13 @@ DETERMINING_KEYS = (
     "compute_dtype",
     "save",
 )
+# (group, key, default) of keys that came later: at their defaults they change no result, so runs made before them are
+# found again.
+LATER_KEYS = (
+    ("calibration", "column", "text"),
+    ("evaluator", "column", "text"),
+    ("evaluator", "include_path", None),
+)
 METHOD_GROUPS = ("budget", "pruner", "update")  # what a method is made of, in the order in which it is named
 WANDB_MODES_ONCE = {"dryrun": "offline", "run": "online"}  # as its older versions called them
 HASH_LENGTH = 8
@@ -129,6 +136,9 @@ def run_name(config: DictConfig) -> str:
         values["model"] = {key: value for key, value in values["model"].items() if key not in NOT_DECIDING}
     if isinstance(values.get("save"), dict):
         values["save"] = {key: values["save"][key] for key in values["save"] if key not in ("verify", "push_to_hub")}
+    for group, key, default in LATER_KEYS:
+        if isinstance(values.get(group), dict) and values[group].get(key) == default:
+            values[group] = {name: value for name, value in values[group].items() if name != key}
     method = method_name(OmegaConf.select(config, "hydra.runtime.choices"))
     pattern, amount = str(values.get("pattern")), values.get("sparsity")
     if fixes_sparsity(pattern):

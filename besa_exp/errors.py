@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
 
 class ConfigurationError(ValueError):
     """The request cannot be carried out as written; found before any long work. Exit code 2.
@@ -37,3 +45,21 @@ def first_line(error: Exception) -> str:
     """What another library's error says, short enough to be part of a message: its type and its first line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+@contextmanager
+def as_unavailable() -> Iterator[None]:
+    """Turns whatever is raised inside into Unavailable with its reason, so that one set or task costs no other.
+
+    A reason that was written for a person stays as it is; any other error is told by its type, its first line and the
+    file and line that raised it, and its traceback goes to run.log."""
+    try:
+        yield
+    except Unavailable:
+        raise
+    except ConfigurationError as error:
+        raise Unavailable(str(error)) from error
+    except Exception as error:  # whatever a library raises for one set, the others are worth scoring
+        logger.info("what was raised:\n%s", "".join(traceback.format_exception(error)).rstrip())
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise Unavailable(f"{first_line(error)} ({Path(place.filename).name}, line {place.lineno})") from error

@@ -22,6 +22,7 @@ import torch
 from besa_exp import atomic, distributed
 from besa_exp.checkpoint import count_zeros
 from besa_exp.console import RunConsole
+from besa_exp.cpu_units import in_a_fast_dtype
 from besa_exp.dense_scores import files_of
 from besa_exp.device import peak_memory, prepared_device
 from besa_exp.environment import environment
@@ -84,6 +85,7 @@ def evaluate_checkpoint(settings: EvaluationSettings, path: Path, config: Mappin
         evaluation = _Evaluation(settings, folder, console, device, spent)
         console.stage(f"loading {settings.checkpoint}")
         loaded = load_model(settings.model, evaluation.device, settings.offline)
+        loaded = in_a_fast_dtype(loaded, settings.model.dtype)
         results = _scored(evaluation, loaded, config)
         console.tables(results)
         console.stage(f"{path / 'results.json'}: {spent.seconds()['total']:.1f} s")
@@ -124,6 +126,7 @@ def _scored(evaluation: _Evaluation, loaded: LoadedModel, config: Mapping[str, A
     finally:
         tracker.finish([], failed)
     results, told = merged(results, scores)
+    results |= {"model_notes": [*loaded.notes]} if loaded.notes else {}
     for line in told:
         logger.warning(line)
     _record(evaluation, results, scores, loaded)

@@ -5,21 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from besa_exp.blocks import Block, Hidden
+from besa_exp.blocks import Block, Hidden, embed
+from besa_exp.call_arguments import NotAlone, other_tokens
 from besa_exp.linears import replaced_forwards
 
 Logits = Float[Tensor, "sample seq vocabulary"]
 Head = Callable[[Hidden], Logits]
+FEW = 64  # tokens that show what logits depend on
 
 
 def head_of(model: nn.Module, blocks: Sequence[Block], input_ids: Int[Tensor, "sample seq"]) -> Head:
     """A function from the last block's outputs, of at most as many samples as `input_ids` has, to logits.
-    Differentiable in the outputs."""
+    Differentiable in the outputs. NotAlone: logits depend on the tokens too."""
     modules = [block.module for block in blocks]
     device = next(model.parameters()).device
+    one = input_ids[:1, :FEW].to(device)
+    with torch.no_grad():
+        state = embed(model, [*blocks], one, 1)
+        logits, others = (head_logits(model, modules, ids, state) for ids in (one, other_tokens(model, one)))
+    if not torch.equal(logits, others):
+        raise NotAlone(
+            f"{type(model).__name__} makes its logits of the tokens as well as of the last block's output: what "
+            "tries whole models, a budget or a search, cannot be used"
+        )
 
     def head(hidden: Hidden) -> Logits:
         return head_logits(model, modules, input_ids[: len(hidden)].to(device), hidden.to(device))

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from besa_exp.errors import Unavailable, first_line
-from besa_exp.evaluation.checks import TASK_FOLDERS
-from besa_exp.evaluation.task_definitions import data_set_of
+from besa_exp.evaluation.task_definitions import needed
 from besa_exp.model_folder import inspect_model_folder
 from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings
 from besa_exp.text_sources import HUB_FILES, Use, commit_of, fetch
@@ -32,8 +31,8 @@ OTHER_FORMATS = ["consolidated*", "original/*", "onnx/*"]  # the same weights on
 
 @dataclass(frozen=True)
 class Need:
-    """One thing of the hub that a run needs: a model, one file of a data set, or a task's data set (`config` of it).
-    `name` is what a person calls it."""
+    """One thing of the hub that a run needs: a model, one file of a data set, or a task's data set (`config` of it),
+    defined in lm-eval or in `include_path`. `name` is what a person calls it."""
 
     kind: Kind
     name: str
@@ -41,6 +40,7 @@ class Need:
     revision: str | None = None
     filename: str | None = None
     config: str | None = None
+    include_path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,8 @@ def needs_of(
         needs.append(_file_of(source, "calibration"))
     if evaluator is not None:
         needs += [_file_of(name, "perplexity") for name in evaluator.perplexity_sets if name in HUB_FILES]
-        hub_tasks = [] if evaluator.data_dir else [task for task in evaluator.tasks if task in TASK_FOLDERS]
-        needs += [_task_data(task) for task in hub_tasks if not Path(TASK_FOLDERS[task]).is_absolute()]
-    return needs
+        needs += [need for task in evaluator.tasks for need in _task_data(task, evaluator)]
+    return list(dict.fromkeys(needs))
 
 
 def is_hub_id(path: str) -> bool:
@@ -95,9 +94,9 @@ def bring(need: Need) -> None:
     if need.kind == "model":
         model_snapshot(need.repository, need.revision, offline=False)
     elif need.kind == "task":
-        from besa_exp.evaluation.zero_shot import load_task  # lm-eval's own way to it
+        from besa_exp.evaluation.task_loading import load_task  # lm-eval's own way to it
 
-        load_task(need.name, None, 0, offline=False)
+        load_task(need.name, EvaluatorSettings("prefetch", include_path=need.include_path), offline=False)
     else:
         fetch(need.name, need.kind, offline=False)
 
@@ -164,6 +163,7 @@ def prefetch_command(needs: Sequence[Need]) -> str:
     for kind, key in (("perplexity", "perplexity_sets"), ("task", "tasks")):
         if names := [need.name for need in needs if need.kind == kind]:
             words.append(f"evaluator.{key}=[{','.join(names)}]")
+    words += [f"evaluator.include_path={path}" for path in dict.fromkeys(need.include_path for need in needs) if path]
     return shlex.join(words)
 
 
@@ -188,9 +188,13 @@ def _file_of(name: str, use: Use) -> Need:
     return Need(use, name, wanted.repository, wanted.revision, wanted.filename)
 
 
-def _task_data(task: str) -> Need:
-    repository, config = data_set_of(task)
-    return Need("task", task, repository, config=config)
+def _task_data(name: str, evaluator: EvaluatorSettings) -> Iterator[Need]:
+    """The data sets of a task, or of all tasks in a group or a tag; none where a local mirror stands in."""
+    for leaf in needed(name, evaluator.include_path):
+        place, config = leaf.content.get("dataset_path"), leaf.content.get("dataset_name")
+        if leaf.kind == "task" and place is not None and not leaf.is_local and evaluator.data_dir is None:
+            own = evaluator.include_path if evaluator.include_path and leaf.path is not None else None
+            yield Need("task", leaf.name, str(place), config=config, include_path=own)
 
 
 def _held_model(need: Need) -> Held:
@@ -204,14 +208,13 @@ def _held_model(need: Need) -> Held:
 
 def _held_task(need: Need) -> Held:
     import datasets
-    from datasets.exceptions import DatasetsError
 
     level = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity_error()  # it warns that it uses its cache, which is what it is told to do
     try:
         with offline_hub():
             builder = datasets.load_dataset_builder(need.repository, need.config)
-    except (OSError, ValueError, DatasetsError) as error:
+    except Exception as error:  # a data set that is a script raises RuntimeError, and each format its own
         raise Unavailable(NOT_CACHED if isinstance(error, OSError) else first_line(error)) from error
     finally:
         datasets.logging.set_verbosity(level)

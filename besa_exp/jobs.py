@@ -38,6 +38,7 @@ from besa_exp.request import CONFIG_NAME, Job, Request
 from besa_exp.run_folder import RunFolder, read_results
 from besa_exp.run_status import is_done, read_status, seen_status
 from besa_exp.streams import keep_streams
+from besa_exp.task_metrics import main_metric, metric_name, partly_scored, with_error
 from besa_exp.torchrun import is_leader
 
 Status = Literal["done", "finished before", "refused", "failed"]
@@ -221,11 +222,14 @@ def summary_line(results: Mapping[str, Any]) -> str:
     for name, value in results["perplexity"].items():
         before = (dense.get("perplexity") or {}).get(name)
         parts.append(f"perplexity {Path(name).name} {_number(value, 3)}" + (f" (dense {before:.3f})" if before else ""))
+    partly = dict(partly_scored(results))
     for task, metrics in results["zero_shot"].items():
-        key = "acc_norm,none" if "acc_norm,none" in metrics else "acc,none"
+        if (key := main_metric(metrics)) is None:
+            continue
         before = (dense.get("zero_shot") or {}).get(task, {}).get(key)
-        shown = f"{task} {key.split(',')[0]} {_number(metrics.get(key), 4)}"
-        parts.append(shown + (f" (dense {before:.4f})" if before else ""))
+        beside = [*([partly[task]] if task in partly else []), *([f"dense {before:.4f}"] if before else [])]
+        shown = f"{task} {metric_name(key)} {with_error(metrics, key)}"
+        parts.append(shown + (f" ({', '.join(beside)})" if beside else ""))
     return ", ".join(parts)
 
 

@@ -1,7 +1,9 @@
-"""Markdown tables."""
+"""Markdown: tables, and names as text."""
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -13,3 +15,9 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: 
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def escaped(text: str) -> str:
+    """One line that Markdown, and the HTML that may stand in it, take as it is: a name is no tag and no link."""
+    marked = re.sub(r"[\\|*`\[]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", " ".join(text.split()))
+    return html.escape(marked, quote=False)

@@ -6,7 +6,8 @@ and more on ties. Here every selection is by rank in a stable sort, so exactly k
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,11 +21,15 @@ from besa_exp.pattern import parse_pattern
 @dataclass(frozen=True)
 class Target:
     """What a block must give up: a sparsity in [0, 1), or N kept of every M consecutive inputs (which fixes it), or a
-    sparsity reached by rows that each keep an N of their own of every `group` consecutive inputs."""
+    sparsity reached by rows that each keep an N of their own of every `group` consecutive inputs.
+
+    `exact`: so many weights as a budget over depth gave the block go, to the weight. Without one, pruners that are
+    published with a floor for every row or group keep to it: their numbers are compared with the papers'."""
 
     sparsity: float
     pattern: tuple[int, int] | None = None
     group: int | None = None
+    exact: bool = False
 
     @staticmethod
     def parse(sparsity: float, pattern: str) -> Target:
@@ -72,11 +77,40 @@ def keep_n_of_m(importance: Float[Tensor, "out in"], kept: int, group: int) -> B
 
 
 def keep_per_row(importance: Float[Tensor, "out in"], target: Target) -> Bool[Tensor, "out in"]:
-    """The uniform allocation per row: N:M, or the floor(sparsity * in) least important weights of every row (Wanda)."""
+    """The uniform allocation per row: N:M, or the floor(sparsity * in) least important weights of every row (Wanda).
+    Where the target is exact, k of some rows and k + 1 of those whose next weight matters least."""
     assert target.group is None, "rows that keep N of M each are chosen, not uniform"
     if target.pattern:
         return keep_n_of_m(importance, *target.pattern)
+    if target.exact:
+        return keep_rows_to_the_weight(importance, round(target.sparsity * importance.numel()))
     return keep_largest_of_rows(importance, int(importance.shape[1] * target.sparsity))
+
+
+def keep_rows_to_the_weight(importance: Float[Tensor, "out in"], pruned: int) -> Bool[Tensor, "out in"]:
+    """Keep mask that prunes exactly `pruned` weights: the k least important of each row, and one more of the rows where
+    that one matters least; of equals, the first go."""
+    each, more = divmod(pruned, len(importance))
+    keep_mask = keep_largest_of_rows(importance, each)
+    if more:
+        following = importance.masked_fill(~keep_mask | importance.isnan(), torch.inf)  # NaN stays, and is noticed
+        columns = following.argmin(dim=1)
+        rows = torch.argsort(following.gather(1, columns[:, None])[:, 0], stable=True)[:more]
+        keep_mask[rows, columns[rows]] = False
+    return keep_mask
+
+
+def targets_of_linears(sizes: Mapping[str, int], target: Target) -> dict[str, Target]:
+    """The target of each linear of a block, of `sizes` weights: the block's own, or where that is exact one of a whole
+    number of weights, which sum to the block's."""
+    if not target.exact:
+        return dict.fromkeys(sizes, target)
+    weights = torch.tensor([*sizes.values()], dtype=torch.float64)
+    counts = round_to_total(weights * target.sparsity, round(target.sparsity * sum(sizes.values())))
+    return {
+        name: replace(target, sparsity=count / size)
+        for (name, size), count in zip(sizes.items(), counts.tolist(), strict=True)
+    }
 
 
 def round_to_total(counts: Float[Tensor, " rows"], total: int) -> Int[Tensor, " rows"]:

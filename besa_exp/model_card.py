@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 
 from besa_exp.environment import masked_command
-from besa_exp.markdown import markdown_table
+from besa_exp.markdown import escaped, markdown_table
 from besa_exp.missed_target import told_miss
 from besa_exp.sparsity_table import type_counts
+from besa_exp.task_metrics import metric_name, partly_scored
 
 HONESTY = (
     "The zeros are stored as ordinary dense numbers. This checkpoint takes the same disk space, memory and time as the "
@@ -43,12 +44,12 @@ def model_card(
     that (`base_licence`). The program, first word of
     `command`, is shown as `besa`: where it is installed is nobody's business."""
     name = hub_id or results["model"].rstrip("/").rpartition("/")[2]  # of a folder its last part: the rest is private
-    model = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else name
+    model = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else escaped(name)
     target, measured = results["target_sparsity"], results["measured_sparsity"]
     calibration = results.get("calibration")
     lines = [
         *_front_matter(hub_id, licence or {}),
-        f"# {name}, pruned to {measured:.1%} by {results['pruner']}",
+        f"# {escaped(name)}, pruned to {measured:.1%} by {results['pruner']}",
         "",
         f"- Base model: {model}" + (f", revision `{revision}`" if revision else ""),
         f"- Method: {results['pruner']}, pattern {results['pattern']}, seed {results['seed']}",
@@ -60,7 +61,7 @@ def model_card(
         lines.append(f"- Weights: rounded to {quantisation['bits']} bits with a scale for {shared}, stored dequantised")
     if calibration:
         samples, length = calibration["num_samples"], calibration["seq_len"]
-        lines.append(f"- Calibration: {calibration['name']}, {samples} samples of {length} tokens")
+        lines.append(f"- Calibration: {escaped(calibration['name'])}, {samples} samples of {length} tokens")
     honesty = HONESTY if results["pattern"] == "unstructured" else HONESTY_N_M
     counts = type_counts(results["blocks"]).items()
     rows = [[name, f"{weights:,}", f"{pruned:,}", f"{pruned / weights:.4f}"] for name, (weights, pruned) in counts]
@@ -94,9 +95,13 @@ def _scores(results: Mapping[str, Any]) -> list[str]:
     pruned, dense = score_rows(results), score_rows(results.get("dense") or {})
     if not pruned:
         return []
-    rows = [[name, _number(dense.get(name)), _number(value)] for name, value in pruned.items()]
+    rows = [[escaped(name), _number(dense.get(name)), _number(value)] for name, value in pruned.items()]
     lines = ["## Scores", "", *markdown_table(["measure", "dense", "pruned"], rows, numbers=True)]
-    reasons = [f"- n/a, {name}: {reason}" for name, reason in sorted((results.get("unavailable") or {}).items())]
+    reasons = [
+        f"- n/a, {escaped(name)}: {escaped(reason)}"
+        for name, reason in sorted((results.get("unavailable") or {}).items())
+    ]
+    reasons += [f"- {escaped(task)}: scored on {part}" for task, part in partly_scored(results)]
     return [*lines, "", *reasons, *([""] if reasons else [])]
 
 
@@ -105,9 +110,8 @@ def score_rows(scores: Mapping[str, Any]) -> dict[str, float | None]:
     rows = {f"perplexity {name}": value for name, value in sorted((scores.get("perplexity") or {}).items())}
     for task, metrics in sorted((scores.get("zero_shot") or {}).items()):
         for key, value in sorted(metrics.items()):
-            metric, _, which = key.partition(",")
-            if not metric.endswith("_stderr") and isinstance(value, (int, float)):
-                rows[f"{task} {metric}" + (f" ({which})" if which not in ("", "none") else "")] = value
+            if not key.partition(",")[0].endswith("_stderr") and isinstance(value, (int, float)):
+                rows[f"{task} {metric_name(key)}"] = value
     return rows
 
 

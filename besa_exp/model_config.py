@@ -22,7 +22,7 @@ def config_problems(config: Mapping[str, Any], where: str, trust_remote_code: bo
             f"{where}: {_kind(config)} is an encoder-decoder (is_encoder_decoder in its config.json); blocks are "
             "looked for in decoder-only models: give one of these"
         )
-    quantisation = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
+    quantisation = config.get("quantization_config") or text_part(config).get("quantization_config")
     if quantisation:
         method = quantisation.get("quant_method") or quantisation.get("format") or "an unnamed method"
         problems.append(
@@ -58,6 +58,12 @@ def adapter_problem(adapter: Mapping[str, Any], where: str) -> str:
         f"{where}: holds an adapter ({kind}, of {base}) and no model; merge it first, with peft's merge_and_unload() "
         "and save_pretrained(folder), and give that folder"
     )
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the config of a model that also sees or hears says of its decoder; else, and where that is null, all."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
 
 
 def code_of(config: Mapping[str, Any]) -> list[str]:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from besa_exp.model_config import adapter_problem, config_problems, quantised_tensors
+from besa_exp.model_config import adapter_problem, config_problems, quantised_tensors, text_part
 
 CACHED = "models--"  # begins the hub cache's folders of models
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")  # of a config, first found
+INDEX = "model.safetensors.index.json"
 CONV1D = ("gpt2", "openai-gpt")  # model types that save their linears as [in, out]
 IN_A_BLOCK = re.compile(r"\.\d+\.(?:.+\.)?\w+\.weight$")  # model.layers.3.mlp.down_proj.weight
 
@@ -49,12 +50,12 @@ def inspect_model_folder(
         if missing:
             return None, [f"{where}: {', '.join(missing)} missing, which its index names; copy them too"]
         return _pickled_facts(config, sum(file.stat().st_size for file in pickles)), []
-    files, problems = _weight_files(folder, where)
+    files, problems = weight_files(folder, where)
     tensors: dict[str, Any] = {}
     for file in files:
         header, problem = read_header(file)
+        problems += [problem] if problem else _held_twice(tensors, header, file, where)
         tensors |= header
-        problems += [problem] if problem else []
     problems = problems or quantised_tensors(tensors, where)
     return (None, problems) if problems else (_facts(config, tensors), [])
 
@@ -103,7 +104,7 @@ def only_pickled(where: str, file: str) -> str:
 
 
 def _has_safetensors(folder: Path) -> bool:
-    return (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file()
+    return (folder / "model.safetensors").is_file() or (folder / INDEX).is_file()
 
 
 def saved_dtype(folder: Path) -> str | None:
@@ -133,27 +134,74 @@ def read_header(file: Path) -> tuple[dict[str, Any], str | None]:
     return header, None
 
 
-def _weight_files(folder: Path, where: str) -> tuple[list[Path], list[str]]:
-    """The safetensors files that make up the model, and what is wrong with the set."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            return [], [f"{index}: cannot be read as an index ({error!r}); copy the model folder again"]
+def weight_files(folder: Path, where: str | None = None) -> tuple[list[Path], list[str]]:
+    """The safetensors files that make up the model, by transformers' order: what config.json names
+    (`transformers_weights`), model.safetensors, then those of the index; and what is wrong with the set. Where two sets
+    can be meant, neither is taken."""
+    where, named = where or str(folder), _named_weights(folder)
+    index = _index(folder, named)
+    whole = None if named and index else folder / (named or "model.safetensors")
+    names, problem = _names_in(index) if index and index.is_file() else ([], None)
+    if problem:
+        return [], [problem]
+    if whole and whole.is_file():
+        others = [name for name in names if name != whole.name and (folder / name).is_file()]
+        two = (
+            f"{where}: holds two sets of weights, {whole.name} and {', '.join(others[:2])} ..., which its index names; "
+            "remove the one that is not meant"
+        )
+        return ([], [two]) if others else ([whole], [])
+    if names:
         missing = [name for name in names if not (folder / name).is_file()]
         problems = [f"{where}: {', '.join(missing)} missing, which its index names; copy them too"] if missing else []
         return [folder / name for name in names if name not in missing], problems
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"], []
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
         return [], [only_pickled(where, pickles[0])]
-    return [], [f"{where}: no model.safetensors in it; give the folder that save_pretrained wrote"]
+    return [], [f"{where}: no {named or 'model.safetensors'} in it; give the folder that save_pretrained wrote"]
+
+
+def index_without_metadata(folder: Path) -> list[str]:
+    """The problem of an index that transformers itself cannot read, though it names all files."""
+    index = _index(folder, _named_weights(folder))
+    if index is None or not index.is_file() or weight_files(folder)[0] == [folder / "model.safetensors"]:
+        return []
+    if isinstance(json.loads(index.read_text(encoding="utf-8")).get("metadata"), dict):
+        return []
+    return [f'{index}: has no "metadata", without which transformers reads no index; add "metadata": {{}}']
+
+
+def _index(folder: Path, named: str | None) -> Path | None:
+    """Where the index would lie; None: the config names a single file."""
+    if named and not named.endswith(".index.json"):
+        return None
+    return folder / (named or INDEX)
+
+
+def _named_weights(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _names_in(index: Path) -> tuple[list[str], str | None]:
+    """The files that an index names, or that it is none."""
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())), None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        return [], f"{index}: cannot be read as an index ({error!r}); copy the model folder again"
+
+
+def _held_twice(tensors: dict[str, Any], header: dict[str, Any], file: Path, where: str) -> list[str]:
+    both = sorted(tensors.keys() & header.keys())
+    if not both:
+        return []
+    return [f"{where}: {both[0]} is held by {file.name} and by another file too; keep the one that is meant"]
 
 
 def _context(config: dict[str, Any]) -> int | None:
-    text = config.get("text_config", config)
+    text = text_part(config)
     context = next((text[key] for key in CONTEXT_KEYS if text.get(key)), None)
     return context if isinstance(context, int) else None
 

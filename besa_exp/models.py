@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from besa_exp import distributed
@@ -20,11 +20,20 @@ from besa_exp.errors import ConfigurationError, first_line
 from besa_exp.hub import MODEL_FILES, OTHER_FORMATS
 from besa_exp.memory import free_memory
 from besa_exp.model_config import code_of
-from besa_exp.model_folder import CONTEXT_KEYS, inspect_config, inspect_model_folder, only_pickled
+from besa_exp.model_folder import (
+    CONTEXT_KEYS,
+    index_without_metadata,
+    inspect_config,
+    inspect_model_folder,
+    only_pickled,
+    weight_files,
+)
 from besa_exp.pickled_weights import converted_folder
 from besa_exp.reachability import HUB_TIMEOUT
 from besa_exp.settings import ModelSettings
-from besa_exp.streaming import StreamedWeights, open_streamed
+from besa_exp.streaming import StreamedWeights, dtype_of, open_streamed
+from besa_exp.tensor_sources import without_ignored
+from besa_exp.transformers_config import read_config
 
 CONTEXT = 2048  # tokens that the families without a limit were trained on at a time
 SHARE_OF_FREE = 0.5  # of the memory that is free: larger models are streamed
@@ -34,53 +43,91 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class LoadedModel:
     """A model in evaluation mode, weights frozen, and its tokenizer, None where it has none. `weights` is set when its
-    blocks are streamed: they are in memory only while `weights` puts them there. `folder`: where its files lie."""
+    blocks are streamed: they are in memory only while `weights` puts them there. `folder`: where its files lie.
+    `notes`: what was read otherwise than its config says, in sentences that stand in results.json. `stored`: the dtype
+    that it is saved in, where it is computed in another."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     weights: StreamedWeights | None
     folder: Path
+    notes: tuple[str, ...] = ()
+    stored: torch.dtype | None = None
 
 
 def load_model(settings: ModelSettings, device: torch.device, offline: bool) -> LoadedModel:
-    """The model on `device`, whole or streamed.
+    """The model on `device`, whole or streamed: the same one, by the same config, dtype, files and ties.
 
-    ConfigurationError: it cannot be found, has no safetensors, its class is not known to transformers, its files lack
-    weights, or it cannot be streamed although that was asked for."""
+    ConfigurationError: it cannot be found, has no safetensors, its class is not known to transformers, its files do not
+    make up its weights, or it cannot be streamed although that was asked for."""
     transformers_logging.disable_progress_bar()
     folder = _checked_folder(settings, offline)
-    if settings.load == "streamed" or (settings.load == "auto" and is_large(weight_bytes(folder), device)):
-        try:
-            model, weights = open_streamed(folder, settings.dtype, device, settings.trust_remote_code)
-            return LoadedModel(model, load_tokenizer(settings, folder), weights, folder)
-        except ValueError as error:
-            if settings.load == "streamed":
-                raise ConfigurationError(
-                    f"model.load=streamed: {settings.path} cannot be streamed ({error}); set model.load=whole"
-                ) from error
-            logger.warning("%s is large but is loaded whole: %s", settings.path, error)
+    try:
+        config, notes = read_config(folder, settings.trust_remote_code)
+    except Exception as error:
+        raise _cannot_load(settings, error) from error
+    model, weights = _streamed(settings, folder, device) or (None, None)
+    if model is None:
+        model = _whole(settings, folder, config)
+        torch.nn.Module.to(model, device)  # transformers' own `to` is not typed
+    notes += _ties_undone(model)
+    for note in notes:
+        logger.warning("%s: %s", settings.path, note)
+    return LoadedModel(model, load_tokenizer(settings, folder), weights, folder, tuple(notes))
+
+
+def _streamed(
+    settings: ModelSettings, folder: Path, device: torch.device
+) -> tuple[PreTrainedModel, StreamedWeights] | None:
+    """The streamed model where that is asked for, or the whole one would be large; None: it is to be loaded whole."""
+    if settings.load != "streamed" and not (settings.load == "auto" and is_large(weight_bytes(folder), device)):
+        return None
+    try:
+        return open_streamed(folder, settings.dtype, device, settings.trust_remote_code)
+    except ValueError as error:
+        if settings.load == "streamed":
+            raise ConfigurationError(
+                f"model.load=streamed: {settings.path} cannot be streamed ({error}); set model.load=whole"
+            ) from error
+        logger.warning("%s is large but is loaded whole: %s", settings.path, error)
+        return None
+
+
+def _whole(settings: ModelSettings, folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=settings.dtype,
+            config=config,
+            dtype=dtype_of(config, settings.dtype, folder),
             use_safetensors=True,
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
         raise _cannot_load(settings, error) from error
     model, loading = loaded
     _check_all_loaded(settings, model, loading)
-    model.eval().requires_grad_(False)
-    torch.nn.Module.to(model, device)  # transformers' own `to` is not typed
-    return LoadedModel(model, load_tokenizer(settings, folder), None, folder)
+    return model.eval().requires_grad_(False)
+
+
+def _ties_undone(model: Any) -> list[str]:
+    """A sentence for each two weights that the class and config tie, and whose values in the files differ."""
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return [
+        f"its config ties {name} to {source}, its files hold two different ones: both are used, as transformers does"
+        for name, source in tied.items()
+        if name not in model.all_tied_weights_keys
+    ]
 
 
 def _checked_folder(settings: ModelSettings, offline: bool) -> Path:
     """The folder of safetensors, converted from pickled weights where that is asked for."""
     folder = _folder(settings, offline)
     facts, problems = inspect_model_folder(folder, "model.path", settings.convert, settings.trust_remote_code)
-    if facts is None:
+    problems = problems or index_without_metadata(folder)
+    if facts is None or problems:
         raise ConfigurationError(*problems)
     if code := code_of(json.loads((folder / "config.json").read_text(encoding="utf-8"))):
         runs = "is run" if settings.trust_remote_code else "is not run: transformers' own classes are used"
@@ -89,15 +136,28 @@ def _checked_folder(settings: ModelSettings, offline: bool) -> Path:
 
 
 def _check_all_loaded(settings: ModelSettings, model: nn.Module, loading: Mapping[str, Any]) -> None:
-    """transformers only warns of weights that the files lack, and draws them at random."""
+    """transformers only warns of weights that the files lack, and draws them at random, or hold beyond the model's."""
     lacking = sorted([*loading["missing_keys"], *(str(found) for found in loading["mismatched_keys"])])
     lacking += [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    left = without_ignored(model, loading["unexpected_keys"])
+    where, kind = f"model.path={settings.path}: its files", type(model).__name__
+    problems = []
     if lacking:
-        raise ConfigurationError(
-            f"model.path={settings.path}: its files lack {', '.join(lacking[:3])}"
-            + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
-            + f" of {type(model).__name__}, or hold them in another shape or without data; give the whole model"
+        problems.append(
+            f"{where} lack {_few(lacking)} of {kind}, or hold them in another shape or without data; give the whole "
+            "model"
         )
+    if left:
+        problems.append(
+            f"{where} also hold {_few(left)}, for which {kind} as config.json describes it has no place; correct "
+            "config.json (as the number of blocks), or remove them from the files"
+        )
+    if problems:
+        raise ConfigurationError(*problems)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def load_tokenizer(settings: ModelSettings, folder: Path) -> PreTrainedTokenizerBase | None:
@@ -202,7 +262,7 @@ def wanted_files(settings: ModelSettings, folder: Path, names: Sequence[str]) ->
 
 
 def _cannot_load(settings: ModelSettings, error: Exception) -> ConfigurationError:
-    reason = str(error).strip().splitlines()[0]
+    reason = first_line(error)
     return ConfigurationError(
         f"model.path={settings.path}: cannot be loaded ({reason}); it must be a folder or hub id of a decoder-only "
         "model that transformers knows, saved as safetensors"
@@ -210,8 +270,8 @@ def _cannot_load(settings: ModelSettings, error: Exception) -> ConfigurationErro
 
 
 def weight_bytes(folder: Path) -> int:
-    """The size of the safetensors files."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    """The size of the safetensors files that make up the model."""
+    return sum(file.stat().st_size for file in weight_files(folder)[0])
 
 
 def is_large(size: int, device: torch.device) -> bool:

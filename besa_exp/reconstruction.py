@@ -17,6 +17,7 @@ The mean square of the gradient is Adam's own second moment: it costs nothing.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,17 +34,20 @@ from besa_exp.masks import keep_largest
 from besa_exp.pruning import finite_step, num_probe_samples, probe_loss
 from besa_exp.reports import Step
 
+logger = logging.getLogger(__name__)
 Weights = Mapping[str, Float[Tensor, "_out _in"]]
 KeepMasks = Mapping[str, Bool[Tensor, "_out _in"]]
 Norms = Mapping[str, Float[Tensor, " _size"]]
 NORM_STEP = 0.1  # of a norm's first step size to that of weights: it holds few values, which all tokens share
 WARM_UP = 10  # steps in which the step size rises to its full value
+SHRINK = 0.4  # of the step size, where the steps that were taken with it did not help
 
 
 @dataclass(frozen=True)
 class Tuning:
     """`lr`: the first step, as a fraction of the root mean square of a linear's kept weights; it falls to 0 along a
-    cosine. `checks`: how often the probe samples judge once the mask is fixed. `norms`: whether they are tuned too."""
+    cosine, and shrinks where it does not help. `checks`: how often the probe samples judge once the mask is fixed.
+    `norms`: whether they are tuned too."""
 
     epochs: int = 8
     batch_size: int = 8
@@ -129,29 +133,40 @@ def tune(
 ) -> Tuned:
     """Tune `weights` under `keep_masks`, which a `ramp` closes further on the way.
 
-    Without a ramp the result is never worse on the probe than what it began with. RunError: a loss is not finite."""
+    What is tuned between two looks at the probe must lower its loss: else it is undone, and the step size shrinks. So
+    the result is never worse on the probe than what it began with, or with a ramp than the mask just closed. RunError:
+    a loss is not finite."""
     num_samples = distributed.total(len(inputs))
     learn = max(1, num_samples - num_probe_samples(num_samples))
     num_steps = tuning.num_steps(learn)
     settles = ramp.settles(num_steps) if ramp else 0
     judged = {num_steps - 1 - (num_steps - settles) * number // tuning.checks for number in range(tuning.checks)}
     state = _State.of(block, weights, keep_masks, tuning)
-    best, before = state.found(), state.probe_loss(inputs, targets)
-    best_loss = math.inf if ramp else before
+    best, before = state.copy(), state.probe_loss(inputs, targets)
+    best_loss, shrunk = before, 1.0
     steps: list[Step] = []
     for number, samples in enumerate(_batches(learn, tuning)):
         own = distributed.own_places(samples.to(inputs.device))
-        steps.append(state.step(inputs[own], targets[own], tuning.scale(number, num_steps), number))
+        scale = shrunk * tuning.scale(number, num_steps)
+        steps.append(state.step(inputs[own], targets[own], scale, number))
         on_step(steps[-1])
         sparsity = ramp.sparsity_after(number, num_steps) if ramp else None
+        if sparsity is None and (number not in judged or number < settles):
+            continue
+        loss = state.probe_loss(inputs, targets)
+        if loss < best_loss:
+            best, best_loss = state.copy(), loss
+        else:
+            state.go_back(best)
+            shrunk *= SHRINK
         if sparsity is not None:
             state.prune_to(sparsity)
-        if number in judged and number >= settles:
-            loss = state.probe_loss(inputs, targets)
-            if loss < best_loss:
-                best, best_loss = state.found(), loss
-    found = {name: best[name] for name in state.latent}
-    return Tuned(found, {name: best[name] for name in state.norms}, state.keep_masks, before, tuple(steps))
+            best, best_loss = state.copy(), state.probe_loss(inputs, targets)
+    if shrunk < 1:
+        logger.info("%s: the step size of %g shrank to %.2g", block.name, tuning.lr, tuning.lr * shrunk)
+    found = state.found()
+    weights, norms = ({name: found[name] for name in names} for names in (state.latent, state.norms))
+    return Tuned(weights, norms, state.keep_masks, before, tuple(steps))
 
 
 def _batches(learn: int, tuning: Tuning) -> Iterator[Tensor]:
@@ -232,6 +247,17 @@ class _State:
         """The loss of the samples that are not learned from."""
         self._fill()
         return probe_loss(self.block, inputs, targets, self.masked)
+
+    def copy(self) -> dict[str, Tensor]:
+        """The weights and norms as they are now, in fp32."""
+        return {name: value.clone() for name, value in (self.latent | self.norms).items()}
+
+    @torch.no_grad()
+    def go_back(self, to: Mapping[str, Tensor]) -> None:
+        """Become what `copy` gave before, and stand still."""
+        for name, value in (self.latent | self.norms).items():
+            value.copy_(to[name])
+            self.optimizer.state[value]["exp_avg"].zero_()
 
     def found(self) -> dict[str, Tensor]:
         """A copy of the kept weights and the norms in the block's dtype."""

@@ -15,10 +15,11 @@ from typing import Any
 
 from besa_exp import distributed
 from besa_exp.activations import activation_bytes, allocator
-from besa_exp.block_loop import BlockLoop
+from besa_exp.block_loop import BlockLoop, check_blocks
 from besa_exp.calibration import Calibration, load_calibration, save_tokens
 from besa_exp.checkpoint import write_card
 from besa_exp.console import RunConsole
+from besa_exp.cpu_units import in_a_fast_dtype, rounding
 from besa_exp.device import compute_dtype, peak_memory, prepared_device
 from besa_exp.environment import environment
 from besa_exp.errors import ConfigurationError
@@ -67,7 +68,7 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
             logger.warning(warning)
         console.stage(f"loading {settings.model.path}")
         with run.spent.timed("load"):
-            loaded = load_model(settings.model, device, settings.offline)
+            loaded = in_a_fast_dtype(load_model(settings.model, device, settings.offline), settings.model.dtype)
         results = dense_results(run, loaded, config) if settings.is_dense else _pruned(run, loaded, config)
         results |= {"seconds": run.spent.seconds(), "peak_memory_bytes": run.spent.peak_memory()}
         _write(run, loaded, results)
@@ -80,6 +81,7 @@ def _pruned(run: Run, loaded: LoadedModel, config: Mapping[str, Any]) -> dict[st
     check_finite_weights(loaded.model, settings.model.path)
     with run.spent.timed("calibrate"):
         calibration = _calibrate(run, loaded)
+        check_blocks(loaded, distributed.own_samples(calibration.input_ids), settings.calibration.batch_size)
     finished = FinishedBlocks(folder.blocks, run.spent.keep)
     ends = unit_ends(len(block_names(loaded)), blocks_together(settings.pruner))
     identity = request_identity(config, calibration.tokens_sha256)
@@ -90,6 +92,7 @@ def _pruned(run: Run, loaded: LoadedModel, config: Mapping[str, Any]) -> dict[st
         dense = score_dense(run, loaded) if settings.evaluator.dense else None
         reports, finished = _prune_model(run, loaded, calibration, tracker, reports, finished)
         results = results_of(settings, calibration, reports, environment(device))
+        results |= {"model_notes": [*loaded.notes]} if loaded.notes else {}
         saved = save(run, loaded, finished, results)
         with reread(run, loaded, finished, calibration) as reloaded:
             scores = score(run, "pruned", saved)
@@ -159,8 +162,9 @@ def _follow(
 ) -> None:
     """One walk through the blocks after those of `reports`, which grows by the others."""
     settings = run.settings
-    for report in reports if tracker else ():
-        tracker.log_block(report)
+    if tracker:
+        for report in reports:
+            tracker.log_block(report)
     with run.console.pruning(len(block_names(loop.loaded)) - len(reports)) as progress:
 
         def on_step(step: Step) -> None:
@@ -175,6 +179,7 @@ def _follow(
             reports.append(report)
 
         target = Target.parse(settings.sparsity, settings.pattern)
+        pruner = rounding(pruner, loop.loaded.stored)
         loop.run(pruner, target, settings.budget if budget else None, on_step, on_block)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from besa_exp import distributed
 from besa_exp.calibration import Calibration
 from besa_exp.checkpoint import merge_masks
+from besa_exp.cpu_units import in_a_fast_dtype
 from besa_exp.evaluation.scores import callable_model
 from besa_exp.finished_blocks import FinishedBlocks
 from besa_exp.model_card import base_licence, model_card
@@ -36,7 +37,7 @@ def save(run: Run, loaded: LoadedModel, finished: FinishedBlocks, results: Mappi
         saved = replace(settings.model, path=str(folder.model), revision=None, dtype="auto", load=load)
         reloaded = replace(load_model(saved, run.device, offline=True), tokenizer=loaded.tokenizer)
         check_saved(reloaded, results)
-        return reloaded
+        return in_a_fast_dtype(reloaded, settings.model.dtype)
 
 
 @contextmanager
@@ -55,7 +56,9 @@ def reread(
     with callable_model(pruned):
         expected = token_loss(pruned.model, tokens)
     model = run.settings.model
-    with reloading(run.folder.model, tokens, expected, loaded.model.dtype, model.trust_remote_code) as answer:
+    with reloading(
+        run.folder.model, tokens, expected, loaded.stored or loaded.model.dtype, model.trust_remote_code
+    ) as answer:
 
         def reloaded() -> dict[str, Any]:
             run.console.stage("the saved model in a fresh process")

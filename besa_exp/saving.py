@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from besa_exp import atomic
 from besa_exp.blocks import capture_blocks, discover_blocks
 from besa_exp.checkpoint import save_beside_weights, save_model, weights_sha256
+from besa_exp.cpu_units import as_stored
 from besa_exp.errors import RunError
 from besa_exp.finished_blocks import FinishedBlocks
 from besa_exp.masks import Target
@@ -33,6 +34,8 @@ def save_pruned(loaded: LoadedModel, finished: FinishedBlocks, folder: Path, car
 
     RunError: the disk is full or cannot be written to; the finished blocks stay."""
     if loaded.weights is None:
+        if loaded.stored:
+            torch.nn.Module.to(loaded.model, loaded.stored)
         save_model(loaded.model, loaded.tokenizer, folder, card, loaded.folder)
         return
     try:
@@ -90,9 +93,10 @@ def masks_origin(settings: RunSettings, loaded: LoadedModel) -> dict[str, Any]:
 
 
 def outside_blocks(loaded: LoadedModel) -> dict[str, Tensor]:
-    """The tensors of the model that are in no block."""
+    """The tensors of the model that are in no block, as they are saved."""
     prefix = f"{discover_blocks(loaded.model)[0]}."
-    return {name: tensor for name, tensor in loaded.model.state_dict().items() if not name.startswith(prefix)}
+    outside = {name: tensor for name, tensor in loaded.model.state_dict().items() if not name.startswith(prefix)}
+    return as_stored(outside, loaded.stored)
 
 
 def _write_shards(loaded: LoadedModel, weights: StreamedWeights, finished: FinishedBlocks, folder: Path) -> None:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from besa_exp.blocks import Block, Hidden, Reached
+from besa_exp.blocks import Block, Hidden
+from besa_exp.call_arguments import Reached, hidden_of
 from besa_exp.errors import RunError
 from besa_exp.pruning import PrunedBlock
 from besa_exp.reports import BlockReport, ModelStep
@@ -99,8 +100,7 @@ class _Chain(nn.ModuleList):
 
     def forward(self, hidden: Hidden, *arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Hidden:
         for module, (args, kwargs) in zip(self, arguments, strict=True):
-            output = module(hidden, *args, **kwargs)
-            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = hidden_of(module(hidden, *args, **kwargs))
         return hidden
 
 

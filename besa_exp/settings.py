@@ -30,6 +30,7 @@ class CalibrationSettings:
 
     name: str
     path: str | None = None
+    column: str = "text"  # of JSON lines and parquet: where the documents are
     num_samples: int = 128
     seq_len: int = 2048
     seed: int = 0
@@ -43,10 +44,12 @@ class EvaluatorSettings:
 
     name: str
     perplexity_sets: tuple[str, ...] = ()
+    column: str = "text"  # of perplexity sets in JSON lines and parquet: where the documents are
     seq_len: int | None = None  # perplexity window; None: min(2048, the model's context)
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()  # lm-eval's tasks, groups and tags, and those of include_path
+    include_path: str | None = None  # a folder with task definitions of one's own
     limit: int | None = None
-    num_fewshot: int | None = None
+    num_fewshot: int | None = None  # None: as each task says
     batch_size: int | Literal["auto"] = "auto"  # windows or questions scored together
     data_dir: str | None = None
     dense: bool = False

@@ -10,14 +10,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from besa_exp.blocks import Block, discover_blocks
 from besa_exp.tensor_sources import (
@@ -29,6 +29,7 @@ from besa_exp.tensor_sources import (
     tensor_sources,
     tensors_of_file,
 )
+from besa_exp.transformers_config import read_config, stored_dtype
 
 LARGE = 8 * 2**20  # more than the temporaries that inner loops work in, which are used again and again
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
@@ -36,11 +37,13 @@ M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 @dataclass
 class StreamedWeights:
-    """What each tensor is made of, {name in the model: source}, and what it becomes."""
+    """What each tensor is made of, {name in the model: source}, and what it becomes: of `dtype` where it is read, on
+    `device`, and there of the dtype `computed`, where that is another."""
 
     sources: dict[str, Source]
     dtype: torch.dtype
     device: torch.device
+    computed: torch.dtype | None = None
 
     def read(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names begin with `prefix`, on the CPU in the run's dtype, by full name."""
@@ -53,9 +56,12 @@ class StreamedWeights:
     def load(self, name: str, module: nn.Module) -> None:
         """Put the weights into a block."""
         prefix = f"{name}."
-        state = {name.removeprefix(prefix): tensor.to(self.device) for name, tensor in self.read(prefix).items()}
+        state = {name.removeprefix(prefix): self._placed(tensor) for name, tensor in self.read(prefix).items()}
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False)
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.computed if tensor.is_floating_point() else None)
 
     def release(self, module: nn.Module) -> None:
         """Take the weights out of a block; buffers that no file holds stay."""
@@ -95,7 +101,7 @@ class StreamedWeights:
     def with_blocks(self, model: PreTrainedModel, files: Iterable[Path]) -> StreamedWeights:
         """The same model with other files for some tensors, which hold them under the model's own names."""
         sources = {name: source for file in files for name, source in tensors_of_file(file, model).items()}
-        return StreamedWeights({**self.sources, **sources}, self.dtype, self.device)
+        return replace(self, sources={**self.sources, **sources})
 
 
 def open_streamed(
@@ -105,8 +111,8 @@ def open_streamed(
 
     ValueError: why it cannot be streamed (`cannot_stream`)."""
     give_back_large_tensors()
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    wanted = dtype_of(config, dtype)
+    config, _ = read_config(folder, trust_remote_code)
+    wanted = dtype_of(config, dtype, folder)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
     if reason := keeps_fp32(model):
@@ -114,7 +120,8 @@ def open_streamed(
     weights = StreamedWeights(tensor_sources(model, stored_tensors(folder)), wanted, device)
     path, modules = discover_blocks(model)
     model.load_state_dict(weights.read_outside(f"{path}."), strict=False, assign=True)
-    model.tie_weights()
+    # As from_pretrained does: two that are to be tied but differ stay apart.
+    model.tie_weights(missing_keys=model.state_dict().keys() - weights.sources.keys(), recompute_mapping=False)
     inside = {inner for block in modules for inner in block.modules()}
     for module in model.modules():
         if module not in inside:
@@ -163,9 +170,6 @@ def give_back_memory() -> None:
         trim(0)
 
 
-def dtype_of(config: PreTrainedConfig, wanted: str) -> torch.dtype:
+def dtype_of(config: PreTrainedConfig, wanted: str, folder: Path) -> torch.dtype:
     """What the weights are computed in: as `wanted`, or for auto as they were saved."""
-    if wanted != "auto":
-        return getattr(torch, wanted)
-    saved = config.get_text_config().dtype or config.dtype or torch.float32
-    return saved if isinstance(saved, torch.dtype) else getattr(torch, saved)
+    return stored_dtype(config, folder) if wanted == "auto" else getattr(torch, wanted)

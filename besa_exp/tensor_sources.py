@@ -8,11 +8,11 @@ make must be the model's tensors, by name and shape, and no fewer.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from transformers.core_model_loading import (
 )
 
 from besa_exp.errors import first_line
-from besa_exp.model_folder import read_header
+from besa_exp.model_folder import read_header, weight_files
 
 NOT_WEIGHTS = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")  # buffers that older checkpoints still hold
 
@@ -74,15 +74,15 @@ class Source:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """The tensors of a model folder's safetensors files by the names they have there."""
-    index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    """The tensors of a model folder's safetensors files by the names they have there. ValueError: what is wrong with
+    these files."""
+    files, problems = weight_files(folder)
+    if problems:
+        raise ValueError(problems[0])
     return {
-        name: Stored(folder / file, name, tuple(tensor["shape"]))
+        name: Stored(file, name, tuple(tensor["shape"]))
         for file in files
-        for name, tensor in read_header(folder / file)[0].items()
+        for name, tensor in read_header(file)[0].items()
     }
 
 
@@ -96,7 +96,8 @@ def tensors_of_file(path: Path, model: PreTrainedModel) -> dict[str, Source]:
 
 def tensor_sources(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, Source]:
     """The source of each tensor of `model`, whose weights may be absent (meta), by name; of those that are tied where
-    the files hold them. The model remembers what was converted, as after `from_pretrained`.
+    the files hold them, and of the one that the others are tied to by whichever the files hold. The model remembers
+    what was converted, as after `from_pretrained`.
 
     ValueError: the files do not make up the model's tensors."""
     wanted = model.state_dict()
@@ -106,11 +107,14 @@ def tensor_sources(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict
     for name in sorted(stored, key=dot_natural_key):
         target, pattern, conversion = _target(model, name, conversions, wanted)
         if target not in wanted:
-            left += [] if name.endswith(NOT_WEIGHTS) else [name]
+            left.append(name)
             continue
         known = sources.get(target, Source(model, target, (), conversion))
         patterns = (*known.patterns, pattern) if conversion else ()
         sources[target] = Source(model, target, (*known.stored, stored[name]), conversion, patterns)
+    for tied, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if tied in sources and source not in sources and sources[tied].conversion is None:
+            sources[source] = replace(sources.pop(tied), name=source)
     made = {name: (source, shape) for source in sources.values() for name, shape in source.shapes().items()}
     _check(model, {name: shape for name, (_, shape) in made.items()}, wanted, left)
     used: Any = [conversion for conversion in conversions if conversion.was_used()]
@@ -141,7 +145,7 @@ def _check(
 ) -> None:
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     missing = sorted(wanted.keys() - shapes.keys() - tied)
-    left = sorted([*left, *(shapes.keys() - wanted.keys())])
+    left = without_ignored(model, [*left, *(shapes.keys() - wanted.keys())])
     other = sorted(name for name in shapes.keys() & wanted.keys() if shapes[name] != tuple(wanted[name].shape))
     for names, told in ((missing, "lack"), (left, "also hold"), (other, "hold in another shape")):
         if names:
@@ -149,6 +153,14 @@ def _check(
                 f"the files {told} {', '.join(names[:2])}: they do not make up the tensors of {type(model).__name__}, "
                 "renamed, stacked or split as transformers does it"
             )
+
+
+def without_ignored(model: Any, unexpected: Iterable[str]) -> list[str]:
+    """Tensors that the files hold beyond the model's, without those that its class, by transformers' own rule, or older
+    checkpoints are known to hold."""
+    told = SimpleNamespace(missing_keys=set(), unexpected_keys=set(unexpected))
+    model._adjust_missing_and_unexpected_keys(told)
+    return sorted(name for name in told.unexpected_keys if not name.endswith(NOT_WEIGHTS))
 
 
 def read_tensors(sources: Iterable[Source], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -10,11 +10,9 @@ Nothing here imports torch, so that names and paths are checked before any long 
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
+import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,16 +20,16 @@ from typing import Any, Literal
 from besa_exp.errors import ConfigurationError, Unavailable, first_line
 from besa_exp.nearest import did_you_mean
 from besa_exp.reachability import hub_problem
+from besa_exp.text_files import column_texts, format_of, plain_text, readable_names
 
 Use = Literal["calibration", "perplexity"]
+logger = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
 SEPARATOR = "<|endoftext|>"  # between the documents of a plain text file
-PLAIN = (".txt", ".raw", ".tokens")  # the last two are WikiText's own
-LINES = (".jsonl", ".jsonl.gz", ".json.gz")  # the last is C4's own
-PARQUET = (".parquet",)
-TOKENS = (".safetensors",)
-SUFFIXES = PLAIN + LINES + PARQUET + TOKENS
+TOKENS = ".safetensors"  # the ending of a file of exact token ids
+COLUMN = "text"  # where JSON lines and parquet have their documents, unless another column is chosen
+COLUMN_KEYS: dict[Use, str] = {"calibration": "calibration.column", "perplexity": "evaluator.column"}
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,9 @@ def is_token_file(source: str) -> bool:
     return source.lower().endswith(TOKENS)
 
 
-def check_source(source: str, key: str) -> list[str]:
-    """What is wrong with `source` (the name of a set, or a path) as the value of `key`, in complete sentences."""
+def check_source(source: str, key: str, use: Use, column: str = COLUMN) -> list[str]:
+    """What is wrong with `source` (the name of a set, or a path) as the value of `key`, in complete sentences. Of a
+    file with columns the first row is read."""
     if source in SET_NAMES:
         return []
     path = Path(source).expanduser()
@@ -93,18 +92,26 @@ def check_source(source: str, key: str) -> list[str]:
         near = did_you_mean(source, SET_NAMES)
         return [f"{key}={source}: no such set{near}; sets: {', '.join(SET_NAMES)}, or a path to a text or token file"]
     if not path.exists():
-        return [f"{key}={source}: there is no such file; give the path of an existing one ({', '.join(SUFFIXES)})"]
+        return [
+            f"{key}={source}: there is no such file; give the path of an existing one ({readable_names()}, {TOKENS})"
+        ]
     if not path.is_file():
         return [f"{key}={source}: is a folder and must be a file; name one text or token file in it"]
-    if not source.lower().endswith(SUFFIXES):
-        return [f"{key}={source}: a file of this kind cannot be read; it must end in one of {', '.join(SUFFIXES)}"]
+    if format_of(path.name) is None and not is_token_file(source):
+        return [f"{key}={source}: a file of this kind cannot be read; it must end in {readable_names()}, or {TOKENS}"]
     if not os.access(path, os.R_OK):
         return [f"{key}={source}: you may not read this file; change its permissions or name another"]
+    if format_of(path.name) not in (None, "plain"):
+        try:
+            next(column_texts(path, column, COLUMN_KEYS[use]), None)
+        except ConfigurationError as error:
+            return list(error.problems)
     return []
 
 
-def read_text(source: str, use: Use, offline: bool) -> Text:
-    """The documents of a named set or a local text file.
+def read_text(source: str, use: Use, offline: bool, column: str = COLUMN) -> Text:
+    """The documents of a named set or a local text file, there from `column` where it has columns. Nulls are left out,
+    counted and told.
 
     Raises Unavailable for a set of the hub that cannot be had, ConfigurationError for a file that cannot be read.
     """
@@ -112,13 +119,16 @@ def read_text(source: str, use: Use, offline: bool) -> Text:
         return _embedded(use)
     if source in HUB_FILES:
         return _from_hub(source, use, offline)
-    if problems := check_source(source, "path"):
+    if problems := check_source(source, "path", use, column):
         raise ConfigurationError(*problems)
-    documents = tuple(text for text in _file_documents(Path(source).expanduser()) if text.strip())
+    path = Path(source).expanduser()
+    plain = format_of(path.name) == "plain"
+    found, nulls = (_plain_documents(path), 0) if plain else _column(path, column, COLUMN_KEYS[use], None)
+    documents = tuple(text for text in found if text.strip())
     if not documents:
         raise ConfigurationError(f"{source}: holds no text; give a file with some")
-    record = {"file": source, "file_sha256": file_sha256(Path(source).expanduser()), "documents": len(documents)}
-    return Text(documents, record)
+    record = {"file": source, "file_sha256": file_sha256(path), "documents": len(documents)}
+    return Text(documents, record if plain else record | {"column": column, "nulls": nulls})
 
 
 def file_sha256(path: Path) -> str:
@@ -162,7 +172,7 @@ def _embedded(use: Use) -> Text:
 def _from_hub(source: str, use: Use, offline: bool) -> Text:
     wanted = HUB_FILES[source][use]
     path = fetch(source, use, offline)
-    rows = tuple(_rows(path, wanted.column, wanted.max_rows))
+    rows, nulls = _column(path, wanted.column, COLUMN_KEYS[use], wanted.max_rows)
     record = {
         "set": source,
         "repository": wanted.repository,
@@ -170,6 +180,7 @@ def _from_hub(source: str, use: Use, offline: bool) -> Text:
         "revision": commit_of(path),
         "documents": len(rows),
         "joined_by": wanted.joiner,
+        "nulls": nulls,
     }
     return Text(rows if wanted.joiner is None else (wanted.joiner.join(rows),), record, wanted.max_windows)
 
@@ -180,64 +191,24 @@ def commit_of(path: Path) -> str | None:
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
 
 
-def _file_documents(path: Path) -> Iterator[str]:
-    if path.name.lower().endswith(PLAIN):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigurationError(
-                f"{path}: is not UTF-8 text (byte {error.start}); convert it, for example with iconv -t utf-8"
-            ) from error
-        yield from (document.strip("\n") for document in text.split(SEPARATOR)) if SEPARATOR in text else (text,)
-    else:
-        yield from _rows(path, "text", None)
+def _plain_documents(path: Path) -> tuple[str, ...]:
+    text = plain_text(path)
+    return tuple(document.strip("\n") for document in text.split(SEPARATOR)) if SEPARATOR in text else (text,)
 
 
-def _rows(path: Path, column: str, max_rows: int | None) -> Iterator[str]:
-    rows = _parquet_rows(path, column) if path.name.lower().endswith(PARQUET) else _json_rows(path, column)
-    for number, row in enumerate(rows):
-        if number == max_rows:
-            return
-        yield row
-
-
-def _json_rows(path: Path, column: str) -> Iterator[str]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    read = 0
-    try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                if line.strip():
-                    yield _json_text(json.loads(line), column)
-                read += 1
-    except (ValueError, EOFError, OSError) as error:  # not JSON, not UTF-8, not gzip, cut short
-        raise ConfigurationError(
-            f"{path}, line {read + 1}: cannot be read as JSON lines ({first_line(error)}); each line must be an "
-            f'object such as {{"{column}": "..."}}, in UTF-8.'
-        ) from error
-
-
-def _json_text(row: Any, column: str) -> str:
-    text = row.get(column) if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f"no text under {column!r}")
-    return text
-
-
-def _parquet_rows(path: Path, column: str) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            if column not in columns:
-                raise ConfigurationError(
-                    f"{path}: has no column {column!r} but {', '.join(columns)}; rename the one with the documents"
-                )
-            for batch in file.iter_batches(columns=[column]):
-                yield from (text for text in batch.column(0).to_pylist() if isinstance(text, str))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigurationError(
-            f"{path}: cannot be read as parquet ({first_line(error)}); it may be cut short: copy or convert it again"
-        ) from error
+def _column(path: Path, column: str, key: str, max_rows: int | None) -> tuple[tuple[str, ...], int]:
+    """The first `max_rows` texts of a column, and the number of nulls that were passed over."""
+    texts: list[str] = []
+    nulls = 0
+    for text in column_texts(path, column, key):
+        if len(texts) == max_rows:
+            break
+        if text is None:
+            nulls += 1
+        else:
+            texts.append(text)
+    if nulls:
+        logger.warning(
+            "%s: %d of %d rows have a null under %r and are left out", path, nulls, nulls + len(texts), column
+        )
+    return tuple(texts), nulls

@@ -44,6 +44,7 @@ SHARED_DIR = Path(os.environ.get("BESA_SHARED", ROOT.parent / "shared"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # so do the processes that tests start, whose bytes are compared
 
 
 def pytest_configure() -> None:

@@ -91,7 +91,7 @@ def exact_targets(sparsities: Float[Tensor, " block"], weights: Sequence[int], s
     total = round(sparsity * sum(weights))
     wanted = project_to_budget(sparsities.double().cpu(), capacity, total)
     counts = round_to_total(wanted * capacity, total)
-    return [Target(int(count) / size) for count, size in zip(counts, weights, strict=True)]
+    return [Target(int(count) / size, exact=True) for count, size in zip(counts, weights, strict=True)]
 
 
 def no_pattern(name: str, pattern: str) -> list[str]:

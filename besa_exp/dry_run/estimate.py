@@ -35,7 +35,7 @@ from besa_exp.errors import ConfigurationError
 from besa_exp.masks import Target
 from besa_exp.memory import free_memory
 from besa_exp.models import is_large, weight_bytes
-from besa_exp.scope import blocks_together, takes_apart
+from besa_exp.scope import blocks_together, refinements, takes_apart
 from besa_exp.settings import RunSettings
 from besa_exp.streaming import cannot_stream, give_back_memory, saves_blocks_anew
 from besa_exp.tensor_sources import stored_tensors
@@ -103,8 +103,14 @@ def estimate(settings: RunSettings, folder: Path, tell: Callable[[str], None] = 
         blocks=len(size.blocks),
         seconds=taken,
         free=free,
-        notes=[*notes, *texts.notes, *probed.notes],
+        notes=[*notes, *texts.notes, *probed.notes, *_not_estimated(settings)],
     )
+
+
+def _not_estimated(settings: RunSettings) -> list[str]:
+    if not refinements(settings.pruner, settings.pattern):
+        return []
+    return ["time and memory of the search over the whole model, which follows the block loop, are not estimated"]
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,21 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from besa_exp.calibration import load_calibration
-from besa_exp.errors import ConfigurationError, Unavailable, first_line
+from besa_exp.errors import ConfigurationError, Unavailable, as_unavailable, first_line
 from besa_exp.evaluation.checks import perplexity_window
 from besa_exp.evaluation.scores import windows_of
+from besa_exp.evaluation.task_definitions import scored_names
 from besa_exp.models import config_folder, load_tokenizer, model_context, model_path
 from besa_exp.settings import ModelSettings, RunSettings
 from besa_exp.streaming import dtype_of
 from besa_exp.text_sources import HUB_FILES, Use, fetch
+from besa_exp.transformers_config import read_config
 
 LARGEST_TEXT = 30e6  # bytes of a file that is read here; C4's shard has 320 MB
 ASKED = 64  # questions of a task whose lengths stand for all
@@ -45,9 +48,9 @@ def model_without_weights(settings: ModelSettings, offline: bool) -> PreTrainedM
     options = {"trust_remote_code": settings.trust_remote_code}
     folder = config_folder(settings, offline)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=offline, **options)
+        config, _ = read_config(folder, settings.trust_remote_code)
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype_of(config, settings.dtype), **options)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype_of(config, settings.dtype, folder), **options)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"model.path={settings.path}: no model can be built from its config ({first_line(error)}); it must be a "
@@ -113,7 +116,7 @@ def _windows(
         try:
             if reason := _unread(source, "perplexity"):
                 raise Unavailable(reason)
-            count, length = windows_of(source, tokenizer, window, offline=True)[0].shape
+            count, length = windows_of(source, tokenizer, window, True, settings.evaluator.column)[0].shape
         except Unavailable as error:
             notes.append(f"perplexity on {source}: {first_line(error)}")
         else:
@@ -131,23 +134,30 @@ def _requests(
     if tokenizer is None:
         notes.append("zero-shot: the tokenizer is not on this machine")
         return [], False
-    from besa_exp.evaluation.zero_shot import load_task, quiet, seeded
+    from besa_exp.evaluation.task_loading import load_task
+    from besa_exp.evaluation.zero_shot import quiet, seeded
 
-    found = []
-    for name in wanted.tasks:
+    found, whole = [], True
+    for name in scored_names(wanted.tasks, wanted.include_path):
         try:
-            with quiet(), seeded(settings.seed):
-                task, _ = load_task(name, wanted.data_dir, wanted.num_fewshot or 0, offline=True)
-                task.set_config("num_fewshot", wanted.num_fewshot or 0)
-                asked = min(ASKED, wanted.limit or ASKED, len(task.eval_docs))
-                task.build_all_requests(limit=asked, rank=0, world_size=1)
+            with quiet(), seeded(settings.seed), as_unavailable():
+                tasks = load_task(name, wanted, offline=True).tasks.values()
+                found += [_requests_of(task, wanted.limit, tokenizer, settings.seed) for task in tasks]
         except Unavailable as error:
             notes.append(f"zero-shot {name}: {first_line(error)}")
-            continue
-        count = min(wanted.limit or len(task.eval_docs), len(task.eval_docs))
-        lengths = [len(tokenizer("".join(instance.args))["input_ids"]) for instance in task.instances]
-        found.append((round(count * len(lengths) / asked), statistics.fmean(lengths)))
-    return found, len(found) == len(wanted.tasks)
+            whole = False
+    return found, whole
+
+
+def _requests_of(task: Any, limit: int | None, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[int, float]:
+    """(requests, tokens of each) of one task, by its first questions; the tokens of written answers are not counted."""
+    task.set_fewshot_seed(seed)
+    asked = min(ASKED, limit or ASKED, len(task.eval_docs))
+    task.build_all_requests(limit=asked, rank=0, world_size=1)
+    count = min(limit or len(task.eval_docs), len(task.eval_docs))
+    texts = ["".join(part for part in instance.args if isinstance(part, str)) for instance in task.instances]
+    lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
+    return round(count * len(lengths) / asked), statistics.fmean(lengths)
 
 
 def _unread(source: str, use: Use) -> str | None:

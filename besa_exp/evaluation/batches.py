@@ -58,5 +58,6 @@ def _bytes_per_token(model: Any) -> int:
     config = model.config.get_text_config()
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    inner = max(inner) if isinstance(inner, list | tuple) else inner  # one a layer, as Gemma 3n has them
     values = 2 * model.get_input_embeddings().num_embeddings + 16 * hidden + 4 * inner
     return values * next(model.parameters()).element_size()

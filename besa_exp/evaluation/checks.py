@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from besa_exp.embedded.text import TASK_NAME, TASKS_DIR
 from besa_exp.errors import ConfigurationError
-from besa_exp.nearest import did_you_mean
+from besa_exp.evaluation.task_definitions import (
+    TASK_FOLDERS,
+    all_names,
+    find,
+    read_definitions,
+    tasks_root,
+    unreadable,
+)
+from besa_exp.nearest import did_you_mean_one_of
 from besa_exp.settings import EvaluatorSettings
 from besa_exp.text_sources import check_source, is_token_file
 from besa_exp.token_files import token_file_shape
 
-# The folder of each task's definition: lm-eval's own, relative to its tasks, or the package's. Naming the folder spares
-# lm-eval the reading of its 14,000 definitions (17 s).
-TASK_FOLDERS = {
-    "piqa": "piqa",
-    "boolq": "super_glue/boolq",
-    "hellaswag": "hellaswag",
-    "winogrande": "winogrande",
-    "arc_easy": "arc",
-    "arc_challenge": "arc",
-    "openbookqa": "openbookqa",
-    TASK_NAME: str(TASKS_DIR),
-}
 LONGEST_DEFAULT_WINDOW = 2048  # the paper's
 
 
@@ -55,7 +50,7 @@ def _set_problems(settings: EvaluatorSettings, context: int | None) -> list[str]
     key = "evaluator.perplexity_sets"
     problems = _repeated(settings.perplexity_sets, key)
     for source in settings.perplexity_sets:
-        unreadable = check_source(source, key)
+        unreadable = check_source(source, key, "perplexity", settings.column)
         problems += unreadable
         if unreadable or not is_token_file(source):
             continue
@@ -64,6 +59,10 @@ def _set_problems(settings: EvaluatorSettings, context: int | None) -> list[str]
         except ConfigurationError as error:
             problems += error.problems
             continue
+        if len(shape) == 2 and shape[1] < 2:
+            problems.append(
+                f"{key}={source}: its windows have one token each, and nothing is predicted; give rows of two or more"
+            )
         if context is not None and len(shape) == 2 and shape[1] > context:
             problems.append(
                 f"{key}={source}: its windows of {shape[1]} tokens exceed the model's context, {context}; cut its rows"
@@ -72,17 +71,39 @@ def _set_problems(settings: EvaluatorSettings, context: int | None) -> list[str]
 
 
 def _task_problems(settings: EvaluatorSettings) -> list[str]:
-    problems = _repeated(settings.tasks, "evaluator.tasks")
-    for task in settings.tasks:
-        if task not in TASK_FOLDERS:
-            near = did_you_mean(task, TASK_FOLDERS)
-            problems.append(f"evaluator.tasks={task}: no such task{near}; tasks: {', '.join(TASK_FOLDERS)}")
+    problems = _repeated(settings.tasks, "evaluator.tasks") + _include_problems(settings)
+    if not problems and tasks_root() is not None:  # without lm-eval no task can be scored, which is told with each
+        problems += [problem for task in settings.tasks for problem in _unknown_task(task, settings.include_path)]
     if settings.data_dir is not None and not Path(settings.data_dir).expanduser().is_dir():
         problems.append(
             f"evaluator.data_dir={settings.data_dir}: there is no such folder; give one with TASK/SPLIT.jsonl files, "
             "or evaluator.data_dir=null to use the hub"
         )
     return problems
+
+
+def _include_problems(settings: EvaluatorSettings) -> list[str]:
+    """What is wrong with the folder of one's own definitions."""
+    if settings.include_path is None:
+        return []
+    key, folder = f"evaluator.include_path={settings.include_path}", Path(settings.include_path).expanduser()
+    if not folder.is_dir():
+        return [f"{key}: there is no such folder; give the one that holds the tasks' YAML files"]
+    if not read_definitions(folder):
+        broken = "; ".join(unreadable(folder)) or "no .yaml file in it has a task or a group"
+        return [f"{key}: defines no task ({broken})"]
+    return []
+
+
+def _unknown_task(task: str, include_path: str | None) -> list[str]:
+    if (task in TASK_FOLDERS and include_path is None) or find(task, include_path):
+        return []
+    near = did_you_mean_one_of(task, all_names(include_path))
+    broken = "".join(f"; {problem}" for problem in unreadable(Path(include_path).expanduser())) if include_path else ""
+    return [
+        f"evaluator.tasks={task}: lm-eval knows no such task, group or tag{near}; `lm_eval ls tasks` lists them, and "
+        f"evaluator.include_path adds your own{broken}"
+    ]
 
 
 def _repeated(names: tuple[str, ...], key: str) -> list[str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.checks import perplexity_window
+from besa_exp.evaluation.task_definitions import TASK_FOLDERS, scored_names
 from besa_exp.settings import EvaluatorSettings
 from besa_exp.text_sources import file_sha256, is_token_file
 from besa_exp.token_files import token_file_shape
@@ -51,11 +52,11 @@ def remaining(
             conflicts.append(_conflict(f"perplexity on {name}", differs))
         else:
             known.append(f"perplexity on {name} is known: {value:.4f}")
-    for name in settings.tasks:
+    for name in scored_names(settings.tasks, settings.include_path):
         value, record = _score(results, "zero_shot", name)
         if value is None:
             tasks.append(name)
-        elif differs := _task_difference(settings, seed, record):
+        elif differs := _task_difference(name, settings, seed, record):
             conflicts.append(_conflict(f"zero-shot {name}", differs))
         else:
             known.append(f"zero-shot {name} is known{_older(record)}")
@@ -90,7 +91,9 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
         union["unavailable"][name] = reason
         if name in scores.perplexity:
             union["perplexity"][name] = None
-    union |= {"simulated_speed": scores.simulated_speed} if scores.simulated_speed else {}
+    if scores.simulated_speed:
+        union["simulated_speed"] = scores.simulated_speed
+        union["unavailable"].pop("simulated speed", None)
     if scores.speed:  # measured anew each time it is asked for: this may be another device
         union["speed"] = scores.speed
         if "unavailable" not in scores.speed:
@@ -133,6 +136,8 @@ def _set_difference(
     differs = []
     if path.is_file() and record.get("file_sha256") not in (None, file_sha256(path)):
         differs.append("the file has changed since")
+    if path.is_file() and record.get("column") not in (None, settings.column):
+        differs.append(f"column {record['column']} then, {settings.column} now")
     window = None if context is None and settings.seq_len is None else perplexity_window(settings, context or 0)
     if window is not None and not _has_own_windows(name) and record.get("seq_len") not in (None, window):
         differs.append(f"windows of {record['seq_len']} tokens then, {window} now")
@@ -148,9 +153,14 @@ def _has_own_windows(name: str) -> bool:
         return True
 
 
-def _task_difference(settings: EvaluatorSettings, seed: int, record: Mapping[str, Any]) -> list[str]:
-    shots = settings.num_fewshot or 0
-    asked = {"limit": settings.limit, "num_fewshot": shots} | ({"seed": seed} if shots else {})
+def _task_difference(name: str, settings: EvaluatorSettings, seed: int, record: Mapping[str, Any]) -> list[str]:
+    """How the questions that were scored differ from those asked for. How many examples a task shows by itself is known
+    of those that show none; of others only what is asked for is compared."""
+    asked: dict[str, Any] = {"limit": settings.limit}
+    if settings.num_fewshot is not None or name in TASK_FOLDERS:
+        asked["num_fewshot"] = settings.num_fewshot or 0
+    if asked.get("num_fewshot") or record.get("num_fewshot"):
+        asked["seed"] = seed
     return [
         f"{key} {record[key]} then, {value} now"
         for key, value in asked.items()

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from besa_exp import distributed
+from besa_exp.errors import as_unavailable
 from besa_exp.evaluation.batches import BatchSize, halved_until_it_fits, rows_at_once, tokens_at_once
+from besa_exp.evaluation.finite import check_finite
 
 # Logits that are held in fp32 at a time. On a CPU they stay in its cache: with a vocabulary of 32,000
 # they add 2 % to a forward pass, and 10 % with 2**24 (processor time, 1 thread). The number for a GPU is a guess.
@@ -27,7 +29,7 @@ NOT_PREDICTED = -100  # the target that cross_entropy leaves out
 
 @dataclass(frozen=True)
 class Perplexity:
-    """The value (infinite or NaN where the model's logits are), and what it was measured on: `num_tokens` predicted
+    """The value (infinite where the mean loss is beyond 709 nats), and what it was measured on: `num_tokens` predicted
     tokens, which is num_windows * (seq_len - 1), in batches of `batch_size` windows."""
 
     value: float
@@ -43,7 +45,7 @@ def perplexity(model: nn.Module, tokens: Int[Tensor, "*shape"], window: int, bat
 
     Losses are fp32 whatever the model's dtype is, summed in fp64; of several ranks each scores its own windows. A batch
     that does not fit the device's memory is halved. The model is put into evaluation mode. ValueError: not one whole
-    window of at least two tokens; Unavailable: a single window does not fit.
+    window of at least two tokens; Unavailable: a single window does not fit, or the logits are not finite.
     """
     windows = tokens if tokens.ndim == 2 else cut_windows(tokens, window)
     num_windows, seq_len = windows.shape
@@ -70,10 +72,11 @@ def _sum_and_batch(
         ids = windows[done : done + size].to(device)
         return sum_of_losses(model(input_ids=ids, use_cache=False).logits, ids)
 
-    while done < num_windows:
-        loss, size = halved_until_it_fits(loss_of_next, size, f"window of {seq_len} tokens")
-        total += loss
-        done += size
+    with as_unavailable():
+        while done < num_windows:
+            loss, size = halved_until_it_fits(loss_of_next, size, f"window of {seq_len} tokens")
+            total += loss
+            done += size
     return total, size
 
 
@@ -91,9 +94,11 @@ def cut_windows(tokens: Int[Tensor, " tokens"], window: int) -> Int[Tensor, "win
 
 
 def sum_of_losses(logits: Float[Tensor, "window seq vocabulary"], ids: Int[Tensor, "window seq"]) -> Float[Tensor, ""]:
-    """The sum over windows and i = 2 .. seq of -log p(token_i | the tokens before it) in nats; fp64.
+    """The sum over windows and i = 2 .. seq of -log p(token_i | the tokens before it) in nats; fp64. Unavailable: the
+    logits are not finite.
 
     Logits become fp32 a few rows at a time: an fp32 copy of them all would be the largest tensor of an evaluation."""
+    check_finite(logits)
     following = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], NOT_PREDICTED)], dim=1)
     rows = max(1, LOGITS_AT_ONCE[logits.device.type] // logits.shape[-1])
     parts = zip(logits.flatten(0, 1).split(rows), following.flatten().split(rows), strict=True)

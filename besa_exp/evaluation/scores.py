@@ -18,14 +18,15 @@ from torch import Tensor
 
 from besa_exp import distributed
 from besa_exp.blocks import discover_blocks
-from besa_exp.errors import ConfigurationError, Unavailable
+from besa_exp.errors import Unavailable, as_unavailable
 from besa_exp.evaluation.checks import perplexity_window
 from besa_exp.evaluation.finished_scores import FinishedScores
 from besa_exp.evaluation.perplexity import cut_windows, perplexity
 from besa_exp.evaluation.simulated_speed import simulate_model
 from besa_exp.evaluation.speed import measure_model
+from besa_exp.evaluation.task_definitions import scored_names
 from besa_exp.settings import EvaluatorSettings
-from besa_exp.text_sources import file_sha256, is_token_file, read_text
+from besa_exp.text_sources import COLUMN, file_sha256, is_token_file, read_text
 from besa_exp.tokens import (
     Tokenizer,
     begins_with_bos,
@@ -68,11 +69,12 @@ def evaluate(
     """
     scores = Scores({}, {}, {}, {"perplexity": {}, "zero_shot": {}})
     for source in settings.perplexity_sets:
-        request = {"seq_len": settings.seq_len}
+        request = {"seq_len": settings.seq_len, "column": settings.column}
         earlier = finished.find("perplexity", source, request) if finished else None
         on_progress(f"perplexity on {source}" + (", scored before" if earlier else ""))
         try:
-            value, record = earlier or _score_set(loaded, source, settings, offline)
+            with as_unavailable():
+                value, record = earlier or _score_set(loaded, source, settings, offline)
         except Unavailable as error:
             scores.perplexity[source] = None
             scores.unavailable[source] = str(error)
@@ -83,16 +85,28 @@ def evaluate(
                 finished.keep("perplexity", source, request, (value, record))
     if settings.tasks:
         _score_tasks(loaded, settings, offline, seed, on_progress, scores, finished)
-    if settings.simulated_speed:
-        on_progress("simulated speed")
-        scores.simulated_speed.update(simulate_model(loaded))
-    if settings.speed:
-        on_progress("speed of 2:4 products")
-        try:
-            scores.speed.update(measure_model(loaded))
-        except Unavailable as error:
-            scores.speed["unavailable"] = scores.unavailable["speed"] = str(error)
+    _measure_speeds(loaded, settings, on_progress, scores)
     return scores
+
+
+def _measure_speeds(
+    loaded: LoadedModel, settings: EvaluatorSettings, on_progress: Callable[[str], None], scores: Scores
+) -> None:
+    """Simulated and measured speed, where they are asked for."""
+    try:
+        if settings.simulated_speed:
+            on_progress("simulated speed")
+            with as_unavailable():
+                scores.simulated_speed.update(simulate_model(loaded))
+    except Unavailable as error:
+        scores.unavailable["simulated speed"] = str(error)
+    try:
+        if settings.speed:
+            on_progress("speed of 2:4 products")
+            with as_unavailable():
+                scores.speed.update(measure_model(loaded))
+    except Unavailable as error:
+        scores.speed["unavailable"] = scores.unavailable["speed"] = str(error)
 
 
 def _score_set(
@@ -102,7 +116,11 @@ def _score_set(
     model: Any = loaded.model
     context = _context(model)
     window = perplexity_window(settings, context)
-    windows, record = distributed.from_first(lambda: windows_of(source, loaded.tokenizer, window, offline))
+    windows, record = distributed.from_first(
+        lambda: windows_of(source, loaded.tokenizer, window, offline, settings.column)
+    )
+    if windows.shape[1] < 2:
+        raise Unavailable("its windows have one token each: nothing is predicted; give windows of two tokens or more")
     if windows.shape[1] > context:
         raise Unavailable(f"its windows of {windows.shape[1]} tokens exceed the model's context of {context}")
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -115,7 +133,9 @@ def _score_set(
 
         result = streamed_perplexity(model, loaded.weights, windows, settings.batch_size)
     if not math.isfinite(result.value):
-        raise Unavailable(f"the perplexity is not a finite number ({result.value}): the model's logits are broken")
+        raise Unavailable(
+            f"the perplexity is not a finite number ({result.value}): the losses are beyond 709 nats a token"
+        )
     counts = {
         "num_tokens": result.num_tokens,
         "num_windows": result.num_windows,
@@ -127,10 +147,10 @@ def _score_set(
 
 
 def windows_of(
-    source: str, tokenizer: Tokenizer | None, window: int, offline: bool
+    source: str, tokenizer: Tokenizer | None, window: int, offline: bool, column: str = COLUMN
 ) -> tuple[Int[Tensor, "window seq"], dict[str, Any]]:
-    """A set's windows and its record."""
-    try:
+    """A set's windows and its record. Unavailable: whatever speaks against it."""
+    with as_unavailable():
         if is_token_file(source):
             path = Path(source).expanduser()
             tokens, max_windows = read_token_file(path), None
@@ -138,11 +158,9 @@ def windows_of(
         elif tokenizer is None:
             raise Unavailable("the model has no tokenizer; text needs one (a .safetensors file of input_ids does not)")
         else:
-            text = read_text(source, "perplexity", offline)
+            text = read_text(source, "perplexity", offline, column)
             tokens, max_windows = token_stream(tokenizer, text.documents), text.max_windows
             record = text.provenance | special_tokens_record(tokenizer, text.documents)
-    except ConfigurationError as error:
-        raise Unavailable(str(error)) from error
     windows = tokens if tokens.ndim == 2 else cut_windows(tokens, window)[:max_windows]
     if len(windows) == 0:
         raise Unavailable(
@@ -161,22 +179,25 @@ def _score_tasks(
     finished: FinishedScores | None,
 ) -> None:
     on_progress("loading lm-eval")
-    tokenizer = loaded.tokenizer
-    if reason := _no_tasks(tokenizer):
-        scores.unavailable.update(dict.fromkeys(settings.tasks, reason))
+    tasks = list(scored_names(settings.tasks, settings.include_path))
+    try:
+        with as_unavailable():
+            scored = _harness(loaded, settings)
+            scores.provenance["zero_shot"] = _tasks_record(loaded.model, loaded.tokenizer, settings, seed)
+    except Unavailable as error:
+        scores.unavailable.update(dict.fromkeys(tasks, str(error)))
         return
-    assert tokenizer is not None
-    from besa_exp.evaluation.zero_shot import harness, score_task
+    from besa_exp.evaluation.zero_shot import score_task
 
-    scored = harness(loaded.model, tokenizer, settings.batch_size, _context(loaded.model))
-    scores.provenance["zero_shot"] = _tasks_record(loaded.model, tokenizer, settings, seed)
-    request = {"limit": settings.limit, "num_fewshot": settings.num_fewshot, "seed": seed, "data": settings.data_dir}
+    keys = ("limit", "num_fewshot", "include_path")
+    request = {key: getattr(settings, key) for key in keys} | {"seed": seed, "data": settings.data_dir}
     with callable_model(loaded):
-        for task in settings.tasks:
+        for task in tasks:
             earlier = finished.find("zero_shot", task, request) if finished else None
             on_progress(f"zero-shot {task}" + (", scored before" if earlier else ""))
             try:
-                metrics, record = earlier or astuple(score_task(task, scored, settings, offline, seed))
+                with as_unavailable():
+                    metrics, record = earlier or astuple(score_task(task, scored, settings, offline, seed))
             except Unavailable as error:
                 scores.unavailable[task] = str(error)
                 continue
@@ -186,23 +207,23 @@ def _score_tasks(
                 finished.keep("zero_shot", task, request, (metrics, record))
 
 
+def _harness(loaded: LoadedModel, settings: EvaluatorSettings) -> Any:
+    """The model as lm-eval scores it. Unavailable: why no task can be scored."""
+    if loaded.tokenizer is None:
+        raise Unavailable("the model has no tokenizer; a zero-shot task needs one")
+    try:
+        from besa_exp.evaluation.zero_shot import harness
+    except ImportError as error:
+        raise Unavailable(f"lm-eval cannot be imported ({error}); pip install 'lm-eval[hf]>=0.4.13'") from error
+    return harness(loaded.model, loaded.tokenizer, settings.batch_size, _context(loaded.model))
+
+
 def callable_model(loaded: LoadedModel) -> AbstractContextManager[None]:
     """The model as a whole can be called for as long as this lasts."""
     if loaded.weights is None:
         return nullcontext()
     path, modules = discover_blocks(loaded.model)
     return loaded.weights.on_demand({f"{path}.{index}": module for index, module in enumerate(modules)})
-
-
-def _no_tasks(tokenizer: Any) -> str | None:
-    """Why no zero-shot task can be scored; None: nothing speaks against it. lm-eval is loaded."""
-    if tokenizer is None:
-        return "the model has no tokenizer; a zero-shot task needs one"
-    try:
-        import besa_exp.evaluation.zero_shot  # noqa: F401
-    except ImportError as error:
-        return f"lm-eval cannot be imported ({error}); pip install 'lm-eval[hf]>=0.4.13'"
-    return None
 
 
 def _tasks_record(model: Any, tokenizer: Any, settings: EvaluatorSettings, seed: int) -> dict[str, Any]:

@@ -1,53 +1,41 @@
-"""Zero-shot accuracy through lm-eval (https://github.com/EleutherAI/lm-evaluation-harness), one task at a time.
+"""Scores of tasks through lm-eval (https://github.com/EleutherAI/lm-evaluation-harness), one task or group at a time.
 
-lm-eval's own task definitions are used: prompts, metrics and versions are never changed. With a local mirror only the
-place the documents come from is replaced. Import this module inside functions: it loads lm-eval and datasets.
+Choices, texts and written answers are scored as lm-eval scores them; what is ours is how requests become batches and
+what is refused. Import this module inside functions: it loads lm-eval and datasets.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import io
-import json
 import logging
+import math
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import datasets
-import jinja2
-import lm_eval.tasks
 import numpy
 import torch
-from datasets.exceptions import DatasetsError
-from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
-from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa_exp import distributed
-from besa_exp.errors import Unavailable, first_line
+from besa_exp.errors import Unavailable, as_unavailable
 from besa_exp.evaluation.batches import BatchSize, halved_until_it_fits, rows_at_once, tokens_at_once
-from besa_exp.evaluation.checks import TASK_FOLDERS
-from besa_exp.hub import offline_hub
-from besa_exp.reachability import hub_problem
+from besa_exp.evaluation.finite import finite_logits
+from besa_exp.evaluation.task_loading import LoadedTasks, load_task
 from besa_exp.settings import EvaluatorSettings
 
 # lm-eval's decorators hide these two's signatures from a type checker.
 _HFLM: Any = HFLM
 _evaluate: Any = evaluate
-
-# What loading a task raises when its data is not there, not reachable or not of the form that its prompts need.
-LOADING_ERRORS = (
-    OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, HTTPError, DatasetsError, jinja2.TemplateError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,7 +52,7 @@ class Harness(_HFLM):
     lm-eval sorts requests by length, longest first. With batch_size="auto" each batch holds `tokens` tokens with its
     padding, so that short questions go many at a time; lm-eval's own "auto" tries up to 64 of the longest in five
     passes and keeps that number for all. A batch that does not fit the device's memory is halved. Every rank gives
-    lm-eval the whole task, computes a part of its requests, and is told the scores of all."""
+    lm-eval the whole task, computes a part of its requests, and is told the answers of all."""
 
     cut_requests = 0
     tokens = 0
@@ -73,7 +61,51 @@ class Harness(_HFLM):
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
-    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **options: Any) -> list[tuple[float, bool]]:
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        with self._batches_of(self._longest_batch()):
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        self._check_room(requests)
+        generate, own = super().generate_until, requests[distributed.own_slice(len(requests))]
+
+        def attempt(size: int) -> list[str]:
+            with self._batches_of(size):
+                return generate(own, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+
+        def answers() -> list[str]:
+            with as_unavailable():
+                return halved_until_it_fits(attempt, self._longest_batch(), "answer being written")[0]
+
+        return list(chain(*distributed.gathered(distributed.agreed(answers))))
+
+    def _check_room(self, requests: list[Any]) -> None:
+        """Counts the prompts that are cut to leave room for an answer. Unavailable: one takes the whole context."""
+        for context, options in (request.args for request in requests):
+            room = self.max_length - normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
+            if room < 1:
+                raise Unavailable(
+                    f"its answers may have {self.max_length - room} tokens; the model's context is {self.max_length}"
+                )
+            self.cut_requests += len(self.tok_encode(context)) > room
+
+    def _longest_batch(self) -> int:
+        """Rows of a batch of the longest sequences there may be."""
+        return rows_at_once(self.tokens, self.max_length) if self.batch_size == "auto" else self.batch_size
+
+    @contextlib.contextmanager
+    def _batches_of(self, size: int) -> Iterator[None]:
+        before, self.batch_size_per_gpu = self.batch_size_per_gpu, size
+        try:
+            yield
+        finally:
+            self.batch_size_per_gpu = before
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **options: Any) -> list[tuple[float, bool]]:
+        if any(not context or not continuation for _, context, continuation in requests):
+            raise Unavailable(
+                "one of its choices has no tokens of its own: the tokenizer joins it with what is before it"
+            )
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         if longest > self.max_length:
             raise Unavailable(f"one of its choices has {longest} tokens; the model's context is {self.max_length}")
@@ -90,7 +122,8 @@ class Harness(_HFLM):
 
         def scores() -> list[tuple[float, bool]]:
             size = self.tokens if self.batch_size == "auto" else self.batch_size
-            return halved_until_it_fits(attempt, size, f"question of {max(lengths, default=0)} tokens")[0]
+            with as_unavailable():
+                return halved_until_it_fits(attempt, size, f"question of {max(lengths, default=0)} tokens")[0]
 
         return list(chain(*distributed.gathered(distributed.agreed(scores))))
 
@@ -117,81 +150,49 @@ def harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_si
 
 
 def score_task(name: str, model: Harness, settings: EvaluatorSettings, offline: bool, seed: int) -> TaskScore:
-    """Score one task. The global random states are left as they were. Raises Unavailable where the task's data cannot
-    be had, or its choices do not fit the model's context.
+    """Score one task or group. The global random states are left as they were. Raises Unavailable where its data cannot
+    be had or used, its choices do not fit the model's context, or the model's logits are not finite.
 
     lm-eval's `evaluate` is called, not `simple_evaluate`, which would start pip and compilers to describe the machine,
     once for each task; what that sets up before `evaluate` is done here: few-shot examples and seeds."""
-    with quiet(), seeded(seed):
-        shots = settings.num_fewshot or 0
-        task, source = distributed.agreed(lambda: load_task(name, settings.data_dir, shots, offline))
-        task.set_config("num_fewshot", shots)  # no task here has a number of its own
-        task.set_fewshot_seed(seed)
+    with quiet(), seeded(seed), finite_logits(model.model), as_unavailable():
+        loaded = distributed.agreed(lambda: load_task(name, settings, offline))
+        for task in loaded.tasks.values():
+            task.set_fewshot_seed(seed)
         model.cut_requests = 0
-        results = _evaluate(model, {"tasks": {name: task}}, limit=settings.limit, log_samples=False)
-    metrics = {key: float(value) for key, value in results["results"][name].items() if "," in key and value != "N/A"}
+        given = {"tasks": loaded.tasks, "groups": loaded.groups, "group_map": loaded.group_map}
+        results = _evaluate(model, given, limit=settings.limit, log_samples=False)
+        return _task_score(name, results, loaded, model.cut_requests)
+
+
+def _task_score(name: str, results: Any, loaded: LoadedTasks, cut: int) -> TaskScore:
+    metrics = _metrics(results["results"].get(name, {}))
+    if not metrics:
+        raise Unavailable("lm-eval gives it no score that is a finite number; name the tasks in it one by one")
+    counts = [results["n-samples"][task] for task in loaded.tasks]
     provenance = {
         "version": results["versions"][name],
-        "num_fewshot": results["n-shot"][name],
-        "documents": results["n-samples"][name]["effective"],
-        "requests_cut_to_context": model.cut_requests,
-        "data": source,
+        "num_fewshot": results["n-shot"].get(name),
+        "documents": sum(count["effective"] for count in counts),
+        "questions": sum(count["original"] for count in counts),
+        "higher_is_better": results["higher_is_better"].get(name, {}),
+        "requests_cut_to_context": cut,
+        "data": loaded.data,
     }
+    if loaded.unanswerable:
+        provenance["unanswerable"] = loaded.unanswerable
+    if name not in loaded.tasks:
+        provenance["subtasks"] = {
+            task: {"documents": count["effective"], **_metrics(results["results"][task])}
+            for task, count in zip(loaded.tasks, counts, strict=True)
+        }
     return TaskScore(metrics, provenance)
 
 
-def load_task(name: str, data_dir: str | None, num_fewshot: int, offline: bool) -> tuple[ConfigurableTask, str]:
-    """lm-eval's registered task and where its documents come from. Raises Unavailable with the reason."""
-    folder = Path(lm_eval.tasks.__file__).parent / TASK_FOLDERS[name]  # an absolute path stays as it is
-    manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
-    definition = manager.task_index[name].cfg or {}
-    embedded = Path(TASK_FOLDERS[name]).is_absolute()
-    mirrored = data_dir is not None and not embedded
-    override, source = _mirror(name, definition, Path(data_dir or ""), num_fewshot) if mirrored else ({}, "")
-    silent = None if offline or mirrored or embedded else hub_problem()
-    try:
-        with offline_hub((offline and not mirrored) or silent is not None):
-            # A group of one: the way lm-eval offers to change some fields of a registered task and keep the others.
-            loaded = manager.load({"group": "one", "task": [{"task": name, **override}]})
-    except LOADING_ERRORS as error:
-        remedy = "" if embedded else "; set evaluator.data_dir, or run once with a network and offline=false"
-        why = f"the hub cannot be reached: {silent}" if silent else first_line(error)
-        if mirrored:
-            raise Unavailable(
-                f"{source.partition(' ')[0]} cannot be asked ({why}): its rows lack a field of {name}'s prompts, or "
-                "hold another kind of value; give rows with the fields of the task's own data set"
-            ) from error
-        raise Unavailable(f"its data cannot be loaded ({why}){remedy}") from error
-    task = loaded["tasks"][name]
-    assert isinstance(task, ConfigurableTask)
-    return task, source or ("embedded" if embedded else f"hub: {definition.get('dataset_path')}")
-
-
-def _mirror(name: str, definition: dict[str, Any], folder: Path, num_fewshot: int) -> tuple[dict[str, Any], str]:
-    """The fields that point a task at `folder`/TASK/SPLIT.jsonl, and the record of what is read."""
-    splits = {key: definition.get(key) for key in ("training_split", "validation_split", "test_split")}
-    scored = splits["test_split"] or splits["validation_split"]
-    shots = definition.get("fewshot_split") or splits["training_split"] or scored
-    needed = [scored, *([shots] if num_fewshot and shots != scored else [])]
-    paths = {split: folder.expanduser() / name / f"{split}.jsonl" for split in needed}
-    for path in paths.values():
-        if not path.is_file():
-            raise Unavailable(
-                f"evaluator.data_dir has no {path}; add the file, or unset evaluator.data_dir for the hub"
-            )
-    documents = {split: _mirrored_split(path) for split, path in paths.items()}
-    kept = {key: split if split in documents else None for key, split in splits.items()}
-    digest = hashlib.sha256(paths[scored].read_bytes()).hexdigest()
-    # lm-eval calls it with the task's metadata
-    return kept | {"custom_dataset": lambda **_: documents}, f"{folder.name}/{name}/{scored}.jsonl sha256:{digest}"
-
-
-def _mirrored_split(path: Path) -> datasets.Dataset:
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return datasets.Dataset.from_list(rows)
-    except (ValueError, TypeError, AttributeError) as error:  # not JSON, not UTF-8, not rows of one form
-        raise Unavailable(f"{path} cannot be read as JSON lines ({first_line(error)}); replace the file") from error
+def _metrics(found: Mapping[str, Any]) -> dict[str, float]:
+    """lm-eval's finite numbers under its own keys, such as `acc,none`; it says N/A where there is none."""
+    numbers = {key: value for key, value in found.items() if "," in key and isinstance(value, int | float)}
+    return {key: float(value) for key, value in numbers.items() if math.isfinite(value)}
 
 
 @contextlib.contextmanager
@@ -214,13 +215,15 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without lm-eval's notices, and without progress bars where nobody watches: they go to stderr unasked."""
+    """Without lm-eval's notices, some of which are printed, and without progress bars where nobody watches: they go to
+    stderr unasked."""
     logger = logging.getLogger("lm_eval")
     level, bars = logger.level, datasets.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
-        with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+        bars_seen = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+        with bars_seen, contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logger.setLevel(level)

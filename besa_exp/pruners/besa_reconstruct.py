@@ -10,6 +10,8 @@ is worse than SparseGPT alone. So here
    allocation, a gradient of the block's loss for every row, under an exact budget;
 3. with the mask fixed, tuning goes on, and the probe samples choose the best state.
 
+4. On request (`model`) the kept weights of all blocks are tuned together at the end, under the model's own loss.
+
 Targets come from the dense model, so that a block also makes up for the error of those before it. With N:M every row's
 sparsity is fixed: SparseGPT's mask, and its kept weights are tuned.
 """
@@ -21,6 +23,7 @@ from dataclasses import dataclass, field, replace
 
 from besa_exp.blocks import Block, Hidden
 from besa_exp.masks import Target
+from besa_exp.pruners.model_tuning import ModelTuning
 from besa_exp.pruners.sparsegpt import SparseGPT
 from besa_exp.pruning import PrunedBlock, pruned_by_masks
 from besa_exp.reconstruction import Ramp, Tuning, tune
@@ -32,7 +35,8 @@ from besa_exp.statistics import Hessian
 class BesaReconstruct:
     """`start`: the share of the target that SparseGPT takes at once; `until`: the share of the steps after which the
     mask is fixed; `every`: steps between two changes of the mask. `dense_targets` off: targets are what the dense block
-    makes of the pruned prefix, and what was lost before it stays lost."""
+    makes of the pruned prefix, and what was lost before it stays lost. `model`: how the kept weights of all blocks are
+    tuned after the last; None: they are not."""
 
     tuning: Tuning = field(default_factory=Tuning)
     start: float = 0.7
@@ -41,6 +45,7 @@ class BesaReconstruct:
     group_size: int = 128
     damping: float = 0.01
     dense_targets: bool = True
+    model: ModelTuning | None = None
 
     statistic = Hessian
 
@@ -55,6 +60,10 @@ class BesaReconstruct:
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """What SparseGPT can do."""
         return SparseGPT(self.group_size, self.damping).check(sparsity, pattern)
+
+    def refinements(self, pattern: str) -> tuple[ModelTuning, ...]:
+        """What follows the block loop."""
+        return (self.model,) if self.model else ()
 
     def prune_block(
         self,

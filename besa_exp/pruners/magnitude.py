@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from besa_exp.importance import magnitude_importance
-from besa_exp.masks import keep_largest, keep_n_of_m
+from besa_exp.masks import keep_largest, keep_n_of_m, targets_of_linears
 from besa_exp.pattern import check_unchosen
 from besa_exp.pruning import PrunedBlock, pruned_by_masks
 
@@ -23,11 +23,12 @@ class Magnitude:
 
     def prune_block(self, block, inputs, targets, statistics, target, on_step) -> PrunedBlock:
         """Each linear by itself."""
-        keep_masks = {}
+        sizes = {name: linear.weight.numel() for name, linear in block.linears.items()}
+        targets, keep_masks = targets_of_linears(sizes, target), {}
         for name, linear in block.linears.items():
             importance = magnitude_importance(linear.weight.detach())
             if target.pattern:
                 keep_masks[name] = keep_n_of_m(importance, *target.pattern)
             else:
-                keep_masks[name] = keep_largest(importance, round(target.sparsity * importance.numel()))
+                keep_masks[name] = keep_largest(importance, round(targets[name].sparsity * importance.numel()))
         return pruned_by_masks(keep_masks)

@@ -46,10 +46,10 @@ class ModelTuning:
     def __post_init__(self) -> None:
         for field in ("steps", "batch_size", "checks"):
             if getattr(self, field) < 1:
-                raise ValueError(f"pruner.tuning.{field}={getattr(self, field)}: must be at least 1")
+                raise ValueError(f"pruner.model.{field}={getattr(self, field)}: must be at least 1")
         if self.lr is not None and not 0 < self.lr <= 1:
             raise ValueError(
-                f"pruner.tuning.lr={self.lr}: must be above 0 and at most 1, in units of the weights' size, or null"
+                f"pruner.model.lr={self.lr}: must be above 0 and at most 1, in units of the weights' size, or null"
             )
 
     def refine(

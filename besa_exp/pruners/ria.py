@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from besa_exp.importance import ria_importance
-from besa_exp.masks import keep_per_row
+from besa_exp.masks import keep_per_row, targets_of_linears
 from besa_exp.pattern import check_unchosen, fixes_sparsity
 from besa_exp.permutation import keep_n_of_m_permuted, permuted_for
 from besa_exp.pruning import PrunedBlock, pruned_by_masks
@@ -47,7 +47,8 @@ class Ria:
             for name, linear in block.linears.items()
         }
         if not self.permute:
-            return pruned_by_masks({name: keep_per_row(score, target) for name, score in scores.items()})
+            targets = targets_of_linears({name: score.numel() for name, score in scores.items()}, target)
+            return pruned_by_masks({name: keep_per_row(score, targets[name]) for name, score in scores.items()})
         orders = _orders(scores, statistics, *target.pattern)
         masks = {name: keep_n_of_m_permuted(score, orders[name], *target.pattern) for name, score in scores.items()}
         return replace(pruned_by_masks(masks), permutations=orders)

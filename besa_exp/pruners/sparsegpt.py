@@ -28,7 +28,7 @@ from torch import Tensor
 from besa_exp import kernels
 from besa_exp.blocks import Block
 from besa_exp.importance import dead_inputs, obs_importance, upper_factor
-from besa_exp.masks import Target, keep_largest, keep_n_of_m
+from besa_exp.masks import Target, keep_largest, keep_n_of_m, targets_of_linears
 from besa_exp.pattern import check_unchosen
 from besa_exp.pruning import PrunedBlock, probe_loss, pruned_by_masks
 from besa_exp.statistics import Hessian, by_shared_input
@@ -55,15 +55,17 @@ def sparsegpt(
         )  # U of the group
         met = weight[:, group] + (change[:, :start] @ factor[:start, group]) @ inverse
         if keep_mask is None:
-            updated = _choose_and_update(met, own, inverse, target, kept[:, group])
+            updated = _choose_and_update(met, own, inverse, target, kept[:, group], start)
         else:
             updated, _ = kernels.obs_columns(met, inverse, kept[:, group])
         change[:, group] = weight[:, group] - updated
     return weight - change, kept
 
 
-def _choose_and_update(weight: Tensor, factor: Tensor, inverse: Tensor, target: Target, kept: Tensor) -> Tensor:
-    """The updated weights of a group; its mask is written into `kept`."""
+def _choose_and_update(
+    weight: Tensor, factor: Tensor, inverse: Tensor, target: Target, kept: Tensor, before: int
+) -> Tensor:
+    """The updated weights of a group, after `before` columns; its mask is written into `kept`."""
     columns = weight.shape[1]
     part = target.pattern[1] if target.pattern else columns  # whose mask is chosen at once
     for start in range(0, columns, part):
@@ -72,10 +74,18 @@ def _choose_and_update(weight: Tensor, factor: Tensor, inverse: Tensor, target: 
         if target.pattern:
             kept[:, here] = keep_n_of_m(importance, *target.pattern)
         else:
-            kept[:, here] = keep_largest(importance, int(importance.numel() * target.sparsity))
+            kept[:, here] = keep_largest(importance, _num_pruned(importance, target, before))
         weight[:, here], errors = kernels.obs_columns(weight[:, here], inverse[here, here], kept[:, here])
         weight[:, start + part :] -= errors @ inverse[here, start + part :]
     return weight
+
+
+def _num_pruned(importance: Float[Tensor, "out columns"], target: Target, before: int) -> int:
+    """Of a group after `before` columns: the floor of its share, or what makes the groups up to here meet theirs."""
+    rows, columns = importance.shape
+    if not target.exact:
+        return int(importance.numel() * target.sparsity)
+    return round(rows * (before + columns) * target.sparsity) - round(rows * before * target.sparsity)
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,7 @@ class SparseGPT:
         """Keep masks and updated weights [out, in] in fp32 of the block's linears, which are not changed.
         Masks that are `given` are not chosen."""
         weights, keep_masks = {}, {}
+        targets = targets_of_linears({name: linear.weight.numel() for name, linear in block.linears.items()}, target)
         for hessian, names in by_shared_input(statistics):
             matrix = hessian.matrix
             factor = upper_factor(matrix, self.damping, f"{block.name}.{names[0]}")
@@ -128,6 +139,6 @@ class SparseGPT:
                 weight = block.linears[name].weight.detach().float()
                 weight = weight.masked_fill(dead_inputs(matrix), 0)
                 weights[name], keep_masks[name] = sparsegpt(
-                    weight, factor, target, self.group_size, given[name] if given else None
+                    weight, factor, targets[name], self.group_size, given[name] if given else None
                 )
         return keep_masks, weights

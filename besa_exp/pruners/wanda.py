@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from besa_exp.importance import wanda_importance
-from besa_exp.masks import keep_per_row
+from besa_exp.masks import keep_per_row, targets_of_linears
 from besa_exp.pattern import check_unchosen
 from besa_exp.pruning import PrunedBlock, pruned_by_masks
 from besa_exp.statistics import InputNorm
@@ -13,7 +13,8 @@ from besa_exp.statistics import InputNorm
 
 @dataclass(frozen=True)
 class Wanda:
-    """Prunes the floor(sparsity * in) least important weights of every row, or N:M."""
+    """Prunes the floor(sparsity * in) least important weights of every row, or N:M; under a budget over depth as
+    many as this gives the block."""
 
     statistic = InputNorm
     dense_targets = False
@@ -24,9 +25,11 @@ class Wanda:
 
     def prune_block(self, block, inputs, targets, statistics, target, on_step) -> PrunedBlock:
         """Each row by itself."""
+        weights = {name: linear.weight.detach() for name, linear in block.linears.items()}
+        targets = targets_of_linears({name: weight.numel() for name, weight in weights.items()}, target)
         return pruned_by_masks(
             {
-                name: keep_per_row(wanda_importance(linear.weight.detach(), statistics[name].squared_norm), target)
-                for name, linear in block.linears.items()
+                name: keep_per_row(wanda_importance(weight, statistics[name].squared_norm), targets[name])
+                for name, weight in weights.items()
             }
         )

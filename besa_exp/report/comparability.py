@@ -83,8 +83,14 @@ def _loss_facets(run: Run) -> dict[str, str]:
         "loss against": "the dense model"
         if pruner.get("dense_targets") or tuned
         else "the dense block on pruned inputs",
-        "loss over": "two blocks" if pruner.get("scope") == "pair" else "one block",
+        "loss over": _loss_over(pruner),
     }
+
+
+def _loss_over(pruner: Mapping[str, object]) -> str:
+    if pruner.get("scope") == "model" or (pruner.get("model") and "scope" not in pruner):  # the latter is best's
+        return "one block, then the whole model"
+    return "two blocks" if pruner.get("scope") == "pair" else "one block"
 
 
 def _judged(group: Sequence[_Candidate]) -> list[Entry]:

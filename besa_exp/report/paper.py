@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from besa_exp.markdown import markdown_table
+from besa_exp.markdown import escaped, markdown_table
 from besa_exp.report.runs import Measure, Run
 from besa_exp.report.summaries import Cell
 
@@ -141,12 +141,12 @@ def paper_markdown(tables: Sequence[PaperTable]) -> str:
         models = list(dict.fromkeys(cell.model for cell in table.cells))
         if not any(isinstance(cell.paper, float) or cell.ours is not None for cell in table.cells):
             continue
-        lines += [f"### {table.title}", "", f"Paper / ours (difference). {table.source}".rstrip(), ""]
+        lines += [f"### {escaped(table.title)}", "", f"Paper / ours (difference). {table.source}".rstrip(), ""]
         rows = []
         for row, pruner in dict.fromkeys((cell.row, cell.pruner) for cell in table.cells):
             cells = {cell.model: cell for cell in table.cells if (cell.row, cell.pruner) == (row, pruner)}
             rows.append([row, pruner, *(_shown(cells[model], table.kind) for model in models)])
-        lines += [*markdown_table(["row", "ours", *models], rows), ""]
+        lines += [*markdown_table(["row", "ours", *map(escaped, models)], rows), ""]
     return "\n".join(lines)
 
 
@@ -156,4 +156,4 @@ def _shown(cell: PaperCell, kind: str) -> str:
     if cell.ours is None:
         return f"{paper} / {NOT_RUN}"
     difference = "" if cell.difference is None else f" ({cell.difference:+.{digits}f})"
-    return f"{paper} / {cell.ours:.{digits}f}{difference}" + (f", {cell.remark}" if cell.remark else "")
+    return f"{paper} / {cell.ours:.{digits}f}{difference}" + (f", {escaped(cell.remark)}" if cell.remark else "")

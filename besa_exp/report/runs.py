@@ -201,13 +201,18 @@ def _scores(results: Mapping[str, Any], provenance: Mapping[str, Any]) -> Iterat
     harness = provenance.get("zero_shot") or {}
     by_metric: dict[str, list[Score]] = {}
     for task, metrics in (results.get("zero_shot") or {}).items():
-        facets = _task_facets(harness, (harness.get("tasks") or {}).get(task) or {})
+        record = (harness.get("tasks") or {}).get(task) or {}
+        facets = _task_facets(harness, record)
+        there = record.get("questions")
+        whole = harness.get("limit") is None if there is None else record.get("documents") == there
         for key, value in metrics.items():
             metric = key.removesuffix(",none")
             if "_stderr" not in metric and value is not None:
-                by_metric.setdefault(metric, []).append(Score(Measure("zero_shot", task, metric), value, facets))
+                score = Score(Measure("zero_shot", task, metric), value, facets)
+                yield score
+                if whole:  # a mean over tasks has no place for a score on the first few questions
+                    by_metric.setdefault(metric, []).append(score)
     for metric, scores in by_metric.items():
-        yield from scores
         if len(scores) > 1:
             yield _mean(scores, metric)
 

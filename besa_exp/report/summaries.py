@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from besa_exp.markdown import markdown_table
+from besa_exp.markdown import escaped, markdown_table
 from besa_exp.missed_target import missed_by
 from besa_exp.report.comparability import Entry
 from besa_exp.report.methods import Method
@@ -125,7 +125,7 @@ def markdown(runs: Sequence[Run], found: Sequence[Cell], paper: str) -> str:
     compared = [cell for cell in found if not cell.apart]
     for model, measure in dict.fromkeys((cell.model, cell.measure) for cell in compared):
         chosen = [cell for cell in compared if (cell.model, cell.measure) == (model, measure)]
-        lines += ["", f"## {_escaped(model)}: {measure.kind.replace('_', '-')} {_escaped(measure.label)}", ""]
+        lines += ["", f"## {escaped(model)}: {measure.kind.replace('_', '-')} {escaped(measure.label)}", ""]
         lines += _matrix(chosen)
     lines += ["", "## The paper's table", "", paper, "", "## Not comparable", "", *_apart(found, runs)]
     return "\n".join([*lines, "", "## Not finished", "", *_unfinished(runs), ""])
@@ -137,7 +137,7 @@ def _matrix(chosen: Sequence[Cell]) -> list[str]:
     for method in dict.fromkeys(cell.method for cell in chosen):
         own = {cell.target: cell for cell in chosen if cell.method == method}
         shown = (_with_measured(own[target]) if target in own else "" for target in targets)
-        rows.append([_escaped(method.label), *shown])
+        rows.append([escaped(method.label), *shown])
     return markdown_table(["method", *(f"{target:.4g}" for target in targets)], rows, numbers=True)
 
 
@@ -151,22 +151,14 @@ def _apart(found: Sequence[Cell], runs: Sequence[Run]) -> list[str]:
     for cell in found:
         if cell.apart:
             name = f"{cell.model}, {cell.method.label}, {cell.target:.4g}: {cell.measure.label} {_with_measured(cell)}"
-            lines.append(f"- {_escaped(name)} ({_escaped(runs[cell.runs[0]].folder)}): {_escaped(cell.apart)}")
+            lines.append(f"- {escaped(name)} ({escaped(runs[cell.runs[0]].folder)}): {escaped(cell.apart)}")
     return lines or ["All scores that were found are comparable."]
 
 
 def _unfinished(runs: Sequence[Run]) -> list[str]:
     lines = [
-        f"- {_escaped(run.folder)}: {run.status}" + (f": {_escaped(run.error)}" if run.error else "")
+        f"- {escaped(run.folder)}: {run.status}" + (f": {escaped(run.error)}" if run.error else "")
         for run in runs
         if run.status != "done"
     ]
     return lines or ["All runs that were found are finished."]
-
-
-def _escaped(text: str) -> str:
-    """One line that Markdown takes as it is."""
-    plain = " ".join(text.split())
-    for mark in ("\\", "|", "<", ">", "*", "_", "`", "["):
-        plain = plain.replace(mark, {"<": "&lt;", ">": "&gt;"}.get(mark, f"\\{mark}"))
-    return plain

@@ -14,8 +14,6 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-import torch
-
 TIMEOUT = 600  # seconds
 # The parent's WANDB_SERVICE is its own: it would outlive killed runs and hold them.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
@@ -25,8 +23,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "WAN
 def server() -> subprocess.Popen[str]:
     """Ends when this process does: its standard input is then closed."""
     command = [sys.executable, __file__]
-    environment = ENVIRONMENT | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # whose bytes are compared
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
 
 
 def run_ready(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from near_ties import assert_differ_at_near_ties_alone
 from safetensors.torch import load_file
 
 from besa_exp.importance import upper_factor, wanda_importance
@@ -49,10 +50,12 @@ def test_hessian_is_sparsegpts_whatever_the_batches(golden, batch_size):
     ("name", "target"),
     [("50", Target(0.5)), ("70", Target(0.7)), ("2_4", Target.parse(0.5, "2:4"))],
 )
-def test_wanda_prunes_exactly_the_weights_its_authors_code_prunes(golden, name, target):
+def test_wanda_prunes_the_weights_its_authors_code_prunes(golden, name, target):
     importance = wanda_importance(golden["weight"], observed(InputNorm, golden["inputs"]).squared_norm)
     torch.testing.assert_close(importance, golden["wanda_metric"], rtol=1e-5, atol=0)
-    assert torch.equal(~keep_per_row(importance, target), golden[f"wanda_prune_mask_{name}"])
+    sets = (-1, target.pattern[1] if target.pattern else importance.shape[1])
+    found, theirs = keep_per_row(importance, target).view(sets), ~golden[f"wanda_prune_mask_{name}"].view(sets)
+    assert_differ_at_near_ties_alone(found, theirs, importance.view(sets), 1e-5)
 
 
 def test_sparsegpt_with_2_of_4_is_its_authors_result(golden, factor):
@@ -114,4 +117,5 @@ def test_with_a_diagonal_hessian_sparsegpt_orders_weights_as_wanda_does(golden):
     factor = upper_factor(torch.diag(2 * norms), 1e-9, "here")
     weight = golden["weight"][:1]
     _, keep_mask = sparsegpt(weight, factor, Target(0.5), 64)
-    assert torch.equal(keep_mask, keep_per_row(wanda_importance(weight, norms), Target(0.5)))
+    importance = wanda_importance(weight, norms)
+    assert_differ_at_near_ties_alone(keep_mask, keep_per_row(importance, Target(0.5)), importance, 1e-5)

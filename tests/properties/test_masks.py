@@ -16,7 +16,9 @@ from besa_exp.masks import (
     keep_largest,
     keep_largest_of_rows,
     keep_n_of_m,
+    keep_rows_to_the_weight,
     round_to_total,
+    targets_of_linears,
 )
 from besa_exp.pruners.allocation import project_to_budget, round_to_worth
 from besa_exp.pruners.candidates import CandidateMask, float_candidates
@@ -54,6 +56,32 @@ def test_exactly_k_weights_go_and_none_kept_is_less_important(importance, fracti
     assert int((~keep_mask).sum()) == pruned
     if 0 < pruned < importance.numel():
         assert importance[~keep_mask].max() <= importance[keep_mask].min()
+
+
+@QUICK
+@given(matrices(), st.floats(0, 1))
+def test_rows_of_k_and_k_plus_1_weights_meet_any_number_and_the_cheapest_rows_give_one_more(importance, fraction):
+    pruned = int(fraction * importance.numel())
+    keep_mask = keep_rows_to_the_weight(importance, pruned)
+    each, more = divmod(pruned, len(importance))
+    counts = (~keep_mask).sum(dim=1)
+    assert int(counts.sum()) == pruned
+    assert sorted(counts.tolist()) == [each] * (len(importance) - more) + [each + 1] * more
+    assert torch.equal(keep_mask, rank_in_row(importance) >= counts[:, None])
+    if more:
+        following = importance.sort(dim=1).values[:, each]
+        assert following[counts > each].max() <= following[counts == each].min()
+
+
+@QUICK
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=7), st.floats(0, 0.999))
+def test_the_linears_of_a_block_share_an_exact_number_and_no_other(sizes, sparsity):
+    sizes = {str(place): size for place, size in enumerate(sizes)}
+    assert set(targets_of_linears(sizes, Target(sparsity)).values()) == {Target(sparsity)}
+    found = targets_of_linears(sizes, Target(sparsity, exact=True))
+    counts = {name: target.sparsity * sizes[name] for name, target in found.items()}
+    assert sum(round(count) for count in counts.values()) == round(sparsity * sum(sizes.values()))
+    assert all(abs(count - sparsity * sizes[name]) < 1 + 1e-6 for name, count in counts.items())
 
 
 @QUICK

@@ -271,14 +271,25 @@ def truncated(path: Path) -> Path:
 UNREADABLE = {  # what is wrong: (how to make the file in a folder, what the message must say)
     "missing": (lambda folder: folder / "nothing.txt", "no such file"),
     "a folder": (lambda folder: folder, "is a folder"),
-    "another kind": (lambda folder: write_bytes(folder / "a.docx", b"x"), ".jsonl.gz"),
+    "another kind": (lambda folder: write_bytes(folder / "a.docx", b"x"), ".jsonl, .json, .parquet"),
     "not UTF-8": (lambda folder: write_bytes(folder / "a.txt", "caf\u00e9".encode("latin-1")), "byte 3"),
     "empty": (lambda folder: write_bytes(folder / "a.txt", b"\n \n"), "no text"),
     "no JSON": (lambda folder: write_bytes(folder / "a.jsonl", b'{"text": "a"}\n{"text": \n'), "line 2"),
-    "no text field": (lambda folder: write_jsonl(folder / "a.jsonl", ["a"], "body"), "no text under 'text'"),
-    "no gzip": (lambda folder: write_bytes(folder / "a.jsonl.gz", b'{"text": "a"}\n'), "line 1"),
+    "no text field": (
+        lambda folder: write_jsonl(folder / "a.jsonl", ["a"], "body"),
+        "no column 'text' but body; calibration.column",
+    ),
+    "a list": (lambda folder: write_bytes(folder / "a.json", b'[{"text": "a"}]'), "jq -c"),
+    "half a pair": (lambda folder: write_bytes(folder / "a.jsonl", b'{"text": "a"}\n{"text": "a\\ud83d"}\n'), "line 2"),
+    "a number": (lambda folder: write_bytes(folder / "a.jsonl", b'{"text": 3}\n'), "int, not text"),
+    "UTF-16": (lambda folder: write_bytes(folder / "a.txt", "text".encode("utf-16")), "iconv -f utf-16"),
+    "broken gzip": (
+        lambda folder: write_bytes(folder / "a.jsonl.gz", gzip.compress(b"x" * 99)[:10] + b"rest"),
+        "cannot be",
+    ),
     "truncated gzip": (lambda folder: truncated(write_jsonl(folder / "a.jsonl.gz", [words(3000)])), "line 1"),
     "no text column": (lambda folder: write_parquet(folder / "a.parquet", ["a"], "body"), "no column 'text' but body"),
+    "numbers": (lambda folder: write_parquet(folder / "a.parquet", [3], "text"), "int, not text"),  # type: ignore[list-item]
     "truncated parquet": (lambda folder: truncated(write_parquet(folder / "a.parquet", [words(3000)])), "parquet"),
 }
 
@@ -299,6 +310,15 @@ TOKEN_FILES = {
     "three dimensions": ({"input_ids": torch.ones(2, 2, 2, dtype=torch.int64)}, "[2, 2, 2]"),
     "negative": ({"input_ids": -torch.ones(2, 8, dtype=torch.int64)}, "negative"),
     "longer than the context": ({"input_ids": torch.ones(2, 65, dtype=torch.int64)}, "context of 64"),
+    "a mask with holes": (
+        {"input_ids": torch.ones(2, 8, dtype=torch.int64), "attention_mask": torch.tensor([[0] + [1] * 7, [1] * 8])},
+        "'attention_mask' leaves tokens out",
+    ),
+    "more than is used": (
+        {"input_ids": torch.ones(2, 8, dtype=torch.int64), "labels": torch.ones(2, 8, dtype=torch.int64)},
+        "holds labels beside 'input_ids'",
+    ),
+    "one token a sample": ({"input_ids": torch.ones(2, 1, dtype=torch.int64)}, "one token each"),
     "beyond the vocabulary": ({"input_ids": torch.full((2, 8), 258)}, "vocabulary of 258"),
 }
 
@@ -315,6 +335,13 @@ def test_tokens_of_text_beyond_the_vocabulary_are_blamed_on_the_tokenizer_and_th
     assert "the tokenizer in the model's folder gives it" in refusal(settings(path), vocabulary=100)
     save_file({"input_ids": torch.full((2, 8), 258)}, tmp_path / "t.safetensors")
     assert "were made with another tokenizer" in refusal(settings(tmp_path / "t.safetensors"), vocabulary=258)
+
+
+def test_a_mask_of_ones_says_nothing_and_the_tokens_are_taken(tmp_path):
+    ids = torch.arange(16).view(2, 8)
+    save_file({"input_ids": ids, "attention_mask": torch.ones(2, 8, dtype=torch.bool)}, tmp_path / "t.safetensors")
+    found = load_calibration(settings(tmp_path / "t.safetensors"), None, CONTEXT, True)
+    assert torch.equal(found.input_ids, ids)
 
 
 def test_a_truncated_token_file_is_refused(tmp_path):

@@ -7,6 +7,7 @@ it. Every window begins with that token, so its state is massive in all blocks, 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,8 +23,8 @@ from besa_exp.pruning import prune_blocks
 LENGTH, MASSIVE, BEGIN = 64, 1000, 0
 
 
-def model_with_a_massive_token():
-    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).requires_grad_(False)
+def model_with_a_massive_token() -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).requires_grad_(False)
     embedding = model.get_input_embeddings()
     model.lm_head.weight = torch.nn.Parameter(embedding.weight.clone(), requires_grad=False)
     embedding.weight[BEGIN] *= MASSIVE

@@ -53,6 +53,15 @@ def test_the_context_of_a_nested_text_config_is_found(tmp_path: Path) -> None:
     assert facts.context == 96
 
 
+def test_a_text_config_that_is_null_says_nothing(tmp_path: Path) -> None:
+    written(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": None, "max_position_embeddings": 96}))
+    facts, problems = inspect_model_folder(tmp_path)
+    assert problems == []
+    assert facts is not None
+    assert facts.context == 96
+
+
 def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
     written(tmp_path, {})
     (tmp_path / "model.safetensors").unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from tiny_llama import byte_tokenizer, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from besa_exp.errors import Unavailable
 from besa_exp.evaluation.batches import rows_at_once, tokens_at_once
 from besa_exp.evaluation.checks import check_evaluator
 from besa_exp.evaluation.perplexity import LOGITS_AT_ONCE, perplexity, sum_of_losses
@@ -266,7 +268,36 @@ def test_a_model_with_broken_logits_has_no_perplexity_and_says_so(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     scores = score(broken, settings(tmp_path / "a.txt"))
     assert scores.perplexity[str(tmp_path / "a.txt")] is None
-    assert "not a finite number" in scores.unavailable[str(tmp_path / "a.txt")]
+    assert "logits are not finite" in scores.unavailable[str(tmp_path / "a.txt")]
+
+
+def test_logits_that_are_not_finite_where_nothing_is_predicted_count_too(tokens):
+    broken = tiny_llama(CONTEXT)
+    with torch.no_grad():
+        broken.lm_head.weight[257] = -math.inf  # never the next token here, and no loss is infinite
+    with pytest.raises(Unavailable, match="logits are not finite"):
+        perplexity(broken, tokens.clamp(max=250), 16, 4)
+
+
+def test_whatever_a_set_throws_is_its_reason_with_the_place_and_the_others_are_scored(model, tmp_path):
+    def refuse(_, args, options):
+        if options["input_ids"].max() == 251:
+            raise IndexError("a kernel of somebody else")
+
+    save_file({"input_ids": torch.full((2, 8), 251)}, tmp_path / "a.safetensors")
+    save_file({"input_ids": torch.ones(2, 1, dtype=torch.int64)}, tmp_path / "b.safetensors")
+    save_file({"input_ids": torch.ones(2, 8, dtype=torch.int64)}, tmp_path / "c.safetensors")
+    handle = model.register_forward_pre_hook(refuse, with_kwargs=True)
+    try:
+        scores = score(model, settings(*(tmp_path / f"{name}.safetensors" for name in "abc")))
+    finally:
+        handle.remove()
+    thrown, short, scored = (str(tmp_path / f"{name}.safetensors") for name in "abc")
+    assert re.fullmatch(
+        r"IndexError: a kernel of somebody else \(test_perplexity\.py, line \d+\)", scores.unavailable[thrown]
+    )
+    assert "one token each" in scores.unavailable[short]
+    assert scores.perplexity[scored] is not None
 
 
 def test_a_loss_too_large_for_a_float_is_infinite_not_a_crash():

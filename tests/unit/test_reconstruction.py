@@ -62,11 +62,34 @@ def test_tuning_lowers_the_probe_loss_and_keeps_the_mask() -> None:
 def test_a_step_size_that_ruins_the_block_leaves_it_as_it_began() -> None:
     block, inputs, targets = first_block()
     masks = uniform_masks(block, 0.1)
-    tuned = tune(
-        block, inputs, targets, weights_of(block), masks, Tuning(epochs=1, batch_size=4, lr=1.0), lambda s: None
-    )
+    tuning = Tuning(epochs=1, batch_size=4, lr=1.0, checks=1)
+    tuned = tune(block, inputs, targets, weights_of(block), masks, tuning, lambda step: None)
     for name, weight in weights_of(block).items():
         assert torch.equal(tuned.weights[name], weight * masks[name])
+
+
+def test_a_step_size_that_is_too_large_shrinks_until_it_helps() -> None:
+    block, inputs, targets = first_block()
+    masks = uniform_masks(block, 0.5)
+
+    def loss_after(checks: int) -> float:
+        tuning = Tuning(epochs=12, batch_size=4, lr=1.0, checks=checks)
+        tuned = tune(block, inputs, targets, weights_of(block), masks, tuning, lambda step: None)
+        return probe_loss(block, inputs, targets, tuned.weights) / tuned.loss_before
+
+    assert loss_after(checks=1) == pytest.approx(1)
+    assert loss_after(checks=12) < 0.9
+
+
+def test_what_is_tuned_between_two_changes_of_the_mask_is_undone_where_it_does_not_help() -> None:
+    block, inputs, targets = first_block()
+    ramp = Ramp(0.1, 0.3, until=1.0, every=1)
+    losses = []
+    for lr in (1.0, 1e-6):  # the one ruins, the other moves next to nothing
+        tuning = Tuning(epochs=2, batch_size=4, lr=lr, checks=1)
+        tuned = tune(block, inputs, targets, weights_of(block), uniform_masks(block, 0.1), tuning, lambda s: None, ramp)
+        losses.append(probe_loss(block, inputs, targets, tuned.weights))
+    assert losses[0] < 1.2 * losses[1]
 
 
 def test_the_block_itself_is_not_changed() -> None:
@@ -178,7 +201,7 @@ def test_norms_are_tuned_on_request_and_the_probe_chooses_them_with_the_weights(
 
 def test_a_step_size_that_ruins_the_block_leaves_its_norms_as_they_were() -> None:
     block, inputs, targets = first_block()
-    tuning = Tuning(epochs=1, batch_size=4, lr=1.0, norms=True)
+    tuning = Tuning(epochs=1, batch_size=4, lr=1.0, checks=1, norms=True)
     tuned = tune(block, inputs, targets, weights_of(block), uniform_masks(block, 0.1), tuning, lambda step: None)
     assert all(torch.equal(norm, block.module.get_parameter(path)) for path, norm in tuned.norms.items())
 

@@ -17,13 +17,14 @@ from run_folders import RESULTS, block, finished_run, unfinished_run
 from besa_exp.errors import ConfigurationError
 from besa_exp.folder_lock import locked
 from besa_exp.main import main
+from besa_exp.markdown import escaped
 from besa_exp.report.comparability import entries
 from besa_exp.report.curves import read_curve
 from besa_exp.report.depth import allocation, errors_along_depth
 from besa_exp.report.folders import find_runs
 from besa_exp.report.methods import STYLES, method_of, styles
 from besa_exp.report.page import page
-from besa_exp.report.paper import paper_tables, published
+from besa_exp.report.paper import paper_markdown, paper_tables, published
 from besa_exp.report.runs import Run, read_run
 from besa_exp.report.studies import kept_records, over_seeds
 from besa_exp.report.summaries import Cell, cells, markdown
@@ -143,6 +144,8 @@ def test_a_dtype_of_its_own_stands_apart(tmp_path: Path) -> None:
     [
         ({"pruner": {"dense_targets": True}}, "loss against"),
         ({"pruner": {"scope": "pair"}}, "loss over"),
+        ({"pruner": {"scope": "model"}}, "loss over"),
+        ({"pruner": {"model": {"steps": 14}}}, "loss over"),
         ({"pruner": {"pruner": {"scope": "pair"}}}, "loss over"),
         ({"update": {"_target_": "besa_exp.updates.reconstruct.Reconstruct"}}, "loss against"),
     ],
@@ -306,7 +309,28 @@ def test_no_text_of_a_run_becomes_part_of_the_page(tmp_path: Path) -> None:
 def test_markdown_shows_hostile_names_as_they_are(tmp_path: Path) -> None:
     unfinished_run(tmp_path / "run", status="failed", error="<b>|a_b\nc")
     runs = runs_of(tmp_path)
-    assert "&lt;b&gt;\\|a\\_b c" in markdown(runs, [], "")
+    assert "&lt;b&gt;\\|a_b c" in markdown(runs, [], "")
+
+
+def test_markdown_shows_hostile_names_in_every_table_as_they_are(tmp_path: Path) -> None:
+    finished_run(tmp_path / "run", {"model": "models/<b>x"})
+    runs = runs_of(tmp_path)
+    found = cells(runs, entries(runs))
+    paper = paper_markdown(paper_tables(runs, found))
+    assert "&lt;b&gt;x" in paper
+    assert "<b>" not in markdown(runs, found, paper)
+
+
+def test_names_in_markdown_make_no_markup() -> None:
+    assert escaped("a_b <i> & *x* [l](u) _y_ `q` c|d\n") == (
+        "a_b &lt;i&gt; &amp; \\*x\\* \\[l](u) \\_y\\_ \\`q\\` c\\|d"
+    )
+
+
+def test_a_score_on_part_of_the_questions_enters_no_mean_over_tasks(tmp_path: Path) -> None:
+    finished_run(tmp_path / "run", {"provenance.zero_shot.tasks.piqa.questions": 1838})
+    assert cell(cells_of(tmp_path), "piqa acc").mean == 0.6
+    assert not [c for c in cells_of(tmp_path) if c.measure.label.startswith("mean of")]
 
 
 def test_the_command_writes_page_tables_and_figures(

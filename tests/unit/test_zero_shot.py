@@ -21,8 +21,8 @@ from tiny_llama import byte_tokenizer, tiny_llama
 
 from besa_exp.embedded.text import TASK_NAME
 from besa_exp.errors import Unavailable
-from besa_exp.evaluation.checks import TASK_FOLDERS
 from besa_exp.evaluation.scores import Scores, evaluate
+from besa_exp.evaluation.task_definitions import TASK_FOLDERS
 from besa_exp.models import LoadedModel
 from besa_exp.settings import EvaluatorSettings
 
@@ -98,14 +98,15 @@ def test_scores_equal_those_of_lm_evals_own_simple_evaluate_also_with_examples(m
     import lm_eval.tasks
     from lm_eval.models.huggingface import HFLM
 
-    from besa_exp.evaluation.zero_shot import load_task, quiet
+    from besa_exp.evaluation.task_loading import load_task
+    from besa_exp.evaluation.zero_shot import quiet
 
     simple_evaluate: Any = lm_eval.simple_evaluate  # a decorator hides the signatures of both from a type checker
     hflm: Any = HFLM
     write_mirror(mirror, "piqa", "validation", [ROWS["piqa"](number * number) for number in range(60)])
     write_mirror(mirror, "piqa", "train", [ROWS["piqa"](number) for number in range(100, 130)])
     with quiet(), torch.random.fork_rng():
-        task, _ = load_task("piqa", str(mirror), 2, True)
+        task = load_task("piqa", settings(data_dir=mirror, num_fewshot=2), True).tasks["piqa"]
         theirs = simple_evaluate(
             hflm(pretrained=model, tokenizer=byte_tokenizer(), batch_size=3),
             tasks=[task],
@@ -204,17 +205,18 @@ def defined(name: str) -> dict[str, Any]:
 def test_a_mirror_changes_nothing_of_a_task_but_its_data(shared_dir, name):
     from lm_eval.config.task import TaskConfig
 
-    from besa_exp.evaluation.zero_shot import load_task, quiet
+    from besa_exp.evaluation.task_loading import load_task
+    from besa_exp.evaluation.zero_shot import quiet
 
     with quiet():
-        task, _ = load_task(name, str(shared_dir / "data" / "zero_shot"), 0, True)
+        task = load_task(name, settings(data_dir=shared_dir / "data" / "zero_shot"), True).tasks[name]
     registered = TaskConfig(**{key: value for key, value in defined(name).items() if key != "tag"})
     of_data = {"custom_dataset", "training_split", "validation_split", "test_split", "fewshot_config"}
     for key in set(TaskConfig.__dataclass_fields__) - of_data - {"metadata"}:
         found, expected = getattr(task.config, key), getattr(registered, key)
         if callable(found):  # the definition as text has the path of a function, such as .../utils.process_docs
             found, expected = found.__name__, str(expected).rpartition(".")[2]
-        assert found == expected, key
+        assert found == (expected or 0 if key == "num_fewshot" else expected), key
     assert (registered.metadata or {})["version"] == task.VERSION
     scored = registered.test_split or registered.validation_split
     assert (task.config.test_split or task.config.validation_split) == scored
@@ -222,10 +224,11 @@ def test_a_mirror_changes_nothing_of_a_task_but_its_data(shared_dir, name):
 
 
 def test_prompts_are_lm_evals(mirror):
-    from besa_exp.evaluation.zero_shot import load_task, quiet
+    from besa_exp.evaluation.task_loading import load_task
+    from besa_exp.evaluation.zero_shot import quiet
 
     with quiet():
-        task, _ = load_task("piqa", str(mirror), 0, True)
+        task = load_task("piqa", settings(data_dir=mirror), True).tasks["piqa"]
     document = task.eval_docs[3]
     assert task.fewshot_context(document, num_fewshot=0) == "Question: Open box 3\nAnswer:"
     assert task.doc_to_choice(document) == ["use a key", "use a spoon, then sing"]
@@ -255,16 +258,13 @@ def test_a_task_that_cannot_be_had_is_named_with_its_reason_and_loses_no_other(m
     assert scores.zero_shot.keys() == {"piqa"}
     assert scores.unavailable.keys() == {"winogrande", "boolq"}
     assert str(mirror / "winogrande" / "validation.jsonl") in scores.unavailable["winogrande"]
-    assert "cannot be read as JSON lines" in scores.unavailable["boolq"]
+    assert "boolq/validation.jsonl, line 1: cannot be read: " in scores.unavailable["boolq"]
 
 
 def test_rows_without_the_fields_of_the_task_make_it_unavailable(model, mirror):
     write_mirror(mirror, "boolq", "validation", [{"text": "x"}] * 3)
     scores = score(model, settings("boolq", data_dir=mirror))
-    told = scores.unavailable["boolq"]
-    assert "boolq/validation.jsonl cannot be asked" in told
-    assert "its rows lack a field of boolq's prompts" in told
-    assert "network" not in told
+    assert "its data cannot be loaded" in scores.unavailable["boolq"]
 
 
 def test_a_task_of_the_hub_that_is_not_cached_is_unavailable_offline_at_once(model, tmp_path, monkeypatch):
@@ -311,10 +311,10 @@ def test_without_a_tokenizer_every_task_is_unavailable_and_lm_eval_is_not_loaded
 
 
 def test_load_task_raises_unavailable_for_a_mirror_without_the_task(tmp_path):
-    from besa_exp.evaluation.zero_shot import load_task
+    from besa_exp.evaluation.task_loading import load_task
 
     with pytest.raises(Unavailable, match=r"unset evaluator\.data_dir"):
-        load_task("piqa", str(tmp_path), 0, True)
+        load_task("piqa", settings(data_dir=tmp_path), True)
 
 
 def test_neither_perplexity_nor_the_checks_import_lm_eval_datasets_or_transformers():
