@@ -18,6 +18,7 @@ from typing import Any
 
 from besa_exp import atomic
 from besa_exp.embedded.text import MODEL_DIR
+from besa_exp.evaluation.task_definitions import needed
 from besa_exp.run_status import is_done
 from besa_exp.settings import EvaluationSettings, EvaluatorSettings, ModelSettings, RunSettings
 
@@ -89,15 +90,14 @@ def changed_inputs(
 
 
 def _matters(folder: Path, key: str) -> bool:
-    """Whether the folder holds a score of the set or task, or the key is none's: what was n/a may be mended."""
+    """Whether the folder holds a score that the key decides; what was n/a may be mended. Others always matter."""
     group, _, name = key.partition(": ")
-    kind = {"evaluator.perplexity_sets": "perplexity", "evaluator.data_dir": "zero_shot"}.get(group)
-    if kind is None:
+    kind = {"evaluator.perplexity_sets": "perplexity"}.get(group, "zero_shot")
+    if not group.startswith("evaluator."):
         return True
     under_way = _json(folder / "scores.json").values()
-    return any(
-        (scores.get(kind) or {}).get(name) is not None for scores in [_json(folder / "results.json"), *under_way]
-    )
+    kept = [scores.get(kind) or {} for scores in (_json(folder / "results.json"), *under_way)]
+    return any(scores.get(name) is not None if name else scores for scores in kept)
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Path]) -> list[str]:
@@ -139,9 +139,18 @@ def _scored_files(settings: EvaluatorSettings) -> dict[str, dict[str, Path]]:
     if settings.data_dir is not None:
         mirror = Path(settings.data_dir).expanduser()
         for task in settings.tasks:
-            found = sorted(file for file in (mirror / task).glob("**/*") if file.is_file())
-            files[f"evaluator.data_dir: {task}"] = {str(file.relative_to(mirror)): file for file in found}
+            parts = [task] if (mirror / task).is_dir() else [part.name for part in needed(task, settings.include_path)]
+            files |= {f"evaluator.data_dir: {part}": _below(mirror / part, mirror) for part in parts}
+    if settings.include_path is not None and settings.tasks:
+        own = Path(settings.include_path).expanduser()
+        files["evaluator.include_path"] = _below(own, own)
     return files
+
+
+def _below(folder: Path, root: Path) -> dict[str, Path]:
+    """All files in a folder, by their path in `root`."""
+    found = sorted(file for file in folder.glob("**/*") if file.is_file() and file.suffix != ".pyc")
+    return {str(file.relative_to(root)): file for file in found}
 
 
 def _one(given: str) -> dict[str, Path]:
@@ -157,8 +166,8 @@ def _named(settings: RunSettings | EvaluationSettings, key: str) -> str:
     if isinstance(settings, RunSettings) and key == "calibration.path":
         return f"{key}={settings.calibration.path}"
     group, _, name = key.partition(": ")
-    if group == "evaluator.data_dir":
-        return f"{group}={settings.evaluator.data_dir}"
+    if group in ("evaluator.data_dir", "evaluator.include_path"):
+        return f"{group}={getattr(settings.evaluator, group.partition('.')[2])}"
     return f"{group}={name or settings.model.path}"
 
 

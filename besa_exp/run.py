@@ -93,6 +93,7 @@ def _pruned(run: Run, loaded: LoadedModel, config: Mapping[str, Any]) -> dict[st
         dense = score_dense(run, loaded) if settings.evaluator.dense else None
         reports, finished = _prune_model(run, loaded, calibration, tracker, reports, finished)
         results = results_of(settings, calibration, reports, environment(device))
+        results |= {"model_notes": [*loaded.notes]} if loaded.notes else {}
         saved = save(run, loaded, finished, results)
         with reread(run, loaded, finished, calibration) as reloaded:
             scores = score(run, "pruned", saved)

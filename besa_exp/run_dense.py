@@ -27,6 +27,7 @@ def dense_results(run: Run, loaded: LoadedModel, config: Mapping[str, Any]) -> d
     run.folder.rewind(reports)
     run.console.plan(settings, model_facts(loaded))
     results = results_of(settings, None, reports, environment(run.device))
+    results |= {"model_notes": [*loaded.notes]} if loaded.notes else {}
     with tracking(run, config, reports) as tracker:
         if settings.evaluator.dense:
             scores = score_dense(run, loaded)

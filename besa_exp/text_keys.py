@@ -18,8 +18,8 @@ OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 NUMBER = r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[+-]?\d[\d_]*)?"
 NO_TEXT = re.compile(rf"{NUMBER}|[+-]?(inf|nan)|true|false", re.IGNORECASE)
 PARTS = re.compile(r"([,\[\]])")  # of a sweep or a list
-UNQUOTED = re.compile(r"[\w/\-\\+.$%*@?|:~]", re.ASCII)  # characters of a value that need no quotes
-NAMES = {" ": "a space", ",": "a comma", "'": "a quote", '"': "a quote"}
+UNQUOTED = re.compile(r"[\w/\-\\+.$%*@?|:~, ]", re.ASCII)  # characters that are read without quotes, as such or between
+NAMES = {"'": "a quote", '"': "a quote"}
 
 
 @cache

@@ -27,7 +27,7 @@ from besa_exp.dry_run.disk_probe import disk_speed, existing_place
 from besa_exp.dry_run.evaluation_probe import EvaluationCost, evaluation_cost
 from besa_exp.dry_run.inputs import Texts, local_folder, model_without_weights, read_texts
 from besa_exp.dry_run.meters import seconds_of
-from besa_exp.dry_run.needs import Need, kept_bytes, needs
+from besa_exp.dry_run.needs import Need, kept_bytes, needs, needs_of_scoring
 from besa_exp.dry_run.plan import ModelSize, Place, Plan, Working
 from besa_exp.dry_run.search_probe import dealing, search_seconds
 from besa_exp.dry_run.seconds import scored_only, seconds
@@ -42,7 +42,6 @@ from besa_exp.tensor_sources import stored_tensors
 from besa_exp.updates.updated import with_update
 
 LEAST_WORK = 3  # blocks that a probe on a CPU needs at least
-BEFORE_SCORING = {"budget", "prune", "save"}  # phases that a run of the dense model has not
 UNKNOWN = "are not estimated"
 
 
@@ -94,7 +93,7 @@ def estimate(settings: RunSettings, folder: Path, tell: Callable[[str], None] = 
         seconds(plan, texts, build, disk, probed.block, probed.evaluation, scored, probed.search),
     )
     if settings.is_dense:
-        parts, taken = [part for part in parts if {*part.phases} - BEFORE_SCORING], scored_only(taken)
+        parts, taken = needs_of_scoring(parts), scored_only(taken)
     return Estimate(
         settings=settings,
         folder=folder,

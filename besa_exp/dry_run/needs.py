@@ -11,7 +11,7 @@ by a probe of one block (`block_probe.py`): what a pruner and a forward pass hol
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from besa_exp.dry_run.plan import Place, Plan
@@ -40,6 +40,17 @@ class Need:
 def needs(plan: Plan) -> list[Need]:
     """Every part, as the table lists them."""
     return [*_weights(plan), *_while_pruning(plan), *_while_evaluating(plan), *_files(plan)]
+
+
+def needs_of_scoring(parts: Sequence[Need]) -> list[Need]:
+    """Of a dense model, which is loaded and scored: without what pruning leaves or needs."""
+    found = []
+    for part in parts:
+        kept = tuple(phase for phase in part.phases if phase in ("load", "evaluate"))
+        left_by_pruning = "save" in part.phases and "load" not in part.phases
+        if kept and not left_by_pruning:
+            found.append(replace(part, phases=kept))
+    return found
 
 
 def _memory(plan: Plan) -> Place:

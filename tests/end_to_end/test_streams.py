@@ -28,7 +28,8 @@ def head(command: list[str]) -> tuple[int, str, str]:
     assert process.stderr is not None
     line = process.stdout.readline()
     process.stdout.close()
-    errors = process.stderr.read()
+    with process.stderr:
+        errors = process.stderr.read()
     return process.wait(), line, errors
 
 

@@ -77,7 +77,7 @@ def test_the_hint_for_a_value_that_cannot_be_read_is_an_argument_that_can_be(val
         ("model.path=a#b", "# in a value"),
         ("model.path=größe", "ö in a value"),
         ("model.path=it's", "a quote in a value"),
-        ("model.path=a b", "a space in a value"),
+        ("model.path=a, b=c", "= in a value"),
     ],
 )
 def test_the_character_that_cannot_be_read_is_named(line: str, told: str) -> None:
