@@ -138,7 +138,7 @@ def _requests(
     from besa_exp.evaluation.zero_shot import quiet, seeded
 
     found, whole = [], True
-    for name in scored_names(wanted.tasks, wanted.include_path):
+    for name in scored_names(wanted):
         try:
             with quiet(), seeded(settings.seed), as_unavailable():
                 tasks = load_task(name, wanted, offline=True).tasks.values()

@@ -52,7 +52,7 @@ def remaining(
             conflicts.append(_conflict(f"perplexity on {name}", differs))
         else:
             known.append(f"perplexity on {name} is known: {value:.4f}")
-    for name in scored_names(settings.tasks, settings.include_path):
+    for name in scored_names(settings):
         value, record = _score(results, "zero_shot", name)
         if value is None:
             tasks.append(name)

@@ -179,7 +179,7 @@ def _score_tasks(
     finished: FinishedScores | None,
 ) -> None:
     on_progress("loading lm-eval")
-    tasks = list(scored_names(settings.tasks, settings.include_path))
+    tasks = list(scored_names(settings))
     try:
         with as_unavailable():
             scored = _harness(loaded, settings)

@@ -9,7 +9,7 @@ before lm-eval's.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from besa_exp.embedded.text import TASK_NAME, TASKS_DIR
+from besa_exp.settings import EvaluatorSettings
 
 # The folder of each task's definition: lm-eval's own, relative to its tasks, or the package's. These are found without
 # reading any other.
@@ -86,9 +87,11 @@ def all_names(include_path: str | None = None) -> list[str]:
     return list(dict.fromkeys([*TASK_FOLDERS, *own, *(read_definitions(root) if root else ())]))
 
 
-def scored_names(names: Iterable[str], include_path: str | None = None) -> Iterator[str]:
-    """The names with a score of their own, each once: a tag, or a group without an average, stands for its parts."""
-    yield from dict.fromkeys(part for name in names for part in _scored_parts(name, include_path))
+def scored_names(settings: EvaluatorSettings) -> Iterator[str]:
+    """The tasks and groups that get a score of their own, each once: a tag, or a group without an average, stands for
+    its parts."""
+    parts = (part for name in settings.tasks for part in _scored_parts(name, settings.include_path))
+    yield from dict.fromkeys(parts)
 
 
 def _scored_parts(name: str, include_path: str | None) -> Iterator[str]:

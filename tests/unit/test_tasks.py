@@ -264,7 +264,7 @@ def test_ones_own_definition_comes_before_lm_evals(own):
 def test_names_that_lm_eval_has_are_found_and_others_get_their_nearest(own):
     names = ("rte", "lambada_openai", "mmlu", "ai2_arc", "gsm8k", "piqa")
     assert check_evaluator(settings(*names), None) == []
-    assert list(scored_names(["ai2_arc", "mmlu", "arc_easy"])) == ["arc_challenge", "arc_easy", "mmlu"]
+    assert list(scored_names(settings("ai2_arc", "mmlu", "arc_easy"))) == ["arc_challenge", "arc_easy", "mmlu"]
     assert sum(part.kind == "task" for part in needed("mmlu")) == 57
     problems = check_evaluator(settings("arc", "lambada_opena", "choosin", own=own), None)
     for problem, words in zip(problems, ("arc_easy or arc_challenge", "lambada_openai", "choosing"), strict=True):
