@@ -70,7 +70,6 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
         with run.spent.timed("load"):
             loaded = in_a_fast_dtype(load_model(settings.model, device, settings.offline), settings.model.dtype)
         results = dense_results(run, loaded, config) if settings.is_dense else _pruned(run, loaded, config)
-        results |= {"model_notes": [*loaded.notes]} if loaded.notes else {}
         results |= {"seconds": run.spent.seconds(), "peak_memory_bytes": run.spent.peak_memory()}
         _write(run, loaded, results)
     return results
