@@ -6,6 +6,7 @@
 # make best   run the study of experiments/best (an hour to an hour and a half on 2 cores with JOBS=2; done runs are skipped)
 # make budgets  run the study of budgets over depth (some hours on 2 cores; done runs are skipped)
 # make paper  run the study of experiments/paper: the paper's claims on three small models (half an hour on 2 cores with JOBS=2; done runs are skipped)
+# make real-study  run the study of experiments/real_model (hours on 2 cores; done runs are skipped; needs the model in outputs/models)
 # make first-results  run the study of experiments/first_results (about an hour on 2 cores; done runs are skipped)
 
 VENV := .venv
@@ -18,7 +19,7 @@ IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python,\
 	$(shell $(name) -c '$(IN_RANGE)' 2>/dev/null && echo $(name))))
 
-.PHONY: setup run test test-matrix lint types pytest browser first-results best budgets paper bench bench-gpu clean
+.PHONY: setup run real-study test test-matrix lint types pytest browser first-results best budgets paper bench bench-gpu clean
 .DEFAULT_GOAL := run
 
 setup: $(STAMP)
@@ -99,6 +100,16 @@ budgets: $(STAMP)
 	$(foreach study,$(BESTS:best%=budgets%),$(STUDY) &&) true
 	$(BIN)/python experiments/best/collect.py
 	$(BIN)/besa report outputs/budgets --out outputs/budgets/report
+
+REAL_MODEL := outputs/models/smollm2-135m-instruct
+
+real-study: $(STAMP)
+	@test -d $(REAL_MODEL) || { echo "n/a: no model in $(REAL_MODEL)" >&2; exit 2; }
+	$(BIN)/python experiments/tokens.py real_model --shared $(SHARED)
+	$(BIN)/besa prune experiment=real_model pruner=dense sparsity=0 seed=0
+	$(BIN)/besa prune experiment=real_model
+	$(BIN)/besa prune experiment=real_model pruner=besa pruner.scope=model
+	$(BIN)/python experiments/real_model/collect.py
 
 # The paper's claims; its models and text are not part of the repository, so that without BESA_SHARED there is nothing to run.
 EMBEDDED := model.name=embedded model.path=embedded model.dtype=float32 evaluator.tasks=[embedded_continuations] evaluator.limit=200
