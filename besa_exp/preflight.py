@@ -14,6 +14,7 @@ from besa_exp.calibration_check import check_calibration
 from besa_exp.disk import check_disk, required_bytes
 from besa_exp.embedded.text import MODEL_DIR
 from besa_exp.evaluation.checks import check_evaluator
+from besa_exp.gguf_file import inspect_gguf, is_gguf
 from besa_exp.hub import is_hub_id, missing_offline, needs_of
 from besa_exp.model_folder import ModelFolder, inspect_config, inspect_model_folder, saved_dtype
 from besa_exp.nearest import did_you_mean
@@ -115,6 +116,8 @@ def _check_dtype(dtype: str) -> list[str]:
 
 def check_model(settings: ModelSettings, key: str = "model.path") -> tuple[ModelFolder | None, list[str]]:
     """What can be told of the model and its problems, without loading it; `key` is what a person set to name it."""
+    if is_gguf(settings.path):
+        return inspect_gguf(Path(settings.path).expanduser(), key, settings.convert)
     folder = model_folder(settings)
     if folder is None:
         return _check_hub_id(settings, key)
@@ -208,4 +211,4 @@ def _needed_bytes(settings: RunSettings, facts: ModelFolder) -> int:
     in_linears = sum(rows * columns for rows, columns in facts.linears.values())
     whole = settings.model.load == "whole"
     needed = required_bytes(model_bytes, in_linears, facts.weights, settings.save, whole)
-    return needed + (facts.saved_bytes if facts.pickled else 0)
+    return needed + (facts.saved_bytes if facts.to_convert else 0)

@@ -22,6 +22,7 @@ from besa_exp.environment import environment
 from besa_exp.errors import ConfigurationError
 from besa_exp.finished_blocks import FinishedBlocks
 from besa_exp.followed_folder import opened
+from besa_exp.gguf_file import dequantised
 from besa_exp.identity import request_identity
 from besa_exp.masks import Target
 from besa_exp.models import LoadedModel, load_model, model_context
@@ -65,7 +66,7 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
         with _tracking(run, config, reports) as tracker:
             dense = score_dense(run, loaded) if settings.evaluator.dense else None
             _prune_model(run, loaded, calibration, tracker, reports, finished)
-            results = results_of(settings, calibration, reports, environment(device))
+            results = results_of(settings, calibration, reports, environment(device)) | dequantised(loaded.folder)
             saved = save(run, loaded, finished, results)
             with reread(run, loaded, finished, calibration) as reloaded:
                 scores = score(run, "pruned", saved)
