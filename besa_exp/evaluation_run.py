@@ -32,6 +32,7 @@ from besa_exp.evaluation.merging import merged, remaining
 from besa_exp.evaluation.scores import Scores, evaluate
 from besa_exp.folder_lock import locked
 from besa_exp.followed_folder import FollowedFolder
+from besa_exp.gguf_file import dequantised
 from besa_exp.input_files import fingerprint, write_inputs
 from besa_exp.model_folder import inspect_model_folder
 from besa_exp.models import LoadedModel, load_model, model_context
@@ -171,6 +172,7 @@ def _base(evaluation: _Evaluation, loaded: LoadedModel, digest: str) -> dict[str
     weights = sum(linear["weights"] for linear in counts)
     return results | {
         "model": settings.checkpoint,
+        **dequantised(loaded.folder),
         "checkpoint_files": digest,
         "linears": len(counts),
         "measured_sparsity": sum(linear["pruned"] for linear in counts) / weights if weights else 0.0,

@@ -59,6 +59,9 @@ def model_card(
     if quantisation := results.get("quantisation"):
         shared = "each output channel" if (size := quantisation["group_size"]) is None else f"every {size} inputs"
         lines.append(f"- Weights: rounded to {quantisation['bits']} bits with a scale for {shared}, stored dequantised")
+    if dense := results.get("dequantised"):
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in dense["packing"].items())
+        lines.append(f"- Dense weights: unpacked from {dense['file']} ({kinds}) and stored as {dense['dtype']}")
     if calibration:
         samples, length = calibration["num_samples"], calibration["seq_len"]
         lines.append(f"- Calibration: {escaped(calibration['name'])}, {samples} samples of {length} tokens")

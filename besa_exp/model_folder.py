@@ -26,14 +26,15 @@ IN_A_BLOCK = re.compile(r"\.\d+\.(?:.+\.)?\w+\.weight$")  # model.layers.3.mlp.d
 @dataclass(frozen=True)
 class ModelFolder:
     """`context`: longest window in tokens, None where the config does not say. `linears`: name to [out, in] of the
-    two-dimensional weights inside blocks. `weights`: count over all tensors. `saved_bytes`: their size as saved. Of
-    `pickled` weights, which are not read before they are converted, the linears are unknown and the count a guess."""
+    two-dimensional weights inside blocks. `weights`: count over all tensors. `saved_bytes`: their size as saved.
+    `to_convert`: they are written anew as safetensors first. Of pickled ones, which are not read before, the linears
+    are unknown and the count a guess."""
 
     context: int | None
     linears: dict[str, tuple[int, int]]
     weights: int
     saved_bytes: int
-    pickled: bool = False
+    to_convert: bool = False
 
 
 def inspect_model_folder(
@@ -71,7 +72,7 @@ def inspect_config(folder: Path, where: str, trust_remote_code: bool) -> tuple[d
             return {}, [adapter_problem(json.loads(adapter_file.read_text(encoding="utf-8")), where)]
     except (OSError, ValueError) as error:
         return {}, [f"{config_file}: cannot be read as JSON ({error}); copy the model folder again"]
-    return {}, [f"{where}: {_no_model(folder)}"]
+    return {}, [_only_gguf(folder, where) or f"{where}: {_no_model(folder)}"]
 
 
 def _no_model(folder: Path) -> str:
@@ -158,7 +159,8 @@ def weight_files(folder: Path, where: str | None = None) -> tuple[list[Path], li
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
         return [], [only_pickled(where, pickles[0])]
-    return [], [f"{where}: no {named or 'model.safetensors'} in it; give the folder that save_pretrained wrote"]
+    no_weights = f"{where}: no {named or 'model.safetensors'} in it; give the folder that save_pretrained wrote"
+    return [], [_only_gguf(folder, where) or no_weights]
 
 
 def index_without_metadata(folder: Path) -> list[str]:
@@ -200,6 +202,17 @@ def _held_twice(tensors: dict[str, Any], header: dict[str, Any], file: Path, whe
     return [f"{where}: {both[0]} is held by {file.name} and by another file too; keep the one that is meant"]
 
 
+def _only_gguf(folder: Path, where: str) -> str | None:
+    """The problem of a folder that holds GGUF files alone; None: it holds none."""
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    if not files:
+        return None
+    return (
+        f"{where}: holds GGUF files ({', '.join(files[:3])}) and no safetensors; name one of them, as in "
+        f"{folder / files[0]}, with model.convert=true, which unpacks it into outputs/converted"
+    )
+
+
 def _context(config: dict[str, Any]) -> int | None:
     text = text_part(config)
     context = next((text[key] for key in CONTEXT_KEYS if text.get(key)), None)
@@ -209,7 +222,7 @@ def _context(config: dict[str, Any]) -> int | None:
 def _pickled_facts(config: dict[str, Any], size: int) -> ModelFolder:
     dtype = config.get("dtype") or config.get("torch_dtype")
     weights = size // (2 if dtype in ("float16", "bfloat16") else 4)
-    return ModelFolder(_context(config), {}, weights, size, pickled=True)
+    return ModelFolder(_context(config), {}, weights, size, to_convert=True)
 
 
 def _facts(config: dict[str, Any], tensors: dict[str, Any]) -> ModelFolder:

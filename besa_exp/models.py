@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from besa_exp import distributed
 from besa_exp.embedded.text import MODEL_DIR
 from besa_exp.errors import ConfigurationError, first_line
+from besa_exp.gguf_file import inspect_gguf, is_gguf
 from besa_exp.hub import MODEL_FILES, OTHER_FORMATS
 from besa_exp.memory import free_memory
 from besa_exp.model_config import code_of
@@ -123,7 +124,9 @@ def _ties_undone(model: Any) -> list[str]:
 
 
 def _checked_folder(settings: ModelSettings, offline: bool) -> Path:
-    """The folder of safetensors, converted from pickled weights where that is asked for."""
+    """The folder of safetensors, converted from pickled weights or a GGUF file where that is asked for."""
+    if (unpacked := unpacked_gguf(settings)) is not None:
+        return unpacked
     folder = _folder(settings, offline)
     facts, problems = inspect_model_folder(folder, "model.path", settings.convert, settings.trust_remote_code)
     problems = problems or index_without_metadata(folder)
@@ -132,7 +135,21 @@ def _checked_folder(settings: ModelSettings, offline: bool) -> Path:
     if code := code_of(json.loads((folder / "config.json").read_text(encoding="utf-8"))):
         runs = "is run" if settings.trust_remote_code else "is not run: transformers' own classes are used"
         logger.warning("%s: the code that comes with it, %s, %s", settings.path, ", ".join(code), runs)
-    return distributed.from_first(lambda: converted_folder(folder)) if facts.pickled else folder
+    return distributed.from_first(lambda: converted_folder(folder)) if facts.to_convert else folder
+
+
+def unpacked_gguf(settings: ModelSettings) -> Path | None:
+    """The folder that the GGUF file of `model.path` was unpacked into, now or before; None: it names none.
+    ConfigurationError: it cannot be."""
+    file = Path(model_path(settings))
+    if not is_gguf(file):
+        return None
+    _, problems = inspect_gguf(file, "model.path", settings.convert)
+    if problems:
+        raise ConfigurationError(*problems)
+    from besa_exp.gguf_weights import converted_gguf
+
+    return distributed.from_first(lambda: converted_gguf(file))
 
 
 def _check_all_loaded(settings: ModelSettings, model: nn.Module, loading: Mapping[str, Any]) -> None:
@@ -176,7 +193,9 @@ def _folder(settings: ModelSettings, offline: bool) -> Path:
 
 
 def config_folder(settings: ModelSettings, offline: bool) -> Path:
-    """A folder that holds the model's config; of a hub id no weight is fetched."""
+    """A folder that holds the model's config; of a hub id no weight is fetched, and a GGUF file is unpacked."""
+    if (unpacked := unpacked_gguf(settings)) is not None:
+        return unpacked
     path = model_path(settings)
     return Path(path) if Path(path).is_dir() else _HubModel.asked(settings, offline).fetched(["*.json", "*.py"])
 

@@ -1,12 +1,11 @@
 """Pickled weights (.bin) written anew as safetensors, when the user asks for it (`model.convert=true`).
 
 They are read by torch.load(weights_only=True), which builds tensors and plain containers and runs no code; whatever
-else a file asks for is refused. The result lies in `outputs/converted` and is used again as long as the sources stay.
+else a file asks for is refused.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import shutil
@@ -17,11 +16,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from besa_exp import atomic
-from besa_exp.errors import ConfigurationError, RunError, first_line
+from besa_exp.conversion import CONVERTED, converted_once
+from besa_exp.errors import ConfigurationError, first_line
 from besa_exp.model_folder import pickled_files
 
-CONVERTED = Path("outputs") / "converted"
 NOT_COPIED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 
 
@@ -29,26 +27,15 @@ def converted_folder(folder: Path, converted: Path = CONVERTED) -> Path:
     """The folder's model with safetensors in place of its .bin files. ConfigurationError: a file holds more than
     tensors, or tensors without data; RunError: it cannot be written."""
     sources = pickled_files(folder)
-    stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sources]
-    digest = hashlib.sha256(json.dumps([str(folder.resolve()), stamps]).encode()).hexdigest()
-    target = converted / f"{folder.resolve().name}-{digest[:12]}"
-    if target.is_dir():
-        return target
-    try:
-        with atomic.replaced_folder(target) as partial:
-            for file in folder.iterdir():
-                if file.is_file() and not file.name.endswith(NOT_COPIED):
-                    shutil.copyfile(file, partial / file.name)
-            _write(sources, partial)
-    except OSError as error:
-        raise RunError(
-            f"{target} could not be written ({error}); free disk space, or run where outputs/ is writable"
-        ) from error
-    return target
+    return converted_once(folder, sources, lambda partial: _write(folder, sources, partial), converted)
 
 
-def _write(sources: list[Path], folder: Path) -> None:
-    """One safetensors file for each source, of the same name but for its ending, and their index."""
+def _write(origin: Path, sources: list[Path], folder: Path) -> None:
+    """One safetensors file for each source, of the same name but for its ending, their index, and what else `origin`
+    holds."""
+    for file in origin.iterdir():
+        if file.is_file() and not file.name.endswith(NOT_COPIED):
+            shutil.copyfile(file, folder / file.name)
     weight_map: dict[str, str] = {}
     size = 0
     for number, source in enumerate(sources, start=1):

@@ -15,6 +15,7 @@ from besa_exp.calibration_check import check_calibration
 from besa_exp.disk import check_disk, required_bytes
 from besa_exp.embedded.text import MODEL_DIR
 from besa_exp.evaluation.checks import check_evaluator
+from besa_exp.gguf_file import inspect_gguf, is_gguf
 from besa_exp.hub import is_hub_id, missing_offline, needs_of
 from besa_exp.input_files import check_run_inputs
 from besa_exp.model_folder import ModelFolder, inspect_config, inspect_model_folder, saved_dtype
@@ -124,6 +125,8 @@ def check_model(settings: ModelSettings, key: str = "model.path") -> tuple[Model
     """What can be told of the model and its problems, without loading it; `key` is what a person set to name it."""
     if not settings.path.strip():
         return None, [f"{key}=: is empty; give a model's folder, a hub id (owner/name), or embedded"]
+    if is_gguf(settings.path):
+        return inspect_gguf(Path(settings.path).expanduser(), key, settings.convert)
     folder = model_folder(settings)
     if folder is None:
         return _check_hub_id(settings, key)
@@ -219,4 +222,4 @@ def _needed_bytes(settings: RunSettings, facts: ModelFolder) -> int:
     whole = settings.model.load == "whole"
     save = SaveSettings(model=False, masks=False) if settings.is_dense else settings.save
     needed = required_bytes(model_bytes, in_linears, facts.weights, save, whole)
-    return needed + (facts.saved_bytes if facts.pickled else 0)
+    return needed + (facts.saved_bytes if facts.to_convert else 0)

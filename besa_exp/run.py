@@ -26,6 +26,7 @@ from besa_exp.errors import ConfigurationError
 from besa_exp.finished_blocks import FinishedBlocks
 from besa_exp.finite_weights import check_finite_weights
 from besa_exp.followed_folder import opened
+from besa_exp.gguf_file import dequantised
 from besa_exp.identity import IDENTITY, request_identity
 from besa_exp.input_files import fingerprint, write_inputs
 from besa_exp.masks import Target
@@ -70,6 +71,7 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
         with run.spent.timed("load"):
             loaded = in_a_fast_dtype(load_model(settings.model, device, settings.offline), settings.model.dtype)
         results = dense_results(run, loaded, config) if settings.is_dense else _pruned(run, loaded, config)
+        results |= dequantised(loaded.folder)
         results |= {"seconds": run.spent.seconds(), "peak_memory_bytes": run.spent.peak_memory()}
         _write(run, loaded, results)
     return results

@@ -79,5 +79,5 @@ def _write_model(run: Run, loaded: LoadedModel, finished: FinishedBlocks, result
 def card(run: Run, loaded: LoadedModel, results: Mapping[str, Any]) -> str:
     """The model card; a model that is neither embedded nor a folder is named by its hub id."""
     model = run.settings.model
-    local = Path(model_path(model)).is_dir()
+    local = Path(model_path(model)).exists()
     return model_card(results, sys.argv, None if local else model.path, model.revision, base_licence(loaded.folder))

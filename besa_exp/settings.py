@@ -19,7 +19,7 @@ class ModelSettings:
     dtype: str = "auto"  # auto (as saved), float32, bfloat16, float16
     load: Literal["auto", "whole", "streamed"] = "auto"  # streamed: one block in memory at a time
     trust_remote_code: bool = False
-    convert: bool = False  # pickled weights (.bin) are read as tensors alone and written as safetensors
+    convert: bool = False  # pickled weights (.bin) or a GGUF file are written as safetensors first
     context: int | None = None  # longest window in tokens, as known before the model's own config is there
     published_perplexity: dict[str, dict[int, float]] = field(default_factory=dict)  # set to window to value, dense
 

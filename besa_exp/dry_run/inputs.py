@@ -19,7 +19,7 @@ from besa_exp.errors import ConfigurationError, Unavailable, as_unavailable, fir
 from besa_exp.evaluation.checks import perplexity_window
 from besa_exp.evaluation.scores import windows_of
 from besa_exp.evaluation.task_definitions import scored_names
-from besa_exp.models import config_folder, load_tokenizer, model_context, model_path
+from besa_exp.models import config_folder, load_tokenizer, model_context, model_path, unpacked_gguf
 from besa_exp.settings import ModelSettings, RunSettings
 from besa_exp.streaming import dtype_of
 from besa_exp.text_sources import HUB_FILES, Use, fetch
@@ -62,7 +62,7 @@ def model_without_weights(settings: ModelSettings, offline: bool) -> PreTrainedM
 
 def local_folder(settings: ModelSettings) -> Path | None:
     """Where the model's files lie on this machine; None: they are not there."""
-    path = Path(model_path(settings))
+    path = unpacked_gguf(settings) or Path(model_path(settings))
     if path.is_dir():
         return path
     from huggingface_hub import try_to_load_from_cache

@@ -123,7 +123,7 @@ def test_pickled_weights_are_refused_and_converted_when_asked_for(folder, shards
     facts, problems = check_model(settings(folder, convert=True))
     assert problems == []
     assert facts is not None
-    assert (facts.pickled, facts.context) == (True, 64)
+    assert (facts.to_convert, facts.context) == (True, 64)
     loaded = load_model(settings(folder, convert=True), CPU, offline=True)
     assert all(torch.equal(loaded.model.state_dict()[name], tensor) for name, tensor in tensors.items())
     assert loaded.folder.parent == Path("outputs/converted")
