@@ -50,7 +50,7 @@ def test_the_folder_computes_what_transformers_own_loading_of_the_file_does(pack
     folder = converted_gguf(file)
     found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     logits = own(TOKENS).logits
-    assert float((found(TOKENS).logits - logits).norm() / logits.norm()) < 2e-3
+    assert float((found(TOKENS).logits - logits).norm() / logits.norm()) < 5e-3  # ten roundings
     rounded = {name: tensor.half().float() for name, tensor in own.state_dict().items()}  # by 1 in 2048 at most
     own.load_state_dict(rounded)
     assert torch.equal(found(TOKENS).logits, own(TOKENS).logits)
