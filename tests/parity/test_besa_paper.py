@@ -3,7 +3,8 @@
 All rows start at alpha = 0.5 and the first steps move alpha by a few units in its last place, which floor(alpha * in)
 turns into masks. So the records hold to the last step only where exp, sigmoid and sums round as on the machine that
 made them. What such rounding does is measured: the same run with each row's alpha off by up to two units in its last
-place. A step must agree with the record as well as these runs agree with each other, and to 1e-3 where they do."""
+place. A step must agree with the record to 1e-3 where the second one shows that rounding is alike, else as well as
+these runs agree with each other."""
 
 from __future__ import annotations
 
@@ -103,7 +104,7 @@ def test_losses_allocations_and_masks_are_those_of_the_authors_code(golden, case
     tensors, record = golden
     pruner, sparsity = CASES[case]
     results = prune_golden(golden, pruner, sparsity)
-    spread = spread_of(golden, pruner, sparsity, results)
+    spread, alike = spread_of(golden, pruner, sparsity, results), False
     for (report, pruned), expected, (by_step, of_rows) in zip(
         results, record["cases"][case]["steps"], spread, strict=True
     ):
@@ -112,11 +113,15 @@ def test_losses_allocations_and_masks_are_those_of_the_authors_code(golden, case
         assert len(relative) == len(expected) == 16
         if report.index == 0:
             assert relative[0].max() < 1e-5
-        assert (relative[:, 0] <= (3 * by_step).clamp(min=1e-3)).all(), (relative[:, 0], by_step)
+            alike = relative[1].max() < 1e-5
+        allowed = torch.full((16,), 1e-3) if alike else (3 * by_step).clamp(min=1e-3)
+        assert (relative[:, 0] <= allowed).all(), (relative[:, 0], by_step)
         for name, keep_mask in pruned.keep_masks.items():
             row_sparsity = tensors[f"{case}.row_sparsity.block{report.index}.{name}"]
-            assert (pruned.allocated[name] - row_sparsity).abs().mean() <= max(2e-3, 3 * of_rows)
-            assert equal_masks(tensors, case, report.index, name, keep_mask) >= min(0.99, 1 - 6 * of_rows)
+            most = 2e-3 if alike else max(2e-3, 3 * of_rows)
+            assert (pruned.allocated[name] - row_sparsity).abs().mean() <= most
+            least = 0.99 if alike else min(0.99, 1 - 6 * of_rows)
+            assert equal_masks(tensors, case, report.index, name, keep_mask) >= least
 
 
 def test_two_epochs_at_60_percent_follow_the_authors_code_until_rounding_decides(golden):
