@@ -142,12 +142,12 @@ def test_a_failing_rank_ends_all_with_its_error(short, tokens, tmp_path):
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.0}))
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    ids[1, 3] = unused
+    ids[31, 3] = unused  # of the last sample that the second rank owns, on which it checks the blocks
     save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
     given = ["pruner=wanda", "evaluator=none", f"model.path={broken}", f"hydra.run.dir={folder}"]
     done = on_two(*KEYS, *given, f"calibration.path={tmp_path / 'ids.safetensors'}")
     assert done.returncode != 0
-    assert "rank 1 failed: model.layers.0" in done.stdout, done.stdout[:1500]
+    assert "rank 1 failed: model.layers.0" in done.stdout
     status = json.loads((folder / "status.json").read_text())
     assert status["status"] == "failed"
     assert "rank 1 failed: model.layers.0" in status["error"]
