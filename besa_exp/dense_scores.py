@@ -22,6 +22,7 @@ import torch
 
 from besa_exp import atomic
 from besa_exp.evaluation.scores import Scores
+from besa_exp.evaluation.task_definitions import TASK_FOLDERS
 from besa_exp.models import LoadedModel
 from besa_exp.settings import EvaluatorSettings
 
@@ -54,15 +55,16 @@ def dense_key(
     loaded: LoadedModel, settings: EvaluatorSettings, seed: int, deterministic: bool, device: torch.device
 ) -> dict[str, Any]:
     """Everything that determines the scores. Files are told by name, size and time of change, as reading them all would
-    take longer than many an evaluation; the seed matters for few-shot examples alone."""
-    local = [*settings.perplexity_sets, *([settings.data_dir] if settings.data_dir else [])]
+    take longer than many an evaluation; the seed matters where examples are, or may be, drawn."""
+    local = [*settings.perplexity_sets, *(place for place in (settings.data_dir, settings.include_path) if place)]
     paths = [Path(name).expanduser() for name in local]
+    drawn = settings.num_fewshot or any(task not in TASK_FOLDERS for task in settings.tasks)
     evaluator = {key: value for key, value in asdict(settings).items() if key not in ("name", "dense")}
     return {
         "model": {"path": str(loaded.folder.resolve()), "files": files_of(loaded.folder, "*")},
         "dtype": str(loaded.model.dtype),
         "streamed": loaded.weights is not None,
-        "evaluator": evaluator | {"seed": seed if settings.num_fewshot else None},
+        "evaluator": evaluator | {"seed": seed if drawn else None},
         "data": {str(path.resolve()): files_of(path) for path in paths if path.exists()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "deterministic": deterministic,

@@ -6,9 +6,13 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from tiny_llama import tiny_llama
 
-from besa_exp.dense_scores import files_of, shared_dense_scores
+from besa_exp.dense_scores import dense_key, files_of, shared_dense_scores
 from besa_exp.evaluation.scores import Scores
+from besa_exp.models import LoadedModel
+from besa_exp.settings import EvaluatorSettings
 
 KEY = {"model": {"files": [["model.safetensors", 3, 1]]}, "evaluator": {"perplexity_sets": ("embedded",)}}
 SCORES = Scores({"embedded": 12.5}, {}, {}, {"perplexity": {}, "zero_shot": {}})
@@ -31,6 +35,21 @@ def test_a_damaged_entry_is_measured_anew_and_replaced(damage: str, tmp_path: Pa
     entry.write_text(damage)
     assert find(tmp_path) == (SCORES, False)
     assert find(tmp_path) == (SCORES, True)
+
+
+def test_the_key_holds_ones_own_definitions_and_the_seed_where_examples_may_be_drawn(tmp_path: Path) -> None:
+    loaded = LoadedModel(tiny_llama(), None, None, tmp_path / "model")
+
+    def key(seed: int, *tasks: str, include_path: Path | None = None) -> dict:
+        settings = EvaluatorSettings("test", tasks=tasks, include_path=str(include_path) if include_path else None)
+        return dense_key(loaded, settings, seed, True, torch.device("cpu"))
+
+    assert key(0, "piqa") == key(1, "piqa")
+    assert key(0, "gsm8k") != key(1, "gsm8k")
+    (tmp_path / "own.yaml").write_text("task: own\n")
+    before = key(0, "own", include_path=tmp_path)
+    (tmp_path / "own.yaml").write_text("task: own\nnum_fewshot: 2\n")
+    assert key(0, "own", include_path=tmp_path) != before
 
 
 def test_scores_of_which_a_part_is_missing_are_not_kept(tmp_path: Path) -> None:
