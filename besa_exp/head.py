@@ -59,5 +59,6 @@ def head_logits(model: nn.Module, modules: list[nn.Module], ids: Int[Tensor, "sa
 
 def divergence(expected: Logits, found: Logits) -> Float[Tensor, "sample seq"]:
     """KL(p || q) of each token in fp32, p the distribution of the next token by `expected`, q by `found`."""
-    p, q = expected.float().log_softmax(dim=-1), found.float().log_softmax(dim=-1)
-    return (p.exp() * (p - q)).sum(dim=-1)
+    p = expected.float().log_softmax(dim=-1)
+    gap = p - found.float().log_softmax(dim=-1)
+    return (p.exp_() * gap).sum(dim=-1)  # in place: logits are the largest thing that is held

@@ -121,12 +121,16 @@ def cut_down(model: PreTrainedModel, device: torch.device, count: int = 1) -> Pr
 
 
 def _random(like: Tensor, name: str, distinct: bool, device: torch.device, generator: torch.Generator) -> Tensor:
-    """Values of usual size; rows may be equal where only their product's cost matters."""
+    """Values of usual size; rows may be multiples of one where only their product's cost matters. Those of neighbours
+    differ, so that what depends on the tokens is seen."""
     if like.ndim < 2:
         return torch.full(like.shape, 0.0 if name == "bias" else 1.0, dtype=like.dtype, device=device)
     shape = like.shape if distinct else (1, *like.shape[1:])
     drawn = torch.randn(shape, dtype=like.dtype, device=device, generator=generator) * like.shape[-1] ** -0.5
-    return drawn if distinct else drawn.expand(like.shape).contiguous()
+    if distinct:
+        return drawn
+    scale = 1 + 0.1 * (torch.arange(len(like), device=device) % 7).to(like.dtype)
+    return drawn * scale.view(-1, *[1] * (like.ndim - 1))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from besa_exp.dry_run.needs import Need, kept_bytes, needs, needs_of_scoring
 from besa_exp.dry_run.plan import ModelSize, Place, Plan, Working
 from besa_exp.dry_run.search_probe import dealing, search_seconds
 from besa_exp.dry_run.seconds import scored_only, seconds
-from besa_exp.errors import ConfigurationError
+from besa_exp.errors import ConfigurationError, RunError, first_line
 from besa_exp.masks import Target
 from besa_exp.memory import free_memory
 from besa_exp.models import is_large, weight_bytes
@@ -152,6 +152,10 @@ def _probe(
         return Probed(libraries, place, block, evaluation, [], search)
     except torch.OutOfMemoryError:
         return Probed(libraries, place, None, None, [f"time and working memory {UNKNOWN}: one block did not fit"])
+    except RunError:
+        raise
+    except RuntimeError as error:  # as of a block that takes no other one's arguments
+        return Probed(libraries, place, None, None, [f"time and working memory {UNKNOWN}: {first_line(error)}"])
 
 
 def _plan(

@@ -71,9 +71,11 @@ def _set_problems(settings: EvaluatorSettings, context: int | None) -> list[str]
 
 
 def _task_problems(settings: EvaluatorSettings) -> list[str]:
-    problems = _repeated(settings.tasks, "evaluator.tasks") + _include_problems(settings)
+    problems = _include_problems(settings)
     if not problems and tasks_root() is not None:  # without lm-eval no task can be scored, which is told with each
-        problems += [problem for task in settings.tasks for problem in _unknown_task(task, settings.include_path)]
+        tasks = dict.fromkeys(settings.tasks)
+        problems += [problem for task in tasks for problem in _unknown_task(task, settings.include_path)]
+    problems += _repeated(settings.tasks, "evaluator.tasks")
     if settings.data_dir is not None and not Path(settings.data_dir).expanduser().is_dir():
         problems.append(
             f"evaluator.data_dir={settings.data_dir}: there is no such folder; give one with TASK/SPLIT.jsonl files, "

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from besa_exp.main import main
@@ -311,6 +312,23 @@ def test_the_same_command_finds_its_finished_run(given: list[str], capsys: pytes
     assert main(["prune", *given, "overwrite=true"]) == 0
     assert (folder / "results.json").stat().st_mtime_ns > written
     assert [path.name for path in Path("outputs").iterdir()] == [folder.name]
+
+
+def test_a_finished_run_is_no_answer_where_its_calibration_tokens_have_changed(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(given[1].partition("=")[2])
+    assert main(["prune", *given]) == 0
+    save_file({"input_ids": torch.zeros(4, 16, dtype=torch.long)}, path)
+    capsys.readouterr()
+    for arguments in (given, ["-m", *given, "hydra.sweep.dir=outputs", "seed=0"]):
+        assert main(["prune", *arguments]) == 2
+        said = capsys.readouterr().err
+        assert "holds a finished run of other inputs: calibration.path=" in said
+        assert "overwrite=true" in said
+    assert main(["prune", *given, "overwrite=true"]) == 0
+    assert main(["prune", *given]) == 0
+    assert "finished before" in capsys.readouterr().out
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

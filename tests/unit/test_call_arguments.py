@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from besa_exp.blocks import capture_blocks, embed
 from besa_exp.call_arguments import NotAlone
+from besa_exp.dry_run.block_probe import cut_down
 from besa_exp.evaluation.perplexity import perplexity
 from besa_exp.evaluation.streamed import streamed_perplexity
 from besa_exp.head import head_of
@@ -72,6 +74,15 @@ def test_the_streamed_perplexity_of_such_a_model_is_the_whole_ones_all_the_same(
     expected = perplexity(whole, INPUT_IDS, 24, 2).value
     model, weights = open_streamed(tmp_path, "auto", torch.device("cpu"), False)
     assert streamed_perplexity(model, weights, INPUT_IDS, 2).value == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_dry_run_sees_what_depends_on_the_tokens_in_a_model_without_weights():
+    config = odd_model("gemma4_text").config
+    with init_empty_weights():
+        empty = AutoModelForCausalLM.from_config(config)
+    blocks = capture_blocks(cut_down(empty, torch.device("cpu")), torch.zeros(2, 12, dtype=torch.int64))
+    with pytest.raises(NotAlone, match="gives its blocks per_layer_input"):
+        blocks[0].arguments(2)
 
 
 class Toy(nn.Module):

@@ -134,7 +134,7 @@ def test_the_resolved_configuration_can_be_read_as_settings_again() -> None:
 
 
 def test_values_arrive_with_their_types() -> None:
-    given = read("sparsity=0", "evaluator.perplexity_sets=[embedded,c4]", "evaluator.limit=8", "model.revision=7")
+    given = read("sparsity=0", "evaluator.perplexity_sets=[embedded,c4]", "evaluator.limit=8", "model.revision='7'")
     assert (given.sparsity, type(given.sparsity)) == (0.0, float)
     assert given.evaluator.perplexity_sets == ("embedded", "c4")
     assert given.evaluator.limit == 8
