@@ -43,7 +43,7 @@ def write_gguf(path: Path, packed: Type = Type.F32, architecture: str = "llama",
     """`packed`: how matrices in blocks are; the embedding is Q8_0 where they are not F32. `extra`: one more tensor."""
     model = tied_llama()
     writer = gguf.GGUFWriter(path, architecture)
-    for add, value in (
+    entries: list[Any] = [
         (writer.add_name, "Tiny"),
         (writer.add_license, "apache-2.0"),
         (writer.add_context_length, 64),
@@ -63,7 +63,8 @@ def write_gguf(path: Path, packed: Type = Type.F32, architecture: str = "llama",
         (writer.add_bos_token_id, 256),
         (writer.add_eos_token_id, 257),
         (writer.add_chat_template, CHAT_TEMPLATE),
-    ):
+    ]
+    for add, value in entries:
         add(value)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight":
