@@ -7,7 +7,7 @@
 # make best   run the study of experiments/best (an hour to an hour and a half on 2 cores with JOBS=2; done runs are skipped)
 # make budgets  run the study of budgets over depth (some hours on 2 cores; done runs are skipped)
 # make paper  run the study of experiments/paper: the paper's claims on three small models (half an hour on 2 cores with JOBS=2; done runs are skipped)
-# make real-study  run the study of experiments/real_model (hours on 2 cores; done runs are skipped; needs the model in outputs/models)
+# make real-study  run the study of experiments/real_model (hours on 2 cores; done runs are skipped; makes the model first)
 # make first-results  run the study of experiments/first_results (about an hour on 2 cores; done runs are skipped)
 
 VENV := .venv
@@ -102,10 +102,7 @@ budgets: $(STAMP)
 	$(BIN)/python experiments/best/collect.py
 	$(BIN)/besa report outputs/budgets --out outputs/budgets/report
 
-REAL_MODEL := outputs/models/smollm2-135m-instruct
-
-real-study: $(STAMP)
-	@test -d $(REAL_MODEL) || { echo "n/a: no model in $(REAL_MODEL)" >&2; exit 2; }
+real-study: real-model
 	$(BIN)/python experiments/tokens.py real_model --shared $(SHARED)
 	$(BIN)/besa prune experiment=real_model pruner=dense sparsity=0 seed=0
 	$(BIN)/besa prune experiment=real_model
