@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,12 @@ def test_ctrl_c_in_a_sweep_ends_it_quietly_and_keeps_what_is_finished(given: lis
     command = [*BESA, "prune", "-m", *given, "seed=0,1", "pruner=besa", "pruner.epochs=500"]
     command.remove("pruner=magnitude")
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # ignored in a background job
     )
     deadline = time.monotonic() + 300
     while not list(Path("outputs").glob("*/blocks/000000.json")):
