@@ -75,7 +75,7 @@ def test_ctrl_c_in_a_sweep_ends_it_quietly_and_keeps_what_is_finished(given: lis
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # ignored in a background job
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 # a background job ignores it
     )
     deadline = time.monotonic() + 300
     while not list(Path("outputs").glob("*/blocks/000000.json")):
