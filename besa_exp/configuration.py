@@ -19,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError
 
 from besa_exp.errors import ConfigurationError
-from besa_exp.identity import NOT_DECIDING
+from besa_exp.identity import NOT_DECIDING, without_places
 from besa_exp.pattern import fixes_sparsity
-from besa_exp.presets import CONF_DIR
+from besa_exp.presets import CONF_DIR, METHOD_GROUPS
 from besa_exp.run_checkpoint import run_and_model
 from besa_exp.settings import EvaluationSettings, RunSettings
 from besa_exp.typed_reading import MISSING_VALUE, UNREAD, Reader
@@ -51,7 +51,6 @@ LATER_KEYS = (
     ("evaluator", "column", "text"),
     ("evaluator", "include_path", None),
 )
-METHOD_GROUPS = ("budget", "pruner", "update")  # what a method is made of, in the order in which it is named
 WANDB_MODES_ONCE = {"dryrun": "offline", "run": "online"}  # as its older versions called them
 HASH_LENGTH = 8
 NAME_LENGTH = 24  # of each part of a run's name
@@ -130,7 +129,8 @@ def _is_reference(config: DictConfig, key: str) -> bool:
 def run_name(config: DictConfig) -> str:
     """`<model>-<pruner>-<sparsity or pattern>-s<seed>-<hash>`: the same for all that gives the same result.
 
-    `config` is composed with Hydra's own node, which knows the presets chosen."""
+    `config` is composed with Hydra's own node, which knows the presets chosen. The hash is over their names and the
+    values of their fields, never over where a class lies."""
     values = {key: value for key, value in as_values(config).items() if key in DETERMINING_KEYS}
     if isinstance(values.get("model"), dict):
         values["model"] = {key: value for key, value in values["model"].items() if key not in NOT_DECIDING}
@@ -146,7 +146,8 @@ def run_name(config: DictConfig) -> str:
         values.pop("sparsity", None)
     elif pattern != "unstructured":
         amount = f"{pattern}-{amount}"
-    digest = hashlib.sha256(json.dumps(_canonical(values), sort_keys=True).encode()).hexdigest()
+    content = _canonical(without_places(values) | {"method": method})
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     parts = [_model_name(values), method, amount, f"s{values.get('seed')}", digest[:HASH_LENGTH]]
     return "-".join(_slug(part) for part in parts)
 

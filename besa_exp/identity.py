@@ -8,20 +8,42 @@ from pathlib import Path
 from typing import Any
 
 from besa_exp.errors import ConfigurationError
+from besa_exp.presets import METHOD_GROUPS
 
 IDENTITY = "identity.json"  # in the folder of the blocks
 # Of a model's keys: where the weights lie, and what is said about them elsewhere. They decide nothing.
 NOT_DECIDING = ("load", "convert", "name", "context", "published_perplexity")
-DECIDING = ("model", "calibration", "pruner", "update", "budget", "sparsity", "pattern", "seed", "deterministic")
+DECIDING = ("method", "model", "calibration", *METHOD_GROUPS, "sparsity", "pattern", "seed", "deterministic")
 DECIDING += ("compute_dtype",)
 
 
 def request_identity(config: Mapping[str, Any], tokens_sha256: str | None = None) -> dict[str, Any]:
-    """What blocks are pruned from: the part of the configuration that decides about them, and calibration tokens."""
-    identity: dict[str, Any] = {key: config[key] for key in DECIDING if key in config}
+    """What blocks are pruned from: the part of the configuration that decides about them, and calibration tokens.
+
+    `config["method"]` names the presets, `owl+wanda+obs`; their values stand under their groups."""
+    identity = without_places({key: config[key] for key in DECIDING if key in config})
     if isinstance(identity.get("model"), Mapping):
         identity["model"] = {key: value for key, value in identity["model"].items() if key not in NOT_DECIDING}
     return identity | ({"calibration_tokens_sha256": tokens_sha256} if tokens_sha256 else {})
+
+
+def without_places(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` without the Python path of any class, so that a class may move. The presets' names stand for the classes
+    of a method's groups; a class deeper down goes by its own name, `Tuning`."""
+    kept = {key: _class_names(value) for key, value in values.items()}
+    for group in METHOD_GROUPS:
+        if isinstance(kept.get(group), dict):
+            kept[group].pop("_target_", None)
+    return kept
+
+
+def _class_names(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            str(key): str(item).rpartition(".")[2] if key == "_target_" else _class_names(item)
+            for key, item in value.items()
+        }
+    return [_class_names(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:

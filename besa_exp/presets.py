@@ -9,6 +9,8 @@ from pathlib import Path
 from besa_exp.errors import ConfigurationError
 from besa_exp.nearest import did_you_mean
 
+METHOD_GROUPS = ("budget", "pruner", "update")  # what a method is made of, in the order in which it is named
+
 # conf/ stands at the top of a checkout and inside the package in a wheel.
 CONF_DIR = next(
     folder for folder in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if folder.is_dir()

@@ -57,6 +57,7 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
     An unfinished run of the same request goes on after its last whole block. ConfigurationError: the request cannot be
     carried out; RunError: it failed on the way. What was measured and pruned stays."""
     imports_are_done()
+    config = {"method": settings.pruner_name} | config  # as a report and an identity call it
     device = prepared_device(settings)
     resume = request_identity(config) if settings.resume else None
     with distributed.joined(device), opened(path, settings.overwrite, resume) as folder, RunConsole() as console:

@@ -77,8 +77,7 @@ def _loss_facets(run: Run) -> dict[str, str]:
     pruner = pruner if isinstance(pruner, Mapping) else {}
     inner = pruner.get("pruner")
     pruner = inner if isinstance(inner, Mapping) else pruner
-    update = run.config.get("update")
-    tuned = isinstance(update, Mapping) and ".reconstruct." in str(update.get("_target_"))
+    tuned = "reconstruct" in run.method.pruner.split("+")
     return {
         "loss against": "the dense model"
         if pruner.get("dense_targets") or tuned

@@ -13,9 +13,7 @@ from typing import Any
 
 import yaml
 
-from besa_exp.presets import CONF_DIR
-
-METHOD_GROUPS = ("budget", "pruner", "update")  # what a method is made of
+from besa_exp.presets import CONF_DIR, METHOD_GROUPS
 
 
 @dataclass(frozen=True)
@@ -84,6 +82,8 @@ def _differences(settings: Any, preset: Mapping[str, Any], prefix: str = "") -> 
     """The settings that are not the preset's own; what follows another key (`${seed}`) and new keys are left out."""
     found = []
     for key, value in (settings if isinstance(settings, Mapping) else {}).items():
+        if key == "_target_":  # where a class lies says nothing about a run
+            continue
         own = preset.get(key, value)
         if isinstance(own, Mapping):
             found += _differences(value, own, f"{prefix}{key}.")

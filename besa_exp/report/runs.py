@@ -128,7 +128,7 @@ def read_run(path: Path) -> Run:
 
 def _run(path: Path, status: Mapping[str, Any], state: str, error: str | None, results: Mapping[str, Any]) -> Run:
     config = _mapping(path / "config.yaml")
-    name = results.get("pruner") or _preset(config) or "unknown"
+    name = results.get("pruner") or config.get("method") or "unknown"
     pattern = str(results.get("pattern") or config.get("pattern") or "unstructured")
     model = config.get("model")
     given = results.get("model") or (model.get("path") if isinstance(model, Mapping) else None) or "unknown"
@@ -173,13 +173,6 @@ def _mapping(path: Path) -> Mapping[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _preset(config: Mapping[str, Any]) -> str | None:
-    """The pruner of a run without results, as its class is called."""
-    pruner = config.get("pruner")
-    target = str(pruner.get("_target_", "")) if isinstance(pruner, Mapping) else ""
-    return target.split(".")[-2] if target.count(".") > 1 else None
 
 
 def _block(block: Mapping[str, Any]) -> Block:

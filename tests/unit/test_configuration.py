@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from besa_exp.configuration import CONF_DIR, Unreadable, as_values, method_name, read_settings, run_name
 from besa_exp.errors import ConfigurationError
+from besa_exp.identity import request_identity
 from besa_exp.overrides import Composer
 from besa_exp.presets import default_preset, first_comment, groups, listing, presets
 from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings, RunSettings, TrackerSettings
@@ -210,6 +212,25 @@ def test_what_does_not_change_the_result_does_not_change_the_name() -> None:
 )
 def test_what_changes_the_result_changes_the_name(line: str) -> None:
     assert run_name(composed(line)) != run_name(composed())
+
+
+@pytest.mark.parametrize("place", ["pruner", "pruner.model"])
+def test_a_class_that_moves_renames_no_run_and_disowns_no_block(place: str) -> None:
+    here = composed("pruner=best")
+    moved = deepcopy(here)
+    target = OmegaConf.select(here, place)._target_
+    OmegaConf.update(moved, f"{place}._target_", f"besa_exp.elsewhere.{target.rpartition('.')[2]}")
+    assert run_name(moved) == run_name(here)
+    assert request_identity(as_values(moved)) == request_identity(as_values(here))
+
+
+def test_equal_fields_of_another_preset_are_another_run() -> None:
+    config = composed("pruner=wanda")
+    renamed = deepcopy(config)
+    renamed.hydra.runtime.choices.pruner = "mine"
+    assert run_name(renamed) != run_name(config)
+    blocks = [request_identity({"method": name} | as_values(config)) for name in ("wanda", "mine")]
+    assert blocks[0] != blocks[1]
 
 
 def test_the_name_tells_model_pruner_sparsity_and_seed() -> None:
