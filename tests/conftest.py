@@ -34,10 +34,9 @@ def jaxtyped(*, typechecker: Any) -> Callable[[Any], Any]:
 
 jaxtyping.jaxtyped = jaxtyped  # type: ignore[assignment]
 
-# Shapes are types: every annotated function of these modules is checked at each call, in tests only.
-SHAPED = "blocks calibration checkpoint evaluation importance kernels linears masks pruners pruning"
-SHAPED += " observation permutation replay_check statistics tokens"
-jaxtyping.install_import_hook([f"besa_exp.{module}" for module in SHAPED.split()], "beartype.beartype")
+# Shapes are types: every annotated function of these rooms is checked at each call, in tests only.
+ROOMS = ("blocks", "checkpoints", "evaluation", "methods", "tensors", "texts")
+jaxtyping.install_import_hook([f"besa_exp.{room}" for room in ROOMS], "beartype.beartype")
 
 ROOT = Path(__file__).parents[1]
 SHARED_DIR = Path(os.environ.get("BESA_SHARED", ROOT.parent / "shared"))
@@ -48,7 +47,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_configure() -> None:
-    """Modules and tests stay for as long as the process: the collector need not walk them; see besa_exp/process.py."""
+    """Modules and tests stay for as long as the process: the collector need not walk them; see
+    besa_exp/machine/process.py."""
     gc.disable()
 
 

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BOS, EOS = "<s>", "</s>"
+INPUT_IDS = torch.randint(1, 64, (5, 24), generator=torch.Generator().manual_seed(3))
 
 
 def byte_tokenizer(adds_bos: bool = True, specials: bool = True) -> PreTrainedTokenizerFast:

@@ -22,18 +22,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from besa_exp.activations import Allocate
-from besa_exp.blocks import Block, Hidden, capture_blocks, discover_blocks
-from besa_exp.budgets.budget import Budget
-from besa_exp.budgets.trial import Search
-from besa_exp.budgets.uniform import Uniform
+from besa_exp.blocks.activations import Allocate
+from besa_exp.blocks.block import Block, Hidden, capture_blocks, discover_blocks
+from besa_exp.blocks.loop import prune_blocks
+from besa_exp.blocks.probe import num_probe_samples
+from besa_exp.blocks.pruner import PrunedBlock, Pruner
+from besa_exp.blocks.reports import Step
+from besa_exp.blocks.units import takes_apart, units
+from besa_exp.checkpoints.streaming import give_back_memory
 from besa_exp.dry_run.meters import PeakMemory, seconds_of
-from besa_exp.masks import Target
-from besa_exp.pruning import PrunedBlock, Pruner, num_probe_samples, prune_blocks
-from besa_exp.reports import Step
-from besa_exp.scope import takes_apart, units
-from besa_exp.statistics import Statistic, by_shared_input
-from besa_exp.streaming import give_back_memory
+from besa_exp.methods.budgets.budget import Budget
+from besa_exp.methods.budgets.trial import Search
+from besa_exp.methods.budgets.uniform import Uniform
+from besa_exp.tensors.masks import Target
+from besa_exp.tensors.statistics import Statistic, by_shared_input
 
 SAMPLES = (3, 8)  # of the two probes; of both a search holds back one
 BUDGET = 6.0  # seconds that the passes of all probes should take together

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from besa_exp import atomic
-from besa_exp.checkpoint import weights_sha256
+from besa_exp.checkpoints.files import weights_sha256
+from besa_exp.machine import atomic
 
 SMALL, LARGE = 2**16, 2**25  # bytes
 

@@ -18,10 +18,12 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from besa_exp.activations import activation_bytes, allocator
-from besa_exp.blocks import discover_blocks, discover_linears
-from besa_exp.budgets.trial import Search
-from besa_exp.device import compute_dtype, prepared_device
+from besa_exp.blocks.activations import activation_bytes, allocator
+from besa_exp.blocks.block import discover_blocks, discover_linears
+from besa_exp.blocks.units import blocks_together, refinements, takes_apart
+from besa_exp.checkpoints.load import is_large, weight_bytes
+from besa_exp.checkpoints.streaming import cannot_stream, give_back_memory, saves_blocks_anew
+from besa_exp.checkpoints.tensor_sources import stored_tensors
 from besa_exp.dry_run.block_probe import BlockCost, BlockProbe, cut_down
 from besa_exp.dry_run.disk_probe import disk_speed, existing_place
 from besa_exp.dry_run.evaluation_probe import EvaluationCost, evaluation_cost
@@ -32,14 +34,12 @@ from besa_exp.dry_run.plan import ModelSize, Place, Plan, Working
 from besa_exp.dry_run.search_probe import dealing, search_seconds
 from besa_exp.dry_run.seconds import scored_only, seconds
 from besa_exp.errors import ConfigurationError, RunError, first_line
-from besa_exp.masks import Target
-from besa_exp.memory import free_memory
-from besa_exp.models import is_large, weight_bytes
-from besa_exp.scope import blocks_together, refinements, takes_apart
+from besa_exp.machine.device import compute_dtype, prepared_device
+from besa_exp.machine.memory import free_memory
+from besa_exp.methods.budgets.trial import Search
+from besa_exp.methods.updates.updated import with_update
 from besa_exp.settings import RunSettings
-from besa_exp.streaming import cannot_stream, give_back_memory, saves_blocks_anew
-from besa_exp.tensor_sources import stored_tensors
-from besa_exp.updates.updated import with_update
+from besa_exp.tensors.masks import Target
 
 LEAST_WORK = 3  # blocks that a probe on a CPU needs at least
 UNKNOWN = "are not estimated"

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from besa_exp.blocks import discover_blocks
+from besa_exp.blocks.block import discover_blocks
+from besa_exp.checkpoints.streaming import give_back_memory
 from besa_exp.dry_run.block_probe import BlockProbe
 from besa_exp.dry_run.meters import PeakMemory, seconds_of
 from besa_exp.evaluation.batches import rows_at_once, tokens_at_once
 from besa_exp.evaluation.perplexity import perplexity
 from besa_exp.settings import EvaluatorSettings
-from besa_exp.streaming import give_back_memory
 
 SLOW = 1.0  # seconds that a batch may take; it is made smaller where it takes longer
 

@@ -14,16 +14,16 @@ from typing import Any
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from besa_exp.calibration import load_calibration
+from besa_exp.checkpoints.load import config_folder, load_tokenizer, model_context, model_path, unpacked_gguf
+from besa_exp.checkpoints.streaming import dtype_of
+from besa_exp.checkpoints.transformers_config import read_config
 from besa_exp.errors import ConfigurationError, Unavailable, as_unavailable, first_line
 from besa_exp.evaluation.checks import perplexity_window
 from besa_exp.evaluation.scores import windows_of
 from besa_exp.evaluation.task_definitions import scored_names
-from besa_exp.models import config_folder, load_tokenizer, model_context, model_path, unpacked_gguf
 from besa_exp.settings import ModelSettings, RunSettings
-from besa_exp.streaming import dtype_of
-from besa_exp.text_sources import HUB_FILES, Use, fetch
-from besa_exp.transformers_config import read_config
+from besa_exp.texts.calibration import load_calibration
+from besa_exp.texts.sources import HUB_FILES, Use, fetch
 
 LARGEST_TEXT = 30e6  # bytes of a file that is read here; C4's shard has 320 MB
 ASKED = 64  # questions of a task whose lengths stand for all

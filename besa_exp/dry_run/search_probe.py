@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import torch
 
-from besa_exp.blocks import Hidden
-from besa_exp.budgets.budget import Budget, pruned_to
-from besa_exp.budgets.trial import TOKENS, Search
-from besa_exp.budgets.uniform import Uniform
+from besa_exp.blocks.block import Hidden
+from besa_exp.blocks.head import head_of
 from besa_exp.dry_run.block_probe import BlockProbe
 from besa_exp.dry_run.meters import seconds_of
 from besa_exp.dry_run.plan import Dealing
-from besa_exp.head import head_of
+from besa_exp.methods.budgets.budget import Budget, pruned_to
+from besa_exp.methods.budgets.trial import TOKENS, Search
+from besa_exp.methods.budgets.uniform import Uniform
 
 
 def dealing(

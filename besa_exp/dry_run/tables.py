@@ -12,11 +12,11 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from besa_exp.console import PLAIN_WIDTH, duration
+from besa_exp.display.console import PLAIN_WIDTH, duration
+from besa_exp.display.missed_target import out_of_reach
 from besa_exp.dry_run.estimate import Estimate, estimate
 from besa_exp.dry_run.needs import PHASES, peak, remedies
 from besa_exp.dry_run.plan import Place
-from besa_exp.missed_target import out_of_reach
 from besa_exp.settings import RunSettings
 
 NOT = "does NOT fit"

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from besa_exp.errors import ConfigurationError
-from besa_exp.evaluation.task_definitions import (
-    TASK_FOLDERS,
-    all_names,
-    find,
-    read_definitions,
-    tasks_root,
-    unreadable,
-)
-from besa_exp.nearest import did_you_mean_one_of
+from besa_exp.errors import ConfigurationError, did_you_mean_one_of
+from besa_exp.evaluation.task_definitions import TASK_FOLDERS, all_names, find, read_definitions, tasks_root, unreadable
 from besa_exp.settings import EvaluatorSettings
-from besa_exp.text_sources import check_source, is_token_file
-from besa_exp.token_files import token_file_shape
+from besa_exp.texts.sources import check_source, is_token_file
+from besa_exp.texts.token_files import token_file_shape
 
 LONGEST_DEFAULT_WINDOW = 2048  # the paper's
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from besa_exp import atomic, distributed
+from besa_exp.machine import atomic, distributed
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.checks import perplexity_window
 from besa_exp.evaluation.task_definitions import TASK_FOLDERS, scored_names
 from besa_exp.settings import EvaluatorSettings
-from besa_exp.text_sources import file_sha256, is_token_file
-from besa_exp.token_files import token_file_shape
+from besa_exp.texts.sources import file_sha256, is_token_file
+from besa_exp.texts.token_files import token_file_shape
 
 if TYPE_CHECKING:
     from besa_exp.evaluation.scores import Scores

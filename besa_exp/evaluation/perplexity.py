@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from besa_exp import distributed
 from besa_exp.errors import as_unavailable
 from besa_exp.evaluation.batches import BatchSize, halved_until_it_fits, rows_at_once, tokens_at_once
 from besa_exp.evaluation.finite import check_finite
+from besa_exp.machine import distributed
 
 # Logits that are held in fp32 at a time. On a CPU they stay in its cache: with a vocabulary of 32,000
 # they add 2 % to a forward pass, and 10 % with 2**24 (processor time, 1 thread). The number for a GPU is a guess.

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Int
 from torch import Tensor
 
-from besa_exp import distributed
-from besa_exp.blocks import discover_blocks
+from besa_exp.blocks.block import discover_blocks
 from besa_exp.errors import Unavailable, as_unavailable
 from besa_exp.evaluation.checks import perplexity_window
 from besa_exp.evaluation.finished_scores import FinishedScores
@@ -25,9 +24,10 @@ from besa_exp.evaluation.perplexity import cut_windows, perplexity
 from besa_exp.evaluation.simulated_speed import simulate_model
 from besa_exp.evaluation.speed import measure_model
 from besa_exp.evaluation.task_definitions import scored_names
+from besa_exp.machine import distributed
 from besa_exp.settings import EvaluatorSettings
-from besa_exp.text_sources import COLUMN, file_sha256, is_token_file, read_text
-from besa_exp.tokens import (
+from besa_exp.texts.sources import COLUMN, file_sha256, is_token_file, read_text
+from besa_exp.texts.tokens import (
     Tokenizer,
     begins_with_bos,
     read_token_file,
@@ -37,7 +37,7 @@ from besa_exp.tokens import (
 )
 
 if TYPE_CHECKING:
-    from besa_exp.models import LoadedModel
+    from besa_exp.checkpoints.load import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -242,6 +242,6 @@ def _tasks_record(model: Any, tokenizer: Any, settings: EvaluatorSettings, seed:
 
 
 def _context(model: Any) -> int:
-    from besa_exp.models import model_context  # it imports transformers
+    from besa_exp.checkpoints.load import model_context  # it imports transformers
 
     return model_context(model)

@@ -24,11 +24,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from besa_exp.blocks import capture_blocks
-from besa_exp.sparsity_table import linear_type
+from besa_exp.blocks.block import capture_blocks
+from besa_exp.blocks.sparsity_table import linear_type
 
 if TYPE_CHECKING:
-    from besa_exp.models import LoadedModel
+    from besa_exp.checkpoints.load import LoadedModel
 
 ARRAY = 64  # multipliers, in height and in width
 MODEL = "simulated, not measured: ViTCoD cycle model, 64 x 64 array, one input vector"

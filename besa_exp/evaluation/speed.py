@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from besa_exp.blocks import capture_blocks
+from besa_exp.blocks.block import capture_blocks
+from besa_exp.blocks.sparsity_table import linear_type
 from besa_exp.errors import Unavailable
-from besa_exp.sparsity_table import linear_type
 
 if TYPE_CHECKING:
-    from besa_exp.models import LoadedModel
+    from besa_exp.checkpoints.load import LoadedModel
 
 TOKENS = 2048
 REPEATS, WARM_UP = 20, 5

@@ -9,14 +9,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from besa_exp import distributed
-from besa_exp.blocks import capture_blocks, discover_blocks, embed
-from besa_exp.call_arguments import NotAlone, check_unwritten
+from besa_exp.blocks.block import capture_blocks, discover_blocks, embed
+from besa_exp.blocks.call_arguments import NotAlone, check_unwritten
+from besa_exp.blocks.head import head_logits
+from besa_exp.checkpoints.streaming import StreamedWeights
 from besa_exp.errors import as_unavailable
 from besa_exp.evaluation.batches import BatchSize, rows_at_once, tokens_at_once
 from besa_exp.evaluation.perplexity import Perplexity, perplexity_of, sum_of_losses
-from besa_exp.head import head_logits
-from besa_exp.streaming import StreamedWeights
+from besa_exp.machine import distributed
 
 logger = logging.getLogger(__name__)
 

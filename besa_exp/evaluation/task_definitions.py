@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import yaml
 
-from besa_exp.embedded.text import TASK_NAME, TASKS_DIR
 from besa_exp.settings import EvaluatorSettings
+from besa_exp.texts.embedded.text import TASK_NAME, TASKS_DIR
 
 # The folder of each task's definition: lm-eval's own, relative to its tasks, or the package's. These are found without
 # reading any other.

@@ -26,11 +26,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from besa_exp import distributed
 from besa_exp.errors import Unavailable, as_unavailable
 from besa_exp.evaluation.batches import BatchSize, halved_until_it_fits, rows_at_once, tokens_at_once
 from besa_exp.evaluation.finite import finite_logits
 from besa_exp.evaluation.task_loading import LoadedTasks, load_task
+from besa_exp.machine import distributed
 from besa_exp.settings import EvaluatorSettings
 
 # lm-eval's decorators hide these two's signatures from a type checker.

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from besa_exp import atomic
 from besa_exp.errors import ConfigurationError
+from besa_exp.machine import atomic
 from besa_exp.report.comparability import entries
 from besa_exp.report.curves import Curve, read_curve
 from besa_exp.report.depth import ErrorAlongDepth, errors_along_depth

@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from besa_exp.blocks.sparsity_table import linear_type, short_names
 from besa_exp.report.comparability import RECONSTRUCTION, Entry
 from besa_exp.report.methods import Method
 from besa_exp.report.runs import Run
 from besa_exp.report.summaries import cells
-from besa_exp.sparsity_table import linear_type, short_names
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from glob import glob
 from pathlib import Path
 
 from besa_exp.errors import ConfigurationError
-from besa_exp.run_status import read_status
+from besa_exp.run_folder.status import read_status
 
 
 def find_runs(places: Sequence[str]) -> list[Path]:

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from besa_exp.markdown import escaped, markdown_table
+from besa_exp.display.markdown import escaped, markdown_table
 from besa_exp.report.runs import Measure, Run
 from besa_exp.report.summaries import Cell
 

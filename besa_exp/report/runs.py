@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from besa_exp.missed_target import missed_by
+from besa_exp.display.missed_target import missed_by
 from besa_exp.report.methods import Method, method_of
-from besa_exp.run_status import KILLED, read_status, seen_status
+from besa_exp.run_folder.status import KILLED, read_status, seen_status
 
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it is there
 UNREADABLE = (

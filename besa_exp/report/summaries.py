@@ -8,8 +8,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from besa_exp.markdown import escaped, markdown_table
-from besa_exp.missed_target import missed_by
+from besa_exp.display.markdown import escaped, markdown_table
+from besa_exp.display.missed_target import missed_by
 from besa_exp.report.comparability import Entry
 from besa_exp.report.methods import Method
 from besa_exp.report.runs import Measure, Run

@@ -16,8 +16,8 @@ import torch
 from prodigyopt import Prodigy
 from torch import Tensor, nn
 
-from besa_exp.blocks import Block
-from besa_exp.losses import channel_loss
+from besa_exp.blocks.block import Block
+from besa_exp.tensors.losses import channel_loss
 
 STEP, PENALTY, TARGET, D_COEF = 0.01, 5.0, 0.5, 5.0
 

@@ -3,12 +3,12 @@
     python experiments/benchmarks/blocks.py                 # CPU shapes; --device cuda: Llama-2-7B and 70B shapes
 
 A floor is what no implementation of the method can avoid: passes of the same block, dense, over the same samples. Each
-round runs everything once, one after the other; a cell is the median over rounds, a ratio the median of the
-rounds' ratios. A step of BESA is followed by a bare one each time, so that both meet the same machine. A floor's
-products are computed by the routine that this project chooses (`besa_exp.products`), those of the authors' way by
-PyTorch's own. That way runs twice: with the attention of the others, and with that of the transformers it needs (4.31),
-which forms the matrix of scores ("eager"). Weights and inputs are random, those of the embedded model apart. Needs
-torch, transformers, jaxtyping and prodigyopt alone.
+round runs everything once, one after the other; a cell is the median over rounds, a ratio the median of the rounds'
+ratios. A step of BESA is followed by a bare one each time, so that both meet the same machine. A floor's products are
+computed by the routine that this project chooses (`besa_exp.blocks.products`), those of the authors' way by PyTorch's
+own. That way runs twice: with the attention of the others, and with that of the transformers it needs (4.31), which
+forms the matrix of scores ("eager"). Weights and inputs are random, those of the embedded model apart. Needs torch,
+transformers, jaxtyping and prodigyopt alone.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import besa_exp
-from besa_exp.blocks import Block, capture_blocks, embed
-from besa_exp.importance import upper_factor
-from besa_exp.markdown import markdown_table
-from besa_exp.masks import Target
-from besa_exp.pruners.besa import Besa
-from besa_exp.pruners.sparsegpt import SparseGPT
-from besa_exp.pruners.wanda import Wanda
-from besa_exp.pruning import Pruner, prune_blocks
-from besa_exp.reports import Step
-from besa_exp.statistics import Hessian
+from besa_exp.blocks.block import Block, capture_blocks, embed
+from besa_exp.blocks.loop import prune_blocks
+from besa_exp.blocks.pruner import Pruner
+from besa_exp.blocks.reports import Step
+from besa_exp.display.markdown import markdown_table
+from besa_exp.methods.pruners.besa import Besa
+from besa_exp.methods.pruners.sparsegpt import SparseGPT
+from besa_exp.methods.pruners.wanda import Wanda
+from besa_exp.tensors.hessian import upper_factor
+from besa_exp.tensors.masks import Target
+from besa_exp.tensors.statistics import Hessian
 
 HERE = Path(__file__).parent
-MODEL_DIR = Path(besa_exp.__file__).parent / "embedded" / "model"
+MODEL_DIR = Path(besa_exp.__file__).parent / "texts" / "embedded" / "model"
 
 
 @dataclass(frozen=True)

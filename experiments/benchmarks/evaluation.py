@@ -23,9 +23,9 @@ from machine import describe_machine
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from besa_exp.embedded.text import MODEL_DIR
+from besa_exp.display.markdown import markdown_table
 from besa_exp.evaluation.perplexity import perplexity
-from besa_exp.markdown import markdown_table
+from besa_exp.texts.embedded.text import MODEL_DIR
 
 HERE = Path(__file__).parent
 

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 
-from besa_exp.kernels import HAS_TRITON
-from besa_exp.markdown import markdown_table
+from besa_exp.display.markdown import markdown_table
+from besa_exp.tensors.kernels import HAS_TRITON
 
 HERE = Path(__file__).parent
 LLAMA = [(4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192), (8192, 28672)]  # out, in
@@ -107,7 +107,7 @@ def copy_bandwidth(device: torch.device, size: int, rounds: int) -> float:
 
 def implementation(operation: str, suffix: str, arguments: tuple[object, ...]) -> Callable[[], object]:
     """The call of `operation` in its reference or its kernel's module, whatever the device."""
-    function = getattr(importlib.import_module(f"besa_exp.kernels.{operation}{suffix}"), operation)
+    function = getattr(importlib.import_module(f"besa_exp.tensors.kernels.{operation}{suffix}"), operation)
     return lambda: function(*arguments)
 
 

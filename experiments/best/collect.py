@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from besa_exp.markdown import markdown_table
+from besa_exp.display.markdown import markdown_table
 from besa_exp.report.methods import styles
 from besa_exp.report.runs import Run, read_run
 from besa_exp.report.studies import kept_records, over_seeds

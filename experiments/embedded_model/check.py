@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from besa_exp.embedded.text import (
+from besa_exp.texts.embedded.text import (
     MODEL_DIR,
     TASK_NAME,
     TASKS_DIR,

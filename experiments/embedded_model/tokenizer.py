@@ -6,7 +6,7 @@ import numpy
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from besa_exp.embedded.text import EmbeddedText
+from besa_exp.texts.embedded.text import EmbeddedText
 
 BOS, EOS = "<|begin|>", "<|end|>"
 VOCABULARY, WINDOW = 2048, 512

@@ -7,7 +7,7 @@ that a run on a busy machine still finishes decayed, with fewer steps: the learn
 linearly to zero over the last 40 % of the budget. For the first half of it the windows are a quarter of the context,
 which costs half as much per token; then they are whole. Each process holds one thread and one copy of the weights.
 
-    python experiments/embedded_model/train.py --minutes 40 --export besa_exp/embedded/model
+    python experiments/embedded_model/train.py --minutes 40 --export besa_exp/texts/embedded/model
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tokenizer import WINDOW, encode, load_or_train_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from besa_exp.embedded.text import MODEL_DIR, TRAINING_PACKAGES, EmbeddedText, embedded_text, perplexity_documents
+from besa_exp.texts.embedded.text import MODEL_DIR, TRAINING_PACKAGES, EmbeddedText, embedded_text, perplexity_documents
 
 HERE = Path(__file__).parent
 WARM_UP, SHORT, DECAY = 0.02, 0.5, 0.4  # of the budget: its first part, that of short windows, and its last part

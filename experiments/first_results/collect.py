@@ -12,7 +12,7 @@ import json
 import statistics
 from pathlib import Path
 
-from besa_exp.markdown import markdown_table
+from besa_exp.display.markdown import markdown_table
 from besa_exp.report.studies import kept_records, over_seeds
 
 HERE = Path(__file__).parent

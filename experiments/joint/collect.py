@@ -13,7 +13,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from besa_exp.markdown import markdown_table
+from besa_exp.display.markdown import markdown_table
 from besa_exp.report.studies import kept_records, over_seeds
 
 HERE = Path(__file__).parent

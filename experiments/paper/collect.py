@@ -21,12 +21,12 @@ import tables
 import torch
 from transformers import AutoModelForCausalLM
 
-from besa_exp.blocks import capture_blocks, embed
-from besa_exp.embedded.text import MODEL_DIR
+from besa_exp.blocks.block import capture_blocks, embed
+from besa_exp.blocks.sparsity_table import linear_type, short_names
 from besa_exp.report.runs import Run, read_run
 from besa_exp.report.studies import kept_records
-from besa_exp.sparsity_table import linear_type, short_names
-from besa_exp.tokens import read_token_file
+from besa_exp.texts.embedded.text import MODEL_DIR
+from besa_exp.texts.tokens import read_token_file
 
 HERE = Path(__file__).parent
 WINDOWS = 16  # held-out ones that the hidden states are compared on

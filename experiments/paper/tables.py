@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from itertools import combinations
 
-from besa_exp.markdown import markdown_table
+from besa_exp.display.markdown import markdown_table
 from besa_exp.report.studies import over_seeds
 
 MODELS = ("babyllama-105", "stories260K", "embedded")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from besa_exp.checkpoint import load_masks
+from besa_exp.checkpoints.files import load_masks
 
 GROUP_SIZE = 128  # of SparseGPT
 

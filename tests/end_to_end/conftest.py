@@ -11,7 +11,7 @@ from resumed_runs import BLOCKS, killed
 from safetensors.torch import save_file
 from tiny_llama import byte_tokenizer, tiny_llama
 
-from besa_exp.main import main
+from besa_exp.cli.main import main
 
 
 @pytest.fixture(scope="session")

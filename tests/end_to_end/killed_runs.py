@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from besa_exp.main import main
+from besa_exp.cli.main import main
 
 
 def start(arguments: list[str]) -> int:

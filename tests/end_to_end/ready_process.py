@@ -44,8 +44,8 @@ def serve() -> int:
     """Forks for each request; answers with the exit code."""
     import runpy
 
-    from besa_exp import evaluation_run, jobs, preflight, run  # noqa: F401
-    from besa_exp.process import imports_are_done
+    from besa_exp.machine.process import imports_are_done
+    from besa_exp.runs import evaluate as evaluation_run  # noqa: F401
 
     imports_are_done()
     for line in sys.stdin:
@@ -65,6 +65,6 @@ def serve() -> int:
 
 
 if __name__ == "__main__":
-    from besa_exp.process import run_as_process
+    from besa_exp.machine.process import run_as_process
 
     run_as_process(serve)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from besa_exp.main import main
-from besa_exp.run_folder import RunFolder
+from besa_exp.cli.main import main
+from besa_exp.run_folder.folder import RunFolder
 
 Refusal = Callable[..., str]
 
@@ -361,13 +361,13 @@ def test_full_errors_show_the_traceback(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["--version"], ["prunne"], ["list", "models"]])
 def test_short_answers_load_neither_torch_nor_hydra(arguments: list[str]) -> None:
     loaded = modules_after(*arguments)
-    assert "besa_exp.main" in loaded
+    assert "besa_exp.cli.main" in loaded
     assert not loaded & {"torch", "hydra", "omegaconf", "transformers", "wandb", "datasets", "lm_eval", "numpy", "rich"}
 
 
 def modules_after(*arguments: str) -> set[str]:
     """What a process that ran the command has imported."""
-    program = f"import sys; from besa_exp.main import main; main({list(arguments)!r}); print(sorted(sys.modules))"
+    program = f"import sys; from besa_exp.cli.main import main; main({list(arguments)!r}); print(sorted(sys.modules))"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     return set(answer.stdout.splitlines()[-1].strip("[]").replace("'", "").split(", "))
 

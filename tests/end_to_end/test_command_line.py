@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from besa_exp.main import main
+from besa_exp.cli.main import main
 
 OWN_PRESET = "# A preset of one's own\n_target_: besa_exp.settings.ModelSettings\npath: /models/mine\n"
 
@@ -32,7 +32,7 @@ def test_the_resolved_configuration_is_shown_readable_and_complete(capsys: pytes
     values = yaml.safe_load(shown)
     assert "hydra" not in values
     assert (values["seed"], values["calibration"]["seed"]) == (3, 3)
-    assert values["pruner"] == {"_target_": "besa_exp.pruners.wanda.Wanda"}
+    assert values["pruner"] == {"_target_": "besa_exp.methods.pruners.wanda.Wanda"}
 
 
 @pytest.mark.usefixtures("logging_as_it_was")

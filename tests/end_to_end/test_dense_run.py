@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from besa_exp.main import main
+from besa_exp.cli.main import main
 from besa_exp.report.runs import read_run
 
 

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from besa_exp.cli.main import main
+from besa_exp.cli.prune import prune
 from besa_exp.errors import ConfigurationError
-from besa_exp.main import main
-from besa_exp.prune_command import prune
 
 PARTS = ("weights", "activations and targets", "statistics of a block", "pruner and forward pass at work")
 PARTS += ("finished blocks", "masks.safetensors", "saved shards", "logs and metrics", "at once, at most")

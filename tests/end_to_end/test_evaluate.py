@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from besa_exp.cli.evaluate import read_asked
+from besa_exp.cli.main import main
+from besa_exp.cli.prune import composed
 from besa_exp.errors import ConfigurationError
-from besa_exp.evaluate_command import read_asked
-from besa_exp.evaluation_run import evaluate_checkpoint
-from besa_exp.main import main
-from besa_exp.prune_command import composed
+from besa_exp.runs.evaluate import evaluate_checkpoint
 
 Answer = tuple[int, str]
 Ask = Callable[..., Answer]

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from besa_exp.configuration import CONF_DIR, as_values, method_name, read_settings
-from besa_exp.overrides import Composer
+from besa_exp.cli.compose import Composer
+from besa_exp.cli.configuration import CONF_DIR, as_values, method_name, read_settings
 from besa_exp.presets import presets
-from besa_exp.run import prune
+from besa_exp.runs.prune import prune
 
 MINIATURE = ["model.dtype=float32", "calibration.num_samples=4", "device=cpu", "tracker=none", "evaluator.tasks=[]"]
 

@@ -14,13 +14,13 @@ import pytest
 from resumed_runs import assert_equal_runs, killed, metrics_of, results_of
 from wandb_file import history, one
 
-from besa_exp.main import main
-from besa_exp.wandb_run import _run_id
+from besa_exp.cli.main import main
+from besa_exp.display.wandb_run import _run_id
 
 NO_HUB = """
 import socket, sys, time
-from besa_exp import models
-from besa_exp.main import main
+from besa_exp.checkpoints import load as models
+from besa_exp.cli.main import main
 models.HUB_TIMEOUT = 1.0
 with socket.socket() as silent:  # takes connections and never answers; closed, its port refuses them
     silent.bind(("127.0.0.1", 0))

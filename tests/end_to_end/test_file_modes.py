@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from besa_exp.main import main
+from besa_exp.cli.main import main
 
 
 @pytest.mark.parametrize("load", ["whole", "streamed"])

@@ -11,9 +11,9 @@ from families import tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from besa_exp.checkpoint import masks_description, save_model
-from besa_exp.main import main
-from besa_exp.rebuilding import Masks, rebuild
+from besa_exp.checkpoints.files import masks_description, save_model
+from besa_exp.cli.main import main
+from besa_exp.runs.rebuild import Masks, rebuild
 from besa_exp.settings import ModelSettings
 
 RUNS = {  # what decides about the bytes: the method, where the weights lay, what they were loaded as, tied embeddings

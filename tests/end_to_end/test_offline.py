@@ -17,7 +17,7 @@ import pytest
 from hub_process import hub_of
 from tiny_llama import byte_tokenizer, tiny_llama
 
-from besa_exp.main import main
+from besa_exp.cli.main import main
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 pytestmark = pytest.mark.xdist_group("hub")  # what they share is made once
@@ -31,7 +31,7 @@ def watch(event, arguments):
         print("CONNECTION", event, arguments[:2], file=sys.stderr, flush=True)
 
 sys.addaudithook(watch)
-from besa_exp.main import main
+from besa_exp.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 CARD = "---\nconfigs:\n- config_name: main\n  data_files:\n" + "".join(

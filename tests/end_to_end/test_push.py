@@ -13,7 +13,7 @@ import pytest
 from hub_process import hub_of
 from hub_server import TOKEN
 
-from besa_exp.main import main
+from besa_exp.cli.main import main
 
 Prune = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from besa_exp import reloading
+from besa_exp.checkpoints import fresh_process as reloading
 from besa_exp.errors import RunError
 
 TOKENS = torch.arange(16).view(1, 16)

@@ -17,7 +17,7 @@ import torch
 from resumed_runs import BLOCKS, assert_equal_runs, killed, metrics_of, results_of
 from safetensors.torch import load_file, save_file
 
-from besa_exp.main import main
+from besa_exp.cli.main import main
 
 KILLS = 20
 

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from besa_exp.checkpoint import load_masks
-from besa_exp.embedded.text import MODEL_DIR, TASKS_DIR, calibration_documents
-from besa_exp.main import main
+from besa_exp.checkpoints.files import load_masks
+from besa_exp.cli.main import main
+from besa_exp.texts.embedded.text import MODEL_DIR, TASKS_DIR, calibration_documents
 
 FILES = (
     "results.json metrics.jsonl sparsity.csv status.json run.log config.yaml environment.json masks.safetensors "

@@ -15,11 +15,13 @@ BLOCKS, HIDDEN, FFN, SAMPLES, SEQ_LEN = 24, 512, 1408, 4, 32
 BLOCK_BYTES = 4 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * FFN)
 PEAK = """
 import resource, sys
-from besa_exp import blocks, jobs, preflight, run, streaming
+from besa_exp.checkpoints import streaming
+from besa_exp.cli import jobs, preflight
+from besa_exp.runs import prune
 import torch
 torch.ones(600, 600) @ torch.ones(600, 600)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-from besa_exp.main import main
+from besa_exp.cli.main import main
 code = main(sys.argv[1:])
 print("grown by", 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 sys.exit(code)

@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from wandb_file import one
 
-from besa_exp.main import main
+from besa_exp.cli.main import main
 
 LAUNCHERS = {
     "basic": [],

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from wandb_file import summary
 
-from besa_exp.main import main
+from besa_exp.cli.main import main
 
 
 def test_a_target_out_of_reach_is_told_before_the_model_is_loaded_and_in_the_end(

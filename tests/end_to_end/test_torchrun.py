@@ -21,8 +21,8 @@ from ready_process import run_ready
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from besa_exp.embedded.text import MODEL_DIR, calibration_documents
-from besa_exp.main import main
+from besa_exp.cli.main import main
+from besa_exp.texts.embedded.text import MODEL_DIR, calibration_documents
 
 EMBEDDING = "model.embed_tokens.weight"
 

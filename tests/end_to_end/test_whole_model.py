@@ -14,7 +14,7 @@ import torch
 from resumed_runs import BLOCKS, assert_equal_runs
 from safetensors.torch import load_file
 
-from besa_exp.main import main
+from besa_exp.cli.main import main
 
 SHORT = ["pruner.model.steps=6", "pruner.model.checks=2"]
 MODEL = ["pruner.scope=model", *SHORT]

@@ -6,11 +6,11 @@ because it must fork before torch has computed anything.
 
 import sys
 
-from besa_exp.torchrun import only_the_leader_speaks
+from besa_exp.machine.torchrun import only_the_leader_speaks
 
 
 def rank(arguments: list[str]) -> None:
-    from besa_exp.main import main
+    from besa_exp.cli.main import main
 
     only_the_leader_speaks()
     if code := main(arguments):

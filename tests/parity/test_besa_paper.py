@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from besa_exp.blocks import capture_blocks, embed
-from besa_exp.masks import Target
-from besa_exp.pruners import besa_paper
-from besa_exp.pruners.besa_paper import BesaPaper
-from besa_exp.pruners.candidates import CandidateAllocation
-from besa_exp.pruning import prune_blocks
+from besa_exp.blocks.block import capture_blocks, embed
+from besa_exp.blocks.loop import prune_blocks
+from besa_exp.methods.pruners import besa_paper
+from besa_exp.methods.pruners.besa_paper import BesaPaper
+from besa_exp.methods.pruners.candidates import CandidateAllocation
+from besa_exp.tensors.masks import Target
 
 GOLDEN_DIR = Path(__file__).parents[1] / "golden"
 

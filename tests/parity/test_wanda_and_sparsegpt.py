@@ -9,10 +9,11 @@ import torch
 from near_ties import assert_differ_at_near_ties_alone
 from safetensors.torch import load_file
 
-from besa_exp.importance import upper_factor, wanda_importance
-from besa_exp.masks import Target, keep_per_row
-from besa_exp.pruners.sparsegpt import sparsegpt
-from besa_exp.statistics import Hessian, InputNorm
+from besa_exp.methods.pruners.sparsegpt import sparsegpt
+from besa_exp.tensors.hessian import upper_factor
+from besa_exp.tensors.importance import wanda_importance
+from besa_exp.tensors.masks import Target, keep_per_row
+from besa_exp.tensors.statistics import Hessian, InputNorm
 
 GOLDEN_DIR = Path(__file__).parents[1] / "golden"
 

@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from besa_exp.kernels import count_gradient, rank_in_row
-from besa_exp.masks import (
+from besa_exp.methods.allocation import project_to_budget, round_to_worth
+from besa_exp.methods.pruners.candidates import CandidateMask, float_candidates
+from besa_exp.tensors.kernels import count_gradient, rank_in_row
+from besa_exp.tensors.masks import (
     Target,
     keep_by_rank,
     keep_largest,
@@ -20,8 +22,6 @@ from besa_exp.masks import (
     round_to_total,
     targets_of_linears,
 )
-from besa_exp.pruners.allocation import project_to_budget, round_to_worth
-from besa_exp.pruners.candidates import CandidateMask, float_candidates
 
 QUICK = settings(max_examples=50, deadline=None)
 

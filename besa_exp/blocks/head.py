@@ -1,0 +1,64 @@
+"""The model's head: what it makes of the last block's output, and how far apart two models' predictions are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from besa_exp.blocks.block import Block, Hidden, embed
+from besa_exp.blocks.call_arguments import NotAlone, other_tokens
+from besa_exp.blocks.linears import replaced_forwards
+
+Logits = Float[Tensor, "sample seq vocabulary"]
+Head = Callable[[Hidden], Logits]
+FEW = 64  # tokens that show what logits depend on
+
+
+def head_of(model: nn.Module, blocks: Sequence[Block], input_ids: Int[Tensor, "sample seq"]) -> Head:
+    """A function from the last block's outputs, of at most as many samples as `input_ids` has, to logits.
+    Differentiable in the outputs. NotAlone: logits depend on the tokens too."""
+    modules = [block.module for block in blocks]
+    device = next(model.parameters()).device
+    one = input_ids[:1, :FEW].to(device)
+    with torch.no_grad():
+        state = embed(model, [*blocks], one, 1)
+        logits, others = (head_logits(model, modules, ids, state) for ids in (one, other_tokens(model, one)))
+    if not torch.equal(logits, others):
+        raise NotAlone(
+            f"{type(model).__name__} makes its logits of the tokens as well as of the last block's output: what "
+            "tries whole models, a budget or a search, cannot be used"
+        )
+
+    def head(hidden: Hidden) -> Logits:
+        return head_logits(model, modules, input_ids[: len(hidden)].to(device), hidden.to(device))
+
+    return head
+
+
+def head_logits(model: nn.Module, modules: list[nn.Module], ids: Int[Tensor, "sample seq"], hidden: Hidden) -> Logits:
+    """The model's own forward pass with stand-ins for the blocks, which return a tensor, or a tuple where the model
+    wants one. Of `ids` the shape alone matters."""
+    results: tuple[Any, ...] = (hidden, (hidden, None))
+    for result in results:
+        stand_ins = [lambda *args, result=result, **kwargs: result] * len(modules)
+        with replaced_forwards(modules, stand_ins):
+            try:
+                logits = model(input_ids=ids, use_cache=False).logits
+            except (TypeError, AttributeError, IndexError, RuntimeError, ValueError):
+                if result is results[-1]:
+                    raise
+                continue
+        if logits.shape[:2] == ids.shape:
+            return logits
+    raise AssertionError("the model makes no logits of its last block's output")
+
+
+def divergence(expected: Logits, found: Logits) -> Float[Tensor, "sample seq"]:
+    """KL(p || q) of each token in fp32, p the distribution of the next token by `expected`, q by `found`."""
+    p = expected.float().log_softmax(dim=-1)
+    gap = p - found.float().log_softmax(dim=-1)
+    return (p.exp_() * gap).sum(dim=-1)  # in place: logits are the largest thing that is held

@@ -1,0 +1,101 @@
+"""The block loop. One loop for all methods: observe, prune, write, go on with the pruned block's outputs.
+
+Every block is pruned on the outputs of the pruned blocks before it (the pruned prefix), as in Wanda, SparseGPT, BESA.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+
+from besa_exp.blocks.activations import Allocate
+from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.observation import observe
+from besa_exp.blocks.probe import finite_loss, own_probe
+from besa_exp.blocks.pruner import PrunedBlock, Pruner
+from besa_exp.blocks.reports import BlockReport, LinearReport, Step
+from besa_exp.errors import RunError
+from besa_exp.machine import distributed
+from besa_exp.tensors.masks import Target
+from besa_exp.tensors.statistics import is_finite
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def write_weights(block: Block, pruned: PrunedBlock) -> None:
+    """Write the pruned weights into the block: the one place where weights change. All ranks write what rank 0 found.
+    RunError: a weight is not finite."""
+    for name, linear in block.linears.items():
+        weight = linear.weight
+        if pruned.weights is not None:
+            weight.copy_(pruned.weights[name])
+        weight.masked_fill_(~pruned.keep_masks[name], 0)
+        weight.copy_(distributed.broadcast(weight.contiguous()))
+        if not is_finite(weight):
+            raise RunError(f"{block.name}.{name}: the pruned weights are not finite in {weight.dtype}.")
+    for path, found in pruned.norms.items():
+        norm = distributed.broadcast(found.contiguous())
+        if not is_finite(norm):
+            raise RunError(f"{block.name}.{path}: the tuned norm is not finite in {norm.dtype}.")
+        block.module.get_parameter(path).copy_(norm)
+
+
+def prune_blocks(
+    blocks: Iterable[Block],
+    inputs: Hidden,
+    pruner: Pruner,
+    target: Target | Sequence[Target],
+    batch_size: int,
+    on_step: Callable[[Step], None] = lambda step: None,
+    restore: Callable[[Block], bool] = lambda block: False,
+    allocate: Allocate | None = None,
+) -> Iterator[tuple[BlockReport, PrunedBlock]]:
+    """Prune the blocks in place, one after the other, `batch_size` samples a forward pass. `inputs`, those of the
+    samples that this rank owns, are overwritten.
+
+    `target` is that of every block, or a list by block index. `restore` puts the pruned weights of an earlier run into
+    a block and says so: it is not pruned again, nor yielded. `allocate` gives room for activations, by default where
+    the inputs lie. RunError: a statistic, loss or weight is not finite; the block and the linear are named."""
+
+    def room() -> Hidden:
+        return allocate(inputs.shape, inputs.dtype) if allocate else torch.empty_like(inputs)
+
+    targets = room()
+    dense_inputs = room().copy_(inputs) if pruner.dense_targets else inputs
+    observed = room() if pruner.dense_targets else targets  # the block as it is, on the pruned prefix
+    for block in blocks:
+        started = time.perf_counter()
+        if pruner.dense_targets:
+            block.outputs(dense_inputs, batch_size, out=targets)
+        pruned = None
+        if not restore(block):
+            statistics, _ = observe(block, inputs, pruner.statistic, batch_size, observed)
+            wanted = target if isinstance(target, Target) else target[block.index]
+            pruned = pruner.prune_block(block, inputs, targets, statistics, wanted, on_step)
+            del statistics
+            write_weights(block, pruned)
+        block.outputs(inputs, batch_size, out=inputs)
+        if pruned:
+            after = finite_loss(block, own_probe(inputs), own_probe(targets))
+            yield _report(block, pruned, after, time.perf_counter() - started), pruned
+            del pruned  # before the next block is read
+        if pruner.dense_targets:
+            dense_inputs, targets = targets, dense_inputs
+
+
+def _report(block: Block, pruned: PrunedBlock, after: float, seconds: float) -> BlockReport:
+    before = after if pruned.loss_before is None else pruned.loss_before
+    linears = tuple(
+        LinearReport(
+            name,
+            linear.weight.numel(),
+            linear.weight.numel() - int(linear.weight.bool().count_nonzero()),  # of floats 15 x slower
+            float(pruned.allocated[name].float().mean()),
+        )
+        for name, linear in block.linears.items()
+    )
+    return BlockReport(block.index, linears, before, after, seconds, pruned.steps)

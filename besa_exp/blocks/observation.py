@@ -1,0 +1,147 @@
+"""One pass over a block that watches what its linears are given: a statistic for each, and the block's outputs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Generic
+
+import torch
+from torch import Tensor, nn
+
+from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.linears import Linear, watch
+from besa_exp.errors import RunError
+from besa_exp.machine import distributed
+from besa_exp.tensors.statistics import S, by_shared_input
+
+FEW_TOKENS = 32  # with fewer the norm of an input is known to worse than an eighth: 1 / sqrt(2 * tokens)
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def observe(
+    block: Block, inputs: Hidden, statistic: type[S] | None, batch_size: int, out: Hidden | None = None
+) -> tuple[dict[str, S], Hidden]:
+    """One pass of the block as it is over all samples: a statistic, of the samples of all ranks, for every linear
+    (linears that are given the same tensor share one) and the outputs, into `out` where given. RunError: a statistic is
+    not finite, or a linear was never called.
+
+    Experts of a stack that fewer than FEW_TOKENS tokens reach are given all tokens in a second pass; other experts that
+    none reach count every input alike, so that their weights' magnitude decides. Both are named in the log."""
+    if statistic is None:
+        return {}, block.outputs(inputs, batch_size, out=out)
+    outputs = torch.empty_like(inputs) if out is None else out
+    statistics, tokens = _pass(block, inputs, statistic, batch_size, block.linears, outputs)
+    few = {
+        name: linear
+        for name, linear in block.linears.items()
+        if linear.expert is not None and tokens.get(name, 0) < FEW_TOKENS
+    }
+    if few:
+        logger.info("%s: %s; calibrated on all tokens", block.name, _few_tokens(few, tokens))
+        statistics |= _pass(block, inputs, statistic, batch_size, few, None)[0]
+    for name, linear in block.linears.items():
+        if name not in statistics and linear.of_mixture:
+            logger.info("%s.%s: no token reached it; its weights' magnitude decides", block.name, name)
+            columns, device = linear.weight.shape[1], linear.weight.device
+            statistics[name] = statistic(columns, device)
+            statistics[name].add(torch.eye(columns, device=device), 1)
+        if name not in statistics:
+            raise RunError(f"{block.name}: {name} did not run on the calibration tokens; cannot prune it.")
+        if not statistics[name].is_finite():
+            raise RunError(
+                f"{block.name}.{name}: the statistic of its inputs is not finite (NaN or inf in the calibration "
+                "activations); load the model in float32 or bfloat16 (model.dtype) or check its weights."
+            )
+    return statistics, outputs
+
+
+def _few_tokens(few: Mapping[str, Linear], tokens: Mapping[str, int]) -> str:
+    """`mlp.experts: fewer than 32 tokens reached 3 (0 tokens), 17 (12)`."""
+    seen: dict[str, dict[str, None]] = {}
+    for name, linear in few.items():
+        seen.setdefault(linear.path.rpartition(".")[0], {})[f"{linear.expert} ({tokens.get(name, 0)})"] = None
+    return "; ".join(
+        f"{path}: fewer than {FEW_TOKENS} tokens reached experts {', '.join(found)}" for path, found in seen.items()
+    )
+
+
+def _pass(
+    block: Block,
+    inputs: Hidden,
+    statistic: type[S],
+    batch_size: int,
+    linears: Mapping[str, Linear],
+    out: Hidden | None,
+) -> tuple[dict[str, S], dict[str, int]]:
+    """The statistics of `linears` over all samples, and the tokens that reached each, both of all ranks; the block's
+    outputs into `out`. Without `out` experts are given all tokens."""
+    for batch in inputs.split(batch_size):
+        block.arguments(len(batch))  # captured by a pass of the model, which must not meet the hooks below
+    observer = _Observer(statistic)
+    hooks = watch(linears, observer.add_shared, observer.add, all_tokens=out is None)
+    hooks.append(block.module.register_forward_pre_hook(observer.next_batch, with_kwargs=True))
+    try:
+        if out is None:
+            for batch in inputs.split(batch_size):
+                block(batch)
+        else:
+            block.outputs(inputs, batch_size, out=out)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    tokens: dict[str, int] = {}
+    for counts in distributed.gathered(observer.tokens):
+        tokens |= {name: tokens.get(name, 0) + count for name, count in counts.items()}
+    return _of_all_ranks(block, observer.statistics, statistic), tokens
+
+
+def _of_all_ranks(block: Block, own: Mapping[str, S], statistic: type[S]) -> dict[str, S]:
+    """The statistics summed over ranks. A linear that some ranks' samples do not reach, as in a mixture of experts, has
+    nothing to add there."""
+    if distributed.num_ranks() == 1:
+        return dict(own)
+    leaders: dict[str, str] = {}  # of the linears that share a statistic the first, by linear
+    for found in distributed.gathered({name: names[0] for _, names in by_shared_input(own) for name in names}):
+        leaders |= found
+    summed: dict[str, S] = {}
+    for name in sorted(set(leaders.values())):
+        weight = block.linears[name].weight
+        summed[name] = own[name] if name in own else statistic(weight.shape[1], weight.device)
+        summed[name].sum_over_ranks()
+    return {name: summed[leaders[name]] for name in block.linears if name in leaders}
+
+
+class _Observer(Generic[S]):
+    """Adds up the inputs of linears as the block runs; those that are given the same tensor share one statistic.
+
+    `seen` keeps the inputs of the forward pass under way alive, so that their identities stay distinct."""
+
+    def __init__(self, statistic: type[S]) -> None:
+        self.statistic = statistic
+        self.statistics: dict[str, S] = {}
+        self.tokens: dict[str, int] = {}
+        self.seen: list[tuple[str, Tensor]] = []
+        self.samples = 0
+
+    def next_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before each forward pass of the block."""
+        self.seen.clear()
+        self.samples = len(args[0] if args else kwargs["hidden_states"])
+
+    def add_shared(self, name: str, inputs: Tensor) -> None:
+        """Adds the inputs of the linear `name` to its statistic, unless they were added for another."""
+        for leader, tensor in self.seen:
+            if tensor is inputs:
+                self.statistics.setdefault(name, self.statistics[leader])
+                return
+        self.seen.append((name, inputs))
+        self.add(name, inputs)
+
+    def add(self, name: str, inputs: Tensor) -> None:
+        """Adds the inputs of the linear `name`, none at all included, to its own statistic."""
+        self.tokens[name] = self.tokens.get(name, 0) + inputs.shape[:-1].numel()
+        if name not in self.statistics:
+            self.statistics[name] = self.statistic(inputs.shape[-1], inputs.device)
+        self.statistics[name].add(inputs, self.samples)

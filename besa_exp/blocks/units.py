@@ -1,0 +1,245 @@
+"""How much is reconstructed together, under one loss and one budget: a part of a block, a block, two of them, or, after
+each block by itself, the whole model (`Refinement`).
+
+To a pruner the first three are a `Block`, which maps hidden states to hidden states and has linears. A sub-block ends
+where the residual stream passes from attention to MLP. That place is found, not listed by family: it is the input of
+a module through which passes all that the block's output knows of its input, with linears before and after it. Blocks
+whose attention and MLP work side by side (GPT-J, GPT-NeoX, Falcon, Phi) have no such place, and are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.call_arguments import Reached, hidden_of
+from besa_exp.blocks.pruner import PrunedBlock
+from besa_exp.blocks.reports import BlockReport, ModelStep
+from besa_exp.errors import RunError
+
+if TYPE_CHECKING:
+    from besa_exp.blocks.whole_model import KeepMasks, Weights, Whole
+
+SCOPES = ("sub_block", "block", "pair", "model")
+
+
+def blocks_together(pruner: Any) -> int:
+    """How many blocks a pruner, or the one inside it, is given at a time."""
+    inner = getattr(pruner, "pruner", None)
+    return blocks_together(inner) if inner else 2 if getattr(pruner, "scope", "block") == "pair" else 1
+
+
+def takes_apart(pruner: Any) -> bool:
+    """Whether a pruner, or the one inside it, gives the parts of a block targets of their own."""
+    inner = getattr(pruner, "pruner", None)
+    return takes_apart(inner) if inner else getattr(pruner, "scope", "block") == "sub_block"
+
+
+@runtime_checkable
+class Refinement(Protocol):
+    """A search over the whole model that begins where the block loop has ended."""
+
+    @property
+    def steps(self) -> int:
+        """How many it takes."""
+        ...
+
+    def refine(
+        self,
+        whole: Whole,
+        keep_masks: Sequence[KeepMasks],
+        weights: Sequence[Weights] | None,
+        on_step: Callable[[ModelStep], None],
+    ) -> tuple[Sequence[KeepMasks], Sequence[Weights] | None]:
+        """The masks and weights of all blocks, from those that the block loop found; None: the dense weights."""
+        ...
+
+
+def refinements(pruner: Any, pattern: str) -> Sequence[Refinement]:
+    """What a pruner asks for after the block loop."""
+    wanted = getattr(pruner, "refinements", None)
+    return wanted(pattern) if wanted else ()
+
+
+def unit_ends(num_blocks: int, together: int) -> set[int]:
+    """The numbers of finished blocks at which no unit of `together` blocks is cut in two."""
+    return {*range(0, num_blocks, together), num_blocks}
+
+
+def units(blocks: Sequence[Block], together: int) -> list[Block]:
+    """The blocks, `together` at a time; what is left over at the end comes as it is."""
+    grouped = [blocks[start : start + together] for start in range(0, len(blocks), together)]
+    return [_chained(group) if len(group) > 1 else group[0] for group in grouped]
+
+
+def _chained(blocks: Sequence[Block]) -> Block:
+    """One block that runs several, one after the other; its linears are `0.self_attn.q_proj`, `1.self_attn.q_proj`."""
+    return Block(
+        blocks[0].index,
+        " and ".join(block.name for block in blocks),
+        _Chain(block.module for block in blocks),
+        {
+            f"{place}.{name}": replace(linear, path=f"{place}.{linear.path}")
+            for place, block in enumerate(blocks)
+            for name, linear in block.linears.items()
+        },
+        lambda batch_size: (tuple(block.arguments(batch_size) for block in blocks), {}),
+        tuple(blocks),
+        blocks[0].compute_dtype,
+    )
+
+
+class _Chain(nn.ModuleList):
+    """Each module with its own captured arguments."""
+
+    def forward(self, hidden: Hidden, *arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Hidden:
+        for module, (args, kwargs) in zip(self, arguments, strict=True):
+            hidden = hidden_of(module(hidden, *args, **kwargs))
+        return hidden
+
+
+def by_block(unit: Block, report: BlockReport, pruned: PrunedBlock) -> list[tuple[Block, BlockReport, PrunedBlock]]:
+    """What was decided of a unit, block by block. The losses are the unit's; its time is split evenly, and its steps
+    are told with its first block."""
+    if not unit.parts:
+        return [(unit, report, pruned)]
+    result = []
+    for place, block in enumerate(unit.parts):
+        linears = tuple(
+            replace(linear, name=linear.name.removeprefix(f"{place}."))
+            for linear in report.linears
+            if linear.name.startswith(f"{place}.")
+        )
+        own = replace(
+            pruned,
+            keep_masks=_own(pruned.keep_masks, place),
+            allocated=_own(pruned.allocated, place),
+            weights=None if pruned.weights is None else _own(pruned.weights, place),
+            norms=_own(pruned.norms, place),
+        )
+        told = BlockReport(
+            block.index,
+            linears,
+            report.loss_before,
+            report.loss_after,
+            report.seconds / len(unit.parts),
+            () if place else report.steps,
+        )
+        result.append((block, told, own))
+    return result
+
+
+def _own(values: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:
+    prefix = f"{place}."
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+
+def sub_blocks(block: Block, inputs: Hidden) -> list[tuple[Block, tuple[str, ...]]]:
+    """Attention and MLP apart: each a block from the block's inputs to its own end, with all linears, and the names of
+    its own. `inputs`: one sample shows where they part. RunError: they cannot be told apart."""
+    seen, output = _watch(block, inputs[:1])
+    first_calls = {id(module): place for place, (module, _) in reversed([*enumerate(seen)])}
+    called = {name: _call_of(block.module, name, first_calls) for name in block.linears}
+    parts: list[tuple[Block, tuple[str, ...]]] = []
+    begin, last = 0, seen[0][1]
+    for place, (module, state) in enumerate(seen):
+        names = tuple(name for name, call in called.items() if begin <= call < place)
+        after = any(call >= place for call in called.values())
+        if names and after and state is not last and _holds_all(state, seen[0][1], output):
+            parts.append((replace(block, module=_Until(block.module, module)), names))
+            begin, last = place, state
+    if not parts:
+        raise RunError(
+            f"{block.name}: attention and MLP cannot be reconstructed apart: no state between them holds all of the "
+            "block's input, as in blocks that run them side by side; use pruner.scope=block"
+        )
+    return [*parts, (block, tuple(name for name, call in called.items() if call >= begin))]
+
+
+class _Until(nn.Module):
+    """A block up to the first call of `end`: what that is given. Its submodules are the block's, under their names."""
+
+    def __init__(self, block: nn.Module, end: nn.Module) -> None:
+        super().__init__()
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        self.block_and_end = (block, end)  # in a tuple: else they would be submodules, with names of their own
+
+    def forward(self, hidden: Hidden, *args: Any, **kwargs: Any) -> Hidden:
+        """The state in the shape of the hidden states."""
+        block, end = self.block_and_end
+        states: list[Tensor] = []
+
+        def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states.append(_given(args, kwargs))
+            raise Reached
+
+        hook = end.register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            with suppress(Reached):
+                block(hidden, *args, **kwargs)
+        finally:
+            hook.remove()
+        return states[0].reshape(hidden.shape)
+
+
+@dataclass
+class _Watcher:
+    """Notes each call of a module inside a block with the first tensor that it is given."""
+
+    seen: list[tuple[nn.Module, Tensor | None]]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.seen.append((module, _given(args, kwargs)))
+
+
+def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+def _watch(block: Block, sample: Hidden) -> tuple[list[tuple[nn.Module, Tensor | None]], Tensor]:
+    """The calls of all modules in order, the block itself first, with what they were given, and the output; all part of
+    one graph."""
+    block.arguments(len(sample))  # captured by a pass of the model, which must not meet the hooks
+    watcher = _Watcher([])
+    hooks = [module.register_forward_pre_hook(watcher, with_kwargs=True) for module in block.module.modules()]
+    try:
+        with torch.enable_grad():
+            output = block(sample.detach().clone().requires_grad_())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return watcher.seen, output
+
+
+def _call_of(module: nn.Module, name: str, first_calls: Mapping[int, int]) -> int:
+    """When a linear was first called, or, where it was not (an expert that no token reached), what holds it."""
+    while name:
+        with suppress(AttributeError):
+            if (call := first_calls.get(id(module.get_submodule(name)))) is not None:
+                return call
+        name = name.rpartition(".")[0]
+    return 0
+
+
+def _holds_all(state: Tensor | None, entered: Tensor | None, output: Tensor) -> bool:
+    """Whether every way back from `output` to `entered` in autograd's graph leads through `state`."""
+    if state is None or state.grad_fn is None or entered is None or state.numel() != entered.numel():
+        return False
+    passed = {(state.grad_fn, state.output_nr)}
+    ahead = [(output.grad_fn, output.output_nr)]
+    while ahead:
+        node, number = ahead.pop()
+        if node is None or (node, number) in passed:
+            continue
+        passed.add((node, number))
+        if getattr(node, "variable", None) is entered:
+            return False
+        ahead += node.next_functions
+    return True

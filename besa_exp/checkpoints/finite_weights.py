@@ -1,0 +1,19 @@
+"""Weights that are not finite, told by name before any long work: later they would show as a loss or a state of NaN far
+from where they are, or, in a row of the embedding that few texts need, at some late sample."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from besa_exp.errors import RunError
+from besa_exp.tensors.statistics import is_finite
+
+
+def check_finite_weights(model: nn.Module, path: str) -> None:
+    """RunError: a weight that is in memory (a streamed model's blocks are not) holds NaN or infinity."""
+    for name, weight in model.named_parameters():
+        if not weight.is_meta and weight.is_floating_point() and weight.numel() and not is_finite(weight.detach()):
+            raise RunError(
+                f"model.path={path}: {name} holds NaN or infinity: the model is broken as it is saved, or overflows as "
+                f"{str(weight.dtype).removeprefix('torch.')}; copy it again, or set model.dtype=float32"
+            )

@@ -1,0 +1,237 @@
+"""What a folder says about its model before any weight is read: config.json and the headers of the safetensors files.
+
+A safetensors file is 8 bytes (the header's length, little-endian), the header (JSON: name to dtype, shape and
+data_offsets), then the data. A file that was cut off is shorter than its own header says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from besa_exp.checkpoints.config import adapter_problem, config_problems, quantised_tensors, text_part
+
+CACHED = "models--"  # begins the hub cache's folders of models
+LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")  # of a config, first found
+INDEX = "model.safetensors.index.json"
+CONV1D = ("gpt2", "openai-gpt")  # model types that save their linears as [in, out]
+IN_A_BLOCK = re.compile(r"\.\d+\.(?:.+\.)?\w+\.weight$")  # model.layers.3.mlp.down_proj.weight
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """`context`: longest window in tokens, None where the config does not say. `linears`: name to [out, in] of the
+    two-dimensional weights inside blocks. `weights`: count over all tensors. `saved_bytes`: their size as saved.
+    `to_convert`: they are written anew as safetensors first. Of pickled ones, which are not read before, the linears
+    are unknown and the count a guess."""
+
+    context: int | None
+    linears: dict[str, tuple[int, int]]
+    weights: int
+    saved_bytes: int
+    to_convert: bool = False
+
+
+def inspect_model_folder(
+    folder: Path, key: str = "model.path", convert: bool = False, trust_remote_code: bool = False
+) -> tuple[ModelFolder | None, list[str]]:
+    """The facts, or the problems that make the folder unusable; `key` is what a person set to name it. `convert`:
+    pickled weights are no problem."""
+    where = f"{key}={folder}"
+    config, problems = inspect_config(folder, where, trust_remote_code)
+    if problems:
+        return None, problems
+    if convert and not _has_safetensors(folder) and (pickles := pickled_files(folder)):
+        missing = [file.name for file in pickles if not file.is_file()]
+        if missing:
+            return None, [f"{where}: {', '.join(missing)} missing, which its index names; copy them too"]
+        return _pickled_facts(config, sum(file.stat().st_size for file in pickles)), []
+    files, problems = weight_files(folder, where)
+    tensors: dict[str, Any] = {}
+    for file in files:
+        header, problem = read_header(file)
+        problems += [problem] if problem else _held_twice(tensors, header, file, where)
+        tensors |= header
+    problems = problems or quantised_tensors(tensors, where)
+    return (None, problems) if problems else (_facts(config, tensors), [])
+
+
+def inspect_config(folder: Path, where: str, trust_remote_code: bool) -> tuple[dict[str, Any], list[str]]:
+    """config.json, and what it says against the model."""
+    config_file, adapter_file = folder / "config.json", folder / "adapter_config.json"
+    try:
+        if config_file.is_file():
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            return config, config_problems(config, where, trust_remote_code)
+        if adapter_file.is_file():
+            return {}, [adapter_problem(json.loads(adapter_file.read_text(encoding="utf-8")), where)]
+    except (OSError, ValueError) as error:
+        return {}, [f"{config_file}: cannot be read as JSON ({error}); copy the model folder again"]
+    return {}, [_only_gguf(folder, where) or f"{where}: {_no_model(folder)}"]
+
+
+def _no_model(folder: Path) -> str:
+    """What a folder without a config.json is, and what to give instead."""
+    if folder.name.startswith(CACHED) and (folder / "snapshots").is_dir():
+        name = folder.name.removeprefix(CACHED).replace("--", "/")
+        return f"is the hub cache's folder of {name}, not a model's; give the hub id {name}, which finds it there"
+    held = sorted(path.name.removeprefix(CACHED) for path in folder.iterdir() if path.name.startswith(CACHED))
+    if held:
+        return f"is a cache of the hub, not a model's folder; give a hub id, as {held[0].replace('--', '/')}"
+    return "no config.json in it; give the folder that save_pretrained wrote"
+
+
+def pickled_files(folder: Path) -> list[Path]:
+    """The .bin files that make up the model: those of their index, or the only one."""
+    index = folder / "pytorch_model.bin.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return [folder / name for name in sorted(set(weight_map.values()))]
+    return [file for file in [folder / "pytorch_model.bin"] if file.is_file()]
+
+
+def only_pickled(where: str, file: str) -> str:
+    """The problem of a model without safetensors."""
+    return (
+        f"{where}: only pickled weights ({file}), which can run code when they are read; model.convert=true reads "
+        "tensors alone from .bin files and writes safetensors into outputs/converted; or load it once where you trust "
+        "it and write it with save_pretrained(folder)"
+    )
+
+
+def _has_safetensors(folder: Path) -> bool:
+    return (folder / "model.safetensors").is_file() or (folder / INDEX).is_file()
+
+
+def saved_dtype(folder: Path) -> str | None:
+    """The dtype that config.json gives the weights; None: it gives none, or cannot be read."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config.get("dtype") or config.get("torch_dtype")
+
+
+def read_header(file: Path) -> tuple[dict[str, Any], str | None]:
+    """A safetensors file's header, {tensor: {dtype, shape, data_offsets}}, or the problem that makes it unreadable."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(LARGEST_HEADER, size - 8):
+            return {}, f"{file}: {size} bytes are too few for its header: it was cut off; copy or download it again"
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            return {}, f"{file}: its header is not JSON: it is no safetensors file; copy or download it again"
+    header.pop("__metadata__", None)
+    told = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    if size != told:
+        return {}, f"{file}: {size:,} bytes where its header says {told:,}: it was cut off; copy or download it again"
+    return header, None
+
+
+def weight_files(folder: Path, where: str | None = None) -> tuple[list[Path], list[str]]:
+    """The safetensors files that make up the model, by transformers' order: what config.json names
+    (`transformers_weights`), model.safetensors, then those of the index; and what is wrong with the set. Where two sets
+    can be meant, neither is taken."""
+    where, named = where or str(folder), _named_weights(folder)
+    index = _index(folder, named)
+    whole = None if named and index else folder / (named or "model.safetensors")
+    names, problem = _names_in(index) if index and index.is_file() else ([], None)
+    if problem:
+        return [], [problem]
+    if whole and whole.is_file():
+        others = [name for name in names if name != whole.name and (folder / name).is_file()]
+        two = (
+            f"{where}: holds two sets of weights, {whole.name} and {', '.join(others[:2])} ..., which its index names; "
+            "remove the one that is not meant"
+        )
+        return ([], [two]) if others else ([whole], [])
+    if names:
+        missing = [name for name in names if not (folder / name).is_file()]
+        problems = [f"{where}: {', '.join(missing)} missing, which its index names; copy them too"] if missing else []
+        return [folder / name for name in names if name not in missing], problems
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        return [], [only_pickled(where, pickles[0])]
+    no_weights = f"{where}: no {named or 'model.safetensors'} in it; give the folder that save_pretrained wrote"
+    return [], [_only_gguf(folder, where) or no_weights]
+
+
+def index_without_metadata(folder: Path) -> list[str]:
+    """The problem of an index that transformers itself cannot read, though it names all files."""
+    index = _index(folder, _named_weights(folder))
+    if index is None or not index.is_file() or weight_files(folder)[0] == [folder / "model.safetensors"]:
+        return []
+    if isinstance(json.loads(index.read_text(encoding="utf-8")).get("metadata"), dict):
+        return []
+    return [f'{index}: has no "metadata", without which transformers reads no index; add "metadata": {{}}']
+
+
+def _index(folder: Path, named: str | None) -> Path | None:
+    """Where the index would lie; None: the config names a single file."""
+    if named and not named.endswith(".index.json"):
+        return None
+    return folder / (named or INDEX)
+
+
+def _named_weights(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _names_in(index: Path) -> tuple[list[str], str | None]:
+    """The files that an index names, or that it is none."""
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())), None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        return [], f"{index}: cannot be read as an index ({error!r}); copy the model folder again"
+
+
+def _held_twice(tensors: dict[str, Any], header: dict[str, Any], file: Path, where: str) -> list[str]:
+    both = sorted(tensors.keys() & header.keys())
+    if not both:
+        return []
+    return [f"{where}: {both[0]} is held by {file.name} and by another file too; keep the one that is meant"]
+
+
+def _only_gguf(folder: Path, where: str) -> str | None:
+    """The problem of a folder that holds GGUF files alone; None: it holds none."""
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    if not files:
+        return None
+    return (
+        f"{where}: holds GGUF files ({', '.join(files[:3])}) and no safetensors; name one of them, as in "
+        f"{folder / files[0]}, with model.convert=true, which unpacks it into outputs/converted"
+    )
+
+
+def _context(config: dict[str, Any]) -> int | None:
+    text = text_part(config)
+    context = next((text[key] for key in CONTEXT_KEYS if text.get(key)), None)
+    return context if isinstance(context, int) else None
+
+
+def _pickled_facts(config: dict[str, Any], size: int) -> ModelFolder:
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    weights = size // (2 if dtype in ("float16", "bfloat16") else 4)
+    return ModelFolder(_context(config), {}, weights, size, to_convert=True)
+
+
+def _facts(config: dict[str, Any], tensors: dict[str, Any]) -> ModelFolder:
+    order = -1 if config.get("model_type") in CONV1D else 1
+    shapes = {name: tuple(tensor["shape"][::order]) for name, tensor in tensors.items()}
+    sizes = [tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in tensors.values()]
+    return ModelFolder(
+        context=_context(config),
+        linears={name: shape for name, shape in shapes.items() if len(shape) == 2 and IN_A_BLOCK.search(name)},
+        weights=sum(math.prod(shape) for shape in shapes.values()),
+        saved_bytes=sum(sizes),
+    )

@@ -1,0 +1,312 @@
+"""The model and its tokenizer, by transformers: safetensors only, remote code only when the user asks for it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from besa_exp.checkpoints.config import code_of
+from besa_exp.checkpoints.gguf_file import inspect_gguf, is_gguf
+from besa_exp.checkpoints.inspect import (
+    CONTEXT_KEYS,
+    index_without_metadata,
+    inspect_config,
+    inspect_model_folder,
+    only_pickled,
+    weight_files,
+)
+from besa_exp.checkpoints.pickles import converted_folder
+from besa_exp.checkpoints.streaming import StreamedWeights, dtype_of, open_streamed
+from besa_exp.checkpoints.tensor_sources import without_ignored
+from besa_exp.checkpoints.transformers_config import read_config
+from besa_exp.errors import ConfigurationError, first_line
+from besa_exp.hub.client import MODEL_FILES, OTHER_FORMATS
+from besa_exp.hub.reachability import HUB_TIMEOUT
+from besa_exp.machine import distributed
+from besa_exp.machine.memory import free_memory
+from besa_exp.settings import ModelSettings
+from besa_exp.texts.embedded.text import MODEL_DIR
+
+CONTEXT = 2048  # tokens that the families without a limit were trained on at a time
+SHARE_OF_FREE = 0.5  # of the memory that is free: larger models are streamed
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, weights frozen, and its tokenizer, None where it has none. `weights` is set when its
+    blocks are streamed: they are in memory only while `weights` puts them there. `folder`: where its files lie.
+    `notes`: what was read otherwise than its config says, in sentences that stand in results.json. `stored`: the dtype
+    that it is saved in, where it is computed in another."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    weights: StreamedWeights | None
+    folder: Path
+    notes: tuple[str, ...] = ()
+    stored: torch.dtype | None = None
+
+
+def load_model(settings: ModelSettings, device: torch.device, offline: bool) -> LoadedModel:
+    """The model on `device`, whole or streamed: the same one, by the same config, dtype, files and ties.
+
+    ConfigurationError: it cannot be found, has no safetensors, its class is not known to transformers, its files do not
+    make up its weights, or it cannot be streamed although that was asked for."""
+    transformers_logging.disable_progress_bar()
+    folder = _checked_folder(settings, offline)
+    try:
+        config, notes = read_config(folder, settings.trust_remote_code)
+    except Exception as error:
+        raise _cannot_load(settings, error) from error
+    model, weights = _streamed(settings, folder, device) or (None, None)
+    if model is None:
+        model = _whole(settings, folder, config)
+        torch.nn.Module.to(model, device)  # transformers' own `to` is not typed
+    notes += _ties_undone(model)
+    for note in notes:
+        logger.warning("%s: %s", settings.path, note)
+    return LoadedModel(model, load_tokenizer(settings, folder), weights, folder, tuple(notes))
+
+
+def _streamed(
+    settings: ModelSettings, folder: Path, device: torch.device
+) -> tuple[PreTrainedModel, StreamedWeights] | None:
+    """The streamed model where that is asked for, or the whole one would be large; None: it is to be loaded whole."""
+    if settings.load != "streamed" and not (settings.load == "auto" and is_large(weight_bytes(folder), device)):
+        return None
+    try:
+        return open_streamed(folder, settings.dtype, device, settings.trust_remote_code)
+    except ValueError as error:
+        if settings.load == "streamed":
+            raise ConfigurationError(
+                f"model.load=streamed: {settings.path} cannot be streamed ({error}); set model.load=whole"
+            ) from error
+        logger.warning("%s is large but is loaded whole: %s", settings.path, error)
+        return None
+
+
+def _whole(settings: ModelSettings, folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype_of(config, settings.dtype, folder),
+            use_safetensors=True,
+            trust_remote_code=settings.trust_remote_code,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise _cannot_load(settings, error) from error
+    model, loading = loaded
+    _check_all_loaded(settings, model, loading)
+    return model.eval().requires_grad_(False)
+
+
+def _ties_undone(model: Any) -> list[str]:
+    """A sentence for each two weights that the class and config tie, and whose values in the files differ."""
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return [
+        f"its config ties {name} to {source}, its files hold two different ones: both are used, as transformers does"
+        for name, source in tied.items()
+        if name not in model.all_tied_weights_keys
+    ]
+
+
+def _checked_folder(settings: ModelSettings, offline: bool) -> Path:
+    """The folder of safetensors, converted from pickled weights or a GGUF file where that is asked for."""
+    if (unpacked := unpacked_gguf(settings)) is not None:
+        return unpacked
+    folder = _folder(settings, offline)
+    facts, problems = inspect_model_folder(folder, "model.path", settings.convert, settings.trust_remote_code)
+    problems = problems or index_without_metadata(folder)
+    if facts is None or problems:
+        raise ConfigurationError(*problems)
+    if code := code_of(json.loads((folder / "config.json").read_text(encoding="utf-8"))):
+        runs = "is run" if settings.trust_remote_code else "is not run: transformers' own classes are used"
+        logger.warning("%s: the code that comes with it, %s, %s", settings.path, ", ".join(code), runs)
+    return distributed.from_first(lambda: converted_folder(folder)) if facts.to_convert else folder
+
+
+def unpacked_gguf(settings: ModelSettings) -> Path | None:
+    """The folder that the GGUF file of `model.path` was unpacked into, now or before; None: it names none.
+    ConfigurationError: it cannot be."""
+    file = Path(model_path(settings))
+    if not is_gguf(file):
+        return None
+    _, problems = inspect_gguf(file, "model.path", settings.convert)
+    if problems:
+        raise ConfigurationError(*problems)
+    from besa_exp.checkpoints.gguf_weights import converted_gguf
+
+    return distributed.from_first(lambda: converted_gguf(file))
+
+
+def _check_all_loaded(settings: ModelSettings, model: nn.Module, loading: Mapping[str, Any]) -> None:
+    """transformers only warns of weights that the files lack, and draws them at random, or hold beyond the model's."""
+    lacking = sorted([*loading["missing_keys"], *(str(found) for found in loading["mismatched_keys"])])
+    lacking += [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    left = without_ignored(model, loading["unexpected_keys"])
+    where, kind = f"model.path={settings.path}: its files", type(model).__name__
+    problems = []
+    if lacking:
+        problems.append(
+            f"{where} lack {_few(lacking)} of {kind}, or hold them in another shape or without data; give the whole "
+            "model"
+        )
+    if left:
+        problems.append(
+            f"{where} also hold {_few(left)}, for which {kind} as config.json describes it has no place; correct "
+            "config.json (as the number of blocks), or remove them from the files"
+        )
+    if problems:
+        raise ConfigurationError(*problems)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def load_tokenizer(settings: ModelSettings, folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer; None, and a warning, where there is none that loads."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("%s has no tokenizer that loads (%s): only token files can be read", settings.path, error)
+        return None
+
+
+def _folder(settings: ModelSettings, offline: bool) -> Path:
+    """The folder of the model's files; those of a hub id are fetched into the local cache."""
+    path = model_path(settings)
+    return Path(path) if Path(path).is_dir() else _from_hub(settings, offline)
+
+
+def config_folder(settings: ModelSettings, offline: bool) -> Path:
+    """A folder that holds the model's config; of a hub id no weight is fetched, and a GGUF file is unpacked."""
+    if (unpacked := unpacked_gguf(settings)) is not None:
+        return unpacked
+    path = model_path(settings)
+    return Path(path) if Path(path).is_dir() else _HubModel.asked(settings, offline).fetched(["*.json", "*.py"])
+
+
+def _from_hub(settings: ModelSettings, offline: bool) -> Path:
+    """The hub's files in the local cache. config.json comes first: what it speaks against is refused before the weights
+    come."""
+    model = _HubModel.asked(settings, offline)
+    return model.fetched(wanted_files(settings, model.fetched(["*.json"]), model.names))
+
+
+@dataclass(frozen=True)
+class _HubModel:
+    """A model of the hub: the `names` of its files, none where the hub was not asked, and why it is `unreachable`."""
+
+    settings: ModelSettings
+    names: Sequence[str]
+    unreachable: str | None
+
+    @staticmethod
+    def asked(settings: ModelSettings, offline: bool) -> _HubModel:
+        """Asks the hub; its own client would wait for ever for one that does not answer. ConfigurationError: it knows
+        no such model."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import (
+            HTTPError,  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        if offline:
+            return _HubModel(settings, [], "offline=true")
+        path = model_path(settings)
+        try:
+            info = HfApi().model_info(path, revision=settings.revision, timeout=HUB_TIMEOUT)
+        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+            raise ConfigurationError(
+                f"model.path={path}: the hub shows no such model or revision ({first_line(error)}); check model.path "
+                "and model.revision, or log in (hf auth login) if it is private or gated"
+            ) from error
+        except (OSError, HTTPError) as error:
+            return _HubModel(settings, [], first_line(error))
+        return _HubModel(settings, [file.rfilename for file in info.siblings or []], None)
+
+    def fetched(self, patterns: Sequence[str]) -> Path:
+        """The folder, in the local cache, of its files that match. ConfigurationError: they cannot be had."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            HTTPError,  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
+        )
+
+        path = model_path(self.settings)
+        try:
+            folder = snapshot_download(
+                path,
+                revision=self.settings.revision,
+                local_files_only=self.unreachable is not None,
+                allow_patterns=list(patterns),
+                ignore_patterns=OTHER_FORMATS,
+            )
+        except (OSError, ValueError, HTTPError) as error:
+            raise ConfigurationError(
+                f"model.path={path}: not in the local cache, and the hub cannot be reached "
+                f"({self.unreachable or first_line(error)}); check the network, HF_ENDPOINT and proxies, or fetch it "
+                f"where there is one (hf download {path}) and give model.path that folder"
+            ) from error
+        return Path(folder)
+
+
+def wanted_files(settings: ModelSettings, folder: Path, names: Sequence[str]) -> list[str]:
+    """Patterns of the files to fetch; `names` are all that the hub has, none where it was not asked.
+    ConfigurationError: the config speaks against the model, or pickled weights are all there is."""
+    where = f"model.path={settings.path}"
+    problems = inspect_config(folder, where, settings.trust_remote_code)[1]
+    pickles = [name for name in names if name.endswith(".bin")]
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        problems += [] if settings.convert else [only_pickled(where, pickles[0])]
+    elif names:
+        pickles = []
+    if problems:
+        raise ConfigurationError(*problems)
+    return MODEL_FILES + (["*.bin"] if settings.convert and (pickles or not names) else [])
+
+
+def _cannot_load(settings: ModelSettings, error: Exception) -> ConfigurationError:
+    reason = first_line(error)
+    return ConfigurationError(
+        f"model.path={settings.path}: cannot be loaded ({reason}); it must be a folder or hub id of a decoder-only "
+        "model that transformers knows, saved as safetensors"
+    )
+
+
+def weight_bytes(folder: Path) -> int:
+    """The size of the safetensors files that make up the model."""
+    return sum(file.stat().st_size for file in weight_files(folder)[0])
+
+
+def is_large(size: int, device: torch.device) -> bool:
+    """Whether files of `size` bytes are more than the free memory easily holds beside what pruning needs."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    return size > SHARE_OF_FREE * min(free, free_memory())
+
+
+def model_path(settings: ModelSettings) -> str:
+    """The folder or hub id that transformers is given."""
+    return str(MODEL_DIR if settings.path == "embedded" else Path(settings.path).expanduser())
+
+
+def model_context(model: nn.Module) -> int:
+    """The longest window the model takes, in tokens; CONTEXT where its config does not say, as of BLOOM, which has no
+    limit of its own."""
+    config: Any = model.config
+    known = (getattr(config.get_text_config(), key, None) for key in CONTEXT_KEYS)
+    return int(next((length for length in known if length), CONTEXT))

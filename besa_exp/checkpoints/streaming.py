@@ -1,0 +1,175 @@
+"""A model whose blocks are in memory one at a time, each read from the safetensors files when its turn comes.
+
+Embeddings, final norm and head stay. The modules are built without weights; a block's are read, used and dropped again.
+It works where each tensor can be made of stored ones without the rest of the model (`tensor_sources`); other models are
+loaded whole (`cannot_stream` says why).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from besa_exp.blocks.block import Block, discover_blocks
+from besa_exp.checkpoints.tensor_sources import (
+    Source,
+    Stored,
+    as_saved,
+    read_tensors,
+    stored_tensors,
+    tensor_sources,
+    tensors_of_file,
+)
+from besa_exp.checkpoints.transformers_config import read_config, stored_dtype
+
+LARGE = 8 * 2**20  # more than the temporaries that inner loops work in, which are used again and again
+M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+
+
+@dataclass
+class StreamedWeights:
+    """What each tensor is made of, {name in the model: source}, and what it becomes: of `dtype` where it is read, on
+    `device`, and there of the dtype `computed`, where that is another."""
+
+    sources: dict[str, Source]
+    dtype: torch.dtype
+    device: torch.device
+    computed: torch.dtype | None = None
+
+    def read(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with `prefix`, on the CPU in the run's dtype, by full name."""
+        return read_tensors([self.sources[name] for name in self.sources if name.startswith(prefix)], self.dtype)
+
+    def read_outside(self, prefix: str) -> dict[str, Tensor]:
+        """All other tensors, read like those."""
+        return read_tensors([self.sources[name] for name in self.sources if not name.startswith(prefix)], self.dtype)
+
+    def load(self, name: str, module: nn.Module) -> None:
+        """Put the weights into a block."""
+        prefix = f"{name}."
+        state = {name.removeprefix(prefix): self._placed(tensor) for name, tensor in self.read(prefix).items()}
+        module.load_state_dict(state, assign=True)
+        module.requires_grad_(False)
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.computed if tensor.is_floating_point() else None)
+
+    def release(self, module: nn.Module) -> None:
+        """Take the weights out of a block; buffers that no file holds stay."""
+        for inner in module.modules():
+            for name, parameter in list(inner._parameters.items()):
+                if parameter is not None:
+                    inner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        give_back_memory()
+
+    @contextmanager
+    def on_demand(self, blocks: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Lets the model be called as a whole: each block's weights are read anew in each of its forward passes."""
+        hooks = []
+        for name, module in blocks.items():
+            hooks.append(module.register_forward_pre_hook(partial(self._load_before, name)))
+            hooks.append(module.register_forward_hook(lambda module, *_: self.release(module)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _load_before(self, name: str, module: nn.Module, args: object) -> None:
+        self.load(name, module)
+
+    def resident(self, blocks: Sequence[Block]) -> Iterator[Block]:
+        """The blocks in order, each with its weights while it is out."""
+        for block in blocks:
+            for layer in block.layers:
+                self.load(layer.name, layer.module)
+            try:
+                yield block
+            finally:
+                for layer in block.layers:
+                    self.release(layer.module)
+
+    def with_blocks(self, model: PreTrainedModel, files: Iterable[Path]) -> StreamedWeights:
+        """The same model with other files for some tensors, which hold them under the model's own names."""
+        sources = {name: source for file in files for name, source in tensors_of_file(file, model).items()}
+        return replace(self, sources={**self.sources, **sources})
+
+
+def open_streamed(
+    folder: Path, dtype: str, device: torch.device, trust_remote_code: bool
+) -> tuple[PreTrainedModel, StreamedWeights]:
+    """The model without its blocks' weights, in evaluation mode, and where they lie.
+
+    ValueError: why it cannot be streamed (`cannot_stream`)."""
+    give_back_large_tensors()
+    config, _ = read_config(folder, trust_remote_code)
+    wanted = dtype_of(config, dtype, folder)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+    if reason := keeps_fp32(model):
+        raise ValueError(reason)
+    weights = StreamedWeights(tensor_sources(model, stored_tensors(folder)), wanted, device)
+    path, modules = discover_blocks(model)
+    model.load_state_dict(weights.read_outside(f"{path}."), strict=False, assign=True)
+    # As from_pretrained does: two that are to be tied but differ stay apart.
+    model.tie_weights(missing_keys=model.state_dict().keys() - weights.sources.keys(), recompute_mapping=False)
+    inside = {inner for block in modules for inner in block.modules()}
+    for module in model.modules():
+        if module not in inside:
+            module._apply(lambda tensor: tensor.to(device), recurse=False)
+    return model.eval().requires_grad_(False), weights
+
+
+def cannot_stream(model: PreTrainedModel, stored: Mapping[str, Stored]) -> str | None:
+    """Why the model must be loaded whole; None: it need not."""
+    if reason := keeps_fp32(model):
+        return reason
+    try:
+        tensor_sources(model, stored)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def keeps_fp32(model: PreTrainedModel) -> str | None:
+    """A reason not to stream it: what of it is in fp32 is known to `from_pretrained` alone."""
+    if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
+        return f"{type(model).__name__} keeps some modules in fp32"
+    return None
+
+
+def saves_blocks_anew(model: PreTrainedModel) -> bool:
+    """Whether the saved model has other names or shapes for a block's tensors, so that its file is no finished one."""
+    path, modules = discover_blocks(model)
+    block = {f"{path}.{len(modules) - 1}.{name}": tensor for name, tensor in modules[-1].state_dict().items()}
+    return as_saved(model, block).keys() != block.keys()
+
+
+def give_back_large_tensors() -> None:
+    """From now on glibc returns each freed tensor of LARGE bytes and more to the system at once. By itself it keeps
+    those of up to 32 MB: 200 to 350 MB beside blocks of 206 MB."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE)
+
+
+def give_back_memory() -> None:
+    """Lets glibc return what was freed to the system, in pieces smaller than those: a streamed model of 4 GB was seen
+    to grow by 100 MB a block. Other C libraries need no word."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def dtype_of(config: PreTrainedConfig, wanted: str, folder: Path) -> torch.dtype:
+    """What the weights are computed in: as `wanted`, or for auto as they were saved."""
+    return stored_dtype(config, folder) if wanted == "auto" else getattr(torch, wanted)

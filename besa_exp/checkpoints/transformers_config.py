@@ -1,0 +1,41 @@
+"""A model's config as transformers reads it, with what does not hold on this machine, or here, replaced.
+
+Whole, streamed and weightless models are built from it, so that they are one model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.modeling_utils import get_state_dict_dtype, load_state_dict
+
+from besa_exp.checkpoints.inspect import weight_files
+
+ATTENTIONS = (None, "eager", "sdpa")  # what PyTorch itself computes; all else is a package or a GPU's
+
+
+def read_config(folder: Path, trust_remote_code: bool) -> tuple[PreTrainedConfig, list[str]]:
+    """The config, and what of it was replaced, in sentences: attention by another package (flash attention) becomes
+    what transformers chooses here; outputs as bare tuples are never asked for. OSError, ValueError: it cannot be
+    read."""
+    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config.return_dict = True
+    asked = config._attn_implementation
+    if asked in ATTENTIONS:
+        return config, []
+    config._attn_implementation = None
+    return config, [f"its config.json asks for {asked}; attention is computed by PyTorch's own instead"]
+
+
+def stored_dtype(config: PreTrainedConfig, folder: Path) -> torch.dtype:
+    """What `dtype="auto"` stands for: what the config says or, where it says nothing, the dtype of the first weights;
+    fp32 where there are none."""
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    if isinstance(config.dtype, str):
+        return getattr(torch, config.dtype)
+    files, problems = weight_files(folder)
+    return torch.float32 if problems else get_state_dict_dtype(load_state_dict(str(files[0]), map_location="meta"))

@@ -1,0 +1,191 @@
+"""What stands on the command line as key=value: read, checked against the presets and keys there are, and spread into
+jobs as Hydra's basic sweeper does it.
+
+Hydra stops at the first thing it cannot use and does not say what was meant; here every one is found, with the nearest
+valid name. A line's key is what stands before its `=`.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from hydra import compose
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from besa_exp.cli.text_keys import list_keys, quoted, text_keys, what_needs_quotes
+from besa_exp.errors import did_you_mean
+
+
+@dataclass
+class Composer:
+    """Composes the configuration of override lines; Hydra must be initialized.
+
+    `search_path` are the lines that add folders of presets. `problems` maps an override's key to what is wrong with it;
+    a line whose key is there is left out of what is composed, so that it hides no other problem."""
+
+    config_name: str
+    search_path: tuple[str, ...] = ()
+    problems: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def parser(self) -> OverridesParser:
+        """Hydra's own."""
+        return OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+
+    def parse(self, lines: Sequence[str]) -> list[Override]:
+        """The lines that can be read and choose no preset that does not exist; the others become problems."""
+        overrides = []
+        for line in lines:
+            try:
+                overrides.extend(self.parser.parse_overrides([line]))
+            except OverrideParseException as error:
+                self.problems[line] = self._unparsed(line, error)
+        self.problems.update(filter(None, map(self._unknown_preset, overrides)))
+        return [override for override in overrides if override.key_or_group.split(".")[0] not in self.problems]
+
+    def spread(self, overrides: Sequence[Override], params: Sequence[str]) -> list[list[str]]:
+        """The lines of each job of a sweep, in Hydra's order. `params` are the sweeper's own lines; the command line
+        wins over them."""
+        swept = self.parser.parse_overrides(list(params))
+        task = [override for override in overrides if not override.is_hydra_override()]
+        own = [str(override.input_line) for override in overrides if override.is_hydra_override()]
+        return [[*own, *lines] for lines in BasicSweeper.split_arguments([*swept, *task], None)[0]]
+
+    def compose(self, lines: Sequence[str]) -> DictConfig | None:
+        """The configuration, Hydra's own node included; None, and a problem noted, where it cannot be had."""
+        lines = [line for line in lines if key_of(line) not in self.problems]
+        try:
+            return compose(self.config_name, [*lines, *self.search_path], return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            found = self._unknown_keys(lines)
+            if not found:
+                self.problems.setdefault("composition", _message(error))
+                return None
+        self.problems |= found
+        return self.compose(lines)
+
+    def presets(self, group: str) -> list[str]:
+        """The presets of a group; none where there is no such group."""
+        loader = GlobalHydra.instance().config_loader()
+        return list(loader.get_group_options(group, ObjectType.CONFIG, self.config_name, list(self.search_path)))
+
+    def _unparsed(self, line: str, error: OverrideParseException) -> str:
+        key, equals, value = line.partition("=")
+        if equals and key and (odd := what_needs_quotes(value)):
+            return (
+                f"{line}: {odd} in a value stands in quotes, two for the shell and two for Hydra: {quoted(key, value)}"
+            )
+        if equals:
+            return f"{line}: cannot be read ({str(error).splitlines()[0].rstrip('.')}); arguments are written key=value"
+        groups = GlobalHydra.instance().config_loader().list_groups("")
+        meant = [f"{group}={line}" for group in groups if group != "hydra" and line in self.presets(group)]
+        return f"{line}: arguments are written key=value" + (f"; did you mean {' or '.join(meant)}?" if meant else "")
+
+    def _unknown_preset(self, override: Override) -> tuple[str, str] | None:
+        group = override.key_or_group
+        valid = self.presets(group)
+        wrong = [] if not valid or override.is_delete() else [name for name in _chosen(override) if name not in valid]
+        if not wrong:
+            return None
+        near = did_you_mean(str(wrong[0]), valid)
+        return group, f"{group}={wrong[0]}: no such preset{near}; presets of {group}: {', '.join(valid)}"
+
+    def _unknown_keys(self, lines: Sequence[str]) -> dict[str, str]:
+        """Keys that are not in the configuration which the chosen presets make."""
+        choices = [line for line in lines if self.presets(key_of(line)) or key_of(line) == "hydra.mode"]
+        try:
+            config = compose(self.config_name, [*choices, *self.search_path], return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException):
+            return {}
+        changed = [key_of(line) for line in lines if line not in choices and not line.startswith(("+", "~"))]
+        messages = {key: _unknown_key(config, key) for key in changed}
+        return {key: message for key, message in messages.items() if message}
+
+
+def told_sweep(override: Override, rule: str) -> str:
+    """The problem of several values where one is asked for. A comma may be part of a text, or a list be meant."""
+    line = str(override.input_line)
+    key, _, value = line.partition("=")
+    if "," not in value or key not in text_keys():
+        return f"{line}: several values; {rule}"
+    meant = f"a list stands in brackets: {shlex.quote(f'{key}=[{value}]')}"
+    if key not in list_keys():
+        meant = f"where it is part of one value, that stands in quotes: {quoted(key, value)}"
+    return f"{line}: the comma makes it several values; {rule}; {meant}"
+
+
+def key_of(line: str) -> str:
+    """The key of an override line, without the marks of adding and deleting."""
+    return line.split("=", 1)[0].lstrip("+~")
+
+
+def _chosen(override: Override) -> Iterator[object]:
+    value = override.value()
+    if override.is_sweep_override():
+        yield from override.sweep_string_iterator() if override.is_discrete_sweep() else ()
+    elif isinstance(value, list):
+        yield from value
+    else:
+        yield "null" if value is None else value  # Hydra knows no way to choose nothing
+
+
+def _unknown_key(config: DictConfig, key: str) -> str | None:
+    node, parents = config, []
+    for part in key.split("."):
+        if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118 - `in node` denies what has no value
+            break
+        node = node._get_node(part)
+        parents.append(part)
+    else:
+        return None
+    absent = [] if parents else _groups_without_choice(config)
+    names = [*_dotted_keys(config if key.startswith("hydra.") else _own_nodes(config)), *absent]
+    same_end = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    where = ".".join(parents)
+    beside = [str(name) for name in node if name not in ("_target_", "hydra")] if isinstance(node, DictConfig) else []
+    beside += absent
+    near = did_you_mean(key.rsplit(".", 1)[-1], beside, f"{where}.") if where else did_you_mean(key, names)
+    if same_end:
+        near = f"; did you mean {' or '.join(same_end)}?"
+    choice = config.hydra.runtime.choices.get(where)
+    of = (f" of {where}={choice}" if choice else f" of {where}") if where else ""
+    apart = choice and config.hydra.mode == RunMode.MULTIRUN
+    remedy = f"; sweep the presets of {where} that have it in a command of their own" if apart else ""
+    return f"{key}: no such key{near}; keys{of}: {', '.join(beside) or 'none'}{remedy}"
+
+
+def _groups_without_choice(config: DictConfig) -> list[str]:
+    """Groups that are keys although no preset of theirs is chosen."""
+    return [str(group) for group in config.hydra.runtime.choices if "/" not in group and group not in config]
+
+
+def _own_nodes(config: DictConfig) -> dict[str, Any]:
+    """All but Hydra's; unresolved, as what an interpolation stands for may be missing."""
+    return {str(key): config._get_node(key) for key in config if key != "hydra"}
+
+
+def _dotted_keys(node, prefix: str = "") -> Iterator[str]:
+    for key in node:
+        yield f"{prefix}{key}"
+        child = node._get_node(key) if OmegaConf.is_config(node) else node[key]
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+            yield from _dotted_keys(child, f"{prefix}{key}.")
+
+
+def _message(error: Exception) -> str:
+    """A Hydra error as one line."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
+    lines = f"{error}\n{cause or ''}".splitlines()
+    return "; ".join(line.strip().rstrip(":") for line in lines if line.strip())

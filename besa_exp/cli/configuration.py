@@ -1,0 +1,227 @@
+"""The configuration folder, the name a run gets from its configuration, and the reading of both into `RunSettings`.
+
+Below this module nobody sees a `DictConfig`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError
+
+from besa_exp.cli.reading import MISSING_VALUE, UNREAD, Reader
+from besa_exp.errors import ConfigurationError
+from besa_exp.presets import CONF_DIR, METHOD_GROUPS
+from besa_exp.run_folder.identity import NOT_DECIDING, without_places
+from besa_exp.run_folder.lookup import run_and_model
+from besa_exp.settings import EvaluationSettings, RunSettings
+from besa_exp.tensors.pattern import fixes_sparsity
+
+__all__ = ["CONF_DIR", "Unreadable", "as_values", "evaluation_folder", "read_evaluation", "read_settings", "run_name"]
+
+# What determines a run's result, and therefore its folder. Tracker, offline and overwrite do not.
+DETERMINING_KEYS = (
+    "model",
+    "calibration",
+    "pruner",
+    "update",
+    "budget",
+    "evaluator",
+    "sparsity",
+    "pattern",
+    "seed",
+    "device",
+    "deterministic",
+    "compute_dtype",
+    "save",
+)
+# (group, key, default) of keys that came later: at their defaults they change no result, so runs made before them are
+# found again.
+LATER_KEYS = (
+    ("calibration", "column", "text"),
+    ("evaluator", "column", "text"),
+    ("evaluator", "include_path", None),
+)
+WANDB_MODES_ONCE = {"dryrun": "offline", "run": "online"}  # as its older versions called them
+HASH_LENGTH = 8
+NAME_LENGTH = 24  # of each part of a run's name
+
+
+class Unreadable(ConfigurationError):
+    """Values of the wrong type or unknown keys; `by_key` maps each key to its problem."""
+
+    def __init__(self, by_key: Mapping[str, str]):
+        super().__init__(*by_key.values())
+        self.by_key = dict(by_key)
+
+
+def as_values(config: DictConfig) -> dict[str, Any]:
+    """The job's part of a composed configuration as plain values, interpolations resolved."""
+    return {str(key): _plain(config, str(key)) for key in config if key != "hydra"}
+
+
+def _plain(config: DictConfig, key: str) -> Any:
+    node = config._get_node(key)
+    if OmegaConf.is_config(node):
+        return OmegaConf.to_container(node, resolve=True)  # a node keeps its parent: ${seed} works
+    try:
+        return MISSING_VALUE if OmegaConf.is_missing(config, key) else config[key]
+    except InterpolationToMissingValueError:
+        return MISSING_VALUE
+
+
+def method_name(choices: Mapping[str, Any]) -> str:
+    """The presets of the method, `owl+wanda+obs`, from Hydra's choices."""
+    return "+".join(str(choices[group]) for group in METHOD_GROUPS if choices.get(group) not in (None, "null"))
+
+
+def read_settings(config: DictConfig, pruner_name: str, with_pruner: bool = True) -> RunSettings:
+    """Typed settings. `pruner_name` is what `method_name` says; without the pruner (and what goes with it) torch is not
+    imported.
+
+    Unreadable: unknown keys, missing or ill-typed values, or values a pruner refuses; all of them."""
+    values = as_values(config)
+    if isinstance(values.get("model"), dict):
+        values["model"].setdefault("name", _model_name(values))
+    given: dict[str, Any] = {"pruner_name": pruner_name}
+    if not with_pruner:
+        given |= {group: values.pop(group, None) for group in METHOD_GROUPS}
+    return _read(config, values, RunSettings, given)
+
+
+def read_evaluation(config: DictConfig) -> EvaluationSettings:
+    """Typed settings of `besa evaluate`; `model.path` is what `checkpoint` means.
+
+    Unreadable: unknown keys, missing or ill-typed values; all of them."""
+    values = as_values(config)
+    model, checkpoint = values.get("model"), values.get("checkpoint")
+    if isinstance(model, dict):
+        model["path"] = "embedded" if checkpoint == MISSING_VALUE else run_and_model(str(checkpoint))[1]
+        model["name"] = _model_name(values)
+    return _read(config, values, EvaluationSettings, {})
+
+
+def _read(config: DictConfig, values: Mapping[str, Any], cls: type, given: Mapping[str, Any]) -> Any:
+    reader = Reader()
+    settings = reader.node(values, cls, "", given)
+    if settings is UNREAD or reader.problems:
+        own = {key: problem for key, problem in reader.problems.items() if not _is_reference(config, key)}
+        raise Unreadable(own or reader.problems)
+    return settings
+
+
+def _is_reference(config: DictConfig, key: str) -> bool:
+    """Whether the value only repeats another key's, as calibration.seed repeats seed: one problem is enough."""
+    group, _, name = key.rpartition(".")
+    node = OmegaConf.select(config, group) if group else config
+    return isinstance(node, DictConfig) and name in node and OmegaConf.is_interpolation(node, name)
+
+
+def run_name(config: DictConfig) -> str:
+    """`<model>-<pruner>-<sparsity or pattern>-s<seed>-<hash>`: the same for all that gives the same result.
+
+    `config` is composed with Hydra's own node, which knows the presets chosen. The hash is over their names and the
+    values of their fields, never over where a class lies."""
+    values = {key: value for key, value in as_values(config).items() if key in DETERMINING_KEYS}
+    if isinstance(values.get("model"), dict):
+        values["model"] = {key: value for key, value in values["model"].items() if key not in NOT_DECIDING}
+    if isinstance(values.get("save"), dict):
+        values["save"] = {key: values["save"][key] for key in values["save"] if key not in ("verify", "push_to_hub")}
+    for group, key, default in LATER_KEYS:
+        if isinstance(values.get(group), dict) and values[group].get(key) == default:
+            values[group] = {name: value for name, value in values[group].items() if name != key}
+    method = method_name(OmegaConf.select(config, "hydra.runtime.choices"))
+    pattern, amount = str(values.get("pattern")), values.get("sparsity")
+    if fixes_sparsity(pattern):
+        amount = pattern
+        values.pop("sparsity", None)
+    elif pattern != "unstructured":
+        amount = f"{pattern}-{amount}"
+    content = _canonical(without_places(values) | {"method": method})
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    parts = [_model_name(values), method, amount, f"s{values.get('seed')}", digest[:HASH_LENGTH]]
+    return "-".join(_slug(part) for part in parts)
+
+
+def evaluation_folder(config: DictConfig) -> str:
+    """Where scores of `config.checkpoint` are kept: beside the run that made it, else `outputs/<name>-scores-<hash>`,
+    the hash over the checkpoint and how it is loaded, so that further scores of it join those that are there."""
+    values = as_values(config)
+    run, path = run_and_model(str(values.get("checkpoint")))
+    if run is not None:
+        return str(run)
+    model = values.get("model")
+    deciding = {key: value for key, value in (model or {}).items() if key not in (*NOT_DECIDING, "path")}
+    place = str(Path(path).expanduser().resolve()) if Path(path).expanduser().is_dir() else path
+    content = json.dumps(_canonical([place, deciding]), sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return f"outputs/{_slug(Path(path).name)}-scores-{digest[:HASH_LENGTH]}"
+
+
+def _model_name(values: Mapping[str, Any]) -> str:
+    """The last part of `model.path`: a preset's name would be wrong as soon as the path is another."""
+    model = values.get("model")
+    path = model.get("path") if isinstance(model, Mapping) else None
+    return "model" if path in (None, MISSING_VALUE) else Path(str(path)).name
+
+
+def _canonical(value: Any) -> Any:
+    """Equal settings as equal JSON: 0 and 0.0 are one number."""
+    if isinstance(value, Mapping):
+        return {str(key): _canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(item) for item in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _slug(part: Any) -> str:
+    """Safe in any shell and file system, and bounded."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", str(part)).strip("._-")[:NAME_LENGTH] or "_"
+
+
+def _evaluation_folder_of_root(*, _root_: DictConfig) -> str:
+    return evaluation_folder(_root_)
+
+
+def _run_name_of_root(*, _root_: DictConfig) -> str:
+    return run_name(_root_)
+
+
+def _is_single_run(*, _root_: DictConfig) -> bool:
+    """Whether the job is no sweep's. In a running job Hydra's node is elsewhere."""
+    mode = OmegaConf.select(_root_, "hydra.mode")
+    if "hydra" not in _root_ and HydraConfig.initialized():
+        mode = HydraConfig.get().mode
+    return mode != RunMode.MULTIRUN
+
+
+def _study(*, _root_: DictConfig) -> str | None:
+    """The experiment preset, by which a tracker groups runs. In a running job Hydra's node is elsewhere."""
+    choices = OmegaConf.select(_root_, "hydra.runtime.choices")
+    if choices is None and "hydra" not in _root_ and HydraConfig.initialized():
+        choices = HydraConfig.get().runtime.choices
+    return (choices or {}).get("experiment")
+
+
+def _from_wandb(name: str, default: Any = None) -> Any:
+    """What W&B's environment variable `WANDB_<name>` says, where it says something: its users rely on them."""
+    value = os.environ.get(f"WANDB_{name}", "").strip()
+    if name == "TAGS":
+        return OmegaConf.create([tag.strip() for tag in value.split(",") if tag.strip()] or list(default))
+    return WANDB_MODES_ONCE.get(value, value) if name == "MODE" and value else value or default
+
+
+OmegaConf.register_new_resolver("wandb", _from_wandb, replace=True)
+OmegaConf.register_new_resolver("study", _study, replace=True)
+OmegaConf.register_new_resolver("single_run", _is_single_run, replace=True)
+OmegaConf.register_new_resolver("evaluation_folder", _evaluation_folder_of_root, replace=True)
+OmegaConf.register_new_resolver("run_name", _run_name_of_root, replace=True)

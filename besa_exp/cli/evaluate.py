@@ -1,0 +1,132 @@
+"""`besa evaluate`: checks the request, all its problems told together, then scores one checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from besa_exp.cli.compose import Composer, told_sweep
+from besa_exp.cli.configuration import Unreadable, as_values, read_evaluation
+from besa_exp.cli.jobs import full_errors, summary_line
+from besa_exp.cli.preflight import preflight_evaluation
+from besa_exp.cli.prune import composed
+from besa_exp.cli.request import composer_of, sets_one_of
+from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.evaluation.merging import remaining
+from besa_exp.machine.environment_variables import set_before_imports
+from besa_exp.run_folder.folder import read_results
+from besa_exp.run_folder.inputs import check_scored_inputs
+from besa_exp.settings import EvaluationSettings
+
+CONFIG_NAME = "evaluate"
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request in which nothing is wrong: `config` as plain values, `known` where nothing is left to be scored."""
+
+    settings: EvaluationSettings
+    config: dict[str, Any]
+    folder: Path
+    known: tuple[str, ...] | None
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """The exit code: 0 where the scores are there, 1 where scoring failed."""
+    return composed("besa evaluate", CONFIG_NAME, arguments, _run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    asked = read_asked(arguments)
+    results_path = asked.folder / "results.json"
+    if asked.known is not None:
+        for line in asked.known:
+            print(line)
+        print(f"finished before: {summary_line(read_results(asked.folder))} -> {results_path}")
+        return 0
+    from besa_exp.runs.evaluate import evaluate_checkpoint  # imports torch
+
+    try:
+        results = evaluate_checkpoint(asked.settings, asked.folder, asked.config)
+    except (RunError, OSError) as error:
+        if full_errors():
+            traceback.print_exc()
+        print(f"failed: {error}; what is finished is kept; see {asked.folder / 'run.log'}", file=sys.stderr)
+        return 1
+    print(f"done: {summary_line(results)} -> {results_path}")
+    return 0
+
+
+def read_asked(arguments: argparse.Namespace) -> _Asked:
+    """The checked request; Hydra must be initialized. ConfigurationError: every problem there is."""
+    composer = composer_of(arguments, CONFIG_NAME)
+    overrides = composer.parse(arguments.overrides)
+    unknown = set(composer.problems)
+    swept = [override for override in overrides if override.is_sweep_override()]
+    composer.problems |= {o.key_or_group: told_sweep(o, "one command scores one checkpoint") for o in swept}
+    if arguments.multirun:
+        composer.problems["-m"] = "-m: one command scores one checkpoint; leave it out, and loop in the shell"
+    lines = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
+    config = composer.compose(lines)
+    if config is None:
+        raise ConfigurationError(*composer.problems.values())
+    set_before_imports(offline=config.get("offline") is True)
+    settings, known = _checked(composer, lines, config, unknown)
+    if composer.problems or settings is None:
+        raise ConfigurationError(*dict.fromkeys(composer.problems.values()))
+    return _Asked(settings, as_values(config), _folder(composer, config), known)
+
+
+def _checked(
+    composer: Composer, lines: Sequence[str], config: DictConfig, unknown: set[str]
+) -> tuple[EvaluationSettings | None, tuple[str, ...] | None]:
+    """The settings, and what is known where nothing is left to be scored; all that is wrong is noted."""
+    try:
+        settings = read_evaluation(config)
+    except Unreadable as error:
+        of_another = {"checkpoint"} if "model" in unknown else set()  # it would have come with the model's preset
+        found = {key: problem for key, problem in error.by_key.items() if key not in of_another}
+        composer.problems = found | composer.problems
+        rest = [line for line in lines if not sets_one_of(composer, line, error.by_key)]
+        again = composer.compose(rest) if len(rest) < len(lines) else config
+        if again is not None and "checkpoint" in error.by_key:  # any other will do to check the rest
+            again, unknown = copy.deepcopy(again), unknown | {"model"}
+            again.checkpoint = "embedded"
+        if again is not None and again is not config:
+            _checked(composer, rest, again, unknown)
+        return None, None
+    facts, problems = preflight_evaluation(settings, unknown)
+    composer.problems |= {problem: problem for problem in problems}
+    folder = _folder(composer, config)
+    composer.problems |= {problem: problem for problem in check_scored_inputs(folder, settings)}
+    if composer.problems or not (folder / "results.json").is_file():
+        return settings, None
+    try:
+        results = read_results(folder)
+    except (OSError, ValueError) as error:
+        composer.problems[str(folder)] = f"{folder / 'results.json'} cannot be read ({error}); remove it"
+        return settings, None
+    left = remaining(settings.evaluator, settings.seed, facts.context if facts else None, results, settings.overwrite)
+    composer.problems |= {conflict: conflict for conflict in left.conflicts}
+    asked = left.settings
+    nothing = not (asked.perplexity_sets or asked.tasks or asked.simulated_speed or asked.speed)
+    return settings, left.known if nothing and left.known else None
+
+
+def _folder(composer: Composer, config: DictConfig) -> Path:
+    HydraConfig.instance().set_config(config)  # ${hydra:...} looks there
+    try:
+        return Path(config.hydra.run.dir).expanduser()
+    except OmegaConfBaseException as error:
+        composer.problems["hydra.run.dir"] = f"the folder's name cannot be made: {str(error).splitlines()[0]}"
+        return Path()

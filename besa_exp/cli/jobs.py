@@ -1,0 +1,254 @@
+"""Jobs as Hydra runs them, here or in another process, and what became of each."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from hydra._internal.hydra import Hydra
+from hydra.conf import HydraConf
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from besa_exp.cli.compose import key_of
+from besa_exp.cli.configuration import as_values, method_name, read_settings
+from besa_exp.cli.job_process import run_apart
+from besa_exp.cli.launchers import lost_jobs_told, visible_gpus
+from besa_exp.cli.profiling import profiling
+from besa_exp.cli.request import CONFIG_NAME, Job, Request
+from besa_exp.display.missed_target import miss_of, told_miss
+from besa_exp.errors import ConfigurationError, RunError, first_line
+from besa_exp.evaluation.task_metrics import main_metric, metric_name, partly_scored, with_error
+from besa_exp.hub.publish import publish
+from besa_exp.machine.environment_variables import set_before_imports
+from besa_exp.machine.streams import keep_streams
+from besa_exp.machine.torchrun import is_leader
+from besa_exp.run_folder.folder import RunFolder, read_results
+from besa_exp.run_folder.status import is_done, read_status, seen_status
+from besa_exp.runs.interruption import interruptible
+
+Status = Literal["done", "finished before", "refused", "failed"]
+WIDTH_OF_FILES = 200  # columns of a table that no terminal shows
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+EXIT_CODES: Mapping[Status, int] = {"done": 0, "finished before": 0, "failed": 1, "refused": 2}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job. `text` is the results in a line, or the error."""
+
+    folder: Path
+    status: Status
+    text: str
+    missed: bool = False  # the target
+
+    @property
+    def exit_code(self) -> int:
+        """0 where the results are there, 1 for a failure inside the run, 2 for a configuration that is refused."""
+        return EXIT_CODES[self.status]
+
+
+def run_job(config: DictConfig) -> Outcome:
+    """One job, in whatever process the launcher chose; a sweep's in a process of its own. Never raises an Exception: a
+    job that fails must not take others with it."""
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    pruner_name = method_name(hydra_config.runtime.choices)
+    if is_done(folder) and not config.overwrite:
+        return finished_before(folder, config)
+    if hydra_config.mode != RunMode.MULTIRUN:
+        return carry_out(config, pruner_name, folder, single=True)
+    keep_streams()  # of a launcher's process
+    number, lines = hydra_config.job.num, list(hydra_config.overrides.task)
+    print(f"job {number}: {' '.join(lines)} -> {folder}", flush=True)
+    alone = str(hydra_config.launcher._target_).endswith("BasicLauncher")
+    label = "" if alone else f"job {number}: "
+    gpus = visible_gpus() if "Joblib" in str(hydra_config.launcher._target_) and config.device == "auto" else []
+    gpu = gpus[number % len(gpus)] if len(gpus) > 1 else None
+    words, before = _alone(hydra_config), read_status(folder)
+    try:
+        told = run_apart(as_values(config), pruner_name, folder, words, label, gpu)
+        return Outcome(folder, cast(Status, told["status"]), told["text"], told["missed"])
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure alone, and told as such
+        status = read_status(folder)
+        if status is None or status == before or status["status"] == "running":  # it could not tell itself
+            _record(folder, error, words)
+        return Outcome(folder, "failed", _named(error))
+
+
+def _alone(hydra_config: HydraConf) -> list[str]:
+    """The words of a command that runs one job of a sweep by itself: what an experiment would sweep is in its lines."""
+    name, chosen = str(hydra_config.job.config_name), hydra_config.runtime.choices
+    lines = [line for line in hydra_config.overrides.hydra if key_of(line) == "hydra.searchpath"]
+    lines += ["hydra.mode=RUN"] if chosen.get("experiment") else []
+    return ["besa", "prune", *(["-cn", name] if name != CONFIG_NAME else []), *hydra_config.overrides.task, *lines]
+
+
+def carry_out(config: DictConfig, pruner_name: str, folder: Path, single: bool = False) -> Outcome:
+    """One job in this process. A `single` one that is refused leaves nothing behind."""
+    before = read_status(folder)
+    try:
+        set_before_imports(offline=config.offline)
+        return finished("done", folder, _prune(config, pruner_name, folder))
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure alone, and told as such
+        if full_errors():
+            traceback.print_exc()
+        refused = isinstance(error, ConfigurationError)
+        if read_status(folder) == before and not (single and refused):
+            _record(folder, error)
+        return Outcome(folder, "refused" if refused else "failed", str(error) if refused else _named(error))
+
+
+def _named(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+        return f"{error}: what is finished is kept; make space and give the same command again"
+    return str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
+
+
+def _record(folder: Path, error: Exception, words: Sequence[str] | None = None) -> None:
+    """Tells the failure in the folder, where that can be."""
+    with suppress(ConfigurationError, OSError):
+        RunFolder.record_failure(folder, error, words)
+
+
+def _prune(config: DictConfig, pruner_name: str, folder: Path) -> dict[str, Any]:
+    from besa_exp.cli.preflight import preflight
+    from besa_exp.runs.prune import prune  # imports torch
+
+    settings = read_settings(config, pruner_name)
+    if problems := preflight(settings, folder):  # anew: this may be another machine than the one that asked
+        raise ConfigurationError(*problems)
+    with interruptible(), profiling(folder) if settings.profile else nullcontext():
+        results = prune(settings, folder, as_values(config))
+    publish(folder, settings.save)
+    return results
+
+
+def finished_before(folder: Path, config: DictConfig | None = None) -> Outcome:
+    """The outcome of a run whose results were there already; its model is pushed where `config` asks for it now."""
+    if config is not None and config.save.get("push_to_hub"):
+        publish(folder, read_settings(config, "", with_pruner=False).save)
+    return finished("finished before", folder, read_results(folder))
+
+
+def finished(status: Status, folder: Path, results: Mapping[str, Any]) -> Outcome:
+    """The outcome of a run with its results."""
+    return Outcome(folder, status, summary_line(results), bool(miss_of(results)))
+
+
+def full_errors() -> bool:
+    """Whether the user asked for tracebacks, as Hydra has it."""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+def launch(request: Request) -> list[Outcome]:
+    """Runs the jobs by Hydra's launcher. Hydra must be initialized as it was for the request."""
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    if request.multirun:
+        return _sweep(hydra, request)
+    (job,) = request.jobs
+    if job.finished:
+        return [finished_before(job.folder, job.config)]
+    made = [place for place in (job.folder, *job.folder.parents) if not place.exists()]
+    outcome = hydra.run(request.config_name, run_job, [*request.lines, "hydra.mode=RUN"]).return_value
+    if outcome.status == "refused" and made and is_leader():
+        _remove_refused(made)
+    return [outcome]
+
+
+def _sweep(hydra: Hydra, request: Request) -> list[Outcome]:
+    """The outcomes in the order of the jobs. Where the launcher itself fails, what the folders tell."""
+    jobs = sorted(request.jobs, key=lambda job: job.number)
+    if all(job.finished for job in jobs):
+        return [finished_before(job.folder, job.config) for job in jobs]
+    try:
+        with lost_jobs_told(request.launcher):
+            batches = hydra.multirun(request.config_name, run_job, [*request.lines, "hydra.mode=MULTIRUN"])
+            returned = [job.return_value for batch in batches for job in batch]
+    except Exception as error:  # noqa: BLE001 - the jobs that did end are told nevertheless
+        if full_errors():
+            traceback.print_exc()
+        returned = [first_line(error)] * len(jobs)
+    return [
+        found if isinstance(found, Outcome) else _outcome_of_lost(job, found)
+        for job, found in zip(jobs, returned, strict=True)
+    ]
+
+
+def _outcome_of_lost(job: Job, reason: str) -> Outcome:
+    """What became of a job whose worker did not answer, `reason` being why."""
+    if is_done(job.folder):
+        return finished("finished before" if job.finished else "done", job.folder, read_results(job.folder))
+    status = read_status(job.folder) or {}
+    if status.get("status") == "failed":
+        return Outcome(job.folder, "failed", status["error"])
+    state = seen_status(job.folder) or "not begun"
+    text = f"the launcher lost it ({reason}); its folder says {state}; the same command goes on with what is missing"
+    return Outcome(job.folder, "failed", text)
+
+
+def _remove_refused(made: Sequence[Path]) -> None:
+    """The folders, innermost first, that this command made for a run that could not begin. Another process's run in
+    the first, and other things in the others, are left alone."""
+    status = read_status(made[0])
+    if status is None or (status["status"] == "failed" and status["process"] == os.getpid()):
+        shutil.rmtree(made[0])
+        for parent in made[1:]:
+            with suppress(OSError):  # not empty
+                parent.rmdir()
+
+
+def summary_line(results: Mapping[str, Any]) -> str:
+    """The results of one run in a line: measured sparsity, and each score with the dense model's."""
+    dense = results.get("dense") or {}
+    missed = told_miss(results)
+    parts = [f"{100 * results['measured_sparsity']:.2f} % zeros" + (f" - {missed}" if missed else "")]
+    for name, value in results["perplexity"].items():
+        before = (dense.get("perplexity") or {}).get(name)
+        parts.append(f"perplexity {Path(name).name} {_number(value, 3)}" + (f" (dense {before:.3f})" if before else ""))
+    partly = dict(partly_scored(results))
+    for task, metrics in results["zero_shot"].items():
+        if (key := main_metric(metrics)) is None:
+            continue
+        before = (dense.get("zero_shot") or {}).get(task, {}).get(key)
+        beside = [*([partly[task]] if task in partly else []), *([f"dense {before:.4f}"] if before else [])]
+        shown = f"{task} {metric_name(key)} {with_error(metrics, key)}"
+        parts.append(shown + (f" ({', '.join(beside)})" if beside else ""))
+    return ", ".join(parts)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def show(outcomes: Sequence[Outcome]) -> None:
+    """A line for one job, on stderr for a failure; a table for several."""
+    if len(outcomes) == 1:
+        (outcome,) = outcomes
+        where = f"; see {outcome.folder / 'run.log'}" if outcome.exit_code else f" -> {outcome.folder}"
+        line, stream = f"{outcome.status}: {outcome.text}{where}", sys.stderr if outcome.exit_code else sys.stdout
+        print(f"\033[33m{line}\033[0m" if outcome.missed and stream.isatty() else line, file=stream)
+        return
+    table = Table(box=box.SIMPLE)
+    for column in ("job", "status", "folder", "results or error"):
+        table.add_column(column, overflow="fold")
+    for number, outcome in enumerate(outcomes):
+        style = "red" if outcome.exit_code else "yellow" if outcome.missed else None
+        table.add_row(str(number), outcome.status, str(outcome.folder), escape(outcome.text), style=style)
+    Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES).print(table)

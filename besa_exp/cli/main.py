@@ -1,0 +1,146 @@
+"""The command line: which command is meant. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+
+from besa_exp import __version__
+from besa_exp.errors import ConfigurationError, Interrupted, RunError, did_you_mean
+from besa_exp.machine.streams import exit_code_of
+from besa_exp.machine.torchrun import is_launched
+
+HELP = """\
+besa: prunes language models block by block (BESA, arXiv 2402.16880) and compares methods.
+
+  besa prune [key=value ...]     prune a model; with no arguments the embedded one: no network, account or GPU
+  besa prune -m key=a,b,c ...    one job for each value
+  besa evaluate checkpoint=DIR   score any model folder, run folder or hub id; a run's results get the new scores
+  besa masks apply MASKS --model DIR --out DIR
+                                 rebuild a pruned model from dense weights and a run's masks.safetensors
+  besa report DIR... [--out DIR]
+                                 compare run folders and sweeps: one page, tables, figures
+  besa prefetch [key=value ...]  fetch all that a run of the same keys takes from the hub, or list what is missing
+  besa list [group ...]          the presets there are, with a line each
+  besa --version
+
+  besa prune --help              all groups, keys and flags
+  besa prune --cfg job           the configuration of a run, without running it
+  eval "$(besa -sc install=bash)"  completes commands, presets and keys (zsh too)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 1 for a failure inside a run, 2 for a request that is refused,
+    130 and 143 for one that was interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command not in COMMANDS:
+        print(f"besa: {command}: no such command{did_you_mean(command, COMMANDS)}", file=sys.stderr)
+        print(f"commands: {', '.join(name for name in COMMANDS if name[0] != '-')}; besa --help", file=sys.stderr)
+        return 2
+    try:
+        code = COMMANDS[command](rest)
+        sys.stdout.flush()
+        return code if command in WORKING else exit_code_of(sys.stdout, code)
+    except ConfigurationError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            traceback.print_exc()
+        _tell_refusal(_refusal(command, error.problems))
+        return 2
+    except RunError as error:
+        print(f"besa {command}: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as error:
+        print(f"besa: interrupted: {error}", file=sys.stderr)
+        return 143
+    except KeyboardInterrupt:
+        print("besa: interrupted; the same command goes on after what is finished", file=sys.stderr)
+        return 130
+
+
+def _tell_refusal(text: str) -> None:
+    """On stderr; of several processes that refuse for the same reasons the first to come here tells them."""
+    if is_launched():
+        from besa_exp.machine.distributed import is_first_to_say  # imports torch
+
+        if not is_first_to_say(text):
+            return
+    print(text, file=sys.stderr, flush=True)
+
+
+def _refusal(command: str, problems: Sequence[str]) -> str:
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return "\n".join([f"besa {command}: {count}, nothing was done", *(f"  - {problem}" for problem in problems)])
+
+
+def _help(_: Sequence[str]) -> int:
+    print(HELP, end="")
+    return 0
+
+
+def _version(_: Sequence[str]) -> int:
+    print(f"besa-exp {__version__}")
+    return 0
+
+
+def _list(groups: Sequence[str]) -> int:
+    from besa_exp.presets import listing
+
+    print(listing(groups))
+    return 0
+
+
+def _prune(arguments: Sequence[str]) -> int:
+    from besa_exp.cli.prune import prune
+
+    return prune(arguments)
+
+
+def _masks(arguments: Sequence[str]) -> int:
+    from besa_exp.cli.masks import masks
+
+    return masks(arguments)
+
+
+def _report(arguments: Sequence[str]) -> int:
+    from besa_exp.report.command import report
+
+    return report(arguments)
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    from besa_exp.cli.evaluate import evaluate
+
+    return evaluate(arguments)
+
+
+def _prefetch(arguments: Sequence[str]) -> int:
+    from besa_exp.cli.prefetch import prefetch
+
+    return prefetch(arguments)
+
+
+def _complete(arguments: Sequence[str]) -> int:
+    from besa_exp.cli.completion import complete
+
+    return complete(arguments, [name for name in COMMANDS if name[0] != "-"])
+
+
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
+    "prune": _prune,
+    "evaluate": _evaluate,
+    "masks": _masks,
+    "prefetch": _prefetch,
+    "list": _list,
+    "report": _report,
+    "--help": _help,
+    "-h": _help,
+    "help": _help,
+    "--version": _version,
+    "-sc": _complete,
+    "--shell-completion": _complete,
+}
+WORKING = ("prune", "evaluate", "masks", "prefetch", "report")  # whose output is not all that they are for

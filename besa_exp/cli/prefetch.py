@@ -1,0 +1,163 @@
+"""`besa prefetch`: what a run of the same keys takes from the hub, what of it the caches hold, and the download of the
+rest; a manifest says what lies where, in which version."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from besa_exp.cli.configuration import Unreadable, method_name, read_settings
+from besa_exp.cli.hub_needs import Held, Need, bring, described, held, needs_of, prefetch_command
+from besa_exp.cli.preflight import check_model
+from besa_exp.cli.prune import composed
+from besa_exp.cli.request import CONFIG_NAME, composer_of
+from besa_exp.errors import ConfigurationError, Unavailable, first_line
+from besa_exp.evaluation.checks import check_evaluator
+from besa_exp.machine import atomic
+from besa_exp.machine.environment_variables import set_before_imports
+from besa_exp.settings import RunSettings
+from besa_exp.texts.calibration_check import check_calibration
+
+Status = Literal["there", "fetched", "missing"]
+PATIENCE = 10  # seconds for the hub to answer at all
+WIDTH_OF_FILES = 200  # columns of a table that no terminal shows
+
+
+@dataclass(frozen=True)
+class Item:
+    """What became of one need; `reason` where it is missing."""
+
+    need: Need
+    status: Status
+    held: Held | None = None
+    reason: str = ""
+
+
+def prefetch(arguments: Sequence[str]) -> int:
+    """The exit code: 0 where all is there in the end, 1 where something is missing."""
+    return composed("besa prefetch", CONFIG_NAME, arguments, _run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    jobs = _settings_of_jobs(arguments)
+    needs = list(dict.fromkeys(need for job in jobs for need in needs_of(job.model, job.calibration, job.evaluator)))
+    if not needs:
+        print("nothing is needed of the hub: model, text and tasks are on this machine")
+        return 0
+    unreachable = "offline=true" if any(job.offline for job in jobs) else _unreachable()
+    items = [_settled(need, unreachable) for need in needs]
+    _show(items)
+    path = _write_manifest(items)
+    missing = [item.need for item in items if item.status == "missing"]
+    print(f"{len(items) - len(missing)} of {len(items)} there; manifest: {path}")
+    if missing:
+        hint = f"; nothing was downloaded ({unreachable}): where there is a network, {prefetch_command(missing)}"
+        print(f"{len(missing)} missing" + (hint if unreachable else ""), file=sys.stderr)
+    return 1 if missing else 0
+
+
+def _settings_of_jobs(arguments: argparse.Namespace) -> list[RunSettings]:
+    """The settings of every job that `besa prune` with these arguments would run. ConfigurationError: all that is wrong
+    with them."""
+    composer = composer_of(arguments)
+    overrides = composer.parse(arguments.overrides)
+    single = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
+    main = composer.compose(single)
+    if main is None:
+        raise ConfigurationError(*composer.problems.values())
+    set_before_imports(offline=main.get("offline") is True)
+    swept = arguments.multirun or main.hydra.mode == RunMode.MULTIRUN or len(single) < len(overrides)
+    params = [f"{key}={value}" for key, value in (main.hydra.sweeper.params or {}).items()]
+    configs = [composer.compose(lines) for lines in composer.spread(overrides, params)] if swept else [main]
+    jobs = []
+    for config in configs:
+        if config is not None:
+            jobs += _settings(config, composer.problems)
+    if composer.problems:
+        raise ConfigurationError(*dict.fromkeys(composer.problems.values()))
+    return jobs
+
+
+def _settings(config: DictConfig, problems: dict[str, str]) -> list[RunSettings]:
+    """The settings of one job, none where something is wrong with them, which is noted."""
+    try:
+        settings = read_settings(config, method_name(config.hydra.runtime.choices), with_pruner=False)
+    except Unreadable as error:
+        problems |= error.by_key
+        return []
+    _, found = check_model(settings.model)
+    found += check_calibration(settings.calibration, None) + check_evaluator(settings.evaluator, None)
+    problems |= {problem: problem for problem in found}
+    return [] if found else [settings]
+
+
+def _unreachable() -> str | None:
+    """Why the hub does not answer; None: it does. Its own client would try for minutes."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except (OSError, HTTPError) as error:
+        return f"{constants.ENDPOINT} does not answer: {first_line(error)}"
+    return None
+
+
+def _settled(need: Need, unreachable: str | None) -> Item:
+    """What the caches hold of one need, after a download where that is possible."""
+    try:
+        return Item(need, "there", held(need))
+    except Unavailable as error:
+        if unreachable:
+            return Item(need, "missing", reason=str(error))
+    print(f"fetching {described(need)}", flush=True)
+    try:
+        bring(need)
+        return Item(need, "fetched", held(need))
+    except Unavailable as error:
+        return Item(need, "missing", reason=str(error))
+
+
+def _show(items: Sequence[Item]) -> None:
+    table = Table(box=box.SIMPLE)
+    for column in ("status", "what", "bytes", "commit", "where, or why not"):
+        table.add_column(column, overflow="fold", justify="right" if column == "bytes" else "left")
+    for item in items:
+        size = f"{sum(item.held.files.values()):,}" if item.held else ""
+        commit = ((item.held.commit if item.held else None) or "")[:12]
+        where = str(item.held.where) if item.held else item.reason
+        style = "red" if item.status == "missing" else None
+        table.add_row(item.status, escape(described(item.need)), size, commit, escape(where), style=style)
+    Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES).print(table)
+
+
+def _write_manifest(items: Sequence[Item]) -> Path:
+    """What, from where, in which version, how large, and where it lies; named after what was asked for, so that the
+    same request finds its own."""
+    entries: list[dict[str, Any]] = []
+    for item in items:
+        lies = (
+            {"where": str(item.held.where), "commit": item.held.commit, "files": item.held.files} if item.held else {}
+        )
+        entries.append({**asdict(item.need), "status": item.status, "reason": item.reason or None, **lies})
+    wanted = json.dumps([asdict(item.need) for item in items], sort_keys=True)
+    path = Path("outputs") / f"prefetch-{hashlib.sha256(wanted.encode()).hexdigest()[:8]}.json"
+    path.parent.mkdir(exist_ok=True)
+    caches = {name: os.environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")}
+    atomic.write_text(path, json.dumps({"items": entries, "caches": caches}, indent=2) + "\n")
+    return path

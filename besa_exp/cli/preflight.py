@@ -1,0 +1,226 @@
+"""All that can be found wrong with a run before anything is loaded: every problem, in complete sentences, in seconds.
+
+Each says what is wrong, where (the key), the rule, and the remedy. Neither a model nor torch is imported,
+but where the pruner is to be asked or a CUDA device is named.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from besa_exp.checkpoints.gguf_file import inspect_gguf, is_gguf
+from besa_exp.checkpoints.inspect import ModelFolder, inspect_config, inspect_model_folder, saved_dtype
+from besa_exp.cli.hub_needs import missing_offline, needs_of
+from besa_exp.errors import did_you_mean
+from besa_exp.evaluation.checks import check_evaluator
+from besa_exp.hub.client import is_hub_id
+from besa_exp.hub.publish import check_push
+from besa_exp.machine.disk import check_disk, required_bytes
+from besa_exp.run_folder.inputs import check_run_inputs
+from besa_exp.run_folder.lookup import check_run, run_and_model
+from besa_exp.settings import (
+    CalibrationSettings,
+    EvaluationSettings,
+    EvaluatorSettings,
+    ModelSettings,
+    RunSettings,
+    SaveSettings,
+    TrackerSettings,
+)
+from besa_exp.tensors.pattern import parse_pattern
+from besa_exp.texts.calibration_check import check_calibration
+from besa_exp.texts.embedded.text import MODEL_DIR
+
+BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}  # auto: as saved
+TRACKER_MODES = ("offline", "online", "disabled")
+LARGEST_SEED = 2**32 - 1
+
+
+def preflight(
+    settings: RunSettings, folder: Path = Path("outputs"), unknown: Collection[str] = (), here: bool = True
+) -> list[str]:
+    """The problems of a run that would write to `folder`; none: it may start.
+
+    `unknown` names the groups whose preset could not be found, about which nothing is said, and may hold
+    `calibration.path` where none was given. `here` False: the run will
+    be on another machine, whose device and disk are not this one's."""
+    facts, problems = _check_shared(settings, unknown, here, "model.path")
+    context = facts.context if facts else settings.model.context
+    problems += _check_target(settings, facts, "pruner" not in unknown)
+    if "calibration" not in unknown and not settings.is_dense:
+        length = None if "calibration.path" in unknown else context
+        problems += check_calibration(settings.calibration, length)
+    if settings.offline and here:
+        left_out = settings.is_dense or {"calibration", "calibration.path"} & {*unknown}
+        calibration = None if left_out else settings.calibration
+        problems += missing_offline(needs_of(*_known(settings, unknown, calibration)))
+    problems += check_push(settings.save, settings.offline) if here else []
+    if settings.is_dense and settings.save.push_to_hub:
+        problems.append("save.push_to_hub: pruner=dense makes no model, it scores the one it is given; leave it out")
+    problems += check_run_inputs(folder, settings) if here else []
+    if here and facts:
+        problems += check_disk(folder, _needed_bytes(settings, facts))
+    return problems
+
+
+def preflight_evaluation(
+    settings: EvaluationSettings, unknown: Collection[str] = ()
+) -> tuple[ModelFolder | None, list[str]]:
+    """The facts of the checkpoint, None where they are not known yet, and the problems of scoring it."""
+    run, model = run_and_model(settings.checkpoint)
+    of_run = check_run(run) if run else []
+    facts, problems = _check_shared(settings, [*unknown, *(["model"] if of_run else [])], True, "checkpoint")
+    if facts and run and (saved := saved_dtype(Path(model))) and settings.model.dtype not in ("auto", saved):
+        problems.append(
+            f"model.dtype={settings.model.dtype}: the scores of {run} are those of its model as saved, {saved}; leave "
+            "model.dtype out, or name another folder with hydra.run.dir="
+        )
+    if settings.offline:
+        problems += missing_offline(needs_of(*_known(settings, unknown, None)))
+    return facts, [*of_run, *problems]
+
+
+def _known(
+    settings: RunSettings | EvaluationSettings, unknown: Collection[str], calibration: CalibrationSettings | None
+) -> tuple[ModelSettings | None, CalibrationSettings | None, EvaluatorSettings | None]:
+    """What may be looked for in the caches."""
+    model = None if "model" in unknown else settings.model
+    return model, calibration, None if "evaluator" in unknown else settings.evaluator
+
+
+def _check_shared(
+    settings: RunSettings | EvaluationSettings, unknown: Collection[str], here: bool, key: str
+) -> tuple[ModelFolder | None, list[str]]:
+    """What pruning and scoring have in common; `key` is what a person set to name the model."""
+    facts, problems = None, _check_dtype(settings.model.dtype)
+    if "model" not in unknown:
+        facts, of_model = check_model(settings.model, key)
+        problems += of_model
+    if "evaluator" not in unknown:
+        problems += check_evaluator(settings.evaluator, facts.context if facts else settings.model.context)
+    if "tracker" not in unknown:
+        problems += _check_tracker(settings.tracker, settings.offline)
+    problems += _check_seed(settings.seed)
+    return facts, problems + (_check_device(settings.device) if here else [])
+
+
+def model_folder(settings: ModelSettings) -> Path | None:
+    """The local folder that `model.path` names; None: it names none, as a hub id does not."""
+    if settings.path == "embedded":
+        return MODEL_DIR
+    folder = Path(settings.path).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def _check_dtype(dtype: str) -> list[str]:
+    dtypes = ("auto", *BYTES_OF_DTYPE)
+    if dtype in dtypes:
+        return []
+    return [f"model.dtype={dtype}: must be one of {', '.join(dtypes)}{did_you_mean(dtype, dtypes)}"]
+
+
+def check_model(settings: ModelSettings, key: str = "model.path") -> tuple[ModelFolder | None, list[str]]:
+    """What can be told of the model and its problems, without loading it; `key` is what a person set to name it."""
+    if not settings.path.strip():
+        return None, [f"{key}=: is empty; give a model's folder, a hub id (owner/name), or embedded"]
+    if is_gguf(settings.path):
+        return inspect_gguf(Path(settings.path).expanduser(), key, settings.convert)
+    folder = model_folder(settings)
+    if folder is None:
+        return _check_hub_id(settings, key)
+    return inspect_model_folder(folder, key, settings.convert, settings.trust_remote_code)
+
+
+def _check_hub_id(settings: ModelSettings, key: str) -> tuple[ModelFolder | None, list[str]]:
+    path = settings.path
+    if Path(path).expanduser().exists():
+        return None, [f"{key}={path}: is a file; give the folder that holds config.json and the safetensors"]
+    if not is_hub_id(path):
+        return None, [f"{key}={path}: there is no such folder, and it is no hub id (owner/name); check the path"]
+    from huggingface_hub import try_to_load_from_cache  # half a second that only hub models need
+
+    cached = try_to_load_from_cache(path, "config.json", revision=settings.revision)
+    # What is missing or broken in the cache is fetched, or named with all else that is missing where offline=true; but
+    # not what the config says against the model.
+    if not isinstance(cached, str):
+        return None, []
+    folder, trusted = Path(cached).parent, settings.trust_remote_code
+    problems = inspect_config(folder, f"{key}={path}", trusted)[1]
+    return inspect_model_folder(folder, key, settings.convert, trusted)[0], problems
+
+
+def _check_target(settings: RunSettings, facts: ModelFolder | None, with_pruner: bool) -> list[str]:
+    sparsity, problems = settings.sparsity, []
+    if not 0 <= sparsity < 1:
+        problems.append(
+            f"sparsity={sparsity:g}: must be in [0, 1), the fraction of weights that become zero; "
+            "write for example sparsity=0.5"
+        )
+    try:
+        pattern = parse_pattern(settings.pattern)
+    except ValueError as error:
+        return [*problems, f"{error} (in a YAML file in quotes: pattern: '2:4')"]
+    if pattern and facts:
+        problems += _indivisible(settings.pattern, pattern[1], facts)
+    if with_pruner and not problems:
+        from besa_exp.methods.updates.updated import with_update  # torch is there already: it came with the pruner
+
+        problems += with_update(settings.pruner, settings.update).check(sparsity, settings.pattern)
+        problems += settings.budget.check(sparsity, settings.pattern) if settings.budget else []
+    return problems
+
+
+def _indivisible(pattern: str, group: int, facts: ModelFolder) -> list[str]:
+    odd = [f"{name.removesuffix('.weight')} ({shape[1]})" for name, shape in facts.linears.items() if shape[1] % group]
+    if not odd:
+        return []
+    more = f" and {len(odd) - 2} more" if len(odd) > 2 else ""
+    return [
+        f"pattern={pattern}: the inputs of a linear must be divisible by {group}, not as those of "
+        f"{', '.join(odd[:2])}{more}; choose another pattern or pattern=unstructured"
+    ]
+
+
+def _check_tracker(settings: TrackerSettings, offline: bool) -> list[str]:
+    if settings.mode not in TRACKER_MODES:
+        near = did_you_mean(settings.mode, TRACKER_MODES)
+        source = " (WANDB_MODE says so)" if os.environ.get("WANDB_MODE") == settings.mode else ""
+        return [f"tracker.mode={settings.mode}{source}: must be one of {', '.join(TRACKER_MODES)}{near}"]
+    if offline and settings.mode == "online":
+        return ["tracker.mode=online: needs the network, which offline=true forbids; set tracker.mode=offline"]
+    return []
+
+
+def _check_seed(seed: int) -> list[str]:
+    if 0 <= seed <= LARGEST_SEED:
+        return []
+    return [f"seed={seed}: must be in [0, {LARGEST_SEED}]; write for example seed=0"]
+
+
+def _check_device(device: str) -> list[str]:
+    if device in ("auto", "cpu"):
+        return []
+    found = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if not found:
+        near = did_you_mean(device, ("auto", "cpu", "cuda"))
+        return [f"device={device}: must be auto, cpu, cuda or cuda:N{near}"]
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(found[1] or 0) < count:
+        return []
+    there = f"this machine has cuda:0 to cuda:{count - 1}" if count else "PyTorch finds no CUDA device on this machine"
+    return [f"device={device}: {there}; set device=auto or device=cpu"]
+
+
+def _needed_bytes(settings: RunSettings, facts: ModelFolder) -> int:
+    a_weight = BYTES_OF_DTYPE.get(settings.model.dtype)
+    model_bytes = facts.weights * a_weight if a_weight else facts.saved_bytes
+    in_linears = sum(rows * columns for rows, columns in facts.linears.values())
+    whole = settings.model.load == "whole"
+    save = SaveSettings(model=False, masks=False) if settings.is_dense else settings.save
+    needed = required_bytes(model_bytes, in_linears, facts.weights, save, whole)
+    return needed + (facts.saved_bytes if facts.to_convert else 0)

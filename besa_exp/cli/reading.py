@@ -1,0 +1,159 @@
+"""Plain values from configuration into frozen dataclasses, checked against the dataclass's own type hints.
+
+Every problem is collected with the key it belongs to, so that all are reported together and none hides another.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from besa_exp.errors import did_you_mean
+
+MISSING_VALUE = "???"  # what OmegaConf calls a value that the user must give
+UNREAD = object()  # stands for a value that could not be read
+
+
+class Reader:
+    """Reads values and remembers what is wrong with them: `problems` is {dotted key: message}."""
+
+    def __init__(self) -> None:
+        self.problems: dict[str, str] = {}
+
+    def refuse(self, key: str, message: str) -> Any:
+        """Record a problem; the first one of a key stands."""
+        self.problems.setdefault(key, message)
+        return UNREAD
+
+    def value(self, value: Any, hint: Any, key: str) -> Any:
+        """`value` as the type `hint`, or UNREAD."""
+        origin = get_origin(hint)
+        if isinstance(value, str) and value == MISSING_VALUE:
+            return self.refuse(key, f"{key}: no value given, and there is no default; add {key}=...")
+        if origin in (Union, types.UnionType):
+            return self._optional(value, get_args(hint), key)
+        if origin is Literal:
+            return self._choice(value, get_args(hint), key)
+        if origin is tuple:
+            return self._tuple(value, get_args(hint)[0], key)
+        if origin is dict:
+            return self._mapping(value, get_args(hint), key)
+        if is_dataclass(hint) or (isinstance(value, Mapping) and "_target_" in value):
+            return self.node(value, hint, key)
+        if hint is Any:
+            return value
+        return self._scalar(value, hint, key)
+
+    def node(self, node: Any, hint: Any, key: str, given: Mapping[str, Any] | None = None) -> Any:
+        """An instance of the dataclass that the mapping `node` names by `_target_`, else of `hint`.
+
+        `given` are fields that come from elsewhere. What `__post_init__` refuses is a problem of `key`."""
+        if not isinstance(node, Mapping):
+            return self.refuse(key, f"{key}={_shown(node)}: must be a group of keys; choose a preset of {key}")
+        cls = self._class(node.get("_target_"), hint, key)
+        if cls is UNREAD:
+            return UNREAD
+        known = {field.name: field for field in fields(cls) if field.init and field.name not in (given or {})}
+        hints = get_type_hints(cls)
+        values: dict[str, Any] = dict(given or {})
+        for name, value in node.items():
+            if name == "_target_":
+                continue
+            path = f"{key}.{name}" if key else str(name)
+            if name not in known:
+                self.refuse(path, f"{path}: no such key{did_you_mean(str(name), known)}; keys: {', '.join(known)}")
+            else:
+                values[name] = self.value(value, hints[name], path)
+        self._require(known, values, key)
+        if any(value is UNREAD for value in values.values()):
+            return UNREAD
+        return self._build(cls, values, key)
+
+    def _require(self, known: Mapping[str, Field], values: dict[str, Any], key: str) -> None:
+        for name, field in known.items():
+            if name not in values and field.default is MISSING and field.default_factory is MISSING:
+                path = f"{key}.{name}" if key else name
+                values[name] = self.refuse(path, f"{path}: no value given, and there is no default; add {path}=...")
+
+    def _build(self, cls: type, values: Mapping[str, Any], key: str) -> Any:
+        try:
+            return cls(**values)
+        except ValueError as error:
+            return self.refuse(key, str(error))
+
+    def _class(self, target: str | None, hint: Any, key: str) -> Any:
+        if target is None:
+            return hint if is_dataclass(hint) else self.refuse(key, f"{key}: its preset lacks _target_, a dataclass")
+        module, _, name = target.rpartition(".")
+        try:
+            cls = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            return self.refuse(
+                key, f"{key}._target_={target}: cannot be imported ({error}); name an importable dataclass"
+            )
+        wanted: type = hint if isinstance(hint, type) and is_dataclass(hint) else object
+        if is_dataclass(cls) and isinstance(cls, type) and issubclass(cls, wanted):
+            return cls
+        rule = "a dataclass" if wanted is object else wanted.__name__
+        return self.refuse(key, f"{key}._target_={target}: must be {rule}; choose a preset of {key}")
+
+    def _optional(self, value: Any, options: tuple[Any, ...], key: str) -> Any:
+        if value is None and type(None) in options:
+            return None
+        words = [word for option in options if get_origin(option) is Literal for word in get_args(option)]
+        if value in words:
+            return value
+        (hint,) = (option for option in options if option is not type(None) and get_origin(option) is not Literal)
+        return self._scalar(value, hint, key, words) if words else self.value(value, hint, key)
+
+    def _choice(self, value: Any, choices: tuple[Any, ...], key: str) -> Any:
+        if value in choices:
+            return value
+        names = [str(choice) for choice in choices]
+        near = did_you_mean(str(value), names)
+        return self.refuse(key, f"{key}={_shown(value)}: must be one of {', '.join(names)}{near}")
+
+    def _tuple(self, value: Any, hint: Any, key: str) -> Any:
+        values = value if isinstance(value, list | tuple) else [value]
+        read = tuple(self.value(item, hint, key) for item in values)
+        return UNREAD if UNREAD in read else read
+
+    def _mapping(self, value: Any, hints: tuple[Any, ...], key: str) -> Any:
+        """Keys that stand for numbers may be written as text, as they are on the command line and in JSON."""
+        if not isinstance(value, Mapping):
+            return self.refuse(key, f"{key}={_shown(value)}: must be a group of keys, or {{}}")
+        (key_hint, hint), read = hints, {}
+        for name, item in value.items():
+            path = f"{key}.{name}"
+            number = int(name) if key_hint is int and str(name).isdecimal() else name
+            read[self._scalar(number, key_hint, path)] = self.value(item, hint, path)
+        return UNREAD if UNREAD in read or any(item is UNREAD for item in read.values()) else read
+
+    def _scalar(self, value: Any, hint: type, key: str, words: Sequence[str] = ()) -> Any:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if hint is bool and isinstance(value, bool):
+            return value
+        if hint is int and number and float(value).is_integer():
+            return int(value)
+        if hint is float and number and math.isfinite(value):
+            return float(value)
+        if hint is str and isinstance(value, str):
+            return value
+        if hint is str and number:  # 2024_05_01 is the number 20240501: what was written is lost
+            example = f"{key.rpartition('.')[2]}: '{value}'"
+            return self.refuse(key, f"{key}={value}: must be a text, not a number; write it in quotes: {example}")
+        rule = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}[hint]
+        rule = " or ".join([rule, *words])
+        return self.refuse(key, f"{key}={_shown(value)}: must be {rule}; write for example {key}={_example(hint)}")
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _example(hint: type) -> str:
+    return {bool: "true", int: "8", float: "0.5", str: "name"}[hint]

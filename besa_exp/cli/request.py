@@ -1,0 +1,240 @@
+"""From the arguments of `besa prune` to the jobs they ask for, with everything that is wrong with them found first.
+
+Nothing is written here. A value that cannot be used is left out once it is noted, so that it hides no other problem.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from besa_exp.cli.compose import Composer, key_of, told_sweep
+from besa_exp.cli.configuration import METHOD_GROUPS, Unreadable, method_name, read_settings
+from besa_exp.cli.launchers import launcher_lines, launcher_of
+from besa_exp.cli.preflight import preflight
+from besa_exp.errors import ConfigurationError
+from besa_exp.hub.publish import check_names, check_push
+from besa_exp.machine.environment_variables import set_before_imports
+from besa_exp.run_folder.inputs import check_run_inputs
+from besa_exp.run_folder.status import is_done
+from besa_exp.tensors.pattern import parse_pattern
+
+CONFIG_NAME = "prune"
+# Groups whose preset may leave the path to the user, and what is unknown while the embedded one stands in for it.
+STANDS_IN = {"model": "model", "calibration": "calibration.path"}
+ON_THIS_MACHINE = ("basic_launcher.BasicLauncher", "joblib_launcher.JoblibLauncher", "submitit_launcher.LocalLauncher")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prune: its override lines, its composed configuration and folder, and whether a finished run is there."""
+
+    lines: tuple[str, ...]
+    config: DictConfig
+    folder: Path
+    finished: bool
+    number: int = 0  # its place in a sweep
+
+
+@dataclass(frozen=True)
+class Request:
+    """What Hydra is to be given, and the jobs that it will make of it. `launcher`: the class that starts them."""
+
+    config_name: str
+    lines: tuple[str, ...]
+    multirun: bool
+    launcher: str
+    jobs: tuple[Job, ...]
+
+
+def read_request(arguments: argparse.Namespace) -> Request:
+    """The checked request; Hydra must be initialized. ConfigurationError: every problem there is."""
+    composer = composer_of(arguments)
+    overrides = composer.parse(arguments.overrides)
+    unknown = set(composer.problems)
+    varied = {override.key_or_group for override in overrides if override.is_sweep_override()}
+    fixed = [override for override in overrides if override.key_or_group not in varied]
+    single = [str(o.input_line) for o in fixed if o.key_or_group.split(".")[0] not in varied]  # a key may need a choice
+    main = composer.compose(single)
+    if main is None:
+        raise ConfigurationError(*composer.problems.values())
+    set_before_imports(offline=main.get("offline") is True)
+    multirun = arguments.multirun or main.hydra.mode == RunMode.MULTIRUN
+    if multirun:
+        params = [f"{key}={value}" for key, value in (main.hydra.sweeper.params or {}).items()]
+        jobs = _jobs(composer, composer.spread(overrides, params), unknown)
+        pushed = [str(OmegaConf.select(job.config, "save.push_to_hub") or "") for job in jobs]
+        composer.problems |= {problem: problem for problem in check_names(pushed)}
+    else:
+        swept = [override for override in overrides if override.is_sweep_override()]
+        composer.problems |= {o.key_or_group: told_sweep(o, "add -m to run them all") for o in swept}
+        jobs = [_job(composer, single, main, unknown, of_sweep=False)]
+    _ask_pruners(composer, jobs, unknown)
+    if composer.problems or not jobs:
+        raise ConfigurationError(*dict.fromkeys(composer.problems.values()) or ["the sweep has no jobs"])
+    lines = (*arguments.overrides, *composer.search_path, *(launcher_lines(main) if multirun else ()))
+    return Request(composer.config_name, lines, multirun, launcher_of(main), tuple(jobs))
+
+
+def check_composition(arguments: argparse.Namespace, config_name: str = CONFIG_NAME) -> None:
+    """For flags that show the configuration: ConfigurationError where it cannot be composed."""
+    composer = composer_of(arguments, config_name)
+    composer.compose([str(override.input_line) for override in composer.parse(arguments.overrides)])
+    if composer.problems:
+        raise ConfigurationError(*composer.problems.values())
+
+
+def composer_of(arguments: argparse.Namespace, config_name: str = CONFIG_NAME) -> Composer:
+    """Composes with the presets of --config-dir too."""
+    name, folder = arguments.config_name or config_name, arguments.config_dir
+    if folder is None:
+        given = [line for line in arguments.overrides if key_of(line) == "hydra.searchpath"]
+        return Composer(name, tuple(given))
+    if not Path(folder).is_dir():
+        raise ConfigurationError(f"--config-dir={folder}: there is no such folder; check the path")
+    return Composer(name, (f"hydra.searchpath=['file://{Path(folder).absolute()}']",))
+
+
+def _jobs(composer: Composer, lines_of_jobs: Sequence[Sequence[str]], unknown: set[str]) -> list[Job]:
+    """The jobs of a sweep. Those that differ from the first in one line come first: they show nearly all that can be
+    wrong with a large sweep, and where something is, the others are not looked at."""
+    jobs: dict[Path, Job] = {}
+    differences = [sum(map(str.__ne__, lines, lines_of_jobs[0])) for lines in lines_of_jobs]
+    for number in sorted(range(len(lines_of_jobs)), key=differences.__getitem__):
+        if composer.problems and differences[number] > 1:
+            break
+        lines = lines_of_jobs[number]
+        config = composer.compose([*lines, f"hydra.job.num={number}", "hydra.mode=MULTIRUN"])
+        if config is None:
+            continue
+        job = replace(_job(composer, lines, config, unknown, of_sweep=True), number=number)
+        if job.folder in jobs:
+            composer.problems[str(job.folder)] = _shared_folder(job, jobs[job.folder], lines_of_jobs)
+        jobs[job.folder] = job
+    return list(jobs.values())
+
+
+def _shared_folder(job: Job, other: Job, lines_of_jobs: Sequence[Sequence[str]]) -> str:
+    if set(job.lines) == set(other.lines):
+        common = set.intersection(*map(set, lines_of_jobs))
+        twice = " ".join(line for line in job.lines if line not in common) or " ".join(job.lines)
+        return f"{twice} stands twice in the sweep; name each value once"
+    different = _only(job.lines, other.lines)
+    return (
+        f"two jobs of the sweep would share the folder {job.folder}, with {different}: what tells them apart does not "
+        "change the result; drop one, or give each its own with hydra.sweep.subdir='${hydra.job.num}'"
+    )
+
+
+def _only(lines: Sequence[str], others: Sequence[str]) -> str:
+    """The lines in which two jobs differ, as `seed=1 and seed=2`."""
+    return " and ".join(" ".join(sorted(set(one) - set(two))) for one, two in ((others, lines), (lines, others)))
+
+
+def _job(composer: Composer, lines: Sequence[str], config: DictConfig, unknown: set[str], of_sweep: bool) -> Job:
+    """The job, its problems (but its pruner's) noted unless a finished run is there."""
+    HydraConfig.instance().set_config(config)  # ${hydra:...} looks there
+    try:
+        folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir) if of_sweep else Path(config.hydra.run.dir)
+    except OmegaConfBaseException as error:
+        composer.problems["hydra.run.dir"] = f"the run folder's name cannot be made: {str(error).splitlines()[0]}"
+        folder = Path()
+    job = Job(tuple(lines), config, folder, is_done(folder) and not config.get("overwrite"))
+    if not job.finished:
+        _check_settings(composer, job, unknown | {"pruner"})
+    else:
+        _check_finished(composer, job)
+    return job
+
+
+def _check_finished(composer: Composer, job: Job) -> None:
+    """Notes what speaks against showing a finished run: its inputs are others now, or it cannot be pushed."""
+    try:
+        settings = read_settings(job.config, "", with_pruner=False)
+    except Unreadable:  # what it was asked with then is no key or value any more
+        return
+    pushed = check_push(settings.save, settings.offline) if settings.save.push_to_hub else []
+    composer.problems |= {problem: problem for problem in pushed}
+    for problem in check_run_inputs(job.folder, settings):  # of many jobs with the same input the first is named
+        composer.problems.setdefault(problem.partition(" holds ")[2], problem)
+
+
+def _ask_pruners(composer: Composer, jobs: Sequence[Job], unknown: set[str]) -> None:
+    """Notes what the jobs' pruners refuse. Their modules import torch, which takes seconds: they are asked when all is
+    well otherwise, or when the request says something to them."""
+    sound = not composer.problems
+    for job in jobs:
+        if not job.finished and "pruner" not in unknown and (sound or _concerns_the_pruner(composer, job)):
+            _check_settings(composer, job, unknown)
+
+
+def _concerns_the_pruner(composer: Composer, job: Job) -> bool:
+    """Whether a line may be refused by the pruner: one of its own keys or presets, or what it is asked to reach."""
+    keys = {key_of(line) for line in job.lines}
+    own = any(key.startswith(tuple(f"{group}." for group in METHOD_GROUPS)) for key in keys)
+    own = own or ("pruner" in keys and composer.search_path)
+    asked = ("sparsity", "pattern", "experiment", "update", "budget")
+    return bool(own) or any(key in keys and not _refused(composer, key) for key in asked)
+
+
+def _refused(composer: Composer, key: str) -> bool:
+    return any(problem.startswith(f"{key}=") for problem in composer.problems.values())
+
+
+def _check_settings(composer: Composer, job: Job, unknown: set[str]) -> None:
+    """Notes all that is wrong with the job but with what is unknown."""
+    problems = composer.problems
+    try:
+        name = method_name(job.config.hydra.runtime.choices)
+        settings = read_settings(job.config, name, with_pruner="pruner" not in unknown)
+    except Unreadable as error:
+        problems |= error.by_key
+        rest = [line for line in job.lines if not sets_one_of(composer, line, error.by_key)]
+        missing = [group for group in STANDS_IN if OmegaConf.is_missing(job.config[group], "path")]
+        if len(rest) < len(job.lines):
+            config = composer.compose(rest)
+        else:
+            config = _with_paths(job.config, missing) if missing else None
+            unknown = unknown | {STANDS_IN[group] for group in missing}
+        if config is not None:
+            _check_settings(composer, Job(tuple(rest), config, job.folder, False), unknown)
+        return
+    here = launcher_of(job.config).endswith(ON_THIS_MACHINE)
+    problems |= {problem: problem for problem in preflight(settings, job.folder, unknown, here)}
+    if any(key_of(line) == "sparsity" for line in job.lines):
+        problems |= _contradiction(settings.sparsity, settings.pattern)
+
+
+def _with_paths(config: DictConfig, groups: Sequence[str]) -> DictConfig:
+    """The configuration with the embedded path where one is missing, so that the rest can be checked."""
+    filled = copy.deepcopy(config)
+    for group in groups:
+        filled[group].path = "embedded"
+    return filled
+
+
+def sets_one_of(composer: Composer, line: str, keys: Iterable[str]) -> bool:
+    """Whether the line gives a value (not a preset) to one of the keys or to something below it."""
+    key = key_of(line)
+    return any(key.startswith(f"{bad}.") or (key == bad and not composer.presets(key)) for bad in keys)
+
+
+def _contradiction(sparsity: float, pattern: str) -> dict[str, Any]:
+    try:
+        kept, group = parse_pattern(pattern) or (None, 1)
+    except ValueError:
+        return {}  # said already
+    fixed = sparsity if kept is None else 1 - kept / group
+    if abs(fixed - sparsity) < 1e-9:
+        return {}
+    problem = f"sparsity={sparsity:g} with pattern={pattern}: the pattern makes it {fixed:g}; leave sparsity out"
+    return {problem: problem}

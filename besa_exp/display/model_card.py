@@ -1,0 +1,146 @@
+"""The README.md of a pruned model folder: what it is, how it was made, how sparse it is and what it scores."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from besa_exp.blocks.sparsity_table import type_counts
+from besa_exp.display.markdown import escaped, markdown_table
+from besa_exp.display.missed_target import told_miss
+from besa_exp.evaluation.task_metrics import metric_name, partly_scored
+from besa_exp.machine.environment import masked_command
+
+HONESTY = (
+    "The zeros are stored as ordinary dense numbers. This checkpoint takes the same disk space, memory and time as the "
+    "dense one: unstructured zeros save neither memory nor time on today's hardware."
+)
+HONESTY_N_M = (
+    "The zeros are stored as ordinary dense numbers: as it is, this checkpoint takes the same disk space, memory and "
+    "time as the dense one. Hardware and software that know an N:M pattern (2:4 today) can use it after a conversion."
+)
+
+FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---\s*(?:\n|$)", re.DOTALL)
+LICENCE_TAGS = ("license", "license_name", "license_link")
+SPEED_HEADS = ("linear", "sparsity", "dense cycles", "simulated cycles", "simulated speed-up")
+
+
+def model_card(
+    results: Mapping[str, Any],
+    command: Sequence[str],
+    hub_id: str | None = None,
+    revision: str | None = None,
+    licence: Mapping[str, str] | None = None,
+) -> str:
+    """Markdown from the content of results.json (without scores: a card that names none) and the command's words.
+
+    `hub_id` is the dense model's name on the Hugging Face hub, where it has one, `licence` what its own card says of
+    that (`base_licence`). The program, first word of
+    `command`, is shown as `besa`: where it is installed is nobody's business."""
+    name = hub_id or results["model"].rstrip("/").rpartition("/")[2]  # of a folder its last part: the rest is private
+    model = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else escaped(name)
+    target, measured = results["target_sparsity"], results["measured_sparsity"]
+    calibration = results.get("calibration")
+    lines = [
+        *_front_matter(hub_id, licence or {}),
+        f"# {escaped(name)}, pruned to {measured:.1%} by {results['pruner']}",
+        "",
+        f"- Base model: {model}" + (f", revision `{revision}`" if revision else ""),
+        f"- Method: {results['pruner']}, pattern {results['pattern']}, seed {results['seed']}",
+        f"- Sparsity of the pruned linears: target {target:.4f}, measured {measured:.4f}"
+        + (f"; **{missed}**" if (missed := told_miss(results)) else ""),
+    ]
+    if quantisation := results.get("quantisation"):
+        shared = "each output channel" if (size := quantisation["group_size"]) is None else f"every {size} inputs"
+        lines.append(f"- Weights: rounded to {quantisation['bits']} bits with a scale for {shared}, stored dequantised")
+    if dense := results.get("dequantised"):
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in dense["packing"].items())
+        lines.append(f"- Dense weights: unpacked from {dense['file']} ({kinds}) and stored as {dense['dtype']}")
+    if calibration:
+        samples, length = calibration["num_samples"], calibration["seq_len"]
+        lines.append(f"- Calibration: {escaped(calibration['name'])}, {samples} samples of {length} tokens")
+    honesty = HONESTY if results["pattern"] == "unstructured" else HONESTY_N_M
+    counts = type_counts(results["blocks"]).items()
+    rows = [[name, f"{weights:,}", f"{pruned:,}", f"{pruned / weights:.4f}"] for name, (weights, pruned) in counts]
+    lines += ["", honesty, "", "## Sparsity by linear type", ""]
+    lines += markdown_table(["linear", "weights", "zeros", "sparsity"], rows, numbers=True)
+    shown = shlex.join(["besa", *masked_command(command[1:])])
+    lines += ["", *_scores(results), *_simulated_speed(results), "## Command", "", "```", shown, "```", ""]
+    return "\n".join(lines)
+
+
+def base_licence(folder: Path) -> dict[str, str]:
+    """The licence tags of the model card in a model's folder; none where it has no card, or one that tells none."""
+    card = folder / "README.md"
+    found = FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
+    try:
+        tags = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:  # somebody else's file
+        return {}
+    known = tags if isinstance(tags, dict) else {}
+    return {key: known[key] for key in LICENCE_TAGS if isinstance(known.get(key), str)}
+
+
+def _front_matter(hub_id: str | None, licence: Mapping[str, str]) -> list[str]:
+    base = [f"base_model: {json.dumps(hub_id)}"] if hub_id else []
+    base += [f"{tag}: {json.dumps(value)}" for tag, value in licence.items()]
+    return ["---", "library_name: transformers", *base, "tags:", "- pruning", "- sparsity", "- besa", "---", ""]
+
+
+def _scores(results: Mapping[str, Any]) -> list[str]:
+    """The scores, beside the dense model's where it was scored too; nothing where nothing was."""
+    pruned, dense = score_rows(results), score_rows(results.get("dense") or {})
+    if not pruned:
+        return []
+    rows = [[escaped(name), _number(dense.get(name)), _number(value)] for name, value in pruned.items()]
+    lines = ["## Scores", "", *markdown_table(["measure", "dense", "pruned"], rows, numbers=True)]
+    reasons = [
+        f"- n/a, {escaped(name)}: {escaped(reason)}"
+        for name, reason in sorted((results.get("unavailable") or {}).items())
+    ]
+    reasons += [f"- {escaped(task)}: scored on {part}" for task, part in partly_scored(results)]
+    return [*lines, "", *reasons, *([""] if reasons else [])]
+
+
+def score_rows(scores: Mapping[str, Any]) -> dict[str, float | None]:
+    """`perplexity <set>` and `<task> <metric>` to value; standard errors are left out, None is not available."""
+    rows = {f"perplexity {name}": value for name, value in sorted((scores.get("perplexity") or {}).items())}
+    for task, metrics in sorted((scores.get("zero_shot") or {}).items()):
+        for key, value in sorted(metrics.items()):
+            if not key.partition(",")[0].endswith("_stderr") and isinstance(value, (int, float)):
+                rows[f"{task} {metric_name(key)}"] = value
+    return rows
+
+
+def _simulated_speed(results: Mapping[str, Any]) -> list[str]:
+    """A table where it was asked for."""
+    rows = speed_rows(results)
+    if not rows:
+        return []
+    head = f"## Speed, {results['simulated_speed']['model']}"
+    return [head, "", *markdown_table(SPEED_HEADS, rows, numbers=True), ""]
+
+
+def speed_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The SIMULATED cycles and speed-ups by linear type, as cells under SPEED_HEADS; [] where none were asked for."""
+    linears = (results.get("simulated_speed") or {}).get("linears", {})
+    return [
+        (
+            kind,
+            f"{row['sparsity']:.4f}",
+            f"{row['dense_cycles']:,.1f}",
+            f"{row['sparse_cycles']:,.1f}",
+            "n/a" if row["speed_up"] is None else f"{row['speed_up']:.3f}x",
+        )
+        for kind, row in linears.items()
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4f}"

@@ -1,0 +1,215 @@
+"""What a run sends to Weights & Biases besides its own folder; offline by default, and never able to end a run.
+
+`step/*` is drawn over `optimisation_step` (which counts on from block to block), `block/*` and `allocated/<linear>`
+over `block`, a mixture's experts as one; scores are summary values. Any failure of W&B is one warning: metrics.jsonl
+holds the same numbers. The network is touched in mode `online` alone; a server that does not answer costs INIT_TIMEOUT,
+then the run is offline.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Protocol
+
+from besa_exp.blocks.reports import BlockReport, LinearReport, Step
+from besa_exp.blocks.sparsity_table import linear_type
+from besa_exp.display.wandb_run import forget_run, start_run
+from besa_exp.settings import TrackerSettings
+
+if TYPE_CHECKING:
+    import wandb
+
+    from besa_exp.evaluation.scores import Scores
+
+TABLE_COLUMNS = ("block", "linear", "weights", "pruned", "sparsity", "allocated")
+logger = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """Where a run's numbers go as they appear."""
+
+    def log_block(self, report: BlockReport) -> None:
+        """One pruned block with its steps."""
+
+    def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
+        """Scores of the pruned model, and of the dense one where it was scored."""
+
+    def log_summary(self, values: Mapping[str, float]) -> None:
+        """Values of the run as a whole."""
+
+    def finish(self, reports: Sequence[BlockReport], failed: bool = False) -> None:
+        """Closes the run, with the table of all `reports` where there are any."""
+
+
+class NoTracker:
+    """Tracks nothing."""
+
+    def log_block(self, report: BlockReport) -> None:
+        pass
+
+    def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
+        pass
+
+    def log_summary(self, values: Mapping[str, float]) -> None:
+        pass
+
+    def finish(self, reports: Sequence[BlockReport], failed: bool = False) -> None:
+        pass
+
+
+class WandbTracker:
+    """Tracks in an open W&B run until the first failure, then says so once and tracks nothing."""
+
+    def __init__(self, run: wandb.Run):
+        self._run = run
+        self._known_blocks = int(run.summary.get("block", -1)) + 1 if run.resumed else 0  # the server has them
+        self._num_steps = 0
+        self._works = True
+
+    def _log_step(self, step: Step) -> None:
+        values = {
+            "optimisation_step": self._num_steps,
+            "step/block": step.block,
+            "step/loss": step.loss,
+            "step/reconstruction": step.reconstruction,
+            "step/penalty": step.penalty,
+            "step/expected_sparsity": step.expected_sparsity,
+        }
+        self._num_steps += 1
+        self._attempt(lambda: self._run.log(values))
+
+    def log_block(self, report: BlockReport) -> None:
+        if report.index < self._known_blocks:
+            self._num_steps += len(report.steps)
+            return
+        for step in report.steps:
+            self._log_step(step)
+        values = {
+            "block": report.index,
+            "block/sparsity": report.sparsity,
+            "block/reconstruction_loss": report.loss_after,
+            "block/reconstruction_loss_before": report.loss_before,
+            **{f"allocated/{kind}": value for kind, value in _by_type(report, "allocated").items()},
+        }
+        self._attempt(lambda: self._run.log(values))
+
+    def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
+        values = dict(_flat_scores(scores))
+        if dense is not None:
+            values |= {f"dense/{name}": value for name, value in _flat_scores(dense)}
+        self.log_summary(values)
+
+    def log_summary(self, values: Mapping[str, float | str]) -> None:
+        self._attempt(lambda: self._run.summary.update(dict(values)))
+
+    def finish(self, reports: Sequence[BlockReport], failed: bool = False) -> None:
+        if reports:
+            self._attempt(lambda: self._log_allocation(reports))
+        self._works = True  # a run that failed to log is closed all the same
+        self._attempt(lambda: self._run.finish(exit_code=int(failed)))
+
+    def _log_allocation(self, reports: Sequence[BlockReport]) -> None:
+        import wandb
+
+        rows: list[Any] = [
+            [report.index, linear.name, linear.weights, linear.pruned, linear.sparsity, linear.allocated]
+            for report in reports
+            for linear in report.linears
+        ]
+        values: dict[str, Any] = {"sparsity/table": wandb.Table(columns=[*TABLE_COLUMNS], data=rows)}
+        if importlib.util.find_spec("matplotlib"):
+            values["sparsity/heat_map"] = wandb.Image(_heat_map(reports))
+        else:
+            logger.info("no heat map of the sparsity for W&B: it needs matplotlib (pip install 'besa-exp[report]')")
+        self._run.log(values)
+        weights, pruned = sum(row[2] for row in rows), sum(row[3] for row in rows)
+        self._run.summary["sparsity"] = pruned / weights
+
+    def _attempt(self, act: Callable[[], object]) -> None:
+        if not self._works:
+            return
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run is worth more
+            self._works = False
+            logger.warning("W&B failed (%s) and is left out from here on; metrics.jsonl has it all", _one_line(error))
+
+
+def start_tracker(
+    settings: TrackerSettings, folder: Path, config: Mapping[str, Any], run_name: str, pruner: str
+) -> Tracker:
+    """The tracker that `settings` ask for, its files in `folder`/wandb; without W&B a warning and a tracker of nothing.
+
+    `config` (plain values) is logged with its secrets masked. A second start in one folder goes on with the same id:
+    offline anew, because the caller logs the finished blocks again; online after the last block that W&B knows."""
+    if settings.name == "none" or settings.mode == "disabled":
+        return NoTracker()
+    try:
+        return WandbTracker(start_run(settings, folder, config, run_name, pruner))
+    except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run is worth more
+        if settings.mode == "online":
+            logger.warning("W&B cannot be reached (%s): logging offline, `wandb sync` sends it later", _one_line(error))
+            forget_run(folder)  # W&B's process still holds the one that failed
+            return start_tracker(replace(settings, mode="offline"), folder, config, run_name, pruner)
+        logger.warning("W&B cannot be used (%s): going on without; metrics.jsonl has it all", _one_line(error))
+        return NoTracker()
+
+
+def _flat_scores(scores: Scores) -> Iterator[tuple[str, float | str]]:
+    for name, value in scores.perplexity.items():
+        if value is not None:
+            yield f"perplexity/{name}", value
+    for task, metrics in scores.zero_shot.items():
+        for metric, value in metrics.items():
+            yield f"zero_shot/{task}/{metric}", value
+    for kind, row in scores.simulated_speed.get("linears", {}).items():
+        yield from ((f"simulated_speed/{kind}/{key}", value) for key, value in row.items() if value is not None)
+    for kind, row in scores.speed.get("linears", {}).items():
+        yield from ((f"speed/{kind}/{key}", value) for key, value in row.items())
+    for name, reason in scores.unavailable.items():
+        yield f"unavailable/{name}", reason
+
+
+def _by_type(report: BlockReport, field: str) -> dict[str, float]:
+    """Means over the linears of a type, weighted by weights: a mixture's experts are one, not hundreds of charts."""
+    linears: dict[str, list[LinearReport]] = {}
+    for linear in report.linears:
+        linears.setdefault(linear_type(linear.name), []).append(linear)
+    return {
+        kind: fmean((getattr(linear, field) for linear in found), [linear.weights for linear in found])
+        if len(found) > 1
+        else getattr(found[0], field)
+        for kind, found in linears.items()
+    }
+
+
+def _heat_map(reports: Sequence[BlockReport]) -> Any:
+    """Measured sparsity as a picture, blocks down and linears across; colours span the values that occur."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyplot would choose a display and keep the figure
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    by_block = [_by_type(report, "sparsity") for report in reports]
+    names = list(dict.fromkeys(kind for block in by_block for kind in block))
+    grid = [[block.get(name, float("nan")) for name in names] for block in by_block]
+    figure = Figure(figsize=(2.5 + 0.8 * len(names), 1.8 + 0.3 * len(reports)), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    picture = axes.imshow(grid, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(reports)), [str(report.index) for report in reports])
+    axes.set_ylabel("block")
+    figure.colorbar(picture, ax=axes, label="sparsity")
+    png = BytesIO()
+    canvas.print_png(png)
+    return Image.open(png)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

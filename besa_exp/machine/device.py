@@ -1,0 +1,35 @@
+"""The device of a run and what holds for all that is computed there: seeds, determinism, and the memory it took."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+
+import torch
+
+from besa_exp.machine import distributed
+from besa_exp.settings import EvaluationSettings, RunSettings
+
+
+def prepared_device(settings: RunSettings | EvaluationSettings) -> torch.device:
+    """Seeds and determinism, and the device: auto is a GPU where there is one, of several ranks each one's own."""
+    torch.manual_seed(settings.seed)
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
+    # Else every torch.empty is filled: time in each step, and memory for modules built without weights.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    return distributed.local_device(torch.device(automatic if settings.device == "auto" else settings.device))
+
+
+def compute_dtype(settings: RunSettings) -> torch.dtype | None:
+    """What the block loop computes products in; None: the weights' dtype."""
+    return None if settings.compute_dtype == "auto" else getattr(torch, settings.compute_dtype)
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Most bytes held so far by this process on the host, and by torch on the device."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"host": host, "device": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0}

@@ -1,0 +1,78 @@
+"""AlphaPruning (Lu et al., arXiv 2410.10912): blocks whose spectra have heavy tails keep more. No data is needed.
+
+The eigenvalues lambda of W^T W above lambda_min follow a power law; its exponent by Hill's estimator is
+
+    alpha = 1 + n / sum_i ln(lambda_i / lambda_min),    the n eigenvalues from lambda_min on.
+
+lambda_min is the place where the density of the eigenvalues on a logarithmic axis is highest. A well-trained matrix has
+a heavy tail: a small alpha. A block's alpha is the mean of its linears'; sparsities are s times a factor that is linear
+in alpha from 1 - epsilon to 1 + epsilon, scaled to the total.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from besa_exp.blocks.block import Block, Hidden
+from besa_exp.errors import RunError
+from besa_exp.methods.budgets.budget import no_pattern
+from besa_exp.tensors.statistics import is_finite
+
+BINS = 100  # of the histogram that shows the densest place
+
+
+def hill_exponent(weight: Float[Tensor, "out in"]) -> float:
+    """alpha of one linear; NaN where all its eigenvalues are equal."""
+    eigenvalues = torch.linalg.svdvals(weight.float()).double().square()
+    logarithms = eigenvalues[eigenvalues > eigenvalues.max() * 1e-12].log().cpu()
+    counts = torch.histc(logarithms, bins=BINS)
+    low, high = logarithms.min(), logarithms.max()
+    densest = low + (high - low) * counts.argmax() / BINS
+    above = logarithms[logarithms >= densest] - densest
+    return float(1 + len(above) / above.sum())
+
+
+@dataclass(frozen=True)
+class Alpha:
+    """`epsilon`: largest relative deviation from the target, before scaling; the paper: 0.3, 0.4 with magnitude."""
+
+    epsilon: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.epsilon < 1:
+            raise ValueError(f"budget.epsilon={self.epsilon}: must be in [0, 1); the paper uses 0.3")
+
+    def check(self, sparsity: float, pattern: str) -> list[str]:
+        """Nothing to deal out under N:M."""
+        return no_pattern("alpha", pattern)
+
+    def sparsities(
+        self, blocks: Iterable[Block], inputs: Hidden, sparsity: float, batch_size: int
+    ) -> Float[Tensor, " block"]:
+        """A singular value decomposition for each linear; `inputs` are not used. RunError: a weight is not finite."""
+        exponents, sizes = [], []
+        for block in blocks:
+            for name, linear in block.linears.items():
+                if not is_finite(linear.weight):
+                    raise RunError(f"{block.name}.{name}: its weights are not finite; check the checkpoint")
+            linears = [linear.weight.detach() for linear in block.linears.values()]
+            exponents.append(sum(map(hill_exponent, linears)) / len(linears))
+            sizes.append(sum(weight.numel() for weight in linears))
+        alpha, weights = torch.tensor(exponents, dtype=torch.float64), torch.tensor(sizes, dtype=torch.float64)
+        spread = alpha.max() - alpha.min()
+        place = (alpha - alpha.min()) / spread if spread > 0 else torch.full_like(alpha, 0.5)
+        factor = 1 - self.epsilon + 2 * self.epsilon * place
+        return sparsity * factor * weights.sum() / (factor * weights).sum()
+
+    def passes(self, num_blocks: int, num_samples: int) -> int:
+        """None: it looks at the weights alone."""
+        return 0
+
+    def states(self, num_blocks: int, num_samples: int) -> int:
+        """None."""
+        return 0

@@ -1,0 +1,67 @@
+"""OWL (Yin et al., arXiv 2310.05175): blocks with more outliers keep more.
+
+    D_l = the share of a block's Wanda scores |W_ij| ||X_j|| above M times their mean,
+    keep_l = 1 - s + lambda' (D_l - mean D),   lambda' such that the keep rates span 2 lambda.
+
+M = 5 and lambda = 0.08 are the paper's. The scores are those of all linears of the dense block taken together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from besa_exp.blocks.block import Block, Hidden
+from besa_exp.methods.budgets.budget import around, no_pattern, survey
+from besa_exp.tensors.importance import wanda_importance
+from besa_exp.tensors.statistics import InputNorm
+
+
+@dataclass(frozen=True)
+class Owl:
+    """`outlier` is the paper's M, `width` twice its lambda."""
+
+    outlier: float = 5.0
+    width: float = 0.16
+
+    def __post_init__(self) -> None:
+        if not self.outlier > 0:
+            raise ValueError(f"budget.outlier={self.outlier}: must be above 0; the paper uses 5")
+        if not 0 <= self.width < 1:
+            raise ValueError(f"budget.width={self.width}: must be in [0, 1); the paper uses 0.16")
+
+    def check(self, sparsity: float, pattern: str) -> list[str]:
+        """Nothing to deal out under N:M."""
+        return no_pattern("owl", pattern)
+
+    def sparsities(
+        self, blocks: Iterable[Block], inputs: Hidden, sparsity: float, batch_size: int
+    ) -> Float[Tensor, " block"]:
+        """One pass of the dense model."""
+        outliers = survey(blocks, inputs, InputNorm, batch_size, self.outlier_share)
+        return around(-torch.tensor(outliers, dtype=torch.float64), sparsity, self.width)
+
+    def passes(self, num_blocks: int, num_samples: int) -> int:
+        """Each block once."""
+        return num_blocks * num_samples
+
+    def states(self, num_blocks: int, num_samples: int) -> int:
+        """None: the inputs are overwritten."""
+        return 0
+
+    def outlier_share(self, block: Block, statistics: Mapping[str, InputNorm]) -> float:
+        """D of one block. Scores are made twice and never held together."""
+
+        def scores() -> Iterable[Tensor]:
+            return (
+                wanda_importance(linear.weight.detach(), statistics[name].squared_norm)
+                for name, linear in block.linears.items()
+            )
+
+        num_weights = sum(linear.weight.numel() for linear in block.linears.values())
+        mean = sum(float(score.double().sum()) for score in scores()) / num_weights
+        return sum(int((score > self.outlier * mean).sum()) for score in scores()) / num_weights

@@ -1,0 +1,49 @@
+"""How far a search has come, on the disk, so that a run that was killed goes on with it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from besa_exp.errors import RunError
+from besa_exp.machine import atomic, distributed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a search has found so far, in one file that is whole at any time; None: it is kept nowhere. `keep_spent` is
+    called before it is written."""
+
+    file: Path | None = None
+    keep_spent: Callable[[], None] = lambda: None
+
+    def read(self) -> dict[str, Any]:
+        """What was written last, on every rank; empty: nothing was, or it cannot be read and the search begins anew."""
+        return distributed.from_first(self._read)
+
+    def write(self, found: Mapping[str, Any]) -> None:
+        """Keep `found` instead of what there is. RunError: the disk is full or cannot be written to."""
+        if self.file is None or not distributed.is_first():
+            return
+        try:
+            self.keep_spent()
+            atomic.write_text(self.file, json.dumps(found) + "\n")
+        except OSError as error:
+            raise RunError(
+                f"the search could not be written to {self.file} ({error}); make space and give the same command again"
+            ) from error
+
+    def _read(self) -> dict[str, Any]:
+        if self.file is None or not self.file.is_file():
+            return {}
+        try:
+            return json.loads(self.file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            logger.warning("the search begins anew: %s does not hold what was written (%s)", self.file, error)
+            return {}

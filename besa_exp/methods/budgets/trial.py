@@ -1,0 +1,137 @@
+"""Whole models tried: how far the model's predictions move when each block is pruned to a sparsity of its own.
+
+    D = mean over tokens of KL(p || q),    p and q the dense and the tried model's distributions of the next token.
+
+A tried model is pruned by Wanda with the dense model's input norms, from which its weights are made anew block by
+block: no database of pruned weights is kept, and a budget needs to know no pruner. All models are tried in one pass
+over the blocks; those that begin with the same sparsities share the states until they part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.head import Head, divergence
+from besa_exp.errors import RunError
+from besa_exp.machine import distributed
+from besa_exp.methods.budgets.budget import exact_targets, pruned_to, survey
+from besa_exp.methods.budgets.progress import Progress
+from besa_exp.tensors.statistics import InputNorm
+
+Sparsities = tuple[float, ...]  # of a tried model's blocks, in order
+TOKENS = 2048  # that pass the head together: their logits are the largest thing that is held
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a search asks for at most: passes over the blocks, the tokens of all models that it tries, and the samples
+    of the models that are tried side by side."""
+
+    passes: int
+    tokens: int
+    side_by_side: int
+
+
+@runtime_checkable
+class Search(Protocol):
+    """A budget that tries whole models."""
+
+    def check(self, sparsity: float, pattern: str) -> list[str]:
+        """Problems with this target, in complete sentences."""
+        ...
+
+    def search(self, trial: Trial, sparsity: float, progress: Progress) -> Float[Tensor, " block"]:
+        """The blocks' wishes in order, as `Budget.sparsities` gives them. Goes on from `progress`."""
+        ...
+
+    def work(self, num_blocks: int, num_samples: int, seq_len: int, sparsity: float) -> Work:
+        """What it will ask for."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Tries models. `blocks` gives the dense blocks, as often as it is called, each with its weights while it is out;
+    `inputs` are those of the first block and `outputs` those of the last, of the samples that this rank owns."""
+
+    blocks: Callable[[], Iterable[Block]]
+    inputs: Hidden
+    outputs: Hidden
+    head: Head
+    batch_size: int
+    squared_norms: Sequence[Mapping[str, Tensor]]
+    sizes: Sequence[int]
+
+    @staticmethod
+    def begin(
+        blocks: Callable[[], Iterable[Block]], inputs: Hidden, outputs: Hidden, head: Head, batch_size: int
+    ) -> Trial:
+        """One pass of the dense model. `outputs`, to begin with the same as `inputs`, are overwritten."""
+
+        def measure(block: Block, statistics: Mapping[str, InputNorm]) -> tuple[dict[str, Tensor], int]:
+            norms = {name: statistic.squared_norm for name, statistic in statistics.items()}
+            return norms, sum(linear.weight.numel() for linear in block.linears.values())
+
+        norms, sizes = zip(*survey(blocks(), outputs, InputNorm, batch_size, measure), strict=True)
+        return Trial(blocks, inputs, outputs, head, batch_size, norms, sizes)
+
+    @property
+    def num_samples(self) -> int:
+        """Of all ranks."""
+        return distributed.total(len(self.inputs))
+
+    def exact(self, wishes: Float[Tensor, " block"], sparsity: float) -> Sparsities:
+        """What the blocks would be given for these wishes."""
+        return tuple(target.sparsity for target in exact_targets(wishes, self.sizes, sparsity))
+
+    @torch.no_grad()
+    def divergences(self, models: Sequence[Sparsities], samples: Int[Tensor, " sample"]) -> list[float]:
+        """D of each model on the `samples` of these numbers. RunError: not finite."""
+        own = distributed.own_places(samples)
+        states: Mapping[Sparsities, Hidden] = {(): self.inputs[own]}
+        for depth, block in enumerate(self.blocks()):
+            states = self._next(block, self.squared_norms[depth], states, [model[: depth + 1] for model in models])
+        distinct = {model: states[model] for model in models}
+        tokens = len(samples) * self.inputs.shape[1]
+        summed = distributed.all_sum(self._summed(self.outputs[own], [*distinct.values()])) / tokens
+        if not summed.isfinite().all():
+            raise RunError(
+                "the logits of the dense model or of a tried one are not finite; load the model in float32 or bfloat16 "
+                "(model.dtype) or check its weights."
+            )
+        found = dict(zip(distinct, summed.tolist(), strict=True))
+        return [found[model] for model in models]
+
+    def _next(
+        self,
+        block: Block,
+        squared_norms: Mapping[str, Tensor],
+        states: Mapping[Sparsities, Hidden],
+        beginnings: Sequence[Sparsities],
+    ) -> dict[Sparsities, Hidden]:
+        """The states after the block, of models that begin like these."""
+        reached = {}
+        sparsities = sorted({beginning[-1] for beginning in beginnings})
+        for sparsity, weights in zip(sparsities, pruned_to(block, squared_norms, sparsities), strict=True):
+            for beginning in dict.fromkeys(beginnings):
+                if beginning[-1] == sparsity:
+                    reached[beginning] = block.outputs(states[beginning[:-1]], self.batch_size, weights)
+        return reached
+
+    def _summed(self, dense: Hidden, tried: Sequence[Hidden]) -> Float[Tensor, " model"]:
+        """The sum over the own tokens of KL(p || q)."""
+        rows = max(1, TOKENS // self.inputs.shape[1])
+        total = torch.zeros(len(tried), dtype=torch.float64)
+        for start in range(0, len(dense), rows):
+            expected = self.head(dense[start : start + rows])
+            for number, states in enumerate(tried):
+                found = self.head(states[start : start + rows])
+                total[number] += divergence(expected, found).double().sum().cpu()
+        return total

@@ -1,0 +1,197 @@
+"""BESA under the model's own loss: the sparsities of the rows of all blocks are learned together.
+
+    minimise   D = mean over tokens of KL(p || q)   subject to   sum over rows of n_r s_r = s sum over rows of n_r,
+
+p and q the dense and the pruned model's distributions of the next token, n_r the weights of row r. BESA (Xu et al.,
+arXiv 2402.16880) learns the same sparsities block by block under the error of the block's output; that error says
+neither how much the blocks after it make of it, nor what a block may give up in favour of another. Here the blockwise
+result is the start, and a few steps with the gradient of D move weights between rows, linears and blocks. Masks,
+gradients and projection are those of `besa`. The probe samples judge as there: the result is never worse on them, in D,
+than the blockwise one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.observation import observe
+from besa_exp.blocks.reports import ModelStep
+from besa_exp.blocks.whole_model import KeepMasks, Weights, Whole, batches
+from besa_exp.errors import RunError
+from besa_exp.machine import distributed
+from besa_exp.methods.allocation import Rows, project_to_budget
+from besa_exp.methods.pruners.search import Search
+from besa_exp.tensors.importance import wanda_importance
+from besa_exp.tensors.losses import token_loss
+from besa_exp.tensors.masks import keep_by_rank, round_to_total
+from besa_exp.tensors.statistics import InputNorm
+
+
+@dataclass(frozen=True)
+class ModelSearch:
+    """`lr`: the first step size, in sparsity; `window`: as in `besa`; `checks`: how often the probe samples judge."""
+
+    steps: int = 56
+    batch_size: int = 1
+    lr: float = 0.02
+    window: float = 0.1
+    checks: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "batch_size", "checks"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"pruner.model.{field}={getattr(self, field)}: must be at least 1")
+        for field in ("lr", "window"):
+            if not 0 < getattr(self, field) <= 1:
+                raise ValueError(f"pruner.model.{field}={getattr(self, field)}: must be above 0 and at most 1")
+
+    def refine(
+        self,
+        whole: Whole,
+        keep_masks: Sequence[KeepMasks],
+        weights: Sequence[Weights] | None,
+        on_step: Callable[[ModelStep], None],
+    ) -> tuple[list[KeepMasks], None]:
+        """Keep masks of as many weights as `keep_masks`, those of the start. Weights do not move, and must not have."""
+        assert weights is None, "the search over the whole model begins with dense weights under masks"
+        rows = ModelRows.of(whole, keep_masks)
+        counts = self.learn(rows, on_step)
+        return [rows.keep_masks(number, own) for number, own in enumerate(counts)], None
+
+    def learn(self, rows: ModelRows, on_step: Callable[[ModelStep], None]) -> list[dict[str, Tensor]]:
+        """The counts of every row [out], by block and linear; they sum to what those at the start sum to. RunError: the
+        divergence or its gradient is not finite."""
+        learn, probe = rows.whole.samples()
+        sparsity = rows.start.clone()
+        best, best_loss = sparsity.clone(), rows.divergence(sparsity, probe)
+        optimizer = torch.optim.Adam([sparsity], betas=(0.8, 0.99), eps=1e-30)
+        scale, every = self.lr, math.ceil(self.steps / self.checks)
+        for number, samples in zip(range(self.steps), batches(learn, self.batch_size, self.seed), strict=False):
+            loss, sparsity.grad = rows.gradient(sparsity, samples, self.window)
+            on_step(ModelStep(number, loss, best_loss))
+            optimizer.param_groups[0]["lr"] = scale * (1 + math.cos(math.pi * number / self.steps)) / 2
+            optimizer.step()
+            sparsity.copy_(project_to_budget(sparsity, rows.capacity, rows.total))
+            if (number + 1) % every and number + 1 < self.steps:
+                continue
+            found = rows.divergence(sparsity, probe)
+            if found < best_loss:
+                best, best_loss = sparsity.clone(), found
+            else:
+                sparsity.copy_(best)
+                scale *= 0.4
+                optimizer.state[sparsity]["exp_avg"].zero_()
+        return rows.counts(best)
+
+
+@dataclass(frozen=True)
+class ModelRows:
+    """The rows of all blocks, in order: `capacity` is the number of weights of each, `start` its sparsity at first, and
+    `total` how many weights go. `buffers`: for the masked weights of a block, shared by blocks of one shape."""
+
+    whole: Whole
+    rows: Sequence[Rows]
+    buffers: Sequence[Mapping[str, Tensor]]
+    capacity: Float[Tensor, " row"]
+    start: Float[Tensor, " row"]
+    total: int
+
+    @staticmethod
+    def of(whole: Whole, start: Sequence[KeepMasks]) -> ModelRows:
+        """`start`: the keep masks of every block's linears. Weights rank by Wanda's importance with the input norms
+        behind blocks that are pruned so: the ranks that `besa` decided by."""
+        states = whole.inputs.clone()
+        rows, buffers, shared, counted = [], [], {}, []
+        for block, keep_masks in zip(whole.blocks(False), start, strict=True):
+            statistics, _ = observe(block, states, InputNorm, whole.batch_size)
+            own = _rows_of(block, statistics)
+            counts = {name: (~keep_masks[name]).sum(dim=1).to(block.device) for name in own.weights}
+            masked = _buffers(own.weights, shared)
+            with torch.no_grad():
+                own.masked_into(masked, counts)
+            block.outputs(states, whole.batch_size, masked, out=states)
+            rows.append(_without_weights(own))
+            buffers.append(masked)
+            counted += counts.values()
+        capacity, pruned = torch.cat([own.columns for own in rows]), torch.cat(counted)
+        return ModelRows(whole, rows, buffers, capacity, pruned.to(capacity) / capacity, int(pruned.sum()))
+
+    def counts(self, sparsity: Float[Tensor, " row"]) -> list[dict[str, Int[Tensor, " out"]]]:
+        """Whole numbers of weights whose sum is exact, by block and linear."""
+        parts = round_to_total(self.capacity * sparsity, self.total).split([len(own.columns) for own in self.rows])
+        return [
+            dict(zip(own.weights, part.split([len(weight) for weight in own.weights.values()]), strict=True))
+            for own, part in zip(self.rows, parts, strict=True)
+        ]
+
+    def gradient(
+        self, sparsity: Float[Tensor, " row"], samples: Int[Tensor, " sample"], window: float
+    ) -> tuple[float, Float[Tensor, " row"]]:
+        """D on the samples of these numbers and its gradient along the budget. RunError: one is not finite."""
+        counts = self.counts(sparsity)
+        by_row: dict[int, Tensor] = {}
+
+        def use(number: int, block: Block, inputs: Hidden, upstream: Hidden, multiple: float) -> None:
+            rows, masked = self._present(number, block), self._fill(counts, number, block)
+            search = Search(block, rows, self.total, self.capacity, masked, None, token_loss)
+
+            def upstream_of(outputs: Hidden) -> tuple[Tensor, Hidden, Tensor]:
+                return outputs.new_zeros(()), upstream, outputs.new_tensor(multiple, dtype=torch.float32)
+
+            _, found, scale = search.by_row(inputs, rows, counts[number], window, upstream_of)
+            by_row[number] = found / scale
+
+        loss = self.whole.differentiate(samples, partial(self._fill, counts), use)
+        gradient = distributed.all_sum(torch.cat([by_row[number] for number in range(len(self.rows))]))
+        if not gradient.isfinite().all():
+            raise RunError(
+                "the gradient of the divergence from the dense model is not finite; load the model in float32 or "
+                "bfloat16 (model.dtype)."
+            )
+        return loss, gradient - self.capacity * (gradient.sum() / self.capacity.sum())
+
+    def divergence(self, sparsity: Float[Tensor, " row"], samples: Int[Tensor, " sample"]) -> float:
+        """D on the samples of these numbers."""
+        return self.whole.divergence(samples, partial(self._fill, self.counts(sparsity)))
+
+    def keep_masks(self, number: int, counts: Mapping[str, Int[Tensor, " _out"]]) -> dict[str, Tensor]:
+        """Those of a block."""
+        return {name: keep_by_rank(rank, counts[name]) for name, rank in self.rows[number].ranks.items()}
+
+    def _present(self, number: int, block: Block) -> Rows:
+        """A block's rows with the weights that it has while it is out."""
+        known = self.rows[number]
+        return replace(known, weights={name: block.linears[name].weight.detach() for name in known.weights})
+
+    @torch.no_grad()
+    def _fill(self, counts: Sequence[Mapping[str, Tensor]], number: int, block: Block) -> Mapping[str, Tensor]:
+        """The block's masked weights, in its buffers."""
+        self._present(number, block).masked_into(self.buffers[number], counts[number])
+        return self.buffers[number]
+
+
+def _rows_of(block: Block, statistics: Mapping[str, InputNorm]) -> Rows:
+    weights = {name: linear.weight.detach() for name, linear in block.linears.items()}
+    return Rows.of(weights, lambda name: wanda_importance(weights[name], statistics[name].squared_norm), "row")
+
+
+def _without_weights(rows: Rows) -> Rows:
+    """Their shapes alone: a streamed block's weights go when it does."""
+    return replace(rows, weights={name: weight.to("meta") for name, weight in rows.weights.items()})
+
+
+def _buffers(weights: Mapping[str, Tensor], shared: dict[tuple[str, torch.Size], Tensor]) -> dict[str, Tensor]:
+    """Buffers for the weights of a block, the same for all blocks of its shape."""
+    for name, weight in weights.items():
+        if (name, weight.shape) not in shared:
+            shared[name, weight.shape] = torch.empty_like(weight).requires_grad_()
+    return {name: shared[name, weight.shape] for name, weight in weights.items()}

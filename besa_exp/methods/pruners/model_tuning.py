@@ -1,0 +1,152 @@
+"""The kept weights of all blocks, tuned together under the model's own loss, their zeros kept.
+
+    minimise over W:  D = mean over tokens of KL(p || q),   q that of the model with W * keep_mask,
+
+p and q the dense and the pruned model's distributions of the next token, on the calibration tokens alone (distillation,
+Hinton et al., arXiv 1503.02531). A block's reconstruction loss is a means to this end; where it misleads, this does
+not. Adam works on fp32 weights, block by block on the way back through the model, so that one block's gradients are
+held at a time; its step is a fraction of the size of a linear's kept weights. The probe samples judge: the result is
+never worse on them than where it began.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.reports import ModelStep
+from besa_exp.blocks.whole_model import KeepMasks, Weights, Whole, batches
+from besa_exp.machine import distributed
+
+logger = logging.getLogger(__name__)
+
+WARM_UP = 5  # steps in which the step size rises to its full value
+STEP_SIZES = (0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)  # that are tried, the largest first
+TRIED = 4  # steps with each
+
+
+@dataclass(frozen=True)
+class ModelTuning:
+    """`lr`: the first step, as a fraction of the root mean square of a linear's kept weights; it falls to 0 along a
+    cosine. None: of STEP_SIZES the one whose first TRIED steps lower the probe's divergence most; smaller ones are
+    tried until that gets no better. `checks`: how often the probe samples judge."""
+
+    steps: int = 28
+    batch_size: int = 2
+    lr: float | None = None
+    checks: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "batch_size", "checks"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"pruner.model.{field}={getattr(self, field)}: must be at least 1")
+        if self.lr is not None and not 0 < self.lr <= 1:
+            raise ValueError(
+                f"pruner.model.lr={self.lr}: must be above 0 and at most 1, in units of the weights' size, or null"
+            )
+
+    def refine(
+        self,
+        whole: Whole,
+        keep_masks: Sequence[KeepMasks],
+        weights: Sequence[Weights] | None,
+        on_step: Callable[[ModelStep], None],
+    ) -> tuple[Sequence[KeepMasks], list[Weights]]:
+        """The same masks, and the kept weights in fp32. `weights`: where they begin, the dense ones where None."""
+        learn, probe = whole.samples()
+        lr = self.lr or self._step_size(whole, keep_masks, weights, learn, probe)
+        state = _Tuned.of(whole, keep_masks, weights, lr)
+        best, best_loss = state.copy(), whole.divergence(probe, state.weights)
+        every = math.ceil(self.steps / self.checks)
+        for number, samples in zip(range(self.steps), batches(learn, self.batch_size, self.seed), strict=False):
+            scale = min(1.0, (number + 1) / WARM_UP) * (1 + math.cos(math.pi * number / self.steps)) / 2
+            loss = state.step(samples, scale)
+            on_step(ModelStep(number, loss, best_loss))
+            if (number + 1) % every == 0 or number + 1 == self.steps:
+                found = whole.divergence(probe, state.weights)
+                if found < best_loss:
+                    best, best_loss = state.copy(), found
+        return keep_masks, best
+
+    def _step_size(
+        self,
+        whole: Whole,
+        keep_masks: Sequence[KeepMasks],
+        weights: Sequence[Weights] | None,
+        learn: int,
+        probe: Tensor,
+    ) -> float:
+        best, best_loss = STEP_SIZES[-1], math.inf
+        for lr in STEP_SIZES:
+            state = _Tuned.of(whole, keep_masks, weights, lr)
+            for number, samples in zip(range(TRIED), batches(learn, self.batch_size, self.seed), strict=False):
+                state.step(samples, min(1.0, (number + 1) / WARM_UP))
+            loss = whole.divergence(probe, state.weights)
+            logger.info("step size %g: divergence %.4g on the probe after %d steps", lr, loss, TRIED)
+            if loss >= best_loss:
+                break
+            best, best_loss = lr, loss
+        return best
+
+
+@dataclass(frozen=True)
+class _Tuned:
+    """The model's weights on their way: `latent` of each block in fp32, zero where they are not kept."""
+
+    whole: Whole
+    keep_masks: Sequence[KeepMasks]
+    latent: Sequence[dict[str, Tensor]]
+    optimizers: Sequence[torch.optim.Adam]
+
+    @staticmethod
+    def of(whole: Whole, keep_masks: Sequence[KeepMasks], weights: Sequence[Weights] | None, lr: float) -> _Tuned:
+        latent, optimizers = [], []
+        for number, block in enumerate(whole.blocks(False)):
+            masks = {name: mask.to(block.device) for name, mask in keep_masks[number].items()}
+            begun = weights[number] if weights else {name: block.linears[name].weight for name in masks}
+            own = {name: begun[name].detach().to(block.device).float() * mask for name, mask in masks.items()}
+            groups = [
+                {"params": [weight], "full_lr": lr * float(weight.norm() / masks[name].sum().clamp(min=1).sqrt())}
+                for name, weight in own.items()
+            ]
+            latent.append(own)
+            optimizers.append(torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-16))
+        return _Tuned(whole, keep_masks, latent, optimizers)
+
+    def weights(self, number: int, block: Block) -> dict[str, Tensor]:
+        """A block's, in its own dtype."""
+        return {name: weight.to(block.linears[name].weight.dtype) for name, weight in self.latent[number].items()}
+
+    def copy(self) -> list[Weights]:
+        """As they are now."""
+        return [{name: weight.clone() for name, weight in own.items()} for own in self.latent]
+
+    def step(self, samples: Tensor, scale: float) -> float:
+        """One step of Adam on the samples of these numbers; D before it."""
+
+        def use(number: int, block: Block, inputs: Hidden, upstream: Hidden, multiple: float) -> None:
+            leaves = {name: weight.detach().requires_grad_() for name, weight in self.weights(number, block).items()}
+            if len(inputs):
+                block(inputs, leaves).backward(upstream)
+            self._update(number, leaves, multiple, scale)
+
+        return self.whole.differentiate(samples, self.weights, use)
+
+    @torch.no_grad()
+    def _update(self, number: int, leaves: Mapping[str, Tensor], multiple: float, scale: float) -> None:
+        for name, weight in self.latent[number].items():
+            found = leaves[name].grad
+            own = torch.zeros_like(weight) if found is None else found.float() / multiple
+            weight.grad = distributed.all_sum(own).mul_(self.keep_masks[number][name].to(weight.device))
+        optimizer = self.optimizers[number]
+        for group in optimizer.param_groups:
+            group["lr"] = group["full_lr"] * scale
+        optimizer.step()
+        optimizer.zero_grad()

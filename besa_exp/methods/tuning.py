@@ -1,0 +1,270 @@
+"""Reconstruction: the kept weights of a block are tuned until the sparse block gives the targets again.
+
+    minimise over W:  L(block(X; W * keep_mask), Y),   L the reconstruction loss (BESA, arXiv 2402.16880, Eq. 1),
+
+with X what the pruned prefix gives and Y the targets. Block-wise tuning of the kept weights is known from EBFT (Guo et
+al., arXiv 2402.12419). Here Adam works on fp32 copies, its step is a fraction of the weights' own size, so that it fits
+every linear and model, and samples that are not learned from (the probe) choose between the states.
+
+On request the block's norms are tuned along with the weights, under the same loss, and chosen together with them.
+
+The mask may still be closing while the weights are tuned (`Ramp`). The weights that go next are those of the whole
+block with the least W^2 E[(dL/dW)^2]: what their removal costs to second order, with the squared gradient for the
+curvature (optimal brain damage, LeCun et al., 1990). It compares weights of all rows and linears in one unit, that of
+the block's loss, so that the sparsity of every row is learned along with the weights, and the budget is met exactly.
+The mean square of the gradient is Adam's own second moment: it costs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.linears import find_norms
+from besa_exp.blocks.probe import finite_step, num_probe_samples, probe_loss
+from besa_exp.blocks.reports import Step
+from besa_exp.machine import distributed
+from besa_exp.tensors.losses import differentiate, token_loss
+from besa_exp.tensors.masks import keep_largest
+
+logger = logging.getLogger(__name__)
+Weights = Mapping[str, Float[Tensor, "_out _in"]]
+KeepMasks = Mapping[str, Bool[Tensor, "_out _in"]]
+Norms = Mapping[str, Float[Tensor, " _size"]]
+NORM_STEP = 0.1  # of a norm's first step size to that of weights: it holds few values, which all tokens share
+WARM_UP = 10  # steps in which the step size rises to its full value
+SHRINK = 0.4  # of the step size, where the steps that were taken with it did not help
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """`lr`: the first step, as a fraction of the root mean square of a linear's kept weights; it falls to 0 along a
+    cosine, and shrinks where it does not help. `checks`: how often the probe samples judge once the mask is fixed.
+    `norms`: whether they are tuned too."""
+
+    epochs: int = 8
+    batch_size: int = 8
+    lr: float = 0.1
+    checks: int = 4
+    seed: int = 0
+    norms: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("epochs", "batch_size", "checks"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"tuning.{field}={getattr(self, field)}: must be at least 1")
+        if not 0 < self.lr <= 1:
+            raise ValueError(f"tuning.lr={self.lr}: must be above 0 and at most 1, in units of the weights' size")
+
+    def num_steps(self, learn: int) -> int:
+        """Steps over `learn` samples."""
+        return self.epochs * math.ceil(learn / self.batch_size)
+
+    def scale(self, step: int, num_steps: int) -> float:
+        """The step size at `step`, as a fraction of `lr`."""
+        return min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / num_steps)) / 2
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A block's sparsity on its way from `first` to `last`, cubic in time (Zhu and Gupta, arXiv 1710.01878) over the
+    share `until` of the steps; the mask changes every `every` steps."""
+
+    first: float
+    last: float
+    until: float = 0.6
+    every: int = 4
+
+    def settles(self, num_steps: int) -> int:
+        """The step after which the mask is fixed."""
+        return int(self.until * (num_steps - 1))
+
+    def sparsity_after(self, step: int, num_steps: int) -> float | None:
+        """The sparsity the mask changes to after `step`; None: it does not change then."""
+        settles = self.settles(num_steps)
+        if step > settles or (step % self.every and step != settles):
+            return None
+        left = 1 - step / settles if settles else 0.0
+        return self.last + (self.first - self.last) * left**3
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning found: weights in the block's dtype with zeros where they are not kept, the parameters of norms that
+    were tuned, by path, the keep masks, the probe loss where it began, and its course."""
+
+    weights: Weights
+    norms: Norms
+    keep_masks: KeepMasks
+    loss_before: float
+    steps: tuple[Step, ...]
+
+
+def keep_valuable(
+    weights: Weights, squared_gradients: Weights, keep_masks: KeepMasks, sparsity: float
+) -> dict[str, Tensor]:
+    """Keep masks under which exactly round(sparsity * weights) weights of the whole block go, the least
+    W^2 E[(dL/dW)^2] first. What was pruned before stays so."""
+    costs = [
+        (weight.square() * squared_gradients[name]).masked_fill_(~keep_masks[name], -1).flatten()
+        for name, weight in weights.items()
+    ]
+    pruned = round(sparsity * sum(len(cost) for cost in costs))
+    kept = keep_largest(torch.cat(costs)[None], pruned)[0].split([len(cost) for cost in costs])
+    return {name: mask.view_as(weights[name]) for name, mask in zip(weights, kept, strict=True)}
+
+
+def tune(
+    block: Block,
+    inputs: Hidden,
+    targets: Hidden,
+    weights: Weights,
+    keep_masks: KeepMasks,
+    tuning: Tuning,
+    on_step: Callable[[Step], None],
+    ramp: Ramp | None = None,
+) -> Tuned:
+    """Tune `weights` under `keep_masks`, which a `ramp` closes further on the way.
+
+    What is tuned between two looks at the probe must lower its loss: else it is undone, and the step size shrinks. So
+    the result is never worse on the probe than what it began with, or with a ramp than the mask just closed. RunError:
+    a loss is not finite."""
+    num_samples = distributed.total(len(inputs))
+    learn = max(1, num_samples - num_probe_samples(num_samples))
+    num_steps = tuning.num_steps(learn)
+    settles = ramp.settles(num_steps) if ramp else 0
+    judged = {num_steps - 1 - (num_steps - settles) * number // tuning.checks for number in range(tuning.checks)}
+    state = _State.of(block, weights, keep_masks, tuning)
+    best, before = state.copy(), state.probe_loss(inputs, targets)
+    best_loss, shrunk = before, 1.0
+    steps: list[Step] = []
+    for number, samples in enumerate(_batches(learn, tuning)):
+        own = distributed.own_places(samples.to(inputs.device))
+        scale = shrunk * tuning.scale(number, num_steps)
+        steps.append(state.step(inputs[own], targets[own], scale, number))
+        on_step(steps[-1])
+        sparsity = ramp.sparsity_after(number, num_steps) if ramp else None
+        if sparsity is None and (number not in judged or number < settles):
+            continue
+        loss = state.probe_loss(inputs, targets)
+        if loss < best_loss:
+            best, best_loss = state.copy(), loss
+        else:
+            state.go_back(best)
+            shrunk *= SHRINK
+        if sparsity is not None:
+            state.prune_to(sparsity)
+            best, best_loss = state.copy(), state.probe_loss(inputs, targets)
+    if shrunk < 1:
+        logger.info("%s: the step size of %g shrank to %.2g", block.name, tuning.lr, tuning.lr * shrunk)
+    found = state.found()
+    weights, norms = ({name: found[name] for name in names} for names in (state.latent, state.norms))
+    return Tuned(weights, norms, state.keep_masks, before, tuple(steps))
+
+
+def _batches(learn: int, tuning: Tuning) -> Iterator[Tensor]:
+    """The samples of each step."""
+    order = torch.Generator().manual_seed(tuning.seed)
+    for _ in range(tuning.epochs):
+        yield from torch.randperm(learn, generator=order).split(tuning.batch_size)
+
+
+@dataclass
+class _State:
+    """A block's weights on their way: `latent` in fp32, what is `kept` of them, its `norms` in fp32 where they are
+    tuned, and `masked`, leaves in the block's dtype that every step fills with the kept weights and the norms."""
+
+    block: Block
+    latent: dict[str, Tensor]
+    norms: dict[str, Tensor]
+    keep_masks: dict[str, Tensor]
+    masked: dict[str, Tensor]
+    optimizer: torch.optim.Adam
+
+    @staticmethod
+    def of(block: Block, weights: Weights, keep_masks: KeepMasks, tuning: Tuning) -> _State:
+        latent = {name: weight.detach().float() * keep_masks[name] for name, weight in weights.items()}
+        masked = {name: torch.empty_like(block.linears[name].weight).requires_grad_() for name in latent}
+        groups = [
+            {
+                "params": [weight],
+                "full_lr": tuning.lr * float(weight.norm() / keep_masks[name].sum().clamp(min=1).sqrt()),
+            }
+            for name, weight in latent.items()
+        ]
+        norms: dict[str, Tensor] = {}
+        for parameters in find_norms(block.module) if tuning.norms else ():
+            own = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+            size = max(float(value.square().mean().sqrt()) for value in own.values())
+            groups.append({"params": [*own.values()], "full_lr": NORM_STEP * tuning.lr * size})
+            masked |= {name: torch.empty_like(parameter).requires_grad_() for name, parameter in parameters.items()}
+            norms |= own
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-16)
+        return _State(block, latent, norms, dict(keep_masks), masked, optimizer)
+
+    def step(self, inputs: Hidden, targets: Hidden, scale: float, number: int) -> Step:
+        """One step of Adam on this rank's samples of the batch; it may have none."""
+        self._fill()
+        outputs = self.block(inputs, self.masked)
+        loss, upstream, multiple = differentiate(
+            lambda reached: token_loss(reached, targets), outputs, self.block.product_dtype
+        )
+        leaves = list(self.masked.values())
+        gradients = (
+            torch.autograd.grad(outputs, leaves, upstream)
+            if len(inputs)
+            else [torch.zeros_like(leaf) for leaf in leaves]
+        )
+        for name, gradient in zip(self.masked, gradients, strict=True):
+            summed = distributed.all_sum(gradient.float() / multiple)
+            if name in self.norms:
+                self.norms[name].grad = summed
+            else:
+                self.latent[name].grad = summed * self.keep_masks[name]
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["full_lr"] * scale
+        self.optimizer.step()
+        kept = sum(int(mask.sum()) for mask in self.keep_masks.values())
+        sparsity = 1 - kept / sum(mask.numel() for mask in self.keep_masks.values())
+        return finite_step(self.block, number, loss, loss, 0.0, sparsity)
+
+    @torch.no_grad()
+    def prune_to(self, sparsity: float) -> None:
+        """Close the mask, and drop what it closes on."""
+        squared = {name: self.optimizer.state[weight]["exp_avg_sq"] for name, weight in self.latent.items()}
+        self.keep_masks = keep_valuable(self.latent, squared, self.keep_masks, sparsity)
+        for name, weight in self.latent.items():
+            weight.mul_(self.keep_masks[name])
+
+    def probe_loss(self, inputs: Hidden, targets: Hidden) -> float:
+        """The loss of the samples that are not learned from."""
+        self._fill()
+        return probe_loss(self.block, inputs, targets, self.masked)
+
+    def copy(self) -> dict[str, Tensor]:
+        """The weights and norms as they are now, in fp32."""
+        return {name: value.clone() for name, value in (self.latent | self.norms).items()}
+
+    @torch.no_grad()
+    def go_back(self, to: Mapping[str, Tensor]) -> None:
+        """Become what `copy` gave before, and stand still."""
+        for name, value in (self.latent | self.norms).items():
+            value.copy_(to[name])
+            self.optimizer.state[value]["exp_avg"].zero_()
+
+    def found(self) -> dict[str, Tensor]:
+        """A copy of the kept weights and the norms in the block's dtype."""
+        self._fill()
+        return {name: masked.detach().clone() for name, masked in self.masked.items()}
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        for name, masked in self.masked.items():
+            masked.copy_(self.norms[name] if name in self.norms else self.latent[name] * self.keep_masks[name])

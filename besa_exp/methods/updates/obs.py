@@ -1,0 +1,46 @@
+"""The OBS update under a given mask: SparseGPT's column loop (arXiv 2301.00774, Algorithm 1) without the choice.
+
+The result does not depend on how columns are grouped. On a mask that was not chosen for it, it can be worse than
+zeroing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.pruner import PrunedBlock
+from besa_exp.blocks.reports import Step
+from besa_exp.methods.pruners.sparsegpt import SparseGPT
+from besa_exp.tensors.masks import Target
+from besa_exp.tensors.statistics import Hessian
+
+
+@dataclass(frozen=True)
+class Obs:
+    """`damping` is relative to the mean diagonal of H."""
+
+    damping: float = 0.01
+
+    statistic = Hessian
+    dense_targets = False
+
+    def __post_init__(self) -> None:
+        if not self.damping > 0:
+            raise ValueError(f"update.damping={self.damping}: must be above 0; SparseGPT uses 0.01")
+
+    def update_block(
+        self,
+        block: Block,
+        inputs: Hidden,
+        targets: Hidden,
+        statistics: Mapping[str, Hessian],
+        pruned: PrunedBlock,
+        target: Target,
+        on_step: Callable[[Step], None],
+    ) -> PrunedBlock:
+        """From the dense weights, one factor for each shared input."""
+        sparsegpt = SparseGPT(damping=self.damping)
+        _, weights = sparsegpt.masks_and_weights(block, statistics, Target(0.0), pruned.keep_masks)
+        return replace(pruned, weights=weights)

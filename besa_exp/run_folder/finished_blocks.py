@@ -1,0 +1,162 @@
+"""The blocks that a run has finished, each on the disk before the next begins, so that a crash costs one block at most.
+
+`blocks/` in the run folder holds for block i `00000i.safetensors` (all its tensors, pruned, by their names in the
+model), `00000i.masks.safetensors` and, written last, `00000i.json`: the report, the hashes of the two files and that of
+the block's dense weights. A block is finished when its json is there and the hashes agree. `identity.json` says what
+the blocks were pruned from; blocks of another request are never gone on with. `budget_search.json` says how far the
+search for a budget has come.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from besa_exp.blocks.reports import BlockReport, LinearReport, Step
+from besa_exp.checkpoints.files import save_masks, weights_sha256
+from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.machine import atomic
+from besa_exp.methods.budgets.progress import Progress
+from besa_exp.run_folder.identity import IDENTITY, as_plain, check_identity
+
+SEARCH = "budget_search.json"
+REFINED = "model"  # the folder of the blocks as a search over the whole model leaves them
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FinishedBlocks:
+    """The folder `blocks/` of one run. `keep_spent` is called before each block, or step of a search, is kept."""
+
+    folder: Path
+    keep_spent: Callable[[], None] = lambda: None
+
+    @property
+    def search(self) -> Progress:
+        """That of the search for a budget, if there is one."""
+        return Progress(self.folder / SEARCH, self.keep_spent)
+
+    @property
+    def refined(self) -> FinishedBlocks:
+        """The blocks after a search over the whole model, which begins with these."""
+        return FinishedBlocks(self.folder / REFINED, self.keep_spent)
+
+    def begin(self, identity: Mapping[str, Any], ends: Collection[int] | None = None) -> list[BlockReport]:
+        """The reports of the blocks that are finished, from block 0 on without a gap; later and damaged ones go, and
+        where blocks are pruned together, those after the last of `ends`, the numbers at which none is cut off.
+
+        ConfigurationError: what is there was pruned from something else; the differences are shown."""
+        check_identity(self.folder, identity)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(self.folder / IDENTITY, json.dumps(as_plain(identity), indent=2, sort_keys=True) + "\n")
+        reports = []
+        while report := self._read_report(len(reports)):
+            reports.append(report)
+        while ends is not None and len(reports) not in ends:
+            reports.pop()
+        whole = {file.name for index in range(len(reports)) for file in self._files(index)}
+        for file in self.folder.iterdir():
+            if file.name not in (*whole, IDENTITY, SEARCH, REFINED):
+                atomic.remove(file)
+        return reports
+
+    def write(
+        self,
+        report: BlockReport,
+        tensors: Mapping[str, Tensor],
+        keep_masks: Mapping[str, Tensor],
+        dense_sha256: str,
+        weights_updated: bool = False,
+        permutations: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Keep one block for good. RunError: the disk is full or cannot be written to."""
+        weights, masks, record = self._files(report.index)
+        try:
+            with atomic.replaced_file(weights) as partial:
+                on_host = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+                save_file(on_host, partial, {"format": "pt"})
+            save_masks(keep_masks, masks, dense_sha256, weights_updated, permutations)
+            content = {
+                "report": asdict(report),
+                "sha256": {file.name: file_sha256(file) for file in (weights, masks)},
+                "dense_sha256": dense_sha256,
+            }
+            self.keep_spent()
+            atomic.write_text(record, json.dumps(content) + "\n")
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"block {report.index} could not be written to {self.folder} ({error}); the blocks before it are kept: "
+                "make space and give the same command again"
+            ) from error
+
+    def tensors(self, index: int, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A finished block's tensors by full name. ConfigurationError: its `dense` weights are not those it was pruned
+        from."""
+        weights, _, record = self._files(index)
+        if json.loads(record.read_text(encoding="utf-8"))["dense_sha256"] != weights_sha256(dense):
+            raise ConfigurationError(
+                f"{self.folder}: block {index} was pruned from other dense weights than the model has now; put the "
+                "model back, or start anew with overwrite=true"
+            )
+        return load_file(weights)
+
+    def mask_files(self, num_blocks: int) -> list[Path]:
+        """The file of each block's keep masks."""
+        return [self._files(index)[1] for index in range(num_blocks)]
+
+    def weight_files(self, num_blocks: int) -> list[Path]:
+        """The file of each block's tensors."""
+        return [self._files(index)[0] for index in range(num_blocks)]
+
+    def _files(self, index: int) -> tuple[Path, Path, Path]:
+        stem = f"{index:06d}"
+        names = (f"{stem}.safetensors", f"{stem}.masks.safetensors", f"{stem}.json")
+        weights, masks, record = (self.folder / name for name in names)
+        return weights, masks, record
+
+    def _read_report(self, index: int) -> BlockReport | None:
+        record = self._files(index)[2]
+        if not record.is_file():
+            return None
+        try:
+            content = json.loads(record.read_text(encoding="utf-8"))
+            hashes = content["sha256"].items()
+            wrong = [name for name, expected in hashes if file_sha256(self.folder / name) != expected]
+            if not wrong:
+                return _report(content["report"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            wrong = [f"{record.name} ({error})"]
+        logger.warning("block %d is pruned again: %s does not hold what was written", index, ", ".join(wrong))
+        return None
+
+
+def file_sha256(path: Path) -> str:
+    """The hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _report(values: dict[str, Any]) -> BlockReport:
+    linears = tuple(LinearReport(**linear) for linear in values.pop("linears"))
+    steps = tuple(Step(**step) for step in values.pop("steps"))
+    return BlockReport(linears=linears, steps=steps, **values)
+
+
+def block_tensors(module: torch.nn.Module, name: str) -> dict[str, Tensor]:
+    """What a block's module would be saved as, by full name; tensors are not copied."""
+    return {f"{name}.{key}": value.detach() for key, value in module.state_dict().items()}
+
+
+def load_block_tensors(module: torch.nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """The opposite of `block_tensors`, in place."""
+    module.load_state_dict({key.removeprefix(f"{name}."): value for key, value in tensors.items()})

@@ -1,0 +1,272 @@
+"""The folder of one run: locked while the run lives, its files whole or line by line, its state always told.
+
+`metrics.jsonl` is the source of truth, one JSON object a line: `step` (one optimisation step), `block` (one pruned
+block), `scores` (of the pruned or the dense model). W&B and the console only show what stands there. No torch here.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from besa_exp.blocks.reports import BlockReport, ModelStep, Step
+from besa_exp.errors import ConfigurationError, Interrupted, RunError
+from besa_exp.machine import atomic
+from besa_exp.machine.environment import masked
+from besa_exp.run_folder.identity import check_identity
+from besa_exp.run_folder.lock import locked
+from besa_exp.run_folder.log import logging_to
+from besa_exp.run_folder.status import is_done, now, read_status, write_status
+
+if TYPE_CHECKING:
+    from besa_exp.evaluation.scores import Scores
+
+WRITTEN = (  # what a run leaves besides .lock and status.json; nothing else in the folder is ever removed
+    "results.json",
+    "metrics.jsonl",
+    "sparsity.csv",
+    "run.log",
+    "config.yaml",
+    "environment.json",
+    "masks.safetensors",
+    "calibration.safetensors",
+    "model",
+    "blocks",
+    "scores.json",
+    "spent.json",
+    "inputs.json",
+    "wandb",
+)
+KEPT = (
+    "metrics.jsonl",
+    "run.log",
+    "blocks",
+    "scores.json",
+    "spent.json",
+    "inputs.json",
+    "wandb",
+)  # of these an unfinished run goes on
+LEFTOVERS = tuple(f".{name}.{state}" for name in (*WRITTEN, "status.json") for state in ("partial", "replaced"))
+SPARSITY_COLUMNS = ("block", "linear", "weights", "pruned", "sparsity")
+
+
+logger = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """An open run folder, made by `RunFolder.open`; the paths are where a run puts its larger files."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.model = path / "model"
+        self.masks = path / "masks.safetensors"
+        self.tokens = path / "calibration.safetensors"
+        self.metrics = path / "metrics.jsonl"
+        self.sparsity = path / "sparsity.csv"
+        self.blocks = path / "blocks"
+        self.scores = path / "scores.json"
+        self.spent = path / "spent.json"
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path, overwrite: bool = False, resume: Mapping[str, Any] | None = None) -> Iterator[RunFolder]:
+        """Locks `path` and starts a run in it: status.json says running, then done, failed with the error, or
+        interrupted.
+
+        With `resume`, which says what is asked for, an unfinished run of the same goes on; else its files make way for
+        the new ones, a finished run's only with `overwrite`. Log records go to run.log too, with the traceback of a
+        failure; what was measured until then stays. Raises ConfigurationError when the folder cannot be written to, is
+        in use, holds a finished run, an unfinished one of another request, or files that no run wrote."""
+        with locked(path):
+            _check_free(path, overwrite)
+            goes_on = resume is not None and not is_done(path) and not overwrite
+            if resume is not None and goes_on:
+                check_identity(path / "blocks", resume)
+            started, before = now(), read_status(path)
+            write_status(path, "running", started)
+            for name in (*WRITTEN, *LEFTOVERS):
+                if not (goes_on and name in KEPT):
+                    atomic.remove(path / name)
+            try:
+                with logging_to(path / "run.log"):
+                    if before and before["status"] == "running":
+                        logger.info(
+                            "the attempt of process %s, begun %s, was killed", before["process"], before["started"]
+                        )
+                    yield cls(path)
+            except BaseException as error:
+                status = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
+                with suppress(OSError):  # a full disk must not hide the error that is on its way
+                    write_status(path, status, started, error)
+                raise
+            write_status(path, "done", started)
+            for name in ("blocks", "scores.json", "spent.json"):
+                atomic.remove(path / name)
+
+    @staticmethod
+    def record_failure(path: Path, error: Exception, words: Sequence[str] | None = None) -> None:
+        """Has status.json and run.log tell of a failure that the run itself could not tell of; all else stays.
+        `words`: of the run's command, where that is not this process's. Raises ConfigurationError as `open` does."""
+        with locked(path):
+            _check_free(path, overwrite=False)
+            started = (read_status(path) or {}).get("started", now())
+            with suppress(type(error)), logging_to(path / "run.log"):
+                raise error
+            write_status(path, "failed", started, error, words)
+
+    def rewind(self, reports: Sequence[BlockReport]) -> None:
+        """metrics.jsonl and sparsity.csv as they were when the blocks of `reports` had been finished; scores of the
+        dense model and the course of a search over the whole model stay."""
+        lines = self._lines()
+        kept = [line for line in lines if line.get("kind") == "scores" and line.get("which") == "dense"]
+        kept += [*{line["step"]: line for line in lines if line.get("kind") == "model_step"}.values()]
+        with atomic.replaced_file(self.metrics) as partial:
+            blocks = [[*map(_step_line, report.steps), _block_line(report)] for report in reports]
+            partial.write_text("".join(map(_json_line, [*kept, *chain(*blocks)])), encoding="utf-8")
+        self.sparsity.unlink(missing_ok=True)
+        for report in reports:
+            self._append_sparsity(report)
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """metrics.jsonl, without a last line that was cut off."""
+        lines = []
+        with suppress(FileNotFoundError), self.metrics.open(encoding="utf-8") as file:
+            for text in file:
+                with suppress(ValueError):
+                    lines.append(json.loads(text))
+        return lines
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """config.yaml: the resolved configuration, with `***` in the place of secrets."""
+        text = yaml.safe_dump(masked(config), sort_keys=False, allow_unicode=True)
+        atomic.write_text(self.path / "config.yaml", text)
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        """environment.json: see `environment.environment`."""
+        self._write_json("environment.json", environment)
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """results.json, keys sorted but for `linears`, which keep the model's order: equal results are equal bytes.
+
+        Raises RunError, naming the place, on a number that is not finite."""
+        self._write_json("results.json", results)
+
+    def log_step(self, step: Step) -> None:
+        """One line of metrics.jsonl. Raises RunError, naming block and step, on a number that is not finite."""
+        self._append(_step_line(step), f"block {step.block}, step {step.step}")
+
+    def log_model_step(self, step: ModelStep) -> None:
+        """One line of metrics.jsonl for a step of a search over the whole model."""
+        self._append({"kind": "model_step", **asdict(step)}, f"step {step.step} of the search over the whole model")
+
+    def log_block(self, report: BlockReport) -> None:
+        """One line of metrics.jsonl, and one row a linear of sparsity.csv."""
+        self._append(_block_line(report), f"block {report.index}")
+        self._append_sparsity(report)
+
+    def _append_sparsity(self, report: BlockReport) -> None:
+        is_new = not self.sparsity.exists()
+        with self.sparsity.open("a", encoding="utf-8", newline="") as file:
+            rows = csv.writer(file, lineterminator="\n")
+            if is_new:
+                rows.writerow(SPARSITY_COLUMNS)
+            for linear in report.linears:
+                rows.writerow((report.index, linear.name, linear.weights, linear.pruned, linear.sparsity))
+
+    def log_scores(self, which: str, scores: Scores) -> None:
+        """One line of metrics.jsonl; `which` is `pruned` or `dense`."""
+        line = {
+            "kind": "scores",
+            "which": which,
+            "perplexity": scores.perplexity,
+            "zero_shot": scores.zero_shot,
+            "unavailable": scores.unavailable,
+            **({"simulated_speed": scores.simulated_speed} if scores.simulated_speed else {}),
+            **({"speed": scores.speed} if scores.speed else {}),
+        }
+        self._append(line, f"scores of the {which} model")
+
+    def _append(self, line: dict[str, Any], where: str) -> None:
+        _check_finite(line, where)
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(_json_line(line))
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        _check_finite(content, name)
+        text = json.dumps(_ordered(content), indent=2, allow_nan=False, ensure_ascii=False)
+        atomic.write_text(self.path / name, text + "\n")
+
+
+def _step_line(step: Step) -> dict[str, Any]:
+    return {"kind": "step", **asdict(step)}
+
+
+def _block_line(report: BlockReport) -> dict[str, Any]:
+    return {
+        "kind": "block",
+        "block": report.index,
+        "sparsity": report.sparsity,
+        "reconstruction_loss": report.loss_after,
+        "reconstruction_loss_before": report.loss_before,
+        "seconds": report.seconds,
+        "linears": {
+            linear.name: {
+                "weights": linear.weights,
+                "pruned": linear.pruned,
+                "sparsity": linear.sparsity,
+                "allocated": linear.allocated,
+            }
+            for linear in report.linears
+        },
+    }
+
+
+def _json_line(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """results.json of a finished run."""
+    return json.loads((path / "results.json").read_text(encoding="utf-8"))
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if is_done(path) and not overwrite:
+        raise ConfigurationError(
+            f"{path} holds a finished run, which is left alone; "
+            "overwrite=true starts anew there, hydra.run.dir= names another folder"
+        )
+    # run.log is left out: the command's own logging may have begun it
+    foreign = [name for name in (*WRITTEN, "status.json") if name != "run.log" and (path / name).exists()]
+    if foreign and read_status(path) is None:
+        raise ConfigurationError(
+            f"{path} holds {', '.join(foreign)}, which a run would replace, but is no run's folder: "
+            "a run needs a folder of its own; name another with hydra.run.dir="
+        )
+
+
+def _ordered(value: Any, name: str = "") -> Any:
+    if isinstance(value, Mapping):
+        return {key: _ordered(value[key], key) for key in (value if name == "linears" else sorted(value))}
+    return [_ordered(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _check_finite(value: Any, where: str) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_finite(item, f"{where}, {key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_finite(item, f"{where}, {index}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise RunError(f"{where} is {value}: only finite numbers are recorded; model.dtype=float32 avoids overflow")

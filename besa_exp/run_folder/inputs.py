@@ -1,0 +1,211 @@
+"""What a run has read from this machine, so that a finished run is the answer to its inputs and not to their paths.
+
+`inputs.json` of the run folder holds for each key that names a place (`model.path`, `calibration.path`, a perplexity
+set, a task of the mirror) size, time of change and a hash of its files, as they were when the run began. Sizes and
+times are compared first; a file that is small, or whose time alone has changed, by its hash. Folders from before this
+file was written have none, and are taken as they are. No torch here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from besa_exp.evaluation.task_definitions import needed
+from besa_exp.machine import atomic
+from besa_exp.run_folder.status import is_done
+from besa_exp.settings import EvaluationSettings, EvaluatorSettings, ModelSettings, RunSettings
+from besa_exp.texts.embedded.text import MODEL_DIR
+
+NAME = "inputs.json"
+SMALL = 2**24  # bytes; always compared by its hash
+HASHED_WHOLE = 2**28  # bytes; of a larger file, pieces at equal distances are hashed
+PIECES, PIECE = 256, 2**16
+OF_A_MODEL = (".safetensors", ".bin", ".json", ".model", ".txt", ".py", ".tiktoken", ".jinja")
+WEIGHTS = (".safetensors", ".bin", ".index.json")  # a further one of these changes a model, any other file does not
+
+
+def inputs_of(settings: RunSettings | EvaluationSettings) -> dict[str, dict[str, Path]]:
+    """Key to the files by name that it means on this machine; a key that means none here is left out."""
+    places = {"model.path" if isinstance(settings, RunSettings) else "checkpoint": _model_files(settings.model)}
+    if isinstance(settings, RunSettings) and (given := settings.calibration.path):
+        places["calibration.path"] = _one(given)
+    return {key: files for key, files in (places | _scored_files(settings.evaluator)).items() if files}
+
+
+def fingerprint(settings: RunSettings | EvaluationSettings) -> dict[str, Any]:
+    """{key: {name: {size, modified, sha256}}} of the inputs as they are now."""
+    return {
+        key: {name: _stamp(file) | {"sha256": _sha256(file)} for name, file in files.items()}
+        for key, files in inputs_of(settings).items()
+    }
+
+
+def write_inputs(folder: Path, found: Mapping[str, Any]) -> None:
+    """Sets these keys of inputs.json; others stay."""
+    atomic.write_text(folder / NAME, json.dumps(_recorded(folder) | dict(found), indent=1, sort_keys=True) + "\n")
+
+
+def check_run_inputs(folder: Path, settings: RunSettings) -> list[str]:
+    """A problem where the run folder answers to other inputs than there are now: a finished run, or an unfinished one
+    that has kept something of the changed ones."""
+    done = is_done(folder)
+    if settings.overwrite or not (done or settings.resume):
+        return []
+    blocks, scores = any((folder / "blocks").glob("??????.json")), (folder / "scores.json").is_file()
+
+    def matters(key: str) -> bool:
+        return _matters(folder, key) if done or key.startswith("evaluator.") else blocks or scores
+
+    remedy = "put it back, start anew with overwrite=true, or name another folder with hydra.run.dir="
+    state = "a finished run" if done else "an unfinished run"
+    changed = changed_inputs(folder, settings, matters)
+    return [f"{folder} holds {state} of other inputs: {'; '.join(changed)}; {remedy}"] if changed else []
+
+
+def check_scored_inputs(folder: Path, settings: EvaluationSettings) -> list[str]:
+    """A problem where scores that the folder holds are of other texts, questions or weights than there are now."""
+    if settings.overwrite:
+        return []
+    changed = changed_inputs(folder, settings, partial(_matters, folder))
+    remedy = "put it back, score it again with overwrite=true, or name another folder with hydra.run.dir="
+    return [f"{folder} holds scores of other inputs: {'; '.join(changed)}; {remedy}"] if changed else []
+
+
+def changed_inputs(
+    folder: Path, settings: RunSettings | EvaluationSettings, matters: Callable[[str], bool]
+) -> list[str]:
+    """What of the inputs that matter is no longer what inputs.json says, in words."""
+    recorded = _recorded(folder)
+    return [
+        f"{_named(settings, key)} has changed ({_told(changes)})"
+        for key, files in inputs_of(settings).items()
+        if matters(key) and key in recorded and (changes := _changes(recorded[key], files))
+    ]
+
+
+def _matters(folder: Path, key: str) -> bool:
+    """Whether the folder holds a score that the key decides; what was n/a may be mended. Others always matter."""
+    group, _, name = key.partition(": ")
+    kind = {"evaluator.perplexity_sets": "perplexity"}.get(group, "zero_shot")
+    if not group.startswith("evaluator."):
+        return True
+    under_way = _json(folder / "scores.json").values()
+    kept = [scores.get(kind) or {} for scores in (_json(folder / "results.json"), *under_way)]
+    return any(scores.get(name) is not None if name else scores for scores in kept)
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Path]) -> list[str]:
+    """File by file."""
+    new = [name for name in now if name not in before and name.endswith(WEIGHTS)]
+    found = [f"{name} is new" for name in new] + [f"{name} is gone" for name in before if name not in now]
+    for name, file in now.items():
+        if name in before and _differs(before[name], file):
+            found.append(f"{name}: {_said(before[name])} then, {_said(_stamp(file))} now")
+    return found
+
+
+def _differs(before: Mapping[str, Any], file: Path) -> bool:
+    now = _stamp(file)
+    if now["size"] != before["size"]:
+        return True
+    same_time = now["modified"] == before["modified"]
+    return not (same_time and now["size"] > SMALL) and _sha256(file) != before["sha256"]
+
+
+def _told(changes: list[str]) -> str:
+    more = f" and {len(changes) - 2} more files" if len(changes) > 2 else ""
+    return ", ".join(changes[:2]) + more
+
+
+def _said(stamp: Mapping[str, Any]) -> str:
+    when = datetime.fromtimestamp(stamp["modified"] / 1e9, UTC)
+    return f"{stamp['size']:,} bytes of {when:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _model_files(settings: ModelSettings) -> dict[str, Path]:
+    folder = MODEL_DIR if settings.path == "embedded" else Path(settings.path).expanduser()
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {file.name: file for file in found if file.name.endswith(OF_A_MODEL) and file.is_file()}
+
+
+def _scored_files(settings: EvaluatorSettings) -> dict[str, dict[str, Path]]:
+    files = {f"evaluator.perplexity_sets: {name}": _one(name) for name in settings.perplexity_sets}
+    if settings.data_dir is not None:
+        mirror = Path(settings.data_dir).expanduser()
+        for task in settings.tasks:
+            parts = [task] if (mirror / task).is_dir() else [part.name for part in needed(task, settings.include_path)]
+            files |= {f"evaluator.data_dir: {part}": _below(mirror / part, mirror) for part in parts}
+    if settings.include_path is not None and settings.tasks:
+        own = Path(settings.include_path).expanduser()
+        files["evaluator.include_path"] = _below(own, own)
+    return files
+
+
+def _below(folder: Path, root: Path) -> dict[str, Path]:
+    """All files in a folder, by their path in `root`."""
+    found = sorted(file for file in folder.glob("**/*") if file.is_file() and file.suffix != ".pyc")
+    return {str(file.relative_to(root)): file for file in found}
+
+
+def _one(given: str) -> dict[str, Path]:
+    """The file, by its name; nothing where the name is that of a preset or of the hub."""
+    file = Path(given).expanduser()
+    return {file.name: file} if file.is_file() else {}
+
+
+def _named(settings: RunSettings | EvaluationSettings, key: str) -> str:
+    """The key with what a person gave for it."""
+    if isinstance(settings, EvaluationSettings) and key == "checkpoint":
+        return f"checkpoint={settings.checkpoint}"
+    if isinstance(settings, RunSettings) and key == "calibration.path":
+        return f"{key}={settings.calibration.path}"
+    group, _, name = key.partition(": ")
+    if group in ("evaluator.data_dir", "evaluator.include_path"):
+        return f"{group}={getattr(settings.evaluator, group.partition('.')[2])}"
+    return f"{group}={name or settings.model.path}"
+
+
+def _stamp(file: Path) -> dict[str, int]:
+    found = file.stat()
+    return {"size": found.st_size, "modified": found.st_mtime_ns}
+
+
+def _sha256(file: Path) -> str:
+    found = file.stat()
+    return _sha256_of(str(file.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@lru_cache(maxsize=1024)  # the jobs of a sweep read the same files
+def _sha256_of(path: str, size: int, *times: int) -> str:
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        if size <= HASHED_WHOLE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        for number in range(PIECES):
+            file.seek(number * (size - PIECE) // (PIECES - 1))
+            digest.update(file.read(PIECE))
+    return digest.hexdigest()
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """{} where there is none, or one that cannot be read."""
+    found = _json(folder / NAME)
+    try:
+        sound = all({"size", "modified", "sha256"} <= set(f) for files in found.values() for f in files.values())
+    except (TypeError, AttributeError):
+        return {}
+    return found if sound else {}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,71 @@
+"""status.json of a run folder: running, done, failed with the error, or interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from besa_exp.machine import atomic
+from besa_exp.machine.environment import masked_command
+from besa_exp.run_folder.lock import is_locked
+
+KILLED = "interrupted (killed)"
+
+
+def read_status(path: Path) -> dict[str, Any] | None:
+    """status.json (`status`, `started`, `finished`, `process`, `host`, `error`, `command`); None where no run's is."""
+    try:
+        status = json.loads((path / "status.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return status if isinstance(status, dict) and "status" in status and "process" in status else None
+
+
+def seen_status(path: Path) -> str | None:
+    """The status as a person is told it. A process that was killed could not say so: its file still says running, but
+    nobody has the folder locked. None: no run's folder."""
+    status = read_status(path)
+    if status is None:
+        return None
+    return KILLED if status["status"] == "running" and not is_locked(path) else str(status["status"])
+
+
+def is_done(path: Path) -> bool:
+    """Whether `path` holds a finished run with its results; where they are gone or damaged the run begins again."""
+    status = read_status(path)
+    return status is not None and status["status"] == "done" and _holds_json(path / "results.json")
+
+
+def _holds_json(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def write_status(
+    path: Path, status: str, started: str, error: BaseException | None = None, words: Sequence[str] | None = None
+) -> None:
+    """Replaces status.json by what this process says. `words`: of the command, where that is not this process's own."""
+    record = {
+        "status": status,
+        "started": started,
+        "finished": None if status == "running" else now(),
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "error": f"{type(error).__name__}: {error}" if error else None,
+        "command": shlex.join(["besa", *masked_command((sys.argv if words is None else words)[1:])]),
+    }
+    atomic.write_text(path / "status.json", json.dumps(record, indent=2) + "\n")
+
+
+def now() -> str:
+    """The time of day in UTC, for people to read."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,212 @@
+"""The block loop of a run: each block is kept on the disk before the next begins, and what an earlier attempt of the
+same run has kept is taken from there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from besa_exp.blocks.activations import Allocate
+from besa_exp.blocks.block import Block, Hidden, capture_blocks, embed
+from besa_exp.blocks.head import head_of
+from besa_exp.blocks.loop import prune_blocks
+from besa_exp.blocks.pruner import PrunedBlock, Pruner
+from besa_exp.blocks.replay_check import check_replay
+from besa_exp.blocks.reports import BlockReport, ModelStep, Step
+from besa_exp.blocks.units import Refinement, blocks_together, by_block, units
+from besa_exp.blocks.whole_model import Decided, KeepMasks, Weights, Whole
+from besa_exp.checkpoints.files import load_masks, masks_description, weights_sha256
+from besa_exp.checkpoints.load import LoadedModel
+from besa_exp.machine import distributed
+from besa_exp.methods.budgets.budget import Budget, exact_targets
+from besa_exp.methods.budgets.trial import Search, Trial
+from besa_exp.methods.budgets.uniform import Uniform
+from besa_exp.run_folder.finished_blocks import FinishedBlocks, block_tensors, load_block_tensors
+from besa_exp.runs.cpu_units import as_stored
+from besa_exp.runs.save import pruned_weights
+from besa_exp.tensors.masks import Target
+
+
+def check_blocks(loaded: LoadedModel, input_ids: Tensor, batch_size: int) -> None:
+    """The self-check, through all blocks, before any long work: on the last two samples, with the arguments of the
+    first. RunError: the model cannot be pruned block by block; what it does that forbids it."""
+    blocks = capture_blocks(loaded.model, input_ids)
+    check_replay(loaded.model, blocks, input_ids[-min(2, batch_size) :], partial(resident, loaded))
+
+
+def resident(loaded: LoadedModel, blocks: list[Block]) -> Iterable[Block]:
+    """The blocks in order, each with its weights while it is out."""
+    return loaded.weights.resident(blocks) if loaded.weights else blocks
+
+
+@dataclass
+class BlockLoop:
+    """Prunes the blocks of `loaded` after the `done` first ones, which `finished` holds.
+
+    Of several ranks each has its own samples in `input_ids`; the first keeps the blocks. `keeps_dense`: the weights
+    that pruning overwrites in a model that is loaded whole are held in `dense`, for `refined`."""
+
+    loaded: LoadedModel
+    input_ids: Tensor
+    batch_size: int
+    finished: FinishedBlocks
+    done: int
+    allocate: Allocate
+    compute_dtype: torch.dtype | None = None
+    keeps_dense: bool = False
+    dense_sha256: dict[int, str] = field(default_factory=dict)
+    dense: dict[str, Tensor] = field(default_factory=dict)
+
+    def run(
+        self,
+        pruner: Pruner,
+        target: Target,
+        budget: Budget | Search | Uniform | None,
+        on_step: Callable[[Step], None],
+        on_block: Callable[[BlockReport], None],
+    ) -> None:
+        """Every block is in `finished` afterwards. `budget` deals `target` out to the blocks; None: each has the same.
+        `on_block` is told of each new one when it is on the disk."""
+        blocks = capture_blocks(self.loaded.model, self.input_ids)
+        blocks = [replace(block, compute_dtype=self.compute_dtype) for block in blocks]
+        together = blocks_together(pruner)
+        targets = target
+        if budget is not None and not isinstance(budget, Uniform):
+            targets = self._targets(blocks, target, budget, together)
+        grouped = units(blocks, together)
+        pruning = prune_blocks(
+            self._resident(grouped),
+            self._embed(blocks),
+            pruner,
+            targets,
+            self.batch_size,
+            on_step,
+            self._restore,
+            self.allocate,
+        )
+        for report, pruned in pruning:
+            for block, own, decided in by_block(grouped[report.index // together], report, pruned):
+                self._keep(block, own, decided)
+                on_block(own)
+            del pruned, decided  # they would stay, a quarter of a block or more, until the next one is pruned
+
+    def refined(
+        self, refinements: Sequence[Refinement], before: Sequence[BlockReport], on_step: Callable[[ModelStep], None]
+    ) -> Decided:
+        """What the refinements, one after the other, make of all blocks together, which are all finished now and of
+        which `before` tells: a pruner for a loop of its own. The model is dense again."""
+        blocks = [
+            replace(block, compute_dtype=self.compute_dtype)
+            for block in capture_blocks(self.loaded.model, self.input_ids)
+        ]
+        keep_masks, weights = self._found(blocks)
+        state = self.loaded.model.state_dict()
+        for name, weight in self.dense.items():
+            state[name].copy_(weight)
+        whole = self._whole(blocks)
+        done = 0
+
+        def on_later_step(step: ModelStep) -> None:
+            on_step(replace(step, step=step.step + done))
+
+        for refinement in refinements:
+            keep_masks, weights = refinement.refine(whole, keep_masks, weights, on_later_step)
+            done += refinement.steps
+        return Decided(keep_masks, weights, before)
+
+    def _whole(self, blocks: list[Block]) -> Whole:
+        """The dense model."""
+        outputs = self._embed(blocks)
+        for block in self._resident(blocks):
+            block.outputs(outputs, self.batch_size, out=outputs)
+
+        def resident(backwards: bool) -> Iterable[Block]:
+            return self._resident(blocks[::-1] if backwards else blocks)
+
+        head = head_of(self.loaded.model, blocks, self.input_ids)
+        return Whole(resident, self._embed(blocks), outputs, head, self.batch_size)
+
+    def _found(self, blocks: list[Block]) -> tuple[Sequence[KeepMasks], Sequence[Weights] | None]:
+        """The keep masks of the finished blocks, and their weights where kept ones moved."""
+        distributed.barrier()  # rank 0 has written them
+        files = self.finished.mask_files(len(blocks))
+        keep_masks = [
+            {name: masks[f"{block.name}.{name}.weight"] for name in block.linears}
+            for block, masks in zip(blocks, map(load_masks, files), strict=True)
+        ]
+        if not any(masks_description(file)["weights_updated"] for file in files):
+            return keep_masks, None
+        streamed = pruned_weights(self.loaded, self.finished).weights if self.loaded.weights else None
+        return keep_masks, [
+            {name: linear.weight.detach().clone() for name, linear in block.linears.items()}
+            for block in (streamed.resident(blocks) if streamed else blocks)
+        ]
+
+    def _resident(self, blocks: list[Block]) -> Iterable[Block]:
+        """The blocks in order, each with its weights."""
+        return resident(self.loaded, blocks)
+
+    def _embed(self, blocks: list[Block]) -> Hidden:
+        return embed(self.loaded.model, blocks, self.input_ids, self.batch_size, self.allocate)
+
+    def _targets(self, blocks: list[Block], target: Target, budget: Budget | Search, together: int) -> list[Target]:
+        """Each block's own, or that of the blocks it is pruned together with."""
+        if isinstance(budget, Search):
+            sparsities, sizes = self._searched(budget, blocks, target.sparsity)
+        else:
+            sparsities, sizes = self._measured(budget, blocks, target.sparsity)
+        own = exact_targets(sparsities, sizes, target.sparsity)
+        groups = [slice(start, start + together) for start in range(0, len(own), together)]
+        pruned = [sum(round(t.sparsity * size) for t, size in zip(own[g], sizes[g], strict=True)) for g in groups]
+        return [
+            Target(count / sum(sizes[g]), exact=True) for count, g in zip(pruned, groups, strict=True) for _ in own[g]
+        ]
+
+    def _measured(self, budget: Budget, blocks: list[Block], sparsity: float) -> tuple[Tensor, list[int]]:
+        """The blocks' wishes and weights: the budget sees the dense blocks and a copy of their inputs."""
+        sizes: list[int] = []
+
+        def measured() -> Iterable[Block]:
+            for block in self._resident(blocks):
+                sizes.append(sum(linear.weight.numel() for linear in block.linears.values()))
+                yield block
+
+        return budget.sparsities(measured(), self._embed(blocks), sparsity, self.batch_size), sizes
+
+    def _searched(self, budget: Search, blocks: list[Block], sparsity: float) -> tuple[Tensor, list[int]]:
+        """The blocks' wishes and weights: the budget tries whole models, and goes on where an earlier attempt was."""
+        head = head_of(self.loaded.model, blocks, self.input_ids)
+        inputs, outputs = self._embed(blocks), self._embed(blocks)
+        trial = Trial.begin(partial(self._resident, blocks), inputs, outputs, head, self.batch_size)
+        return budget.search(trial, sparsity, self.finished.search), [*trial.sizes]
+
+    def _restore(self, block: Block) -> bool:
+        """Whether the block was finished before; then it has its pruned weights now."""
+        for layer in block.layers:
+            dense = self._stored_tensors(layer)
+            if self.keeps_dense and not self.loaded.weights:
+                self.dense |= {name: tensor.clone() for name, tensor in dense.items()}
+            if layer.index >= self.done:
+                self.dense_sha256[layer.index] = weights_sha256(dense)
+            else:
+                load_block_tensors(layer.module, layer.name, self.finished.tensors(layer.index, dense))
+        return block.index < self.done
+
+    def _stored_tensors(self, block: Block) -> dict[str, Tensor]:
+        return as_stored(block_tensors(block.module, block.name), self.loaded.stored)
+
+    def _keep(self, block: Block, report: BlockReport, pruned: PrunedBlock) -> None:
+        if not distributed.is_first():
+            return
+        keep_masks, permutations = (
+            {f"{block.name}.{name}.weight": value for name, value in values.items()}
+            for values in (pruned.keep_masks, pruned.permutations)
+        )
+        tensors = self._stored_tensors(block)
+        dense_sha256 = self.dense_sha256.pop(block.index)
+        updated = pruned.weights is not None
+        self.finished.write(report, tensors, keep_masks, dense_sha256, updated, permutations)

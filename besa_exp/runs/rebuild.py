@@ -1,0 +1,186 @@
+"""A pruned checkpoint rebuilt from dense weights and a run's masks: one bit a weight instead of a model for each run.
+
+W * keep_mask is what a method that decides masks alone has written, so that the result is the run's own model, bytes
+included: the same loading, the same helper that writes a block, the same layout of files. A method that also updates
+the kept weights cannot be rebuilt and is refused. Every block's dense weights are compared by hash with those that
+were pruned. One block and one file are in memory at a time where the model can be streamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from besa_exp.blocks.block import Block, capture_blocks
+from besa_exp.blocks.loop import write_weights
+from besa_exp.blocks.pruner import PrunedBlock
+from besa_exp.checkpoints.files import SHARD_SIZE, read_masks, save_beside_weights, save_model, weights_sha256
+from besa_exp.checkpoints.load import LoadedModel, load_model
+from besa_exp.checkpoints.shards import streamed_layout, whole_layout, write_index, write_shards
+from besa_exp.checkpoints.streaming import saves_blocks_anew
+from besa_exp.checkpoints.tensor_sources import as_saved
+from besa_exp.display.model_card import base_licence, model_card
+from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.machine import atomic
+from besa_exp.run_folder.finished_blocks import block_tensors
+from besa_exp.runs.save import outside_blocks
+from besa_exp.settings import ModelSettings
+
+
+@dataclass(frozen=True)
+class Masks:
+    """A run's masks file and what it says of itself (`checkpoint.masks_description`)."""
+
+    path: Path
+    description: Mapping[str, Any]
+
+    def of(self, block: Block) -> dict[str, Tensor]:
+        """The keep_masks of a block's linears by their path."""
+        names = {path: f"{block.name}.{path}.weight" for path in block.linears}
+        masks = read_masks(self.path, {name: self.shapes[name] for name in names.values()})
+        return {path: masks[name] for path, name in names.items()}
+
+    @property
+    def shapes(self) -> Mapping[str, list[int]]:
+        """[out, in] by the linear's full name."""
+        return self.description["shapes"]
+
+    @property
+    def model(self) -> str:
+        """The dense model's name."""
+        return self.description["model"]
+
+    def check(self, part: str, found: str, expected: str) -> None:
+        """ConfigurationError: the hash of the dense weights is not the one the masks were made from."""
+        if found != expected:
+            raise ConfigurationError(
+                f"{self.path}: {part} of the model holds other dense weights than those that were pruned "
+                f"({self.model}, loaded as {self.description['dtype']}); give that very model, in the same revision"
+            )
+
+
+def rebuild(
+    masks: Masks, model: ModelSettings, out: Path, command: Sequence[str], shard_size: str = SHARD_SIZE
+) -> tuple[int, int]:
+    """Writes the pruned model to `out`, whole or not at all; the weights under masks and the zeros among them.
+
+    ConfigurationError: the model cannot be loaded or is not the one that was pruned; RunError: it cannot be written."""
+    loaded = _load(replace(model, dtype=masks.description["dtype"]), masks.description["layout"])
+    masks.check(
+        "what is outside the blocks", weights_sha256(outside_blocks(loaded)), masks.description["outside_sha256"]
+    )
+    blocks = capture_blocks(loaded.model, torch.zeros(1, 1, dtype=torch.long))  # never called: nothing is captured
+    if len(blocks) != (expected := len(masks.description["dense_sha256"])):
+        raise ConfigurationError(
+            f"{masks.path}: masks of {expected} blocks, the model has {len(blocks)}; give {masks.model}"
+        )
+    counts: dict[str, tuple[int, int]] = {}
+    pruned = _pruned(loaded, blocks, masks, counts)
+    try:
+        if loaded.weights is None:
+            for _ in pruned:  # each is in its place then
+                continue
+            save_model(
+                loaded.model,
+                loaded.tokenizer,
+                out,
+                _card(loaded.folder, masks, blocks, counts, command),
+                loaded.folder,
+                shard_size,
+            )
+        else:
+            with atomic.replaced_folder(out) as partial:
+                _write_streamed(loaded, blocks, pruned, partial, masks.description["layout"], shard_size)
+                card = _card(loaded.folder, masks, blocks, counts, command)
+                save_beside_weights(loaded.model, loaded.tokenizer, partial, card, loaded.folder)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{out} could not be written ({error}); free disk space or give another --out") from error
+    return sum(weights for weights, _ in counts.values()), sum(zeros for _, zeros in counts.values())
+
+
+def _load(model: ModelSettings, layout: str) -> LoadedModel:
+    """Streamed if it can be. Not where a run that held the whole model saved experts which it had stacked: transformers
+    keeps those in one file, as they share their memory."""
+    cpu = torch.device("cpu")
+    try:
+        loaded = load_model(replace(model, load="streamed"), cpu, offline=False)
+        if layout == "streamed" or not saves_blocks_anew(loaded.model):
+            return loaded
+    except ConfigurationError:
+        pass  # of the whole loading it says why
+    return load_model(replace(model, load="whole"), cpu, offline=False)
+
+
+def _pruned(
+    loaded: LoadedModel, blocks: Sequence[Block], masks: Masks, counts: dict[str, tuple[int, int]]
+) -> Iterator[dict[str, Tensor]]:
+    """Each block's tensors under its masks, by full name; `counts` receives (weights, zeros) of each linear."""
+    hashes = masks.description["dense_sha256"]
+    for block in loaded.weights.resident(blocks) if loaded.weights else blocks:
+        masks.check(
+            f"block {block.index}", weights_sha256(block_tensors(block.module, block.name)), hashes[block.index]
+        )
+        keep_masks = masks.of(block)
+        write_weights(block, PrunedBlock(keep_masks, allocated={}))
+        for name, keep_mask in keep_masks.items():
+            counts[f"{block.name}.{name}"] = keep_mask.numel(), int((~keep_mask).sum())
+        yield block_tensors(block.module, block.name)
+
+
+def _write_streamed(
+    loaded: LoadedModel,
+    blocks: Sequence[Block],
+    pruned: Iterator[dict[str, Tensor]],
+    folder: Path,
+    layout: str,
+    size: str,
+) -> None:
+    assert loaded.weights is not None
+    model = loaded.model
+    if layout == "streamed":
+        outside = as_saved(model, loaded.weights.read_outside(f"{blocks[0].name.rpartition('.')[0]}."))
+        bare = [block_tensors(block.module, block.name) for block in blocks]
+        files = streamed_layout(outside, [list(as_saved(model, tensors)) for tensors in bare])
+    else:
+        outside, files = as_saved(model, outside_blocks(loaded)), whole_layout(model, size)
+    write_shards(folder, files, _then(outside, (as_saved(model, tensors) for tensors in pruned)))
+    if layout == "streamed" or len(files) > 1:
+        write_index(folder, list(files), model.num_parameters())
+
+
+def _then(first: Mapping[str, Tensor], others: Iterator[Mapping[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:
+    yield first
+    yield from others
+
+
+def _card(
+    folder: Path, masks: Masks, blocks: Sequence[Block], counts: Mapping[str, tuple[int, int]], command: Sequence[str]
+) -> str:
+    """The model card that the masks alone can tell: without calibration and scores."""
+    said, total, zeros = masks.description, *map(sum, zip(*counts.values(), strict=True))
+    told = [
+        {
+            "index": block.index,
+            "linears": {
+                name: dict(zip(("weights", "pruned"), counts[f"{block.name}.{name}"], strict=True))
+                for name in block.linears
+            },
+        }
+        for block in blocks
+    ]
+    results = {
+        "model": masks.model,
+        "pruner": said["method"],
+        "pattern": said["pattern"],
+        "seed": said["seed"],
+        "target_sparsity": said["sparsity"],
+        "measured_sparsity": zeros / total,
+        "blocks": told,
+    }
+    return model_card(results, command, licence=base_licence(folder))

@@ -1,0 +1,197 @@
+"""What a run leaves of the model: the masks, and a plain Hugging Face folder that is then read again and counted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from besa_exp.blocks.block import capture_blocks, discover_blocks
+from besa_exp.checkpoints.files import merge_masks, save_beside_weights, save_model, weights_sha256
+from besa_exp.checkpoints.fresh_process import TOKENS, reloading, token_loss
+from besa_exp.checkpoints.inspect import read_header
+from besa_exp.checkpoints.load import LoadedModel, load_model, model_path
+from besa_exp.checkpoints.shards import shard_names, write_index, write_shards
+from besa_exp.checkpoints.streaming import StreamedWeights
+from besa_exp.checkpoints.tensor_sources import as_saved
+from besa_exp.display.model_card import base_licence, model_card
+from besa_exp.errors import RunError
+from besa_exp.evaluation.scores import callable_model
+from besa_exp.machine import atomic, distributed
+from besa_exp.run_folder.finished_blocks import FinishedBlocks
+from besa_exp.runs.cpu_units import as_stored, in_a_fast_dtype
+from besa_exp.runs.run import Run
+from besa_exp.settings import RunSettings
+from besa_exp.tensors.masks import Target
+from besa_exp.texts.calibration import Calibration
+
+
+def save_pruned(loaded: LoadedModel, finished: FinishedBlocks, folder: Path, card: str) -> None:
+    """Writes the pruned model to `folder`: from memory, or, when it is streamed, from the finished blocks' files.
+
+    RunError: the disk is full or cannot be written to; the finished blocks stay."""
+    if loaded.weights is None:
+        if loaded.stored:
+            torch.nn.Module.to(loaded.model, loaded.stored)
+        save_model(loaded.model, loaded.tokenizer, folder, card, loaded.folder)
+        return
+    try:
+        with atomic.replaced_folder(folder) as partial:
+            _write_shards(loaded, loaded.weights, finished, partial)
+            save_beside_weights(loaded.model, loaded.tokenizer, partial, card, loaded.folder)
+    except OSError as error:
+        raise RunError(
+            f"{folder} could not be written ({error}); the pruned blocks are kept: make space and give the same "
+            "command again, or set save.model=false"
+        ) from error
+
+
+def check_saved(saved: LoadedModel, results: Mapping[str, Any]) -> None:
+    """RunError: a linear of the model that was saved and loaded anew has another number of zeros than was reported."""
+    blocks = capture_blocks(saved.model, torch.zeros(1, 1, dtype=torch.long))  # never called: nothing is captured
+    for block in saved.weights.resident(blocks) if saved.weights else blocks:
+        for name, linear in results["blocks"][block.index]["linears"].items():
+            weight = block.linears[name].weight
+            zeros = weight.numel() - int(torch.count_nonzero(weight))
+            if zeros != linear["pruned"]:
+                raise RunError(
+                    f"{saved.folder}: {block.name}.{name} holds {zeros} zeros as saved, not the {linear['pruned']} "
+                    "that were reported"
+                )
+
+
+def block_names(loaded: LoadedModel) -> dict[int, str]:
+    """The blocks' names by index."""
+    path, modules = discover_blocks(loaded.model)
+    return {index: f"{path}.{index}" for index in range(len(modules))}
+
+
+def pruned_weights(loaded: LoadedModel, finished: FinishedBlocks) -> LoadedModel:
+    """The streamed model with the finished blocks' files in the place of the dense ones."""
+    assert loaded.weights is not None
+    files = finished.weight_files(len(block_names(loaded)))
+    return replace(loaded, weights=loaded.weights.with_blocks(loaded.model, files))
+
+
+def masks_origin(settings: RunSettings, loaded: LoadedModel) -> dict[str, Any]:
+    """What a run's masks were made from and how, for `rebuilding`. Of a folder the name alone: the rest is private.
+
+    `dtype` is what the model was loaded as, `layout` how its pruned weights are dealt out to files."""
+    return {
+        "model": settings.model.path.rstrip("/").rpartition("/")[2],
+        "dtype": settings.model.dtype,
+        "layout": "streamed" if loaded.weights else "whole",
+        "outside_sha256": weights_sha256(outside_blocks(loaded)),
+        "method": settings.pruner_name,
+        "pattern": settings.pattern,
+        "sparsity": Target.parse(settings.sparsity, settings.pattern).sparsity,
+        "seed": settings.seed,
+    }
+
+
+def outside_blocks(loaded: LoadedModel) -> dict[str, Tensor]:
+    """The tensors of the model that are in no block, as they are saved."""
+    prefix = f"{discover_blocks(loaded.model)[0]}."
+    outside = {name: tensor for name, tensor in loaded.model.state_dict().items() if not name.startswith(prefix)}
+    return as_stored(outside, loaded.stored)
+
+
+def _write_shards(loaded: LoadedModel, weights: StreamedWeights, finished: FinishedBlocks, folder: Path) -> None:
+    """One shard for what is outside the blocks, one for each block, and the index of them all."""
+    blocks = finished.weight_files(len(block_names(loaded)))
+    files = shard_names(len(blocks) + 1)
+    outside = as_saved(loaded.model, weights.read_outside(f"{discover_blocks(loaded.model)[0]}."))
+    write_shards(folder, {files[0]: list(outside)}, [outside])
+    for source, file in zip(blocks, files[1:], strict=True):
+        _write_block(loaded.model, source, folder / file)
+    write_index(folder, files, loaded.model.num_parameters())
+
+
+def _write_block(model: PreTrainedModel, source: Path, target: Path) -> None:
+    """A finished block's file as part of the saved model, where transformers may have other names and shapes for it."""
+    names = read_header(source)[0].keys()
+    bare = {name: tensor for name, tensor in model.state_dict().items() if name in names}
+    if as_saved(model, bare).keys() == names:
+        _link(source, target)
+        return
+    saved = as_saved(model, load_file(source))
+    write_shards(target.parent, {target.name: list(saved)}, [saved])
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under two names where the file system can; else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def save(run: Run, loaded: LoadedModel, finished: FinishedBlocks, results: Mapping[str, Any]) -> LoadedModel:
+    """Save what is to be kept; then the pruned model: the one that was saved, loaded anew, its zeros counted."""
+    settings, folder = run.settings, run.folder
+    with run.spent.timed("save"):
+        if settings.save.model:
+            run.console.stage("saving the pruned model and loading it anew")
+        if distributed.is_first():
+            _write_model(run, loaded, finished, results)
+        distributed.barrier()
+        if not settings.save.model:
+            return pruned_weights(loaded, finished) if loaded.weights else loaded
+        load = "streamed" if loaded.weights else "whole"
+        saved = replace(settings.model, path=str(folder.model), revision=None, dtype="auto", load=load)
+        reloaded = replace(load_model(saved, run.device, offline=True), tokenizer=loaded.tokenizer)
+        check_saved(reloaded, results)
+        return in_a_fast_dtype(reloaded, settings.model.dtype)
+
+
+@contextmanager
+def reread(
+    run: Run, loaded: LoadedModel, finished: FinishedBlocks, calibration: Calibration
+) -> Iterator[Callable[[], dict[str, Any]]]:
+    """The saved model in a fresh process meanwhile; what is yielded gives that part of results.json when it is done."""
+    save = run.settings.save
+    if not save.model or not distributed.is_first():
+        yield dict
+        return
+    if not save.verify:
+        yield lambda: {"reloaded": {"skipped": "save.verify=false"}}
+        return
+    pruned, tokens = pruned_weights(loaded, finished) if loaded.weights else loaded, calibration.input_ids[:1, :TOKENS]
+    with callable_model(pruned):
+        expected = token_loss(pruned.model, tokens)
+    model = run.settings.model
+    with reloading(
+        run.folder.model, tokens, expected, loaded.stored or loaded.model.dtype, model.trust_remote_code
+    ) as answer:
+
+        def reloaded() -> dict[str, Any]:
+            run.console.stage("the saved model in a fresh process")
+            with run.spent.timed("save"):
+                return {"reloaded": answer()}
+
+        yield reloaded
+
+
+def _write_model(run: Run, loaded: LoadedModel, finished: FinishedBlocks, results: Mapping[str, Any]) -> None:
+    settings, folder = run.settings, run.folder
+    if settings.save.masks:
+        merge_masks(finished.mask_files(len(results["blocks"])), folder.masks, masks_origin(settings, loaded))
+    if settings.save.model:
+        save_pruned(loaded, finished, folder.model, card(run, loaded, results))
+
+
+def card(run: Run, loaded: LoadedModel, results: Mapping[str, Any]) -> str:
+    """The model card; a model that is neither embedded nor a folder is named by its hub id."""
+    model = run.settings.model
+    local = Path(model_path(model)).exists()
+    return model_card(results, sys.argv, None if local else model.path, model.revision, base_licence(loaded.folder))

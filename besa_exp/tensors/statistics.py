@@ -1,0 +1,171 @@
+"""What calibration accumulates about the inputs of a linear, in fp32 whatever the weights are.
+
+A sample is one calibration sequence; squared norms and Hessians are means over samples, as in the authors' codes of
+Wanda (arXiv 2306.11695) and SparseGPT (arXiv 2301.00774), so that they do not depend on how samples are batched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from besa_exp.machine import distributed
+
+
+@runtime_checkable
+class Statistic(Protocol):
+    """Accumulates over batches of a linear's inputs."""
+
+    def __init__(self, columns: int, device: torch.device) -> None: ...
+
+    def add(self, inputs: Tensor, samples: int) -> None: ...
+
+    def sum_over_ranks(self) -> None: ...
+
+    def is_finite(self) -> bool: ...
+
+
+@runtime_checkable
+class WithNorm(Statistic, Protocol):
+    """A statistic that tells what `InputNorm` does, whatever else."""
+
+    @property
+    def squared_norm(self) -> Float[Tensor, " in"]: ...
+
+
+S = TypeVar("S", bound=Statistic)
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether none is infinite or NaN, which the extremes show: 20 x faster on a CPU than a look at each."""
+    return bool(torch.stack(values.aminmax()).isfinite().all())
+
+
+class InputNorm:
+    """Mean over samples of ||X_j||^2, the squared norm of input feature j over the tokens of a sample [in].
+
+    Squares are fp32, their sums fp64: how samples are batched and dealt out to ranks does not show in fp32, where one
+    unit in the last place can swap the ranks of two weights."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.total = torch.zeros(columns, dtype=torch.float64, device=device)
+        self.samples = 0
+
+    def add(self, inputs: Float[Tensor, "*token in"], samples: int) -> None:
+        """Accumulate the tokens of `samples` more samples (some models flatten samples and tokens into one axis)."""
+        self.total += inputs.float().flatten(0, -2).square().sum(dim=0, dtype=torch.float64)
+        self.samples += samples
+
+    @property
+    def squared_norm(self) -> Float[Tensor, " in"]:
+        """The statistic, called `scaler_row` in Wanda's code."""
+        return (self.total / self.samples).float()
+
+    def sum_over_ranks(self) -> None:
+        """That of the samples of all ranks."""
+        self.total, self.samples = distributed.all_sum(self.total), distributed.total(self.samples)
+
+    def is_finite(self) -> bool:
+        """Whether no input overflowed or was NaN."""
+        return is_finite(self.total.float())
+
+
+class InputMoments:
+    """What DSnoT (arXiv 2310.08915) asks of each input feature: `squared_norm` as `InputNorm` has it, the mean over
+    samples of its sum over a sample's tokens, and its variance over all tokens. Sums are fp64, as there."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.squares = torch.zeros(columns, dtype=torch.float64, device=device)
+        self.sums = torch.zeros_like(self.squares)
+        self.samples = self.tokens = 0
+
+    def add(self, inputs: Float[Tensor, "*token in"], samples: int) -> None:
+        """Accumulate the tokens of `samples` more samples (some models flatten samples and tokens into one axis)."""
+        tokens = inputs.float().flatten(0, -2)
+        self.squares += tokens.square().sum(dim=0, dtype=torch.float64)
+        self.sums += tokens.sum(dim=0, dtype=torch.float64)
+        self.samples += samples
+        self.tokens += len(tokens)
+
+    @property
+    def squared_norm(self) -> Float[Tensor, " in"]:
+        """Mean over samples of ||X_j||^2."""
+        return (self.squares / self.samples).float()
+
+    @property
+    def total(self) -> Float[Tensor, " in"]:
+        """Mean over samples of the sum over a sample's tokens."""
+        return (self.sums / self.samples).float()
+
+    @property
+    def variance(self) -> Float[Tensor, " in"]:
+        """E[x^2] - E[x]^2 over all tokens."""
+        mean = self.sums / self.tokens
+        return (self.squares / self.tokens - mean.square()).clamp(min=0).float()
+
+    def sum_over_ranks(self) -> None:
+        """Those of the samples of all ranks."""
+        self.squares, self.sums = distributed.all_sum(self.squares), distributed.all_sum(self.sums)
+        self.samples, self.tokens = distributed.total(self.samples), distributed.total(self.tokens)
+
+    def is_finite(self) -> bool:
+        """Whether no input overflowed or was NaN."""
+        return is_finite(self.squares.float())
+
+
+class Hessian:
+    """H = 2/n sum over samples of X^T X [in in], the Hessian of the layer-wise squared error (SparseGPT, Section 3)."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.upper = torch.zeros(columns, columns, dtype=torch.float32, device=device)  # right where above the diagonal
+        self.samples = 0
+
+    def add(self, inputs: Float[Tensor, "*token in"], samples: int) -> None:
+        """Accumulate the tokens of `samples` more samples (some models flatten samples and tokens into one axis)."""
+        tokens = inputs.float().flatten(0, -2)
+        for panel in self.panels:
+            self.upper[panel, panel.start :].addmm_(tokens[:, panel].T, tokens[:, panel.start :])
+        self.samples += samples
+
+    @property
+    def panels(self) -> list[slice]:
+        """Rows that are summed from the diagonal to the right: H is symmetric, which spares 15/32 of the products."""
+        columns = len(self.upper)
+        width = max(columns // 16, 128)
+        return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
+
+    @property
+    def matrix(self) -> Float[Tensor, "in in"]:
+        """The statistic."""
+        whole = self.upper * (2 / self.samples)
+        for panel in self.panels:
+            block = whole[panel, panel]
+            block.copy_(block.triu() + block.triu(1).T)
+            whole[panel.stop :, panel] = whole[panel, panel.stop :].T
+        return whole
+
+    @property
+    def squared_norm(self) -> Float[Tensor, " in"]:
+        """What `InputNorm` accumulates: half the diagonal."""
+        return self.upper.diagonal() / self.samples
+
+    def sum_over_ranks(self) -> None:
+        """That of the samples of all ranks."""
+        self.upper, self.samples = distributed.all_sum(self.upper), distributed.total(self.samples)
+
+    def is_finite(self) -> bool:
+        """Whether no input overflowed or was NaN."""
+        return is_finite(self.upper)
+
+
+def by_shared_input(statistics: Mapping[str, S]) -> Iterator[tuple[S, tuple[str, ...]]]:
+    """Each distinct statistic once, with the linears that share it (q, k and v; gate and up)."""
+    groups: dict[int, list[str]] = {}
+    for name, statistic in statistics.items():
+        groups.setdefault(id(statistic), []).append(name)
+    for names in groups.values():
+        yield statistics[names[0]], tuple(names)

@@ -1,0 +1,164 @@
+"""Calibration tokens: random windows of long documents, as the BESA paper draws them from C4.
+
+A document gives a window only when it is at least that long, so no window holds two documents. Documents are visited in
+random order and give one window each before any gives a second; one of T tokens gives at most floor(T / seq_len), so
+that windows of one text overlap little. Where the long documents are too few, all of them are laid end to end in random
+order and cut into consecutive windows ("packed"); the record says which of the two was done. The authors' code draws
+documents with replacement instead and never ends where none is long enough.
+
+Everything is drawn from one generator seeded with `calibration.seed`; the global one is left alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from besa_exp.errors import ConfigurationError, Unavailable
+from besa_exp.settings import CalibrationSettings
+from besa_exp.texts.calibration_check import check_calibration
+from besa_exp.texts.sources import is_token_file, read_text
+from besa_exp.texts.tokens import (
+    Tokenizer,
+    encode_document,
+    read_token_file,
+    special_tokens_record,
+    tokens_sha256,
+    write_token_file,
+)
+
+BEYOND_THE_EMBEDDING = (
+    "the tokenizer in the model's folder gives it: it is another model's, or has tokens added for which the embedding "
+    "has no rows; put the model's own tokenizer there"
+)
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration set [sample, seq], int64, on the CPU, with what identifies it and where it came from."""
+
+    input_ids: Int[Tensor, "sample seq"]
+    tokens_sha256: str
+    name: str
+    provenance: dict[str, Any]
+
+
+def load_calibration(
+    settings: CalibrationSettings,
+    tokenizer: Tokenizer | None,
+    context: int,
+    offline: bool,
+    *,
+    vocabulary: int | None = None,
+) -> Calibration:
+    """Read the set that `settings` names and draw its windows. A token file is taken as it is, whatever `num_samples`
+    and `seq_len` say. `context` is the longest window the model takes; ids must be below `vocabulary`.
+
+    ConfigurationError: the set cannot be had or read, is too short, or does not fit the model.
+    """
+    source = settings.path or settings.name
+    if problems := check_calibration(settings, context):
+        raise ConfigurationError(*problems)
+    if is_token_file(source):
+        input_ids, provenance = read_token_file(Path(source).expanduser()), {"file": source}
+    elif tokenizer is None:
+        raise ConfigurationError(
+            f"calibration={source}: the model has no tokenizer, so text cannot calibrate it; put the tokenizer's files "
+            "into the model folder, or set calibration.path to a .safetensors file of input_ids"
+        )
+    else:
+        input_ids, provenance = _windows_of_text(source, settings, tokenizer, offline)
+    if vocabulary is not None and int(input_ids.max()) >= vocabulary:
+        raise ConfigurationError(
+            f"calibration={source}: token id {int(input_ids.max())} is not in the model's vocabulary of {vocabulary}; "
+            + ("these tokens were made with another tokenizer" if is_token_file(source) else BEYOND_THE_EMBEDDING)
+        )
+    return Calibration(input_ids, tokens_sha256(input_ids), source, provenance)
+
+
+def save_tokens(calibration: Calibration, path: Path) -> None:
+    """Write the tokens as a file that `calibration.path` and `evaluator.perplexity_sets` read exactly."""
+    write_token_file(calibration.input_ids, path)
+
+
+def _windows_of_text(
+    source: str, settings: CalibrationSettings, tokenizer: Tokenizer, offline: bool
+) -> tuple[Int[Tensor, "sample seq"], dict[str, Any]]:
+    try:
+        text = read_text(source, "calibration", offline, settings.column)
+    except Unavailable as error:
+        raise ConfigurationError(f"calibration={error}") from error
+    alone = len(text.documents) == 1
+    input_ids, packed = draw_windows(
+        text.documents,
+        lambda document: encode_document(tokenizer, document, alone),
+        settings.num_samples,
+        settings.seq_len,
+        torch.Generator().manual_seed(settings.seed),
+        source,
+    )
+    if packed:
+        logger.warning(
+            "calibration: %s has too few documents of %d tokens; all of them are laid end to end and cut into windows.",
+            source,
+            settings.seq_len,
+        )
+    record = {"seed": settings.seed, "windows": "packed" if packed else "single documents"}
+    return input_ids, text.provenance | special_tokens_record(tokenizer, text.documents) | record
+
+
+def draw_windows(
+    documents: Sequence[str],
+    encode: Callable[[str], Int[Tensor, " tokens"]],
+    num_samples: int,
+    seq_len: int,
+    generator: torch.Generator,
+    source: str = "text",
+) -> tuple[Int[Tensor, "sample seq"], bool]:
+    """`num_samples` windows, and whether they had to be packed. ConfigurationError: `source` is too short."""
+    order: list[int] = torch.randperm(len(documents), generator=generator).tolist()
+    long: list[Tensor] = []
+    for index in order:
+        ids = encode(documents[index])
+        if len(ids) >= seq_len:
+            long.append(ids)
+        if len(long) == num_samples:
+            break
+    turns = [(turn, place) for place, ids in enumerate(long) for turn in range(min(len(ids) // seq_len, num_samples))]
+    if len(turns) >= num_samples:
+        chosen = [long[place] for _, place in sorted(turns)[:num_samples]]
+        return torch.stack([_random_window(ids, seq_len, generator) for ids in chosen]), False
+    return _packed([documents[index] for index in order], encode, num_samples, seq_len, source), True
+
+
+def _random_window(ids: Int[Tensor, " tokens"], seq_len: int, generator: torch.Generator) -> Int[Tensor, " seq"]:
+    start = int(torch.randint(len(ids) - seq_len + 1, (), generator=generator))
+    return ids[start : start + seq_len]
+
+
+def _packed(
+    documents: Sequence[str],
+    encode: Callable[[str], Int[Tensor, " tokens"]],
+    num_samples: int,
+    seq_len: int,
+    source: str,
+) -> Int[Tensor, "sample seq"]:
+    """The documents end to end, in the order given, cut into consecutive windows."""
+    pieces, total, needed = [], 0, num_samples * seq_len
+    for document in documents:
+        pieces.append(encode(document))
+        total += len(pieces[-1])
+        if total >= needed:
+            return torch.cat(pieces)[:needed].view(num_samples, seq_len)
+    raise ConfigurationError(
+        f"calibration={source}: too little text: {num_samples} windows of {seq_len} tokens need {needed:,} tokens and "
+        f"it has {total:,}, enough for {total // seq_len}; lower calibration.num_samples or .seq_len, or give more"
+    )

@@ -1,0 +1,124 @@
+"""Experts: each is calibrated on the tokens its router sends it, and those that few reach on all."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from families import tiny
+from torch import nn
+
+from besa_exp.blocks import observation
+from besa_exp.blocks.block import Block, capture_blocks, embed
+from besa_exp.blocks.linears import discover_linears
+from besa_exp.blocks.loop import prune_blocks
+from besa_exp.blocks.observation import FEW_TOKENS, observe
+from besa_exp.methods.pruners.magnitude import Magnitude
+from besa_exp.methods.pruners.wanda import Wanda
+from besa_exp.tensors.masks import Target
+from besa_exp.tensors.statistics import Hessian, InputNorm
+
+SAMPLES, LENGTH = 8, 16
+INPUT_IDS = torch.randint(3, 64, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(5))
+
+
+def mixture(family) -> Any:
+    """The first block that has one, what enters it, and the routing there: tokens [token hidden], experts [token k]."""
+    model = tiny(family)
+    blocks = capture_blocks(model, INPUT_IDS)
+    inputs = embed(model, blocks, INPUT_IDS, 4)
+    block = next(block for block in blocks if any("experts" in name for name in block.linears))
+    for earlier in blocks[: block.index]:
+        inputs = earlier.outputs(inputs, 4)
+    seen = []
+    experts: Any = block.module.get_submodule("mlp.experts")
+    hook = experts.register_forward_pre_hook(lambda module, args: seen.append((args[0].double(), args[1])))
+    block(inputs)
+    hook.remove()
+    return block, inputs, experts, *seen[0]
+
+
+def down_inputs(family, experts, expert, tokens):
+    """What the expert's down projection is given, written out in fp64 for each family's own formula."""
+    weight = experts.gate_up_proj[expert].double()
+    if family != "gpt_oss":
+        gate, up = (tokens @ weight.T).chunk(2, dim=-1)
+        return nn.functional.silu(gate) * up
+    both = tokens @ weight + experts.gate_up_proj_bias[expert].double()
+    gate, up = both[:, ::2].clamp(max=7.0), both[:, 1::2].clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_an_experts_statistics_are_of_the_tokens_that_its_router_sends_it(family, batch_size, monkeypatch):
+    monkeypatch.setattr(observation, "FEW_TOKENS", 0)
+    block, inputs, experts, hidden, chosen = mixture(family)
+    norms, _ = observe(block, inputs, InputNorm, batch_size)
+    hessians, _ = observe(block, inputs, Hessian, batch_size)
+    for expert in range(4):
+        tokens = hidden[(chosen == expert).any(dim=-1)]
+        assert 0 < len(tokens) < len(hidden)
+        for kind, given in (("gate_up_proj", tokens), ("down_proj", down_inputs(family, experts, expert, tokens))):
+            name = f"mlp.experts.{expert}.{kind}"
+            expected = given.square().sum(dim=0) / SAMPLES
+            torch.testing.assert_close(norms[name].squared_norm.double(), expected, rtol=1e-4, atol=1e-9)
+            torch.testing.assert_close(
+                hessians[name].matrix.double(), 2 / SAMPLES * given.T @ given, rtol=1e-4, atol=1e-6
+            )
+
+
+def test_experts_that_few_tokens_reach_are_calibrated_on_all_and_named_in_the_log(caplog):
+    block, inputs, experts, hidden, _ = mixture("mixtral")
+    router = block.module.mlp.gate.weight
+    router.zero_()
+    router[2] = hidden.float().sum(dim=0)  # most tokens go to expert 2, all go to one of 0, 1 and 3 besides
+    router[3] = -router[2]
+    tokens = []
+    hook = experts.register_forward_pre_hook(lambda module, args: tokens.append(args[1]))
+    block(inputs)
+    hook.remove()
+    reached = [int((tokens[0] == expert).sum()) for expert in range(4)]
+    few = [expert for expert in range(4) if reached[expert] < FEW_TOKENS]
+    assert few
+    assert len(few) < 4
+    with caplog.at_level(logging.INFO, "besa_exp"):
+        found, _ = observe(block, inputs, InputNorm, 3)
+    named = ", ".join(f"{expert} ({reached[expert]})" for expert in few)
+    assert f"mlp.experts: fewer than {FEW_TOKENS} tokens reached experts {named}; calibrated on all" in caplog.text
+    for expert in few:
+        for kind, given in (("gate_up_proj", hidden), ("down_proj", down_inputs("mixtral", experts, expert, hidden))):
+            expected = given.square().sum(dim=0) / SAMPLES
+            squared = found[f"mlp.experts.{expert}.{kind}"].squared_norm.double()
+            torch.testing.assert_close(squared, expected, rtol=1e-4, atol=1e-9)
+
+
+class Experts(nn.Module):
+    """A mixture of separate modules, as checkpoints with their own code have: tokens go to expert 0 alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.shared_gate = nn.Linear(8, 3, bias=False), nn.Linear(8, 1)
+        self.experts = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(3))
+
+    def forward(self, hidden):
+        return hidden + self.experts[0](hidden) * torch.sigmoid(self.shared_gate(hidden)) + self.router(hidden).sum()
+
+
+def test_separate_experts_that_no_token_reaches_are_pruned_by_magnitude_and_named_in_the_log(caplog):
+    inputs = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 8)
+    results = {}
+    for pruner in (Wanda(), Magnitude()):
+        torch.manual_seed(1)
+        module = Experts().requires_grad_(False)
+        block = Block(0, "layers.0", module, discover_linears(module), lambda batch_size: ((), {}))
+        with caplog.at_level(logging.INFO, "besa_exp"):
+            ((_, results[pruner]),) = prune_blocks([block], inputs.clone(), pruner, Target(0.5, (4, 8)), 2)
+    wanda, magnitude = (results[pruner].keep_masks for pruner in (Wanda(), Magnitude()))
+    assert sorted(wanda) == ["experts.0", "experts.1", "experts.2"]
+    assert not torch.equal(wanda["experts.0"], magnitude["experts.0"])
+    assert torch.equal(wanda["experts.1"], magnitude["experts.1"])
+    assert "layers.0.experts.1: no token reached it; its weights' magnitude decides" in caplog.text
+    assert "experts.0" not in caplog.text

@@ -1,0 +1,109 @@
+"""The model card says what a reader of a pruned model needs to know."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from besa_exp.display.model_card import base_licence, model_card
+from besa_exp.evaluation.simulated_speed import MODEL
+
+LINEARS = {
+    "self_attn.q_proj": {"weights": 100, "pruned": 40, "sparsity": 0.4},
+    "mlp.experts.0.w1": {"weights": 1000, "pruned": 500, "sparsity": 0.5},
+    "mlp.experts.1.w1": {"weights": 1000, "pruned": 700, "sparsity": 0.7},
+}
+RESULTS = {
+    "model": "/home/somebody/tiny",
+    "pruner": "besa",
+    "pattern": "unstructured",
+    "seed": 7,
+    "target_sparsity": 0.6,
+    "measured_sparsity": 0.5905,
+    "calibration": {"name": "c4", "num_samples": 128, "seq_len": 2048, "tokens_sha256": "x"},
+    "blocks": [{"index": 0, "linears": LINEARS}, {"index": 1, "linears": LINEARS}],
+    "perplexity": {"wikitext2": 6.25, "ptb": None},
+    "zero_shot": {"piqa": {"acc,none": 0.75, "acc_stderr,none": 0.01, "acc_norm,none": 0.5}},
+    "dense": {"perplexity": {"wikitext2": 5.5}, "zero_shot": {"piqa": {"acc,none": 0.8}}},
+    "unavailable": {"ptb": "no network"},
+}
+COMMAND = ("/home/somebody/.venv/bin/besa", "prune", "sparsity=0.6", "+hf_token=abc", "model.path=my models/tiny")
+
+
+def test_the_card_names_method_target_measured_sparsity_and_command() -> None:
+    card = model_card(RESULTS, COMMAND, hub_id="org/tiny", revision="abc123")
+    assert "[org/tiny](https://huggingface.co/org/tiny), revision `abc123`" in card
+    assert "besa, pattern unstructured, seed 7" in card
+    assert "target 0.6000, measured 0.5905" in card
+    assert "c4, 128 samples of 2048 tokens" in card
+    assert "besa prune sparsity=0.6 '+hf_token=***' 'model.path=my models/tiny'" in card
+
+
+def test_the_card_of_a_local_model_does_not_tell_where_it_lies() -> None:
+    card = model_card(RESULTS, COMMAND)
+    assert "# tiny, pruned to 59.1% by besa" in card
+    assert "- Base model: tiny\n" in card
+    assert "somebody" not in card
+
+
+def test_the_card_gives_the_sparsity_of_each_linear_type() -> None:
+    card = model_card(RESULTS, COMMAND)
+    assert "| self_attn.q_proj | 200 | 80 | 0.4000 |" in card
+    assert "| mlp.experts.w1 | 4,000 | 2,400 | 0.6000 |" in card
+
+
+def test_the_card_sets_scores_beside_the_dense_ones_with_reasons_for_gaps() -> None:
+    card = model_card(RESULTS, COMMAND)
+    assert "| perplexity wikitext2 | 5.5000 | 6.2500 |" in card
+    assert "| perplexity ptb | n/a | n/a |" in card
+    assert "| piqa acc | 0.8000 | 0.7500 |" in card
+    assert "| piqa acc_norm | n/a | 0.5000 |" in card
+    assert "- n/a, ptb: no network" in card
+    assert "stderr" not in card
+
+
+def test_a_card_without_scores_has_no_table_of_them() -> None:
+    unscored = {key: value for key, value in RESULTS.items() if key not in ("perplexity", "zero_shot", "dense")}
+    assert "## Scores" not in model_card(unscored, COMMAND)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_the_card_says_that_zeros_save_nothing_by_themselves(pattern: str) -> None:
+    card = model_card({**RESULTS, "pattern": pattern}, COMMAND)
+    assert "same disk space, memory and time as the dense one" in card
+    assert ("unstructured zeros save neither memory nor time" in card) == (pattern == "unstructured")
+
+
+def test_the_front_matter_is_yaml_and_claims_a_hub_model_only_where_there_is_one() -> None:
+    for hub_id in ("org/tiny", None):
+        front = yaml.safe_load(model_card(RESULTS, COMMAND, hub_id=hub_id).split("---\n")[1])
+        assert front["library_name"] == "transformers"
+        assert front.get("base_model", "no such claim") == (hub_id or "no such claim")
+
+
+def test_simulated_speed_is_called_simulated_in_the_title_and_the_heads() -> None:
+    row = {"dense_cycles": 4096.0, "sparse_cycles": 2048.0, "speed_up": 2.0, "sparsity": 0.5}
+    card = model_card({**RESULTS, "simulated_speed": {"model": MODEL, "linears": {"mlp.up_proj": row}}}, COMMAND)
+    assert "## Speed, simulated, not measured: ViTCoD" in card
+    assert "| simulated cycles | simulated speed-up |" in card
+    assert "| mlp.up_proj | 0.5000 | 4,096.0 | 2,048.0 | 2.000x |" in card
+    assert "imulated" not in model_card(RESULTS, COMMAND)
+
+
+@pytest.mark.parametrize(("size", "said"), [(None, "each output channel"), (64, "every 64 inputs")])
+def test_the_card_says_what_the_weights_were_rounded_to(size: int | None, said: str) -> None:
+    card = model_card({**RESULTS, "quantisation": {"bits": 3, "group_size": size}}, COMMAND)
+    assert f"rounded to 3 bits with a scale for {said}, stored dequantised" in card
+    assert "bits" not in model_card({**RESULTS, "quantisation": None}, COMMAND)
+
+
+def test_the_licence_tags_of_the_base_model_are_handed_on_and_a_card_without_them_claims_none(tmp_path) -> None:
+    card = tmp_path / "README.md"
+    assert base_licence(tmp_path) == {}
+    card.write_text("---\nlicense: other\nlicense_name: llama3\ntags: [a]\n---\n# Base\n\n---\nlicense: mit\n---\n")
+    front = yaml.safe_load(model_card(RESULTS, COMMAND, licence=base_licence(tmp_path)).split("---\n")[1])
+    assert (front["license"], front["license_name"]) == ("other", "llama3")
+    for told in ("# Base\n\n---\nlicense: mit\n---\n", "---\n: [\n---\n", "---\nlicense: [mit]\n---\n"):
+        card.write_text(told)
+        assert base_licence(tmp_path) == {}
+    assert "license" not in model_card(RESULTS, COMMAND)
