@@ -35,7 +35,7 @@ def jaxtyped(*, typechecker: Any) -> Callable[[Any], Any]:
 jaxtyping.jaxtyped = jaxtyped  # type: ignore[assignment]
 
 # Shapes are types: every annotated function of these rooms is checked at each call, in tests only.
-ROOMS = ("blocks", "checkpoints", "evaluation", "methods", "tensors", "texts")
+ROOMS = ("blocks", "evaluation", "methods", "recovery", "tensors", "texts")  # those that compute
 jaxtyping.install_import_hook([f"besa_exp.{room}" for room in ROOMS], "beartype.beartype")
 
 ROOT = Path(__file__).parents[1]

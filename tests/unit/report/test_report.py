@@ -147,7 +147,7 @@ def test_a_dtype_of_its_own_stands_apart(tmp_path: Path) -> None:
         ({"pruner": {"scope": "model"}}, "loss over"),
         ({"pruner": {"model": {"steps": 14}}}, "loss over"),
         ({"pruner": {"pruner": {"scope": "pair"}}}, "loss over"),
-        ({"update": {"_target_": "besa_exp.methods.updates.reconstruct.Reconstruct"}}, "loss against"),
+        ({"method": "magnitude+reconstruct"}, "loss against"),
     ],
 )
 def test_a_loss_against_other_targets_stands_apart_and_its_perplexity_does_not(
@@ -155,8 +155,9 @@ def test_a_loss_against_other_targets_stands_apart_and_its_perplexity_does_not(
 ) -> None:
     for number in range(2):
         finished_run(tmp_path / f"usual{number}", {"seed": number})
-    finished_run(tmp_path / "odd", {"pruner": "magnitude"}, config)
-    apart = {c.measure.label: c.apart for c in cells_of(tmp_path) if c.method.pruner == "magnitude"}
+    odd = config.get("method", "magnitude")
+    finished_run(tmp_path / "odd", {"pruner": odd}, config)
+    apart = {c.measure.label: c.apart for c in cells_of(tmp_path) if c.method.pruner == odd}
     assert apart["reconstruction loss"].startswith(f"{facet}: ")
     assert apart["wikitext2"] == ""
 
