@@ -1,48 +1,77 @@
-"""Everything that a dry run tells of one run.
+"""What a run will need: bytes by part and place, seconds by part.
 
-Sizes come from the model's config: it is built without weights. Texts are read and cut into tokens as the run would do
-it (`inputs.py`). One block of random weights is then pruned on the device (`block_probe.py`), a batch goes through it
-and the head (`evaluation_probe.py`), and a file is written beside the run folder and removed again (`disk_probe.py`).
+Sizes come from the model's config: it is built without weights. Texts are read as the run reads them (`texts.py`). One
+block is pruned, a batch goes through it and the head, and a file is written beside the run folder (`probe.py`). A part
+is held during some phases, and a place must hold
+
+    need(place) = max over phases of the sum of the place's parts in that phase.
+
+Time is what was measured times how often it is paid.
 """
 
 from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import psutil
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from besa_exp.blocks.activations import activation_bytes, allocator
 from besa_exp.blocks.block import discover_blocks, discover_linears
+from besa_exp.blocks.head import head_of
+from besa_exp.blocks.pruner import Pruner
 from besa_exp.blocks.units import blocks_together, refinements, takes_apart
+from besa_exp.checkpoints.files import weights_sha256
 from besa_exp.checkpoints.load import is_large, weight_bytes
 from besa_exp.checkpoints.streaming import cannot_stream, give_back_memory, saves_blocks_anew
 from besa_exp.checkpoints.tensor_sources import stored_tensors
-from besa_exp.dry_run.block_probe import BlockCost, BlockProbe, cut_down
-from besa_exp.dry_run.disk_probe import disk_speed, existing_place
-from besa_exp.dry_run.evaluation_probe import EvaluationCost, evaluation_cost
-from besa_exp.dry_run.inputs import Texts, local_folder, model_without_weights, read_texts
-from besa_exp.dry_run.meters import seconds_of
-from besa_exp.dry_run.needs import Need, kept_bytes, needs, needs_of_scoring
-from besa_exp.dry_run.plan import ModelSize, Place, Plan, Working
-from besa_exp.dry_run.search_probe import dealing, search_seconds
-from besa_exp.dry_run.seconds import scored_only, seconds
+from besa_exp.dry_run.probe import BlockCost, BlockProbe, PeakMemory, cut_down, seconds_of
+from besa_exp.dry_run.texts import Texts, local_folder, model_without_weights, read_texts
 from besa_exp.errors import ConfigurationError, RunError, first_line
+from besa_exp.evaluation.batches import rows_at_once, tokens_at_once
+from besa_exp.evaluation.perplexity import perplexity
+from besa_exp.machine import atomic
 from besa_exp.machine.device import compute_dtype, prepared_device
 from besa_exp.machine.memory import free_memory
+from besa_exp.methods.budgets.budget import Budget, pruned_to
 from besa_exp.methods.budgets.trial import Search
 from besa_exp.methods.updates.updated import with_update
 from besa_exp.settings import RunSettings
 from besa_exp.tensors.masks import Target
 
+Place = Literal["device", "host", "disk"]
+Phase = Literal["load", "prune", "save", "evaluate"]
+PHASES: tuple[Phase, ...] = ("load", "prune", "save", "evaluate")
+LIBRARIES = "Python and libraries"  # held by this process too: they do not lessen what is free
 LEAST_WORK = 3  # blocks that a probe on a CPU needs at least
-UNKNOWN = "are not estimated"
+SLOW = 1.0  # seconds that an evaluation's batch may take; a smaller one is measured where it takes longer
+STEP_BYTES = 170  # a line of metrics.jsonl for a step (seen: 150 to 165)
+LINEAR_BYTES = 400  # a linear's part of a block's line, of its report and of sparsity.csv
+BASE_LOG_BYTES = 200_000  # config, environment, results, status, run.log, and W&B's own start
+WANDB_TIMES = 4  # what W&B writes for each byte of metrics.jsonl, its copy of the console included
+REPLAYED = 4  # passes of a sample through the model when a run begins: two samples, twice
+FRESH_PROCESS = 2.5  # seconds until Python has imported torch and transformers, as measured on two CPU cores
+SMALL, LARGE = 2**16, 2**25  # bytes of the files that are written to measure the disk
+
+
+@dataclass(frozen=True)
+class Part:
+    """`size` bytes (None: not estimated) that a run holds at `place` during `phases`; `remedy` makes them fewer."""
+
+    name: str
+    place: Place
+    size: int | None
+    phases: tuple[Phase, ...] = PHASES
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,18 +82,55 @@ class Estimate:
     settings: RunSettings
     folder: Path
     device: torch.device
-    parts: list[Need]
+    parts: list[Part]
     kept: int
     blocks: int
     seconds: dict[str, float | None]
-    free: dict[str, int]
+    free: dict[Place, int]
     notes: list[str]
     finished: bool = False
 
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Bytes of a model as it is computed with and saved: of each block, of what is outside them (tied weights once), of
+    a mask of every linear at one bit a weight, and of a token's hidden state; and how many linears there are."""
+
+    blocks: list[int]
+    outside: int
+    masks: int
+    state: int
+    linears: int
+
     @property
-    def total(self) -> float | None:
-        """Seconds of the whole run."""
-        return self.seconds["total"]
+    def total(self) -> int:
+        """Bytes of all weights."""
+        return sum(self.blocks) + self.outside
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What probes found; None: could not be measured. `budget`: seconds of a budget over depth. `token`: seconds of a
+    token that is scored, in a block and outside the blocks; `batch_tokens` and `batch_bytes` of a scored batch."""
+
+    libraries: int
+    activations_at: str
+    block: BlockCost | None = None
+    budget: float | None = 0.0
+    token: tuple[float, float] = (0.0, 0.0)
+    batch_tokens: int = 1
+    batch_bytes: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class DiskSpeed:
+    """Seconds a file however small, and seconds a byte to write it durably, to read it, to hash it."""
+
+    file: float
+    write: float
+    read: float
+    hash: float
 
 
 def estimate(settings: RunSettings, folder: Path, tell: Callable[[str], None] = lambda text: None) -> Estimate:
@@ -74,131 +140,60 @@ def estimate(settings: RunSettings, folder: Path, tell: Callable[[str], None] = 
     tell("building the model without weights, reading the texts")
     models: list[PreTrainedModel] = []
     build = seconds_of(device, lambda: models.append(model_without_weights(settings.model, settings.offline)))
-    size = model_size(models[0])
-    streamed, notes = _is_streamed(settings, models[0], size, device)
-    texts = read_texts(settings, models[0])
-    free = {"host": free_memory(), "disk": shutil.disk_usage(existing_place(folder)).free}
+    (model,), links = models, not saves_blocks_anew(models[0])
+    size = model_size(model)
+    streamed, notes = _is_streamed(settings, model, size, device)
+    texts = read_texts(settings, model)
+    place = _existing(folder)
+    free: dict[Place, int] = {"host": free_memory(), "disk": shutil.disk_usage(place).free}
     free |= {"device": torch.cuda.mem_get_info(device)[0]} if device.type == "cuda" else {}
     tell("writing a file and reading it again")
-    disk = disk_speed(folder)
+    disk = disk_speed(place)
     tell(f"pruning one block of random weights on {device}")
-    probed = _probe(settings, models[0], size, texts, folder, device)
-    plan = replace(
-        _plan(settings, size, texts, streamed, device, probed),
-        links_blocks=streamed and not saves_blocks_anew(models[0]),
-    )
-    scored = 2 if settings.evaluator.dense and not settings.is_dense else 1
-    parts, taken = (
-        needs(plan),
-        seconds(plan, texts, build, disk, probed.block, probed.evaluation, scored, probed.search),
-    )
-    if settings.is_dense:
-        parts, taken = needs_of_scoring(parts), scored_only(taken)
-    return Estimate(
-        settings=settings,
-        folder=folder,
-        device=device,
-        parts=parts,
-        kept=kept_bytes(plan),
-        blocks=len(size.blocks),
-        seconds=taken,
-        free=free,
-        notes=[*notes, *texts.notes, *probed.notes, *_not_estimated(settings)],
-    )
+    found = _measured(settings, model, size, texts, place, device)
+    saved_anew = 0 if not settings.keeps_model else size.outside if streamed and links else size.total
+    parts = [
+        *_memory_parts(settings, size, texts, found, streamed, device),
+        *_disk_parts(settings, size, found, saved_anew),
+    ]
+    seconds = _seconds(settings, size, texts, found, disk, build, streamed, saved_anew)
+    logs = sum(part.size or 0 for part in parts if part.name in ("logs and metrics", "W&B"))
+    kept = size.total * settings.keeps_model + size.masks * settings.save.masks * (not settings.is_dense) + logs
+    notes += [*texts.notes, *filter(None, [found.note]), *_not_estimated(settings, found)]
+    return Estimate(settings, folder, device, parts, kept, len(size.blocks), seconds, free, notes)
 
 
-def _not_estimated(settings: RunSettings) -> list[str]:
-    if not refinements(settings.pruner, settings.pattern):
-        return []
-    return ["time and memory of the search over the whole model, which follows the block loop, are not estimated"]
+def _not_estimated(settings: RunSettings, found: Measured) -> list[str]:
+    over_depth = isinstance(settings.budget, Search | Budget)
+    notes = ["the memory of a budget over depth is not estimated"] if over_depth else []
+    if refinements(settings.pruner, settings.pattern):
+        notes.append("time and memory of the search over the whole model that follows the block loop are not estimated")
+    return notes
 
 
-@dataclass(frozen=True)
-class Probed:
-    """What was measured on the device; None: it was not. `libraries`: bytes of this process before it."""
-
-    libraries: int
-    activations_at: str
-    block: BlockCost | None
-    evaluation: EvaluationCost | None
-    notes: list[str]
-    search: float = 0.0  # seconds that the budget's search takes
-
-
-def _probe(
-    settings: RunSettings, model: PreTrainedModel, size: ModelSize, texts: Texts, folder: Path, device: torch.device
-) -> Probed:
-    pruner, evaluator = with_update(settings.pruner, settings.update), settings.evaluator
-    _import_what_a_run_imports(settings)
-    needed = activation_bytes(texts.samples, texts.seq_len, size.hidden, size.itemsize, pruner.dense_targets)
-    place, allocate = allocator(settings.activations, device, existing_place(folder), needed)
-    give_back_memory()
-    libraries = psutil.Process().memory_info().rss
-    together = blocks_together(pruner)
-    least = LEAST_WORK * together * size.largest_block_bytes + size.outside_bytes
-    if device.type == "cpu" and least > free_memory():
-        return Probed(libraries, place, None, None, [f"time and working memory {UNKNOWN}: one block needs more memory"])
-    target = Target.parse(settings.sparsity, settings.pattern)
-    window = max((length for _, length in texts.windows), default=min(512, texts.seq_len))
-    evaluates = evaluator.perplexity_sets or evaluator.tasks
-    try:
-        cut, batch_size = cut_down(model, device, together), settings.calibration.batch_size
-        dtype = compute_dtype(settings)
-        probe = BlockProbe(cut, device, pruner, target, batch_size, allocate, settings.budget, dtype)
-        block = probe.cost(texts.samples, texts.seq_len)
-        evaluation = evaluation_cost(probe, evaluator, window) if evaluates else None
-        shape = (len(size.blocks), texts.samples, texts.seq_len)
-        search = search_seconds(probe, settings.budget, *shape) if isinstance(settings.budget, Search) else 0.0
-        return Probed(libraries, place, block, evaluation, [], search)
-    except torch.OutOfMemoryError:
-        return Probed(libraries, place, None, None, [f"time and working memory {UNKNOWN}: one block did not fit"])
-    except RunError:
-        raise
-    except RuntimeError as error:  # as of a block that takes no other one's arguments
-        return Probed(libraries, place, None, None, [f"time and working memory {UNKNOWN}: {first_line(error)}"])
-
-
-def _plan(
-    settings: RunSettings, size: ModelSize, texts: Texts, streamed: bool, device: torch.device, probed: Probed
-) -> Plan:
-    block, evaluation, tracker = probed.block, probed.evaluation, settings.tracker
-    on_cuda, pruner = device.type == "cuda", with_update(settings.pruner, settings.update)
-    return Plan(
-        size=size,
-        on_cuda=on_cuda,
-        streamed=streamed,
-        samples=texts.samples,
-        seq_len=texts.seq_len,
-        dense_targets=pruner.dense_targets,
-        own_targets=takes_apart(pruner),
-        together=min(blocks_together(pruner), len(size.blocks)),
-        dealing=dealing(settings.budget, len(size.blocks), texts.samples, texts.seq_len, settings.sparsity),
-        activations_at=cast(Place, probed.activations_at if on_cuda or probed.activations_at == "disk" else "host"),
-        save_model=settings.keeps_model,
-        save_masks=settings.save.masks and not settings.is_dense,
-        verified=settings.keeps_model and settings.save.verify,
-        evaluates=bool(settings.evaluator.perplexity_sets or settings.evaluator.tasks),
-        windows_tokens=max((count * length for count, length in texts.windows), default=0),
-        steps=round(block.steps * len(size.blocks)) if block else 0,
-        wandb=tracker.name == "wandb" and tracker.mode != "disabled",
-        libraries=probed.libraries,
-        working=Working(
-            statistics=block.statistics if block else None,
-            forward=block.forward if block else None,
-            pruner=block.pruner if block else None,
-            evaluation=evaluation.held if evaluation else None,
-        ),
+def model_size(model: PreTrainedModel) -> ModelSize:
+    """Bytes of a model without weights."""
+    modules, itemsize = discover_blocks(model)[1], model.dtype.itemsize
+    unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    inside = {id(parameter) for module in modules for parameter in module.parameters()}
+    linears = [linear.weight.numel() for module in modules for linear in discover_linears(module).values()]
+    return ModelSize(
+        blocks=[itemsize * sum(value.numel() for value in module.state_dict().values()) for module in modules],
+        outside=itemsize * sum(count for key, count in unique.items() if key not in inside),
+        masks=sum(-(-count // 8) for count in linears),
+        state=itemsize * model.config.get_text_config().hidden_size,
+        linears=len(linears),
     )
 
 
 def _is_streamed(
     settings: RunSettings, model: PreTrainedModel, size: ModelSize, device: torch.device
 ) -> tuple[bool, list[str]]:
-    """Whether the blocks will be read one at a time, as `models.load_model` decides it, and what is to be said."""
+    """Whether the blocks will be read one at a time, as `load_model` decides it, and what is to be said."""
     wanted, folder = settings.model.load, local_folder(settings.model)
     there = weight_bytes(folder) if folder else 0
     notes = [] if there else ["the weights are not on this machine: the run fetches them first, which is not counted"]
-    if wanted == "whole" or (wanted == "auto" and not is_large(there or size.total_bytes, device)):
+    if wanted == "whole" or (wanted == "auto" and not is_large(there or size.total, device)):
         return False, notes
     reason = cannot_stream(model, stored_tensors(folder)) if folder and there else None
     if reason is None:
@@ -210,28 +205,252 @@ def _is_streamed(
     return False, [*notes, f"large, but loaded whole: {reason}"]
 
 
-def _import_what_a_run_imports(settings: RunSettings) -> None:
-    """So that this process holds the libraries which a run holds."""
-    if settings.tracker.name == "wandb":
-        importlib.import_module("wandb")
-    if settings.evaluator.tasks:
-        importlib.import_module("lm_eval.models.huggingface")
+def _measured(
+    settings: RunSettings, model: PreTrainedModel, size: ModelSize, texts: Texts, place: Path, device: torch.device
+) -> Measured:
+    pruner, evaluator = with_update(settings.pruner, settings.update), settings.evaluator
+    for used, module in ((settings.tracker.name == "wandb", "wandb"), (evaluator.tasks, "lm_eval.models.huggingface")):
+        if used:
+            importlib.import_module(module)  # so that this process holds what a run holds
+    states = activation_bytes(texts.samples, texts.seq_len, size.state, 1, pruner.dense_targets)
+    where, allocate = allocator(settings.activations, device, place, states)
+    give_back_memory()
+    unmeasured = partial(Measured, psutil.Process().memory_info().rss, where)
+    together = blocks_together(pruner)
+    if device.type == "cpu" and LEAST_WORK * together * max(size.blocks) + size.outside > free_memory():
+        return unmeasured(note="time and working memory are not estimated: one block needs more memory")
+    target = Target.parse(settings.sparsity, settings.pattern)
+    try:
+        cut, batch_size = cut_down(model, device, together), settings.calibration.batch_size
+        probe = BlockProbe(cut, device, pruner, target, batch_size, allocate, compute_dtype(settings))
+        block = probe.cost(texts.samples, texts.seq_len)
+        budget = _budget_seconds(probe, settings, texts, len(size.blocks))
+        scores = bool(evaluator.perplexity_sets or evaluator.tasks)
+        token, tokens, held = _scoring(probe, texts, evaluator.batch_size) if scores else ((0.0, 0.0), 1, 0)
+        return unmeasured(block=block, budget=budget, token=token, batch_tokens=tokens, batch_bytes=held)
+    except torch.OutOfMemoryError:
+        return unmeasured(note="time and working memory are not estimated: one block did not fit")
+    except RunError:
+        raise
+    except RuntimeError as error:  # as of a block that takes no other one's arguments
+        return unmeasured(note=f"time and working memory are not estimated: {first_line(error)}")
 
 
-def model_size(model: PreTrainedModel) -> ModelSize:
-    """Counts of a model without weights, as it will be computed with and saved."""
-    modules = discover_blocks(model)[1]
-    blocks = tuple(sum(value.numel() for value in module.state_dict().values()) for module in modules)
-    unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
-    inside = {id(parameter) for module in modules for parameter in module.parameters()}
-    linears = [linear.weight.numel() for module in modules for linear in discover_linears(module).values()]
-    config = model.config.get_text_config()
-    return ModelSize(
-        blocks=blocks,
-        outside=sum(count for key, count in unique.items() if key not in inside),
-        masks=sum(-(-count // 8) for count in linears),
-        linears=len(linears),
-        hidden=config.hidden_size,
-        vocabulary=config.vocab_size,
-        itemsize=model.dtype.itemsize,
-    )
+def _budget_seconds(probe: BlockProbe, settings: RunSettings, texts: Texts, num_blocks: int) -> float:
+    """Of a budget over depth: its passes, counted, and what it does besides with a block's weights; of a search over
+    whole models what it says it will ask for, at most."""
+    budget, sparsity, length = settings.budget, probe.target.sparsity, min(texts.seq_len, 256)
+    a_token = probe.forward_seconds(1, length) / length
+    block, hidden = probe.block_of_noise(1, length)
+    if isinstance(budget, Search):
+        work = budget.work(num_blocks, texts.samples, texts.seq_len, sparsity)
+        head = head_of(probe.model, block.layers, torch.zeros(1, length, dtype=torch.int64))
+        a_head = min(seconds_of(probe.device, lambda: _compared(head(hidden))) for _ in range(2)) / length
+        weights = {name: linear.weight for name, linear in block.linears.items()}
+        norms = {name: torch.ones(weight.shape[1], device=weight.device) for name, weight in weights.items()}
+        a_pass = seconds_of(probe.device, lambda: [*pruned_to(block, norms, [sparsity])]) / len(block.layers)
+        return num_blocks * (work.passes * a_pass + work.tokens * a_token) + work.tokens * a_head
+    if not isinstance(budget, Budget):
+        return 0.0
+    ask = partial(budget.sparsities, sparsity=sparsity, batch_size=probe.batch_size)
+    passes = probe.passes(ask, num_blocks, texts.samples)
+    besides = seconds_of(probe.device, lambda: ask(block.layers[:1], hidden)) - length * a_token
+    return passes * texts.seq_len * a_token + num_blocks * max(0.0, besides)
+
+
+def _compared(logits: torch.Tensor) -> float:
+    """What a divergence takes besides the logits."""
+    found = logits.float().log_softmax(dim=-1)
+    return float((found.exp() * (found - found)).sum(dim=-1).double().sum())
+
+
+def _scoring(probe: BlockProbe, texts: Texts, batch_size: int | str) -> tuple[tuple[float, float], int, int]:
+    """Seconds of a scored token in a block and outside, and the tokens and the bytes of a batch, weights not counted:
+    measured on a batch of the run, or on a part of it on a slow device."""
+    window = max((length for _, length in texts.windows), default=min(512, texts.seq_len))
+    rows = rows_at_once(tokens_at_once(probe.model), window) if batch_size == "auto" else int(batch_size)
+
+    def batch(count: int, length: int) -> float:
+        ids = torch.zeros(count, length, dtype=torch.int64)
+        return seconds_of(probe.device, lambda: perplexity(probe.model, ids, length, count))
+
+    tried, length = 1, min(window, 128)
+    slowness = batch(tried, length) / length
+    if slowness * rows * window <= SLOW:
+        tried, length = rows, window
+    else:
+        length = min(window, max(length, int(SLOW / slowness)))
+    give_back_memory()
+    with PeakMemory(probe.device) as memory:
+        before = memory.now()
+        whole = min(batch(tried, length) for _ in range(2))
+        held = max(0, memory.peak() - before)
+    in_block, tokens = probe.forward_seconds(tried, length), tried * length
+    outside = max(0.0, whole - in_block * len(discover_blocks(probe.model)[1]))
+    return (in_block / tokens, outside / tokens), rows * window, held * rows * window // tokens
+
+
+def _memory_parts(
+    settings: RunSettings, size: ModelSize, texts: Texts, found: Measured, streamed: bool, device: torch.device
+) -> list[Part]:
+    memory: Place = "device" if device.type == "cuda" else "host"
+    pruner = with_update(settings.pruner, settings.update)
+    parts = [Part(LIBRARIES, "host", found.libraries)]
+    largest, on_cuda = max(size.blocks), device.type == "cuda"
+    if streamed:
+        parts.append(Part("weights outside the blocks", memory, size.outside))
+        held = blocks_together(pruner) * largest
+        parts.append(Part("weights of the block at work", memory, held, ("prune", "evaluate"), "pruner.scope=block"))
+        parts += [Part("a block on its way", "host", largest, ("prune", "evaluate"))] * on_cuda
+    else:
+        parts.append(Part("weights", memory, size.total, remedy="model.load=streamed"))
+        parts += [Part("weights on their way", "host", size.total, ("load", "save"), "model.load=streamed")] * on_cuda
+    if settings.keeps_model:
+        phases: tuple[Phase, ...] = ("save", "evaluate") if on_cuda or streamed else ("evaluate",)  # a CPU maps files
+        parts.append(Part("saved model, loaded anew", memory, size.outside if streamed else size.total, phases))
+    if settings.is_dense:
+        parts = [part for part in parts if "load" in part.phases or "evaluate" in part.phases]
+    else:
+        parts += _pruning_parts(pruner, texts.samples * texts.seq_len * size.state, found, memory)
+    if settings.evaluator.perplexity_sets or settings.evaluator.tasks:
+        remedy = "evaluator.batch_size=1"
+        parts.append(Part("evaluation: a batch's logits", memory, found.batch_bytes, ("evaluate",), remedy))
+        if streamed and texts.windows:
+            tokens = max(count * length for count, length in texts.windows)
+            parts.append(Part("evaluation: hidden states", memory, tokens * size.state, ("evaluate",)))
+    return parts
+
+
+def _pruning_parts(pruner: Pruner, states: int, found: Measured, memory: Place) -> list[Part]:
+    """`states`: bytes of all samples' hidden states."""
+    at = cast(Place, found.activations_at if memory == "device" or found.activations_at == "disk" else "host")
+    fewer = "a smaller calibration.num_samples or .seq_len"
+    elsewhere = {"device": "activations=host or ", "host": "activations=disk or ", "disk": ""}[at]
+    rooms = (4 if pruner.dense_targets else 2) + takes_apart(pruner)
+    working = found.block.working_bytes if found.block else None
+    smaller = "a smaller calibration.batch_size"
+    return [
+        Part("activations and targets", at, rooms * states, ("prune",), elsewhere + fewer),
+        Part("statistics, pruner and forward pass at work", memory, working, ("prune",), smaller),
+    ]
+
+
+def _disk_parts(settings: RunSettings, size: ModelSize, found: Measured, saved_anew: int) -> list[Part]:
+    parts: list[Part] = []
+    after: tuple[Phase, ...] = ("prune", "save", "evaluate")
+    if not settings.is_dense:
+        kept = sum(size.blocks) + size.masks
+        parts.append(Part("finished blocks and masks, until the run is done", "disk", kept, after))
+    if settings.keeps_model:
+        less = "save.model=false or model.load=streamed (which saves no block twice)"
+        parts.append(Part("saved shards", "disk", saved_anew, ("save", "evaluate"), less))
+    if settings.save.masks and not settings.is_dense:
+        parts.append(Part("masks.safetensors", "disk", size.masks, ("save", "evaluate")))
+    steps = round(found.block.steps * len(size.blocks)) if found.block else 0
+    logs = BASE_LOG_BYTES + steps * STEP_BYTES + size.linears * LINEAR_BYTES
+    parts.append(Part("logs and metrics", "disk", logs))
+    if settings.tracker.name == "wandb" and settings.tracker.mode != "disabled":
+        parts.append(Part("W&B", "disk", WANDB_TIMES * logs))
+    return parts
+
+
+def _seconds(
+    settings: RunSettings,
+    size: ModelSize,
+    texts: Texts,
+    found: Measured,
+    disk: DiskSpeed,
+    build: float,
+    streamed: bool,
+    saved_anew: int,
+) -> dict[str, float | None]:
+    """Seconds by the parts of results.json's `seconds`, with one block's; None: not estimated."""
+    load = build + (size.outside if streamed else size.total) * disk.read
+    scores = bool(texts.windows or texts.requests)
+    models = 2 if settings.evaluator.dense and not settings.is_dense else 1
+    known = found.block is not None and texts.read is not None
+    evaluated = (_evaluation_seconds(size, texts, found, disk, streamed) if scores else 0.0) if known else None
+    seconds: dict[str, float | None] = {"load": load}
+    if not settings.is_dense:
+        a_block = _block_seconds(size, found.block, disk, streamed) if found.block else None
+        replayed = REPLAYED * (1 if streamed else len(size.blocks))
+        begin = (found.budget or 0.0) + replayed * found.block.forward_seconds if found.block else 0.0
+        pruning = None if a_block is None else begin + a_block * len(size.blocks)
+        save = _save_seconds(settings, size, disk, load, saved_anew, evaluated or 0.0)
+        seconds |= {"calibrate": texts.calibrate, "prune": pruning, "one block": a_block, "save": save}
+    seconds["evaluate"] = None if evaluated is None else models * evaluated
+    parts = [value for part, value in seconds.items() if part != "one block"]
+    return {**seconds, "total": None if None in parts else sum(filter(None, parts))}
+
+
+def _block_seconds(size: ModelSize, block: BlockCost, disk: DiskSpeed, streamed: bool) -> float:
+    """Pruning, and what makes it last: two hashes of the weights, three files; a streamed block is read first."""
+    weights, masks = sum(size.blocks) // len(size.blocks), size.masks // len(size.blocks)
+    kept = 3 * disk.file + (weights + masks) * disk.write + (2 * weights + masks) * disk.hash
+    return block.seconds + kept + weights * disk.read * streamed
+
+
+def _save_seconds(
+    settings: RunSettings, size: ModelSize, disk: DiskSpeed, load: float, saved_anew: int, scoring: float
+) -> float:
+    """Masks in one file; the model written, its zeros counted, loaded again, and by a fresh process beside scoring."""
+    seconds = (disk.file + size.masks * (disk.write + disk.read)) * settings.save.masks
+    if settings.keeps_model:
+        seconds += 5 * disk.file + saved_anew * disk.write + 2 * sum(size.blocks) * disk.read + load
+        apart = FRESH_PROCESS + size.total * disk.read
+        seconds += max(0.0, apart - scoring) * settings.save.verify
+    return seconds
+
+
+def _evaluation_seconds(size: ModelSize, texts: Texts, found: Measured, disk: DiskSpeed, streamed: bool) -> float:
+    """Of one model. A streamed one's blocks are read once a set, and once a batch of questions."""
+    asked = sum(count * length for count, length in texts.requests)
+    tokens = asked + sum(count * length for count, length in texts.windows)
+    reads = len(texts.windows) + asked / found.batch_tokens
+    in_block, outside = found.token
+    seconds = (texts.read or 0.0) + tokens * (in_block * len(size.blocks) + outside)
+    return seconds + sum(size.blocks) * disk.read * reads * streamed
+
+
+def _existing(folder: Path) -> Path:
+    """`folder`, or the nearest folder above it that exists."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return place
+
+
+def disk_speed(place: Path) -> DiskSpeed:
+    """Of the disk of `place`. Reading comes from the system's cache, as of files that were just written; a cold disk
+    takes longer."""
+    clock = torch.device("cpu")
+    with tempfile.TemporaryDirectory(dir=place, prefix=".besa-probe-") as folder:
+        path = Path(folder, "probe.safetensors")
+        drawn = torch.randint(-(2**62), 2**62, (LARGE // 8,)).view(torch.uint8)  # what no file system makes smaller
+
+        def write(size: int) -> None:
+            with atomic.replaced_file(path) as partial_file:
+                save_file({"probe": drawn[:size]}, partial_file)
+
+        small = min(seconds_of(clock, lambda: write(SMALL)) for _ in range(3))
+        large = min(seconds_of(clock, lambda: write(LARGE)) for _ in range(2))
+        tensors = load_file(path)
+        read = seconds_of(clock, load_file(path)["probe"].clone)
+        hashed = seconds_of(clock, lambda: weights_sha256(tensors))
+    return DiskSpeed(small, max(0.0, large - small) / LARGE, read / LARGE, hashed / LARGE)
+
+
+def peak(parts: Sequence[Part], place: Place) -> tuple[int, Phase]:
+    """The most that `place` must hold at once, and in which phase; parts that are not estimated count nothing."""
+    sums = {
+        phase: sum(part.size or 0 for part in parts if part.place == place and phase in part.phases) for phase in PHASES
+    }
+    phase = max(PHASES, key=sums.__getitem__)
+    return sums[phase], phase
+
+
+def remedies(parts: Sequence[Part], place: Place, limit: int = 3) -> list[str]:
+    """What makes the phase of the peak smaller, the largest part first."""
+    _, phase = peak(parts, place)
+    here = [part for part in parts if part.place == place and phase in part.phases and part.remedy and part.size]
+    return list(dict.fromkeys(part.remedy for part in sorted(here, key=lambda part: -(part.size or 0))))[:limit]

@@ -14,13 +14,10 @@ from rich.text import Text
 
 from besa_exp.display.console import PLAIN_WIDTH, duration
 from besa_exp.display.missed_target import out_of_reach
-from besa_exp.dry_run.estimate import Estimate, estimate
-from besa_exp.dry_run.needs import PHASES, peak, remedies
-from besa_exp.dry_run.plan import Place
+from besa_exp.dry_run.estimate import LIBRARIES, PHASES, Estimate, Place, estimate, peak, remedies
 from besa_exp.settings import RunSettings
 
 NOT = "does NOT fit"
-IN_USE = "Python and libraries"  # held by this process too: it does not lessen what is free
 NOT_ESTIMATED = "not estimated"
 
 
@@ -70,9 +67,8 @@ def sweep_table(jobs: Sequence[Estimate], done: Sequence[Path] = ()) -> Renderab
     for folder in done:
         table.add_row(str(folder), *[""] * (len(places) + 1), "finished before")
     for job in jobs:
-        table.add_row(
-            str(job.folder), *(_size(_peak(job, place)) for place in places), _size(job.kept), _time(job.total)
-        )
+        sizes = [_size(_peak(job, place)) for place in places]
+        table.add_row(str(job.folder), *sizes, _size(job.kept), _time(job.seconds["total"]))
     before = [sum(earlier.kept for earlier in jobs[:number]) for number in range(len(jobs))]
     most = {place: max((_peak(job, place) for job in jobs), default=0) for place in places}
     most["disk"] = max((_peak(job, "disk") + kept for job, kept in zip(jobs, before, strict=True)), default=0)
@@ -89,11 +85,11 @@ def sweep_seconds(jobs: Sequence[Estimate]) -> float | None:
     """One job after the other; the scores of a dense model are shared."""
     total, scored = 0.0, set()
     for job in jobs:
-        if job.total is None:
+        if job.seconds["total"] is None:
             return None
         scores = repr((job.settings.model, job.settings.evaluator))
         shared = job.settings.evaluator.dense and scores in scored
-        total += job.total - (job.seconds["evaluate"] or 0.0) / 2 * shared
+        total += job.seconds["total"] - (job.seconds["evaluate"] or 0.0) / 2 * shared
         scored.add(scores)
     return total
 
@@ -103,8 +99,7 @@ def verdicts(found: Estimate) -> list[str]:
     names = {"device": f"memory of {found.device}", "host": "memory of the host", "disk": "disk of the run folder"}
     lines = []
     for place, free in found.free.items():
-        assert place in ("device", "host", "disk")
-        needed, phase = peak([part for part in found.parts if part.part != IN_USE], place)
+        needed, phase = peak([part for part in found.parts if part.name != LIBRARIES], place)
         fits = needed <= free
         said = "fits" if fits else NOT
         line = f"{names[place]}: {said}: {_size(needed)} more while it runs {phase}, {_size(free)} free"
@@ -123,7 +118,7 @@ def _bytes_table(found: Estimate) -> Table:
     for part in found.parts:
         shown = NOT_ESTIMATED if part.size is None else _size(part.size)
         when = "all of it" if len(part.phases) == len(PHASES) else ", ".join(part.phases)
-        table.add_row(part.part, *(shown if place == part.place else "" for place in places), when)
+        table.add_row(part.name, *(shown if place == part.place else "" for place in places), when)
     table.add_section()
     peaks = [peak(found.parts, place) for place in places]
     phases = ", ".join(dict.fromkeys(phase for _, phase in peaks))
@@ -142,7 +137,7 @@ def _seconds_table(found: Estimate) -> Table:
         elif part not in ("one block", "total"):
             table.add_row(part, _time(value))
     table.add_section()
-    table.add_row("total", _time(found.total), style="bold")
+    table.add_row("total", _time(found.seconds["total"]), style="bold")
     return table
 
 

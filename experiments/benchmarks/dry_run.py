@@ -37,8 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from besa_exp.cli.configuration import CONF_DIR, method_name, read_settings
 from besa_exp.cli.main import main as besa
-from besa_exp.dry_run.estimate import Estimate, estimate
-from besa_exp.dry_run.needs import peak
+from besa_exp.dry_run.estimate import Estimate, estimate, peak
 
 HERE = Path(__file__).parent
 # A fresh process that loads the saved model has processor time of its own, which is not asked for.
@@ -104,7 +103,7 @@ def predict(keys: list[str]) -> dict[str, Any]:
         "host": peak(found.parts, "host")[0],
         "disk": peak(found.parts, "disk")[0],
         "kept": found.kept,
-        "parts": {f"{part.place}: {part.part}": part.size for part in found.parts},
+        "parts": {f"{part.place}: {part.name}": part.size for part in found.parts},
         "took": time.perf_counter() - started,
     }
 

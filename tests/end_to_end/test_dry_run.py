@@ -13,8 +13,8 @@ from besa_exp.cli.main import main
 from besa_exp.cli.prune import prune
 from besa_exp.errors import ConfigurationError
 
-PARTS = ("weights", "activations and targets", "statistics of a block", "pruner and forward pass at work")
-PARTS += ("finished blocks", "masks.safetensors", "saved shards", "logs and metrics", "at once, at most")
+PARTS = ("weights", "activations and targets", "statistics, pruner and forward pass at work")
+PARTS += ("finished blocks and masks", "masks.safetensors", "saved shards", "logs and metrics", "at once, at most")
 TIMES = ("load", "calibrate", "prune: 2 blocks of", "save", "evaluate", "total")
 
 

@@ -68,11 +68,3 @@ class Alpha:
         place = (alpha - alpha.min()) / spread if spread > 0 else torch.full_like(alpha, 0.5)
         factor = 1 - self.epsilon + 2 * self.epsilon * place
         return sparsity * factor * weights.sum() / (factor * weights).sum()
-
-    def passes(self, num_blocks: int, num_samples: int) -> int:
-        """None: it looks at the weights alone."""
-        return 0
-
-    def states(self, num_blocks: int, num_samples: int) -> int:
-        """None."""
-        return 0

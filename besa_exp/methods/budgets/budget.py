@@ -35,14 +35,6 @@ class Budget(Protocol):
         Goes through all blocks once, must not change them, and may overwrite the `inputs` of the first."""
         ...
 
-    def passes(self, num_blocks: int, num_samples: int) -> int:
-        """How often a sample goes through a block in all; a dry run asks."""
-        ...
-
-    def states(self, num_blocks: int, num_samples: int) -> int:
-        """Of how many samples the hidden states are held at most beside the inputs; a dry run asks."""
-        ...
-
 
 def survey(
     blocks: Iterable[Block],

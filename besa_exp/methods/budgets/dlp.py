@@ -42,14 +42,6 @@ class Dlp:
         medians = torch.tensor(survey(blocks, inputs, InputNorm, batch_size, median_score), dtype=torch.float64)
         return around(1 / medians, sparsity, self.width)
 
-    def passes(self, num_blocks: int, num_samples: int) -> int:
-        """Each block once."""
-        return num_blocks * num_samples
-
-    def states(self, num_blocks: int, num_samples: int) -> int:
-        """None: the inputs are overwritten."""
-        return 0
-
 
 def median_score(block: Block, statistics: Mapping[str, InputNorm]) -> float:
     """The median (of two middle ones the lower) of |W_ij| ||X_j|| over all linears of the block."""

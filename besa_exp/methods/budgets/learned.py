@@ -64,15 +64,6 @@ class Learned:
         errors, sizes = self._errors(blocks, inputs, levels, batch_size)
         return deal_out(torch.tensor(levels, dtype=torch.float64), errors, sizes, sparsity)
 
-    def passes(self, num_blocks: int, num_samples: int) -> int:
-        """Each block's own states, dense and at every level, and those of all blocks before it."""
-        own, levels = min(self.num_samples, num_samples), len(self.levels(0.5))
-        return own * (num_blocks * (1 + levels) + levels * num_blocks * (num_blocks - 1) // 2)
-
-    def states(self, num_blocks: int, num_samples: int) -> int:
-        """One of each block and level, and the dense ones before and after a block."""
-        return min(self.num_samples, num_samples) * (len(self.levels(0.5)) * num_blocks + 2)
-
     def _errors(
         self, blocks: Iterable[Block], inputs: Hidden, levels: list[float], batch_size: int
     ) -> tuple[Float[Tensor, "block level"], Float[Tensor, " block"]]:

@@ -45,14 +45,6 @@ class Owl:
         outliers = survey(blocks, inputs, InputNorm, batch_size, self.outlier_share)
         return around(-torch.tensor(outliers, dtype=torch.float64), sparsity, self.width)
 
-    def passes(self, num_blocks: int, num_samples: int) -> int:
-        """Each block once."""
-        return num_blocks * num_samples
-
-    def states(self, num_blocks: int, num_samples: int) -> int:
-        """None: the inputs are overwritten."""
-        return 0
-
     def outlier_share(self, block: Block, statistics: Mapping[str, InputNorm]) -> float:
         """D of one block. Scores are made twice and never held together."""
 

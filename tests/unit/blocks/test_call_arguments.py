@@ -15,7 +15,7 @@ from besa_exp.blocks.call_arguments import NotAlone
 from besa_exp.blocks.head import head_of
 from besa_exp.blocks.replay_check import check_replay
 from besa_exp.checkpoints.streaming import open_streamed
-from besa_exp.dry_run.block_probe import cut_down
+from besa_exp.dry_run.probe import cut_down
 from besa_exp.evaluation.perplexity import perplexity
 from besa_exp.evaluation.streamed import streamed_perplexity
 

@@ -1,0 +1,168 @@
+"""What a dry run counts and shows; that it agrees with runs is measured in experiments/benchmarks/dry_run.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import load_file
+from tiny_llama import tiny_llama
+from transformers import LlamaForCausalLM
+
+from besa_exp.blocks.activations import allocator
+from besa_exp.blocks.units import blocks_together
+from besa_exp.display.tables import as_text
+from besa_exp.dry_run.estimate import LIBRARIES, Estimate, Part, disk_speed, model_size, peak, remedies
+from besa_exp.dry_run.probe import BlockProbe, cut_down
+from besa_exp.dry_run.tables import estimate_tables, sweep_table, verdicts
+from besa_exp.dry_run.texts import model_without_weights
+from besa_exp.methods.budgets.learned import Learned
+from besa_exp.methods.budgets.owl import Owl
+from besa_exp.methods.pruners.besa import Besa
+from besa_exp.methods.pruners.besa_paper import BesaPaper
+from besa_exp.methods.pruners.wanda import Wanda
+from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings, RunSettings, TrackerSettings
+from besa_exp.tensors.masks import Target
+
+CPU = torch.device("cpu")
+SETTINGS = RunSettings(
+    ModelSettings("tiny", "/models/tiny"),
+    CalibrationSettings("local"),
+    Wanda(),
+    "wanda",
+    EvaluatorSettings("perplexity", ("/a.txt",), dense=True),
+    TrackerSettings("none"),
+)
+PARTS = [
+    Part(LIBRARIES, "host", 500),
+    Part("weights", "host", 2000, remedy="model.load=streamed"),
+    Part("activations and targets", "host", 900, ("prune",), "activations=disk"),
+    Part("saved model, loaded anew", "host", 1000, ("evaluate",)),
+    Part("saved shards", "disk", 800, ("save", "evaluate"), "save.model=false"),
+]
+
+
+def empty_llama(**changes) -> LlamaForCausalLM:
+    with init_empty_weights():
+        return tiny_llama(32, **changes)
+
+
+def probe(pruner, batch_size: int = 4) -> BlockProbe:
+    model = cut_down(empty_llama(), CPU, blocks_together(pruner))
+    return BlockProbe(model, CPU, pruner, Target(0.5), batch_size, allocator("device", CPU, Path(), 0)[1])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_counted_as_they_are_loaded_and_saved(tied: bool, tmp_path: Path) -> None:
+    model = tiny_llama(32, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    found = model_without_weights(ModelSettings("tiny", str(tmp_path)), offline=True)
+    size = model_size(found)
+    assert size.total == sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
+    assert size.blocks == [sum(value.nbytes for value in block.state_dict().values()) for block in model.model.layers]
+    assert next(found.parameters()).is_meta
+    half = model_without_weights(ModelSettings("tiny", str(tmp_path), dtype="bfloat16"), offline=True)
+    assert model_size(half).total * 2 == size.total
+
+
+def test_the_model_that_is_measured_keeps_one_block_of_its_own_shape() -> None:
+    cut = cut_down(empty_llama(), CPU)
+    assert len(cut.model.layers) == 1
+    assert cut.model.layers[0].mlp.down_proj.weight.shape == (64, 96)
+    assert torch.isfinite(cut(torch.zeros(1, 8, dtype=torch.int64)).logits).all()
+
+
+@pytest.mark.parametrize(("pruner", "steps"), [(Wanda(), 0), (BesaPaper(), 40), (Besa(epochs=2), 2 * 35)])
+def test_the_steps_of_a_search_are_foretold(pruner, steps: int) -> None:
+    assert probe(pruner).cost(40, 16).steps == pytest.approx(steps, rel=0.15)
+
+
+def test_two_blocks_that_are_pruned_together_are_measured_together() -> None:
+    pair = probe(Besa(scope="pair"))
+    assert len(pair.block_of_noise(1, 8)[0].layers) == 2
+    assert pair.cost(8, 16).steps == pytest.approx(probe(Besa()).cost(8, 16).steps / 2)
+
+
+def test_the_weights_that_were_pruned_come_back_for_the_next_measurement() -> None:
+    measured = probe(Wanda())
+    before = {name: value.clone() for name, value in measured.model.state_dict().items()}
+    measured.cost(8, 16)
+    assert all(torch.equal(value, before[name]) for name, value in measured.model.state_dict().items())
+
+
+def test_a_search_holds_more_than_one_pass_over_a_block() -> None:
+    assert probe(BesaPaper()).cost(8, 512).working_bytes > probe(Wanda()).cost(8, 512).working_bytes
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (Owl(), lambda blocks: 40 * blocks),
+        (Learned(num_samples=4), lambda blocks: 4 * (blocks * (1 + LEVELS) + LEVELS * blocks * (blocks - 1) / 2)),
+    ],
+)
+def test_the_passes_of_a_budget_are_counted_for_any_number_of_blocks(budget, expected) -> None:
+    ask = partial(budget.sparsities, sparsity=0.5, batch_size=4)
+    assert probe(Wanda()).passes(ask, num_blocks=12, samples=40) == pytest.approx(expected(12))
+
+
+LEVELS = len(Learned().levels(0.5))
+
+
+def test_a_place_needs_the_most_that_one_phase_holds() -> None:
+    assert peak(PARTS, "host") == (3500, "evaluate")
+    assert peak([*PARTS, Part("more", "host", 600, ("prune",))], "host") == (4000, "prune")
+    assert peak([*PARTS, Part("unknown", "host", None)], "host") == (3500, "evaluate")
+    assert peak(PARTS, "device") == (0, "load")
+
+
+def test_the_largest_part_of_the_peak_is_the_first_to_be_made_smaller() -> None:
+    assert remedies(PARTS, "host") == ["model.load=streamed"]
+    many = [*PARTS, Part("targets", "host", 9000, ("prune",), "a smaller calibration.num_samples")]
+    assert remedies(many, "host") == ["a smaller calibration.num_samples", "model.load=streamed", "activations=disk"]
+
+
+def test_a_disk_takes_longer_for_more_bytes(tmp_path: Path) -> None:
+    speed = disk_speed(tmp_path)
+    assert min(speed.file, speed.read, speed.hash) > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def estimated(**changes) -> Estimate:
+    parts = ("load", "calibrate", "prune", "one block", "save", "evaluate", "total")
+    seconds: dict[str, float | None] = dict(zip(parts, (1.0, 2.0, 90.0, 45.0, 3.0, 4.0, 100.0), strict=True))
+    found = Estimate(SETTINGS, Path("outputs/run"), CPU, PARTS, 4000, 2, seconds, {"host": 10**9, "disk": 10**9}, [])
+    return replace(found, **changes)
+
+
+def test_what_does_not_fit_is_said_with_the_remedy() -> None:
+    assert all(": fits: " in line for line in verdicts(estimated()))
+    host, disk = verdicts(estimated(free={"host": 2999, "disk": 100}))
+    assert "memory of the host: does NOT fit" in host
+    assert "try model.load=streamed" in host
+    assert "disk of the run folder: does NOT fit" in disk
+    assert "try save.model=false" in disk
+
+
+def test_libraries_that_are_in_memory_already_are_not_counted_against_what_is_free() -> None:
+    assert "does NOT fit" not in verdicts(estimated(free={"host": 3000}))[0]
+    assert "does NOT fit" in verdicts(estimated(free={"host": 2999}))[0]
+
+
+def test_what_could_not_be_measured_is_called_not_estimated() -> None:
+    unknown = dict.fromkeys(estimated().seconds)
+    parts = [Part("weights", "host", None)]
+    shown = as_text(estimate_tables(estimated(parts=parts, seconds=unknown, notes=["why"])), 120)
+    assert shown.count("not estimated") == 1 + 7
+    assert "note: why" in shown
+
+
+def test_a_sweep_adds_up_time_and_what_is_kept() -> None:
+    jobs = [estimated(folder=Path(f"run{number}")) for number in range(3)]
+    last = next(line for line in as_text(sweep_table(jobs), 120).splitlines() if "one after the other" in line)
+    assert "4 min 56 s" in last  # the dense model is scored once
+    assert "12 kB" in last
