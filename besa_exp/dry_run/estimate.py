@@ -12,6 +12,7 @@ Time is what was measured times how often it is paid.
 from __future__ import annotations
 
 import importlib
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ from besa_exp.dry_run.texts import Texts, local_folder, model_without_weights, r
 from besa_exp.errors import ConfigurationError, RunError, first_line
 from besa_exp.evaluation.batches import rows_at_once, tokens_at_once
 from besa_exp.evaluation.perplexity import perplexity
+from besa_exp.evaluation.streamed import HELD_BYTES
 from besa_exp.machine import atomic
 from besa_exp.machine.device import compute_dtype, prepared_device
 from besa_exp.machine.memory import free_memory
@@ -111,14 +113,13 @@ class ModelSize:
 @dataclass(frozen=True)
 class Measured:
     """What probes found; None: could not be measured. `budget`: seconds of a budget over depth. `token`: seconds of a
-    token that is scored, in a block and outside the blocks; `batch_tokens` and `batch_bytes` of a scored batch."""
+    token that is scored, in a block and outside the blocks; `batch_bytes`: what a scored batch holds."""
 
     libraries: int
     activations_at: str
     block: BlockCost | None = None
     budget: float | None = 0.0
     token: tuple[float, float] = (0.0, 0.0)
-    batch_tokens: int = 1
     batch_bytes: int | None = None
     note: str = ""
 
@@ -226,8 +227,8 @@ def _measured(
         block = probe.cost(texts.samples, texts.seq_len)
         budget = _budget_seconds(probe, settings, texts, len(size.blocks))
         scores = bool(evaluator.perplexity_sets or evaluator.tasks)
-        token, tokens, held = _scoring(probe, texts, evaluator.batch_size) if scores else ((0.0, 0.0), 1, 0)
-        return unmeasured(block=block, budget=budget, token=token, batch_tokens=tokens, batch_bytes=held)
+        token, held = _scoring(probe, texts, evaluator.batch_size) if scores else ((0.0, 0.0), 0)
+        return unmeasured(block=block, budget=budget, token=token, batch_bytes=held)
     except torch.OutOfMemoryError:
         return unmeasured(note="time and working memory are not estimated: one block did not fit")
     except RunError:
@@ -264,9 +265,9 @@ def _compared(logits: torch.Tensor) -> float:
     return float((found.exp() * (found - found)).sum(dim=-1).double().sum())
 
 
-def _scoring(probe: BlockProbe, texts: Texts, batch_size: int | str) -> tuple[tuple[float, float], int, int]:
-    """Seconds of a scored token in a block and outside, and the tokens and the bytes of a batch, weights not counted:
-    measured on a batch of the run, or on a part of it on a slow device."""
+def _scoring(probe: BlockProbe, texts: Texts, batch_size: int | str) -> tuple[tuple[float, float], int]:
+    """Seconds of a scored token in a block and outside, and the bytes of a batch, weights not counted: measured on a
+    batch of the run, or on a part of it on a slow device."""
     window = max((length for _, length in texts.windows), default=min(512, texts.seq_len))
     rows = rows_at_once(tokens_at_once(probe.model), window) if batch_size == "auto" else int(batch_size)
 
@@ -287,7 +288,7 @@ def _scoring(probe: BlockProbe, texts: Texts, batch_size: int | str) -> tuple[tu
         held = max(0, memory.peak() - before)
     in_block, tokens = probe.forward_seconds(tried, length), tried * length
     outside = max(0.0, whole - in_block * len(discover_blocks(probe.model)[1]))
-    return (in_block / tokens, outside / tokens), rows * window, held * rows * window // tokens
+    return (in_block / tokens, outside / tokens), held * rows * window // tokens
 
 
 def _memory_parts(
@@ -403,10 +404,10 @@ def _save_seconds(
 
 
 def _evaluation_seconds(size: ModelSize, texts: Texts, found: Measured, disk: DiskSpeed, streamed: bool) -> float:
-    """Of one model. A streamed one's blocks are read once a set, and once a batch of questions."""
+    """Of one model. A streamed one's blocks are read once a set, and once for the questions that HELD_BYTES hold."""
     asked = sum(count * length for count, length in texts.requests)
     tokens = asked + sum(count * length for count, length in texts.windows)
-    reads = len(texts.windows) + asked / found.batch_tokens
+    reads = len(texts.windows) + sum(math.ceil(n * length * size.state / HELD_BYTES) for n, length in texts.requests)
     in_block, outside = found.token
     seconds = (texts.read or 0.0) + tokens * (in_block * len(size.blocks) + outside)
     return seconds + sum(size.blocks) * disk.read * reads * streamed

@@ -191,20 +191,19 @@ def _score_tasks(
 
     keys = ("limit", "num_fewshot", "include_path")
     request = {key: getattr(settings, key) for key in keys} | {"seed": seed, "data": settings.data_dir}
-    with callable_model(loaded):
-        for task in tasks:
-            earlier = finished.find("zero_shot", task, request) if finished else None
-            on_progress(f"zero-shot {task}" + (", scored before" if earlier else ""))
-            try:
-                with as_unavailable():
-                    metrics, record = earlier or astuple(score_task(task, scored, settings, offline, seed))
-            except Unavailable as error:
-                scores.unavailable[task] = str(error)
-                continue
-            scores.zero_shot[task] = metrics
-            scores.provenance["zero_shot"]["tasks"][task] = record
-            if finished and not earlier:
-                finished.keep("zero_shot", task, request, (metrics, record))
+    for task in tasks:
+        earlier = finished.find("zero_shot", task, request) if finished else None
+        on_progress(f"zero-shot {task}" + (", scored before" if earlier else ""))
+        try:
+            with as_unavailable():
+                metrics, record = earlier or astuple(score_task(task, scored, settings, offline, seed))
+        except Unavailable as error:
+            scores.unavailable[task] = str(error)
+            continue
+        scores.zero_shot[task] = metrics
+        scores.provenance["zero_shot"]["tasks"][task] = record
+        if finished and not earlier:
+            finished.keep("zero_shot", task, request, (metrics, record))
 
 
 def _harness(loaded: LoadedModel, settings: EvaluatorSettings) -> Any:
@@ -215,7 +214,7 @@ def _harness(loaded: LoadedModel, settings: EvaluatorSettings) -> Any:
         from besa_exp.evaluation.zero_shot import harness
     except ImportError as error:
         raise Unavailable(f"lm-eval cannot be imported ({error}); pip install 'lm-eval[hf]>=0.4.13'") from error
-    return harness(loaded.model, loaded.tokenizer, settings.batch_size, _context(loaded.model))
+    return harness(loaded.model, loaded.tokenizer, settings.batch_size, _context(loaded.model), loaded.weights)
 
 
 def callable_model(loaded: LoadedModel) -> AbstractContextManager[None]:

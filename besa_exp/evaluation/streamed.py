@@ -1,9 +1,10 @@
-"""Perplexity of a streamed model: each block is read once, and all windows pass through it before the next."""
+"""Scores of a streamed model: each block is read once, and all windows or questions pass through it before the next."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +19,7 @@ from besa_exp.evaluation.batches import BatchSize, rows_at_once, tokens_at_once
 from besa_exp.evaluation.perplexity import Perplexity, perplexity_of, sum_of_losses
 from besa_exp.machine import distributed
 
+HELD_BYTES = 2**31  # hidden states of questions that pass through the blocks together
 logger = logging.getLogger(__name__)
 
 
@@ -74,3 +76,40 @@ def streamed_logits(
     for start in range(0, len(windows), batch_size):
         ids = windows[start : start + batch_size].to(hidden.device)
         yield ids, head_logits(model, modules, ids, hidden[start : start + batch_size])
+
+
+@torch.no_grad()
+def logits_of_batches(
+    model: nn.Module, weights: StreamedWeights, batches: Sequence[Int[Tensor, "_window _seq"]]
+) -> Iterator[Float[Tensor, "_window _seq vocabulary"]]:
+    """The model's logits of each batch, in order; the batches may be of any shapes. Each block is read once for as many
+    batches as have HELD_BYTES of hidden states. NotAlone, before the first: the blocks cannot be called on their
+    own."""
+    for group in _groups(batches, HELD_BYTES // _state_bytes(model)):
+        by_shape = {ids.shape: capture_blocks(model, ids) for ids in group}
+        states = [embed(model, by_shape[ids.shape], ids, len(ids)) for ids in group]
+        first = by_shape[group[0].shape]
+        modules = [block.module for block in first]
+        for depth, _ in enumerate(weights.resident(first)):
+            for ids, hidden in zip(group, states, strict=True):
+                by_shape[ids.shape][depth].outputs(hidden, len(ids), out=hidden)
+        check_unwritten(model, modules, group[0], [block.arguments(len(group[0])) for block in first])
+        for ids, hidden in zip(group, states, strict=True):
+            yield head_logits(model, modules, ids, hidden)
+
+
+def _state_bytes(model: Any) -> int:
+    """Of a token's hidden state."""
+    return model.config.get_text_config().hidden_size * next(model.parameters()).element_size()
+
+
+def _groups(batches: Sequence[Tensor], tokens: int) -> Iterator[list[Tensor]]:
+    """Batches in order, as many together as have so many tokens, one at least."""
+    group: list[Tensor] = []
+    for ids in batches:
+        if group and sum(other.numel() for other in group) + ids.numel() > tokens:
+            yield group
+            group = []
+        group.append(ids)
+    if group:
+        yield group

@@ -13,7 +13,7 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -26,13 +26,18 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from besa_exp.blocks.block import discover_blocks
+from besa_exp.blocks.call_arguments import NotAlone
+from besa_exp.checkpoints.streaming import StreamedWeights
 from besa_exp.errors import Unavailable, as_unavailable
 from besa_exp.evaluation.batches import BatchSize, halved_until_it_fits, rows_at_once, tokens_at_once
 from besa_exp.evaluation.finite import finite_logits
+from besa_exp.evaluation.streamed import logits_of_batches
 from besa_exp.evaluation.task_loading import LoadedTasks, load_task
 from besa_exp.machine import distributed
 from besa_exp.settings import EvaluatorSettings
 
+logger = logging.getLogger(__name__)
 # lm-eval's decorators hide these two's signatures from a type checker.
 _HFLM: Any = HFLM
 _evaluate: Any = evaluate
@@ -52,8 +57,14 @@ class Harness(_HFLM):
     lm-eval sorts requests by length, longest first. With batch_size="auto" each batch holds `tokens` tokens with its
     padding, so that short questions go many at a time; lm-eval's own "auto" tries up to 64 of the longest in five
     passes and keeps that number for all. A batch that does not fit the device's memory is halved. Every rank gives
-    lm-eval the whole task, computes a part of its requests, and is told the answers of all."""
+    lm-eval the whole task, computes a part of its requests, and is told the answers of all.
 
+    A model with `weights` is streamed: lm-eval forms its batches once to show them, all of them pass through a block
+    before the next is read, and lm-eval forms them again to be given their logits. Written answers need the whole model
+    for each token: its blocks are read again and again."""
+
+    weights: StreamedWeights | None = None
+    _answer: Callable[[torch.Tensor], torch.Tensor] | None = None
     cut_requests = 0
     tokens = 0
     _first = 0  # the request that the batch being filled began with
@@ -70,7 +81,7 @@ class Harness(_HFLM):
         generate, own = super().generate_until, requests[distributed.own_slice(len(requests))]
 
         def attempt(size: int) -> list[str]:
-            with self._batches_of(size):
+            with self._batches_of(size), self._whole():
                 return generate(own, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
         def answers() -> list[str]:
@@ -120,7 +131,9 @@ class Harness(_HFLM):
                 self.tokens = size
             else:
                 self.batch_size_per_gpu = size
-            return score(own, *args, **options)
+            if self.weights is None:
+                return score(own, *args, **options)
+            return self._block_by_block(self.weights, lambda: score(own, *args, **options))
 
         def scores() -> list[tuple[float, bool]]:
             size = self.tokens if self.batch_size == "auto" else self.batch_size
@@ -128,6 +141,40 @@ class Harness(_HFLM):
                 return halved_until_it_fits(attempt, size, f"question of {max(lengths, default=0)} tokens")[0]
 
         return list(chain(*distributed.gathered(distributed.agreed(scores))))
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        return self._answer(inps) if self._answer else super()._model_call(inps, *args, **options)
+
+    def _block_by_block(
+        self, weights: StreamedWeights, score: Callable[[], list[tuple[float, bool]]]
+    ) -> list[tuple[float, bool]]:
+        """What `score` returns, of a streamed model."""
+        batches: list[torch.Tensor] = []
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+
+        def note(ids: torch.Tensor) -> torch.Tensor:
+            batches.append(ids)
+            return torch.zeros(1, device=ids.device).expand(*ids.shape, vocabulary)
+
+        try:
+            self._answer = note
+            score()
+            logits = logits_of_batches(self.model, weights, batches)
+            self._answer = lambda _: next(logits)
+            return score()
+        except NotAlone as error:
+            logger.warning("each block is read again for each batch of questions: %s", error)
+        finally:
+            self._answer = None
+        with self._whole():
+            return score()
+
+    def _whole(self) -> contextlib.AbstractContextManager[None]:
+        """The model as a whole can be called for as long as this lasts."""
+        if self.weights is None:
+            return contextlib.nullcontext()
+        path, modules = discover_blocks(self.model)
+        return self.weights.on_demand({f"{path}.{index}": module for index, module in enumerate(modules)})
 
     def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Any]) -> int:
         """The size of the batch that request number `pos` is in. lm-eval asks for each request in turn and closes a
@@ -140,14 +187,20 @@ class Harness(_HFLM):
         return size
 
 
-def harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: BatchSize, context: int) -> Harness:
+def harness(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: BatchSize,
+    context: int,
+    weights: StreamedWeights | None = None,
+) -> Harness:
     """The model as lm-eval scores it: requests longer than `context` lose their beginning. The tokenizer is copied,
-    because lm-eval gives one without a padding token a new one."""
+    because lm-eval gives one without a padding token a new one. `weights`: of a model that is streamed."""
     with quiet():
         scored = Harness(
             pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=context
         )
-    scored.tokens = tokens_at_once(model)
+    scored.tokens, scored.weights = tokens_at_once(model), weights
     return scored
 
 

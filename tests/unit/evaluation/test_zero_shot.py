@@ -120,6 +120,28 @@ def test_scores_equal_those_of_lm_evals_own_simple_evaluate_also_with_examples(m
     assert ours.provenance["zero_shot"]["tasks"]["piqa"]["num_fewshot"] == 2
 
 
+@pytest.mark.parametrize(("held", "reads"), [(2**31, 1), (1, 6)])
+def test_a_streamed_models_blocks_are_read_once_for_all_questions_that_memory_holds(
+    model, mirror, tmp_path, monkeypatch, held: int, reads: int
+):
+    from besa_exp.checkpoints.streaming import open_streamed
+    from besa_exp.evaluation import streamed
+
+    monkeypatch.setattr(streamed, "HELD_BYTES", held)
+    model.save_pretrained(tmp_path / "model")
+    whole = score(model, settings("openbookqa", data_dir=mirror, batch_size=8))
+    opened, weights = open_streamed(tmp_path / "model", "auto", torch.device("cpu"), False)
+    read: list[str] = []
+    load = type(weights).load
+    monkeypatch.setattr(type(weights), "load", lambda self, name, module: (read.append(name), load(self, name, module)))
+    loaded = LoadedModel(opened, byte_tokenizer(), weights, Path())
+    given = settings("openbookqa", data_dir=mirror, batch_size=8)
+    scores = evaluate(loaded, given, True, 0, lambda _: None)
+    assert scores.zero_shot["openbookqa"] == pytest.approx(whole.zero_shot["openbookqa"])
+    assert read == ["model.layers.0", "model.layers.1"] * reads  # 48 requests are six batches
+    assert all(parameter.is_meta for parameter in opened.model.layers.parameters())
+
+
 def test_equal_runs_give_equal_scores_print_nothing_and_leave_all_global_states_as_they_were(
     model, mirror, capfd, caplog
 ):
