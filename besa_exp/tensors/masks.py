@@ -16,6 +16,7 @@ from torch import Tensor
 from besa_exp.tensors import kernels
 from besa_exp.tensors.kernels.numpy_rows import in_order
 from besa_exp.tensors.pattern import parse_pattern
+from besa_exp.tensors.selection import LONG, kth_smallest
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,22 @@ def keep_largest_of_rows(importance: Float[Tensor, "out in"], pruned: int) -> Bo
     """Keep mask that prunes exactly the `pruned` least important weights of each row; of equals, the first go."""
     if pruned == 0:
         return torch.ones_like(importance, dtype=torch.bool)
-    on_cpu = importance.device.type == "cpu"
-    threshold = in_order(importance, pruned - 1) if on_cpu else importance.kthvalue(pruned, dim=1, keepdim=True).values
+    threshold = _smallest_of_rows(importance, pruned)
     keep_mask = (importance <= threshold).logical_not_()  # and not `>`: NaN stays, and is noticed
     if keep_mask.count_nonzero() != importance.numel() - len(importance) * pruned:
         tied = importance == threshold
         more = importance.shape[1] - pruned - keep_mask.sum(dim=1, keepdim=True)
         keep_mask |= tied & (tied.cumsum(dim=1) > tied.sum(dim=1, keepdim=True) - more)
     return keep_mask
+
+
+def _smallest_of_rows(importance: Float[Tensor, "out in"], k: int) -> Float[Tensor, "out 1"]:
+    """The k-th smallest of each row, by whatever is fast on the device."""
+    if importance.device.type == "cpu":
+        return in_order(importance, k - 1)
+    if importance.shape[1] > LONG:
+        return torch.stack([kth_smallest(row, k) for row in importance.float()])[:, None].to(importance.dtype)
+    return importance.kthvalue(k, dim=1, keepdim=True).values
 
 
 def rank_in_group(importance: Float[Tensor, "out in"], group: int) -> Int[Tensor, "out in"]:
