@@ -43,8 +43,8 @@ class Tracker(Protocol):
     def log_summary(self, values: Mapping[str, float]) -> None:
         """Values of the run as a whole."""
 
-    def finish(self, reports: Sequence[BlockReport], failed: bool = False) -> None:
-        """Closes the run, with the table of all `reports` where there are any."""
+    def finish(self, failed: bool = False) -> None:
+        """Closes the run, with the table of all blocks where there were any."""
 
 
 class NoTracker:
@@ -59,7 +59,7 @@ class NoTracker:
     def log_summary(self, values: Mapping[str, float]) -> None:
         pass
 
-    def finish(self, reports: Sequence[BlockReport], failed: bool = False) -> None:
+    def finish(self, failed: bool = False) -> None:
         pass
 
 
@@ -70,6 +70,7 @@ class WandbTracker:
         self._run = run
         self._known_blocks = int(run.summary.get("block", -1)) + 1 if run.resumed else 0  # the server has them
         self._num_steps = 0
+        self._reports: list[BlockReport] = []
         self._works = True
 
     def _log_step(self, step: Step) -> None:
@@ -85,6 +86,7 @@ class WandbTracker:
         self._attempt(lambda: self._run.log(values))
 
     def log_block(self, report: BlockReport) -> None:
+        self._reports.append(report)
         if report.index < self._known_blocks:
             self._num_steps += len(report.steps)
             return
@@ -108,9 +110,9 @@ class WandbTracker:
     def log_summary(self, values: Mapping[str, float | str]) -> None:
         self._attempt(lambda: self._run.summary.update(dict(values)))
 
-    def finish(self, reports: Sequence[BlockReport], failed: bool = False) -> None:
-        if reports:
-            self._attempt(lambda: self._log_allocation(reports))
+    def finish(self, failed: bool = False) -> None:
+        if self._reports:
+            self._attempt(lambda: self._log_allocation(self._reports))
         self._works = True  # a run that failed to log is closed all the same
         self._attempt(lambda: self._run.finish(exit_code=int(failed)))
 

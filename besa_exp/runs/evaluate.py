@@ -34,7 +34,6 @@ from besa_exp.machine.device import peak_memory, prepared_device
 from besa_exp.machine.environment import environment
 from besa_exp.machine.process import imports_are_done
 from besa_exp.run_folder.folder import RunFolder
-from besa_exp.run_folder.follower import FollowedFolder
 from besa_exp.run_folder.inputs import fingerprint, write_inputs
 from besa_exp.run_folder.lock import locked
 from besa_exp.run_folder.log import logging_to
@@ -42,7 +41,7 @@ from besa_exp.run_folder.lookup import run_and_model
 from besa_exp.run_folder.spent import Spent
 from besa_exp.runs.cpu_units import in_a_fast_dtype
 from besa_exp.runs.dense_scores import files_of
-from besa_exp.runs.score import compared_with_published
+from besa_exp.runs.published import compared_with_published
 from besa_exp.settings import EvaluationSettings, TrackerSettings
 
 BLOCK_AND_LINEAR = re.compile(r"\.(\d+)\.(.+)\.weight$")  # model.layers.3.mlp.down_proj.weight
@@ -55,7 +54,7 @@ class _Evaluation:
     """One under way."""
 
     settings: EvaluationSettings
-    folder: RunFolder | FollowedFolder
+    folder: RunFolder
     console: RunConsole
     device: torch.device
     spent: Spent
@@ -94,14 +93,14 @@ def evaluate_checkpoint(settings: EvaluationSettings, path: Path, config: Mappin
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[RunFolder | FollowedFolder]:
+def _opened(path: Path) -> Iterator[RunFolder]:
     """The folder, which of several ranks the first alone locks and writes."""
     with ExitStack() as held:
         if distributed.is_first():
             held.enter_context(locked(path))
             held.enter_context(logging_to(path / "run.log"))
         held.enter_context(distributed.failing_together())
-        yield RunFolder(path) if distributed.is_first() else FollowedFolder(path)
+        yield RunFolder(path, writes=distributed.is_first())
 
 
 def _scored(evaluation: _Evaluation, loaded: LoadedModel, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +124,7 @@ def _scored(evaluation: _Evaluation, loaded: LoadedModel, config: Mapping[str, A
         tracker.log_scores(scores)
         failed = False
     finally:
-        tracker.finish([], failed)
+        tracker.finish(failed)
     results, told = merged(results, scores)
     results |= {"model_notes": [*loaded.notes]} if loaded.notes else {}
     for line in told:
