@@ -14,7 +14,7 @@ import yaml
 from besa_exp.blocks.sparsity_table import type_counts
 from besa_exp.display.markdown import escaped, markdown_table
 from besa_exp.display.missed_target import told_miss
-from besa_exp.evaluation.task_metrics import metric_name, partly_scored
+from besa_exp.evaluation.score import Scores, partly_scored
 from besa_exp.machine.environment import masked_command
 
 HONESTY = (
@@ -104,18 +104,18 @@ def _scores(results: Mapping[str, Any]) -> list[str]:
         f"- n/a, {escaped(name)}: {escaped(reason)}"
         for name, reason in sorted((results.get("unavailable") or {}).items())
     ]
-    reasons += [f"- {escaped(task)}: scored on {part}" for task, part in partly_scored(results)]
+    reasons += [
+        f"- {escaped(task)}: scored on {part}" for task, part in partly_scored(Scores.from_dict(results).scores).items()
+    ]
     return [*lines, "", *reasons, *([""] if reasons else [])]
 
 
-def score_rows(scores: Mapping[str, Any]) -> dict[str, float | None]:
-    """`perplexity <set>` and `<task> <metric>` to value; standard errors are left out, None is not available."""
-    rows = {f"perplexity {name}": value for name, value in sorted((scores.get("perplexity") or {}).items())}
-    for task, metrics in sorted((scores.get("zero_shot") or {}).items()):
-        for key, value in sorted(metrics.items()):
-            if not key.partition(",")[0].endswith("_stderr") and isinstance(value, (int, float)):
-                rows[f"{task} {metric_name(key)}"] = value
-    return rows
+def score_rows(results: Mapping[str, Any]) -> dict[str, float | None]:
+    """`perplexity <set>` and `<task> <metric>` to value, None where it is not available."""
+    found = Scores.from_dict(results).scores
+    return {
+        score.label: score.value for score in sorted(found, key=lambda score: (score.kind, score.name, score.metric))
+    }
 
 
 def _simulated_speed(results: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from besa_exp.blocks.reports import BlockReport, LinearReport, Step
 from besa_exp.blocks.sparsity_table import linear_type
 from besa_exp.display.wandb_run import forget_run, start_run
+from besa_exp.evaluation.score import Scores
 from besa_exp.settings import TrackerSettings
 
 if TYPE_CHECKING:
     import wandb
-
-    from besa_exp.evaluation.scores import Scores
 
 TABLE_COLUMNS = ("block", "linear", "weights", "pruned", "sparsity", "allocated")
 logger = logging.getLogger(__name__)
@@ -102,9 +101,9 @@ class WandbTracker:
         self._attempt(lambda: self._run.log(values))
 
     def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
-        values = dict(_flat_scores(scores))
+        values = _summary(scores)
         if dense is not None:
-            values |= {f"dense/{name}": value for name, value in _flat_scores(dense)}
+            values |= {f"dense/{name}": value for name, value in _summary(dense).items()}
         self.log_summary(values)
 
     def log_summary(self, values: Mapping[str, float | str]) -> None:
@@ -163,19 +162,16 @@ def start_tracker(
         return NoTracker()
 
 
-def _flat_scores(scores: Scores) -> Iterator[tuple[str, float | str]]:
-    for name, value in scores.perplexity.items():
-        if value is not None:
-            yield f"perplexity/{name}", value
-    for task, metrics in scores.zero_shot.items():
-        for metric, value in metrics.items():
-            yield f"zero_shot/{task}/{metric}", value
-    for kind, row in scores.simulated_speed.get("linears", {}).items():
-        yield from ((f"simulated_speed/{kind}/{key}", value) for key, value in row.items() if value is not None)
-    for kind, row in scores.speed.get("linears", {}).items():
-        yield from ((f"speed/{kind}/{key}", value) for key, value in row.items())
-    for name, reason in scores.unavailable.items():
-        yield f"unavailable/{name}", reason
+def _summary(scores: Scores) -> dict[str, float | str]:
+    """Summary values: `zero_shot/piqa/acc,none` and their like."""
+    values: dict[str, float | str] = {}
+    for score in scores.scores:
+        place = score.path.removesuffix(score.metric)
+        values |= {place + key: value for key, value in score.numbers.items()}
+    for name, speed in (("simulated_speed", scores.simulated_speed), ("speed", scores.speed)):
+        for kind, row in speed.get("linears", {}).items():
+            values |= {f"{name}/{kind}/{key}": value for key, value in row.items() if value is not None}
+    return values | {f"unavailable/{name}": reason for name, reason in scores.unavailable.items()}
 
 
 def _by_type(report: BlockReport, field: str) -> dict[str, float]:

@@ -15,21 +15,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from besa_exp.blocks.reports import BlockReport, ModelStep, Step
 from besa_exp.errors import ConfigurationError, Interrupted, RunError
+from besa_exp.evaluation.score import Scores
 from besa_exp.machine import atomic
 from besa_exp.machine.environment import masked
 from besa_exp.run_folder.identity import check_identity
 from besa_exp.run_folder.lock import locked
 from besa_exp.run_folder.log import logging_to
 from besa_exp.run_folder.status import is_done, now, read_status, write_status
-
-if TYPE_CHECKING:
-    from besa_exp.evaluation.scores import Scores
 
 WRITTEN = (  # what a run leaves besides .lock and status.json; nothing else in the folder is ever removed
     "results.json",
@@ -193,15 +191,7 @@ class RunFolder:
 
     def log_scores(self, which: str, scores: Scores) -> None:
         """One line of metrics.jsonl; `which` is `pruned` or `dense`."""
-        line = {
-            "kind": "scores",
-            "which": which,
-            "perplexity": scores.perplexity,
-            "zero_shot": scores.zero_shot,
-            "unavailable": scores.unavailable,
-            **({"simulated_speed": scores.simulated_speed} if scores.simulated_speed else {}),
-            **({"speed": scores.speed} if scores.speed else {}),
-        }
+        line = {"kind": "scores", "which": which, **scores.to_dict()}
         self._append(line, f"scores of the {which} model")
 
     def _append(self, line: dict[str, Any], where: str) -> None:

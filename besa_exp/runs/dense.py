@@ -14,7 +14,7 @@ from besa_exp.blocks.reports import BlockReport, LinearReport, Size
 from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.machine.environment import environment
 from besa_exp.runs.published import published
-from besa_exp.runs.results import counts_of, score_values
+from besa_exp.runs.results import counts_of
 from besa_exp.runs.run import Run, model_facts, parameters, tracking
 from besa_exp.runs.score import dense_scores, score
 
@@ -34,8 +34,8 @@ def dense_results(run: Run, loaded: LoadedModel) -> dict[str, Any]:
         else:
             scores = score(run, "pruned", loaded)
         tracker.log_scores(scores, scores if settings.evaluator.dense else None)
-    results |= score_values(scores) | {"provenance": scores.provenance}
-    results |= {"dense": score_values(scores)} if settings.evaluator.dense else {}
+    results |= scores.to_dict() | {"provenance": scores.provenance}
+    results |= {"dense": scores.to_dict()} if settings.evaluator.dense else {}
     return results | published(settings, scores)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from besa_exp.checkpoints.load import LoadedModel
-from besa_exp.evaluation.scores import Scores
+from besa_exp.evaluation.score import Scores
 from besa_exp.evaluation.task_definitions import TASK_FOLDERS
 from besa_exp.machine import atomic
 from besa_exp.settings import EvaluatorSettings
@@ -47,7 +47,13 @@ def shared_dense_scores(
         scores = compute()
         if not scores.unavailable:
             with suppress(OSError):  # the scores are there; only the next run measures them anew
-                atomic.write_text(path, json.dumps({"key": wanted, "scores": asdict(scores)}, indent=1) + "\n")
+                atomic.write_text(
+                    path,
+                    json.dumps(
+                        {"key": wanted, "scores": {**scores.to_dict(), "provenance": scores.provenance}}, indent=1
+                    )
+                    + "\n",
+                )
         return scores, False
 
 
@@ -92,11 +98,9 @@ def _read(path: Path, key: Mapping[str, Any]) -> Scores | None:
     """What was kept under the key; None: nothing, or nothing that can be used."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        scores = Scores(**content["scores"]) if content["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return Scores.from_dict(content["scores"]) if content["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    whole = scores is not None and all(isinstance(part, dict) for part in asdict(scores).values())
-    return scores if whole else None
 
 
 @contextmanager

@@ -28,7 +28,8 @@ from besa_exp.display.tracker import start_tracker
 from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.finished_scores import FinishedScores
 from besa_exp.evaluation.merging import merged, remaining
-from besa_exp.evaluation.scores import Scores, evaluate
+from besa_exp.evaluation.score import Scores
+from besa_exp.evaluation.scores import evaluate
 from besa_exp.machine import atomic, distributed
 from besa_exp.machine.device import peak_memory, prepared_device
 from besa_exp.machine.environment import environment

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from besa_exp.evaluation.scores import Scores
+from besa_exp.evaluation.score import Scores
 from besa_exp.settings import RunSettings
 
 TOLERANCE = 0.01  # relative, between a published and a measured perplexity
@@ -24,13 +24,15 @@ def compared_with_published(published: Mapping[str, Mapping[int, float]], dense:
     same window; a warning in the log for each that does not agree."""
     compared = {}
     for name, by_window in published.items():
-        measured, record = dense.perplexity.get(name), dense.provenance["perplexity"].get(name, {})
-        value = by_window.get(record.get("seq_len", 0))
-        if measured is None or value is None:
+        score = next(iter(dense.named("perplexity", name)), None)
+        seq_len = score.conditions.get("seq_len", 0) if score else 0
+        value = by_window.get(seq_len)
+        if score is None or score.value is None or value is None:
             continue
+        measured = score.value
         difference = measured / value - 1
         compared[name] = {
-            "seq_len": record["seq_len"],
+            "seq_len": seq_len,
             "published": value,
             "measured": measured,
             "difference": difference,
@@ -40,6 +42,6 @@ def compared_with_published(published: Mapping[str, Mapping[int, float]], dense:
             logger.warning(
                 "the dense model's perplexity on %s is %.4f where %g is published (windows of %d tokens, %+.1f %%): "
                 "text, tokenizer, revision or dtype are not those of the publication",
-                name, measured, value, record["seq_len"], 100 * difference,
+                name, measured, value, seq_len, 100 * difference,
             )  # fmt: skip
     return compared

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 from besa_exp.blocks.reports import BlockReport, Size
-from besa_exp.evaluation.scores import Scores
 from besa_exp.runs.published import published
 from besa_exp.runs.run import Work
 from besa_exp.settings import RunSettings
@@ -28,9 +27,9 @@ def results_of(settings: RunSettings, work: Work, environment: Mapping[str, Any]
     values |= {"structure": work.structure.to_dict()} if work.structure else {}
     values |= {"recovery": work.recovery.to_dict()} if work.recovery else {}
     dense, scores = work.dense_scores, work.scores
-    values |= {"dense": score_values(dense)} if dense else {}
+    values |= {"dense": dense.to_dict()} if dense else {}
     if scores:
-        values |= {**score_values(scores), "provenance": scores.provenance, **work.reloaded}
+        values |= {**scores.to_dict(), "provenance": scores.provenance, **work.reloaded}
         values |= published(settings, dense or (scores if values["measured_sparsity"] == 0 else None))
     return values
 
@@ -66,10 +65,3 @@ def _calibration(calibration: Calibration) -> dict[str, Any]:
         "tokens_sha256": calibration.tokens_sha256,
         "provenance": calibration.provenance,
     }
-
-
-def score_values(scores: Scores) -> dict[str, Any]:
-    """The part of results.json that one model's scores are."""
-    values = {"perplexity": scores.perplexity, "zero_shot": scores.zero_shot, "unavailable": scores.unavailable}
-    values |= {"simulated_speed": scores.simulated_speed} if scores.simulated_speed else {}
-    return values | ({"speed": scores.speed} if scores.speed else {})

@@ -20,7 +20,7 @@ from besa_exp.blocks.reports import BlockReport, RecoveryReport, Size, Structure
 from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.display.console import RunConsole
 from besa_exp.display.tracker import NoTracker, Tracker, start_tracker
-from besa_exp.evaluation.scores import Scores
+from besa_exp.evaluation.score import Scores
 from besa_exp.machine import distributed
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.run_folder.folder import RunFolder

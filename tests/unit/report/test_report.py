@@ -24,7 +24,7 @@ from besa_exp.report.folders import find_runs
 from besa_exp.report.methods import STYLES, method_of, styles
 from besa_exp.report.page import page
 from besa_exp.report.paper import paper_markdown, paper_tables, published
-from besa_exp.report.runs import Run, read_run
+from besa_exp.report.runs import RunRecord, read_run
 from besa_exp.report.studies import kept_records, over_seeds
 from besa_exp.report.summaries import Cell, cells, markdown
 from besa_exp.run_folder.lock import locked
@@ -32,7 +32,7 @@ from besa_exp.run_folder.lock import locked
 HOSTILE = '</script><img src="x" onerror="alert(1)">&\u2028'
 
 
-def runs_of(folder: Path) -> list[Run]:
+def runs_of(folder: Path) -> list[RunRecord]:
     return [read_run(path) for path in find_runs([str(folder)])]
 
 

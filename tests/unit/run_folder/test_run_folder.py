@@ -12,7 +12,7 @@ import pytest
 
 from besa_exp.blocks.reports import BlockReport, LinearReport, Step
 from besa_exp.errors import ConfigurationError, RunError
-from besa_exp.evaluation.scores import Scores
+from besa_exp.evaluation.score import Scores
 from besa_exp.run_folder.folder import RunFolder, read_results
 from besa_exp.run_folder.status import is_done, read_status
 
@@ -131,7 +131,8 @@ def test_a_file_cannot_be_a_run_folder(tmp_path: Path) -> None:
 
 
 def test_metrics_hold_a_line_for_each_step_block_and_score(tmp_path: Path) -> None:
-    scores = Scores({"ptb": None, "embedded": 3.5}, {"piqa": {"acc,none": 0.5}}, {"ptb": "no network"}, {})
+    values = {"perplexity": {"ptb": None, "embedded": 3.5}, "zero_shot": {"piqa": {"acc,none": 0.5}}}
+    scores = Scores.from_dict(values | {"unavailable": {"ptb": "no network"}})
     with RunFolder.open(tmp_path) as folder:
         folder.log_step(STEP)
         folder.log_block(REPORT)
