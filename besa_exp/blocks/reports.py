@@ -140,11 +140,12 @@ class Removed:
 @dataclass(frozen=True)
 class StructureReport:
     """What was taken out of the model whole, before the block loop. `num_blocks` and all numbers of blocks are those of
-    the dense model; `changes` ascend by number. `parameters`: of the whole model."""
+    the dense model; `changes` ascend by number. `weights`: of the linears in the blocks; `parameters`: of all."""
 
     method: str
     num_blocks: int
     changes: tuple[Narrowed | Removed, ...]
+    weights: Size
     parameters: Size
 
     @property
@@ -156,13 +157,15 @@ class StructureReport:
     def to_dict(self) -> dict[str, Any]:
         """As `structure` in results.json; `parameters` stand beside it there, for every run."""
         blocks = [change.to_dict() for change in self.changes]
-        return {"method": self.method, "num_blocks": self.num_blocks, "blocks": blocks}
+        counts = {"num_blocks": self.num_blocks, "weights": asdict(self.weights)}
+        return {"method": self.method, **counts, "blocks": blocks}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any], parameters: Mapping[str, int]) -> StructureReport:
         """The inverse, with `parameters` of the same results.json."""
         changes = tuple(_change(block) for block in values["blocks"])
-        return StructureReport(values["method"], values["num_blocks"], changes, Size(**parameters))
+        sizes = Size(**values["weights"]), Size(**parameters)
+        return StructureReport(values["method"], values["num_blocks"], changes, *sizes)
 
 
 def _change(values: Mapping[str, Any]) -> Narrowed | Removed:

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from besa_exp.blocks.sparsity_table import block_counts, short_names, type_counts
 from besa_exp.display.model_card import SPEED_HEADS, score_rows, speed_rows
+from besa_exp.display.stages import stage_lines
 from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.score import Scores, partly_scored
 from besa_exp.settings import CalibrationSettings, RunSettings, SaveSettings
@@ -84,6 +85,7 @@ def result_tables(results: Mapping[str, Any], width: int, style: box.Box) -> lis
         if number == 1 or all(_width(table) <= width for table in sparsity):
             tables += sparsity
             break
+    tables += [Text(f"{what}: {how}") for what, how in stage_lines(results).items()]
     scores = score_rows(results)
     if scores:
         named = "pruned" if "pruner" in results else "score"

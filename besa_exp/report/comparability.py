@@ -138,6 +138,7 @@ def _model_facets(run: RunRecord) -> dict[str, str]:
     model = run.config.get("model")
     chosen = model if isinstance(model, Mapping) else {}
     weights = sum(linear.weights for block in run.blocks for linear in block.linears)
+    weights = run.structure.weights.dense if run.structure else weights
     return {
         "weights in the blocks": f"{weights:,}",
         "model revision": str(chosen.get("revision") or "the newest"),

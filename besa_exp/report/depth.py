@@ -61,9 +61,11 @@ def errors_along_depth(runs: Sequence[RunRecord], judged: Sequence[Entry]) -> li
     found = []
     for cell in cells(runs, losses):
         chosen = [runs[number].blocks for number in cell.runs]
-        columns = list(zip(*([block.loss_after for block in blocks] for blocks in chosen), strict=False))
-        means = tuple(statistics.fmean(column) for column in columns)
-        spreads = tuple(statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns)
-        indices = tuple(block.index for block in chosen[0])
+        columns: dict[int, list[float]] = {}  # by block; runs may have removed different ones
+        for block in (block for blocks in chosen for block in blocks):
+            columns.setdefault(block.index, []).append(block.loss_after)
+        indices = tuple(sorted(columns))
+        means = tuple(statistics.fmean(columns[index]) for index in indices)
+        spreads = tuple(statistics.stdev(columns[i]) if len(columns[i]) > 1 else 0.0 for i in indices)
         found.append(ErrorAlongDepth(cell.model, cell.method, cell.target, indices, means, spreads, len(chosen)))
     return found

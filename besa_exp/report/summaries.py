@@ -95,7 +95,7 @@ def runs_csv(runs: Sequence[RunRecord]) -> str:
     measures = sorted({score.measure for run in runs for score in run.scores}, key=measure_rank)
     fixed = ["folder", "status", "error", "model", "method", "pattern", "seed", "target_sparsity", "measured_sparsity"]
     after = ["calibration", "calibration_sha256", "prune_seconds", "prune_processor_seconds", "total_seconds"]
-    after += ["peak_host_bytes", "git_commit", "target_missed"]
+    after += ["peak_host_bytes", "git_commit", "target_missed", "parameters_left"]
     file = io.StringIO()
     rows = csv.writer(file, lineterminator="\n")
     rows.writerow([*fixed, *(f"{m.kind} {m.label}" for m in measures), *after])
@@ -109,6 +109,7 @@ def runs_csv(runs: Sequence[RunRecord]) -> str:
             run.memory.get("host"),
             run.environment.get("git_commit"),
             run.missed if run.status == "done" else None,
+            run.parameters.left if run.parameters else None,
         ]
         rows.writerow([*told, run.measured, *(values.get(measure) for measure in measures), *facts])
     return file.getvalue()

@@ -21,6 +21,7 @@ STRUCTURE = StructureReport(
     "by_hand",
     4,
     (Removed(1, 100), Narrowed(2, groups=Size(4, 3), channels=Size(8, 6), parameters=Size(100, 80))),
+    Size(900, 790),
     Size(1000, 880),
 )
 
