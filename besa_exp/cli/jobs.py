@@ -218,6 +218,8 @@ def summary_line(results: Mapping[str, Any]) -> str:
     """The results of one run in a line: measured sparsity, and each score with the dense model's."""
     missed = told_miss(results)
     parts = [f"{100 * results['measured_sparsity']:.2f} % zeros" + (f" - {missed}" if missed else "")]
+    if size := results.get("structure") and results["parameters"]:
+        parts.append(f"{1 - size['left'] / size['dense']:.1%} of the parameters removed whole")
     scores = Scores.from_dict(results).scores
     dense = {score.path: score.value for score in Scores.from_dict(results.get("dense") or {}).scores}
     for score in scores:

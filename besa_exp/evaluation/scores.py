@@ -19,7 +19,7 @@ from torch import Tensor
 from besa_exp.blocks.block import discover_blocks
 from besa_exp.errors import Unavailable, as_unavailable
 from besa_exp.evaluation.checks import perplexity_window
-from besa_exp.evaluation.finished_scores import FinishedScores
+from besa_exp.evaluation.kept_scores import FinishedScores
 from besa_exp.evaluation.perplexity import cut_windows, perplexity
 from besa_exp.evaluation.score import Score, Scores, perplexity_score, task_scores
 from besa_exp.evaluation.simulated_speed import simulate_model

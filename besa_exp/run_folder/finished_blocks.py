@@ -9,7 +9,6 @@ search for a budget has come.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Collection, Mapping
@@ -28,6 +27,7 @@ from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.machine import atomic
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.run_folder.identity import IDENTITY, as_plain, check_identity
+from besa_exp.texts.sources import file_sha256
 
 SEARCH = "budget_search.json"
 REFINED = "model"  # the folder of the blocks as a search over the whole model leaves them
@@ -144,12 +144,6 @@ class FinishedBlocks:
             wrong = [f"{record.name} ({error})"]
         logger.warning("block %d is pruned again: %s does not hold what was written", index, ", ".join(wrong))
         return None
-
-
-def file_sha256(path: Path) -> str:
-    """The hash of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def block_tensors(module: torch.nn.Module, name: str) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from besa_exp.checkpoints.load import LoadedModel, load_model, model_context
 from besa_exp.display.console import RunConsole
 from besa_exp.display.tracker import start_tracker
 from besa_exp.errors import ConfigurationError
-from besa_exp.evaluation.finished_scores import FinishedScores
+from besa_exp.evaluation.kept_scores import FinishedScores, files_of
 from besa_exp.evaluation.merging import merged, remaining
 from besa_exp.evaluation.score import Scores
 from besa_exp.evaluation.scores import evaluate
@@ -41,7 +41,6 @@ from besa_exp.run_folder.log import logging_to
 from besa_exp.run_folder.lookup import run_and_model
 from besa_exp.run_folder.spent import Spent
 from besa_exp.runs.cpu_units import in_a_fast_dtype
-from besa_exp.runs.dense_scores import files_of
 from besa_exp.runs.published import compared_with_published
 from besa_exp.settings import EvaluationSettings, TrackerSettings
 
@@ -196,14 +195,15 @@ def counted_blocks(folder: Path) -> list[dict[str, Any]]:
 
 
 def _check_same_zeros(run: Path, reported: list[dict[str, Any]], counted: list[dict[str, Any]]) -> None:
-    """ConfigurationError: the model is not the one that the run's results.json tells of."""
+    """ConfigurationError: the model is not the one that the run's results.json tells of. What is reported has the
+    numbers of the dense model, and stands in the order of the saved blocks."""
     by_index = {block["index"]: block["linears"] for block in counted}
-    for block in reported:
+    for place, block in enumerate(reported):
         for name, linear in block["linears"].items():
-            found = by_index.get(block["index"], {}).get(name)
+            found = by_index.get(place, {}).get(name)
             if found is not None and found["pruned"] != linear["pruned"]:
                 raise ConfigurationError(
-                    f"{run / 'model'}: block {block['index']}, {name} holds {found['pruned']} zeros where results.json "
+                    f"{run / 'model'}: block {place}, {name} holds {found['pruned']} zeros where results.json "
                     f"says {linear['pruned']}: it is not the model that the run made; name another folder with "
                     "hydra.run.dir="
                 )

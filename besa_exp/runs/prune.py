@@ -82,7 +82,7 @@ def _pruned(run: Run, loaded: LoadedModel) -> dict[str, Any]:
         for stage in STAGES:
             work = stage(run, work)
         results = results_of(run.settings, work, environment(run.device))
-        tracker.log_summary({"target_missed": miss_of(results)})
+        tracker.log_summary({"target_missed": miss_of(results), "parameters_left": work.parameters.left})
     return results
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from besa_exp.checkpoints.load import LoadedModel
-from besa_exp.evaluation.finished_scores import FinishedScores
+from besa_exp.evaluation.kept_scores import FOLDER as DENSE_SCORES
+from besa_exp.evaluation.kept_scores import FinishedScores, dense_key, shared_dense_scores
 from besa_exp.evaluation.score import Scores
 from besa_exp.evaluation.scores import evaluate
 from besa_exp.machine import distributed
-from besa_exp.runs.dense_scores import FOLDER as DENSE_SCORES
-from besa_exp.runs.dense_scores import dense_key, shared_dense_scores
 from besa_exp.runs.run import Run, Work
 from besa_exp.runs.save import reread
 

@@ -214,3 +214,16 @@ def test_run_log_holds_the_projects_lines_and_all_warnings_and_logging_is_left_a
     assert "a library chats" not in log
     assert "after the run" not in log
     assert (project.level, list(root.handlers)) == before
+
+
+def test_a_folder_that_another_process_writes_is_left_as_it_is(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, writes=False)
+    folder.log_step(STEP)
+    folder.log_block(REPORT)
+    folder.log_scores("dense", Scores())
+    folder.rewind([REPORT])
+    folder.write_config({})
+    folder.write_environment({})
+    folder.write_results({"measured_sparsity": 0.5})
+    assert not list(tmp_path.iterdir())
+    assert folder.model == tmp_path / "model"

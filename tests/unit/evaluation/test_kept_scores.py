@@ -10,8 +10,8 @@ import torch
 from tiny_llama import tiny_llama
 
 from besa_exp.checkpoints.load import LoadedModel
+from besa_exp.evaluation.kept_scores import dense_key, files_of, shared_dense_scores
 from besa_exp.evaluation.score import Scores
-from besa_exp.runs.dense_scores import dense_key, files_of, shared_dense_scores
 from besa_exp.settings import EvaluatorSettings
 
 KEY = {"model": {"files": [["model.safetensors", 3, 1]]}, "evaluator": {"perplexity_sets": ("embedded",)}}
