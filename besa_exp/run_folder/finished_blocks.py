@@ -31,6 +31,7 @@ from besa_exp.texts.sources import file_sha256
 
 SEARCH = "budget_search.json"
 REFINED = "model"  # the folder of the blocks as a search over the whole model leaves them
+OUTSIDE = "outside.safetensors"
 RECOVERED = "recovered"  # and as a recovery leaves them
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,19 @@ class FinishedBlocks:
                 f"block {report.index} could not be written to {self.folder} ({error}); the blocks before it are kept: "
                 "make space and give the same command again"
             ) from error
+
+    @property
+    def outside(self) -> Path:
+        """The file of tensors that are in no block, where a recovery moved such."""
+        return self.folder / OUTSIDE
+
+    def write_outside(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep them by their names in the model. RunError: the disk is full or cannot be written to."""
+        try:
+            with atomic.replaced_file(self.outside) as partial:
+                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{self.outside} could not be written ({error}); make space and start again") from error
 
     def tensors(self, index: int, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A finished block's tensors by full name. ConfigurationError: its `dense` weights are not those it was pruned

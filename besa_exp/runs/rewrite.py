@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from besa_exp.blocks.block import Block, capture_blocks
 from besa_exp.blocks.reports import BlockReport, LinearReport
@@ -21,15 +22,16 @@ from besa_exp.runs.run import Work
 from besa_exp.runs.save import pruned_weights
 
 
-def rewritten(work: Work, change: Callable[[Block], None]) -> Work:
-    """The work after `change` has moved the weights of each block in place, zeros counted again.
+def rewritten(work: Work, change: Callable[[Block], None], outside: Mapping[str, Tensor] | None = None) -> Work:
+    """The work after `change` has moved the weights of each block in place, zeros counted again, and `outside` has
+    replaced tensors that are in no block, by their names in the model.
 
     A model that is held whole may have been changed before; then `change` does nothing. Of a streamed one the blocks
     come one by one with their pruned weights, and lie in `finished.recovered` afterwards; those that an earlier attempt
-    has left there are taken as they are. What is outside the blocks is saved as it was. RunError: a pruned weight is
-    not zero any more."""
+    has left there are taken as they are. RunError: a pruned weight is not zero any more."""
     loaded, before = work.loaded, work.finished
     into = before.recovered
+    loaded.model.load_state_dict(outside or {}, strict=False)
     done: list[BlockReport] = []
     if loaded.weights:
         identity = json.loads((before.folder / IDENTITY).read_text(encoding="utf-8"))
@@ -46,10 +48,13 @@ def rewritten(work: Work, change: Callable[[Block], None]) -> Work:
             masks = before.mask_files(len(work.reports))[block.index]
             tensors = as_stored(block_tensors(block.module, block.name), loaded.stored)
             into.write(report, tensors, load_masks(masks), masks_description(masks)["dense_sha256"], True)
-    distributed.barrier()  # the first rank has written the blocks
     if not loaded.weights:
         return replace(work, reports=tuple(reports))
-    return replace(work, loaded=pruned_weights(loaded, into), finished=into, reports=tuple(reports))
+    if outside and distributed.is_first():
+        into.write_outside(as_stored(dict(outside), loaded.stored))
+    distributed.barrier()  # the first rank has written the files
+    loaded = pruned_weights(loaded, into, others=[into.outside] if outside else [])
+    return replace(work, loaded=loaded, finished=into, reports=tuple(reports))
 
 
 def _recounted(block: Block, report: BlockReport) -> BlockReport:

@@ -75,10 +75,13 @@ def check_saved(saved: LoadedModel, reports: Sequence[BlockReport]) -> None:
                 )
 
 
-def pruned_weights(loaded: LoadedModel, finished: FinishedBlocks, done: int | None = None) -> LoadedModel:
-    """The streamed model with the files of the `done` first finished blocks, by default all, in place of its own."""
+def pruned_weights(
+    loaded: LoadedModel, finished: FinishedBlocks, done: int | None = None, others: Sequence[Path] = ()
+) -> LoadedModel:
+    """The streamed model with the files of the `done` first finished blocks, by default all, and `others` in place of
+    its own."""
     assert loaded.weights is not None
-    files = finished.weight_files(num_blocks(loaded) if done is None else done)
+    files = [*finished.weight_files(num_blocks(loaded) if done is None else done), *others]
     return replace(loaded, weights=loaded.weights.with_blocks(loaded.model, files))
 
 

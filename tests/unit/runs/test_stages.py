@@ -136,6 +136,24 @@ def test_what_a_recovery_makes_of_the_weights_is_saved_scored_and_told(load, req
 
 
 @pytest.mark.parametrize("load", LOADS)
+def test_a_recovery_may_move_what_is_outside_the_blocks(load, request_of, tmp_path, monkeypatch):
+    def recovery(run: Run, work: Work) -> Work:
+        norm = work.loaded.model.state_dict()["model.norm.weight"]
+        return replace(rewritten(work, half_as_large, {"model.norm.weight": 0.25 * norm}), recovery=RECOVERY)
+
+    plain, tuned = tmp_path / "plain", tmp_path / "tuned"
+    run_with(monkeypatch, request_of(load), plain, prune_model)
+    after = run_with(monkeypatch, request_of(load), tuned, prune_model, recovery)
+    before, found = saved(plain), saved(tuned)
+    assert torch.equal(found["model.norm.weight"], 0.25 * before["model.norm.weight"])
+    assert torch.equal(found["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    model = load_model(ModelSettings("tuned", str(tuned / "model")), torch.device("cpu"), True).model
+    (perplexity,) = after["perplexity"].values()
+    with torch.no_grad():
+        assert perplexity == pytest.approx(float(model(INPUT_IDS, labels=INPUT_IDS).loss.exp()), rel=1e-5)
+
+
+@pytest.mark.parametrize("load", LOADS)
 def test_a_recovery_that_fills_a_pruned_weight_is_an_error(load, request_of, tmp_path, monkeypatch):
     def fill(block: Block) -> None:
         block.linears["mlp.up_proj"].weight.data.add_(1.0)
