@@ -25,7 +25,7 @@ from besa_exp.methods.updates.dsnot import Dsnot
 from besa_exp.methods.updates.obs import Obs
 from besa_exp.methods.updates.reconstruct import Reconstruct
 from besa_exp.methods.updates.updated import Updated
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.quantisation import Quantiser, quantiser_of
 
 ROUNDED_TO_ZERO = 0.02  # what some kept weights do: zeros beyond the budget
@@ -63,7 +63,7 @@ def prune_tiny(pruner, sparsity=0.5, pattern="unstructured", dtype=torch.float32
     model = torch.nn.Module.to(copy.deepcopy(DENSE), dtype)
     blocks = capture_blocks(model, INPUT_IDS)
     inputs = embed(model, blocks, INPUT_IDS, batch_size)
-    return model, list(prune_blocks(blocks, inputs, pruner, Target.parse(sparsity, pattern), batch_size))
+    return model, list(prune_blocks(blocks, inputs, pruner, Goal.parse(sparsity, pattern), batch_size))
 
 
 def weight_of(model, report, linear) -> torch.Tensor:

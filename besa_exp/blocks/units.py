@@ -1,5 +1,5 @@
 """How much is reconstructed together, under one loss and one budget: a part of a block, a block, two of them, or, after
-each block by itself, the whole model (`Refinement`).
+each block by itself, the whole model (`besa_exp.blocks.pruner.Refinement`).
 
 To a pruner the first three are a `Block`, which maps hidden states to hidden states and has linears. A sub-block ends
 where the residual stream passes from attention to MLP. That place is found, not listed by family: it is the input of
@@ -9,10 +9,10 @@ whose attention and MLP work side by side (GPT-J, GPT-NeoX, Falcon, Phi) have no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,51 +20,10 @@ from torch import Tensor, nn
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.call_arguments import Reached, hidden_of
 from besa_exp.blocks.pruner import PrunedBlock
-from besa_exp.blocks.reports import BlockReport, ModelStep
+from besa_exp.blocks.reports import BlockReport
 from besa_exp.errors import RunError
 
-if TYPE_CHECKING:
-    from besa_exp.blocks.whole_model import KeepMasks, Weights, Whole
-
 SCOPES = ("sub_block", "block", "pair", "model")
-
-
-def blocks_together(pruner: Any) -> int:
-    """How many blocks a pruner, or the one inside it, is given at a time."""
-    inner = getattr(pruner, "pruner", None)
-    return blocks_together(inner) if inner else 2 if getattr(pruner, "scope", "block") == "pair" else 1
-
-
-def takes_apart(pruner: Any) -> bool:
-    """Whether a pruner, or the one inside it, gives the parts of a block targets of their own."""
-    inner = getattr(pruner, "pruner", None)
-    return takes_apart(inner) if inner else getattr(pruner, "scope", "block") == "sub_block"
-
-
-@runtime_checkable
-class Refinement(Protocol):
-    """A search over the whole model that begins where the block loop has ended."""
-
-    @property
-    def steps(self) -> int:
-        """How many it takes."""
-        ...
-
-    def refine(
-        self,
-        whole: Whole,
-        keep_masks: Sequence[KeepMasks],
-        weights: Sequence[Weights] | None,
-        on_step: Callable[[ModelStep], None],
-    ) -> tuple[Sequence[KeepMasks], Sequence[Weights] | None]:
-        """The masks and weights of all blocks, from those that the block loop found; None: the dense weights."""
-        ...
-
-
-def refinements(pruner: Any, pattern: str) -> Sequence[Refinement]:
-    """What a pruner asks for after the block loop."""
-    wanted = getattr(pruner, "refinements", None)
-    return wanted(pattern) if wanted else ()
 
 
 def unit_ends(num_blocks: int, together: int) -> set[int]:

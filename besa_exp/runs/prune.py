@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from besa_exp.blocks.activations import activation_bytes, allocator
-from besa_exp.blocks.pruner import Pruner
+from besa_exp.blocks.pruner import Pruner, Refinement
 from besa_exp.blocks.reports import BlockReport, Step
-from besa_exp.blocks.units import Refinement, blocks_together, refinements, unit_ends
+from besa_exp.blocks.units import unit_ends
 from besa_exp.checkpoints.files import write_card
 from besa_exp.checkpoints.finite_weights import check_finite_weights
 from besa_exp.checkpoints.gguf_file import dequantised
@@ -43,7 +43,7 @@ from besa_exp.runs.run import Run, model_facts, tracking
 from besa_exp.runs.save import block_names, card, reread, save
 from besa_exp.runs.score import published, score, score_dense
 from besa_exp.settings import RunSettings
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 from besa_exp.texts.calibration import Calibration, load_calibration, save_tokens
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def _pruned(run: Run, loaded: LoadedModel, config: Mapping[str, Any]) -> dict[st
         calibration = _calibrate(run, loaded)
         check_blocks(loaded, distributed.own_samples(calibration.input_ids), settings.calibration.batch_size)
     finished = FinishedBlocks(folder.blocks, run.spent.keep)
-    ends = unit_ends(len(block_names(loaded)), blocks_together(settings.pruner))
+    ends = unit_ends(len(block_names(loaded)), settings.pruner.traits.blocks_together)
     identity = request_identity(config, calibration.tokens_sha256)
     reports = distributed.from_first(lambda: finished.begin(identity, ends))
     folder.rewind(reports)
@@ -143,11 +143,11 @@ def _prune_model(
     """The block loop: each report goes to the run folder, the tracker and the console. Returns the reports of all
     blocks and where the blocks lie; after a search over the whole model, where that left them."""
     settings, input_ids = run.settings, distributed.own_samples(calibration.input_ids)
-    later = refinements(settings.pruner, settings.pattern)
+    later = settings.pruner.traits.refinements
     pruner = settings.pruner if later else with_update(settings.pruner, settings.update)
     hidden = loaded.model.config.get_text_config().hidden_size
     samples, length = input_ids.shape
-    needed = activation_bytes(samples, length, hidden, loaded.model.dtype.itemsize, pruner.dense_targets)
+    needed = activation_bytes(samples, length, hidden, loaded.model.dtype.itemsize, pruner.traits.dense_targets)
     _, allocate = allocator(settings.activations, run.device, run.folder.path, needed)
     batch_size, dtype = settings.calibration.batch_size, compute_dtype(settings)
     loop = BlockLoop(loaded, input_ids, batch_size, finished, len(reports), allocate, dtype, keeps_dense=bool(later))
@@ -179,9 +179,9 @@ def _follow(
             progress.block(report)
             reports.append(report)
 
-        target = Target.parse(settings.sparsity, settings.pattern)
+        goal = Goal.parse(settings.sparsity, settings.pattern)
         pruner = rounding(pruner, loop.loaded.stored)
-        loop.run(pruner, target, settings.budget if budget else None, on_step, on_block)
+        loop.run(pruner, goal, settings.budget if budget else None, on_step, on_block)
 
 
 def _refine(

@@ -9,8 +9,7 @@ from typing import Any
 from besa_exp.blocks.reports import BlockReport
 from besa_exp.evaluation.scores import Scores
 from besa_exp.settings import RunSettings
-from besa_exp.tensors.masks import Target
-from besa_exp.tensors.quantisation import quantiser_of
+from besa_exp.tensors.masks import Goal
 from besa_exp.texts.calibration import Calibration
 
 
@@ -28,10 +27,10 @@ def results_of(
         "pruner": settings.pruner_name,
         "pattern": settings.pattern,
         "seed": settings.seed,
-        "target_sparsity": Target.parse(settings.sparsity, settings.pattern).sparsity if calibration else 0.0,
+        "target_sparsity": Goal.parse(settings.sparsity, settings.pattern).sparsity if calibration else 0.0,
         "measured_sparsity": pruned / weights,
         "linears": len(linears),
-        "quantisation": asdict(quantiser) if (quantiser := quantiser_of(settings.pruner)) else None,
+        "quantisation": asdict(quantiser) if (quantiser := settings.pruner.traits.quantiser) else None,
         "blocks": [_block(report) for report in reports],
         "calibration": _calibration(calibration) if calibration else None,
         "environment": environment,

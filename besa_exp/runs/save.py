@@ -32,7 +32,7 @@ from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.runs.cpu_units import as_stored, in_a_fast_dtype
 from besa_exp.runs.run import Run
 from besa_exp.settings import RunSettings
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 from besa_exp.texts.calibration import Calibration
 
 
@@ -94,7 +94,7 @@ def masks_origin(settings: RunSettings, loaded: LoadedModel) -> dict[str, Any]:
         "outside_sha256": weights_sha256(outside_blocks(loaded)),
         "method": settings.pruner_name,
         "pattern": settings.pattern,
-        "sparsity": Target.parse(settings.sparsity, settings.pattern).sparsity,
+        "sparsity": Goal.parse(settings.sparsity, settings.pattern).sparsity,
         "seed": settings.seed,
     }
 

@@ -39,7 +39,7 @@ from besa_exp.methods.pruners.besa import Besa
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
 from besa_exp.methods.pruners.wanda import Wanda
 from besa_exp.tensors.hessian import upper_factor
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.statistics import Hessian
 
 HERE = Path(__file__).parent
@@ -170,7 +170,7 @@ def timed(device: torch.device, act: Callable[[], object]) -> float:
 
 def prune(work: Work, pruner: Pruner, on_step: Callable[[Step], None] = lambda step: None) -> None:
     """The block loop."""
-    for _ in prune_blocks(work, work.inputs.clone(), pruner, Target(0.5), 1, on_step):
+    for _ in prune_blocks(work, work.inputs.clone(), pruner, Goal(0.5), 1, on_step):
         pass
 
 

@@ -4,10 +4,10 @@
 
 A single number is to be chosen. The authors try b = 0.002, 0.004, ... up to min(2 s, 2 (1 - s)) / (L - 1), which keeps
 all s_i in [0, 1], and take the b with the best test perplexity, so that the test set has chosen it. Here the
-calibration samples choose: the b whose model, pruned by Wanda, is nearest to the dense one's predictions
-(`besa_exp.methods.budgets.trial`). The grid is one of b (L - 1), what lies between first and last block, so that it is
-as fine for a model of few blocks as for the authors' (0.002 is 0.062 over 32 blocks); it begins at 0, the uniform
-budget.
+calibration samples choose: the b whose model, pruned the same in every row by `importance`, is nearest to the dense
+one's predictions (`besa_exp.methods.budgets.trial`). The grid is one of b (L - 1), what lies between first and last
+block, so that it is as fine for a model of few blocks as for the authors' (0.002 is 0.062 over 32 blocks); it begins at
+0, the uniform budget.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from besa_exp.methods.budgets.budget import no_pattern
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.budgets.trial import Trial, Work
+from besa_exp.tensors.importance import Importance, ImportanceName
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Atp:
 
     step: float = 0.06
     num_samples: int = 8
+    importance: Importance | ImportanceName = "wanda"
 
     def __post_init__(self) -> None:
         if not 0 < self.step < 1:

@@ -15,7 +15,7 @@ from besa_exp.methods.allocation import Rows
 from besa_exp.methods.pruners.besa import Besa
 from besa_exp.methods.pruners.counted_linear import counted_linear
 from besa_exp.tensors.kernels import count_gradient, rank_in_row, weights_around
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.statistics import InputNorm
 
 INPUT_IDS = torch.randint(1, 64, (5, 24), generator=torch.Generator().manual_seed(3))
@@ -148,7 +148,7 @@ def test_a_counted_linear_computes_in_what_autocast_says_and_its_gradients_are_f
     assert float((count.grad - expected).norm() / expected.norm()) < 0.02
 
 
-@pytest.mark.parametrize("target", [Target(0.5), Target(0.5, group=8)], ids=["rows", "groups"])
+@pytest.mark.parametrize("target", [Goal(0.5), Goal(0.5, group=8)], ids=["rows", "groups"])
 @pytest.mark.parametrize("family", ["llama", next(iter(MIXTURES))])
 def test_a_search_goes_the_same_way_where_linears_are_not_plain(family, target):
     """There the gradient to the weights is formed, and the one to the counts taken from it."""

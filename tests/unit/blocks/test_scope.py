@@ -19,7 +19,7 @@ from besa_exp.errors import RunError
 from besa_exp.methods.pruners.besa import Besa
 from besa_exp.methods.pruners.quantised import Quantised
 from besa_exp.methods.pruners.wanda import Wanda
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.quantisation import Quantiser
 from besa_exp.tensors.statistics import InputNorm
 
@@ -40,7 +40,7 @@ def prune(pruner, sparsity=0.5):
     blocks, inputs = blocks_and_inputs(model, IDS)
     grouped = units(blocks, together := blocks_together(pruner))
     results = []
-    for report, pruned in prune_blocks(grouped, inputs, pruner, Target(sparsity), 4):
+    for report, pruned in prune_blocks(grouped, inputs, pruner, Goal(sparsity), 4):
         results += by_block(grouped[report.index // together], report, pruned)
     return model, results
 
@@ -117,10 +117,10 @@ def test_a_uniform_method_prunes_a_pair_as_it_prunes_the_blocks_given_their_inpu
     """What a pair changes is that the second block's inputs come from the dense first one."""
     blocks, inputs = blocks_and_inputs(copy.deepcopy(DENSE), IDS)
     (pair,) = units(blocks, 2)
-    ((report, pruned),) = prune_blocks([pair], inputs.clone(), Wanda(), Target(0.5), 4)
+    ((report, pruned),) = prune_blocks([pair], inputs.clone(), Wanda(), Goal(0.5), 4)
     fresh, _ = blocks_and_inputs(copy.deepcopy(DENSE), IDS)
     statistics, _ = observe(fresh[1], fresh[0].outputs(inputs, 4), InputNorm, 4)
-    alone = Wanda().prune_block(fresh[1], None, None, statistics, Target(0.5), None)
+    alone = Wanda().prune_block(fresh[1], None, None, statistics, Goal(0.5), None)
     (_, _, first), (_, told, second) = by_block(pair, report, pruned)
     assert first.keep_masks.keys() == second.keep_masks.keys() == alone.keep_masks.keys()
     for name, mask in second.keep_masks.items():

@@ -38,7 +38,7 @@ from besa_exp.methods.pruners.wanda import Wanda
 from besa_exp.methods.tuning import Tuning
 from besa_exp.methods.updates.admm import Admm
 from besa_exp.methods.updates.updated import Updated
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 
 BUDGETS = {
     "owl": Owl(),
@@ -174,7 +174,7 @@ def test_the_error_of_a_block_is_that_of_the_model_with_this_block_alone_pruned(
         states = states[:3]
         for number, block in enumerate(pruned):
             if number == index:
-                list(prune_blocks([block], states.clone(), Wanda(), Target(level), 4))
+                list(prune_blocks([block], states.clone(), Wanda(), Goal(level), 4))
             states = block(states)
         expected = (states - dense).square().sum() / dense.square().sum()
         assert float(errors[index, place]) == pytest.approx(float(expected), rel=1e-3)

@@ -17,7 +17,7 @@ from besa_exp.methods.pruners.besa import Besa
 from besa_exp.methods.pruners.model_search import ModelRows, ModelSearch
 from besa_exp.methods.pruners.model_tuning import ModelTuning, _Tuned
 from besa_exp.methods.pruners.wanda import Wanda
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 
 INPUT_IDS = torch.randint(0, 256, (12, 32), generator=torch.Generator().manual_seed(1))
 
@@ -145,7 +145,7 @@ def test_a_search_that_only_makes_it_worse_gives_back_its_start():
 def test_its_ranks_are_those_that_besa_decided_by():
     pruned = dense_model()
     blocks = capture_blocks(pruned, INPUT_IDS)
-    results = list(prune_blocks(blocks, embed(pruned, blocks, INPUT_IDS, 4), Besa(), Target(0.5), 4))
+    results = list(prune_blocks(blocks, embed(pruned, blocks, INPUT_IDS, 4), Besa(), Goal(0.5), 4))
     rows = ModelRows.of(whole_of(dense_model()), [result.keep_masks for _, result in results])
     for number, (_, result) in enumerate(results):
         for name, keep_mask in rows.keep_masks(number, rows.counts(rows.start)[number]).items():
@@ -155,12 +155,12 @@ def test_its_ranks_are_those_that_besa_decided_by():
 def test_decided_masks_are_written_by_the_block_loop_with_the_course_of_the_search_before():
     model, pruned = dense_model(), dense_model()
     blocks = capture_blocks(pruned, INPUT_IDS)
-    before = [report for report, _ in prune_blocks(blocks, embed(pruned, blocks, INPUT_IDS, 4), Besa(), Target(0.5), 4)]
+    before = [report for report, _ in prune_blocks(blocks, embed(pruned, blocks, INPUT_IDS, 4), Besa(), Goal(0.5), 4)]
     rows = rows_of(model)
     masks = [rows.keep_masks(number, counts) for number, counts in enumerate(rows.counts(rows.start))]
     decided = Decided(masks, None, before)
     blocks = capture_blocks(model, INPUT_IDS)
-    for report, result in prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 4), decided, Target(0.5), 4):
+    for report, result in prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 4), decided, Goal(0.5), 4):
         assert report.loss_before == before[report.index].loss_before
         assert report.steps == before[report.index].steps
         for name, keep_mask in result.keep_masks.items():

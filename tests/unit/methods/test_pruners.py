@@ -20,7 +20,7 @@ from besa_exp.methods.pruners.wanda import Wanda
 from besa_exp.methods.updates.dsnot import Dsnot
 from besa_exp.methods.updates.obs import Obs
 from besa_exp.methods.updates.updated import Updated
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.quantisation import Quantiser, quantise
 from besa_exp.texts.embedded.text import MODEL_DIR
 
@@ -206,7 +206,7 @@ def test_on_the_embedded_model_rows_that_choose_n_of_8_lose_less_than_4_of_8_eve
     for pruner, pattern in ((Wanda(), "4:8"), (Besa(), "N:8")):
         blocks = capture_blocks(one := copy.deepcopy(model), input_ids)
         inputs = embed(one, blocks, input_ids, 17)
-        results = list(prune_blocks(blocks[:2], inputs, pruner, Target.parse(0.5, pattern), 17))
+        results = list(prune_blocks(blocks[:2], inputs, pruner, Goal.parse(0.5, pattern), 17))
         assert measured(results) == 0.5
         losses.append([report.loss_after for report, _ in results])
     assert all(chosen < 0.9 * uniform for uniform, chosen in zip(*losses, strict=True))
