@@ -109,10 +109,8 @@ class Reader:
         if value in words:
             return value
         (hint,) = (option for option in options if option is not type(None) and get_origin(option) is not Literal)
-        if isinstance(value, Mapping):
-            return self.node(value, hint, key)
-        if words and hint not in SCALARS:  # the name of an object, or the object itself
-            return self._choice(value, words, key)
+        if words and hint not in SCALARS:  # an object, or the name of one
+            return self.node(value, hint, key) if isinstance(value, Mapping) else self._choice(value, tuple(words), key)
         return self._scalar(value, hint, key, words) if words else self.value(value, hint, key)
 
     def _choice(self, value: Any, choices: tuple[Any, ...], key: str) -> Any:
