@@ -7,7 +7,7 @@ it have become. Whatever is learned in a block can be learned in its parts.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from besa_exp.blocks.pruner import PrunedBlock, Task
 from besa_exp.blocks.units import sub_blocks
 
 
+@runtime_checkable
 class Learner(Protocol):
     """A pruner that learns from `batch_size` samples a step, from a known start."""
 

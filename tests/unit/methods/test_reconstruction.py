@@ -12,9 +12,10 @@ from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.blocks.linears import find_norms
 from besa_exp.blocks.loop import prune_blocks
 from besa_exp.blocks.probe import probe_loss
+from besa_exp.blocks.pruner import Task
 from besa_exp.methods.pruners.besa_reconstruct import BesaReconstruct
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
-from besa_exp.methods.pruners.wanda import Wanda
+from besa_exp.methods.pruners.uniform import Uniform
 from besa_exp.methods.tuning import Ramp, Tuning, keep_valuable, tune
 from besa_exp.methods.updates.obs import Obs
 from besa_exp.methods.updates.reconstruct import Reconstruct
@@ -159,8 +160,9 @@ def test_the_obs_update_of_sparsegpts_own_mask_is_sparsegpt() -> None:
     from besa_exp.tensors.statistics import Hessian
 
     statistics, _ = observe(block, inputs, Hessian, 4)
-    pruned = SparseGPT().prune_block(block, inputs, targets, statistics, Goal(0.5), lambda step: None)
-    updated = Obs().update_block(block, inputs, targets, statistics, pruned, Goal(0.5), lambda step: None)
+    task = Task(block, inputs, targets, statistics, Goal(0.5))
+    pruned = SparseGPT().prune_block(task)
+    updated = Obs().update_block(task, pruned)
     assert pruned.weights is not None
     assert updated.weights is not None
     for name, weight in pruned.weights.items():
@@ -185,7 +187,7 @@ def test_an_update_leaves_the_pruners_masks_alone_and_numbers_its_steps_on() -> 
 
 
 def test_an_update_refuses_a_pruner_that_needs_another_statistic() -> None:
-    assert Updated(Wanda(), Obs()).check(0.5, "unstructured") == []
+    assert Updated(Uniform(), Obs()).check(0.5, "unstructured") == []
     assert Updated(SparseGPT(), Reconstruct()).check(0.5, "unstructured") == []
 
 
@@ -210,7 +212,7 @@ def test_a_step_size_that_ruins_the_block_leaves_its_norms_as_they_were() -> Non
 @pytest.mark.parametrize("pruner", [BesaReconstruct, Reconstruct])
 def test_tuned_norms_are_written_into_the_block_and_the_reported_loss_is_theirs(pruner) -> None:
     tuning = Tuning(epochs=4, batch_size=4, norms=True)
-    chosen = BesaReconstruct(tuning) if pruner is BesaReconstruct else Updated(Wanda(), Reconstruct(tuning))
+    chosen = BesaReconstruct(tuning) if pruner is BesaReconstruct else Updated(Uniform(), Reconstruct(tuning))
     model = copy.deepcopy(DENSE)
     blocks = capture_blocks(model, INPUT_IDS)[:1]
     inputs = embed(model, blocks, INPUT_IDS, 4)
