@@ -58,8 +58,8 @@ def prune_blocks(
     samples that this rank owns, are overwritten.
 
     `goals` is that of every block, or a list by block index. `restore` puts the pruned weights of an earlier run into
-    a block and says so: it is not pruned again, nor yielded. `allocate` gives room for activations, by default where
-    the inputs lie. RunError: a statistic, loss or weight is not finite; the block and the linear are named."""
+    a block and returns True: it is not pruned again, nor yielded. `allocate` gives room for activations, by default
+    where the inputs lie. RunError: a statistic, loss or weight is not finite; the block and the linear are named."""
 
     def room() -> Hidden:
         return allocate(inputs.shape, inputs.dtype) if allocate else torch.empty_like(inputs)

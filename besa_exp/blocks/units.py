@@ -2,8 +2,8 @@
 each block by itself, the whole model (`besa_exp.blocks.pruner.Refinement`).
 
 To a pruner the first three are a `Block`, which maps hidden states to hidden states and has linears. A sub-block ends
-where the residual stream passes from attention to MLP. That place is found, not listed by family: it is the input of
-a module through which passes all that the block's output knows of its input, with linears before and after it. Blocks
+where the residual stream passes from attention to MLP. That place is found, not listed by family: we look for a module
+input that cuts the autograd graph between the block's input and output in two, with linears before and after it. Blocks
 whose attention and MLP work side by side (GPT-J, GPT-NeoX, Falcon, Phi) have no such place, and are refused.
 """
 
@@ -65,7 +65,7 @@ class _Chain(nn.ModuleList):
 
 def by_block(unit: Block, report: BlockReport, pruned: PrunedBlock) -> list[tuple[Block, BlockReport, PrunedBlock]]:
     """What was decided of a unit, block by block. The losses are the unit's; its time is split evenly, and its steps
-    are told with its first block."""
+    are reported with its first block."""
     if not unit.parts:
         return [(unit, report, pruned)]
     result = []
@@ -82,7 +82,7 @@ def by_block(unit: Block, report: BlockReport, pruned: PrunedBlock) -> list[tupl
             weights=None if pruned.weights is None else _own(pruned.weights, place),
             norms=_own(pruned.norms, place),
         )
-        told = BlockReport(
+        own_report = BlockReport(
             block.index,
             linears,
             report.loss_before,
@@ -90,7 +90,7 @@ def by_block(unit: Block, report: BlockReport, pruned: PrunedBlock) -> list[tupl
             report.seconds / len(unit.parts),
             () if place else report.steps,
         )
-        result.append((block, told, own))
+        result.append((block, own_report, own))
     return result
 
 
@@ -101,7 +101,7 @@ def _own(values: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:
 
 def sub_blocks(block: Block, inputs: Hidden) -> list[tuple[Block, tuple[str, ...]]]:
     """Attention and MLP apart: each a block from the block's inputs to its own end, with all linears, and the names of
-    its own. `inputs`: one sample shows where they part. RunError: they cannot be told apart."""
+    its own. `inputs`: one sample shows where they part. RunError: there is no such place."""
     seen, output = _watch(block, inputs[:1])
     first_calls = {id(module): place for place, (module, _) in reversed([*enumerate(seen)])}
     called = {name: _call_of(block.module, name, first_calls) for name in block.linears}

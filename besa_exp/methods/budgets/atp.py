@@ -42,7 +42,7 @@ class Atp:
         """Nothing to deal out under N:M."""
         return no_pattern("atp", pattern)
 
-    def wishes(self, sparsity: float, num_blocks: int) -> list[Float[Tensor, " block"]]:
+    def progressions(self, sparsity: float, num_blocks: int) -> list[Float[Tensor, " block"]]:
         """The progressions that are tried, the uniform one first."""
         place = torch.arange(num_blocks, dtype=torch.float64) / max(1, num_blocks - 1)
         count = int(min(2 * sparsity, 2 * (1 - sparsity)) / self.step) + 1
@@ -50,12 +50,12 @@ class Atp:
 
     def search(self, trial: Trial, sparsity: float, progress: Progress) -> Float[Tensor, " block"]:
         """One pass of all progressions side by side, too short to be kept."""
-        wishes = self.wishes(sparsity, len(trial.sizes))
+        tried = self.progressions(sparsity, len(trial.sizes))
         samples = torch.arange(min(self.num_samples, trial.num_samples))
-        errors = trial.divergences([trial.exact(wish, sparsity) for wish in wishes], samples)
-        return wishes[errors.index(min(errors))]
+        errors = trial.divergences([trial.exact(wanted, sparsity) for wanted in tried], samples)
+        return tried[errors.index(min(errors))]
 
     def work(self, num_blocks: int, num_samples: int, seq_len: int, sparsity: float) -> Work:
         """All progressions, once."""
-        samples = len(self.wishes(sparsity, num_blocks)) * min(self.num_samples, num_samples)
+        samples = len(self.progressions(sparsity, num_blocks)) * min(self.num_samples, num_samples)
         return Work(1, samples * seq_len, samples)

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @runtime_checkable
 class Budget(Protocol):
-    """A method that knows the dense blocks and their inputs, and says what each must give up."""
+    """A method that knows the dense blocks and their inputs, and decides how much each gives up."""
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """Problems with this goal, in complete sentences."""
@@ -30,8 +30,8 @@ class Budget(Protocol):
     def sparsities(
         self, blocks: Iterable[Block], inputs: Hidden, sparsity: float, batch_size: int
     ) -> Float[Tensor, " block"]:
-        """The blocks' wishes in order, `sparsity` in the mean or near it; `exact_goals` makes them meet the total.
-        Goes through all blocks once, must not change them, and may overwrite the `inputs` of the first."""
+        """The sparsity of each block in order, `sparsity` in the mean or near it; `exact_goals` makes them meet the
+        total. Goes through all blocks once, must not change them, and may overwrite the `inputs` of the first."""
         ...
 
 
@@ -63,10 +63,10 @@ def pruned_to(block: Block, scores: Scores, sparsities: Iterable[float]) -> Iter
         yield {name: weight * keep_masks[name] for name, weight in weights.items()}
 
 
-def around(wishes: Float[Tensor, " block"], center: float, width: float) -> Float[Tensor, " block"]:
-    """`wishes` stretched to the width `width` and moved so that their mean is `center`; all equal where they are."""
-    spread = wishes.max() - wishes.min()
-    scaled = width * (wishes - wishes.min()) / spread if spread > 0 else torch.zeros_like(wishes)
+def around(shares: Float[Tensor, " block"], center: float, width: float) -> Float[Tensor, " block"]:
+    """`shares` stretched to the width `width` and moved so that their mean is `center`; all equal where they are."""
+    spread = shares.max() - shares.min()
+    scaled = width * (shares - shares.min()) / spread if spread > 0 else torch.zeros_like(shares)
     return center + scaled - scaled.mean()
 
 

@@ -55,7 +55,7 @@ class DepthSearch(Protocol):
         ...
 
     def search(self, trial: Trial, sparsity: float, progress: Progress) -> Float[Tensor, " block"]:
-        """The blocks' wishes in order, as `Budget.sparsities` gives them. Goes on from `progress`."""
+        """The sparsity of each block in order, as `Budget.sparsities` gives them. Goes on from `progress`."""
         ...
 
     def work(self, num_blocks: int, num_samples: int, seq_len: int, sparsity: float) -> Work:
@@ -98,9 +98,9 @@ class Trial:
         """Of all ranks."""
         return distributed.total(len(self.inputs))
 
-    def exact(self, wishes: Float[Tensor, " block"], sparsity: float) -> Sparsities:
-        """What the blocks would be given for these wishes."""
-        return tuple(goal.sparsity for goal in exact_goals(wishes, self.sizes, sparsity))
+    def exact(self, wanted: Float[Tensor, " block"], sparsity: float) -> Sparsities:
+        """The sparsities after clipping and rounding to whole numbers of weights."""
+        return tuple(goal.sparsity for goal in exact_goals(wanted, self.sizes, sparsity))
 
     @torch.no_grad()
     def divergences(self, models: Sequence[Sparsities], samples: Int[Tensor, " sample"]) -> list[float]:

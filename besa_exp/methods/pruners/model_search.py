@@ -3,7 +3,7 @@
     minimise   D = mean over tokens of KL(p || q)   subject to   sum over rows of n_r s_r = s sum over rows of n_r,
 
 p and q the dense and the pruned model's distributions of the next token, n_r the weights of row r. BESA (Xu et al.,
-arXiv 2402.16880) learns the same sparsities block by block under the error of the block's output; that error says
+arXiv 2402.16880) learns the same sparsities block by block under the error of the block's output; that error shows
 neither how much the blocks after it make of it, nor what a block may give up in favour of another. Here the blockwise
 result is the start, and a few steps with the gradient of D move weights between rows, linears and blocks. Masks,
 gradients and projection are those of `besa`. The probe samples judge as there: the result is never worse on them, in D,

@@ -8,7 +8,7 @@ by cycle,
 
 Both lower the error's size. A row stops when that is at most `threshold`, before a cycle that would turn the error's
 sign, after `cycles`, or when it has no pair left; each weight moves at most once. So the course of a row is fixed by
-two sorted lists, and a running sum tells how far it goes: all rows at once, no loop.
+two sorted lists, and a running sum shows how far it goes: all rows at once, no loop.
 
 The sums and the choice of both weights are those of the authors' code for unstructured masks. That code by default goes
 on after a change of sign, and leaves MLPs as they are; here all linears are edited. For N:M both weights are of one

@@ -273,11 +273,11 @@ def test_atp_is_the_progression_of_the_least_divergence(sparsity: float) -> None
 
 def test_atp_keeps_its_mean_and_its_bounds_over_many_blocks() -> None:
     for sparsity in (0.0, 0.05, 0.5, 0.95):
-        for wishes in Atp().wishes(sparsity, 32):
+        for wishes in Atp().progressions(sparsity, 32):
             assert float(wishes.mean()) == pytest.approx(sparsity)
             assert wishes.diff().max() == pytest.approx(float(wishes.diff().min()))
             assert -1e-9 <= float(wishes[0]) <= float(wishes[-1]) <= 1 + 1e-9
-    assert len(Atp().wishes(0.5, 32)) == 17
+    assert len(Atp().progressions(0.5, 32)) == 17
 
 
 def test_evopress_finds_the_best_levels_of_all() -> None:
