@@ -84,24 +84,24 @@ def squared_gradients(block: Block, inputs: Hidden) -> dict[str, Float[Tensor, "
 
 
 @dataclass(frozen=True)
-class Scores:
-    """How important the weights of one block are, by what was observed about it; computed when asked for."""
+class Observed:
+    """What was observed about one block, and how important its weights are by that; computed when asked for."""
 
     importance: Importance
     statistics: Mapping[str, Any]
     squared_gradients: Mapping[str, Tensor]
 
     @staticmethod
-    def observe(
+    def of(
         importance: Importance, block: Block, inputs: Hidden, batch_size: int, out: Hidden | None = None
-    ) -> tuple[Scores, Hidden]:
+    ) -> tuple[Observed, Hidden]:
         """One pass of the block as it is, and what it makes of the inputs, into `out` where given."""
         gradients = squared_gradients(block, inputs) if importance.gradients else {}
         statistics, outputs = observe(block, inputs, importance.statistic, batch_size, out)
-        return Scores(importance, statistics, gradients), outputs
+        return Observed(importance, statistics, gradients), outputs
 
-    def of(self, block: Block, name: str) -> Float[Tensor, "out in"]:
-        """Those of one linear of the block, whose weights are there."""
+    def score(self, block: Block, name: str) -> Float[Tensor, "out in"]:
+        """The importance of one linear's weights; the block has them now."""
         weight = block.linears[name].weight.detach()
         return self.importance(weight, self.statistics.get(name), self.squared_gradients.get(name))
 

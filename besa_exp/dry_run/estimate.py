@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from besa_exp.blocks.activations import activation_bytes, allocator
 from besa_exp.blocks.block import discover_blocks, discover_linears
 from besa_exp.blocks.head import head_of
-from besa_exp.blocks.observation import Scores
+from besa_exp.blocks.observation import Observed
 from besa_exp.blocks.pruner import Pruner
 from besa_exp.checkpoints.files import weights_sha256
 from besa_exp.checkpoints.load import is_large, weight_bytes
@@ -248,8 +248,8 @@ def _budget_seconds(probe: BlockProbe, settings: RunSettings, texts: Texts, num_
         work = budget.work(num_blocks, texts.samples, texts.seq_len, sparsity)
         head = head_of(probe.model, block.layers, torch.zeros(1, length, dtype=torch.int64))
         a_head = min(seconds_of(probe.device, lambda: _compared(head(hidden))) for _ in range(2)) / length
-        scores, _ = Scores.observe(importance_of(budget.importance), block, hidden, 1)
-        a_pass = seconds_of(probe.device, lambda: [*pruned_to(block, scores, [sparsity])]) / len(block.layers)
+        observed, _ = Observed.of(importance_of(budget.importance), block, hidden, 1)
+        a_pass = seconds_of(probe.device, lambda: [*pruned_to(block, observed, [sparsity])]) / len(block.layers)
         return num_blocks * (work.passes * a_pass + work.tokens * a_token) + work.tokens * a_head
     if not isinstance(budget, Budget):
         return 0.0

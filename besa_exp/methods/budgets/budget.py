@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.observation import Scores
+from besa_exp.blocks.observation import Observed
 from besa_exp.methods.allocation import project_to_budget
 from besa_exp.tensors import kernels
 from besa_exp.tensors.importance import Importance
@@ -40,21 +40,21 @@ def survey(
     inputs: Hidden,
     importance: Importance,
     batch_size: int,
-    measure: Callable[[Block, Scores], T],
+    measure: Callable[[Block, Observed], T],
 ) -> list[T]:
-    """One pass of the dense model: what `measure` makes of each block and its scores. The inputs are overwritten."""
+    """One pass of the dense model: what `measure` makes of each block and what was observed about it. The inputs are overwritten."""
     measured = []
     for block in blocks:
-        scores, _ = Scores.observe(importance, block, inputs, batch_size, inputs)
-        measured.append(measure(block, scores))
+        observed, _ = Observed.of(importance, block, inputs, batch_size, inputs)
+        measured.append(measure(block, observed))
     return measured
 
 
 @torch.no_grad()
-def pruned_to(block: Block, scores: Scores, sparsities: Iterable[float]) -> Iterator[dict[str, Tensor]]:
+def pruned_to(block: Block, observed: Observed, sparsities: Iterable[float]) -> Iterator[dict[str, Tensor]]:
     """The block's weights, pruned to each of the sparsities, the same in every row."""
     weights = {name: linear.weight.detach() for name, linear in block.linears.items()}
-    ranks = {name: kernels.rank_in_row(scores.of(block, name)) for name in weights}
+    ranks = {name: kernels.rank_in_row(observed.score(block, name)) for name in weights}
     for sparsity in sparsities:
         keep_masks = {
             name: keep_by_rank(rank, torch.full((len(rank),), int(rank.shape[1] * sparsity), device=rank.device))

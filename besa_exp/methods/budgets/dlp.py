@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.observation import Scores
+from besa_exp.blocks.observation import Observed
 from besa_exp.methods.budgets.budget import around, no_pattern, survey
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
 
@@ -46,6 +46,6 @@ class Dlp:
         return around(1 / medians, sparsity, self.width)
 
 
-def median_score(block: Block, scores: Scores) -> float:
+def median_score(block: Block, observed: Observed) -> float:
     """The median (of two middle ones the lower) of the scores of all linears of the block."""
-    return float(torch.cat([scores.of(block, name).flatten() for name in block.linears]).median())
+    return float(torch.cat([observed.score(block, name).flatten() for name in block.linears]).median())

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.observation import Scores
+from besa_exp.blocks.observation import Observed
 from besa_exp.machine import distributed
 from besa_exp.methods.budgets.budget import no_pattern, pruned_to
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
@@ -76,8 +76,8 @@ class Learned:
             for states in perturbed:
                 block.outputs(states, batch_size, out=states)
             before = dense
-            scores, dense = Scores.observe(importance, block, before, batch_size)
-            perturbed += [block.outputs(before, batch_size, weights) for weights in pruned_to(block, scores, levels)]
+            observed, dense = Observed.of(importance, block, before, batch_size)
+            perturbed += [block.outputs(before, batch_size, weights) for weights in pruned_to(block, observed, levels)]
             sizes.append(sum(linear.weight.numel() for linear in block.linears.values()))
         scale = distributed.all_sum(dense.double().square().sum())
         squared = [distributed.all_sum((states.double() - dense.double()).square().sum()) for states in perturbed]

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.observation import Scores
+from besa_exp.blocks.observation import Observed
 from besa_exp.methods.budgets.budget import around, no_pattern, survey
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
 
@@ -46,12 +46,12 @@ class Owl:
         outliers = survey(blocks, inputs, importance_of(self.importance), batch_size, self.outlier_share)
         return around(-torch.tensor(outliers, dtype=torch.float64), sparsity, self.width)
 
-    def outlier_share(self, block: Block, scores: Scores) -> float:
+    def outlier_share(self, block: Block, observed: Observed) -> float:
         """D of one block. Scores are made twice and never held together."""
 
-        def all_scores() -> Iterable[Tensor]:
-            return (scores.of(block, name) for name in block.linears)
+        def scores() -> Iterable[Tensor]:
+            return (observed.score(block, name) for name in block.linears)
 
         num_weights = sum(linear.weight.numel() for linear in block.linears.values())
-        mean = sum(float(score.double().sum()) for score in all_scores()) / num_weights
-        return sum(int((score > self.outlier * mean).sum()) for score in all_scores()) / num_weights
+        mean = sum(float(score.double().sum()) for score in scores()) / num_weights
+        return sum(int((score > self.outlier * mean).sum()) for score in scores()) / num_weights

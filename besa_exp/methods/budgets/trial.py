@@ -20,7 +20,7 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.head import Head, divergence
-from besa_exp.blocks.observation import Scores
+from besa_exp.blocks.observation import Observed
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
 from besa_exp.methods.budgets.budget import exact_goals, pruned_to, survey
@@ -73,7 +73,7 @@ class Trial:
     outputs: Hidden
     head: Head
     batch_size: int
-    scores: Sequence[Scores]
+    observed: Sequence[Observed]
     sizes: Sequence[int]
 
     @staticmethod
@@ -87,11 +87,11 @@ class Trial:
     ) -> Trial:
         """One pass of the dense model. `outputs`, to begin with the same as `inputs`, are overwritten."""
 
-        def measure(block: Block, scores: Scores) -> tuple[Scores, int]:
-            return scores, sum(linear.weight.numel() for linear in block.linears.values())
+        def measure(block: Block, observed: Observed) -> tuple[Observed, int]:
+            return observed, sum(linear.weight.numel() for linear in block.linears.values())
 
-        scores, sizes = zip(*survey(blocks(), outputs, importance_of(importance), batch_size, measure), strict=True)
-        return Trial(blocks, inputs, outputs, head, batch_size, scores, sizes)
+        observed, sizes = zip(*survey(blocks(), outputs, importance_of(importance), batch_size, measure), strict=True)
+        return Trial(blocks, inputs, outputs, head, batch_size, observed, sizes)
 
     @property
     def num_samples(self) -> int:
@@ -108,7 +108,7 @@ class Trial:
         own = distributed.own_places(samples)
         states: Mapping[Sparsities, Hidden] = {(): self.inputs[own]}
         for depth, block in enumerate(self.blocks()):
-            states = self._next(block, self.scores[depth], states, [model[: depth + 1] for model in models])
+            states = self._next(block, self.observed[depth], states, [model[: depth + 1] for model in models])
         distinct = {model: states[model] for model in models}
         tokens = len(samples) * self.inputs.shape[1]
         summed = distributed.all_sum(self._summed(self.outputs[own], [*distinct.values()])) / tokens
@@ -123,14 +123,14 @@ class Trial:
     def _next(
         self,
         block: Block,
-        scores: Scores,
+        observed: Observed,
         states: Mapping[Sparsities, Hidden],
         beginnings: Sequence[Sparsities],
     ) -> dict[Sparsities, Hidden]:
         """The states after the block, of models that begin like these."""
         reached = {}
         sparsities = sorted({beginning[-1] for beginning in beginnings})
-        for sparsity, weights in zip(sparsities, pruned_to(block, scores, sparsities), strict=True):
+        for sparsity, weights in zip(sparsities, pruned_to(block, observed, sparsities), strict=True):
             for beginning in dict.fromkeys(beginnings):
                 if beginning[-1] == sparsity:
                     reached[beginning] = block.outputs(states[beginning[:-1]], self.batch_size, weights)

@@ -94,7 +94,7 @@ def _gradients(outputs: Hidden, leaves: Sequence[Tensor], upstream: Hidden) -> S
 
 
 @dataclass(frozen=True)
-class Learned:
+class Allocated:
     """What `Besa.learn` found: the sparsity of each cell, the probe's loss where it began, and the course."""
 
     sparsity: Float[Tensor, " cell"]
@@ -191,7 +191,7 @@ class Besa:
         rows: Rows,
         effective: Callable[[], Rows],
         also: Sequence[tuple[Tensor, float]] = (),
-    ) -> Learned:
+    ) -> Allocated:
         """The sparsities with the lowest probe loss that was seen. `effective` gives the rows with the weights that are
         masked, which may depend on `also`: tensors learned along with the sparsities, each with its first step size.
         They are left at their best."""
@@ -222,7 +222,7 @@ class Besa:
         num_steps = self.epochs * math.ceil(learn / self.batch_size)
         order = batches(learn, self.batch_size, self.seed)
         started = descend([(sparsity, self.lr), *also], order, num_steps, self.checks, gradient, project, judge)
-        return Learned(sparsity, started, tuple(steps))
+        return Allocated(sparsity, started, tuple(steps))
 
 
 def total_of(task: Task, rows: Rows) -> int:

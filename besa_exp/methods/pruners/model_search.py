@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.observation import Scores
+from besa_exp.blocks.observation import Observed
 from besa_exp.blocks.reports import ModelStep
 from besa_exp.blocks.whole_model import KeepMasks, Weights, Whole, batches
 from besa_exp.errors import RunError
@@ -105,9 +105,9 @@ class ModelRows:
         states = whole.inputs.clone()
         all_rows, room, shared, counted = [], [], {}, []
         for block, keep_masks in zip(whole.blocks(False), start, strict=True):
-            scores, _ = Scores.observe(importance, block, states, whole.batch_size)
+            observed, _ = Observed.of(importance, block, states, whole.batch_size)
             weights = {name: linear.weight.detach() for name, linear in block.linears.items()}
-            rows = Rows.of(weights, partial(scores.of, block), "row")
+            rows = Rows.of(weights, partial(observed.score, block), "row")
             counts = {name: (~keep_masks[name]).sum(dim=1).to(block.device) for name in rows.weights}
             room.append(_room(rows.weights, shared))
             block.outputs(states, whole.batch_size, room[-1].fill(rows, counts), out=states)

@@ -347,7 +347,7 @@ def test_a_search_asks_for_no_more_work_than_it_says() -> None:
             tried.outputs,
             lambda hidden, tried=tried, tokens=tokens: tokens.append(hidden.shape[:2].numel()) or tried.head(hidden),
             tried.batch_size,
-            tried.scores,
+            tried.observed,
             tried.sizes,
         )
         budget.search(counted, 0.6, Progress())

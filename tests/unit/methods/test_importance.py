@@ -9,7 +9,7 @@ import torch
 from pruner_cases import DENSE, INPUT_IDS, prune_tiny
 
 from besa_exp.blocks.block import capture_blocks, embed
-from besa_exp.blocks.observation import Scores, squared_gradients
+from besa_exp.blocks.observation import Observed, squared_gradients
 from besa_exp.cli.reading import UNREAD, Reader
 from besa_exp.methods.budgets.dlp import Dlp
 from besa_exp.methods.budgets.owl import Owl
@@ -54,10 +54,10 @@ def test_wanda_plus_is_its_formula_and_wanda_where_nothing_depends_on_the_weight
 @pytest.mark.parametrize("name", IMPORTANCES)
 def test_a_row_loses_its_least_important_weights_by_any_importance(name):
     blocks, inputs = blocks_and_inputs()
-    scores, _ = Scores.observe(importance_of(name), blocks[0], inputs, 4)
+    observed, _ = Observed.of(importance_of(name), blocks[0], inputs, 4)
     _, pruned = prune_tiny(Uniform(name))[1][0]
     for linear, keep_mask in pruned.keep_masks.items():
-        score = scores.of(blocks[0], linear)
+        score = observed.score(blocks[0], linear)
         lowest_kept = score.masked_fill(~keep_mask, torch.inf).amin(dim=1)
         highest_gone = score.masked_fill(keep_mask, -torch.inf).amax(dim=1)
         assert (highest_gone <= lowest_kept).all()
