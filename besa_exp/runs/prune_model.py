@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from besa_exp.blocks.activations import activation_bytes, allocator
-from besa_exp.blocks.pruner import Pruner
+from besa_exp.blocks.pruner import Pruner, Refinement
 from besa_exp.blocks.reports import BlockReport, Step
-from besa_exp.blocks.units import Refinement, blocks_together, refinements, unit_ends
+from besa_exp.blocks.units import unit_ends
 from besa_exp.machine import distributed
 from besa_exp.machine.device import compute_dtype
 from besa_exp.methods.updates.updated import with_update
@@ -18,19 +18,19 @@ from besa_exp.runs.block_loop import BlockLoop
 from besa_exp.runs.cpu_units import rounding
 from besa_exp.runs.run import Run, Work, num_blocks
 from besa_exp.runs.save import pruned_weights
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 
 
 def prune_model(run: Run, work: Work) -> Work:
     """The stage: the model with zeros in its linears. Blocks that an earlier attempt finished are taken from there."""
     settings, loaded = run.settings, work.loaded
-    later = refinements(settings.pruner, settings.pattern)
+    later = settings.pruner.traits.refinements
     pruner = settings.pruner if later else with_update(settings.pruner, settings.update)
     reports = _begin(run, work)
     input_ids = distributed.own_samples(work.calibration.input_ids)
     hidden = loaded.model.config.get_text_config().hidden_size
     samples, length = input_ids.shape
-    needed = activation_bytes(samples, length, hidden, loaded.model.dtype.itemsize, pruner.dense_targets)
+    needed = activation_bytes(samples, length, hidden, loaded.model.dtype.itemsize, pruner.traits.dense_targets)
     _, allocate = allocator(settings.activations, run.device, run.folder.path, needed)
     batch_size, dtype = settings.calibration.batch_size, compute_dtype(settings)
     done, keeps_dense = len(reports), bool(later)
@@ -47,7 +47,7 @@ def prune_model(run: Run, work: Work) -> Work:
 
 def _begin(run: Run, work: Work) -> list[BlockReport]:
     """The reports of the blocks that are finished; the run's records tell of those alone from here on."""
-    ends = unit_ends(num_blocks(work.loaded), blocks_together(run.settings.pruner))
+    ends = unit_ends(num_blocks(work.loaded), run.settings.pruner.traits.blocks_together)
     identity = request_identity(run.config, work.calibration.tokens_sha256)
     reports = distributed.from_first(lambda: work.finished.begin(identity, ends))
     run.folder.rewind(work.numbered(reports))
@@ -86,9 +86,9 @@ def _follow(
             progress.block(told)
             reports.append(report)
 
-        target = Target.parse(settings.sparsity, settings.pattern)
+        goal = Goal.parse(settings.sparsity, settings.pattern)
         pruner = rounding(pruner, loop.loaded.stored)
-        loop.run(pruner, target, settings.budget if budget else None, on_step, on_block)
+        loop.run(pruner, goal, settings.budget if budget else None, on_step, on_block)
     return reports
 
 

@@ -10,8 +10,7 @@ from besa_exp.blocks.reports import BlockReport, Size
 from besa_exp.runs.published import published
 from besa_exp.runs.run import Work
 from besa_exp.settings import RunSettings
-from besa_exp.tensors.masks import Target
-from besa_exp.tensors.quantisation import quantiser_of
+from besa_exp.tensors.masks import Goal
 from besa_exp.texts.calibration import Calibration
 
 
@@ -20,7 +19,7 @@ def results_of(settings: RunSettings, work: Work, environment: Mapping[str, Any]
     model. `structure` and `recovery` stand in it where there were such stages."""
     values = counts_of(settings, work.numbered(work.reports), work.parameters, environment)
     values |= {
-        "target_sparsity": Target.parse(settings.sparsity, settings.pattern).sparsity,
+        "target_sparsity": Goal.parse(settings.sparsity, settings.pattern).sparsity,
         "calibration": _calibration(work.calibration),
     }
     values |= {"model_notes": [*work.loaded.notes]} if work.loaded.notes else {}
@@ -49,7 +48,7 @@ def counts_of(
         "measured_sparsity": pruned / weights,
         "parameters": asdict(parameters),
         "linears": len(linears),
-        "quantisation": asdict(quantiser) if (quantiser := quantiser_of(settings.pruner)) else None,
+        "quantisation": asdict(quantiser) if (quantiser := settings.pruner.traits.quantiser) else None,
         "blocks": [report.to_dict() for report in reports],
         "calibration": None,
         "environment": environment,

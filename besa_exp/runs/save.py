@@ -35,7 +35,7 @@ from besa_exp.runs.cpu_units import as_stored, in_a_fast_dtype
 from besa_exp.runs.results import results_of
 from besa_exp.runs.run import Run, Work, num_blocks
 from besa_exp.settings import RunSettings
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 
 
 def save_pruned(loaded: LoadedModel, finished: FinishedBlocks, folder: Path, card: str) -> None:
@@ -99,7 +99,7 @@ def masks_origin(settings: RunSettings, work: Work) -> dict[str, Any]:
         "outside_sha256": weights_sha256(outside_blocks(loaded)),
         "method": settings.pruner_name,
         "pattern": settings.pattern,
-        "sparsity": Target.parse(settings.sparsity, settings.pattern).sparsity,
+        "sparsity": Goal.parse(settings.sparsity, settings.pattern).sparsity,
         "seed": settings.seed,
     }
 
