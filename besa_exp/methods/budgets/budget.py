@@ -42,7 +42,8 @@ def survey(
     batch_size: int,
     measure: Callable[[Block, Observed], T],
 ) -> list[T]:
-    """One pass of the dense model: what `measure` makes of each block and what was observed about it. The inputs are overwritten."""
+    """One pass of the dense model: what `measure` makes of each block and of what was observed about it. The inputs are
+    overwritten."""
     measured = []
     for block in blocks:
         observed, _ = Observed.of(importance, block, inputs, batch_size, inputs)

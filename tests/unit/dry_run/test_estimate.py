@@ -14,7 +14,6 @@ from tiny_llama import tiny_llama
 from transformers import LlamaForCausalLM
 
 from besa_exp.blocks.activations import allocator
-from besa_exp.blocks.units import blocks_together
 from besa_exp.display.tables import as_text
 from besa_exp.dry_run.estimate import LIBRARIES, Estimate, Part, disk_speed, model_size, peak, remedies
 from besa_exp.dry_run.probe import BlockProbe, cut_down
@@ -52,7 +51,7 @@ def empty_llama(**changes) -> LlamaForCausalLM:
 
 
 def probe(pruner, batch_size: int = 4) -> BlockProbe:
-    model = cut_down(empty_llama(), CPU, blocks_together(pruner))
+    model = cut_down(empty_llama(), CPU, pruner.traits.blocks_together)
     return BlockProbe(model, CPU, pruner, Goal(0.5), batch_size, allocator("device", CPU, Path(), 0)[1])
 
 
