@@ -119,9 +119,8 @@ def count_gradient(
 ) -> Float[Tensor, " out"]:
     """dL / d(levels pruned) of each row. Where ranks are those of groups, a row's is the sum of its groups'."""
     groups = weight.shape[1] // levels
-    by_group = kernels.count_gradient(
-        *(values.reshape(-1, levels) for values in (weight, gradient, rank)), pruned.repeat_interleave(groups), window
-    )
+    weight, gradient, rank = (values.reshape(-1, levels) for values in (weight, gradient, rank))
+    by_group = kernels.count_gradient(weight, gradient, rank, pruned.repeat_interleave(groups), window)
     return by_group.view(-1, groups).sum(dim=1)
 
 

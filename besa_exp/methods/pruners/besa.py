@@ -75,7 +75,7 @@ def besa_step(
     # Hard masks, W_hat = W where rank >= k (Eq. 3), and the block's outputs with them
     outputs, cuts = cut_block(block, inputs, rows, counts, window, room)
     # Reconstruction loss L (Eq. 1) and a multiple of dL/d(outputs) that no dtype rounds to zero
-    loss, upstream, multiple = differentiate(partial(loss_of, targets=targets), outputs, block.product_dtype)
+    loss, upstream, multiple = differentiate(lambda Y_hat: loss_of(Y_hat, targets), outputs, block.product_dtype)
     # dL/dk straight through the mask: - mean of W dL/dW_hat over the window around the cut
     found = _gradients(outputs, [*cuts, *also], upstream)
     # dL/ds = n dL/dk of each row, summed over the samples of all ranks and the rows of a cell
@@ -86,11 +86,11 @@ def besa_step(
     return loss, [by_sparsity, *(distributed.all_sum(own / multiple) for own in found[len(cuts) :])]
 
 
-def _gradients(outputs: Hidden, leaves: Sequence[Tensor], upstream: Hidden) -> Sequence[Tensor]:
+def _gradients(outputs: Hidden, leaves: Sequence[Tensor], upstream: Hidden) -> list[Tensor]:
     """Of sum(outputs * upstream) to each of the leaves; zeros where a rank owns no sample of the batch."""
     if not len(outputs):
         return [torch.zeros_like(leaf) for leaf in leaves]
-    return torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)
+    return [*torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)]
 
 
 @dataclass(frozen=True)

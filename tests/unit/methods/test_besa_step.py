@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -68,13 +69,13 @@ def test_the_whole_step_is_the_finite_difference_of_the_soft_cut_along_the_budge
     counts = rows.counts(sparsity, total)
 
     def loss(moved):
-        by_row = rows.by_linear(rows.levels * moved[rows.cell])
+        by_row = rows.by_linear(moved[rows.cell])
         masked = {}
         for name, weight in weights.items():
             levels, rank = rows.num_levels(name), rows.ranks[name].double()
             window = max(WINDOW * levels, rows.narrowest)
             cut = counts[name].double()
-            soft = soft_keep(rank, cut + by_row[name], window) - soft_keep(rank, cut, window)
+            soft = soft_keep(rank, cut + levels * by_row[name], window) - soft_keep(rank, cut, window)
             inside = window / ((cut + window / 2).clamp(max=levels) - (cut - window / 2).clamp(min=0))  # at a row's end
             masked[name] = weight * ((rank >= cut[:, None]) + soft * inside[:, None])
         return float(literal_loss(block(inputs, masked), targets))
@@ -189,3 +190,19 @@ def test_descent_ends_at_the_best_state_that_the_judge_saw_and_projects_after_ev
     assert len(seen) == 11
     assert float(place) == min(seen, key=lambda value: abs(value - 0.3))
     assert max(seen) > 0.31
+
+
+def test_descent_takes_smaller_steps_each_time_that_nothing_was_gained():
+    place, seen = torch.zeros(1), []
+    descend(
+        [(place, 0.1)],
+        iter([torch.tensor([0])] * 100),
+        num_steps=20,
+        checks=10,
+        gradient=lambda samples, step, best: [torch.tensor([-1.0])],
+        project=lambda: None,
+        judge=lambda: seen.append(place.item()) or 1.0,
+    )
+    assert place.item() == 0
+    for earlier, later in itertools.pairwise(seen[1:6]):
+        assert 0 < later < 0.5 * earlier
