@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from besa_exp.blocks.units import Refinement, blocks_together, refinements, unit
 from besa_exp.checkpoints.files import write_card
 from besa_exp.checkpoints.finite_weights import check_finite_weights
 from besa_exp.checkpoints.gguf_file import dequantised
-from besa_exp.checkpoints.load import LoadedModel, load_model, model_context
+from besa_exp.checkpoints.load import LoadedModel, load_model, model_context, vocabulary_size
 from besa_exp.display.console import RunConsole
 from besa_exp.display.missed_target import miss_of, out_of_reach
 from besa_exp.display.tracker import Tracker
@@ -32,7 +32,7 @@ from besa_exp.machine.process import imports_are_done
 from besa_exp.methods.updates.updated import with_update
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.run_folder.follower import opened
-from besa_exp.run_folder.identity import IDENTITY, request_identity
+from besa_exp.run_folder.identity import IDENTITY, config_of, request_identity
 from besa_exp.run_folder.inputs import fingerprint, write_inputs
 from besa_exp.run_folder.spent import Spent
 from besa_exp.runs.block_loop import BlockLoop, check_blocks
@@ -49,13 +49,21 @@ from besa_exp.texts.calibration import Calibration, load_calibration, save_token
 logger = logging.getLogger(__name__)
 
 
-def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Run one prune in the folder `path`, `config` being what it was asked as, and return its results.json.
+def prune(
+    settings: RunSettings,
+    path: Path,
+    config: Mapping[str, Any] | None = None,
+    calibrate: Callable[[LoadedModel], Calibration] | None = None,
+) -> dict[str, Any]:
+    """Run one prune in the folder `path` and return its results.json.
+
+    `config` is the request as it is written to config.yaml and compared before a run is resumed; what it does not say
+    is taken from `settings`. `calibrate` gives the calibration tokens, by default those that `settings` name.
 
     An unfinished run of the same request goes on after its last whole block. ConfigurationError: the request cannot be
     carried out; RunError: it failed on the way. What was measured and pruned stays."""
     imports_are_done()
-    config = {"method": settings.pruner_name, **config}  # as a report and an identity call it
+    config = {**config_of(settings), **(config or {}), "method": settings.pruner_name}
     device = prepared_device(settings)
     resume = request_identity(config) if settings.resume else None
     with distributed.joined(device), opened(path, settings.overwrite, resume) as folder, RunConsole() as console:
@@ -69,19 +77,24 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
         console.stage(f"loading {settings.model.path}")
         with run.spent.timed("load"):
             loaded = in_a_fast_dtype(load_model(settings.model, device, settings.offline), settings.model.dtype)
-        results = dense_results(run, loaded, config) if settings.is_dense else _pruned(run, loaded, config)
+        results = dense_results(run, loaded, config) if settings.is_dense else _pruned(run, loaded, config, calibrate)
         results |= dequantised(loaded.folder)
         results |= {"seconds": run.spent.seconds(), "peak_memory_bytes": run.spent.peak_memory()}
         _write(run, loaded, results)
     return results
 
 
-def _pruned(run: Run, loaded: LoadedModel, config: Mapping[str, Any]) -> dict[str, Any]:
+def _pruned(
+    run: Run,
+    loaded: LoadedModel,
+    config: Mapping[str, Any],
+    calibrate: Callable[[LoadedModel], Calibration] | None,
+) -> dict[str, Any]:
     """results.json but for times and memory."""
     settings, folder, console, device = run.settings, run.folder, run.console, run.device
     check_finite_weights(loaded.model, settings.model.path)
     with run.spent.timed("calibrate"):
-        calibration = _calibrate(run, loaded)
+        calibration = _calibrate(run, loaded, calibrate or partial(_calibration_of, settings))
         check_blocks(loaded, distributed.own_samples(calibration.input_ids), settings.calibration.batch_size)
     finished = FinishedBlocks(folder.blocks, run.spent.keep)
     ends = unit_ends(len(block_names(loaded)), blocks_together(settings.pruner))
@@ -105,16 +118,15 @@ def _pruned(run: Run, loaded: LoadedModel, config: Mapping[str, Any]) -> dict[st
     return results | published(settings, dense or (scores if results["measured_sparsity"] == 0 else None))
 
 
-def _calibrate(run: Run, loaded: LoadedModel) -> Calibration:
+def _calibration_of(settings: RunSettings, loaded: LoadedModel) -> Calibration:
+    vocabulary, context = vocabulary_size(loaded.model), model_context(loaded.model)
+    return load_calibration(settings.calibration, loaded.tokenizer, context, settings.offline, vocabulary=vocabulary)
+
+
+def _calibrate(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Calibration]) -> Calibration:
     settings = run.settings
     run.console.stage(f"calibration tokens from {settings.calibration.path or settings.calibration.name}")
-    vocabulary = len(loaded.model.get_input_embeddings().weight)  # type: ignore[arg-type]
-    context = model_context(loaded.model)
-    calibration = distributed.from_first(
-        lambda: load_calibration(
-            settings.calibration, loaded.tokenizer, context, settings.offline, vocabulary=vocabulary
-        )
-    )
+    calibration = distributed.from_first(lambda: calibrate(loaded))
     if (samples := len(calibration.input_ids)) < distributed.num_ranks():
         raise ConfigurationError(
             f"calibration.num_samples={samples}: {distributed.num_ranks()} processes share the samples and each needs "
