@@ -25,8 +25,10 @@ from besa_exp.run_folder.identity import config_of, request_identity
 from besa_exp.runs.prune import prune as prune_into
 from besa_exp.settings import EvaluatorSettings, ModelSettings, RunSettings, TrackerSettings
 from besa_exp.tensors.masks import keep_per_row
+from besa_exp.texts.tokens import write_token_file
 
 TOKENS = torch.randint(0, 258, (10, 32), generator=torch.Generator().manual_seed(1))
+BERT = BertConfig(vocab_size=4, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
 METHODS = [(group, name) for group in METHOD_GROUPS for name in presets(group)]
 
 
@@ -146,7 +148,7 @@ def test_settings_alone_say_what_a_configuration_says() -> None:
         ({"seed": -1}, "whole number from 0"),
         ({"out": "somewhere"}, "are for a path"),
         ({"model_or_path": torch.nn.Linear(2, 2)}, "no causal language model"),
-        ({"model_or_path": BertForMaskedLM(BertConfig(4, 4, 1, 1, 4))}, "no causal language model"),
+        ({"model_or_path": BertForMaskedLM(BERT)}, "no causal language model"),
         ({"model_or_path": "embedded"}, "is a path: give out=FOLDER"),
         ({"texts_or_tokens": ["a text"]}, "need a tokenizer"),
         ({"texts_or_tokens": torch.rand(2, 4)}, r"must be whole numbers \[sample, seq\]"),
@@ -197,8 +199,6 @@ def test_the_settings_of_a_run_may_be_given_alone(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "dense")
     path = str(tmp_path / "dense")
     calibration = replace(preset("calibration", "embedded"), path=str(tmp_path / "tokens.safetensors"))
-    from besa_exp.texts.tokens import write_token_file
-
     write_token_file(TOKENS, tmp_path / "tokens.safetensors")
     none = EvaluatorSettings("none")
     settings = RunSettings(ModelSettings("dense", path), calibration, Wanda(), "wanda", none, TrackerSettings("none"))
