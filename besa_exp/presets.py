@@ -8,8 +8,9 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
@@ -37,7 +38,7 @@ def preset(group: str, name: str, **given: Any) -> Any:
     """The object that a preset describes, such as `preset("pruner", "besa")`. `given` are the values that presets refer
     to as `${key}`: `seed`, 0 by default. ConfigurationError: there is no such group or preset, or a value has to be
     given."""
-    return _built(f"{group}={name}", preset_values(group, name, **given))
+    return _built(preset_values(group, name, **given))
 
 
 def preset_values(group: str, name: str, **given: Any) -> dict[str, Any]:
@@ -85,16 +86,26 @@ def _resolved(value: Any, given: Mapping[str, Any], where: str) -> Any:
     return given[found[1]] if found else value
 
 
-def _built(where: str, value: Any) -> Any:
+def _built(value: Any, hint: Any = None) -> Any:
+    """Lists as tuples, and groups of keys as the dataclass that `_target_` or the type hint of their field names."""
     if isinstance(value, list):
-        return tuple(_built(where, item) for item in value)
+        return tuple(map(_built, value))
     if not isinstance(value, Mapping):
         return value
-    fields = {key: _built(where, item) for key, item in value.items() if key != "_target_"}
-    if "_target_" not in value:
-        return fields
-    module, _, name = value["_target_"].rpartition(".")
-    return getattr(importlib.import_module(module), name)(**fields)
+    cls = _class(value["_target_"]) if "_target_" in value else _dataclass_in(hint)
+    hints = get_type_hints(cls) if cls else {}
+    built = {key: _built(item, hints.get(key)) for key, item in value.items() if key != "_target_"}
+    return cls(**built) if cls else built
+
+
+def _class(target: str) -> Any:
+    module, _, name = target.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _dataclass_in(hint: Any) -> Any:
+    """`Tuning` in `Tuning` and in `Tuning | None`; None where there is none."""
+    return next((option for option in (hint, *get_args(hint)) if is_dataclass(option)), None)
 
 
 def first_comment(path: Path) -> str:

@@ -85,7 +85,7 @@ def load_calibration(
 
 
 def given_calibration(
-    given: Sequence[str] | Int[Tensor, "sample seq"],
+    given: Sequence[str] | Tensor,
     settings: CalibrationSettings,
     tokenizer: Tokenizer | None,
     context: int,
