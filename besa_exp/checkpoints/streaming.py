@@ -73,7 +73,7 @@ class StreamedWeights:
 
     @contextmanager
     def on_demand(self, blocks: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Lets the model be called as a whole: each block's weights are read anew in each of its forward passes."""
+        """Lets the model be called as a whole: each block's weights are read again in each of its forward passes."""
         hooks = []
         for name, module in blocks.items():
             hooks.append(module.register_forward_pre_hook(partial(self._load_before, name)))

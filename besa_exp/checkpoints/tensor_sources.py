@@ -147,10 +147,10 @@ def _check(
     missing = sorted(wanted.keys() - shapes.keys() - tied)
     left = without_ignored(model, [*left, *(shapes.keys() - wanted.keys())])
     other = sorted(name for name in shapes.keys() & wanted.keys() if shapes[name] != tuple(wanted[name].shape))
-    for names, told in ((missing, "lack"), (left, "also hold"), (other, "hold in another shape")):
+    for names, verb in ((missing, "lack"), (left, "also hold"), (other, "hold in another shape")):
         if names:
             raise ValueError(
-                f"the files {told} {', '.join(names[:2])}: they do not make up the tensors of {type(model).__name__}, "
+                f"the files {verb} {', '.join(names[:2])}: the checkpoint does not match {type(model).__name__}, "
                 "renamed, stacked or split as transformers does it"
             )
 
@@ -158,14 +158,14 @@ def _check(
 def without_ignored(model: Any, unexpected: Iterable[str]) -> list[str]:
     """Tensors that the files hold beyond the model's, without those that its class, by transformers' own rule, or older
     checkpoints are known to hold."""
-    told = SimpleNamespace(missing_keys=set(), unexpected_keys=set(unexpected))
-    model._adjust_missing_and_unexpected_keys(told)
-    return sorted(name for name in told.unexpected_keys if not name.endswith(NOT_WEIGHTS))
+    found = SimpleNamespace(missing_keys=set(), unexpected_keys=set(unexpected))
+    model._adjust_missing_and_unexpected_keys(found)
+    return sorted(name for name in found.unexpected_keys if not name.endswith(NOT_WEIGHTS))
 
 
 def read_tensors(sources: Iterable[Source], dtype: torch.dtype) -> dict[str, Tensor]:
     """The model's tensors that `sources` make, on the CPU, by name. A file is opened once for all that it holds as it
-    is, and anew for each tensor that is converted, so that no more of it stays in memory."""
+    is, and once more for each tensor that is converted, so that no more of it stays in memory."""
     made: dict[str, Tensor] = {}
     distinct = {source.name: source for source in sources}.values()
     as_they_are = [source for source in distinct if source.conversion is None]

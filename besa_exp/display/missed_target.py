@@ -1,4 +1,4 @@
-"""Whether a run ended at the sparsity that it was asked for, and whether its pruner can get there at all.
+"""Whether a run reached its target sparsity, and whether its pruner can reach it at all.
 
 A miss begins at half a point: rows of whole weights are off by less where they are not very short."""
 
@@ -34,7 +34,7 @@ def told_miss(results: Mapping[str, Any]) -> str:
 
 
 def reach_of(pruner: Any) -> tuple[float, float]:
-    """The least and the largest sparsity that a pruner, or the one inside it, can end at."""
+    """The least and the largest sparsity that a pruner, or the one inside it, can reach."""
     inner = getattr(pruner, "pruner", None)
     return reach_of(inner) if inner else getattr(pruner, "reach", (0.0, 1.0))
 

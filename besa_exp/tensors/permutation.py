@@ -56,7 +56,7 @@ def _dealt_out(importance: Float[Tensor, "out in"], group: int) -> Int[Tensor, "
 def _exchanged(
     importance: Float[Tensor, "out in"], order: Int[Tensor, " in"], place: int, kept: int, group: int
 ) -> Int[Tensor, " in"]:
-    """The inputs at `place` of their groups dealt out anew, as well as can be while the others stay."""
+    """The inputs at `place` of their groups, reassigned to the groups as well as possible while the others stay."""
     groups = order.view(-1, group).clone()
     movable = groups[:, place]
     others = torch.cat([groups[:, :place], groups[:, place + 1 :]], dim=1)

@@ -35,8 +35,8 @@ from besa_exp.texts.tokens import (
 )
 
 BEYOND_THE_EMBEDDING = (
-    "the tokenizer in the model's folder gives it: it is another model's, or has tokens added for which the embedding "
-    "has no rows; put the model's own tokenizer there"
+    "the tokenizer in the model's folder produced it: it belongs to another model, or has added tokens for which the "
+    "embedding has no rows; put the model's own tokenizer there"
 )
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def load_calibration(
     """Read the set that `settings` names and draw its windows. A token file is taken as it is, whatever `num_samples`
     and `seq_len` say. `context` is the longest window the model takes; ids must be below `vocabulary`.
 
-    ConfigurationError: the set cannot be had or read, is too short, or does not fit the model.
+    ConfigurationError: the set cannot be loaded, is too short, or does not fit the model.
     """
     source = settings.path or settings.name
     if problems := check_calibration(settings, context):
