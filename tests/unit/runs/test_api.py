@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def settings_of(dense: Path, **asked: str) -> RunSettings:
     [{"pruner": "best"}, {"pruner": "wanda", "update": "obs", "budget": "owl"}],
     ids=lambda asked: "+".join(asked.values()),
 )
-def test_a_model_object_gets_the_weights_and_masks_of_a_run(asked: dict[str, str], dense: Path, tmp_path: Path) -> None:
+def test_a_model_object_gets_the_weights_and_masks_of_a_run(asked: dict[str, Any], dense: Path, tmp_path: Path) -> None:
     model = tiny()
     report = besa_exp.prune(model, None, TOKENS, batch_size=4, **asked)
     results = prune_into(settings_of(dense, **asked), tmp_path / "run")
@@ -162,7 +163,7 @@ def test_settings_alone_say_what_a_configuration_says() -> None:
     settings = read_settings(config, method_name(config.hydra.runtime.choices))
     asked = as_plain(request_identity({"method": settings.pruner_name, **as_values(config)}))
     said = as_plain(request_identity(config_of(settings)))
-    assert {key for key in asked if key not in said} <= {"calibration._target_"}
+    assert {key for key in asked if key not in said} <= {"model._target_", "calibration._target_"}
     assert {key: said[key] for key in asked.keys() & said.keys()} == {key: asked[key] for key in asked.keys() & said}
 
 
