@@ -8,12 +8,16 @@ import shlex
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from tiny_llama import tiny_llama
 
-import besa_exp.cli.configuration  # noqa: F401 - registers the resolvers of conf/
+import besa_exp
+import besa_exp.cli.configuration  # registers the resolvers of conf/
 from besa_exp.presets import CONF_DIR, groups
 
 ROOT = Path(__file__).parents[2]
@@ -103,3 +107,11 @@ def test_every_room_has_a_line() -> None:
     for page in ("README.md", "CONTRIBUTING.md"):
         text = (ROOT / page).read_text(encoding="utf-8")
         assert [room for room in sorted(rooms) if f"{room}/`" not in text] == []
+
+
+def test_the_pruner_that_the_documents_work_out_prunes() -> None:
+    (source,) = (block for block in fenced(ROOT / "docs/extending.md", "python") if "class Random" in block)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(source, names)
+    tokens = torch.randint(0, 258, (4, 16), generator=torch.Generator().manual_seed(1))
+    assert besa_exp.prune(tiny_llama(), None, tokens, pruner=names["Random"](seed=1), sparsity=0.25).sparsity == 0.25
