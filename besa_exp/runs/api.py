@@ -200,9 +200,9 @@ def _check_model(model: Any) -> list[str]:
 def _check_target(settings: RunSettings) -> list[str]:
     """What speaks against the target, in complete sentences."""
     pruner, sparsity = settings.pruner, settings.sparsity
-    missing = [name for name in ("prune_block", "check", "statistic", "dense_targets") if not hasattr(pruner, name)]
-    if missing:
-        return [f"pruner={type(pruner).__name__}: a pruner has {', '.join(missing)}; see docs/extending.md"]
+    members = sorted(name for name in {*vars(Pruner), *Pruner.__annotations__} if not name.startswith("_"))
+    if not all(hasattr(pruner, name) for name in members):
+        return [f"pruner={type(pruner).__name__}: a pruner has {', '.join(members)}; see docs/extending.md"]
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
         return [f"sparsity={sparsity}: must be in [0, 1), the fraction of weights that become zero, as 0.5"]
     try:
