@@ -217,7 +217,7 @@ class _HubModel:
 
     @staticmethod
     def asked(settings: ModelSettings, offline: bool) -> _HubModel:
-        """Asks the hub, with a time limit that its own client lacks. ConfigurationError: the hub knows
+        """Asks the hub; its own client would wait for ever for one that does not answer. ConfigurationError: it knows
         no such model."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import (
@@ -241,7 +241,7 @@ class _HubModel:
         return _HubModel(settings, [file.rfilename for file in info.siblings or []], None)
 
     def fetched(self, patterns: Sequence[str]) -> Path:
-        """The folder, in the local cache, of its files that match. ConfigurationError: they cannot be loaded."""
+        """The folder, in the local cache, of its files that match. ConfigurationError: they cannot be had."""
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
             HTTPError,  # pyright: ignore[reportPrivateImportUsage] # its client's, by version

@@ -34,7 +34,7 @@ def told_miss(results: Mapping[str, Any]) -> str:
 
 
 def reach_of(pruner: Any) -> tuple[float, float]:
-    """The least and the largest sparsity that a pruner, or the one inside it, can reach."""
+    """The least and the largest sparsity that a pruner, or the one inside it, can end at."""
     inner = getattr(pruner, "pruner", None)
     return reach_of(inner) if inner else getattr(pruner, "reach", (0.0, 1.0))
 
