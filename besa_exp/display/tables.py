@@ -17,8 +17,9 @@ from rich.text import Text
 
 from besa_exp.blocks.sparsity_table import block_counts, short_names, type_counts
 from besa_exp.display.model_card import SPEED_HEADS, score_rows, speed_rows
+from besa_exp.display.stages import stage_lines
 from besa_exp.errors import ConfigurationError
-from besa_exp.evaluation.task_metrics import partly_scored
+from besa_exp.evaluation.score import Scores, partly_scored
 from besa_exp.settings import CalibrationSettings, RunSettings, SaveSettings
 from besa_exp.texts.sources import is_token_file
 from besa_exp.texts.token_files import token_file_shape
@@ -84,13 +85,16 @@ def result_tables(results: Mapping[str, Any], width: int, style: box.Box) -> lis
         if number == 1 or all(_width(table) <= width for table in sparsity):
             tables += sparsity
             break
+    tables += [Text(f"{what}: {how}") for what, how in stage_lines(results).items()]
     scores = score_rows(results)
     if scores:
         named = "pruned" if "pruner" in results else "score"
         tables.append(_score_table(scores, score_rows(results.get("dense") or {}), style, named))
     if rows := speed_rows(results):
         tables.append(_speed_table(rows, results["simulated_speed"]["model"], style))
-    tables += [Text(f"{task}: scored on {part}") for task, part in partly_scored(results)]
+    tables += [
+        Text(f"{task}: scored on {part}") for task, part in partly_scored(Scores.from_dict(results).scores).items()
+    ]
     tables += [Text(f"n/a {name}: {reason}") for name, reason in sorted((results.get("unavailable") or {}).items())]
     return tables
 

@@ -12,7 +12,7 @@ from typing import Any
 from besa_exp.report.curves import Curve
 from besa_exp.report.depth import Allocation, ErrorAlongDepth, allocation
 from besa_exp.report.methods import Method, Style, styles
-from besa_exp.report.runs import Run
+from besa_exp.report.runs import RunRecord
 from besa_exp.report.summaries import Cell
 
 PANEL = (4.6, 3.4)  # inches
@@ -36,7 +36,11 @@ LINES = ("-", "--", ":", "-.")  # of a pruner's variants
 
 
 def draw(
-    folder: Path, runs: Sequence[Run], curves: Sequence[Curve], found: Sequence[Cell], errors: Sequence[ErrorAlongDepth]
+    folder: Path,
+    runs: Sequence[RunRecord],
+    curves: Sequence[Curve],
+    found: Sequence[Cell],
+    errors: Sequence[ErrorAlongDepth],
 ) -> list[Path]:
     """Every figure there is data for, written into `folder`; the files. Needs matplotlib."""
     import matplotlib as mpl
@@ -162,7 +166,7 @@ def usual_target(pairs: Sequence[tuple[float, Method]]) -> float:
     return min(methods, key=lambda target: (-methods[target], abs(target - 0.5)))
 
 
-def _shown_runs(runs: Sequence[Run], useful: Callable[[int], bool]) -> list[int]:
+def _shown_runs(runs: Sequence[RunRecord], useful: Callable[[int], bool]) -> list[int]:
     """The lowest seed of each model and method at the model's target."""
     usable = [number for number, run in enumerate(runs) if run.blocks and run.target and useful(number)]
     shown = []
@@ -179,8 +183,8 @@ def _shown_runs(runs: Sequence[Run], useful: Callable[[int], bool]) -> list[int]
     return shown
 
 
-def _allocation_panels(runs: Sequence[Run]) -> list[Panel]:
-    def panel(run: Run, given: Allocation) -> Panel:
+def _allocation_panels(runs: Sequence[RunRecord]) -> list[Panel]:
+    def panel(run: RunRecord, given: Allocation) -> Panel:
         def on(axes: Any, figure: Any) -> None:
             centre, reach = run.measured or 0.0, max(0.02, *(abs(v - (run.measured or 0.0)) for v in _known(given)))
             picture = axes.imshow(
@@ -204,8 +208,8 @@ def _known(given: Allocation) -> list[float]:
     return [pair[1] / pair[0] for row in given.counts for pair in row if pair]
 
 
-def _curve_panels(runs: Sequence[Run], curves: Sequence[Curve]) -> list[Panel]:
-    def panel(run: Run, curve: Curve) -> Panel:
+def _curve_panels(runs: Sequence[RunRecord], curves: Sequence[Curve]) -> list[Panel]:
+    def panel(run: RunRecord, curve: Curve) -> Panel:
         def on(axes: Any, _: Any) -> None:
             import matplotlib as mpl
 

@@ -12,7 +12,7 @@ from besa_exp.report.depth import ErrorAlongDepth, allocation
 from besa_exp.report.figures import usual_target
 from besa_exp.report.methods import Method, styles
 from besa_exp.report.paper import PaperTable, published
-from besa_exp.report.runs import Measure, Run
+from besa_exp.report.runs import Measure, RunRecord
 from besa_exp.report.summaries import DENSE, Cell, measure_rank
 
 DIGITS = 5  # significant ones of a curve's values
@@ -20,7 +20,7 @@ DIGITS = 5  # significant ones of a curve's values
 
 def page_data(
     places: Sequence[str],
-    runs: Sequence[Run],
+    runs: Sequence[RunRecord],
     curves: Sequence[Curve],
     found: Sequence[Cell],
     errors: Sequence[ErrorAlongDepth],
@@ -49,7 +49,7 @@ def page_data(
     }
 
 
-def _target(run: Run) -> float:
+def _target(run: RunRecord) -> float:
     return round(float(run.target or 0.0), 6)
 
 
@@ -68,7 +68,9 @@ def _methods(methods: Sequence[Method]) -> list[dict[str, Any]]:
     return told
 
 
-def _cell(cell: Cell, runs: Sequence[Run], methods: Sequence[Method], measures: Sequence[Measure]) -> dict[str, Any]:
+def _cell(
+    cell: Cell, runs: Sequence[RunRecord], methods: Sequence[Method], measures: Sequence[Measure]
+) -> dict[str, Any]:
     return {
         "model": cell.model,
         "measure": measures.index(cell.measure),
@@ -101,7 +103,7 @@ def _paper(table: PaperTable) -> dict[str, Any]:
 
 def _run(
     number: int,
-    run: Run,
+    run: RunRecord,
     curve: Curve,
     methods: Sequence[Method],
     measures: Sequence[Measure],
@@ -130,8 +132,11 @@ def _run(
         "seconds": run.seconds,
         "memory": run.memory,
         "quantisation": run.quantisation,
+        "parameters": asdict(run.parameters) if run.parameters else None,
+        "structure": run.structure.to_dict() if run.structure else None,
+        "recovery": run.recovery.to_dict() if run.recovery else None,
         "simulated_speed": run.simulated_speed,
-        "blocks": [[b.index, _rounded(b.before), _rounded(b.after), _rounded(b.seconds)] for b in run.blocks],
+        "blocks": [[b.index, _rounded(b.loss_before), _rounded(b.loss_after), _rounded(b.seconds)] for b in run.blocks],
         "allocation": asdict(given),
         "curve": {"stride": curve.stride, "blocks": _curve(curve)},
     }

@@ -14,7 +14,6 @@ from besa_exp.methods.pruners.sparsegpt import SparseGPT
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.runs.block_loop import BlockLoop
 from besa_exp.runs.cpu_units import in_a_fast_dtype, multiplies, rounding
-from besa_exp.runs.results import _block
 from besa_exp.runs.save import check_saved, outside_blocks, save_pruned
 from besa_exp.settings import ModelSettings
 from besa_exp.tensors.masks import Target
@@ -80,6 +79,6 @@ def test_what_was_computed_in_fp32_is_saved_in_its_own_dtype_with_the_zeros_that
     saved = {name: t for file in (tmp_path / "model").glob("*.safetensors") for name, t in load_file(file).items()}
     assert {tensor.dtype for tensor in saved.values()} == {torch.float16}
     again = load_model(ModelSettings(name="half", path=str(tmp_path / "model"), load=load), CPU, offline=True)
-    check_saved(again, {"blocks": [_block(report) for report in reports]})
+    check_saved(again, reports)
     dense = load_model(ModelSettings(name="half", path=str(tmp_path / "dense")), CPU, offline=True)
     assert weights_sha256(outside_blocks(dense)) == outside

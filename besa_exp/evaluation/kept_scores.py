@@ -1,8 +1,11 @@
-"""Scores of a dense model, computed once and shared by all runs whose folders lie side by side, also while they run.
+"""Scores that are kept on the disk, so that nothing is measured twice.
+
+Of one run: each set and task as it is finished, so that an evaluation goes on where it stopped. Of a dense model: all
+of them, for all runs whose folders lie side by side, also while they run.
 
 `.dense_scores/<hash>.json` beside the run folders holds them with the key that they were measured under: everything
-that determines them. Who needs scores that are not there locks `<hash>.lock` and computes them; the others wait. Scores
-of which a part was not to be had are not kept.
+that determines them. A run that needs scores which are not there locks `<hash>.lock` and computes them; the others
+wait. Incomplete scores are not kept.
 """
 
 from __future__ import annotations
@@ -13,21 +16,53 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from besa_exp.checkpoints.load import LoadedModel
-from besa_exp.evaluation.scores import Scores
+from besa_exp.evaluation.score import Scores
 from besa_exp.evaluation.task_definitions import TASK_FOLDERS
-from besa_exp.machine import atomic
+from besa_exp.machine import atomic, distributed
 from besa_exp.settings import EvaluatorSettings
+
+if TYPE_CHECKING:
+    from besa_exp.checkpoints.load import LoadedModel
 
 FOLDER = ".dense_scores"
 MEASURED_BY = ("besa-exp", "torch", "transformers", "tokenizers", "datasets", "lm-eval")
+
+
+@dataclass(frozen=True)
+class FinishedScores:
+    """scores.json of a run folder: {which model: {kind: {set or task: request and result}}}. Of several ranks the first
+    reads it for all, and writes it. `keep_spent` is called before each score is kept."""
+
+    path: Path
+    which: str
+    keep_spent: Callable[[], None] = lambda: None
+
+    def find(self, kind: str, name: str, request: dict[str, Any]) -> Any | None:
+        """What was measured under the same `request`; None: nothing."""
+        found = distributed.from_first(lambda: self._read().get(self.which, {}).get(kind, {}).get(name))
+        return found["result"] if found and found["request"] == json.loads(json.dumps(request)) else None
+
+    def keep(self, kind: str, name: str, request: dict[str, Any], result: Any) -> None:
+        """Remember one set's or task's result."""
+        if not distributed.is_first():
+            return
+        content = self._read()
+        content.setdefault(self.which, {}).setdefault(kind, {})[name] = {"request": request, "result": result}
+        self.keep_spent()
+        atomic.write_text(self.path, json.dumps(content) + "\n")
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}
 
 
 def shared_dense_scores(
@@ -47,7 +82,13 @@ def shared_dense_scores(
         scores = compute()
         if not scores.unavailable:
             with suppress(OSError):  # the scores are there; only the next run measures them anew
-                atomic.write_text(path, json.dumps({"key": wanted, "scores": asdict(scores)}, indent=1) + "\n")
+                atomic.write_text(
+                    path,
+                    json.dumps(
+                        {"key": wanted, "scores": {**scores.to_dict(), "provenance": scores.provenance}}, indent=1
+                    )
+                    + "\n",
+                )
         return scores, False
 
 
@@ -69,7 +110,7 @@ def dense_key(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "deterministic": deterministic,
         "versions": {name: _version(name) for name in MEASURED_BY},
-        "code": files_of(Path(__file__).parents[1] / "evaluation"),
+        "code": files_of(Path(__file__).parent),
     }
 
 
@@ -92,11 +133,9 @@ def _read(path: Path, key: Mapping[str, Any]) -> Scores | None:
     """What was kept under the key; None: nothing, or nothing that can be used."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        scores = Scores(**content["scores"]) if content["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return Scores.from_dict(content["scores"]) if content["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    whole = scores is not None and all(isinstance(part, dict) for part in asdict(scores).values())
-    return scores if whole else None
 
 
 @contextmanager

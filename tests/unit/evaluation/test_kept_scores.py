@@ -10,12 +10,14 @@ import torch
 from tiny_llama import tiny_llama
 
 from besa_exp.checkpoints.load import LoadedModel
-from besa_exp.evaluation.scores import Scores
-from besa_exp.runs.dense_scores import dense_key, files_of, shared_dense_scores
+from besa_exp.evaluation.kept_scores import dense_key, files_of, shared_dense_scores
+from besa_exp.evaluation.score import Scores
 from besa_exp.settings import EvaluatorSettings
 
 KEY = {"model": {"files": [["model.safetensors", 3, 1]]}, "evaluator": {"perplexity_sets": ("embedded",)}}
-SCORES = Scores({"embedded": 12.5}, {}, {}, {"perplexity": {}, "zero_shot": {}})
+SCORES = Scores.from_dict(
+    {"perplexity": {"embedded": 12.5}, "provenance": {"perplexity": {"embedded": {"num_tokens": 8, "seq_len": 4}}}}
+)
 
 
 def find(folder: Path, scores: Scores = SCORES, key: dict = KEY) -> tuple[Scores, bool]:
@@ -53,7 +55,7 @@ def test_the_key_holds_ones_own_definitions_and_the_seed_where_examples_may_be_d
 
 
 def test_scores_of_which_a_part_is_missing_are_not_kept(tmp_path: Path) -> None:
-    find(tmp_path, Scores({"c4": None}, {}, {"c4": "not reachable"}, {}))
+    find(tmp_path, Scores.from_dict({"perplexity": {"c4": None}, "unavailable": {"c4": "not reachable"}}))
     assert not list(tmp_path.glob("*.json"))
 
 
