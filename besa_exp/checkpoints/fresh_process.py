@@ -40,8 +40,8 @@ def token_loss(model: Any, input_ids: Int[Tensor, "sample seq"]) -> float:
 def reloading(
     folder: Path, input_ids: Int[Tensor, "sample seq"], expected: float, dtype: torch.dtype, trust_remote_code: bool
 ) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Starts to load `folder` in a fresh process. Call the yielded function to wait for the result, or for the reason why
-    there is none. RunError, then: the folder does not load, or computes something else than `expected`."""
+    """Starts to load `folder` in a fresh process. The yielded function waits for the result, or the reason why there is
+    none. RunError, then: the folder does not load, or computes something else than `expected`."""
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     free = free_memory()
     if size > SHARE_OF_FREE * free:

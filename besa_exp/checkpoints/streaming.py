@@ -163,8 +163,8 @@ def give_back_large_tensors() -> None:
 
 
 def give_back_memory() -> None:
-    """Makes glibc return freed memory to the system, also in smaller pieces: without it a streamed model of 4 GB grew by
-    100 MB a block. Other C libraries do so by themselves."""
+    """Makes glibc return freed memory to the system, also in smaller pieces: without it a streamed model of 4 GB grew
+    by 100 MB a block. Other C libraries are left alone."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

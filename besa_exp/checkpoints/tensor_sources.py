@@ -95,8 +95,8 @@ def tensors_of_file(path: Path, model: PreTrainedModel) -> dict[str, Source]:
 
 
 def tensor_sources(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, Source]:
-    """The source of each tensor of `model`, whose weights may be absent (meta), by name. A tied tensor has a source only
-    if the files hold it; the tensor that others are tied to takes whichever of them the files hold. The model
+    """The source of each tensor of `model`, whose weights may be absent (meta), by name. A tied tensor has a source
+    only if the files hold it; the tensor that others are tied to takes whichever of them the files hold. The model
     remembers what was converted, as after `from_pretrained`.
 
     ValueError: the files do not make up the model's tensors."""
