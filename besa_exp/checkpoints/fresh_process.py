@@ -1,8 +1,8 @@
-"""The saved model as others will meet it: read by transformers in a fresh process that knows nothing of the run.
+"""Checks the saved model as others will load it: by transformers, in a fresh process that knows nothing of the run.
 
 `python -m besa_exp.checkpoints.fresh_process` loads a folder with `AutoModelForCausalLM.from_pretrained`, prints the
-tensors that are missing or unexpected in the files, and the mean cross-entropy of a few tokens, which must
-be what the pruned model in the run's memory has. It works beside the scoring, so that a run hardly waits for it.
+tensors that are missing or unexpected in the files, and the mean cross-entropy of a few tokens, which must equal
+that of the pruned model in the run's memory. It works beside the scoring, so that a run hardly waits for it.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def token_loss(model: Any, input_ids: Int[Tensor, "sample seq"]) -> float:
 def reloading(
     folder: Path, input_ids: Int[Tensor, "sample seq"], expected: float, dtype: torch.dtype, trust_remote_code: bool
 ) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Begins to load `folder` in a fresh process; what is yielded waits for it and says what was seen, or why nothing
-    was. RunError, then: it does not load, or computes something else than `expected`."""
+    """Starts to load `folder` in a fresh process. The yielded function waits for the result, or the reason why there is
+    none. RunError, then: the folder does not load, or computes something else than `expected`."""
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     free = free_memory()
     if size > SHARE_OF_FREE * free:

@@ -139,9 +139,9 @@ def read_header(file: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def weight_files(folder: Path, where: str | None = None) -> tuple[list[Path], list[str]]:
-    """The safetensors files that make up the model, by transformers' order: what config.json names
-    (`transformers_weights`), model.safetensors, then those of the index; and what is wrong with the set. Where two sets
-    can be meant, neither is taken."""
+    """The safetensors files that make up the model, in transformers' order: the file that config.json
+    names (`transformers_weights`), model.safetensors, then those of the index; and what is wrong with the set. Where
+    the files could mean two different sets, none is used."""
     where, named = where or str(folder), _named_weights(folder)
     index = _index(folder, named)
     whole = None if named and index else folder / (named or "model.safetensors")

@@ -18,8 +18,6 @@ from besa_exp.presets import METHOD_GROUPS, presets
 from besa_exp.report.folders import find_runs
 from besa_exp.run_folder.status import seen_status
 
-KINDS = {"perplexity": "perplexity {}", "zero_shot": "{}"}  # of scores in results.json, and how a column is called
-
 
 @dataclass(frozen=True)
 class LoadedRun:
