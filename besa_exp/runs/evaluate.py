@@ -156,7 +156,7 @@ def _base(evaluation: _Evaluation, loaded: LoadedModel, digest: str) -> dict[str
     blocks = counted_blocks(loaded.folder)
     results = earlier_results(folder.path)
     if run_and_model(settings.checkpoint)[0] is not None and "blocks" in results and "checkpoint_files" not in results:
-        _check_same_zeros(folder.path, results["blocks"], blocks)
+        check_same_zeros(folder.path, results["blocks"], blocks)
         return results
     before = results.get("checkpoint_files")
     if results and before != digest:
@@ -194,7 +194,7 @@ def counted_blocks(folder: Path) -> list[dict[str, Any]]:
     return [{"index": index, "linears": linears} for index, linears in sorted(blocks.items())]
 
 
-def _check_same_zeros(run: Path, reported: list[dict[str, Any]], counted: list[dict[str, Any]]) -> None:
+def check_same_zeros(run: Path, reported: list[dict[str, Any]], counted: list[dict[str, Any]]) -> None:
     """ConfigurationError: the model is not the one that the run's results.json tells of. What is reported has the
     numbers of the dense model, and stands in the order of the saved blocks."""
     by_index = {block["index"]: block["linears"] for block in counted}

@@ -17,10 +17,12 @@ from besa_exp.blocks.block import Block
 from besa_exp.blocks.reports import RecoveryReport, Removed, Size, StructureReport
 from besa_exp.checkpoints.files import masks_description
 from besa_exp.checkpoints.load import load_model
-from besa_exp.errors import Interrupted, RunError
+from besa_exp.cli.main import main
+from besa_exp.errors import ConfigurationError, Interrupted, RunError
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
 from besa_exp.run_folder.folder import read_results
 from besa_exp.runs import prune as prune_run
+from besa_exp.runs.evaluate import check_same_zeros, counted_blocks
 from besa_exp.runs.prune_model import prune_model
 from besa_exp.runs.rewrite import rewritten
 from besa_exp.runs.run import Run, Work
@@ -116,10 +118,15 @@ def test_blocks_that_are_left_are_pruned_and_told_under_their_numbers_in_the_den
     assert (folder / "sparsity.csv").read_text().splitlines()[-1].startswith("2,")
     assert "1 of 3 blocks (1) by by_hand" in (folder / "model" / "README.md").read_text()
     assert "structure" in masks_description(folder / "masks.safetensors")
+    counted = counted_blocks(folder / "model")
+    check_same_zeros(folder, results["blocks"], counted)
+    counted[1]["linears"]["mlp.up_proj"]["pruned"] += 1
+    with pytest.raises(ConfigurationError, match=r"block 1, mlp\.up_proj holds"):
+        check_same_zeros(folder, results["blocks"], counted)
 
 
 @pytest.mark.parametrize("load", LOADS)
-def test_what_a_recovery_makes_of_the_weights_is_saved_scored_and_told(load, request_of, tmp_path, monkeypatch):
+def test_what_a_recovery_makes_of_the_weights_is_saved_scored_and_told(load, request_of, tmp_path, monkeypatch, capsys):
     plain, tuned = tmp_path / "plain", tmp_path / "tuned"
     before = run_with(monkeypatch, request_of(load), plain, prune_model)
     after = run_with(monkeypatch, request_of(load), tuned, prune_model, recovery_by(half_as_large))
@@ -133,6 +140,9 @@ def test_what_a_recovery_makes_of_the_weights_is_saved_scored_and_told(load, req
     assert after["measured_sparsity"] == before["measured_sparsity"]
     assert "held-out loss 3.5000 before, 3.2500 after" in (tuned / "model" / "README.md").read_text()
     assert "recovery" in masks_description(tuned / "masks.safetensors")
+    words = ["--model", str(tmp_path / "dense"), "--out", str(tmp_path / "rebuilt")]
+    assert main(["masks", "apply", str(tuned / "masks.safetensors"), *words]) == 2
+    assert "the run changed the model by a recovery too" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("load", LOADS)
