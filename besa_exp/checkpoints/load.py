@@ -310,3 +310,8 @@ def model_context(model: nn.Module) -> int:
     config: Any = model.config
     known = (getattr(config.get_text_config(), key, None) for key in CONTEXT_KEYS)
     return int(next((length for length in known if length), CONTEXT))
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """The number of token ids that the model has an embedding for."""
+    return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Whether a run ended at the sparsity that it was asked for, and whether its pruner can get there at all.
+"""Whether a run reached its target sparsity, and whether its pruner can reach it at all.
 
 A miss begins at half a point: rows of whole weights are off by less where they are not very short."""
 

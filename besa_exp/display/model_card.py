@@ -44,7 +44,7 @@ def model_card(
 
     `hub_id` is the dense model's name on the Hugging Face hub, where it has one, `licence` what its own card says of
     that (`base_licence`). The program, first word of
-    `command`, is shown as `besa`: where it is installed is nobody's business."""
+    `command`, is shown as `besa`: where it is installed is private."""
     name = hub_id or results["model"].rstrip("/").rpartition("/")[2]  # of a folder its last part: the rest is private
     model = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else escaped(name)
     target, measured = results["target_sparsity"], results["measured_sparsity"]
@@ -80,7 +80,7 @@ def model_card(
 
 
 def base_licence(folder: Path) -> dict[str, str]:
-    """The licence tags of the model card in a model's folder; none where it has no card, or one that tells none."""
+    """The licence tags of the model card in a model's folder; none where there is no card or it has none."""
     card = folder / "README.md"
     found = FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
     try:

@@ -70,7 +70,7 @@ def _windows(calibration: CalibrationSettings) -> str:
     """A token file is taken as it is, whatever num_samples and seq_len say."""
     shape = (calibration.num_samples, calibration.seq_len)
     if calibration.path and is_token_file(calibration.path):
-        with suppress(ConfigurationError):  # told where it is read
+        with suppress(ConfigurationError):  # reported where it is read
             shape = token_file_shape(Path(calibration.path).expanduser())
     return f"{' x '.join(map(str, shape))} tokens"
 

@@ -147,8 +147,9 @@ def start_tracker(
 ) -> Tracker:
     """The tracker that `settings` ask for, its files in `folder`/wandb; without W&B a warning and a tracker of nothing.
 
-    `config` (plain values) is logged with its secrets masked. A second start in one folder goes on with the same id:
-    offline anew, because the caller logs the finished blocks again; online after the last block that W&B knows."""
+    `config` (plain values) is logged with its secrets masked. A second start in one folder continues with the same
+    id: offline from the first block, because the caller logs the finished ones again; online after the last block that
+    W&B knows."""
     if settings.name == "none" or settings.mode == "disabled":
         return NoTracker()
     try:

@@ -20,7 +20,7 @@ from besa_exp.blocks.reports import Size
 from besa_exp.checkpoints.files import write_card
 from besa_exp.checkpoints.finite_weights import check_finite_weights
 from besa_exp.checkpoints.gguf_file import dequantised
-from besa_exp.checkpoints.load import LoadedModel, load_model, model_context
+from besa_exp.checkpoints.load import LoadedModel, load_model, model_context, vocabulary_size
 from besa_exp.display.console import RunConsole
 from besa_exp.display.missed_target import miss_of, out_of_reach
 from besa_exp.errors import ConfigurationError
@@ -29,7 +29,7 @@ from besa_exp.machine.device import peak_memory, prepared_device
 from besa_exp.machine.environment import environment
 from besa_exp.machine.process import imports_are_done
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
-from besa_exp.run_folder.identity import check_identity, request_identity
+from besa_exp.run_folder.identity import check_identity, config_of, request_identity
 from besa_exp.run_folder.inputs import fingerprint, write_inputs
 from besa_exp.run_folder.spent import Spent
 from besa_exp.runs.block_loop import check_blocks
@@ -47,13 +47,21 @@ STAGES: tuple[Callable[[Run, Work], Work], ...] = (score_dense, prune_model, sav
 logger = logging.getLogger(__name__)
 
 
-def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Run one prune in the folder `path`, `config` being what it was asked as, and return its results.json.
+def prune(
+    settings: RunSettings,
+    path: Path,
+    config: Mapping[str, Any] | None = None,
+    calibrate: Callable[[LoadedModel], Calibration] | None = None,
+) -> dict[str, Any]:
+    """Run one prune in the folder `path` and return its results.json.
+
+    `config` is the request as it is written to config.yaml and compared before a run is resumed; what it does not say
+    is taken from `settings`. `calibrate` gives the calibration tokens, by default those that `settings` name.
 
     An unfinished run of the same request goes on after its last whole block. ConfigurationError: the request cannot be
     carried out; RunError: it failed on the way. What was measured and pruned stays."""
     imports_are_done()
-    config = {"method": settings.pruner_name, **config}  # as a report and an identity call it
+    config = {**config_of(settings), **(config or {}), "method": settings.pruner_name}
     device = prepared_device(settings)
     resume = request_identity(config) if settings.resume else None
     with distributed.joined(device), opened(path, settings.overwrite, resume) as folder, RunConsole() as console:
@@ -67,16 +75,16 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
         console.stage(f"loading {settings.model.path}")
         with run.spent.timed("load"):
             loaded = in_a_fast_dtype(load_model(settings.model, device, settings.offline), settings.model.dtype)
-        results = dense_results(run, loaded) if settings.is_dense else _pruned(run, loaded)
+        results = dense_results(run, loaded) if settings.is_dense else _pruned(run, loaded, calibrate)
         results |= dequantised(loaded.folder)
         results |= {"seconds": run.spent.seconds(), "peak_memory_bytes": run.spent.peak_memory()}
         _write(run, loaded, results)
     return results
 
 
-def _pruned(run: Run, loaded: LoadedModel) -> dict[str, Any]:
+def _pruned(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Calibration] | None) -> dict[str, Any]:
     """results.json but for times and memory."""
-    work = _begun(run, loaded)
+    work = _begun(run, loaded, calibrate)
     with tracking(run) as tracker:
         run = replace(run, tracker=tracker)
         for stage in STAGES:
@@ -86,12 +94,12 @@ def _pruned(run: Run, loaded: LoadedModel) -> dict[str, Any]:
     return results
 
 
-def _begun(run: Run, loaded: LoadedModel) -> Work:
+def _begun(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Calibration] | None) -> Work:
     """The dense model and its calibration tokens, checked."""
     settings = run.settings
     check_finite_weights(loaded.model, settings.model.path)
     with run.spent.timed("calibrate"):
-        calibration = _calibrate(run, loaded)
+        calibration = _calibrate(run, loaded, calibrate or partial(_calibration_of, settings))
         check_blocks(loaded, distributed.own_samples(calibration.input_ids), settings.calibration.batch_size)
     finished = FinishedBlocks(run.folder.blocks, run.spent.keep)
     identity = request_identity(run.config, calibration.tokens_sha256)
@@ -103,16 +111,15 @@ def _begun(run: Run, loaded: LoadedModel) -> Work:
     return Work(loaded, calibration, Size(size, size), finished)
 
 
-def _calibrate(run: Run, loaded: LoadedModel) -> Calibration:
+def _calibration_of(settings: RunSettings, loaded: LoadedModel) -> Calibration:
+    vocabulary, context = vocabulary_size(loaded.model), model_context(loaded.model)
+    return load_calibration(settings.calibration, loaded.tokenizer, context, settings.offline, vocabulary=vocabulary)
+
+
+def _calibrate(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Calibration]) -> Calibration:
     settings = run.settings
     run.console.stage(f"calibration tokens from {settings.calibration.path or settings.calibration.name}")
-    vocabulary = len(loaded.model.get_input_embeddings().weight)  # type: ignore[arg-type]
-    context = model_context(loaded.model)
-    calibration = distributed.from_first(
-        lambda: load_calibration(
-            settings.calibration, loaded.tokenizer, context, settings.offline, vocabulary=vocabulary
-        )
-    )
+    calibration = distributed.from_first(lambda: calibrate(loaded))
     if (samples := len(calibration.input_ids)) < distributed.num_ranks():
         raise ConfigurationError(
             f"calibration.num_samples={samples}: {distributed.num_ranks()} processes share the samples and each needs "

@@ -51,8 +51,8 @@ def wanda_importance(weight: Float[Tensor, "out in"], squared_norm: Float[Tensor
 def rounded_importance(
     weight: Float[Tensor, "out in"], rounded: Float[Tensor, "out in"], squared_norm: Float[Tensor, " in"]
 ) -> Float[Tensor, "out in"]:
-    """(W_ij^2 - (W_ij - Q_ij)^2) ||X_j||^2: how much of the squared error that pruning makes is spared by keeping what
-    the weight rounds to. Without rounding that is Wanda's importance squared; what rounds to zero spares nothing."""
+    """(W_ij^2 - (W_ij - Q_ij)^2) ||X_j||^2: how much smaller the squared error is if the rounded weight is kept and not
+    pruned. Without rounding that is Wanda's importance squared; for a weight that rounds to zero it is 0."""
     weight, rounded = weight.float(), rounded.float()
     return rounded * (2 * weight - rounded) * squared_norm
 

@@ -24,8 +24,8 @@ class Goal:
     """What a block gives up: a sparsity in [0, 1), or N kept of every M consecutive inputs (which fixes it), or a
     sparsity reached by rows that each keep an N of their own of every `group` consecutive inputs.
 
-    `exact`: so many weights as a budget over depth gave the block go, to the weight. Without one, pruners that are
-    published with a floor for every row or group keep to it: their numbers are compared with the papers'."""
+    `exact`: the block loses exactly the number of weights that a budget over depth gave it. Otherwise pruners that
+    are published with a floor for every row or group use that floor: their numbers are compared with the papers'."""
 
     sparsity: float
     pattern: tuple[int, int] | None = None
@@ -75,7 +75,7 @@ def _smallest_of_rows(importance: Float[Tensor, "out in"], k: int) -> Float[Tens
 
 
 def rank_in_group(importance: Float[Tensor, "out in"], group: int) -> Int[Tensor, "out in"]:
-    """Position of each weight among the `group` consecutive inputs of its row that it is one of, 0 = least important;
+    """Position of each weight among its `group` consecutive inputs of the row, 0 = least important;
     `group` must divide `in`."""
     return kernels.rank_in_row(importance.reshape(-1, group)).view(importance.shape)
 
