@@ -65,7 +65,7 @@ def test_a_place_that_cannot_be_written_leaves_the_run_going_with_one_warning(
     tracker.finish([REPORT])
     assert len(warnings.records) == 1
     assert "W&B cannot be used" in warnings.text
-    assert "metrics.jsonl has it all" in warnings.text
+    assert "metrics.jsonl is complete" in warnings.text
 
 
 def test_a_setting_that_wandb_refuses_leaves_the_run_going(tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
