@@ -139,7 +139,7 @@ class WandbTracker:
             act()
         except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run is worth more
             self._works = False
-            logger.warning("W&B failed (%s) and is left out from here on; metrics.jsonl has it all", _one_line(error))
+            logger.warning("W&B logging stopped (%s). The run continues; metrics.jsonl is complete.", _one_line(error))
 
 
 def start_tracker(
@@ -159,7 +159,9 @@ def start_tracker(
             logger.warning("W&B cannot be reached (%s): logging offline, `wandb sync` sends it later", _one_line(error))
             forget_run(folder)  # W&B's process still holds the one that failed
             return start_tracker(replace(settings, mode="offline"), folder, config, run_name, pruner)
-        logger.warning("W&B cannot be used (%s): going on without; metrics.jsonl has it all", _one_line(error))
+        logger.warning(
+            "W&B cannot be used (%s). The run continues without it; metrics.jsonl is complete.", _one_line(error)
+        )
         return NoTracker()
 
 
