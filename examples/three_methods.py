@@ -19,7 +19,7 @@ import torch
 from matplotlib import pyplot
 
 import besa_exp
-from besa_exp.blocks.pruner import PrunedBlock, pruned_by_masks
+from besa_exp.blocks.pruner import PrunedBlock, Task, Traits, pruned_by_masks
 from besa_exp.evaluation.perplexity import perplexity
 from besa_exp.tensors.masks import keep_per_row
 from besa_exp.texts.embedded.text import embedded_text
@@ -33,18 +33,17 @@ class Random:
     """Our own pruner: it prunes the same number of weights in every row, drawn at random."""
 
     seed: int = 0
-    statistic = None  # what to observe about each linear's inputs: nothing
-    dense_targets = False  # targets are the dense block's outputs on the pruned blocks before it
+    traits = Traits()  # what the block loop has to know: it observes nothing and follows the defaults
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """It takes any target."""
         return []
 
-    def prune_block(self, block, inputs, targets, statistics, target, on_step) -> PrunedBlock:
+    def prune_block(self, task: Task) -> PrunedBlock:
         """A keep mask for each linear of the block."""
-        generator = torch.Generator().manual_seed(self.seed + block.index)
-        drawn = {name: torch.rand(linear.weight.shape, generator=generator) for name, linear in block.linears.items()}
-        return pruned_by_masks({name: keep_per_row(importance, target) for name, importance in drawn.items()})
+        generator = torch.Generator().manual_seed(self.seed + task.block.index)
+        drawn = {name: torch.rand(weight.shape, generator=generator) for name, weight in task.weights.items()}
+        return pruned_by_masks({name: keep_per_row(importance, task.goal) for name, importance in drawn.items()})
 
 
 def held_out_tokens(tokenizer, num_tokens: int) -> torch.Tensor:

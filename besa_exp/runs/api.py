@@ -22,10 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from besa_exp.blocks.activations import activation_bytes, allocator
+from besa_exp.blocks.decided import Decided
 from besa_exp.blocks.pruner import Pruner
 from besa_exp.blocks.reports import BlockReport
-from besa_exp.blocks.units import refinements
-from besa_exp.blocks.whole_model import Decided
 from besa_exp.checkpoints.files import load_masks
 from besa_exp.checkpoints.finite_weights import check_finite_weights
 from besa_exp.checkpoints.load import LoadedModel, model_context, vocabulary_size
@@ -40,7 +39,7 @@ from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.runs.block_loop import BlockLoop, check_blocks
 from besa_exp.runs.prune import prune as prune_into
 from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings, RunSettings, TrackerSettings
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 from besa_exp.texts.calibration import Calibration, given_calibration, load_calibration
 
 Texts = str | Sequence[str] | Int[Tensor, "sample seq"]
@@ -206,7 +205,7 @@ def _check_target(settings: RunSettings) -> list[str]:
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
         return [f"sparsity={sparsity}: must be in [0, 1), the fraction of weights that become zero, as 0.5"]
     try:
-        Target.parse(sparsity, settings.pattern)
+        Goal.parse(sparsity, settings.pattern)
     except ValueError as error:
         return [str(error)]
     problems = with_update(pruner, settings.update).check(sparsity, settings.pattern)
@@ -256,16 +255,16 @@ def _pruned_in_place(
         finished = FinishedBlocks(Path(folder) / "blocks")
         finished.begin({})
         reports: list[BlockReport] = []
-        later = refinements(settings.pruner, settings.pattern)
+        later = settings.pruner.traits.refinements
         pruner = settings.pruner if later else with_update(settings.pruner, settings.update)
         loop = _loop(loaded, settings, calibration, finished, pruner, keeps_dense=bool(later))
-        target = Target.parse(settings.sparsity, settings.pattern)
-        loop.run(pruner, target, settings.budget, _ignored, reports.append if later else _both(reports, on_block))
+        goal = Goal.parse(settings.sparsity, settings.pattern)
+        loop.run(pruner, goal, settings.budget, _ignored, reports.append if later else _both(reports, on_block))
         if later:
             decided = loop.refined(later, reports, _ignored)
-            reports, finished = _written(loop, decided, settings, target, on_block), finished.refined
+            reports, finished = _written(loop, decided, settings, goal, on_block), finished.refined
         masks = {name: m for file in finished.mask_files(len(reports)) for name, m in load_masks(file).items()}
-    return PruneReport(tuple(reports), target.sparsity, masks, calibration.tokens_sha256)
+    return PruneReport(tuple(reports), goal.sparsity, masks, calibration.tokens_sha256)
 
 
 def _loop(
@@ -278,7 +277,7 @@ def _loop(
 ) -> BlockLoop:
     model, (samples, length) = loaded.model, calibration.input_ids.shape
     hidden = model.config.get_text_config().hidden_size
-    needed = activation_bytes(samples, length, hidden, model.dtype.itemsize, pruner.dense_targets)
+    needed = activation_bytes(samples, length, hidden, model.dtype.itemsize, pruner.traits.dense_targets)
     _, allocate = allocator("auto", model.device, finished.folder.parent, needed)
     dtype, batch_size = compute_dtype(settings), settings.calibration.batch_size
     return BlockLoop(loaded, calibration.input_ids, batch_size, finished, 0, allocate, dtype, keeps_dense)
@@ -288,7 +287,7 @@ def _written(
     loop: BlockLoop,
     decided: Decided,
     settings: RunSettings,
-    target: Target,
+    goal: Goal,
     on_block: Callable[[BlockReport], None],
 ) -> list[BlockReport]:
     """The second walk through the blocks, which writes what a search over the whole model decided."""
@@ -296,7 +295,7 @@ def _written(
     refined = loop.finished.refined
     refined.begin({})
     second = replace(loop, finished=refined, keeps_dense=False, dense_sha256={}, dense={})
-    second.run(with_update(decided, settings.update), target, None, _ignored, _both(reports, on_block))
+    second.run(with_update(decided, settings.update), goal, None, _ignored, _both(reports, on_block))
     return reports
 
 

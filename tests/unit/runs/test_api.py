@@ -16,7 +16,7 @@ from tiny_llama import byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 import besa_exp
-from besa_exp.blocks.pruner import pruned_by_masks
+from besa_exp.blocks.pruner import Traits, pruned_by_masks
 from besa_exp.cli.configuration import CONF_DIR, as_values, method_name, read_settings
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.presets import METHOD_GROUPS, preset, presets
@@ -128,16 +128,15 @@ class FailsAtBlock:
     """Wanda's masks, until a block at which it raises."""
 
     index: int
-    statistic = None
-    dense_targets = False
+    traits = Traits()
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         return []
 
-    def prune_block(self, block, inputs, targets, statistics, target, on_step):
-        if block.index == self.index:
+    def prune_block(self, task):
+        if task.block.index == self.index:
             raise RunError("as asked")
-        return pruned_by_masks({n: keep_per_row(lin.weight.abs(), target) for n, lin in block.linears.items()})
+        return pruned_by_masks({n: keep_per_row(weight.abs(), task.goal) for n, weight in task.weights.items()})
 
 
 def test_a_pruner_of_ones_own_prunes() -> None:
