@@ -203,7 +203,8 @@ def _of_hub(fetch: Callable[[ModelSettings, bool], Path], settings: ModelSetting
         return fetch(settings, offline)
     except NoSuchModel as error:
         raise ConfigurationError(
-            f"{where}: {error}; check model.path and model.revision, or log in (hf auth login) if it is private or gated"
+            f"{where}: {error}; check model.path and model.revision, or log in (hf auth login) if it is private or "
+            "gated"
         ) from error
     except Unavailable as error:
         raise ConfigurationError(

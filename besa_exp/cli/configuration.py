@@ -32,9 +32,7 @@ __all__ = ["CONF_DIR", "Unreadable", "as_values", "evaluation_folder", "read_eva
 DETERMINING_KEYS = (
     "model",
     "calibration",
-    "pruner",
-    "update",
-    "budget",
+    *METHOD_GROUPS,
     "evaluator",
     "sparsity",
     "pattern",
@@ -192,6 +190,11 @@ def _evaluation_folder_of_root(*, _root_: DictConfig) -> str:
     return evaluation_folder(_root_)
 
 
+def _model_name_of_root(*, _root_: DictConfig) -> str:
+    node = OmegaConf.select(_root_, "model.path", throw_on_missing=False)
+    return _model_name({"model": {"path": node}})
+
+
 def _run_name_of_root(*, _root_: DictConfig) -> str:
     return run_name(_root_)
 
@@ -224,4 +227,5 @@ OmegaConf.register_new_resolver("wandb", _from_wandb, replace=True)
 OmegaConf.register_new_resolver("study", _study, replace=True)
 OmegaConf.register_new_resolver("single_run", _is_single_run, replace=True)
 OmegaConf.register_new_resolver("evaluation_folder", _evaluation_folder_of_root, replace=True)
+OmegaConf.register_new_resolver("model_name", _model_name_of_root, replace=True)
 OmegaConf.register_new_resolver("run_name", _run_name_of_root, replace=True)

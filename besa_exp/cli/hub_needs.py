@@ -28,8 +28,8 @@ Kind = Literal["model", "calibration", "perplexity", "task"]
 @dataclass(frozen=True)
 class Need:
     """One thing of the hub that a run needs: a model (`convert`: pickled weights too, where it has no others), one file
-    of a data set, or a task's data set (`config` of it), defined in lm-eval or in `include_path`. `name` is what a person
-    calls it."""
+    of a data set, or a task's data set (`config` of it), defined in lm-eval or in `include_path`. `name` is what a
+    person calls it."""
 
     kind: Kind
     name: str
