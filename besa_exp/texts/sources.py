@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from besa_exp.errors import ConfigurationError, Unavailable, did_you_mean, first_line
-from besa_exp.hub.reachability import hub_problem
+from besa_exp.hub.client import hub_problem
 from besa_exp.texts.files import column_texts, format_of, plain_text, readable_names
 
 Use = Literal["calibration", "perplexity"]
