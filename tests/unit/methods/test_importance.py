@@ -28,7 +28,7 @@ def blocks_and_inputs():
 def test_squared_gradients_are_those_of_each_samples_output_norm_by_finite_differences():
     blocks, inputs = blocks_and_inputs()
     module = blocks[0].module.double()
-    weight = module.get_submodule("mlp.up_proj").weight
+    weight = module.get_parameter("mlp.up_proj.weight")
     found = squared_gradients(blocks[0], inputs[:3].double())["mlp.up_proj"]
     for row, column in ((0, 0), (5, 7), (31, 2)):
         norms = []
@@ -78,7 +78,7 @@ def test_a_budget_asks_the_importance_that_it_is_given(budget):
 
 def test_an_unknown_importance_is_refused_with_what_there_is():
     with pytest.raises(ValueError, match="importance=wander: must be one of magnitude, wanda, ria"):
-        getattr(importance_of, "__wrapped__", importance_of)("wander")  # the tests' own check of types stays out
+        getattr(importance_of, "__wrapped__", importance_of)("wander")  # type: ignore[arg-type]  # the tests' own check of types stays out
 
 
 def test_joint_compression_ranks_by_its_own_importance_alone():
