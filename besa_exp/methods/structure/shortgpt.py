@@ -6,7 +6,7 @@ The angular metric removes a run of n blocks in a row instead (Gromov et al., ar
 
     d(s, n) = mean over samples of arccos(cos(x_s, x_{s+n})) / pi    at the last token.
 
-Cosines are fp32 whatever the states are, and of a state of zeros 0. The authors' code computes in fp16, where 1 - cos
+Products are fp32 whatever the states are, their sums fp64; of a state of zeros the cosine is 0. The authors' code computes in fp16, where 1 - cos
 moves in steps of 0.0005 and a cosine that overflows counts as 0.5, and takes the last block's output after the final
 norm, where that block's own output is taken here.
 """
@@ -29,10 +29,12 @@ SMALLEST = 1e-30  # of a product of norms
 
 
 def cosine(one: Float[Tensor, "*token hidden"], other: Float[Tensor, "*token hidden"]) -> Float[Tensor, "*token"]:
-    """<x, y> / (||x|| ||y||) of each token, in fp32; 0 where one is zero."""
+    """<x, y> / (||x|| ||y||) of each token in fp32, summed in fp64; 0 where one is zero."""
     one, other = one.float(), other.float()
-    sizes = one.norm(dim=-1) * other.norm(dim=-1)
-    return ((one * other).sum(dim=-1) / sizes.clamp(min=SMALLEST)).clamp(-1, 1)
+    product, first, second = (
+        (x * y).sum(dim=-1, dtype=torch.float64) for x, y in ((one, other), (one, one), (other, other))
+    )
+    return (product / (first * second).sqrt().clamp(min=SMALLEST)).clamp(-1, 1).float()
 
 
 def block_influence(before: Hidden, after: Hidden) -> Float[Tensor, "sample seq"]:
