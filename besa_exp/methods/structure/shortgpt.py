@@ -29,12 +29,12 @@ SMALLEST = 1e-30  # of a product of norms
 
 
 def cosine(one: Float[Tensor, "*token hidden"], other: Float[Tensor, "*token hidden"]) -> Float[Tensor, "*token"]:
-    """<x, y> / (||x|| ||y||) of each token in fp32, summed in fp64; 0 where one is zero."""
+    """<x, y> / (||x|| ||y||) of each token, in fp64 from fp32 products; 0 where one is zero."""
     one, other = one.float(), other.float()
     product, first, second = (
         (x * y).sum(dim=-1, dtype=torch.float64) for x, y in ((one, other), (one, one), (other, other))
     )
-    return (product / (first * second).sqrt().clamp(min=SMALLEST)).clamp(-1, 1).float()
+    return (product / (first * second).sqrt().clamp(min=SMALLEST)).clamp(-1, 1)
 
 
 def block_influence(before: Hidden, after: Hidden) -> Float[Tensor, "sample seq"]:
@@ -45,7 +45,7 @@ def block_influence(before: Hidden, after: Hidden) -> Float[Tensor, "sample seq"
 def angular_distance(
     one: Float[Tensor, "*token hidden"], other: Float[Tensor, "*token hidden"]
 ) -> Float[Tensor, "*token"]:
-    """arccos(cos(x, y)) / pi of each token, in fp32, in [0, 1]."""
+    """arccos(cos(x, y)) / pi of each token, in [0, 1]."""
     return cosine(one, other).arccos() / torch.pi
 
 

@@ -31,11 +31,11 @@ def test_influence_is_between_0_and_2_and_does_not_see_a_tokens_size():
     one, other = torch.randn(2, 5, 8, generator=GENERATOR), torch.randn(2, 5, 8, generator=GENERATOR)
     found = block_influence(one, other)
     expected = 1 - torch.nn.functional.cosine_similarity(one.double(), other.double(), dim=-1)
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=4e-7)
+    torch.testing.assert_close(found, expected, rtol=0, atol=4e-7)
     torch.testing.assert_close(block_influence(3 * one, 5 * other), found, rtol=0, atol=4e-7)
-    torch.testing.assert_close(block_influence(one, -one), torch.full((2, 5), 2.0))
-    torch.testing.assert_close(block_influence(one, one), torch.zeros(2, 5), rtol=0, atol=4e-7)
-    assert torch.equal(cosine(one, torch.zeros_like(one)), torch.zeros(2, 5))
+    torch.testing.assert_close(block_influence(one, -one), torch.full((2, 5), 2.0).double())
+    torch.testing.assert_close(block_influence(one, one), torch.zeros(2, 5).double(), rtol=0, atol=4e-7)
+    assert torch.equal(cosine(one, torch.zeros_like(one)), torch.zeros(2, 5).double())
 
 
 def test_an_fp16_state_with_a_massive_activation_has_the_influence_that_fp32_gives_it():
