@@ -36,7 +36,7 @@ jaxtyping.jaxtyped = jaxtyped  # type: ignore[assignment]
 
 # Shapes are types: every annotated function of these modules is checked at each call, in tests only.
 SHAPED = "blocks calibration checkpoint evaluation importance kernels linears masks pruners pruning"
-SHAPED += " observation permutation replay_check statistics tokens"
+SHAPED += " observation permutation replay_check statistics tokens methods checkpoints"
 jaxtyping.install_import_hook([f"besa_exp.{module}" for module in SHAPED.split()], "beartype.beartype")
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,6 +39,7 @@ Numbers = Int[Tensor, "sample seq"]
 ALL = 2**30  # a span up to the cold end
 
 
+@runtime_checkable
 class Policy(Protocol):
     """Which FFNs a token skips. `left`: how many of the next blocks' FFNs each token still skips."""
 
@@ -172,12 +173,13 @@ def through_block(
     num_blocks: int,
     left: Numbers,
     numbers: Numbers,
+    may_end: bool = True,
 ) -> Passed:
-    """One block under a policy. `forward` runs it; it is ended before the FFN where all tokens skip that: this asks
-    the device."""
+    """One block under a policy. `forward` runs it; where it `may_end`, it is ended before the FFN as soon as all tokens
+    skip that: this asks the device."""
     skipped = policy.skips(block, num_blocks, left, numbers)
     between: list[Tensor] = []
-    none_runs = bool(skipped.all())
+    none_runs = may_end and bool(skipped.all())
 
     def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         between.append(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
@@ -188,10 +190,10 @@ def through_block(
     try:
         outputs = hidden_of(forward())
     except Reached:
-        outputs = between[0]
+        outputs = between[0].reshape(*numbers.shape, -1)
     finally:
         hook.remove()
-    state = between[0].view_as(outputs)
+    state = between[0].reshape(outputs.shape)
     similarity = cosine(state, outputs)
     left = policy.left_after(block, num_blocks, left, numbers, similarity)
     outputs = torch.where(skipped[..., None], state, outputs)
@@ -313,16 +315,16 @@ def _under(
     call: _Call,
     course: Course,
 ) -> Callable[..., Any]:
-    """A block's forward under the policy. What it returns beside hidden states is dropped where its FFN is."""
-    kinds: list[bool] = []
+    """A block's forward under the policy. Whether it returns a tuple is seen when it first runs as a whole."""
+    returned: list[int] = []
 
     def run(*args: Any, **kwargs: Any) -> Any:
         def dense() -> Any:
             output = forward(*args, **kwargs)
-            kinds[:] = [isinstance(output, tuple)]
+            returned[:] = [len(output) if isinstance(output, tuple) else 0]
             return output
 
-        passed = through_block(dense, middle, policy, place, num_blocks, call.left, call.numbers)
+        passed = through_block(dense, middle, policy, place, num_blocks, call.left, call.numbers, bool(returned))
         call.left = passed.left
         decoded = call.numbers >= 0
         course.skipped += int((passed.skipped & decoded).sum())
@@ -333,7 +335,7 @@ def _under(
                 course.similarity.append([])
             course.ran[-1].append(~passed.skipped)
             course.similarity[-1].append(passed.similarity)
-        return (passed.outputs, None) if kinds == [True] else passed.outputs
+        return (passed.outputs, *[None] * (returned[0] - 1)) if returned[0] else passed.outputs
 
     return run
 
