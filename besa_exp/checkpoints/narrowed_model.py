@@ -77,19 +77,17 @@ def narrow_folder(
     target = _empty(model, structure, widths)
     narrowing = _narrowing(model, structure, widths)
     path = narrowing.path
-    named: list[dict[str, Tensor]] = [
-        {
-            name: tensor
-            for name, tensor in target.state_dict().items()
-            if name in weights.sources and not _in(name, path)
-        }
+    wanted = target.state_dict()
+    outside = {name: tensor for name, tensor in wanted.items() if name in weights.sources and not _in(name, path)}
+    named: list[dict[str, Tensor]] = [outside]
+    named += [
+        {name: tensor for name, tensor in wanted.items() if _in(name, f"{path}.{place}")}
+        for place in range(len(structure.blocks))
     ]
-    for place in range(len(structure.blocks)):
-        named.append({name: tensor for name, tensor in target.state_dict().items() if _in(name, f"{path}.{place}")})
     saved = [[*as_saved(model, tensors)] for tensors in named]
     with atomic.replaced_folder(out) as partial:
         layout = streamed_layout(saved[0], saved[1:])
-        write_shards(partial, layout, _parts(model, weights, narrowing, {*named[0]}))
+        write_shards(partial, layout, _parts(model, weights, narrowing, {*outside}))
         write_index(partial, layout, target.num_parameters())
         save_beside_weights(target, tokenizer, partial, card, folder)
         write_beside(partial, model, structure, widths)

@@ -11,10 +11,8 @@ from besa_exp.call_arguments import hidden_of
 from besa_exp.methods.updates.barber import barber_metric, exchanged, squared_gradients
 
 GRANULARITY = {"output1": "row", "input1": "column", "layer": "linear", "block": "part"}
-CASES = (
-    "wanda_row_1 wanda_row_10 wanda_row_100 wanda_input_50 magnitude_block_10 magnitude_linear_10 wanda_2of4_30 "
-    "wanda_row_10_gradient_only"
-).split()
+CASES = ["wanda_row_1", "wanda_row_10", "wanda_row_100", "wanda_input_50", "wanda_2of4_30"]
+CASES += ["magnitude_block_10", "magnitude_linear_10", "wanda_row_10_gradient_only"]
 
 
 def published_exchange(metric, keep_mask, ratio):

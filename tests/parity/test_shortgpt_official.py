@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from neighbours import recorded, recorded_model, recorded_tokens, test_nll
@@ -34,7 +36,7 @@ def states(model, ids, last_norm=False):
 
 def influences(model, ids, last_norm=False):
     found = states(model, ids, last_norm)
-    return torch.stack([block_influence(*pair) for pair in zip(found, found[1:], strict=False)])
+    return torch.stack([block_influence(*pair) for pair in pairwise(found)])
 
 
 @pytest.mark.parametrize(("last_norm", "name"), [(False, "bi_per_token_true_block_output"), (True, "bi_per_token")])
@@ -65,7 +67,7 @@ def padded_influences(model, ids):
     with torch.no_grad():
         for window, kept in windows[:5]:
             states = model(window, attention_mask=kept, output_hidden_states=True, use_cache=False).hidden_states
-            found.append(torch.stack([block_influence(*pair) for pair in zip(states, states[1:], strict=False)]))
+            found.append(torch.stack([block_influence(*pair) for pair in pairwise(states)]))
     return torch.cat(found, dim=1)
 
 
@@ -86,7 +88,7 @@ def test_sums_orders_and_scores_are_the_recorded_ones_for_each_way_of_feeding(ru
 def test_angular_distance_is_the_recorded_one(run):
     told, _, model, ids, _ = run
     found = states(model, ids, last_norm=True)
-    means = [float(angular_distance(*pair).double().mean()) for pair in zip(found, found[1:], strict=False)]
+    means = [float(angular_distance(*pair).double().mean()) for pair in pairwise(found)]
     assert means == pytest.approx(told["angular_mean"], abs=4e-6)
 
 

@@ -1,13 +1,13 @@
 """Bypass Back-propagation: heads and channels chosen by the policy gradient of the model's loss (Gao et al., arXiv
 2406.10576). Forward passes alone.
 
-Each unit u, a group of heads or a channel, stays with probability s_u. In a step K masks m_k are drawn, the loss L_k of
-the model under each is measured on one batch, and
+Each unit u, a group of heads or a channel, stays with probability s_u. In a step K masks m_k are drawn, the loss L_k
+of the model under each is measured on one batch, and
 
     g = 1 / (K - 1) sum_k (L_k - delta) (m_k - s) / sqrt(s (1 - s)),    s <- P(s - rate g),
 
-P the projection onto {0 <= s <= 1, sum c_u s_u <= B}, which is s' = clamp(s - v, 0, 1) with one v. Times sqrt(s (1 - s))
-the score of a Bernoulli has unit variance for every unit.
+P the projection onto {0 <= s <= 1, sum c_u s_u <= B}, which is s' = clamp(s - v, 0, 1) with one v. Times
+sqrt(s (1 - s)) the score of a Bernoulli has unit variance for every unit.
 
 The baseline delta is here the mean of the step's own losses, with which 1 / (K - 1) makes g the leave-one-out
 estimator, unbiased and without memory: E[g] = sqrt(s (1 - s)) dE[L]/ds. The authors' is a moving average that holds a

@@ -6,9 +6,9 @@ The angular metric removes a run of n blocks in a row instead (Gromov et al., ar
 
     d(s, n) = mean over samples of arccos(cos(x_s, x_{s+n})) / pi    at the last token.
 
-Products are fp32 whatever the states are, their sums fp64; of a state of zeros the cosine is 0. The authors' code computes in fp16, where 1 - cos
-moves in steps of 0.0005 and a cosine that overflows counts as 0.5, and takes the last block's output after the final
-norm, where that block's own output is taken here.
+Products are fp32 whatever the states are, their sums fp64; of a state of zeros the cosine is 0. The authors' code
+computes in fp16, where 1 - cos moves in steps of 0.0005 and a cosine that overflows counts as 0.5, and takes the last
+block's output after the final norm, where that block's own output is taken here.
 """
 
 from __future__ import annotations

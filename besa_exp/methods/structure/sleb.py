@@ -1,10 +1,10 @@
 """SLEB: blocks go one after the other, each the one without which the whole model's loss is least (Song et al., arXiv
 2402.09025).
 
-With A blocks alive, each step tries A models, every one of them without one more block. They share the states up to the
-block in which they part: one pass over the alive blocks, in order, with the state of the model as it is and one for each
-block that was left out before, is A (A - 1) / 2 + (A - 1) block evaluations where A models by themselves cost A (A - 1).
-Blocks are read once a step, so that they may be streamed.
+With A blocks alive, each step tries A models, every one of them without one more block. They share the states up to
+the block in which they part: one pass over the alive blocks, in order, with the state of the model as it is and one
+for each block that was left out before, is A (A - 1) / 2 + (A - 1) block evaluations where A models by themselves cost
+A (A - 1). Blocks are read once a step, so that they may be streamed.
 
 The loss is that of the tokens (cross entropy, as the authors have it) or the distance from the dense model's
 predictions (KL, which needs no labels and is 0 where nothing is lost). The authors multiply a window's mean cross

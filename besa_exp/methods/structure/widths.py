@@ -234,11 +234,11 @@ def _uneven_numbers(
     channels = [min(multiple, dimensions.channels)] * dimensions.blocks
     offers: list[tuple[float, int, int, int]] = []  # -score, kind, block, how many
     for block in range(dimensions.blocks):
-        for score in scores.groups[block].sort(descending=True, stable=True).values.tolist()[1:]:
-            offers.append((-score, 0, block, 1))
+        heads = scores.groups[block].sort(descending=True, stable=True).values.tolist()
+        offers += [(-score, 0, block, 1) for score in heads[1:]]
         ordered = scores.channels[block].double().sort(descending=True, stable=True).values
-        for bundle in ordered[channels[block] :].split(multiple):
-            offers.append((-float(bundle.mean()), 1, block, len(bundle)))
+        bundles = ordered[channels[block] :].split(multiple)
+        offers += [(-float(bundle.mean()), 1, block, len(bundle)) for bundle in bundles if len(bundle)]
     left = budget - narrowest(costs, dimensions, multiple)
     for _, kind, block, count in sorted(offers):
         cost = count * (costs.channels if kind else costs.groups)[block]

@@ -108,7 +108,7 @@ def test_squared_gradients_are_means_of_each_samples_own_square():
 
 @pytest.mark.parametrize("granularity", ["row", "column", "linear", "part"])
 def test_the_probe_loss_falls_and_no_zero_is_gained(granularity):
-    block, pruned, found, loss = updated(Barber(granularity=granularity), Magnitude())
+    _, pruned, found, loss = updated(Barber(granularity=granularity), Magnitude())
     assert loss < found.loss_before
     before, after = (sum(int(mask.sum()) for mask in one.keep_masks.values()) for one in (pruned, found))
     assert before == after
@@ -154,7 +154,7 @@ def test_two_of_four_is_kept_and_other_granularities_are_refused():
 
 
 def test_weights_that_the_pruner_moved_stay_where_they_stay_kept():
-    block, pruned, found, loss = updated(Barber((0.2,), accept=False), SparseGPT(group_size=32))
+    block, pruned, found, _ = updated(Barber((0.2,), accept=False), SparseGPT(group_size=32))
     _, _, without, _ = updated(Barber((0.2,), accept=False, retain=False), SparseGPT(group_size=32))
     moved = False
     for name, mask in found.keep_masks.items():

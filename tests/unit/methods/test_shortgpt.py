@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -103,8 +104,6 @@ def test_a_ratio_becomes_the_nearest_number_of_blocks():
 def test_what_cannot_be_removed_is_a_problem_before_anything_is_read(method, reason):
     problems = method.check(COSTS)
     assert len(problems) == 1
-    import re
-
     assert re.search(reason, problems[0])
     assert ShortGPT(blocks=3).check(COSTS) == []
 

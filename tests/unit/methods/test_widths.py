@@ -133,6 +133,6 @@ def test_a_ratio_that_no_width_meets_is_refused_with_the_largest_that_one_does()
 
 def test_blocks_without_such_linears_are_refused():
     block = capture_blocks(tiny("mixtral"), torch.ones(1, 4).long())[0]
-    with pytest.raises(ValueError, match="widths are read off self_attn.o_proj and mlp.down_proj or"):
+    with pytest.raises(ValueError, match=r"widths are read off self_attn\.o_proj and mlp\.down_proj or"):
         carrying_linears(block.linears)
     assert costs_of_model(tiny("llama")).total == tiny("llama").num_parameters()
