@@ -375,7 +375,7 @@ def prefill_skipping(model: nn.Module, blocks: Sequence[int], rotated: bool = Tr
 
 
 def _passed_by(module: Any, forward: Callable[..., Any], rotated: bool) -> Callable[..., Any]:
-    attention = getattr(module, "self_attn", None)
+    attention: Any = getattr(module, "self_attn", None)
     rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     wanted = ("k_proj", "v_proj", "head_dim", "layer_idx")
     if rotate is None or not all(hasattr(attention, name) for name in wanted) or not hasattr(module, "input_layernorm"):
