@@ -50,10 +50,11 @@ def narrowed_model(model: PreTrainedModel, structure: Structure, widths: str = "
     """What is left, as a model of its own on the same device, frozen and in evaluation mode. Tensors that stay whole
     are shared with `model`, which is not changed. ValueError: this model cannot be narrowed so."""
     target = _empty(model, structure, widths)
-    made = _narrowing(model, structure, widths).narrowed(model.state_dict())
+    narrowing = _narrowing(model, structure, widths)
+    made = narrowing.narrowed(model.state_dict())
     target.load_state_dict({name: made[name] for name in target.state_dict()}, assign=True)
     for name, buffer in model.named_buffers():  # such as rotary tables, which no file holds
-        if (new := _narrowing(model, structure, widths).new_name(name)) and new not in made:
+        if (new := narrowing.new_name(name)) and new not in made:
             owner, _, own = new.rpartition(".")
             target.get_submodule(owner)._buffers[own] = buffer
     target.tie_weights()
