@@ -42,7 +42,7 @@ BY_PLACE = {
     "scale_attn_by_inverse_layer_idx": False,
     "per_layer_config": {},
 }
-WIDEST = ("uniform", "padded", "custom_code")
+SAVED_AS = ("uniform", "padded", "custom_code")
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,8 @@ def narrowed_config(config: Mapping[str, Any], structure: Structure, widths: str
     which all are stored; `custom_code` lists them, for the modelling file that goes with it.
 
     ValueError: the structure is none of this model's, or this config cannot say it."""
-    if widths not in WIDEST:
-        raise ValueError(f"structure.save={widths}: must be one of {', '.join(WIDEST)}")
+    if widths not in SAVED_AS:
+        raise ValueError(f"structure.save={widths}: must be one of {', '.join(SAVED_AS)}")
     text = dict(_text(config))
     dimensions = dimensions_of(text)
     problems = structure.problems(dimensions)

@@ -67,7 +67,7 @@ class Narrowing:
         if block is None:
             return name
         place = self.structure.by_block.get(block)
-        return None if place is None else f"{self.path}.{place}.{self._inner(name)}"
+        return None if place is None else f"{self.path}.{place}.{self.inner_name(name)}"
 
     def block_of(self, name: str) -> int | None:
         """The original number of the block that holds a tensor; None: none does."""
@@ -132,12 +132,13 @@ class Narrowing:
         """None: the tensor keeps its shape."""
         if self.block_of(name) is None:
             return None
-        role = role_of(self._inner(name))
+        role = role_of(self.inner_name(name))
         if role is None or (self.structure.channels if "channels" in role.parts else self.structure.groups) is None:
             return None
         return role
 
-    def _inner(self, name: str) -> str:
+    def inner_name(self, name: str) -> str:
+        """Of a tensor of a block, its name inside it."""
         return name.removeprefix(f"{self.path}.").split(".", 1)[1]
 
     def _padded(self, kept: Sequence[int], units: Sequence[Sequence[int]] | None) -> list[int]:
@@ -161,7 +162,7 @@ def costs_of(shapes: Mapping[str, Sequence[int]], dimensions: Dimensions, path: 
             outside += size
             continue
         blocks[block] += size
-        role = role_of(told._inner(name))
+        role = role_of(told.inner_name(name))
         if role is None:
             continue
         of_channels = "channels" in role.parts

@@ -213,6 +213,15 @@ def test_lists_by_layer_and_numbers_of_layers_follow_the_blocks():
     ] == {"num_hidden_layers": 6}
 
 
+def test_fewer_heads_state_their_number_and_the_width_of_a_head():
+    config = {"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 8, "hidden_size": 64}
+    told = narrowed_config(config, Structure((0,), groups=((0, 2, 5, 6),)))
+    assert (told["num_attention_heads"], told["num_key_value_heads"], told["head_dim"]) == (4, 4, 8)
+    grouped = narrowed_config(config | {"num_key_value_heads": 4}, Structure((0,), groups=((1, 3),)))
+    assert (grouped["num_attention_heads"], grouped["num_key_value_heads"], grouped["head_dim"]) == (4, 2, 8)
+    assert grouped["model_type"] == "llama"
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
