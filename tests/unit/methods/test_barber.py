@@ -125,6 +125,16 @@ def test_the_best_of_several_ratios_is_taken_and_a_harmful_one_is_not():
     assert best <= min(*losses.values(), found.loss_before)
 
 
+def test_an_exchange_under_which_the_probe_loss_rises_is_not_made():
+    block, inputs, _, pruned, target = pruned_block(Magnitude())
+    weights = {name: linear.weight * pruned.keep_masks[name] for name, linear in block.linears.items()}
+    reached = block.outputs(inputs, 10, weights)  # the pruned block's own outputs as targets: nothing can be better
+    found = Barber((0.2,)).update_block(block, inputs, reached, {}, pruned, target, print)
+    assert all(torch.equal(found.keep_masks[name], mask) for name, mask in pruned.keep_masks.items())
+    forced = Barber((0.2,), accept=False).update_block(block, inputs, reached, {}, pruned, target, print)
+    assert any(not torch.equal(forced.keep_masks[name], mask) for name, mask in pruned.keep_masks.items())
+
+
 def test_attention_is_rebuilt_before_the_mlp_is_scored():
     block, inputs, _, pruned, _ = pruned_block(Magnitude())
     parts = parts_of(block, inputs)
