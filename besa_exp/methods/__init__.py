@@ -1,0 +1,1 @@
+"""What decides: pruners, updates, budgets, structure."""

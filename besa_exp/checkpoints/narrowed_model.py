@@ -1,0 +1,200 @@
+"""A structure applied to a model in memory, or to a model folder that is read and written block by block.
+
+The narrowed model is transformers' own class built from the narrowed config, so that it saves, loads, generates and
+numbers its layers as any other. Before any weight moves two things are compared without data: that the tensors have
+the shapes which that class asks for, and that each kept block is still of the same kind as it was in its old place (a
+local attention that became a global one would load in silence).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from besa_exp.blocks.block import discover_blocks
+from besa_exp.checkpoints import uneven_llama
+from besa_exp.checkpoints.files import save_beside_weights
+from besa_exp.checkpoints.narrowed_config import CUSTOM, dimensions_of, narrowed_config
+from besa_exp.checkpoints.narrowed_tensors import Narrowing, costs_of
+from besa_exp.checkpoints.shards import streamed_layout, write_index, write_shards
+from besa_exp.checkpoints.streaming import StreamedWeights, open_streamed
+from besa_exp.checkpoints.structure import Costs, Dimensions, Structure, to_json
+from besa_exp.checkpoints.tensor_sources import as_saved
+from besa_exp.machine import atomic
+
+STRUCTURE_FILE = "structure.json"
+MODELLING_FILE = "modeling_uneven.py"
+PLACE = ("layer_idx", "layer_id", "layer_number", "block_idx")  # names of the number that a block has
+
+
+def dimensions_of_model(model: PreTrainedModel) -> Dimensions:
+    """As its config has them."""
+    return dimensions_of(model.config.to_dict())
+
+
+def costs_of_model(model: PreTrainedModel) -> Costs:
+    """What each part of the dense model costs; its weights may be absent (meta)."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return costs_of(shapes, dimensions_of_model(model), discover_blocks(model)[0])
+
+
+def narrowed_model(model: PreTrainedModel, structure: Structure, widths: str = "uniform") -> PreTrainedModel:
+    """What is left, as a model of its own on the same device, frozen and in evaluation mode. Tensors that stay whole
+    are shared with `model`, which is not changed. ValueError: this model cannot be narrowed so."""
+    target = _empty(model, structure, widths)
+    narrowing = _narrowing(model, structure, widths)
+    made = narrowing.narrowed(model.state_dict())
+    target.load_state_dict({name: made[name] for name in target.state_dict()}, assign=True)
+    for name, buffer in model.named_buffers():  # such as rotary tables, which no file holds
+        if (new := narrowing.new_name(name)) and new not in made:
+            owner, _, own = new.rpartition(".")
+            target.get_submodule(owner)._buffers[own] = buffer
+    target.tie_weights()
+    return target.eval().requires_grad_(False)
+
+
+def narrow_folder(
+    folder: Path,
+    structure: Structure,
+    out: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    card: str = "",
+    widths: str = "uniform",
+    trust_remote_code: bool = False,
+) -> None:
+    """Writes what is left of the model in `folder` to `out`, one shard for what is outside the blocks and one for each
+    kept block, read one at a time; structure.json beside them. Replaces `out`, whole or not at all.
+
+    ValueError: this model cannot be narrowed so, or not read block by block (`narrowed_model` can from memory)."""
+    model, weights = open_streamed(folder, "auto", torch.device("cpu"), trust_remote_code)
+    target = _empty(model, structure, widths)
+    narrowing = _narrowing(model, structure, widths)
+    path = narrowing.path
+    wanted = target.state_dict()
+    outside = {name: tensor for name, tensor in wanted.items() if name in weights.sources and not _in(name, path)}
+    named: list[dict[str, Tensor]] = [outside]
+    named += [
+        {name: tensor for name, tensor in wanted.items() if _in(name, f"{path}.{place}")}
+        for place in range(len(structure.blocks))
+    ]
+    saved = [[*as_saved(model, tensors)] for tensors in named]
+    with atomic.replaced_folder(out) as partial:
+        layout = streamed_layout(saved[0], saved[1:])
+        write_shards(partial, layout, _parts(model, weights, narrowing, {*outside}))
+        write_index(partial, layout, target.num_parameters())
+        save_beside_weights(target, tokenizer, partial, card, folder)
+        write_beside(partial, model, structure, widths)
+
+
+def write_beside(folder: Path, dense: PreTrainedModel, structure: Structure, widths: str) -> None:
+    """structure.json, and the modelling file where the widths need one."""
+    (folder / STRUCTURE_FILE).write_text(to_json(structure, dimensions_of_model(dense)), encoding="utf-8")
+    if widths != "custom_code":
+        return
+    (folder / MODELLING_FILE).write_text(modelling_code(dense.config.model_type), encoding="utf-8")
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    reference = config["auto_map"]["AutoModelForCausalLM"]
+    config["architectures"] = [reference.rpartition(".")[2]]
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def modelling_code(model_type: str) -> str:
+    """The modelling file for a family."""
+    text = Path(uneven_llama.__file__).read_text(encoding="utf-8")
+    return text.replace("Llama", CUSTOM[model_type])
+
+
+def _parts(
+    model: PreTrainedModel, weights: StreamedWeights, narrowing: Narrowing, outside: set[str]
+) -> Iterator[Mapping[str, Tensor]]:
+    read = weights.read_outside(f"{narrowing.path}.")
+    yield as_saved(model, {name: tensor for name, tensor in read.items() if name in outside})
+    for block in narrowing.structure.blocks:
+        yield as_saved(model, narrowing.narrowed(weights.read(f"{narrowing.path}.{block}.")))
+
+
+def _narrowing(model: PreTrainedModel, structure: Structure, widths: str) -> Narrowing:
+    return Narrowing(structure, dimensions_of_model(model), discover_blocks(model)[0], widths == "padded")
+
+
+def _empty(model: PreTrainedModel, structure: Structure, widths: str) -> PreTrainedModel:
+    """The narrowed model without weights. ValueError: it is not what the narrowed tensors make up."""
+    config = model_config(model.config, structure, widths)
+    with init_empty_weights():
+        target = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        if hasattr(config, "groups_by_block"):
+            uneven_llama.resize_blocks(target, config)
+    if model.generation_config is not None:
+        target.generation_config = deepcopy(model.generation_config)
+    target.eval()
+    _check_shapes(model, target, structure, widths)
+    _check_kinds(model, target, structure)
+    return target
+
+
+def model_config(config: PreTrainedConfig, structure: Structure, widths: str) -> PreTrainedConfig:
+    """As `narrowed_config`, of transformers' value."""
+    told = narrowed_config(config.to_dict(), structure, widths)
+    kind = told.pop("model_type")
+    made = type(config).from_dict(told) if kind == config.model_type else AutoConfig.for_model(kind, **told)
+    made._attn_implementation = config._attn_implementation
+    return made
+
+
+def _check_shapes(model: PreTrainedModel, target: PreTrainedModel, structure: Structure, widths: str) -> None:
+    shapes = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    made = {name: tuple(t.shape) for name, t in _narrowing(model, structure, widths).narrowed(shapes).items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in target.state_dict().items()}
+    for name in sorted(made.keys() | wanted.keys()):
+        if made.get(name) != wanted.get(name):
+            raise ValueError(
+                f"structure: {type(target).__name__} of the narrowed config asks for {name} {wanted.get(name)}, what "
+                f"is left is {made.get(name)}: which of its rows belong to a head or channel is not known here; keep "
+                "all groups and channels"
+            )
+
+
+def _check_kinds(model: PreTrainedModel, target: PreTrainedModel, structure: Structure) -> None:
+    """Each kept block's modules are of the classes that they were and, where no width changed, with the same settings
+    but for their number."""
+    old, new = discover_blocks(model)[1], discover_blocks(target)[1]
+    sized = structure.groups is not None or structure.channels is not None
+    for place, block in enumerate(structure.blocks):
+        was, becomes = (dict(modules.named_modules()) for modules in (old[block], new[place]))
+        for path in was.keys() | becomes.keys():
+            if path not in was or path not in becomes or (told := _changed(was[path], becomes[path], sized)):
+                changed = told if path in was and path in becomes else "is there in one of them alone"
+                raise ValueError(
+                    f"structure: block {block} would become another kind of block in place {place}: "
+                    f"{path or 'it'} {changed}; keep all blocks before it, or state layer_types in its config.json"
+                )
+
+
+def _changed(was: nn.Module, becomes: nn.Module, sized: bool) -> str | None:
+    """What of a module's settings differs. Numbers follow widths."""
+    told = [
+        {key: value for key, value in vars(one).items() if _is_setting(key, value, sized)} for one in (was, becomes)
+    ]
+    different = [key for key in told[0].keys() | told[1].keys() if told[0].get(key) != told[1].get(key)]
+    if different:
+        return f"has {different[0]}={told[1].get(different[0])}, which was {told[0].get(different[0])}"
+    return None
+
+
+def _is_setting(key: str, value: Any, sized: bool) -> bool:
+    if key in PLACE or (key.startswith("_") and key != "_sliding_window"):
+        return False
+    return isinstance(value, bool | str | float | None) or (isinstance(value, int) and not sized)
+
+
+def _in(name: str, prefix: str) -> bool:
+    return name.startswith(f"{prefix}.")

@@ -1,0 +1,179 @@
+"""The tensors of a model after whole parts of it are gone: other names where blocks went, fewer rows and columns where
+heads and channels did.
+
+Rows of q, k, v and of gate and up go with their biases; columns of o and down go, and their biases stay. Families that
+store several of these in one tensor (Phi-3) have its rows cut part by part. Each tensor is made by itself, so that a
+model is narrowed as it is read. A tensor that should have been cut and is not known here keeps its shape, which the
+model of the new config then refuses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from besa_exp.checkpoints.narrowed_config import widest
+from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
+
+ZERO = -1  # the source of a row that pads
+
+
+@dataclass(frozen=True)
+class Role:
+    """Along `axis` a tensor is made of these parts, in order: `heads` and `groups` of head_dim each, one number a
+    head (`numbers`), or `channels`."""
+
+    parts: tuple[str, ...]
+    axis: int
+
+
+ROLES = {
+    r"self_attn\.q_proj\.(weight|bias)": Role(("heads",), 0),
+    r"self_attn\.[kv]_proj\.(weight|bias)": Role(("groups",), 0),
+    r"self_attn\.o_proj\.weight": Role(("heads",), 1),
+    r"self_attn\.qkv_proj\.(weight|bias)": Role(("heads", "groups", "groups"), 0),
+    r"self_attn\.sinks": Role(("numbers",), 0),
+    r"mlp\.(gate|up)_proj\.(weight|bias)": Role(("channels",), 0),
+    r"mlp\.gate_up_proj\.(weight|bias)": Role(("channels", "channels"), 0),
+    r"mlp\.down_proj\.weight": Role(("channels",), 1),
+    r"fc1\.(weight|bias)": Role(("channels",), 0),
+    r"fc2\.weight": Role(("channels",), 1),
+    r"mlp\.dense_h_to_4h\.(weight|bias)": Role(("channels",), 0),
+    r"mlp\.dense_4h_to_h\.weight": Role(("channels",), 1),
+    r"mlp\.c_fc\.weight": Role(("channels",), 1),  # transformers' Conv1D holds [in, out]
+    r"mlp\.c_fc\.bias": Role(("channels",), 0),
+    r"mlp\.c_proj\.weight": Role(("channels",), 0),
+}
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """A structure of a model of these dimensions whose blocks are `path`.0, `path`.1 and so on. `padded`: all blocks
+    are stored as wide as the widest, with rows and columns of zeros."""
+
+    structure: Structure
+    dimensions: Dimensions
+    path: str
+    padded: bool = False
+
+    def new_name(self, name: str) -> str | None:
+        """What a tensor is called in the narrowed model; None: it is gone with its block."""
+        block = self.block_of(name)
+        if block is None:
+            return name
+        place = self.structure.by_block.get(block)
+        return None if place is None else f"{self.path}.{place}.{self.inner_name(name)}"
+
+    def block_of(self, name: str) -> int | None:
+        """The original number of the block that holds a tensor; None: none does."""
+        number = name.removeprefix(f"{self.path}.").split(".", 1)[0] if name.startswith(f"{self.path}.") else ""
+        return int(number) if number.isdecimal() else None
+
+    def narrowed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the dense model by name, some or all, as they are in the narrowed one: by new name, those that
+        stay as they are the same objects."""
+        made = {}
+        for name, tensor in tensors.items():
+            if (new := self.new_name(name)) is not None:
+                made[new] = self._cut(name, tensor)
+        return made
+
+    def dense_of(self, tensor: Tensor, name: str) -> Tensor:
+        """The tensor with zeros where the structure removes rows and columns, in its own shape. A removed block's is
+        all zero."""
+        if self.new_name(name) is None:
+            return torch.zeros_like(tensor)
+        if (found := self._role(name)) is None:
+            return tensor
+        kept = self.sources(found, name)
+        kept = kept[kept != ZERO].to(tensor.device)
+        return torch.zeros_like(tensor).index_copy(found.axis, kept, tensor.index_select(found.axis, kept))
+
+    def sources(self, role: Role, name: str) -> Int[Tensor, " row"]:
+        """Along the role's axis, the row of the dense tensor that each row of the narrowed one is; ZERO: it pads."""
+        block = self.block_of(name)
+        assert block is not None
+        dimensions, structure = self.dimensions, self.structure
+        groups = self._padded(structure.kept_groups(block, dimensions), structure.groups)
+        channels = self._padded(structure.kept_channels(block, dimensions), structure.channels)
+        each = dimensions.heads_of_group if dimensions.groups else 0
+        heads = _units(groups, each)
+        rows: list[Tensor] = []
+        start = 0
+        for part in role.parts:
+            found, size = {
+                "groups": (_units(groups, dimensions.head_dim), dimensions.groups * dimensions.head_dim),
+                "heads": (_units(heads.tolist(), dimensions.head_dim), dimensions.heads * dimensions.head_dim),
+                "numbers": (heads, dimensions.heads),
+                "channels": (_units(channels, 1), dimensions.channels),
+            }[part]
+            rows.append(torch.where(found == ZERO, ZERO, found + start))
+            start += size
+        return torch.cat(rows)
+
+    def _cut(self, name: str, tensor: Tensor) -> Tensor:
+        if (role := self._role(name)) is None:
+            return tensor
+        sources = self.sources(role, name)
+        cut = tensor.index_select(role.axis, sources.clamp(min=0).to(tensor.device))
+        pads = sources == ZERO
+        if not bool(pads.any()):
+            return cut
+        shape = [1] * cut.dim()
+        shape[role.axis] = -1
+        return cut.masked_fill(pads.view(shape).to(cut.device), 0)
+
+    def _role(self, name: str) -> Role | None:
+        """None: the tensor keeps its shape."""
+        if self.block_of(name) is None:
+            return None
+        role = role_of(self.inner_name(name))
+        if role is None or (self.structure.channels if "channels" in role.parts else self.structure.groups) is None:
+            return None
+        return role
+
+    def inner_name(self, name: str) -> str:
+        """Of a tensor of a block, its name inside it."""
+        return name.removeprefix(f"{self.path}.").split(".", 1)[1]
+
+    def _padded(self, kept: Sequence[int], units: Sequence[Sequence[int]] | None) -> list[int]:
+        missing = widest(tuple(map(tuple, units))) - len(kept) if self.padded and units else 0
+        return [*kept, *[ZERO] * missing]
+
+
+def role_of(inner: str) -> Role | None:
+    """Of a tensor by its name inside a block."""
+    return next((role for pattern, role in ROLES.items() if re.fullmatch(pattern, inner)), None)
+
+
+def costs_of(shapes: Mapping[str, Sequence[int]], dimensions: Dimensions, path: str) -> Costs:
+    """What each part of a model costs in parameters. `shapes`: of its tensors by name, tied ones once."""
+    told = Narrowing(Structure(tuple(range(dimensions.blocks))), dimensions, path)
+    outside, blocks, groups, channels = 0, [0] * dimensions.blocks, [0] * dimensions.blocks, [0] * dimensions.blocks
+    for name, shape in shapes.items():
+        size = torch.Size(shape).numel()
+        block = told.block_of(name)
+        if block is None:
+            outside += size
+            continue
+        blocks[block] += size
+        role = role_of(told.inner_name(name))
+        if role is None:
+            continue
+        of_channels = "channels" in role.parts
+        count = dimensions.channels if of_channels else dimensions.groups
+        if count and size % count == 0:
+            (channels if of_channels else groups)[block] += size // count
+    return Costs(outside, tuple(blocks), tuple(groups), tuple(channels))
+
+
+def _units(numbers: Sequence[int], size: int) -> Int[Tensor, " row"]:
+    """The rows of units of `size` rows each; those of ZERO pad."""
+    units = torch.tensor([*numbers], dtype=torch.long)[:, None]
+    rows = units * size + torch.arange(size)
+    return torch.where(units == ZERO, ZERO, rows).flatten()

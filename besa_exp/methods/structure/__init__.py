@@ -1,0 +1,1 @@
+"""Which whole parts of a model stay: blocks, groups of heads, channels."""

@@ -1,0 +1,219 @@
+"""Bypass Back-propagation: heads and channels chosen by the policy gradient of the model's loss (Gao et al., arXiv
+2406.10576). Forward passes alone.
+
+Each unit u, a group of heads or a channel, stays with probability s_u. In a step K masks m_k are drawn, the loss L_k
+of the model under each is measured on one batch, and
+
+    g = 1 / (K - 1) sum_k (L_k - delta) (m_k - s) / sqrt(s (1 - s)),    s <- P(s - rate g),
+
+P the projection onto {0 <= s <= 1, sum c_u s_u <= B}, which is s' = clamp(s - v, 0, 1) with one v. Times
+sqrt(s (1 - s)) the score of a Bernoulli has unit variance for every unit.
+
+The baseline delta is here the mean of the step's own losses, with which 1 / (K - 1) makes g the leave-one-out
+estimator, unbiased and without memory: E[g] = sqrt(s (1 - s)) dE[L]/ds. The authors' is a moving average that holds a
+share 1 / T of the present losses, so that their g is K / (K - 1) (1 - 1 / (T K)) times that. Theirs are also budgets of
+heads and of channels apart, each a share of their number; here c_u are parameters and B is one for all.
+
+The draws of a step come from the seed and its number, on the CPU: they are the same on every device, and a search goes
+on from a state alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
+from besa_exp.errors import RunError
+from besa_exp.methods.structure.widths import (
+    IMPORTANCES,
+    SHAPES,
+    Importances,
+    chosen,
+    kept_parameters,
+    width_amount_problems,
+)
+
+NEAR_ZERO = 1e-7  # the authors', beside s and 1 - s
+BASELINES = ("leave_one_out", "moving")
+
+
+def sigmap(importance: Float[Tensor, " unit"], keep: float) -> Float[Tensor, " unit"]:
+    """Scores whose mean is near `keep`: sigmoid of the standardised importances, shifted; of a block's groups, or its
+    channels. Not yet clamped to [0, 1]."""
+    mapped = ((importance - importance.mean()) / (importance.std() + 1e-8)).sigmoid()
+    return mapped + (keep - mapped.mean())
+
+
+def starting_scores(importances: Importances, keep: float) -> Importances:
+    """s of every unit, block by block."""
+    groups, channels = (
+        torch.stack([sigmap(row.float(), keep) if len(row) > 1 else torch.full_like(row, keep) for row in rows])
+        for rows in (importances.groups, importances.channels)
+    )
+    return Importances(groups.clamp(0, 1), channels.clamp(0, 1))
+
+
+def moving_baseline(previous: float | None, mean: float, window: int) -> float:
+    """The authors' delta: the first step's mean loss, then (1 - 1/T) delta + mean / T, before it is used."""
+    return mean if previous is None else (1 - 1 / window) * previous + mean / window
+
+
+def policy_gradient(
+    losses: Float[Tensor, " draw"],
+    masks: Bool[Tensor, "draw unit"],
+    scores: Float[Tensor, " unit"],
+    baseline: float | None = None,
+) -> Float[Tensor, " unit"]:
+    """g; without a `baseline` that of leave-one-out. Losses that are not a number are left out; 1 / (K - 1) stays."""
+    usable = losses.isfinite()
+    delta = losses[usable].mean() if baseline is None else baseline
+    weights = torch.where(usable, losses - delta, 0.0).to(scores.dtype)
+    size = ((scores + NEAR_ZERO) * (1 - scores + NEAR_ZERO)).sqrt()
+    directions = (masks.to(scores.dtype) - scores) / size
+    return weights @ directions / (len(losses) - 1)
+
+
+def projected(
+    scores: Float[Tensor, " unit"],
+    budget: float,
+    costs: Float[Tensor, " unit"] | None = None,
+    halvings: int = 60,
+    tolerance: float = 0.0,
+) -> tuple[Float[Tensor, " unit"], float]:
+    """clamp(s - v, 0, 1) with the least v >= 0 under which sum c_u s_u <= budget, and v; the nearest point by the
+    distance sum c_u (s'_u - s_u)^2. Sums below the budget stay below. The authors halve 21 times, to a sum within 1e-3
+    of the budget on either side."""
+    weights = torch.ones_like(scores) if costs is None else costs.to(scores)
+
+    def excess(v: float) -> float:
+        return float((weights * (scores - v).clamp(0, 1)).sum(dtype=torch.float64)) - budget
+
+    if excess(0.0) <= 0:
+        return scores.clamp(0, 1), 0.0
+    low, high, v = 0.0, float(scores.max()), 0.0
+    for _ in range(halvings):
+        v = (low + high) / 2
+        over = excess(v)
+        if abs(over) < tolerance:
+            break
+        low, high = (v, high) if over > 0 else (low, v)
+    v = v if tolerance else high
+    return (scores - v).clamp(0, 1), v
+
+
+def cosine_rate(rate: float, step: int, steps: int) -> float:
+    """From `rate` down to 0 over all steps."""
+    return rate * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a search stands after `step` steps: the scores of all groups of all blocks, then of all channels; the
+    moving baseline, where there is one; the last step's losses."""
+
+    step: int
+    scores: Float[Tensor, " unit"]
+    baseline: float | None = None
+    losses: tuple[float, ...] = ()
+
+
+LossOf = Callable[[Bool[Tensor, "block group"], Bool[Tensor, "block channel"], int], float]
+"""Groups and channels that stay, and the step, which says the batch, to the mean loss of the batch's tokens."""
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """`ratio` of all parameters go. `draws`: masks a step. `rate`: of the first step. `start`: whose importances the
+    scores begin with. `multiple`: of which a block's channels are a multiple in the end. `window`: of the moving
+    baseline, the authors'."""
+
+    ratio: float
+    steps: int = 1000
+    draws: int = 2
+    rate: float = 0.002
+    start: str = "wanda_sp"
+    baseline: str = "leave_one_out"
+    window: int = 5
+    multiple: int = 1
+    shape: str = "uniform"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key, least in (("steps", 1), ("draws", 2), ("window", 1), ("multiple", 1)):
+            if getattr(self, key) < least:
+                raise ValueError(f"structure.{key}={getattr(self, key)}: must be at least {least}")
+        if not self.rate > 0:
+            raise ValueError(f"structure.rate={self.rate}: must be above 0; the authors use 0.002 for Llama-2-7B")
+        if not 0 < self.ratio < 1:
+            raise ValueError(f"structure.ratio={self.ratio}: must be above 0 and below 1")
+        for key, known in (("baseline", BASELINES), ("shape", SHAPES), ("start", IMPORTANCES)):
+            if getattr(self, key) not in known:
+                raise ValueError(f"structure.{key}={getattr(self, key)}: must be one of {', '.join(known)}")
+
+    def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
+        """Problems with a model of these costs, in complete sentences, before any weight is read."""
+        return width_amount_problems(costs, dimensions, self.ratio, self.multiple)
+
+    def begin(self, importances: Importances, costs: Costs, dimensions: Dimensions) -> State:
+        """From the importances that `start` names; within the budget."""
+        units, spendable = unit_costs(costs, dimensions), self._spendable(costs, dimensions)
+        scores = starting_scores(importances, min(1.0, spendable / float(units.sum()))).flat
+        return State(0, projected(scores, spendable, units)[0])
+
+    def search(self, loss_of: LossOf, state: State, costs: Costs, dimensions: Dimensions) -> Iterator[State]:
+        """The states of the steps that are left after `state`. RunError: fewer than two losses of a step are finite."""
+        units, spendable = unit_costs(costs, dimensions), self._spendable(costs, dimensions)
+        while state.step < self.steps:
+            masks = self.drawn(state)
+            losses = torch.tensor(
+                [loss_of(*_apart(mask, dimensions), state.step) for mask in masks], dtype=torch.float64
+            )
+            if int(losses.isfinite().sum()) < 2:
+                raise RunError(
+                    f"structure=policy_gradient: the losses of step {state.step} are {losses.tolist()}; load the model "
+                    "in float32 or bfloat16 (model.dtype) or take more draws a step (structure.draws)"
+                )
+            mean = float(losses[losses.isfinite()].mean())
+            moving = moving_baseline(state.baseline, mean, self.window) if self.baseline == "moving" else None
+            step = cosine_rate(self.rate, state.step, self.steps) * policy_gradient(losses, masks, state.scores, moving)
+            scores, _ = projected(state.scores - step, spendable, units)
+            state = State(state.step + 1, scores, moving, tuple(losses.tolist()))
+            yield state
+
+    def drawn(self, state: State) -> Bool[Tensor, "draw unit"]:
+        """The masks of a step."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + state.step)
+        return torch.rand(self.draws, len(state.scores), generator=generator) < state.scores
+
+    def decide(self, state: State, costs: Costs, dimensions: Dimensions) -> Structure:
+        """What stays: the units of largest score that the budget holds."""
+        groups, channels = state.scores.split(
+            [dimensions.blocks * dimensions.groups, dimensions.blocks * dimensions.channels]
+        )
+        scores = Importances(groups.view(dimensions.blocks, -1), channels.view(dimensions.blocks, -1))
+        return chosen(scores, costs, dimensions, self.ratio, self.multiple, self.shape)
+
+    def _spendable(self, costs: Costs, dimensions: Dimensions) -> float:
+        """Parameters for units: the budget less what no unit holds."""
+        all_units = float(unit_costs(costs, dimensions).sum())
+        return kept_parameters(costs, self.ratio) - (costs.total - all_units)
+
+
+def unit_costs(costs: Costs, dimensions: Dimensions) -> Float[Tensor, " unit"]:
+    """Parameters of each group of all blocks, then of each channel."""
+    groups = torch.tensor(costs.groups).repeat_interleave(dimensions.groups)
+    channels = torch.tensor(costs.channels).repeat_interleave(dimensions.channels)
+    return torch.cat([groups, channels]).float()
+
+
+def _apart(
+    mask: Bool[Tensor, " unit"], dimensions: Dimensions
+) -> tuple[Bool[Tensor, "block group"], Bool[Tensor, "block channel"]]:
+    groups, channels = mask.split([dimensions.blocks * dimensions.groups, dimensions.blocks * dimensions.channels])
+    return groups.view(dimensions.blocks, -1), channels.view(dimensions.blocks, -1)

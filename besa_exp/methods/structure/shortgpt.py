@@ -1,0 +1,177 @@
+"""ShortGPT: the blocks that change the hidden states least go, all at once (Men et al., arXiv 2403.03853).
+
+    BI_i = mean over tokens of 1 - cos(x_i, x_{i+1}),    x_i, x_{i+1} the states before and after block i.
+
+The angular metric removes a run of n blocks in a row instead (Gromov et al., arXiv 2403.17887), that of least
+
+    d(s, n) = mean over samples of arccos(cos(x_s, x_{s+n})) / pi    at the last token.
+
+Products are fp32 whatever the states are, their sums fp64; of a state of zeros the cosine is 0. The authors' code
+computes in fp16, where 1 - cos moves in steps of 0.0005 and a cosine that overflows counts as 0.5, and takes the last
+block's output after the final norm, where that block's own output is taken here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from besa_exp.blocks.block import Block, Hidden
+from besa_exp.checkpoints.structure import Costs, Structure
+from besa_exp.machine import distributed
+
+METRICS = ("influence", "angular")
+SMALLEST = 1e-30  # of a product of norms
+
+
+def cosine(one: Float[Tensor, "*token hidden"], other: Float[Tensor, "*token hidden"]) -> Float[Tensor, "*token"]:
+    """<x, y> / (||x|| ||y||) of each token, in fp64 from fp32 products; 0 where one is zero."""
+    one, other = one.float(), other.float()
+    product, first, second = (
+        (x * y).sum(dim=-1, dtype=torch.float64) for x, y in ((one, other), (one, one), (other, other))
+    )
+    return (product / (first * second).sqrt().clamp(min=SMALLEST)).clamp(-1, 1)
+
+
+def block_influence(before: Hidden, after: Hidden) -> Float[Tensor, "sample seq"]:
+    """1 - cos(x_i, x_{i+1}) of each token."""
+    return 1 - cosine(before, after)
+
+
+def angular_distance(
+    one: Float[Tensor, "*token hidden"], other: Float[Tensor, "*token hidden"]
+) -> Float[Tensor, "*token"]:
+    """arccos(cos(x, y)) / pi of each token, in [0, 1]."""
+    return cosine(one, other).arccos() / torch.pi
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One pass of the dense model: BI of each block, over the tokens of all ranks, and this rank's samples' states at
+    the last token, before the first block and after each."""
+
+    influence: Float[Tensor, " block"]
+    last_tokens: Float[Tensor, "depth sample hidden"]
+
+
+@torch.no_grad()
+def passage(blocks: Iterable[Block], inputs: Hidden, batch_size: int) -> Passage:
+    """`inputs`, those of the first block, are overwritten; each block is read once."""
+    influence, last = [], [inputs[:, -1].float().cpu()]
+    for block in blocks:
+        total = torch.zeros((), dtype=torch.float64)
+        for start in range(0, len(inputs), batch_size):
+            batch = slice(start, start + batch_size)
+            after = block(inputs[batch])
+            total += block_influence(inputs[batch].to(after.device), after).double().sum().cpu()
+            inputs[batch] = after
+        tokens = distributed.total(len(inputs)) * inputs.shape[1]
+        influence.append(distributed.all_sum(total) / tokens)
+        last.append(inputs[:, -1].float().cpu())
+    return Passage(torch.stack(influence), torch.stack(last))
+
+
+def least_influential(influence: Float[Tensor, " block"], count: int, protected: Sequence[int] = ()) -> list[int]:
+    """The blocks to remove in order, the least first; of equals the earlier."""
+    order = torch.argsort(influence, stable=True).tolist()
+    return [block for block in order if block not in protected][:count]
+
+
+def least_turning_run(
+    last_tokens: Float[Tensor, "depth sample hidden"], count: int, protected: Sequence[int] = ()
+) -> tuple[list[int], Float[Tensor, " start"]]:
+    """The `count` blocks in a row across which states turn least, and d(s, count) of each start s. Infinite: a
+    protected block is among them."""
+    starts = len(last_tokens) - count
+    angles = angular_distance(last_tokens[:starts], last_tokens[count:]).double().sum(dim=1)
+    distances = distributed.all_sum(angles) / distributed.total(last_tokens.shape[1])
+    for start in range(starts):
+        if any(start <= block < start + count for block in protected):
+            distances[start] = torch.inf
+    start = int(distances.argmin())
+    return [*range(start, start + count)], distances
+
+
+@dataclass(frozen=True)
+class ShortGPT:
+    """`blocks` are removed, or as many as come nearest to `ratio` of all parameters. `metric`: `influence`, each block
+    by itself, or `angular`, a run. `protect_first`, `protect_last`: so many blocks stay at each end."""
+
+    blocks: int | None = None
+    ratio: float | None = None
+    metric: str = "influence"
+    protect_first: int = 0
+    protect_last: int = 0
+
+    def __post_init__(self) -> None:
+        check_amount(self.blocks, self.ratio)
+        if self.metric not in METRICS:
+            raise ValueError(f"structure.metric={self.metric}: must be one of {', '.join(METRICS)}")
+        for key in ("protect_first", "protect_last"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"structure.{key}={getattr(self, key)}: must not be negative")
+
+    def check(self, costs: Costs) -> list[str]:
+        """Problems with a model of these costs, in complete sentences, before any weight is read."""
+        return amount_problems(self.blocks, self.ratio, costs, self.protect_first, self.protect_last)
+
+    def decide(self, found: Passage, costs: Costs) -> Structure:
+        """What stays."""
+        count = amount(self.blocks, self.ratio, costs)
+        number = len(found.influence)
+        protected = [*range(self.protect_first), *range(number - self.protect_last, number)]
+        if self.metric == "influence":
+            removed = least_influential(found.influence, count, protected)
+        else:
+            removed, _ = least_turning_run(found.last_tokens, count, protected)
+        return Structure(tuple(block for block in range(number) if block not in removed))
+
+
+def check_amount(blocks: int | None, ratio: float | None) -> None:
+    """ValueError: not one of the two is given, or what is given is no amount."""
+    if (blocks is None) == (ratio is None):
+        raise ValueError(
+            f"structure.blocks={blocks} and structure.ratio={ratio}: give one of the two, the number of blocks to "
+            "remove or the share of all parameters"
+        )
+    if blocks is not None and blocks < 0:
+        raise ValueError(f"structure.blocks={blocks}: must not be negative")
+    if ratio is not None and not 0 < ratio < 1:
+        raise ValueError(f"structure.ratio={ratio}: must be above 0 and below 1, as 0.2 for a fifth of the parameters")
+
+
+def amount(blocks: int | None, ratio: float | None, costs: Costs) -> int:
+    """How many blocks go: `blocks`, or as many as come nearest to `ratio` of all parameters, blocks being equal in the
+    mean; of two equally near the fewer."""
+    if blocks is not None:
+        return blocks
+    assert ratio is not None, "check_amount has seen one of the two"
+    each = sum(costs.blocks) / len(costs.blocks)
+    wanted = ratio * costs.total
+    return min(range(len(costs.blocks) + 1), key=lambda count: abs(count * each - wanted))
+
+
+def amount_problems(
+    blocks: int | None, ratio: float | None, costs: Costs, protect_first: int, protect_last: int
+) -> list[str]:
+    """Why so many blocks cannot go, in complete sentences."""
+    number, count = len(costs.blocks), amount(blocks, ratio, costs)
+    asked = f"structure.blocks={blocks}" if blocks is not None else f"structure.ratio={ratio}"
+    free = number - protect_first - protect_last
+    if count == 0 and ratio is not None:
+        share = costs.blocks[0] / costs.total
+        return [
+            f"{asked}: a single block of the {number} has {share:.1%} of the parameters; set at least {share / 2:.3f}"
+        ]
+    if count >= number:
+        return [f"{asked}: would remove all {number} blocks; at least one must stay"]
+    if count > max(free, 0):
+        return [
+            f"{asked}: would remove {count} blocks, and {max(free, 0)} of the {number} are not protected "
+            f"(structure.protect_first={protect_first}, structure.protect_last={protect_last})"
+        ]
+    return []

@@ -1,0 +1,176 @@
+"""SLEB: blocks go one after the other, each the one without which the whole model's loss is least (Song et al., arXiv
+2402.09025).
+
+With A blocks alive, each step tries A models, every one of them without one more block. They share the states up to
+the block in which they part: one pass over the alive blocks, in order, with the state of the model as it is and one
+for each block that was left out before, is A (A - 1) / 2 + (A - 1) block evaluations where A models by themselves cost
+A (A - 1). Blocks are read once a step, so that they may be streamed.
+
+The loss is that of the tokens (cross entropy, as the authors have it) or the distance from the dense model's
+predictions (KL, which needs no labels and is 0 where nothing is lost). The authors multiply a window's mean cross
+entropy by its length, a factor that changes no choice. Where all losses are not a number their code removes the last
+block in silence; here that is an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.head import Head, divergence
+from besa_exp.checkpoints.structure import Costs, Structure
+from besa_exp.errors import RunError
+from besa_exp.machine import distributed
+from besa_exp.methods.structure.shortgpt import amount, amount_problems, check_amount
+
+LOSSES = ("kl", "cross_entropy")
+TOKENS = 2048  # that pass the head together: their logits are the largest thing that is held
+LossOf = Callable[[Hidden], Float[Tensor, ""]]
+"""The last block's outputs of this rank's samples to the sum of their loss."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One step: the block that went, by original number, and the loss of the model without each one that could, in nats
+    a token; `passes`: block evaluations of all samples."""
+
+    block: int
+    losses: Mapping[int, float]
+    passes: int
+
+
+def cross_entropy_of(head: Head, input_ids: Int[Tensor, "sample seq"]) -> LossOf:
+    """The sum over samples and i = 2 .. seq of -log p(token_i | the tokens before it)."""
+
+    def loss(states: Hidden) -> Float[Tensor, ""]:
+        total = torch.zeros((), dtype=torch.float64)
+        for rows in _row_slices(states):
+            logits = head(states[rows])[:, :-1].float().flatten(0, 1)
+            following = input_ids[rows, 1:].to(logits.device).flatten()
+            losses = torch.nn.functional.cross_entropy(logits, following, reduction="none")
+            total += losses.double().sum().cpu()
+        return total
+
+    return loss
+
+
+def divergence_of(head: Head, dense: Hidden) -> LossOf:
+    """The sum over tokens of KL(p || q), p the distribution of the next token after the dense model's last block."""
+
+    def loss(states: Hidden) -> Float[Tensor, ""]:
+        total = torch.zeros((), dtype=torch.float64)
+        for rows in _row_slices(states):
+            total += divergence(head(dense[rows]), head(states[rows])).double().sum().cpu()
+        return total
+
+    return loss
+
+
+def _row_slices(states: Hidden) -> list[slice]:
+    rows = max(1, TOKENS // states.shape[1])
+    return [slice(start, start + rows) for start in range(0, len(states), rows)]
+
+
+@torch.no_grad()
+def losses_without(
+    blocks: Iterable[Block],
+    inputs: Hidden,
+    removed: Sequence[int],
+    candidates: Sequence[int],
+    batch_size: int,
+    loss_of: LossOf,
+) -> tuple[dict[int, float], int]:
+    """The summed loss of the model without `removed` and each of the `candidates`, and the block evaluations of all
+    samples that this took. Holds as many states as there are candidates, and two more."""
+    gone, asked = set(removed), sorted(candidates)
+    together = inputs  # of the models that have not parted yet
+    apart: dict[int, Hidden] = {}
+    passes = 0
+    for block in blocks:
+        if block.index in gone:
+            continue
+        for candidate, states in apart.items():
+            apart[candidate] = block.outputs(states, batch_size)
+        passes += len(apart)
+        if block.index in asked:
+            apart[block.index] = together
+        if block.index < asked[-1]:
+            together = block.outputs(together, batch_size)
+            passes += 1
+    summed = torch.stack([torch.as_tensor(loss_of(apart[candidate])) for candidate in asked])
+    found = distributed.all_sum(summed.double())
+    return dict(zip(asked, found.tolist(), strict=True)), passes
+
+
+@dataclass(frozen=True)
+class Sleb:
+    """`blocks` are removed, or as many as come nearest to `ratio` of all parameters. Of the blocks that are alive the
+    first `early_barrier` and the last `latter_barrier` cannot go."""
+
+    blocks: int | None = None
+    ratio: float | None = None
+    early_barrier: int = 1
+    latter_barrier: int = 1
+    loss: str = "kl"
+
+    def __post_init__(self) -> None:
+        check_amount(self.blocks, self.ratio)
+        for key in ("early_barrier", "latter_barrier"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"structure.{key}={getattr(self, key)}: must not be negative; the authors use 1")
+        if self.loss not in LOSSES:
+            raise ValueError(f"structure.loss={self.loss}: must be one of {', '.join(LOSSES)}")
+
+    def check(self, costs: Costs) -> list[str]:
+        """Problems with a model of these costs, in complete sentences, before any weight is read."""
+        return amount_problems(self.blocks, self.ratio, costs, self.early_barrier, self.latter_barrier)
+
+    def candidates(self, num_blocks: int, removed: Sequence[int]) -> list[int]:
+        """The blocks that can go next."""
+        alive = [block for block in range(num_blocks) if block not in removed]
+        return alive[self.early_barrier : len(alive) - self.latter_barrier]
+
+    def search(
+        self,
+        blocks: Callable[[], Iterable[Block]],
+        inputs: Hidden,
+        costs: Costs,
+        batch_size: int,
+        loss_of: LossOf,
+        tokens: int,
+        done: Sequence[Removal] = (),
+    ) -> Iterator[Removal]:
+        """The removals that are left after those that are `done`, each as soon as it is found. `blocks` gives the dense
+        blocks, as often as it is called, each with its weights while it is out; `inputs` are those of the first and are
+        kept; losses are told divided by `tokens`, of all ranks. RunError: no model has a finite loss."""
+        removed = [removal.block for removal in done]
+        while len(removed) < amount(self.blocks, self.ratio, costs):
+            candidates = self.candidates(len(costs.blocks), removed)
+            summed, passes = losses_without(blocks(), inputs, removed, candidates, batch_size, loss_of)
+            losses = {block: total / tokens for block, total in summed.items()}
+            finite = {block: loss for block, loss in losses.items() if math.isfinite(loss)}
+            if not finite:
+                raise RunError(
+                    f"structure=sleb: without any of the blocks {candidates} the loss is not finite, after the removal "
+                    f"of {removed}; load the model in float32 or bfloat16 (model.dtype)"
+                )
+            removal = Removal(min(finite, key=lambda block: (finite[block], block)), losses, passes)
+            removed.append(removal.block)
+            yield removal
+
+
+def structure_of(removals: Sequence[Removal], num_blocks: int) -> Structure:
+    """What stays after these removals."""
+    gone = {removal.block for removal in removals}
+    return Structure(tuple(block for block in range(num_blocks) if block not in gone))
+
+
+def plain_passes(alive: int, candidates: int) -> int:
+    """Block evaluations that a step takes where each model is run by itself."""
+    return candidates * (alive - 1)

@@ -1,0 +1,259 @@
+"""How many groups of heads and channels each block keeps, and which: importances, and the choice under a budget.
+
+A unit's importance is read off the columns that carry it, those of o for a head and of down for a channel:
+
+    I_j = mean over outputs i of |W_ij| ||X_j||,    ||X_j||^2 the mean over samples (Wanda-sp; magnitude: ||X_j|| = 1),
+
+a head's is the sum over its columns, and a group's the mean over its heads. The budget is one number of parameters for
+heads and channels of all blocks together, where published methods give each kind the same share: a group of heads and
+a channel cost differently, and a model's size is what is asked for. Each block keeps at least one group and one
+multiple of channels: a block without heads cannot run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.linears import Linear
+from besa_exp.blocks.observation import observe
+from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
+from besa_exp.tensors.statistics import InputNorm
+
+OF_HEADS = ("self_attn.o_proj",)
+OF_CHANNELS = ("mlp.down_proj", "fc2", "mlp.dense_4h_to_h", "mlp.c_proj")
+SHAPES = ("uniform", "uneven")
+IMPORTANCES = ("wanda_sp", "magnitude", "random")
+
+
+@dataclass(frozen=True)
+class Importances:
+    """One number for each unit of each block: importances, or probabilities to stay."""
+
+    groups: Float[Tensor, "block group"]
+    channels: Float[Tensor, "block channel"]
+
+    @property
+    def flat(self) -> Float[Tensor, " unit"]:
+        """All groups of all blocks, then all channels."""
+        return torch.cat([self.groups.flatten(), self.channels.flatten()])
+
+    def like(self, flat: Float[Tensor, " unit"]) -> Importances:
+        """The inverse, for units of the same numbers."""
+        groups, channels = flat.split([self.groups.numel(), self.channels.numel()])
+        return Importances(groups.view_as(self.groups), channels.view_as(self.channels))
+
+
+def column_importance(
+    weight: Float[Tensor, "out in"], squared_norm: Float[Tensor, " in"] | None = None
+) -> Float[Tensor, " in"]:
+    """I_j of each column, in fp32."""
+    sizes = weight.float().abs().mean(dim=0)
+    return sizes if squared_norm is None else sizes * squared_norm.sqrt()
+
+
+def group_importance(columns: Float[Tensor, " in"], dimensions: Dimensions) -> Float[Tensor, " group"]:
+    """Of each group, from the importances of o's columns: the mean over its heads of the sum over a head's."""
+    heads = columns.view(dimensions.heads, dimensions.head_dim).sum(dim=1)
+    return heads.view(dimensions.groups, dimensions.heads_of_group).mean(dim=1)
+
+
+def carrying_linears(linears: Mapping[str, Linear]) -> tuple[str, str]:
+    """The names of the linears whose columns are a block's heads, and its channels. ValueError: there are none."""
+    names = [next((name for name in known if name in linears), None) for known in (OF_HEADS, OF_CHANNELS)]
+    if names[0] is None or names[1] is None:
+        raise ValueError(
+            f"structure: widths are read off {' or '.join(OF_HEADS)} and {' or '.join(OF_CHANNELS)}, which a block of "
+            f"{', '.join(list(linears)[:4])} ... has not; remove blocks (structure=shortgpt or sleb)"
+        )
+    return names[0], names[1]
+
+
+def keep_most_important(importance: Float[Tensor, " unit"], keep: float) -> Bool[Tensor, " unit"]:
+    """I >= sort(I)[int((1 - keep) n)], the authors' mask: ties keep more, and keep 0 the largest."""
+    place = min(int((1 - keep) * len(importance)), len(importance) - 1)
+    return importance >= importance.sort().values[place]
+
+
+def random_importances(dimensions: Dimensions, seed: int) -> Importances:
+    """Normal draws, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (dimensions.blocks, dimensions.groups), (dimensions.blocks, dimensions.channels)
+    groups, channels = (torch.randn(shape, generator=generator) for shape in shapes)
+    return Importances(groups, channels)
+
+
+@torch.no_grad()
+def importances_of(
+    blocks: Iterable[Block], inputs: Hidden, dimensions: Dimensions, keep: float, batch_size: int, norms: bool = True
+) -> Importances:
+    """Wanda-sp's, block by block on the outputs of the blocks before it under their own masks, of which each keeps the
+    share `keep`; without `norms` magnitude's, which need no inputs. `inputs`, of the first block, are overwritten."""
+    groups, channels = [], []
+    for block in blocks:
+        attention, ffn = carrying_linears(block.linears)
+        squared: dict[str, Tensor] = {}
+        if norms:
+            statistics, _ = observe(block, inputs, InputNorm, batch_size, torch.empty_like(inputs))
+            squared = {name: statistics[name].squared_norm for name in (attention, ffn)}
+        columns = [column_importance(block.linears[name].weight, squared.get(name)) for name in (attention, ffn)]
+        groups.append(group_importance(columns[0], dimensions).cpu())
+        channels.append(columns[1].cpu())
+        if norms:
+            masks = [keep_most_important(found[-1], keep) for found in (groups, channels)]
+            with masked([block], masks[0][None], masks[1][None], dimensions):
+                block.outputs(inputs, batch_size, out=inputs)
+    return Importances(torch.stack(groups), torch.stack(channels))
+
+
+@contextmanager
+def masked(
+    blocks: Iterable[Block],
+    groups: Bool[Tensor, "block group"],
+    channels: Bool[Tensor, "block channel"],
+    dimensions: Dimensions,
+) -> Iterator[None]:
+    """The blocks, and with them their model, compute with only these groups and channels for as long as this lasts:
+    what enters o and down is multiplied by 1 or 0."""
+    hooks = []
+    for block, of_groups, of_channels in zip(blocks, groups, channels, strict=True):
+        of_heads = of_groups.repeat_interleave(dimensions.heads_of_group * dimensions.head_dim)
+        for name, mask in zip(carrying_linears(block.linears), (of_heads, of_channels), strict=True):
+            linear = block.linears[name]
+            factor = mask.to(linear.weight.device, linear.weight.dtype)
+            hooks.append(linear.module.register_forward_pre_hook(_times(factor)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _times(factor: Tensor) -> Any:
+    return lambda module, args: (args[0] * factor.to(args[0].dtype), *args[1:])
+
+
+def kept_parameters(costs: Costs, ratio: float) -> int:
+    """How many parameters may stay where `ratio` of all go."""
+    if not 0 < ratio < 1:
+        raise ValueError(f"structure.ratio={ratio}: must be above 0 and below 1, as 0.2 for a fifth of the parameters")
+    return round((1 - ratio) * costs.total)
+
+
+def narrowest(costs: Costs, dimensions: Dimensions, multiple: int) -> int:
+    """Parameters with one group and one multiple of channels in each block: the least that can stay."""
+    channels = min(multiple, dimensions.channels)
+    return _fixed(costs, dimensions) + sum(costs.groups) + channels * sum(costs.channels)
+
+
+def width_amount_problems(costs: Costs, dimensions: Dimensions, ratio: float, multiple: int) -> list[str]:
+    """Why widths cannot give up `ratio` of all parameters, in complete sentences, before any weight is read."""
+    if not 1 <= multiple <= dimensions.channels:
+        return [f"structure.multiple={multiple}: must be in [1, {dimensions.channels}], the channels of a block"]
+    least = narrowest(costs, dimensions, multiple)
+    if kept_parameters(costs, ratio) >= least:
+        return []
+    return [
+        f"structure.ratio={ratio}: no width meets it: with one group of heads and {multiple} channels in each block "
+        f"{least:,} of {costs.total:,} parameters stay; set at most {1 - least / costs.total:.3f}, or a smaller "
+        "structure.multiple"
+    ]
+
+
+def chosen(
+    scores: Importances, costs: Costs, dimensions: Dimensions, ratio: float, multiple: int = 1, shape: str = "uneven"
+) -> Structure:
+    """The units of largest score that fit a budget of parameters, `ratio` of all being gone; channels in multiples of
+    `multiple`, or all. `uneven`: over all blocks together. `uniform`: of every block as many groups and as many
+    channels, the two numbers with the largest sum of score times cost. Scores of the two kinds are compared.
+
+    ValueError: no width meets the budget."""
+    if shape not in SHAPES:
+        raise ValueError(f"structure.shape={shape}: must be one of {', '.join(SHAPES)}")
+    if problems := width_amount_problems(costs, dimensions, ratio, multiple):
+        raise ValueError(problems[0])
+    budget = kept_parameters(costs, ratio)
+    if shape == "uniform":
+        pairs = _frontier(costs, dimensions, budget, multiple)
+        numbers = max(pairs, key=lambda pair: _worth(scores, costs, *pair))
+        return _of_numbers(scores, [numbers[0]] * dimensions.blocks, [numbers[1]] * dimensions.blocks)
+    return _of_numbers(scores, *_uneven_numbers(scores, costs, dimensions, budget, multiple))
+
+
+def proportional(
+    importances: Importances, costs: Costs, dimensions: Dimensions, ratio: float, multiple: int = 1
+) -> Structure:
+    """Of every block as many groups and as many channels, in shares as equal as the budget and whole numbers allow: for
+    importances of which those of heads and of channels cannot be compared. ValueError: no width meets the budget."""
+    if problems := width_amount_problems(costs, dimensions, ratio, multiple):
+        raise ValueError(problems[0])
+    pairs = _frontier(costs, dimensions, kept_parameters(costs, ratio), multiple)
+    groups, channels = min(pairs, key=lambda pair: abs(pair[0] / dimensions.groups - pair[1] / dimensions.channels))
+    return _of_numbers(importances, [groups] * dimensions.blocks, [channels] * dimensions.blocks)
+
+
+def _fixed(costs: Costs, dimensions: Dimensions) -> int:
+    """Parameters that no unit holds."""
+    return costs.total - dimensions.groups * sum(costs.groups) - dimensions.channels * sum(costs.channels)
+
+
+def _frontier(costs: Costs, dimensions: Dimensions, budget: int, multiple: int) -> list[tuple[int, int]]:
+    """For each number of groups a block the most channels that fit."""
+    pairs = []
+    for groups in range(1, dimensions.groups + 1):
+        left = budget - _fixed(costs, dimensions) - groups * sum(costs.groups)
+        channels = min(left // max(1, sum(costs.channels)), dimensions.channels)
+        if channels < dimensions.channels:
+            channels -= channels % multiple
+        if channels >= min(multiple, dimensions.channels):
+            pairs.append((groups, int(channels)))
+    return pairs
+
+
+def _worth(scores: Importances, costs: Costs, groups: int, channels: int) -> float:
+    """Sum over all blocks of the score times the cost of what would stay."""
+    best = scores.groups.double().topk(groups, dim=1).values.sum(dim=1)
+    most = scores.channels.double().topk(channels, dim=1).values.sum(dim=1)
+    of_group, of_channel = (torch.tensor(cost, dtype=torch.float64) for cost in (costs.groups, costs.channels))
+    return float((best * of_group).sum() + (most * of_channel).sum())
+
+
+def _uneven_numbers(
+    scores: Importances, costs: Costs, dimensions: Dimensions, budget: int, multiple: int
+) -> tuple[list[int], list[int]]:
+    """How many groups and channels each block keeps: units in falling order of score, channels a multiple at a time by
+    the mean of its scores, as far as they fit."""
+    groups = [1] * dimensions.blocks
+    channels = [min(multiple, dimensions.channels)] * dimensions.blocks
+    offers: list[tuple[float, int, int, int]] = []  # -score, kind, block, how many
+    for block in range(dimensions.blocks):
+        heads = scores.groups[block].sort(descending=True, stable=True).values.tolist()
+        offers += [(-score, 0, block, 1) for score in heads[1:]]
+        ordered = scores.channels[block].double().sort(descending=True, stable=True).values
+        bundles = ordered[channels[block] :].split(multiple)
+        offers += [(-float(bundle.mean()), 1, block, len(bundle)) for bundle in bundles if len(bundle)]
+    left = budget - narrowest(costs, dimensions, multiple)
+    for _, kind, block, count in sorted(offers):
+        cost = count * (costs.channels if kind else costs.groups)[block]
+        ends = kind and count < multiple and channels[block] + count < dimensions.channels
+        if cost <= left and not ends:
+            left -= cost
+            (channels if kind else groups)[block] += count
+    return groups, channels
+
+
+def _of_numbers(scores: Importances, groups: list[int], channels: list[int]) -> Structure:
+    """The units of largest score, so many of each block; of equals the first."""
+
+    def largest(rows: Float[Tensor, "block unit"], counts: list[int]) -> tuple[tuple[int, ...], ...]:
+        orders = rows.argsort(dim=1, descending=True, stable=True).tolist()
+        return tuple(tuple(sorted(order[:count])) for order, count in zip(orders, counts, strict=True))
+
+    return Structure(tuple(range(len(groups))), largest(scores.groups, groups), largest(scores.channels, channels))

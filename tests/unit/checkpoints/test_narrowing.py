@@ -1,0 +1,302 @@
+"""Structures: a model without some blocks, heads and channels is the model with these switched off."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from families import FAMILIES, MIXTURES, tiny
+from transformers import AutoModelForCausalLM
+
+from besa_exp.blocks.block import discover_blocks
+from besa_exp.blocks.linears import replaced_forwards
+from besa_exp.checkpoints.files import save_model
+from besa_exp.checkpoints.narrowed_config import dimensions_of, narrowed_config, width_problems
+from besa_exp.checkpoints.narrowed_model import (
+    costs_of_model,
+    dimensions_of_model,
+    narrow_folder,
+    narrowed_model,
+    write_beside,
+)
+from besa_exp.checkpoints.narrowed_tensors import Narrowing
+from besa_exp.checkpoints.streaming import keeps_fp32
+from besa_exp.checkpoints.structure import Structure, from_json, to_json, whole, without_blocks
+
+INPUT_IDS = torch.randint(3, 64, (3, 12), generator=torch.Generator().manual_seed(3))
+CUT_HEADS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt_oss")
+CUT_CHANNELS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "stablelm", "gpt_neox")
+CUT_CHANNELS += ("opt", "opt_350m", "falcon", "gpt2")
+CHANNELS = tuple(channel for channel in range(48) if channel % 5)
+
+
+def dense(family, monkeypatch=None, **changes):
+    table = FAMILIES if family in FAMILIES else MIXTURES
+    blocks = {"num_hidden_layers": 3} | ({"n_layer": 3} if family in ("gpt2", "bloom") else {})
+    if monkeypatch:
+        kinds = table[family].get("layer_types")
+        blocks |= {"layer_types": [*kinds, kinds[0]]} if kinds else {}
+        monkeypatch.setitem(table, family, table[family] | blocks | changes)
+    model = tiny(family)
+    with torch.no_grad():  # biases and norms are 0 and 1 in new models: what is cut wrongly would not show
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or name.endswith("_bias"):
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    return model
+
+
+@torch.no_grad()
+def switched_off(model, structure):
+    """Logits of the dense model with the removed blocks the identity and the removed columns of o and down zero."""
+    path, modules = discover_blocks(model)
+    narrowing = Narrowing(structure, dimensions_of_model(model), path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        if narrowing.new_name(name) is not None:
+            tensor.copy_(narrowing.dense_of(tensor, name))
+    gone = [module for place, module in enumerate(modules) if place not in structure.blocks]
+    tuples = model.config.model_type in ("falcon", "bloom", "gpt_neox", "gpt2", "stablelm")
+    try:
+        outputs = [lambda hidden, *args, **kwargs: hidden] * len(gone)
+        try:
+            with replaced_forwards(gone, outputs):
+                return model(INPUT_IDS, use_cache=False).logits
+        except (IndexError, ValueError, AttributeError):
+            assert tuples
+            with replaced_forwards(gone, [lambda hidden, *args, **kwargs: (hidden,)] * len(gone)):
+                return model(INPUT_IDS, use_cache=False).logits
+    finally:
+        model.load_state_dict(before)
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(INPUT_IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES | MIXTURES)
+def test_without_a_block_every_family_is_itself_with_that_block_off_to_the_last_bit(family, monkeypatch, tmp_path):
+    model = dense(family, monkeypatch)
+    removed = 0 if family in ("gemma2", "gemma3_text", "gpt_oss") else 1  # whose kinds of blocks alternate
+    structure = without_blocks(whole(dimensions_of_model(model)), [removed])
+    small = narrowed_model(model, structure)
+    expected = switched_off(model, structure)
+    assert not torch.allclose(expected, logits_of(model), atol=1e-3)
+    assert torch.equal(logits_of(small), expected)
+    assert small.num_parameters() == structure.parameters_left(costs_of_model(model), dimensions_of_model(model))
+    save_model(small, None, tmp_path / "small", "card")
+    again, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "small", output_loading_info=True)
+    assert not any(loading[told] for told in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(logits_of(again), expected)
+    given = INPUT_IDS[:1, :6]
+    told = [
+        again.generate(given, max_new_tokens=5, do_sample=False, pad_token_id=0, use_cache=c) for c in (True, False)
+    ]
+    assert torch.equal(*told)
+
+
+@pytest.mark.parametrize("family", CUT_HEADS)
+def test_without_a_group_of_heads_a_family_is_itself_with_that_group_off(family, monkeypatch, tmp_path):
+    model = dense(family, monkeypatch)
+    structure = Structure((0, 2), groups=((1,), (0,)))
+    if family in ("gemma2", "gemma3_text", "gpt_oss", "qwen3_moe"):
+        structure = replace(structure, blocks=(1, 2))
+    assert_narrowed_is_switched_off(model, structure, tmp_path)
+
+
+@pytest.mark.parametrize("family", CUT_CHANNELS)
+def test_without_channels_a_family_is_itself_with_these_off(family, monkeypatch, tmp_path):
+    changes = {"ffn_hidden_size": 48} if family == "falcon" else {"n_inner": 48} if family == "gpt2" else {}
+    model = dense(family, monkeypatch, **changes)
+    others = tuple(channel for channel in range(48) if channel % 5 != 1)[: len(CHANNELS)]
+    assert_narrowed_is_switched_off(model, Structure((0, 1, 2), channels=(CHANNELS, others, CHANNELS)), tmp_path)
+
+
+def assert_narrowed_is_switched_off(model, structure, tmp_path):
+    small = narrowed_model(model, structure)
+    expected = switched_off(model, structure)
+    assert not torch.allclose(expected, logits_of(model), atol=1e-3)
+    torch.testing.assert_close(logits_of(small), expected, rtol=1e-5, atol=2e-6)
+    assert small.num_parameters() == structure.parameters_left(costs_of_model(model), dimensions_of_model(model))
+    if keeps_fp32(model):  # what cannot be streamed is saved from memory
+        save_model(small, None, tmp_path / "small", "card")
+        write_beside(tmp_path / "small", model, structure, "uniform")
+    else:
+        save_model(model, None, tmp_path / "dense", "card")
+        narrow_folder(tmp_path / "dense", structure, tmp_path / "small")
+    again, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "small", output_loading_info=True)
+    assert not any(loading[told] for told in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(logits_of(again), logits_of(small))
+    told = (tmp_path / "small" / "structure.json").read_text()
+    assert from_json(told) == structure
+
+
+LLAMA = Structure((0, 1, 2), groups=((0,), (0, 1), (1,)), channels=(CHANNELS, CHANNELS[:7], CHANNELS[:20]))
+
+
+def test_uneven_widths_are_refused_unless_they_are_padded_or_come_with_code(monkeypatch, tmp_path):
+    model = dense("llama", monkeypatch)
+    with pytest.raises(ValueError, match=r"uneven widths, which no config says; set structure\.shape=uniform, or"):
+        narrowed_model(model, LLAMA)
+    padded = narrowed_model(model, LLAMA, "padded")
+    expected = switched_off(model, LLAMA)
+    torch.testing.assert_close(logits_of(padded), expected, rtol=1e-5, atol=2e-6)
+    assert padded.config.intermediate_size == len(CHANNELS)
+    left = LLAMA.parameters_left(costs_of_model(model), dimensions_of_model(model))
+    nonzero = sum(int(parameter.count_nonzero()) for parameter in padded.parameters())
+    assert nonzero == left < padded.num_parameters()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_uneven_widths_load_with_their_modelling_file_in_a_fresh_process(family, monkeypatch, tmp_path):
+    model = dense(family, monkeypatch)
+    save_model(model, None, tmp_path / "dense", "card")
+    narrow_folder(tmp_path / "dense", LLAMA, tmp_path / "small", widths="custom_code")
+    expected = switched_off(model, LLAMA)
+    torch.testing.assert_close(logits_of(narrowed_model(model, LLAMA, "custom_code")), expected, rtol=1e-5, atol=2e-6)
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as A\n"
+        "m, told = A.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)\n"
+        "assert not any(told[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), told\n"
+        "ids = torch.load(sys.argv[2]); logits = m(ids, use_cache=False).logits\n"
+        "a, b = (m.generate(ids[:1, :6], max_new_tokens=5, do_sample=False, pad_token_id=0, use_cache=c)"
+        " for c in (True, False))\n"
+        "assert torch.equal(a, b); torch.save((logits, m.num_parameters()), sys.argv[3])\n"
+    )
+    torch.save(INPUT_IDS, tmp_path / "ids")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    subprocess.run(
+        [sys.executable, "-c", code, *map(str, (tmp_path / "small", tmp_path / "ids", tmp_path / "out"))], check=True
+    )
+    logits, count = torch.load(tmp_path / "out")
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=2e-6)
+    assert count == LLAMA.parameters_left(costs_of_model(model), dimensions_of_model(model))
+
+
+def test_a_llama_whose_heads_no_longer_divide_its_hidden_size_becomes_the_equal_mistral(monkeypatch, tmp_path):
+    model = dense("llama", monkeypatch, num_key_value_heads=4)
+    structure = Structure((0, 1, 2), groups=((0, 1, 3),) * 3)
+    assert_narrowed_is_switched_off(model, structure, tmp_path)
+    told = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert (told["model_type"], told["num_attention_heads"], told["head_dim"]) == ("mistral", 3, 8)
+    assert told["architectures"] == ["MistralForCausalLM"]
+    assert told["sliding_window"] is None
+    biased = model.config.to_dict() | {"attention_bias": True}
+    with pytest.raises(ValueError, match="cannot be saved with attention_bias=true; keep a number of heads that div"):
+        narrowed_config(biased, structure)
+
+
+def test_lists_by_layer_and_numbers_of_layers_follow_the_blocks():
+    config = {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "hidden_size": 32,
+        "layer_types": [*"abcdef"],
+        "mlp_only_layers": [0, 3, 4],
+        "max_window_layers": 4,
+        "decoder_sparse_step": 1,
+        "eos_token_id": [1, 2, 3, 4, 5, 6],
+    }
+    told = narrowed_config(config, Structure((1, 3, 5)))
+    assert told["num_hidden_layers"] == 3
+    assert told["layer_types"] == ["b", "d", "f"]
+    assert told["mlp_only_layers"] == [1]
+    assert told["max_window_layers"] == 2
+    assert told["eos_token_id"] == [1, 2, 3, 4, 5, 6]
+    assert narrowed_config({"text_config": config, "vision_config": {"num_hidden_layers": 6}}, Structure((1,)))[
+        "vision_config"
+    ] == {"num_hidden_layers": 6}
+
+
+def test_fewer_heads_state_their_number_and_the_width_of_a_head():
+    config = {"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 8, "hidden_size": 64}
+    told = narrowed_config(config, Structure((0,), groups=((0, 2, 5, 6),)))
+    assert (told["num_attention_heads"], told["num_key_value_heads"], told["head_dim"]) == (4, 4, 8)
+    grouped = narrowed_config(config | {"num_key_value_heads": 4}, Structure((0,), groups=((1, 3),)))
+    assert (grouped["num_attention_heads"], grouped["num_key_value_heads"], grouped["head_dim"]) == (4, 2, 8)
+    assert grouped["model_type"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_kv_shared_layers": 2}, "num_kv_shared_layers=2 .* says what a block is by its place"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step=2 .* says what a block is by its place"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+        ({"per_layer_config": {"1": {}}}, "per_layer_config"),
+        ({"strange_layer_rule": 3}, "strange_layer_rule=3 .* is not known here; keep all blocks"),
+        ({"layer_types": ["full_attention"]}, "layer_types .* lists 1 of 3 blocks"),
+        ({"is_encoder_decoder": True}, "is an encoder-decoder"),
+    ],
+)
+def test_what_depends_on_a_blocks_place_is_refused(changes, reason):
+    config = {"model_type": "llama", "num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 32}
+    with pytest.raises(ValueError, match=reason):
+        narrowed_config(config | changes, Structure((0, 2)))
+    if "is_encoder_decoder" not in changes and "layer_types" not in changes:
+        narrowed_config(config | changes, Structure((0, 1, 2)))
+
+
+def test_a_block_that_would_become_another_kind_is_refused(monkeypatch):
+    model = dense("gemma2", monkeypatch)
+    del model.config.layer_types  # as an old config, from which transformers derives them by place
+    with pytest.raises(ValueError, match=r"block 1 would become another kind of block in place 0: self_attn has"):
+        narrowed_model(model, Structure((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("family", "groups", "channels", "reason"),
+    [
+        ("opt", True, False, "the width of its heads is the hidden size over their number"),
+        ("olmo2", True, False, "norms queries and keys over all heads together"),
+        ("bloom", False, True, "four times the hidden size"),
+        ("mixtral", False, True, "mixtures of experts, whose channels are not cut here"),
+        ("granite", True, True, "which rows of granite belong to a head or a channel is not known here"),
+    ],
+)
+def test_widths_that_a_family_cannot_give_up_are_refused_with_the_reason(family, groups, channels, reason):
+    problems = width_problems({"model_type": family}, groups, channels)
+    assert len(problems) == 1
+    assert reason in problems[0]
+    assert width_problems({"model_type": family}, groups=False, channels=False) == []
+
+
+@pytest.mark.parametrize(
+    ("structure", "reason"),
+    [
+        (Structure((0, 3)), "keeps blocks number 3; there are 3, from 0"),
+        (Structure(()), "keeps none of the 3 blocks; at least one must stay"),
+        (Structure((1, 0)), r"the kept blocks must ascend without repeats, not \[1, 0\]"),
+        (Structure((0, 1), groups=((0,), ())), "keeps none of the 2 groups of heads of block 1"),
+        (Structure((0, 1), channels=((0,),)), "lists the channels of 1 blocks and keeps 2 blocks"),
+        (Structure((2,), channels=((48,),)), "keeps channels of block 2 number 48; there are 48"),
+    ],
+)
+def test_a_structure_of_another_model_is_refused(structure, reason, monkeypatch):
+    with pytest.raises(ValueError, match=reason):
+        narrowed_model(dense("llama", monkeypatch), structure)
+
+
+def test_a_structure_is_read_back_and_bad_files_are_refused(monkeypatch):
+    dimensions = dimensions_of(
+        {"model_type": "llama", "num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 32}
+    )
+    for structure in (LLAMA, Structure((0, 2)), Structure((1,), channels=((5, 9),))):
+        assert from_json(to_json(structure, dimensions)) == structure
+    assert without_blocks(LLAMA, [1]) == Structure((0, 2), ((0,), (1,)), (CHANNELS, CHANNELS[:20]))
+    for text, reason in (
+        ("{}", "cannot be read as a structure"),
+        ("[", "cannot be read"),
+        ('{"format_version": 2, "blocks": []}', "format 2"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            from_json(text)
+    with pytest.raises(ValueError, match="block 7 cannot be removed"):
+        without_blocks(LLAMA, [7])
+    with pytest.raises(ValueError, match="all 3 blocks would be removed"):
+        without_blocks(LLAMA, [0, 1, 2])

@@ -1,0 +1,179 @@
+"""Policies: one pass is token by token, rows and paddings do not matter, cold and warm ones never skip."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from families import FAMILIES, tiny
+from tiny_llama import tiny_llama
+
+from besa_exp.errors import RunError
+from besa_exp.evaluation.perplexity import perplexity
+from besa_exp.evaluation.skipping import (
+    FfnSkipping,
+    RandomSkipping,
+    StaticSkipping,
+    cold_ends,
+    middle_of_model,
+    prefill_skipping,
+    skipping,
+    threshold_for,
+)
+
+IDS = torch.randint(3, 200, (3, 14), generator=torch.Generator().manual_seed(9))
+GREEDY = FfnSkipping(0.0, span=2, cold_first=1, cold_last=1, warm_tokens=2)
+POLICIES = [GREEDY, FfnSkipping(0.3, None, 0, 0, 0), StaticSkipping((1, 3)), RandomSkipping(0.4, seed=1, warm_tokens=1)]
+
+
+@cache
+def model_of(blocks=5):
+    model = tiny_llama(num_hidden_layers=blocks, seed=4)
+    return model.requires_grad_(False), middle_of_model(model, IDS)
+
+
+def logits_under(policy, ids=IDS, prompt=4, **arguments):
+    model, middle = model_of()
+    with skipping(model, policy, middle, prompt, keep=True) as course:
+        return model(ids, use_cache=False, **arguments).logits, course
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_one_pass_is_token_by_token(policy):
+    model, middle = model_of()
+    expected, course = logits_under(policy)
+    assert 0 < course.fraction < 1
+    with skipping(model, policy, middle, keep=True) as stepwise:
+        found = model(IDS[:, :4], use_cache=True)
+        logits, held = [found.logits], found.past_key_values
+        for place in range(4, IDS.shape[1]):
+            found = model(IDS[:, place : place + 1], past_key_values=held, use_cache=True)
+            logits.append(found.logits)
+    torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-4, atol=1e-4)
+    ran = [torch.cat([call[block] for call in stepwise.ran], 1) for block in range(5)]
+    assert all(torch.equal(one, other) for one, other in zip(ran, course.ran[0], strict=True))
+    assert stepwise.fraction == course.fraction
+    assert not torch.allclose(expected, model(IDS).logits, atol=1e-3)
+
+
+def test_a_policy_that_never_skips_is_the_dense_model_to_the_last_bit():
+    model, _ = model_of()
+    found, course = logits_under(FfnSkipping(2.0, cold_first=0, cold_last=0))
+    assert torch.equal(found, model(IDS, use_cache=False).logits)
+    assert (course.skipped, course.counted) == (0, 3 * 10 * 5)
+
+
+def test_cold_blocks_warm_tokens_and_the_prompt_never_skip():
+    _, course = logits_under(FfnSkipping(-1.0, None, 1, 2, 3))
+    ran = torch.stack(course.ran[0])
+    assert bool(ran[0].all())
+    assert bool(ran[3:].all())
+    assert bool(ran[:, :, : 4 + 3].all())
+    assert not bool(ran[2, :, 7:].any())
+
+
+def test_rows_do_not_influence_each_other_and_left_padding_changes_nothing():
+    expected, course = logits_under(GREEDY)
+    for row in range(3):
+        torch.testing.assert_close(
+            logits_under(GREEDY, IDS[row : row + 1])[0], expected[row : row + 1], rtol=1e-4, atol=1e-4
+        )
+    padded = torch.cat([torch.zeros(3, 2, dtype=torch.long), IDS], 1)
+    mask = torch.ones_like(padded)
+    mask[:, :2] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    found, other = logits_under(GREEDY, padded, attention_mask=mask, position_ids=positions)
+    torch.testing.assert_close(found[:, 2:], expected, rtol=1e-4, atol=1e-4)
+    assert (other.skipped, other.counted) == (course.skipped, course.counted)
+
+
+def test_a_skipped_ffn_is_not_computed_where_all_tokens_skip_it():
+    model, middle = model_of()
+    calls = []
+    hooks = [
+        layer.mlp.register_forward_hook(lambda *_, n=n: calls.append(n)) for n, layer in enumerate(model.model.layers)
+    ]
+    with skipping(model, StaticSkipping((1, 3)), middle):
+        model.generate(IDS[:, :4], max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    for hook in hooks:
+        hook.remove()
+    assert calls == [0, 1, 2, 3, 4, 0, 2, 4, 0, 2, 4]
+
+
+def test_a_higher_threshold_never_skips_more_after_the_first_block_that_may():
+    fractions = []
+    for threshold in (-1.0, 0.0, 0.2, 0.4, 0.8, 1.0):
+        _, course = logits_under(FfnSkipping(threshold, 1, 0, 0))
+        fractions.append(int((~course.ran[0][1]).sum()))
+    assert fractions == sorted(fractions, reverse=True)
+    assert fractions[0] > fractions[-1]
+
+
+def test_perplexity_under_a_policy_is_that_of_its_logits():
+    model, middle = model_of()
+    with skipping(model, GREEDY, middle, 0):
+        found = perplexity(model, IDS, 14, 2).value
+    logits, _ = logits_under(GREEDY, prompt=0)
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).exp()
+    assert found == pytest.approx(float(expected), rel=1e-5)
+    assert found != pytest.approx(perplexity(model, IDS, 14, 2).value, rel=1e-3)
+
+
+def test_the_threshold_for_a_fraction_is_found_by_bisection():
+    threshold, fraction = threshold_for(0.3, lambda bound: max(0.0, 0.5 - bound))
+    assert threshold == pytest.approx(0.2, abs=1e-3)
+    assert fraction == pytest.approx(0.3, abs=1e-3)
+    threshold, fraction = threshold_for(0.25, lambda bound: logits_under(FfnSkipping(bound, 1, 0, 0))[1].fraction)
+    assert abs(fraction - 0.25) < 0.08
+    assert logits_under(FfnSkipping(threshold, 1, 0, 0))[1].fraction == fraction
+    with pytest.raises(ValueError, match=r"skipping\.fraction=1\.5"):
+        threshold_for(1.5, lambda bound: bound)
+
+
+def test_random_skipping_skips_its_fraction_and_cold_ends_are_read_off_similarities():
+    numbers = torch.arange(4000).view(4, 1000)
+    for block in range(3):
+        drawn = RandomSkipping(0.3, seed=block).skips(block, 3, numbers, numbers).float().mean()
+        assert float(drawn) == pytest.approx(0.3, abs=0.03)
+    assert cold_ends([0.4, 0.9, 0.96, 0.95, 0.5, 0.2], 0.9) == (1, 2)
+    assert cold_ends([0.4, 0.5], 0.9) == (2, 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_whose_ffn_comes_after_attention_can_skip_and_others_are_refused(family):
+    model = tiny(family)
+    ids = IDS % 60
+    if family in ("gpt_neox", "falcon"):
+        with pytest.raises(RunError, match="has no state between attention and FFN"):
+            middle_of_model(model, ids)
+        return
+    middle = middle_of_model(model, ids)
+    dense = model(ids, use_cache=False).logits
+    with skipping(model, StaticSkipping((0, 1)), middle, 0) as course:
+        found = model(ids, use_cache=False).logits
+        model.generate(ids[:1], max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert not torch.allclose(found, dense, atol=1e-4)
+    assert torch.equal(model(ids, use_cache=False).logits, dense)
+    assert course.fraction == 1.0
+
+
+def test_blocks_whose_keys_are_made_in_another_way_are_refused_at_prefill():
+    with (
+        pytest.raises(RunError, match="how GPT2Block makes its keys is not known here"),
+        prefill_skipping(tiny("gpt2"), (0,)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"threshold": 3.0}, "a cosine is at most 1"),
+        ({"span": 0}, "must be at least 1"),
+        ({"cold_last": -1}, "must not be neg"),
+    ],
+)
+def test_bad_settings_are_refused(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        FfnSkipping(**({"threshold": 0.5} | changes))

@@ -1,0 +1,202 @@
+"""LLM-Barber: exchanges keep counts, are made where they help, and move no weight."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from besa_exp.methods.pruners.magnitude import Magnitude
+from families import FAMILIES, tiny
+from tiny_llama import tiny_llama
+
+from besa_exp.blocks.block import capture_blocks, embed
+from besa_exp.blocks.observation import observe
+from besa_exp.blocks.probe import probe_loss
+from besa_exp.methods.pruners.sparsegpt import SparseGPT
+from besa_exp.methods.updates.barber import Barber, barber_metric, exchanged, parts_of, squared_gradients
+from besa_exp.methods.updates.updated import Update
+from besa_exp.tensors.masks import Target
+
+INPUT_IDS = torch.randint(0, 258, (10, 16), generator=torch.Generator().manual_seed(4))
+GENERATOR = torch.Generator().manual_seed(5)
+METRICS = {name: torch.rand(6, 8, generator=GENERATOR) for name in "ab"}
+MASKS = {name: torch.rand(6, 8, generator=GENERATOR) > 0.5 for name in "ab"}
+SETS = {"row": lambda mask: mask.sum(1), "column": lambda mask: mask.sum(0), "linear": lambda mask: mask.sum()}
+
+
+@cache
+def pruned_block(pruner, sparsity=0.5, pattern="unstructured"):
+    model = tiny_llama(seed=3)
+    model.requires_grad_(False)
+    blocks = capture_blocks(model, INPUT_IDS)
+    block, inputs = blocks[0], embed(model, blocks, INPUT_IDS, 10)
+    target = Target.parse(sparsity, pattern)
+    statistics, targets = observe(block, inputs, pruner.statistic, 10, torch.empty_like(inputs))
+    return block, inputs, targets, pruner.prune_block(block, inputs, targets, statistics, target, print), target
+
+
+def updated(method, pruner, pattern="unstructured"):
+    block, inputs, targets, pruned, target = pruned_block(pruner, 0.5, pattern)
+    found = method.update_block(block, inputs, targets, {}, pruned, target, print)
+    masks = found.keep_masks
+    weights = {name: linear.weight * masks[name] for name, linear in block.linears.items()}
+    if found.weights is not None:
+        weights = {name: found.weights[name] * mask for name, mask in masks.items()}
+    return block, pruned, found, probe_loss(block, inputs, targets, weights)
+
+
+@pytest.mark.parametrize("granularity", ["row", "column", "linear", "part"])
+def test_each_group_keeps_its_number_of_zeros_and_every_pair_is_worth_it(granularity):
+    found = exchanged(METRICS, MASKS, granularity, 0.6)
+    came = {name: found[name] & ~MASKS[name] for name in found}
+    went = {name: MASKS[name] & ~found[name] for name in found}
+    assert all(came[name].any() for name in found)
+    if granularity == "part":
+        assert sum(mask.sum() for mask in came.values()) == sum(mask.sum() for mask in went.values())
+        least = min(METRICS[name][came[name]].min() for name in found)
+        assert least > max(METRICS[name][went[name]].max() for name in found)
+        return
+    for name in found:
+        assert torch.equal(SETS[granularity](found[name]), SETS[granularity](MASKS[name]))
+    lines = {"row": came["a"], "column": came["a"].T, "linear": came["a"].reshape(1, -1)}[granularity]
+    others = {"row": went["a"], "column": went["a"].T, "linear": went["a"].reshape(1, -1)}[granularity]
+    metric = {"row": METRICS["a"], "column": METRICS["a"].T, "linear": METRICS["a"].reshape(1, -1)}[granularity]
+    for values, up, down in zip(metric, lines, others, strict=True):
+        assert not up.any() or values[up].min() > values[down].max()
+
+
+def test_as_many_pairs_are_exchanged_as_a_literal_count_says():
+    """One row: the pruned 9, 7, 2 face the kept 1, 3, 8: two pairs are worth it, of which a half is one."""
+    metric, mask = torch.tensor([[9.0, 1, 7, 3, 2, 8]]), torch.tensor([[False, True, False, True, False, True]])
+    expected = {0.4: [0, 1, 0, 1, 0, 1], 0.5: [1, 0, 0, 1, 0, 1], 1.0: [1, 0, 1, 0, 0, 1]}
+    for ratio, kept in expected.items():
+        assert exchanged({"a": metric}, {"a": mask}, "row", ratio)["a"].int().tolist() == [kept]
+
+
+def test_ties_and_empty_sides_change_nothing():
+    ties, mask = {"a": torch.ones(3, 4)}, {"a": torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()}
+    for granularity in ("row", "column", "linear", "part"):
+        assert torch.equal(exchanged(ties, mask, granularity, 1.0)["a"], mask["a"])
+    some = {"a": torch.arange(12.0).view(3, 4)}
+    found = exchanged(some, mask, "row", 1.0)["a"]
+    assert torch.equal(found[1:], mask["a"][1:])
+    assert found[0].int().tolist() == [0, 0, 1, 1]
+
+
+def test_two_of_four_holds_after_exchanges():
+    metric = torch.rand(5, 16, generator=GENERATOR)
+    mask = torch.zeros(5, 16, dtype=torch.bool)
+    mask.view(5, 4, 4)[:, :, :2] = True
+    found = exchanged({"a": metric}, {"a": mask}, "row", 0.5, group=4)["a"]
+    assert found.view(5, 4, 4).sum(-1).eq(2).all()
+    assert not torch.equal(found, mask)
+
+
+def test_squared_gradients_are_means_of_each_samples_own_square():
+    """A linear part, y = x W^T: d l / d W = 2 / (tokens out) (W - W_sparse) X^T X, in fp64."""
+    dense, inputs = torch.randn(3, 5, generator=GENERATOR), torch.randn(4, 6, 5, generator=GENERATOR)
+    sparse = dense * (torch.rand(3, 5, generator=GENERATOR) > 0.5)
+    found = squared_gradients(lambda x, w: x @ w["a"].T, {"a": dense}, {"a": sparse}, inputs)["a"]
+    expected = torch.zeros(3, 5, dtype=torch.float64)
+    for x in inputs.double():
+        expected += (2 / 18 * (dense - sparse).double() @ x.T @ x).square() / 4
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-9)
+    batched = squared_gradients(lambda x, w: 7 * x @ w["a"].T, {"a": dense}, {"a": sparse}, inputs)["a"]
+    torch.testing.assert_close(batched, found * 7.0**4, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("granularity", ["row", "column", "linear", "part"])
+def test_the_probe_loss_falls_and_no_zero_is_gained(granularity):
+    _, pruned, found, loss = updated(Barber(granularity=granularity), Magnitude())
+    assert loss < found.loss_before
+    before, after = (sum(int(mask.sum()) for mask in one.keep_masks.values()) for one in (pruned, found))
+    assert before == after
+    assert found.weights is None
+    if granularity == "row":
+        assert all(torch.equal(found.keep_masks[name].sum(1), mask.sum(1)) for name, mask in pruned.keep_masks.items())
+    for name, mask in found.keep_masks.items():
+        torch.testing.assert_close(found.allocated[name], 1 - mask.float().mean(1))
+
+
+def test_the_best_of_several_ratios_is_taken_and_a_harmful_one_is_not():
+    losses = {ratio: updated(Barber((ratio,), accept=False), Magnitude())[3] for ratio in (0.01, 1.0)}
+    _, _, found, best = updated(Barber((0.01, 0.05, 0.2, 1.0)), Magnitude())
+    assert best <= min(*losses.values(), found.loss_before)
+
+
+def test_an_exchange_under_which_the_probe_loss_rises_is_not_made():
+    block, inputs, _, pruned, target = pruned_block(Magnitude())
+    weights = {name: linear.weight * pruned.keep_masks[name] for name, linear in block.linears.items()}
+    reached = block.outputs(inputs, 10, weights)  # the pruned block's own outputs as targets: nothing can be better
+    found = Barber((0.2,)).update_block(block, inputs, reached, {}, pruned, target, print)
+    assert all(torch.equal(found.keep_masks[name], mask) for name, mask in pruned.keep_masks.items())
+    forced = Barber((0.2,), accept=False).update_block(block, inputs, reached, {}, pruned, target, print)
+    assert any(not torch.equal(forced.keep_masks[name], mask) for name, mask in pruned.keep_masks.items())
+
+
+def test_attention_is_rebuilt_before_the_mlp_is_scored():
+    block, inputs, _, pruned, _ = pruned_block(Magnitude())
+    parts = parts_of(block, inputs)
+    assert [[name.split(".")[0] for name in names] for _, names in parts] == [["self_attn"] * 4, ["mlp"] * 3]
+    _, _, found, _ = updated(Barber((0.3,), accept=False), Magnitude())
+    dense = {name: linear.weight for name, linear in block.linears.items()}
+
+    def masks_under(attention):
+        weights = {name: dense[name] * attention[name] for name in parts[0][1]}
+        mlp = {name: dense[name] for name in parts[1][1]}
+        sparse = {name: dense[name] * pruned.keep_masks[name] for name in mlp}
+        learned = inputs[: len(inputs) - 1]
+        scores = squared_gradients(lambda hidden, own: block(hidden, {**weights, **own}), mlp, sparse, learned)
+        metrics = {name: barber_metric(dense[name], score) for name, score in scores.items()}
+        return exchanged(metrics, {name: pruned.keep_masks[name] for name in mlp}, "row", 0.3)
+
+    rebuilt, old = masks_under(found.keep_masks), masks_under(pruned.keep_masks)
+    assert all(torch.equal(found.keep_masks[name], mask) for name, mask in rebuilt.items())
+    assert any(not torch.equal(found.keep_masks[name], mask) for name, mask in old.items())
+
+
+def test_two_of_four_is_kept_and_other_granularities_are_refused():
+    _, _, found, _ = updated(Barber((0.3,), accept=False), Magnitude(), "2:4")
+    assert all(mask.view(len(mask), -1, 4).sum(-1).eq(2).all() for mask in found.keep_masks.values())
+    assert Barber().check("2:4") == []
+    assert "exchanges between rows break N:M" in Barber(granularity="part").check("2:4")[0]
+
+
+def test_weights_that_the_pruner_moved_stay_where_they_stay_kept():
+    block, pruned, found, _ = updated(Barber((0.2,), accept=False), SparseGPT(group_size=32))
+    _, _, without, _ = updated(Barber((0.2,), accept=False, retain=False), SparseGPT(group_size=32))
+    moved = False
+    for name, mask in found.keep_masks.items():
+        both, came = mask & pruned.keep_masks[name], mask & ~pruned.keep_masks[name]
+        dense = block.linears[name].weight
+        moved |= bool(came.any())
+        assert torch.equal(found.weights[name][both], pruned.weights[name][both])
+        assert torch.equal(found.weights[name][came], dense[came])
+        kept = without.keep_masks[name]
+        assert torch.equal(without.weights[name][kept], dense[kept])
+    assert moved
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "mixtral"])
+def test_families_without_parts_and_with_experts_are_served(family):
+    model = tiny(family)
+    ids = INPUT_IDS[:6] % 60 + 3
+    blocks = capture_blocks(model, ids)
+    block, inputs = blocks[0], embed(model, blocks, ids, 6)
+    statistics, targets = observe(block, inputs, None, 6, torch.empty_like(inputs))
+    pruned = Magnitude().prune_block(block, inputs, targets, statistics, Target(0.5), print)
+    found = Barber((0.3,), accept=False).update_block(block, inputs, targets, {}, pruned, Target(0.5), print)
+    assert any(not torch.equal(found.keep_masks[name], mask) for name, mask in pruned.keep_masks.items())
+    assert family in FAMILIES or any("experts" in name for name in found.keep_masks)
+
+
+def test_barber_is_an_update_and_bad_settings_are_refused():
+    assert isinstance(Barber(), Update)
+    for changes, reason in (
+        ({"granularity": "block"}, "must be one of row, column, linear, part"),
+        ({"ratios": (0.0,)}, "must be numbers above 0 and at most 1"),
+        ({"ratios": (0.1, 0.2), "accept": False}, "nothing chooses between several ratios"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            Barber(**changes)

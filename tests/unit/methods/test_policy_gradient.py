@@ -1,0 +1,202 @@
+"""The estimator against exact enumeration, the projection's invariants, the search's budget and its resumption."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_llama import tiny_llama
+
+from besa_exp.blocks.block import capture_blocks, embed
+from besa_exp.checkpoints.narrowed_model import costs_of_model, dimensions_of_model, narrowed_model
+from besa_exp.errors import RunError
+from besa_exp.evaluation.perplexity import sum_of_losses
+from besa_exp.methods.structure.policy_gradient import (
+    PolicyGradient,
+    State,
+    cosine_rate,
+    moving_baseline,
+    policy_gradient,
+    projected,
+    starting_scores,
+    unit_costs,
+)
+from besa_exp.methods.structure.widths import Importances, importances_of, kept_parameters, masked, random_importances
+
+IDS = torch.randint(0, 256, (6, 12), generator=torch.Generator().manual_seed(2))
+SCORES = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+OUTCOMES = [torch.tensor(bits).bool() for bits in itertools.product((0, 1), repeat=3)]
+TABLE = dict(
+    zip(map(tuple, (mask.tolist() for mask in OUTCOMES)), [3.0, 2.5, 2.7, 1.2, 2.9, 2.0, 1.9, 0.7], strict=True)
+)
+
+
+def probability(mask):
+    return float(torch.where(mask, SCORES, 1 - SCORES).prod())
+
+
+def expected_gradient(baseline_of):
+    """E[g] of two draws, over all 64 pairs of masks."""
+    total = torch.zeros(3, dtype=torch.float64)
+    for pair in itertools.product(OUTCOMES, repeat=2):
+        losses = torch.tensor([TABLE[tuple(mask.tolist())] for mask in pair], dtype=torch.float64)
+        chance = math.prod(map(probability, pair))
+        total += chance * policy_gradient(losses, torch.stack(pair), SCORES, baseline_of(float(losses.mean())))
+    return total
+
+
+def slope():
+    """sqrt(s (1 - s)) dE[L]/ds, by the two conditional means of each unit."""
+    found = []
+    for unit in range(3):
+        means = [0.0, 0.0]
+        for mask in OUTCOMES:
+            kept = int(mask[unit])
+            own = float(SCORES[unit] if kept else 1 - SCORES[unit])
+            means[kept] += probability(mask) / own * TABLE[tuple(mask.tolist())]
+        found.append(means[1] - means[0])
+    return torch.tensor(found, dtype=torch.float64) * (SCORES * (1 - SCORES)).sqrt()
+
+
+def test_leave_one_out_is_unbiased_and_the_moving_baseline_is_1_point_8_times_the_gradient():
+    torch.testing.assert_close(expected_gradient(lambda mean: None), slope(), rtol=1e-5, atol=1e-7)
+    moving = expected_gradient(lambda mean: moving_baseline(2.2, mean, 5))
+    torch.testing.assert_close(moving, 1.8 * slope(), rtol=1e-5, atol=1e-7)
+    constant = expected_gradient(lambda mean: 0.0)
+    torch.testing.assert_close(constant, 2 * slope(), rtol=1e-5, atol=1e-7)
+
+
+def test_a_loss_that_is_not_a_number_is_left_out():
+    masks = torch.stack(OUTCOMES[:3])
+    losses = torch.tensor([2.0, math.nan, 1.0], dtype=torch.float64)
+    two = policy_gradient(losses[[0, 2]], masks[[0, 2]], SCORES)
+    torch.testing.assert_close(policy_gradient(losses, masks, SCORES), two / 2)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.floats(-0.5, 1.5), min_size=2, max_size=12), st.floats(0.05, 0.95), st.integers(0, 5))
+def test_a_projection_meets_its_budget_is_one_shift_and_idempotent(values, share, seed):
+    scores = torch.tensor(values, dtype=torch.float64)
+    costs = torch.randint(1, 50, (len(values),), generator=torch.Generator().manual_seed(seed)).double()
+    budget = share * float(costs.sum())
+    found, v = projected(scores, budget, costs)
+    total = float((costs * found).sum())
+    assert total <= budget + 1e-6
+    torch.testing.assert_close(found, (scores - v).clamp(0, 1))
+    torch.testing.assert_close(projected(found, budget + 1e-6, costs)[0], found)
+    before = float((costs * scores.clamp(0, 1)).sum())
+    assert total == pytest.approx(min(before, budget), abs=1e-6)
+    assert (v == 0) == (before <= budget)
+
+
+def test_the_rate_falls_along_a_cosine():
+    assert [cosine_rate(0.4, step, 4) for step in (0, 2, 4)] == pytest.approx([0.4, 0.2, 0.0])
+
+
+@cache
+def parts():
+    model = tiny_llama(num_hidden_layers=3, seed=5)
+    model.requires_grad_(False)
+    return model, capture_blocks(model, IDS), costs_of_model(model), dimensions_of_model(model)
+
+
+def model_loss(groups, channels, step):
+    model, blocks, _, dimensions = parts()
+    ids = IDS[2 * (step % 3) :][:2]
+    with masked(blocks, groups, channels, dimensions), torch.no_grad():
+        return float(sum_of_losses(model(ids, use_cache=False).logits, ids)) / 22
+
+
+def start_of(method):
+    model, blocks, costs, dimensions = parts()
+    found = importances_of(blocks, embed(model, blocks, IDS, 6), dimensions, 1 - method.ratio, 6)
+    return method.begin(found, costs, dimensions)
+
+
+def test_a_search_keeps_its_budget_and_is_the_same_after_a_kill():
+    _, _, costs, dimensions = parts()
+    method = PolicyGradient(0.2, steps=6, rate=0.1, multiple=8, draws=3)
+    states = [*method.search(model_loss, start_of(method), costs, dimensions)]
+    units = unit_costs(costs, dimensions)
+    spendable = kept_parameters(costs, 0.2) - costs.total + float(units.sum())
+    for state in states:
+        assert float((units * state.scores).sum(dtype=torch.float64)) <= spendable * (1 + 1e-6)
+    assert not torch.allclose(states[-1].scores, start_of(method).scores, atol=1e-3)
+    for kill in (0, 2, 4):
+        resumed = [*method.search(model_loss, states[kill], costs, dimensions)]
+        assert [one.losses for one in resumed] == [one.losses for one in states[kill + 1 :]]
+        assert torch.equal(resumed[-1].scores, states[-1].scores)
+    other = [*PolicyGradient(0.2, steps=6, rate=0.1, seed=1).search(model_loss, start_of(method), costs, dimensions)]
+    assert not torch.equal(other[-1].scores, states[-1].scores)
+
+
+@pytest.mark.parametrize("shape", ["uniform", "uneven"])
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.3])
+def test_what_stays_is_just_below_the_budget_and_is_the_masked_model(shape, ratio):
+    model, blocks, costs, dimensions = parts()
+    method = PolicyGradient(ratio, steps=2, rate=0.1, multiple=8, shape=shape)
+    *_, state = method.search(model_loss, start_of(method), costs, dimensions)
+    structure = method.decide(state, costs, dimensions)
+    left, budget = structure.parameters_left(costs, dimensions), kept_parameters(costs, ratio)
+    step = (
+        sum(costs.groups) + 8 * sum(costs.channels) if shape == "uniform" else max(*costs.groups, 8 * costs.channels[0])
+    )
+    assert budget - step < left <= budget
+    assert all(len(kept) >= 1 for kept in structure.groups)
+    assert all(len(kept) % 8 == 0 for kept in structure.channels)
+    assert structure.is_uniform or shape == "uneven"
+    masks = [torch.zeros(3, 2).bool(), torch.zeros(3, 96).bool()]
+    for mask, units in zip(masks, (structure.groups, structure.channels), strict=True):
+        for block, kept in enumerate(units):
+            mask[block, list(kept)] = True
+    with masked(blocks, *masks, dimensions):
+        expected = model(IDS, use_cache=False).logits
+    small = narrowed_model(model, structure, "uniform" if structure.is_uniform else "custom_code")
+    assert small.num_parameters() == left
+    torch.testing.assert_close(small(IDS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_step_the_order_is_that_of_the_start():
+    _, _, costs, dimensions = parts()
+    importances = random_importances(dimensions, 3)
+    method = PolicyGradient(0.25, steps=1, rate=1e-12, shape="uneven")
+    (state,) = method.search(lambda *_: 1.0, method.begin(importances, costs, dimensions), costs, dimensions)
+    scores = starting_scores(importances, 0.7)
+    kept = method.decide(state, costs, dimensions)
+    for block, channels in enumerate(kept.channels):
+        order = scores.channels[block].argsort(descending=True, stable=True)[: len(channels)]
+        assert sorted(order.tolist()) == [*channels]
+
+
+def test_losses_that_are_not_finite_end_the_search():
+    _, _, costs, dimensions = parts()
+    method = PolicyGradient(0.2)
+    with pytest.raises(RunError, match="the losses of step 0 are"):
+        next(method.search(lambda *_: math.nan, start_of(method), costs, dimensions))
+    assert isinstance(start_of(method), State)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"draws": 1}, "structure.draws=1: must be at least 2"),
+        ({"ratio": 1.2}, "must be above 0 and below 1"),
+        ({"baseline": "none"}, "must be one of leave_one_out, moving"),
+        ({"shape": "even"}, "must be one of uniform, uneven"),
+        ({"start": "wanda"}, "must be one of wanda_sp, magnitude, random"),
+        ({"rate": 0.0}, "must be above 0; the authors use"),
+    ],
+)
+def test_bad_settings_are_refused(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        PolicyGradient(**({"ratio": 0.2} | changes))
+
+
+def test_importances_of_one_group_a_block_start_at_the_kept_share():
+    one = Importances(torch.rand(2, 1), torch.rand(2, 6))
+    assert starting_scores(one, 0.7).groups.tolist() == [[pytest.approx(0.7)], [pytest.approx(0.7)]]

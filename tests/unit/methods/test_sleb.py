@@ -1,0 +1,136 @@
+"""SLEB: shared states give the losses of models by themselves, at half the work; resumable; barriers hold."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from tiny_llama import tiny_llama
+
+from besa_exp.blocks.block import capture_blocks, embed
+from besa_exp.blocks.head import divergence, head_of
+from besa_exp.checkpoints.narrowed_model import costs_of_model, narrowed_model
+from besa_exp.checkpoints.structure import Structure
+from besa_exp.errors import RunError
+from besa_exp.evaluation.perplexity import sum_of_losses
+from besa_exp.methods.structure.sleb import (
+    Sleb,
+    cross_entropy_of,
+    divergence_of,
+    losses_without,
+    plain_passes,
+    structure_of,
+)
+
+IDS = torch.randint(0, 256, (5, 12), generator=torch.Generator().manual_seed(8))
+
+
+@cache
+def parts():
+    model = tiny_llama(num_hidden_layers=6, seed=2)
+    model.requires_grad_(False)
+    blocks = capture_blocks(model, IDS)
+    inputs = embed(model, blocks, IDS, 5)
+    head = head_of(model, blocks, IDS)
+    return model, blocks, inputs, head
+
+
+def dense_outputs(blocks, inputs):
+    for block in blocks:
+        inputs = block.outputs(inputs, 5)
+    return inputs
+
+
+def searched(method, done=(), order=lambda blocks: blocks, **kinds):
+    model, blocks, inputs, head = parts()
+    loss_of = kinds.get("loss_of") or cross_entropy_of(head, IDS)
+    return [*method.search(lambda: order(blocks), inputs, costs_of_model(model), 2, loss_of, 55, done)]
+
+
+@pytest.mark.parametrize("removed", [(), (2,), (4, 0)])
+def test_losses_are_those_of_each_model_by_itself(removed):
+    model, blocks, inputs, head = parts()
+    before = inputs.clone()
+    alive = [block for block in range(6) if block not in removed]
+    found, passes = losses_without(blocks, inputs, removed, alive, 2, cross_entropy_of(head, IDS))
+    assert torch.equal(inputs, before)
+    for block, loss in found.items():
+        left = Structure(tuple(other for other in alive if other != block))
+        assert loss == pytest.approx(float(sum_of_losses(narrowed_model(model, left)(IDS).logits, IDS)), rel=1e-6)
+    count = len(alive)
+    assert passes == count * (count - 1) // 2 + count - 1
+    assert plain_passes(count, count) == count * (count - 1)
+    assert found.keys() == {*alive}
+
+
+def test_a_step_reads_each_block_once_and_evaluates_about_half_of_what_models_by_themselves_do():
+    reads = []
+
+    def streamed(blocks):
+        for block in blocks:
+            reads.append(block.index)
+            yield block
+
+    (removal,) = searched(Sleb(1, early_barrier=0, latter_barrier=0), order=streamed)
+    assert reads == [0, 1, 2, 3, 4, 5]
+    assert removal.passes == 20
+    assert plain_passes(6, 6) == 30
+
+
+def test_each_step_removes_the_block_of_least_loss_and_a_resumed_search_goes_on_alike():
+    found = searched(Sleb(3, early_barrier=0, latter_barrier=0))
+    for removal in found:
+        assert removal.losses[removal.block] == min(removal.losses.values())
+    for done in range(4):
+        again = searched(Sleb(3, early_barrier=0, latter_barrier=0), found[:done])
+        assert again == found[done:]
+    assert structure_of(found, 6).blocks == tuple(sorted({*range(6)} - {removal.block for removal in found}))
+    model = parts()[0]
+    small = narrowed_model(model, structure_of(found, 6))
+    assert float(sum_of_losses(small(IDS).logits, IDS)) / 55 == pytest.approx(
+        found[-1].losses[found[-1].block], rel=1e-6
+    )
+
+
+def test_barriers_are_counted_among_the_blocks_that_are_alive():
+    assert Sleb(2, early_barrier=1, latter_barrier=2).candidates(6, [1]) == [2, 3]
+    assert all(0 not in removal.losses and 5 not in removal.losses for removal in searched(Sleb(3)))
+
+
+def test_kl_is_the_distance_from_the_dense_models_predictions():
+    model, blocks, inputs, head = parts()
+    dense = dense_outputs(blocks, inputs)
+    loss_of = divergence_of(head, dense)
+    assert float(loss_of(dense)) == 0
+    (removal,) = searched(Sleb(1), loss_of=loss_of)
+    small = narrowed_model(model, structure_of([removal], 6))
+    expected = divergence(model(IDS).logits, small(IDS).logits).double().sum() / 55
+    assert removal.losses[removal.block] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_never_chosen_and_none_at_all_is_an_error():
+    losses = iter([float("nan"), 3.0, float("inf"), 2.0])
+    (removal,) = searched(Sleb(1), loss_of=lambda states: torch.tensor(next(losses), dtype=torch.float64))
+    assert removal.block == 4
+    with pytest.raises(RunError, match=r"without any of the blocks \[1, 2, 3, 4\] the loss is not finite"):
+        searched(Sleb(1), loss_of=lambda states: torch.tensor(float("nan"), dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"early_barrier": -1}, "must not be negative"),
+        ({"loss": "mse"}, "must be one of kl, cross_entropy"),
+        ({"blocks": None}, "give one of the two"),
+    ],
+)
+def test_bad_settings_are_refused(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        Sleb(**({"blocks": 1} | changes))
+
+
+def test_more_blocks_than_are_free_are_a_problem():
+    costs = costs_of_model(parts()[0])
+    assert Sleb(4).check(costs) == []
+    assert "would remove 5 blocks, and 4 of the 6 are not protected" in Sleb(5).check(costs)[0]

@@ -1,0 +1,138 @@
+"""Importances against literal sums, and the choice of widths against all that there are."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from families import tiny
+from tiny_llama import tiny_llama
+
+from besa_exp.blocks.block import capture_blocks, embed
+from besa_exp.checkpoints.narrowed_model import costs_of_model, dimensions_of_model
+from besa_exp.checkpoints.structure import Costs, Dimensions
+from besa_exp.methods.structure.widths import (
+    Importances,
+    carrying_linears,
+    chosen,
+    column_importance,
+    group_importance,
+    importances_of,
+    keep_most_important,
+    kept_parameters,
+    masked,
+    narrowest,
+    proportional,
+    random_importances,
+    width_amount_problems,
+)
+
+GENERATOR = torch.Generator().manual_seed(7)
+DIMENSIONS = Dimensions(blocks=2, hidden=8, groups=3, heads=6, head_dim=2, channels=8)
+COSTS = Costs(100, (400, 400), (60, 60), (24, 24))
+SCORES = Importances(torch.rand(2, 3, generator=GENERATOR), torch.rand(2, 8, generator=GENERATOR))
+
+
+def test_importances_are_literal_sums():
+    weight, norm = torch.randn(5, 12, generator=GENERATOR), torch.rand(12, generator=GENERATOR)
+    columns = column_importance(weight, norm)
+    for column in range(12):
+        literal = sum(abs(float(weight[row, column])) for row in range(5)) / 5 * float(norm[column]) ** 0.5
+        assert float(columns[column]) == pytest.approx(literal, rel=1e-5)
+    groups = group_importance(columns, DIMENSIONS)
+    for group in range(3):  # two heads of two columns each
+        assert float(groups[group]) == pytest.approx(float(columns[4 * group : 4 * group + 4].sum()) / 2, rel=1e-5)
+    assert torch.allclose(column_importance(weight), column_importance(weight, torch.ones(12)))
+
+
+def test_the_authors_mask_keeps_ties_and_at_least_one():
+    values = torch.tensor([3.0, 1, 1, 2])
+    assert keep_most_important(values, 0.5).tolist() == [True, False, False, True]
+    assert keep_most_important(values, 0.75).tolist() == [True, True, True, True]
+    assert keep_most_important(values, 0.0).tolist() == [True, False, False, False]
+
+
+def test_wanda_sp_sees_the_blocks_before_it_masked_and_magnitude_sees_no_inputs():
+    model = tiny_llama(num_hidden_layers=2, seed=6)
+    model.requires_grad_(False)
+    ids = torch.randint(0, 256, (4, 10), generator=GENERATOR)
+    blocks, dimensions = capture_blocks(model, ids), dimensions_of_model(model)
+    inputs = embed(model, blocks, ids, 4)
+    few, all_kept = (importances_of(blocks, inputs.clone(), dimensions, keep, 4) for keep in (0.3, 1.0))
+    assert torch.equal(few.channels[0], all_kept.channels[0])
+    assert not torch.allclose(few.channels[1], all_kept.channels[1], rtol=1e-2)
+    magnitude = importances_of(blocks, inputs, dimensions, 0.3, 4, norms=False)
+    for block in blocks:
+        expected = block.linears["mlp.down_proj"].weight.abs().mean(0)
+        torch.testing.assert_close(magnitude.channels[block.index], expected)
+    masks = (torch.ones(2, 2).bool(), torch.ones(2, 96).bool())
+    before = model(ids).logits
+    with masked(blocks, *masks, dimensions):
+        assert torch.equal(model(ids).logits, before)
+    masks[0][1, 0] = False
+    with masked(blocks, *masks, dimensions):
+        assert not torch.allclose(model(ids).logits, before, atol=1e-3)
+    assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize("multiple", [1, 2])
+def test_uniform_widths_are_the_best_pair_of_numbers_that_fits(ratio, multiple):
+    found = chosen(SCORES, COSTS, DIMENSIONS, ratio, multiple, "uniform")
+    budget, best = kept_parameters(COSTS, ratio), None
+    for groups, channels in itertools.product(range(1, 4), range(multiple, 9, multiple)):
+        size = 100 + 2 * (400 - 60 * (3 - groups) - 24 * (8 - channels))
+        worth = 60 * float(SCORES.groups.sort(descending=True).values[:, :groups].sum())
+        worth += 24 * float(SCORES.channels.sort(descending=True).values[:, :channels].sum())
+        if size <= budget and (best is None or worth > best[0]):
+            best = worth, groups, channels
+    assert best[1:] == (len(found.groups[0]), len(found.channels[0]))
+    assert found.is_uniform
+    assert found.parameters_left(COSTS, DIMENSIONS) <= budget
+
+
+def test_uneven_widths_go_by_score_and_leave_at_least_one_of_each():
+    scores = Importances(torch.tensor([[0.1, 0.9, 0.8], [0.2, 0.15, 0.1]]), SCORES.channels)
+    found = chosen(scores, COSTS, DIMENSIONS, 0.55, 2, "uneven")
+    assert found.groups[1] == (0,)  # the only one there though others score more
+    assert all(len(kept) % 2 == 0 and kept for kept in found.channels)
+    kept = {(block, channel) for block, one in enumerate(found.channels) for channel in one}
+    for block, channels in enumerate(found.channels):
+        order = scores.channels[block].argsort(descending=True).tolist()
+        assert sorted(order[: len(channels)]) == [*channels]
+    assert kept
+    left = found.parameters_left(COSTS, DIMENSIONS)
+    assert kept_parameters(COSTS, 0.55) - 60 < left <= kept_parameters(COSTS, 0.55)
+
+
+def test_proportional_widths_keep_like_shares_of_heads_and_channels():
+    dimensions = Dimensions(blocks=2, hidden=8, groups=8, heads=8, head_dim=2, channels=64)
+    costs = Costs(0, (8 * 64 + 64 * 24,) * 2, (64, 64), (24, 24))
+    found = proportional(random_importances(dimensions, 1), costs, dimensions, 0.25, 4)
+    assert len(found.groups[0]) == 6
+    assert len(found.channels[0]) == 48
+    assert random_importances(dimensions, 1).flat.tolist() == random_importances(dimensions, 1).flat.tolist()
+    assert random_importances(dimensions, 1).flat.tolist() != random_importances(dimensions, 2).flat.tolist()
+
+
+def test_a_ratio_that_no_width_meets_is_refused_with_the_largest_that_one_does():
+    assert narrowest(COSTS, DIMENSIONS, 1) == 100 + 2 * (400 - 120 - 168)
+    problems = width_amount_problems(COSTS, DIMENSIONS, 0.8, 1)
+    assert (
+        "no width meets it: with one group of heads and 1 channels in each block 324 of 900 parameters" in problems[0]
+    )
+    assert width_amount_problems(COSTS, DIMENSIONS, 0.64, 1) == []
+    assert "structure.multiple=9: must be in [1, 8]" in width_amount_problems(COSTS, DIMENSIONS, 0.2, 9)[0]
+    for method in (chosen, proportional):
+        with pytest.raises(ValueError, match="no width meets it"):
+            method(SCORES, COSTS, DIMENSIONS, 0.8)
+    with pytest.raises(ValueError, match=r"structure\.shape=odd: must be one of uniform, uneven"):
+        chosen(SCORES, COSTS, DIMENSIONS, 0.2, 1, "odd")
+
+
+def test_blocks_without_such_linears_are_refused():
+    block = capture_blocks(tiny("mixtral"), torch.ones(1, 4).long())[0]
+    with pytest.raises(ValueError, match=r"widths are read off self_attn\.o_proj and mlp\.down_proj or"):
+        carrying_linears(block.linears)
+    assert costs_of_model(tiny("llama")).total == tiny("llama").num_parameters()
