@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -30,8 +30,7 @@ from besa_exp.head import divergence
 from besa_exp.linears import replaced_forwards
 from besa_exp.recovery.tuner import Logits, Windows
 
-Kind = Literal["none", "logits", "squarehead"]
-KINDS: tuple[Kind, ...] = ("none", "logits", "squarehead")
+KINDS = ("none", "logits", "squarehead")
 SMALLEST = 1e-30  # of a sum of squares: a state of zeros is not divided by zero
 
 
@@ -39,7 +38,7 @@ SMALLEST = 1e-30  # of a sum of squares: a state of zeros is not divided by zero
 class Distillation:
     """What of the dense model's is followed, and how much."""
 
-    kind: Kind = "none"
+    kind: str = "none"
     weight: float = 1.0
     task_weight: float = 1.0
     temperature: float = 1.0
@@ -66,7 +65,7 @@ class NextToken:
     def __post_init__(self) -> None:
         if (self.distillation.kind != "none") != (self.teacher is not None):
             raise ValueError(
-                f"recovery.distill={self.distillation.kind}: the dense model is there to be followed, or not"
+                f"recovery.distill={self.distillation.kind}: a dense model is given exactly where one is followed"
             )
 
     def differentiate(self, windows: Windows) -> tuple[float, float]:

@@ -6,14 +6,12 @@ import hashlib
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-Shape = Literal["constant", "linear", "cosine"]
-SHAPES: tuple[Shape, ...] = ("constant", "linear", "cosine")
+SHAPES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class Schedule:
 
     steps: int
     warm_up: int = 0
-    shape: Shape = "cosine"
+    shape: str = "cosine"
     last: float = 0.0
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ WINDOWS = torch.randint(0, 256, (12, 24), generator=torch.Generator().manual_see
 
 def pruned_llama(pruned=2, dtype=torch.float32, seed=0, **changes):
     """Of every 4 inputs in a row the `pruned` smallest are 0, so that it is N:M; and what is kept."""
-    model = tiny_llama(context=32, seed=seed, **changes).to(dtype).requires_grad_(False)
+    model = tiny_llama(context=32, seed=seed, dtype=dtype, **changes).requires_grad_(False)
     for parameter in parameters_of_linears(model).values():
         groups = parameter.view(*parameter.shape[:-1], -1, 4)
         groups.scatter_(-1, groups.abs().argsort(dim=-1)[..., :pruned], 0)

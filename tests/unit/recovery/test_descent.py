@@ -12,7 +12,7 @@ from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears
 from besa_exp.recovery.lora import Lora, MaskedLora
 from besa_exp.recovery.norms import Norms
 from besa_exp.recovery.objective import NextToken
-from besa_exp.recovery.scale import Scale
+from besa_exp.recovery.scale import Scale, Scaled
 
 METHODS = {
     "full": Full(Adam(lr=1e-2, decay=0.1)),
@@ -28,7 +28,7 @@ def steps(tuner, objective, numbers, scale=1.0):
     return [tuner.step(objective, WINDOWS[2 * n % 12 :][:2], n, scale) for n in numbers]
 
 
-def plain_step_count(model, keep, optimizer, numbers, clip):
+def plain_steps(model, keep, optimizer, numbers, clip):
     """Full tuning as it is usually written: dense gradients and moments, the mask after each step."""
     named = dict(model.named_parameters())
     for n in numbers:
@@ -54,23 +54,23 @@ def test_full_is_adamw_with_masked_gradients_on_dense_tensors():
         {"params": [p for p in plain.parameters() if p.dim() > 1], "weight_decay": 0.1},
         {"params": [p for p in plain.parameters() if p.dim() == 1], "weight_decay": 0.0},
     ]
-    plain_step_count(plain, keep, torch.optim.AdamW(groups, lr=1e-2), range(4), 0.5)
+    plain_steps(plain, keep, torch.optim.AdamW(groups, lr=1e-2), range(4), 0.5)
     start = weights_of(pruned_llama()[0])
     for name, expected in plain.named_parameters():
         found = model.get_parameter(name)
-        # The gradient of the first micro-batch sums is another order of the same numbers; eps of Adam magnifies it.
-        torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            found, expected.detach(), rtol=1e-4, atol=2e-5
+        )  # gradients are summed in another order
         assert float((found - start[name]).abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("pruned", [2, 3])
+@pytest.mark.parametrize(("dtype", "pruned"), [(torch.float32, 2), (torch.bfloat16, 3)])
 def test_zeros_stay_exact_and_n_of_m_and_the_loss_falls(name, dtype, pruned):
     model, keep = pruned_llama(pruned, dtype)
     tuner = METHODS[name].begin(model, keep, 0)
     first = steps(tuner, NextToken(model), [0])[0].loss
-    last = steps(tuner, NextToken(model), [0] * 8)[-1].loss
+    last = steps(tuner, NextToken(model), [0] * 4)[-1].loss
     assert last < first
     assert_zeros_exact(model, keep)
 
@@ -100,17 +100,25 @@ def test_a_tuner_that_goes_on_from_its_state_ends_with_the_same_bits(name):
         assert torch.equal(as_bytes(value), as_bytes(other.get_parameter(parameter))), parameter
 
 
+def gradients_of(tuner, objective, windows):
+    """Those to what is trained, as the optimizer sees them."""
+    found = {}
+
+    def keep(*args):
+        found.update({name: leaf.grad.clone() for name, leaf in tuner.leaves.items()})
+
+    hook = tuner.optimizer.register_step_pre_hook(keep)
+    tuner.step(objective, windows, 0, 1.0)
+    hook.remove()
+    return found
+
+
 def test_parts_of_a_batch_and_checkpointing_give_the_gradients_of_the_whole():
     found = []
-    for objective in ({"micro_batch": 4}, {"micro_batch": 1}, {"micro_batch": 4, "checkpointing": True}):
+    for micro_batch, checkpointing in ((4, False), (1, False), (4, True)):
         model, keep = pruned_llama()
-        tuner = Full(Adam(lr=1e-2)).begin(model, keep, 0)
-        gradients = {}
-        tuner.optimizer.step = lambda gradients=gradients, tuner=tuner: gradients.update(
-            {name: leaf.grad.clone() for name, leaf in tuner.leaves.items()}
-        )
-        tuner.step(NextToken(model, **objective), WINDOWS[:4], 0, 1.0)
-        found.append(gradients)
+        objective = NextToken(model, micro_batch=micro_batch, checkpointing=checkpointing)
+        found.append(gradients_of(Full(Adam(lr=1e-2)).begin(model, keep, 0), objective, WINDOWS[:4]))
     for other in found[1:]:
         for name, gradient in found[0].items():
             torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6)
@@ -121,20 +129,15 @@ def test_full_holds_the_bytes_a_parameter_that_are_told(pruned, expected):
     """2 for W in bf16, 1/8 for the bits, 12 for a kept weight, and 4 for its gradient during a step."""
     model, keep = pruned_llama(pruned, torch.bfloat16)
     tuner = Full(Adam(lr=1e-2)).begin(model, keep, 0)
-    gradients = 0
-
-    def count(*, step=tuner.optimizer.step):
-        nonlocal gradients
-        gradients = sum(leaf.grad.nbytes for name, leaf in tuner.leaves.items() if name.rpartition("/")[0] in keep)
-        assert all(parameter.grad is None for parameter in model.parameters())
-        step()
-
-    tuner.optimizer.step = count
-    steps(tuner, NextToken(model), [0])
-    state = {name: value for name, value in tuner.state().items() if any(name.startswith(f"{own}/") for own in keep)}
-    held = sum(value.nbytes for name, value in state.items() if not name.endswith("/step"))
-    held += gradients + sum(bits.bits.nbytes + model.get_parameter(name).nbytes for name, bits in keep.items())
-    assert held / sum(bits.numel for bits in keep.values()) == pytest.approx(expected)
+    dense = []
+    tuner.optimizer.register_step_pre_hook(lambda *args: dense.extend(p.grad for p in model.parameters()))
+    gradients = gradients_of(tuner, NextToken(model), WINDOWS[:2])
+    assert dense == [None] * len(list(model.parameters()))
+    held = {name: value for name, value in tuner.state().items() if not name.endswith("/step")}
+    count = sum(gradients[name].nbytes for name in gradients if name.rpartition("/")[0] in keep)
+    count += sum(value.nbytes for name, value in held.items() if any(name.startswith(f"{own}/") for own in keep))
+    count += sum(bits.bits.nbytes + model.get_parameter(name).nbytes for name, bits in keep.items())
+    assert count / sum(bits.numel for bits in keep.values()) == pytest.approx(expected)
 
 
 def test_a_kept_weight_that_passes_through_zero_is_still_tuned():
@@ -154,13 +157,11 @@ def test_kept_values_below_the_dtypes_smallest_number_are_written_as_plus_zero()
 
 def test_a_step_that_is_not_finite_changes_nothing():
     model, keep = pruned_llama()
-    tuner = Full(Adam(lr=1e-2)).begin(model, keep, 0)
+    tuner = Full(Adam(lr=1e-2), embeddings=False).begin(model, keep, 0)
     steps(tuner, NextToken(model), [0])
-    state = {key: value.clone() for key, value in tuner.state().items()}
-    before = weights_of(model)
-    broken, _ = pruned_llama()
-    broken.lm_head.weight.fill_(torch.nan)
-    taken = steps(tuner, NextToken(broken), [1])[0]
+    model.lm_head.weight.fill_(torch.inf)
+    state, before = {key: value.clone() for key, value in tuner.state().items()}, weights_of(model)
+    taken = steps(tuner, NextToken(model), [1])[0]
     assert taken.loss != taken.loss
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     assert all(torch.equal(value, state[key]) for key, value in tuner.state().items())
@@ -181,9 +182,10 @@ def test_published_beginning_of_scale_stays_of_rank_one_and_ours_does_not():
     steps(tuner, NextToken(model), range(3))
     name = next(iter(parameters_of_linears(model)))
     form = tuner.forms[name]
+    assert isinstance(form, Scaled)
     assert torch.linalg.matrix_rank(form.B @ form.A) == 4
     A, B = torch.full((4, 64), 0.5), torch.full((64, 4), 0.5)
-    gradients = type(form)(form.base, A, B, form.keep).gradients(torch.randn(64, 64))
+    gradients = Scaled(form.base, A, B, form.keep).gradients(torch.randn(64, 64))
     assert torch.equal(gradients["B"], gradients["B"][:, :1].expand(-1, 4))
 
 
@@ -193,7 +195,7 @@ def test_lora_holds_no_second_copy_of_all_weights_and_its_factors_follow_the_see
     forms = [form for form in tuner.forms.values() if isinstance(form, MaskedLora)]
     assert sum(form.base.nbytes for form in forms) == 2 * sum(bits.count for bits in keep.values())
     name = next(iter(keep))
-    assert not torch.equal(tuner.forms[name].A, again.forms[name].A)
+    assert not torch.equal(tuner.forms[name].trained["A"], again.forms[name].trained["A"])
 
 
 def test_settings_that_cannot_be_are_refused():
