@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from besa_exp import distributed
 from besa_exp.recovery.gradients import taking_gradients
+from besa_exp.recovery.keep_bits import KeepBits
 from besa_exp.recovery.tuner import Objective, Taken, Windows
 
 
@@ -61,8 +62,8 @@ class Adam:
 class Descent:
     """A tuner (`tuner.Tuner`) of the parameters named in `forms`."""
 
-    def __init__(self, model: nn.Module, forms: Mapping[str, Form], adam: Adam) -> None:
-        self.forms, self.adam = forms, adam
+    def __init__(self, model: nn.Module, forms: Mapping[str, Form], adam: Adam, keep: Mapping[str, KeepBits]) -> None:
+        self.forms, self.adam, self.keep = forms, adam, keep
         self.parameters = {name: model.get_parameter(name) for name in forms}
         self.leaves = {f"{name}/{key}": leaf for name, form in forms.items() for key, leaf in form.trained.items()}
         decayed = [leaf for name, leaf in self.leaves.items() if self._owner(name).dim() > 1]

@@ -75,6 +75,7 @@ class Full:
             model,
             {name: Kept.of(parameter, keep.get(name)) for name, parameter in named.items() if name not in left},
             self.adam,
+            keep,
         )
 
 

@@ -37,6 +37,11 @@ class KeepBits:
         bits = torch.from_numpy(np.packbits(keep_mask.cpu().numpy()))
         return KeepBits(bits.to(keep_mask.device), keep_mask.shape, int(keep_mask.sum()))
 
+    @staticmethod
+    def packed(bits: UInt8[Tensor, " bytes"], shape: torch.Size) -> KeepBits:
+        """From bits as they lie; those after the last weight are 0."""
+        return KeepBits(bits, shape, int(np.unpackbits(bits.cpu().numpy()).sum(dtype=np.int64)))
+
     @property
     def numel(self) -> int:
         """How many weights the tensor has."""

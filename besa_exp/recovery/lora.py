@@ -84,7 +84,7 @@ class Lora:
             forms[name] = MaskedLora(
                 kept_of(parameter, keep.get(name)), A, B.zero_(), self.alpha / self.rank, keep.get(name)
             )
-        return Descent(model, forms | (norms_and_biases(model) if self.norms else {}), self.adam)
+        return Descent(model, forms | (norms_and_biases(model) if self.norms else {}), self.adam, keep)
 
 
 def check_rank(rank: int) -> None:

@@ -28,7 +28,7 @@ class Norms:
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> Descent:
         """Norms and biases, wherever they are."""
-        return Descent(model, norms_and_biases(model), self.adam)
+        return Descent(model, norms_and_biases(model), self.adam, keep)
 
 
 def norms_and_biases(model: nn.Module) -> dict[str, Kept]:

@@ -84,4 +84,4 @@ class Scale:
             A[..., 0, :], B[..., 0] = 1, 1
             B[..., 1:] = 0
             forms[name] = Scaled(kept_of(parameter, keep.get(name)), A, B, keep.get(name))
-        return Descent(model, forms | (norms_and_biases(model) if self.norms else {}), self.adam)
+        return Descent(model, forms | (norms_and_biases(model) if self.norms else {}), self.adam, keep)

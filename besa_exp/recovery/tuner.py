@@ -44,10 +44,14 @@ class Objective(Protocol):
 
 @runtime_checkable
 class Tuner(Protocol):
-    """What is trained, and how. `parameters`: those of the model that it changes, by name."""
+    """What is trained, and how. `parameters`: those of the model that it changes, by name. `keep`: what is kept now,
+    which is what it was begun with but for methods that exchange zeros."""
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]: ...
+
+    @property
+    def keep(self) -> Mapping[str, KeepBits]: ...
 
     def step(self, objective: Objective, windows: Windows, number: int, scale: float) -> Taken:
         """Step `number` on the windows, with `scale` times the full step size. Nothing is changed where the loss or the

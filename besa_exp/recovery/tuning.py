@@ -25,6 +25,8 @@ from besa_exp.recovery.saved_states import SavedStates
 from besa_exp.recovery.schedule import Schedule, batch_at
 from besa_exp.recovery.tuner import Method, Objective, Tuner, Windows
 
+KEEP = "/keep"  # ends the name under which the bits of a tensor lie beside the best weights
+
 
 @runtime_checkable
 class Text(Protocol):
@@ -71,12 +73,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Recovery:
-    """What became of it: held-out loss before and of the best state, after how many steps that was, the course, and
-    why it ended early; None: it did not."""
+    """What became of it: held-out loss before and of the best state, after how many steps that was, what is kept then,
+    the course, and why it ended early; None: it did not."""
 
     before: float
     after: float
     best_step: int
+    keep: Mapping[str, KeepBits]
     points: tuple[Point, ...]
     stopped: str | None = None
 
@@ -142,8 +145,8 @@ def tune(
         on_point(point)
         if plan.judges_after(course.steps) or course.stopped:
             _save(states, course, tuner, keeper)
-    keeper.put_back()
-    return Recovery(course.before, course.after, course.best_step, tuple(course.points), course.stopped)
+    kept = keeper.put_back()
+    return Recovery(course.before, course.after, course.best_step, kept, tuple(course.points), course.stopped)
 
 
 @torch.no_grad()
@@ -212,17 +215,22 @@ class _Best:
     def keep(self, step: int) -> None:
         """The weights are the best now, after so many steps."""
         now = {name: parameter.detach() for name, parameter in self.tuner.parameters.items()}
+        now |= {f"{name}{KEEP}": bits.bits for name, bits in self.tuner.keep.items()}
         if self.states is None:
             self.copies = {name: tensor.to("cpu", copy=True) for name, tensor in now.items()}
         else:
             self.name = self.states.write_best(step, now)
 
     @torch.no_grad()
-    def put_back(self) -> None:
-        """Give the model the best weights."""
+    def put_back(self) -> dict[str, KeepBits]:
+        """Give the model the best weights; what of them is kept."""
         best = self.copies
         if self.states is not None:
             assert self.name is not None
             best = self.states.read_best(self.name)
         for name, parameter in self.tuner.parameters.items():
             parameter.copy_(best[name])
+        return {
+            name: KeepBits.packed(best[f"{name}{KEEP}"].to(bits.bits.device), bits.shape)
+            for name, bits in self.tuner.keep.items()
+        }

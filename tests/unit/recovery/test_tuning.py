@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -167,7 +168,8 @@ def test_the_step_size_rises_then_falls(shape, expected):
 
 
 def test_plans_that_cannot_be_are_refused():
-    for fault in ({"steps": 0}, {"steps": 3, "warm_up": 3}, {"steps": 3, "shape": "round"}):
+    faults: list[dict[str, Any]] = [{"steps": 0}, {"steps": 3, "warm_up": 3}, {"steps": 3, "shape": "round"}]
+    for fault in faults:
         with pytest.raises(ValueError, match=r"recovery\."):
             Schedule(**fault)
     with pytest.raises(ValueError, match=r"recovery\.batch_size=0"):
