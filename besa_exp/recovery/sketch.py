@@ -132,11 +132,12 @@ def sketch_codes(
 
 
 def _clustered(values: Float[Tensor, "out in"], shares: Float[Tensor, "out in"], count: int) -> Table:
-    """Of each row the better of two: begun evenly, and begun at the values that are worst served so far. Weights that
-    are far apart in importance leave the first in a poor place."""
-    found = [_lloyd(values, shares, begin(values, shares, count)) for begin in (_evenly, _at_the_worst_served)]
-    errors = torch.stack([_error(values, shares, centres) for centres in found])
-    return torch.where((errors[1] < errors[0])[:, None], found[1], found[0])
+    """Of each row the best of three: begun evenly as LeanQuant does, by density, and at the values that are worst
+    served so far. The first alone ends in a poor place where importances are far apart."""
+    begun = (begin(values, shares, count) for begin in (_evenly, _by_density, _at_the_worst_served))
+    found = torch.stack([_lloyd(values, shares, centres) for centres in begun])
+    best = torch.stack([_error(values, shares, centres) for centres in found]).argmin(dim=0)
+    return found[best, torch.arange(len(values), device=values.device)]
 
 
 def _evenly(values: Float[Tensor, "out in"], shares: Float[Tensor, "out in"], count: int) -> Table:
@@ -145,6 +146,19 @@ def _evenly(values: Float[Tensor, "out in"], shares: Float[Tensor, "out in"], co
     high = values.masked_fill(shares == 0, -torch.inf).amax(dim=1, keepdim=True)
     low, high = (torch.where(low <= high, edge, 0) for edge in (low, high))
     return low + (high - low) * torch.linspace(0, 1, count, device=values.device, dtype=values.dtype)
+
+
+def _by_density(values: Float[Tensor, "out in"], shares: Float[Tensor, "out in"], count: int) -> Table:
+    """Quantiles by the density of values that is best for many of them, (density of the numbers * share)^(1/3) (Panter
+    and Dite, 1951): of a number that is share^(1/3) spacing^(2/3)."""
+    rising, order = values.sort(dim=1)
+    gaps = nn.functional.pad(rising.diff(dim=1), (1, 1))
+    spacing = (gaps[:, 1:] + gaps[:, :-1]) / 2
+    density = shares.gather(1, order).pow(1 / 3) * spacing.pow(2 / 3)
+    places = density.cumsum(dim=1) / density.sum(dim=1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+    quantiles = (torch.arange(count, device=values.device, dtype=values.dtype) + 0.5) / count
+    found = torch.searchsorted(places, quantiles.expand(len(values), -1).contiguous())
+    return rising.gather(1, found.clamp(max=values.shape[1] - 1))
 
 
 def _at_the_worst_served(values: Float[Tensor, "out in"], shares: Float[Tensor, "out in"], count: int) -> Table:
