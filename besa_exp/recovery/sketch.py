@@ -96,7 +96,8 @@ def tables(
     bits: int,
     importances: Float[Tensor, " in"] | None = None,
 ) -> Table:
-    """2^b values of each row by weighted k-means (Lloyd), rising. With a mask entry 0 is 0 and the others are of the kept weights alone.
+    """2^b values of each row by weighted k-means (Lloyd), rising. With a mask entry 0 is 0 and the others are of the
+    kept weights alone.
 
     minimises sum_j importance_j (w_j - nearest value)^2 of each row."""
     shares = torch.ones_like(weight) if importances is None else importances.to(weight.dtype).expand_as(weight).clone()

@@ -54,7 +54,7 @@ class Windows:
 
     def __getitem__(self, numbers: Int[Tensor, " sample"]) -> Int[Tensor, "sample seq"]:
         """The windows of these numbers, which are at least 0."""
-        assert int(numbers.min()) >= 0 and int(numbers.max()) < self.count, "a window that is not there"
+        assert ((numbers >= 0) & (numbers < self.count)).all(), "a window that is not there"
         starts = (numbers + self.first) * self.seq_len
         rows = [self.tokens[start : start + self.seq_len].astype(np.int64) for start in starts.tolist()]
         return torch.from_numpy(np.stack(rows))
@@ -117,6 +117,6 @@ def open_token_stream(path: Path, check: bool = False) -> TokenStream:
         raise ConfigurationError(
             f"{path}: is no token stream, or was cut short ({error}); remove it, and it is written anew"
         ) from error
-    if check and hashlib.sha256(tokens).hexdigest() != sha256:
+    if check and hashlib.sha256(tokens.data).hexdigest() != sha256:
         raise ConfigurationError(f"{path}: holds other tokens than were written; remove it, and it is written anew")
     return TokenStream(tokens, sha256)
