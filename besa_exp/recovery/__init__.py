@@ -1,0 +1,1 @@
+"""A pruned model in, the same zeros and better weights out."""

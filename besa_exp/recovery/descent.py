@@ -1,0 +1,139 @@
+"""AdamW on what the tensors of a model are made of.
+
+Most methods say how a tensor W follows from what is trained, and how dL/dW becomes a gradient to that: the values of
+the kept weights (`full`), the factors of B A (`lora`, `scale`), a table (`sketch`), a rotated W (`sparsegrad`). This is
+the part that is the same for all: dL/dW of one tensor at a time, sums over micro-batches and ranks, clipping, AdamW in
+fp32 by PyTorch's fused kernel, and the new W written into the model in its dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from besa_exp import distributed
+from besa_exp.recovery.gradients import taking_gradients
+from besa_exp.recovery.keep_bits import KeepBits
+from besa_exp.recovery.tuner import Objective, Taken, Windows
+
+
+@runtime_checkable
+class Form(Protocol):
+    """One tensor of the model as a function of what is trained."""
+
+    @property
+    def trained(self) -> Mapping[str, Float[Tensor, ...]]:
+        """What is trained, in fp32, by its own names; changed in place by the steps."""
+        ...
+
+    def write(self, parameter: Tensor) -> None:
+        """Make the tensor what it is now. Pruned places are 0 before, and stay so."""
+        ...
+
+    def gradients(self, gradient: Tensor) -> Mapping[str, Float[Tensor, ...]]:
+        """The gradient to `trained`, in fp32, from that to the tensor."""
+        ...
+
+
+@dataclass(frozen=True)
+class Adam:
+    """The settings of AdamW (Loshchilov and Hutter, arXiv 1711.05101). `decay` pulls on what makes up tensors of two
+    axes and more; norms and biases are spared. `clip`: the greatest norm of the gradient over all that is trained."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    decay: float = 0.0
+    clip: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"recovery.lr={self.lr}: must be above 0; try 1e-4")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"recovery.clip={self.clip}: must be above 0, or null for none")
+
+
+class Descent:
+    """A tuner (`tuner.Tuner`) of the parameters named in `forms`."""
+
+    def __init__(self, model: nn.Module, forms: Mapping[str, Form], adam: Adam, keep: Mapping[str, KeepBits]) -> None:
+        self.forms, self.adam, self.keep = forms, adam, keep
+        self.parameters = {name: model.get_parameter(name) for name in forms}
+        self.leaves = {f"{name}/{key}": leaf for name, form in forms.items() for key, leaf in form.trained.items()}
+        decayed = [leaf for name, leaf in self.leaves.items() if self._owner(name).dim() > 1]
+        spared = [leaf for name, leaf in self.leaves.items() if self._owner(name).dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": adam.decay}, {"params": spared, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=adam.lr, betas=adam.betas, eps=adam.eps, fused=True
+        )
+
+    def step(self, objective: Objective, windows: Windows, number: int, scale: float) -> Taken:
+        """One step of AdamW."""
+        with taking_gradients(self.parameters, self._take):
+            loss, multiple = objective.differentiate(windows)
+        norm = self._finish_gradients(multiple)
+        if math.isfinite(loss) and math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.adam.lr * scale
+            self.optimizer.step()
+            self._write()
+        self.optimizer.zero_grad()
+        return Taken(loss, norm)
+
+    def state(self) -> dict[str, Tensor]:
+        """What is trained, and AdamW's moments and count of steps."""
+        moments = {
+            f"{name}/{key}": value
+            for name, leaf in self.leaves.items()
+            for key, value in self.optimizer.state[leaf].items()
+        }
+        return {name: leaf.detach() for name, leaf in self.leaves.items()} | moments
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state`."""
+        for name, leaf in self.leaves.items():
+            leaf.copy_(state[name])
+            moments = {
+                key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")
+            }
+            self.optimizer.state[leaf] = {
+                key: value.to(leaf.device if key != "step" else value.device, copy=True)
+                for key, value in moments.items()
+            }
+        self._write()
+
+    def _owner(self, leaf_name: str) -> nn.Parameter:
+        return self.parameters[leaf_name.rpartition("/")[0]]
+
+    def _take(self, name: str, gradient: Tensor) -> None:
+        form = self.forms[name]
+        for key, found in form.gradients(gradient).items():
+            leaf = form.trained[key]
+            leaf.grad = found if leaf.grad is None else leaf.grad.add_(found)
+
+    @torch.no_grad()
+    def _finish_gradients(self, multiple: float) -> float:
+        """Sum over ranks, divide, clip. The norm before it was clipped."""
+        squares = 0.0
+        for leaf in self.leaves.values():
+            own = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad  # a rank without a window of the batch
+            leaf.grad = distributed.all_sum(own).div_(multiple)
+            squares += float(torch.linalg.vector_norm(leaf.grad).double().square())
+        norm = math.sqrt(squares)
+        if self.adam.clip is not None and norm > self.adam.clip:
+            for leaf in self.leaves.values():
+                assert leaf.grad is not None
+                leaf.grad.mul_(self.adam.clip / norm)
+        return norm
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        for name, form in self.forms.items():
+            form.write(self.parameters[name])

@@ -1,0 +1,85 @@
+"""Full tuning: every kept weight, and norms and biases with them, by AdamW under the mask.
+
+    W_kept <- AdamW(W_kept, (dL/dW)_kept);   W = 0 at all other places
+
+The plain way, a dense optimiser and a product with the mask after each of its steps, spends memory on masters and
+moments of weights that are always 0. Here all are fp32 vectors of the kept values. So is the gradient, which is
+gathered from dL/dW as soon as that is whole, and dL/dW dropped. The steps are those of AdamW with a masked gradient.
+
+Bytes a parameter with bf16 weights of which a share k is kept: 2 (weight) + 1/8 (bits) + 12 k (master, two moments) +
+4 k (gradient, during a step): 10.1 at 50 % sparsity, 6.9 at 70 %. Dense AdamW takes 16: 2 + 2 (gradient) + 12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from besa_exp.blocks import discover_blocks
+from besa_exp.recovery.descent import Adam, Descent
+from besa_exp.recovery.keep_bits import KeepBits, without_negative_zeros
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor as the vector of its kept values, in fp32; all are kept where `keep` is None."""
+
+    values: Float[Tensor, " kept"]
+    keep: KeepBits | None
+
+    @staticmethod
+    def of(parameter: Tensor, keep: KeepBits | None) -> Kept:
+        """The tensor as it stands."""
+        detached = parameter.detach()
+        values = detached.reshape(-1) if keep is None else keep.gather(detached)
+        return Kept(values.to(torch.float32, copy=True), keep)
+
+    @property
+    def trained(self) -> Mapping[str, Tensor]:
+        """The values."""
+        return {"values": self.values}
+
+    def write(self, parameter: Tensor) -> None:
+        """W = values at the kept places."""
+        if self.keep is None:
+            parameter.copy_(without_negative_zeros(self.values.to(parameter.dtype)).view(parameter.shape))
+        else:
+            self.keep.scatter_(self.values, parameter)
+
+    def gradients(self, gradient: Tensor) -> Mapping[str, Tensor]:
+        """M * dL/dW, gathered."""
+        found = gradient.reshape(-1) if self.keep is None else self.keep.gather(gradient)
+        return {"values": found.to(torch.float32, copy=self.keep is None)}
+
+
+@dataclass(frozen=True)
+class Full:
+    """`embeddings`: whether embeddings and head are tuned too, which hold no zeros."""
+
+    adam: Adam = field(default_factory=lambda: Adam(lr=1e-4))
+    embeddings: bool = True
+
+    def check(self, sparsity: float, pattern: str) -> list[str]:
+        """Any model."""
+        return []
+
+    def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> Descent:
+        """All parameters, each tied one once."""
+        named = dict(model.named_parameters())
+        left = set() if self.embeddings else embeddings_of(model)
+        return Descent(
+            model,
+            {name: Kept.of(parameter, keep.get(name)) for name, parameter in named.items() if name not in left},
+            self.adam,
+            keep,
+        )
+
+
+def embeddings_of(model: nn.Module) -> set[str]:
+    """The names of the parameters of two axes and more outside the blocks: embeddings and head."""
+    inside = f"{discover_blocks(model)[0]}."
+    return {name for name, parameter in model.named_parameters() if parameter.dim() > 1 and not name.startswith(inside)}

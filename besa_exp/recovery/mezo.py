@@ -1,0 +1,219 @@
+"""MeZO: steps from two forward passes, with the memory of inference (Malladi et al., arXiv 2305.17333).
+
+    g = (L(W + eps z) - L(W - eps z)) / (2 eps),   z ~ N(0, 1);   W <- W - lr (g z + decay W)
+
+The authors add +eps z, -2 eps z and +eps z to the model and hope to be back where they began: in bf16 that drifts by as
+much as eps z. Here nothing is added to the model. Both passes go through the block loop side by side: a block's weights
+W + eps z, then W - eps z, are made beside the model while that block computes, so that memory is that of inference and
+one block, and weights are read once for both.
+
+z is made from (seed, step, name of the tensor) alone, on the CPU: the same in whatever order tensors come, and on
+every device and rank. It has a number for each kept weight, so that zeros stay zeros. All of a run follows from the
+pruned weights and two numbers a step, g and the step size: they are the checkpoint, and to go on is to take the same
+steps again.
+
+A step of lr g z is below half a unit in the last place of a weight in bf16, and would be lost: there the new weight is
+rounded at random to one of its two neighbours, the nearer the likelier, by numbers from the same key.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from besa_exp import distributed
+from besa_exp.blocks import Block, Hidden, capture_blocks, embed
+from besa_exp.head import head_logits
+from besa_exp.recovery.keep_bits import KeepBits, without_negative_zeros
+from besa_exp.recovery.schedule import key_of
+from besa_exp.recovery.tuner import Objective, Taken, Windows
+
+Noise = Callable[[int, str, int], Float[Tensor, " kept"]]
+"""z of a step, of the tensor of this name, which has so many kept weights."""
+SIGNS = (1, -1)
+
+
+@dataclass(frozen=True)
+class Mezo:
+    """`decay` spares norms and biases. `together`: how many windows pass a block at once."""
+
+    lr: float = 1e-6
+    eps: float = 1e-3
+    decay: float = 0.0
+    together: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"recovery.{name}={getattr(self, name)}: must be above 0")
+
+    def check(self, sparsity: float, pattern: str) -> list[str]:
+        """Any model."""
+        return []
+
+    def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> MezoTuner:
+        """All parameters, each tied one once. ValueError: the model is in fp16."""
+        if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+            raise ValueError("recovery=mezo: steps are lost in float16; set model.dtype=bfloat16 or float32")
+        return MezoTuner(model, self, keep, seed)
+
+
+class MezoTuner:
+    """A tuner (`tuner.Tuner`)."""
+
+    def __init__(self, model: nn.Module, told: Mezo, keep: Mapping[str, KeepBits], seed: int) -> None:
+        self.model, self.told, self.keep, self.seed = model, told, keep, seed
+        self.parameters = dict(model.named_parameters())
+        self.noise: Noise = lambda step, name, count: normal(count, key_of("z", seed, step, name))
+        self.projected: list[float] = []
+        self.rates: list[float] = []
+        self.captured: dict[torch.Size, list[Block]] = {}
+
+    def step(self, objective: Objective, windows: Windows, number: int, scale: float) -> Taken:
+        """Two passes, and a step along z. The loss that is told is the mean of both."""
+        plus, minus = self.losses(objective, windows, number)
+        projected, rate = (plus - minus) / (2 * self.told.eps), self.told.lr * scale
+        if math.isfinite(projected):
+            assert number == len(self.projected), "steps are taken in order"
+            self.update(number, projected, rate)
+        return Taken((plus + minus) / 2)
+
+    def state(self) -> dict[str, Tensor]:
+        """g and the step size of each step."""
+        return {
+            "projected": torch.tensor(self.projected, dtype=torch.float64),
+            "rates": torch.tensor(self.rates, dtype=torch.float64),
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take the same steps again."""
+        steps = zip(state["projected"].tolist(), state["rates"].tolist(), strict=True)
+        for number, (projected, rate) in enumerate(steps):
+            self.update(number, projected, rate)
+
+    @torch.no_grad()
+    def losses(self, objective: Objective, windows: Windows, number: int) -> tuple[float, float]:
+        """L(W + eps z) and L(W - eps z) of the windows of all ranks, side by side through the blocks."""
+        own = distributed.own_samples(windows)
+        totals = torch.zeros(2, dtype=torch.float64)
+        if len(own):
+            blocks = self._blocks(own)
+            states = self._embedded(blocks, own, number)
+            for block in blocks:
+                for sign, hidden in zip(SIGNS, states, strict=True):
+                    with self._perturbed(_named(block), number, sign):
+                        block.outputs(hidden, self.told.together, out=hidden)
+            for place, (sign, hidden) in enumerate(zip(SIGNS, states, strict=True)):
+                with self._perturbed(self._outside(blocks, self._only_at(entry=True)), number, sign):
+                    totals[place] = self._loss(objective, blocks, own, hidden)
+        plus, minus = (distributed.all_sum(totals) / len(windows)).tolist()
+        return plus, minus
+
+    @torch.no_grad()
+    def update(self, number: int, projected: float, rate: float) -> None:
+        """W <- W - rate (g z + decay W) at the kept places."""
+        for name, parameter in self.parameters.items():
+            kept = self._kept(name, parameter)
+            step = projected * self._z(number, name, parameter)
+            if self.told.decay and parameter.dim() > 1:
+                step = step + self.told.decay * kept
+            moved = kept - rate * step
+            if parameter.dtype == torch.bfloat16:
+                moved = rounded_at_random(moved, key_of("rounding", self.seed, number, name))
+            self._put(name, moved, parameter)
+        self.projected.append(projected)
+        self.rates.append(rate)
+
+    def _blocks(self, windows: Windows) -> list[Block]:
+        """The blocks, with call arguments for windows of this shape."""
+        if windows.shape not in self.captured:
+            self.captured = {windows.shape: capture_blocks(self.model, windows)}
+        return self.captured[windows.shape]
+
+    def _embedded(self, blocks: list[Block], windows: Windows, number: int) -> list[Hidden]:
+        states = []
+        for sign in SIGNS:
+            with self._perturbed(self._outside(blocks, self._only_at(entry=False)), number, sign):
+                states.append(embed(self.model, blocks, windows, self.told.together))
+        return states
+
+    def _loss(self, objective: Objective, blocks: list[Block], windows: Windows, hidden: Hidden) -> Tensor:
+        modules = [block.module for block in blocks]
+        total = torch.zeros((), dtype=torch.float64)
+        for part, states in zip(windows.split(self.told.together), hidden.split(self.told.together), strict=True):
+            logits = head_logits(self.model, modules, part.to(hidden.device), states)
+            total += objective.of_logits(logits, part.to(logits.device)).double().cpu()
+        return total
+
+    def _outside(self, blocks: list[Block], but: set[nn.Parameter]) -> dict[str, nn.Parameter]:
+        """The parameters of no block, but these."""
+        inside = tuple(f"{block.name}." for block in blocks)
+        named = self.parameters.items()
+        return {name: own for name, own in named if not name.startswith(inside) and own not in but}
+
+    def _only_at(self, entry: bool) -> set[nn.Parameter]:
+        """The parameters that are used at the model's entry alone, or at its end alone: embeddings and head, untied.
+        They are the largest, and need not be perturbed at the other."""
+        model: Any = self.model
+        first, last = (
+            set(module.parameters()) if module is not None else set()
+            for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        )
+        return first - last if entry else last - first
+
+    @contextmanager
+    def _perturbed(self, parameters: Mapping[str, nn.Parameter], number: int, sign: int) -> Iterator[None]:
+        """The parameters hold W + sign eps z for a while, in memory of their own."""
+        before = {name: parameter.data for name, parameter in parameters.items()}
+        try:
+            for name, parameter in parameters.items():
+                moved = self._kept(name, parameter) + sign * self.told.eps * self._z(number, name, parameter)
+                beside = parameter.detach().clone()
+                self._put(name, moved, beside)
+                parameter.data = beside
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = before[name]
+
+    def _z(self, number: int, name: str, parameter: Tensor) -> Float[Tensor, " kept"]:
+        count = self.keep[name].count if name in self.keep else parameter.numel()
+        return self.noise(number, name, count).to(parameter.device)
+
+    def _kept(self, name: str, parameter: Tensor) -> Float[Tensor, " kept"]:
+        """The kept values in fp32, or in fp64 where the model is."""
+        dense = parameter.detach()
+        values = self.keep[name].gather(dense) if name in self.keep else dense.reshape(-1)
+        return values.to(torch.promote_types(values.dtype, torch.float32))
+
+    def _put(self, name: str, values: Float[Tensor, " kept"], parameter: Tensor) -> None:
+        if name in self.keep:
+            self.keep[name].scatter_(values, parameter.detach())
+        else:
+            parameter.detach().copy_(without_negative_zeros(values.to(parameter.dtype)).view(parameter.shape))
+
+
+def _named(block: Block) -> dict[str, nn.Parameter]:
+    """A block's parameters by their name in the model."""
+    return {f"{block.name}.{name}": parameter for name, parameter in block.module.named_parameters()}
+
+
+def normal(count: int, key: int) -> Float[Tensor, " kept"]:
+    """`count` numbers of N(0, 1) that follow from the key alone."""
+    return torch.randn(count, generator=torch.Generator().manual_seed(key))
+
+
+def rounded_at_random(values: Float[Tensor, " kept"], key: int) -> Float[Tensor, " kept"]:
+    """Each number as one of the two of bf16 around it, with the mean of the number itself: bf16 is the upper half of
+    fp32's bits, and a uniform lower half that is added carries with the right probability."""
+    generator = torch.Generator().manual_seed(key)
+    lower = torch.randint(0, 1 << 16, values.shape, generator=generator, dtype=torch.int32).to(values.device)
+    bits: Int[Tensor, " kept"] = values.view(torch.int32) + lower
+    return (bits & -(1 << 16)).view(torch.float32)

@@ -1,0 +1,178 @@
+"""What a tuned model is judged by: the next token, and how far it is from the dense model.
+
+    none:        CE = mean over tokens of -log q(next token)
+    logits:      task_weight CE + weight T^2 KL(p^(1/T) || q^(1/T)), p the dense model's distribution (arXiv 1503.02531)
+    squarehead:  task_weight CE + weight mean over blocks of  sum (h* - h)^2 / sum h*^2, h* the dense model's hidden
+                 state (Kurtic et al., arXiv 2310.06927)
+
+SquareHead's ratio is one of each window here and one of each batch there; so no loss depends on how a batch is cut into
+parts or dealt out to ranks. The last block's state is the one that the head reads, after the final norm. All sums are
+of fp32 numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from besa_exp import distributed
+from besa_exp.blocks import discover_blocks
+from besa_exp.head import divergence
+from besa_exp.linears import replaced_forwards
+from besa_exp.recovery.tuner import Logits, Windows
+
+KINDS = ("none", "logits", "squarehead")
+SMALLEST = 1e-30  # of a sum of squares: a state of zeros is not divided by zero
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What of the dense model's is followed, and how much."""
+
+    kind: str = "none"
+    weight: float = 1.0
+    task_weight: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"recovery.distill={self.kind}: must be one of {', '.join(KINDS)}")
+        if not self.temperature > 0:
+            raise ValueError(f"recovery.temperature={self.temperature}: must be above 0")
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """The loss of `model`, whose `teacher`, the dense model, is there where one is followed. `micro_batch` windows pass
+    the model together; `checkpointing`: of each block the inputs alone are kept for the way back, and it is computed
+    twice."""
+
+    model: nn.Module
+    distillation: Distillation = Distillation()
+    teacher: nn.Module | None = None
+    micro_batch: int = 1
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.distillation.kind != "none") != (self.teacher is not None):
+            raise ValueError(
+                f"recovery.distill={self.distillation.kind}: a dense model is given exactly where one is followed"
+            )
+
+    def differentiate(self, windows: Windows) -> tuple[float, float]:
+        """See `tuner.Objective`. The multiple is 1, but in fp16, where a token's part of the gradient is too small."""
+        total = torch.zeros((), dtype=torch.float64)
+        multiple = float(2 ** math.floor(math.log2(windows.numel()))) if self._dtype is torch.float16 else 1.0
+        with checkpointed(self.model) if self.checkpointing else nullcontext():
+            for part in distributed.own_samples(windows).split(self.micro_batch):
+                if len(part):
+                    loss = self._summed(part) / len(windows)
+                    (loss * multiple).backward()
+                    total += loss.detach().double().cpu()
+        return float(distributed.all_sum(total)), multiple
+
+    def of_logits(self, logits: Logits, windows: Windows) -> Float[Tensor, ""]:
+        """See `tuner.Objective`. ValueError: more than logits is followed."""
+        if self.distillation.kind == "squarehead":
+            raise ValueError("recovery.distill=squarehead: needs hidden states, which this method has not; use logits")
+        return self._of(logits, (), windows)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def _summed(self, windows: Windows) -> Float[Tensor, ""]:
+        """The sum over windows of the loss of each."""
+        logits, states = called(self.model, windows, self.distillation.kind == "squarehead")
+        return self._of(logits, states, windows)
+
+    def _of(self, logits: Logits, states: tuple[Tensor, ...], windows: Windows) -> Float[Tensor, ""]:
+        windows = windows.to(logits.device)
+        told = self.distillation
+        loss = next_token_losses(logits, windows).sum()
+        if told.kind == "none" or self.teacher is None:
+            return loss
+        with torch.no_grad():
+            dense_logits, dense_states = called(self.teacher, windows, told.kind == "squarehead")
+        if told.kind == "logits":
+            apart = soft_divergence(dense_logits, logits, told.temperature).sum()
+        else:
+            apart = torch.stack([square_head(*pair).sum() for pair in zip(dense_states, states, strict=True)]).mean()
+        return told.task_weight * loss + told.weight * apart
+
+
+def called(model: Any, windows: Windows, with_states: bool) -> tuple[Logits, tuple[Tensor, ...]]:
+    """Logits, and the hidden state after each block where that is asked for."""
+    device = next(model.parameters()).device
+    output = model(input_ids=windows.to(device), use_cache=False, output_hidden_states=with_states)
+    return output.logits, tuple(output.hidden_states[1:]) if with_states else ()  # the first enters block 0
+
+
+def next_token_losses(logits: Logits, windows: Windows) -> Float[Tensor, " sample"]:
+    """The mean over the tokens of each window, but the first, of -log q(token), in fp32."""
+    flat = logits[:, :-1].float().flatten(0, 1)
+    losses = nn.functional.cross_entropy(flat, windows[:, 1:].flatten(), reduction="none")
+    return losses.view(len(windows), -1).mean(dim=1)
+
+
+def soft_divergence(dense: Logits, found: Logits, temperature: float) -> Float[Tensor, " sample"]:
+    """T^2 KL(p^(1/T) || q^(1/T)), the mean over the tokens of each window."""
+    return divergence(dense.float() / temperature, found.float() / temperature).mean(dim=1) * temperature**2
+
+
+def square_head(
+    dense: Float[Tensor, "sample seq hidden"], found: Float[Tensor, "sample seq hidden"]
+) -> Float[Tensor, " sample"]:
+    """sum (h* - h)^2 / sum h*^2 of each window."""
+    dense = dense.to(found.device).float()
+    size = dense.square().sum(dim=(1, 2)).clamp(min=SMALLEST)
+    return (dense - found.float()).square().sum(dim=(1, 2)) / size
+
+
+def option_loss(
+    logits: Logits,
+    windows: Windows,
+    answer_tokens: Int[Tensor, " sample"],
+    options: int,
+    right: Int[Tensor, " example"],
+) -> Float[Tensor, ""]:
+    """The cross-entropy of a task's options: each is a window that ends in `answer_tokens` tokens of its own, its logit
+    is their mean log-probability, and the `options` windows of an example lie together; summed over examples. (MeZO,
+    arXiv 2305.17333, its classification loss.)"""
+    log_q = logits[:, :-1].float().log_softmax(dim=-1).gather(2, windows[:, 1:, None]).squeeze(2)
+    places = torch.arange(log_q.shape[1], device=log_q.device)
+    own = places >= log_q.shape[1] - answer_tokens[:, None]
+    means = (log_q * own).sum(dim=1) / answer_tokens
+    return nn.functional.cross_entropy(means.view(-1, options), right, reduction="sum")
+
+
+@contextmanager
+def checkpointed(model: nn.Module) -> Iterator[None]:
+    """Blocks keep their inputs alone for the way back. Not transformers' own, which works in training mode only: there
+    dropout would be on."""
+    modules = discover_blocks(model)[1]
+    forwards = [
+        partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False) for module in modules
+    ]
+    with replaced_forwards(modules, forwards):
+        yield
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, windows: Windows, batch_size: int) -> float:
+    """The mean next-token loss of the windows, in fp64 over fp32 losses of each."""
+    total = torch.zeros((), dtype=torch.float64)
+    for part in distributed.own_samples(windows).split(batch_size):
+        if len(part):
+            logits, _ = called(model, part, False)
+            total += next_token_losses(logits, part.to(logits.device)).double().sum().cpu()
+    return float(distributed.all_sum(total)) / len(windows)

@@ -1,0 +1,167 @@
+"""SparseGrad: a linear is tuned in coordinates in which its gradient is sparse (Chekalina et al., arXiv 2410.07383).
+
+    W~ = P^T W Q,   G~ = P^T G Q with its k largest |entries| alone;   W~ by AdamW,   W = P W~ Q^T
+
+P and Q are a HOSVD of gradients G_n of a few steps, of all linears of a kind (`mlp.up_proj` of every block): P the
+eigenvectors of sum_n G_n G_n^T, Q those of sum_n G_n^T G_n, the same subspaces as the singular vectors of the
+unfoldings without an unfolding in memory. The authors' code has Q transposed: it is still orthogonal, but no longer the
+basis. On stories260K the largest 1 % of the entries of a new gradient of `up` hold 0.35 of its energy in these
+coordinates, 0.22 in plain ones and 0.20 in theirs. It also takes the k-th largest signed entry for a threshold of
+|entries|, so that about 2 k are kept; here k are, ties to the first.
+
+For dense models alone: each entry of W~ moves all of W, so that no zero of W would stay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from besa_exp.recovery.descent import Adam, Descent
+from besa_exp.recovery.gradients import taking_gradients
+from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears, without_negative_zeros
+from besa_exp.recovery.tuner import Objective, Taken, Windows
+
+Matrix = Float[Tensor, "out in"]
+
+
+@dataclass(frozen=True)
+class SparseGrad:
+    """`share` of the entries of a gradient is kept; the first `gather` steps only gather gradients. `kinds`: the ends
+    of the names of the linears that are tuned, as published those of the MLP."""
+
+    adam: Adam = field(default_factory=lambda: Adam(lr=1e-4))
+    share: float = 0.01
+    gather: int = 10
+    kinds: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"recovery.share={self.share}: must be above 0 and at most 1")
+        if self.gather < 1:
+            raise ValueError(f"recovery.gather={self.gather}: must be at least 1")
+
+    def check(self, sparsity: float, pattern: str) -> list[str]:
+        """Dense models alone."""
+        if sparsity > 0:
+            return [
+                "recovery=sparsegrad: each of its steps moves all weights of a linear, so that none of the "
+                f"{sparsity:.0%} zeros of this model would stay; use recovery=full or lora"
+            ]
+        return []
+
+    def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> SparseGradTuner:
+        """ValueError: the model is pruned, or has no linear of these kinds."""
+        if keep:
+            raise ValueError(
+                self.check(
+                    sum(b.numel - b.count for b in keep.values()) / sum(b.numel for b in keep.values()), "unstructured"
+                )[0]
+            )
+        return SparseGradTuner(model, self)
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """A tensor in other coordinates."""
+
+    rotated: Matrix
+    P: Float[Tensor, "out out"]
+    Q: Float[Tensor, "in in"]
+    count: int
+
+    @property
+    def trained(self) -> Mapping[str, Tensor]:
+        """W~."""
+        return {"rotated": self.rotated}
+
+    def write(self, parameter: Tensor) -> None:
+        """P W~ Q^T."""
+        parameter.copy_(without_negative_zeros((self.P @ self.rotated @ self.Q.T).to(parameter.dtype)))
+
+    def gradients(self, gradient: Tensor) -> Mapping[str, Tensor]:
+        """The largest entries of P^T G Q."""
+        return {"rotated": largest(self.P.T @ gradient.to(self.P.dtype) @ self.Q, self.count)}
+
+
+class SparseGradTuner:
+    """A tuner (`tuner.Tuner`): it gathers gradients over the first steps, then descends in the coordinates that they
+    give."""
+
+    def __init__(self, model: nn.Module, told: SparseGrad) -> None:
+        self.model, self.told, self.keep = model, told, {}
+        found = parameters_of_linears(model).items()
+        self.parameters = {
+            name: parameter for name, parameter in found if parameter.dim() == 2 and self._kind(name) is not None
+        }
+        if not self.parameters:
+            raise ValueError(f"recovery.kinds={','.join(told.kinds)}: the model has no linear of these names")
+        self.products: dict[str, tuple[Tensor, Tensor]] = {}
+        self.descent: Descent | None = None
+
+    def step(self, objective: Objective, windows: Windows, number: int, scale: float) -> Taken:
+        """One step; the first only look."""
+        if number < self.told.gather:
+            with taking_gradients(self.parameters, self._gather):
+                loss, _ = objective.differentiate(windows)
+            return Taken(loss)
+        if self.descent is None:
+            self.descent = self._descent()
+        return self.descent.step(objective, windows, number, scale)
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums of products of gradients, and what the descent holds."""
+        sums = {
+            f"{kind}.{side}": both[place] for kind, both in self.products.items() for place, side in enumerate("PQ")
+        }
+        return sums | (self.descent.state() if self.descent else {})
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state`."""
+        device = next(iter(self.parameters.values())).device
+        kinds = [name.removesuffix(".P") for name in state if name.endswith(".P")]
+        for kind in kinds:
+            both = (state[f"{kind}.{side}"].to(device, copy=True) for side in "PQ")
+            self.products[kind] = (next(both), next(both))
+        if any("/" in name for name in state):
+            self.descent = self._descent()
+            self.descent.load(state)
+
+    def _kind(self, name: str) -> str | None:
+        return next((kind for kind in self.told.kinds if name.endswith(f"{kind}.weight")), None)
+
+    def _gather(self, name: str, gradient: Tensor) -> None:
+        kind, found = self._kind(name), gradient.float()
+        assert kind is not None
+        own = (found @ found.T, found.T @ found)
+        before = self.products.get(kind)
+        self.products[kind] = own if before is None else (before[0] + own[0], before[1] + own[1])
+
+    @torch.no_grad()
+    def _descent(self) -> Descent:
+        bases = {kind: (basis(left), basis(right)) for kind, (left, right) in self.products.items()}
+        forms = {}
+        for name, parameter in self.parameters.items():
+            kind = self._kind(name)
+            assert kind is not None
+            P, Q = bases[kind]
+            rotated = P.T @ parameter.detach().float() @ Q
+            forms[name] = Rotated(rotated, P, Q, max(1, math.floor(self.told.share * rotated.numel())))
+        return Descent(self.model, forms, self.told.adam, {})
+
+
+def basis(products: Float[Tensor, "side side"]) -> Float[Tensor, "side side"]:
+    """Orthonormal eigenvectors as columns, of the largest eigenvalue first; computed in fp64."""
+    return torch.linalg.eigh(products.double()).eigenvectors.flip(1).to(products.dtype)
+
+
+def largest(gradient: Matrix, count: int) -> Matrix:
+    """The same with 0 in the place of all but the `count` entries of the largest size; of equals the first stay."""
+    flat = gradient.reshape(-1)
+    order = flat.abs().argsort(descending=True, stable=True)[:count]
+    return torch.zeros_like(flat).scatter_(0, order, flat[order]).view_as(gradient)

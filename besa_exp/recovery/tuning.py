@@ -1,0 +1,236 @@
+"""The tuning loop: the same for every method.
+
+    for each step: windows by (seed, step) -> the method's step -> now and then, held-out loss -> best state, checkpoint
+
+Held-out windows choose between the states, the pruned model's among them, so that the result is never worse on them
+than what it began with. Everything of a step is a function of its number and of the tuner's state: a run that was
+killed goes on from its last checkpoint, and ends with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from besa_exp.recovery.keep_bits import KeepBits
+from besa_exp.recovery.objective import mean_loss
+from besa_exp.recovery.saved_states import SavedStates
+from besa_exp.recovery.schedule import Schedule, batch_at
+from besa_exp.recovery.tuner import Method, Objective, Tuner, Windows
+
+KEEP = "/keep"  # ends the name under which the bits of a tensor lie beside the best weights
+
+
+@runtime_checkable
+class Text(Protocol):
+    """Windows of tokens by their number; a tensor [sample, seq] is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, numbers: Int[Tensor, " sample"], /) -> Windows: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`batch_size` windows a step; held-out windows judge after each `judge_every` steps and after the last, `judged`
+    of them together; a checkpoint is written whenever they have judged."""
+
+    schedule: Schedule
+    batch_size: int = 8
+    judge_every: int = 50
+    judged: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "judge_every", "judged"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"recovery.{name}={getattr(self, name)}: must be at least 1")
+
+    def judges_after(self, steps: int) -> bool:
+        """Whether held-out windows judge once so many steps are done."""
+        return steps % self.judge_every == 0 or steps == self.schedule.steps
+
+
+@dataclass(frozen=True)
+class Point:
+    """One step of the course. `held_out`: after it, where it was judged."""
+
+    step: int
+    loss: float
+    gradient_norm: float | None
+    scale: float
+    tokens: int
+    seconds: float
+    held_out: float | None = None
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What became of it: held-out loss before and of the best state, after how many steps that was, what is kept then,
+    the course, and why it ended early; None: it did not."""
+
+    before: float
+    after: float
+    best_step: int
+    keep: Mapping[str, KeepBits]
+    points: tuple[Point, ...]
+    stopped: str | None = None
+
+
+@dataclass
+class _Course:
+    """How far it is: what a checkpoint holds beside the tuner's state."""
+
+    steps: int
+    before: float
+    after: float
+    best_step: int
+    points: list[Point] = field(default_factory=list)
+    stopped: str | None = None
+
+    def record(self) -> dict[str, object]:
+        """In plain values."""
+        return asdict(self)
+
+    @staticmethod
+    def of(record: Mapping[str, object]) -> _Course:
+        """What `record` gave."""
+        values: dict[str, object] = dict(record)
+        points = values.pop("points")
+        assert isinstance(points, list)
+        return _Course(**values, points=[Point(**point) for point in points])  # type: ignore[arg-type]
+
+
+def tune(
+    model: nn.Module,
+    keep: Mapping[str, KeepBits],
+    method: Method,
+    objective: Objective,
+    learned: Text,
+    held_out: Windows,
+    plan: Plan,
+    states: SavedStates | None = None,
+    on_point: Callable[[Point], None] = lambda point: None,
+) -> Recovery:
+    """Tune `model`, which holds the pruned weights, in place; `keep` names its zeros. It ends with the best weights.
+
+    `on_point` is told of each step once, also of those that an earlier attempt did; what that did after its last
+    checkpoint is done again and told again."""
+    clear_pruned(model, keep)
+    tuner = method.begin(model, keep, plan.seed)
+    keeper = _Best(model, tuner, states)
+    course = _go_on(tuner, keeper, states, on_point)
+    if course is None:
+        before = mean_loss(model, held_out, plan.judged)
+        course = _Course(0, before, before, 0)
+        keeper.keep(0)
+        _save(states, course, tuner, keeper)
+    while course.steps < plan.schedule.steps and course.stopped is None:
+        point = _step(tuner, objective, learned, plan, course.steps)
+        course.steps += 1
+        if plan.judges_after(course.steps) and math.isfinite(point.loss):
+            point = _judged(point, mean_loss(model, held_out, plan.judged))
+        course.points.append(point)
+        course.stopped = _reason(point)
+        if point.held_out is not None and point.held_out < course.after:
+            course.after, course.best_step = point.held_out, course.steps
+            keeper.keep(course.steps)
+        on_point(point)
+        if plan.judges_after(course.steps) or course.stopped:
+            _save(states, course, tuner, keeper)
+    kept = keeper.put_back()
+    return Recovery(course.before, course.after, course.best_step, kept, tuple(course.points), course.stopped)
+
+
+@torch.no_grad()
+def clear_pruned(model: nn.Module, keep: Mapping[str, KeepBits]) -> None:
+    """Write +0.0 into every pruned place."""
+    for name, bits in keep.items():
+        bits.clear_(model.get_parameter(name))
+
+
+def _go_on(
+    tuner: Tuner, keeper: _Best, states: SavedStates | None, on_point: Callable[[Point], None]
+) -> _Course | None:
+    """Where an earlier attempt was; None: there was none."""
+    found = states.read() if states else None
+    if found is None:
+        return None
+    record, tensors, keeper.name = found
+    tuner.load(tensors)
+    course = _Course.of(record)
+    for point in course.points:
+        on_point(point)
+    return course
+
+
+def _step(tuner: Tuner, objective: Objective, learned: Text, plan: Plan, number: int) -> Point:
+    begun = time.monotonic()
+    windows = learned[batch_at(number, len(learned), plan.batch_size, plan.seed)]
+    scale = plan.schedule.scale(number)
+    taken = tuner.step(objective, windows, number, scale)
+    seconds = time.monotonic() - begun
+    return Point(number, taken.loss, taken.gradient_norm, scale, windows.numel(), seconds)
+
+
+def _judged(point: Point, held_out: float) -> Point:
+    return Point(**{**asdict(point), "held_out": held_out})
+
+
+def _reason(point: Point) -> str | None:
+    """Why the course ends with this point."""
+    told = {"loss": point.loss, "norm of the gradient": point.gradient_norm, "held-out loss": point.held_out}
+    for name, value in told.items():
+        if value is not None and not math.isfinite(value):
+            return (
+                f"the {name} is {value} at step {point.step}; the best weights before are kept: use a smaller "
+                "recovery.lr, or model.dtype=bfloat16 or float32 in the place of float16"
+            )
+    return None
+
+
+def _save(states: SavedStates | None, course: _Course, tuner: Tuner, keeper: _Best) -> None:
+    if states is not None:
+        assert keeper.name is not None
+        states.write(course.record(), tuner.state(), keeper.name)
+
+
+@dataclass
+class _Best:
+    """The best weights so far: in files where there are states, else in memory."""
+
+    model: nn.Module
+    tuner: Tuner
+    states: SavedStates | None
+    name: str | None = None
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def keep(self, step: int) -> None:
+        """The weights are the best now, after so many steps."""
+        now = {name: parameter.detach() for name, parameter in self.tuner.parameters.items()}
+        now |= {f"{name}{KEEP}": bits.bits for name, bits in self.tuner.keep.items()}
+        if self.states is None:
+            self.copies = {name: tensor.to("cpu", copy=True) for name, tensor in now.items()}
+        else:
+            self.name = self.states.write_best(step, now)
+
+    @torch.no_grad()
+    def put_back(self) -> dict[str, KeepBits]:
+        """Give the model the best weights; what of them is kept."""
+        best = self.copies
+        if self.states is not None:
+            assert self.name is not None
+            best = self.states.read_best(self.name)
+        for name, parameter in self.tuner.parameters.items():
+            parameter.copy_(best[name])
+        return {
+            name: KeepBits.packed(best[f"{name}{KEEP}"].to(bits.bits.device), bits.shape)
+            for name, bits in self.tuner.keep.items()
+        }

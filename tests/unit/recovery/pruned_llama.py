@@ -1,0 +1,41 @@
+"""A tiny Llama with zeros, and windows of tokens: what the methods of recovery are tried on."""
+
+from __future__ import annotations
+
+import torch
+from tiny_llama import tiny_llama
+
+from besa_exp.recovery.keep_bits import keep_of_zeros, parameters_of_linears
+
+WINDOWS = torch.randint(0, 256, (12, 24), generator=torch.Generator().manual_seed(3))
+
+
+def pruned_llama(pruned=2, dtype=torch.float32, seed=0, **changes):
+    """Of every 4 inputs in a row the `pruned` smallest are 0, so that it is N:M; and what is kept."""
+    model = tiny_llama(context=32, seed=seed, dtype=dtype, **changes).requires_grad_(False)
+    for parameter in parameters_of_linears(model).values():
+        groups = parameter.view(*parameter.shape[:-1], -1, 4)
+        groups.scatter_(-1, groups.abs().argsort(dim=-1)[..., :pruned], 0)
+    return model, keep_of_zeros(model)
+
+
+def assert_zeros_exact(model, keep):
+    """Pruned places hold +0.0, bit for bit, and are as many as they were."""
+    assert keep
+    for name, bits in keep.items():
+        pruned = model.get_parameter(name).detach()[~bits.mask()]
+        as_integers = pruned.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[pruned.element_size()])
+        assert as_integers.numel() == bits.numel - bits.count
+        assert not as_integers.any(), name
+        kept_of_four = (model.get_parameter(name).detach() != 0).view(-1, 4).sum(dim=1)
+        assert int(kept_of_four.max()) <= int(bits.mask().view(-1, 4).sum(dim=1).max())
+
+
+def weights_of(model):
+    """A copy of all parameters by name."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def as_bytes(tensor):
+    """The bits of a tensor."""
+    return tensor.detach().contiguous().view(torch.uint8)

@@ -1,0 +1,207 @@
+"""Methods by gradients: their steps against plain ones, their zeros, their states, and what they hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pruned_llama import WINDOWS, as_bytes, assert_zeros_exact, pruned_llama, weights_of
+
+from besa_exp.recovery.descent import Adam
+from besa_exp.recovery.full import Full, Kept
+from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears
+from besa_exp.recovery.lora import Lora, MaskedLora
+from besa_exp.recovery.norms import Norms
+from besa_exp.recovery.objective import NextToken
+from besa_exp.recovery.scale import Scale, Scaled
+
+METHODS = {
+    "full": Full(Adam(lr=1e-2, decay=0.1)),
+    "full_blocks": Full(Adam(lr=1e-2), embeddings=False),
+    "lora": Lora(Adam(lr=1e-2), rank=4),
+    "lora_alone": Lora(Adam(lr=1e-2), rank=4, norms=False),
+    "scale": Scale(Adam(lr=1e-2), rank=4),
+    "norms": Norms(Adam(lr=1e-2)),
+}
+
+
+def steps(tuner, objective, numbers, scale=1.0):
+    return [tuner.step(objective, WINDOWS[2 * n % 12 :][:2], n, scale) for n in numbers]
+
+
+def plain_steps(model, keep, optimizer, numbers, clip):
+    """Full tuning as it is usually written: dense gradients and moments, the mask after each step."""
+    named = dict(model.named_parameters())
+    for n in numbers:
+        windows = WINDOWS[2 * n % 12 :][:2]
+        logits = model(windows, use_cache=False).logits[:, :-1].flatten(0, 1)
+        torch.nn.functional.cross_entropy(logits, windows[:, 1:].flatten()).backward()
+        for name, bits in keep.items():
+            named[name].grad.mul_(bits.mask())
+        torch.nn.utils.clip_grad_norm_(named.values(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for name, bits in keep.items():
+                named[name].mul_(bits.mask())
+
+
+def test_full_is_adamw_with_masked_gradients_on_dense_tensors():
+    (model, keep), (plain, _) = pruned_llama(), pruned_llama()
+    tuner = Full(Adam(lr=1e-2, decay=0.1, clip=0.5)).begin(model, keep, 0)
+    steps(tuner, NextToken(model), range(4))
+    plain.requires_grad_(True)
+    groups = [
+        {"params": [p for p in plain.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in plain.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    plain_steps(plain, keep, torch.optim.AdamW(groups, lr=1e-2), range(4), 0.5)
+    start = weights_of(pruned_llama()[0])
+    for name, expected in plain.named_parameters():
+        found = model.get_parameter(name)
+        torch.testing.assert_close(
+            found, expected.detach(), rtol=1e-4, atol=2e-5
+        )  # gradients are summed in another order
+        assert float((found - start[name]).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("dtype", "pruned"), [(torch.float32, 2), (torch.bfloat16, 3)])
+def test_zeros_stay_exact_and_n_of_m_and_the_loss_falls(name, dtype, pruned):
+    model, keep = pruned_llama(pruned, dtype)
+    tuner = METHODS[name].begin(model, keep, 0)
+    first = steps(tuner, NextToken(model), [0])[0].loss
+    last = steps(tuner, NextToken(model), [0] * 4)[-1].loss
+    assert last < first
+    assert_zeros_exact(model, keep)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_beginning_changes_no_weight_but_by_the_rounding_of_a_product(name):
+    model, keep = pruned_llama()
+    before = weights_of(model)
+    tuner = METHODS[name].begin(model, keep, 0)
+    tuner._write()
+    for parameter, weight in before.items():
+        assert torch.equal(as_bytes(model.get_parameter(parameter)), as_bytes(weight)), parameter
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_tuner_that_goes_on_from_its_state_ends_with_the_same_bits(name):
+    model, keep = pruned_llama()
+    tuner = METHODS[name].begin(model, keep, 0)
+    steps(tuner, NextToken(model), range(3))
+    state = {key: value.clone() for key, value in tuner.state().items()}
+    steps(tuner, NextToken(model), range(3, 5))
+    other, _ = pruned_llama()
+    again = METHODS[name].begin(other, keep, 0)
+    again.load(state)
+    steps(again, NextToken(other), range(3, 5))
+    for parameter, value in weights_of(model).items():
+        assert torch.equal(as_bytes(value), as_bytes(other.get_parameter(parameter))), parameter
+
+
+def gradients_of(tuner, objective, windows):
+    """Those to what is trained, as the optimizer sees them."""
+    found = {}
+
+    def keep(*args):
+        found.update({name: leaf.grad.clone() for name, leaf in tuner.leaves.items()})
+
+    hook = tuner.optimizer.register_step_pre_hook(keep)
+    tuner.step(objective, windows, 0, 1.0)
+    hook.remove()
+    return found
+
+
+def test_parts_of_a_batch_and_checkpointing_give_the_gradients_of_the_whole():
+    found = []
+    for micro_batch, checkpointing in ((4, False), (1, False), (4, True)):
+        model, keep = pruned_llama()
+        objective = NextToken(model, micro_batch=micro_batch, checkpointing=checkpointing)
+        found.append(gradients_of(Full(Adam(lr=1e-2)).begin(model, keep, 0), objective, WINDOWS[:4]))
+    for other in found[1:]:
+        for name, gradient in found[0].items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("pruned", "expected"), [(2, 10.125), (3, 6.125)])
+def test_full_holds_the_bytes_a_parameter_that_are_told(pruned, expected):
+    """2 for W in bf16, 1/8 for the bits, 12 for a kept weight, and 4 for its gradient during a step."""
+    model, keep = pruned_llama(pruned, torch.bfloat16)
+    tuner = Full(Adam(lr=1e-2)).begin(model, keep, 0)
+    dense = []
+    tuner.optimizer.register_step_pre_hook(lambda *args: dense.extend(p.grad for p in model.parameters()))
+    gradients = gradients_of(tuner, NextToken(model), WINDOWS[:2])
+    assert dense == [None] * len(list(model.parameters()))
+    held = {name: value for name, value in tuner.state().items() if not name.endswith("/step")}
+    count = sum(gradients[name].nbytes for name in gradients if name.rpartition("/")[0] in keep)
+    count += sum(value.nbytes for name, value in held.items() if any(name.startswith(f"{own}/") for own in keep))
+    count += sum(bits.bits.nbytes + model.get_parameter(name).nbytes for name, bits in keep.items())
+    assert count / sum(bits.numel for bits in keep.values()) == pytest.approx(expected)
+
+
+def test_a_kept_weight_that_passes_through_zero_is_still_tuned():
+    keep = KeepBits.of(torch.tensor([[True, False, True]]))
+    parameter = torch.tensor([[0.0, 0.0, 1.0]])
+    form = Kept.of(parameter, keep)
+    assert form.gradients(torch.tensor([[3.0, 5.0, 7.0]]))["values"].tolist() == [3.0, 7.0]
+
+
+def test_kept_values_below_the_dtypes_smallest_number_are_written_as_plus_zero():
+    keep = KeepBits.of(torch.tensor([[True, False]]))
+    parameter = torch.ones(1, 2, dtype=torch.float16)
+    keep.clear_(parameter)
+    Kept(torch.tensor([-1e-9]), keep).write(parameter)
+    assert not torch.signbit(parameter).any()
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    model, keep = pruned_llama()
+    tuner = Full(Adam(lr=1e-2), embeddings=False).begin(model, keep, 0)
+    steps(tuner, NextToken(model), [0])
+    model.lm_head.weight.fill_(torch.inf)
+    state, before = {key: value.clone() for key, value in tuner.state().items()}, weights_of(model)
+    taken = steps(tuner, NextToken(model), [1])[0]
+    assert taken.loss != taken.loss
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert all(torch.equal(value, state[key]) for key, value in tuner.state().items())
+
+
+def test_norms_alone_leave_every_linear_as_it_is():
+    model, keep = pruned_llama()
+    before = weights_of(model)
+    steps(Norms(Adam(lr=1e-2)).begin(model, keep, 0), NextToken(model), range(2))
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name, parameter in model.named_parameters() if parameter.dim() == 1}
+
+
+def test_published_beginning_of_scale_stays_of_rank_one_and_ours_does_not():
+    """All entries 1 / sqrt(r): the columns of B are equal and get equal gradients."""
+    model, keep = pruned_llama()
+    tuner = Scale(Adam(lr=1e-2), rank=4).begin(model, keep, 0)
+    steps(tuner, NextToken(model), range(3))
+    name = next(iter(parameters_of_linears(model)))
+    form = tuner.forms[name]
+    assert isinstance(form, Scaled)
+    assert torch.linalg.matrix_rank(form.B @ form.A) == 4
+    A, B = torch.full((4, 64), 0.5), torch.full((64, 4), 0.5)
+    gradients = Scaled(form.base, A, B, form.keep).gradients(torch.randn(64, 64))
+    assert torch.equal(gradients["B"], gradients["B"][:, :1].expand(-1, 4))
+
+
+def test_lora_holds_no_second_copy_of_all_weights_and_its_factors_follow_the_seed():
+    (model, keep), (other, _) = pruned_llama(dtype=torch.bfloat16), pruned_llama(dtype=torch.bfloat16)
+    tuner, again = (Lora(rank=4).begin(m, keep, seed) for m, seed in ((model, 1), (other, 2)))
+    forms = [form for form in tuner.forms.values() if isinstance(form, MaskedLora)]
+    assert sum(form.base.nbytes for form in forms) == 2 * sum(bits.count for bits in keep.values())
+    name = next(iter(keep))
+    assert not torch.equal(tuner.forms[name].trained["A"], again.forms[name].trained["A"])
+
+
+def test_settings_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match=r"recovery\.lr"):
+        Adam(lr=0.0)
+    with pytest.raises(ValueError, match=r"recovery\.clip"):
+        Adam(lr=1.0, clip=0.0)
+    with pytest.raises(ValueError, match=r"recovery\.rank"):
+        Lora(rank=0)

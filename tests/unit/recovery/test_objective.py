@@ -1,0 +1,96 @@
+"""What a tuned model is judged by, against formulas in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pruned_llama import WINDOWS, pruned_llama
+
+from besa_exp.recovery.descent import Adam
+from besa_exp.recovery.full import Full
+from besa_exp.recovery.objective import Distillation, NextToken, mean_loss, option_loss
+
+
+def value(objective, windows):
+    model = objective.model.requires_grad_(True)
+    loss, _ = objective.differentiate(windows)
+    gradient = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    return loss, gradient
+
+
+def log_q(model, windows):
+    return model(windows, use_cache=False).logits.detach().double().log_softmax(dim=-1)
+
+
+def test_the_loss_is_the_mean_over_all_tokens_but_the_first_of_each_window():
+    model, _ = pruned_llama()
+    expected = -log_q(model, WINDOWS[:4])[:, :-1].gather(2, WINDOWS[:4, 1:, None]).mean()
+    for micro_batch in (1, 3, 4):
+        assert value(NextToken(model, micro_batch=micro_batch), WINDOWS[:4])[0] == pytest.approx(float(expected))
+    assert mean_loss(model, WINDOWS[:4], 3) == pytest.approx(float(expected))
+
+
+def test_distilled_logits_are_a_divergence_at_the_temperature_times_its_square():
+    (model, _), (teacher, _) = pruned_llama(), pruned_llama(pruned=0)
+    told = Distillation("logits", weight=0.7, task_weight=0.2, temperature=2.0)
+    with torch.no_grad():
+        p = (teacher(WINDOWS[:4]).logits.double() / 2).log_softmax(dim=-1)
+        q = (model(WINDOWS[:4]).logits.double() / 2).log_softmax(dim=-1)
+        task = -log_q(model, WINDOWS[:4])[:, :-1].gather(2, WINDOWS[:4, 1:, None]).mean()
+    expected = 0.2 * task + 0.7 * 4 * (p.exp() * (p - q)).sum(-1).mean()
+    for micro_batch in (1, 4):
+        found, _ = value(NextToken(model, told, teacher, micro_batch), WINDOWS[:4])
+        assert found == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_squarehead_is_a_ratio_of_each_window_and_block_of_states_after_blocks():
+    (model, _), (teacher, _) = pruned_llama(), pruned_llama(pruned=0)
+    with torch.no_grad():
+        states, dense = (m(WINDOWS[:4], output_hidden_states=True).hidden_states for m in (model, teacher))
+    assert len(states) == 3
+    ratios = [
+        (d.double() - h.double()).square().sum((1, 2)) / d.double().square().sum((1, 2))
+        for h, d in zip(states[1:], dense[1:], strict=True)
+    ]
+    expected = torch.stack(ratios).mean()
+    told = Distillation("squarehead", task_weight=0.0)
+    whole, gradient = value(NextToken(model, told, teacher, 4), WINDOWS[:4])
+    assert whole == pytest.approx(float(expected), rel=1e-5)
+    parts, of_parts = value(NextToken(model, told, teacher, 1), WINDOWS[:4])
+    assert parts == pytest.approx(whole, rel=1e-5)
+    torch.testing.assert_close(of_parts, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_squarehead_is_followed_through_checkpointed_blocks_too():
+    losses = []
+    for checkpointing in (False, True):
+        (model, keep), (teacher, _) = pruned_llama(), pruned_llama(pruned=0)
+        objective = NextToken(model, Distillation("squarehead"), teacher, 2, checkpointing)
+        tuner = Full(Adam(lr=1e-2)).begin(model, keep, 0)
+        losses.append([tuner.step(objective, WINDOWS[:2], number, 1.0) for number in range(3)])
+    for plain, other in zip(*losses, strict=True):
+        assert other.loss == pytest.approx(plain.loss, rel=1e-5)
+        assert other.gradient_norm == pytest.approx(plain.gradient_norm, rel=1e-4)
+
+
+def test_options_are_told_apart_by_the_mean_log_probability_of_their_own_tokens():
+    model, _ = pruned_llama()
+    windows, lengths, right = WINDOWS[:4], torch.tensor([2, 5, 1, 3]), torch.tensor([1, 0])
+    logs = log_q(model, windows)[:, :-1].gather(2, windows[:, 1:, None])[..., 0]
+    means = [logs[row, -length:].mean() for row, length in enumerate(lengths.tolist())]
+    expected = sum(
+        torch.logsumexp(torch.stack(means[2 * e : 2 * e + 2]), 0) - means[2 * e + int(right[e])] for e in range(2)
+    )
+    logits = model(windows, use_cache=False).logits
+    assert float(option_loss(logits, windows, lengths, 2, right)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_faults_are_told():
+    model, _ = pruned_llama()
+    with pytest.raises(ValueError, match=r"recovery\.distill=none"):
+        NextToken(model, teacher=model)
+    with pytest.raises(ValueError, match=r"recovery\.distill=logit:"):
+        Distillation("logit")
+    with pytest.raises(ValueError, match="use logits"):
+        NextToken(model, Distillation("squarehead"), model).of_logits(torch.zeros(1, 4, 8), WINDOWS[:1, :4])

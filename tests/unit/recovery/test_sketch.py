@@ -1,0 +1,90 @@
+"""Sketches of pruned linears: one entry is 0 and stays so, codes stand still, and there are few values a row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pruned_llama import WINDOWS, as_bytes, assert_zeros_exact, pruned_llama, weights_of
+
+from besa_exp.recovery.descent import Adam
+from besa_exp.recovery.objective import NextToken
+from besa_exp.recovery.sketch import Looked, Sketch, sketch_codes, tables
+
+TOLD = Sketch(Adam(lr=1e-3), bits=3)
+
+
+def stepped(numbers, dtype=torch.float32, state=None, pruned=2):
+    model, keep = pruned_llama(pruned, dtype)
+    tuner = TOLD.begin(model, keep, 0)
+    if state is not None:
+        tuner.load(state)
+    losses = [tuner.step(NextToken(model), WINDOWS[:2], number, 1.0).loss for number in numbers]
+    return model, keep, tuner, losses
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zeros_stay_exact_rows_have_few_values_and_the_loss_falls(dtype):
+    model, keep, tuner, losses = stepped(range(4), dtype)
+    assert losses[-1] < losses[0]
+    assert_zeros_exact(model, keep)
+    for name, bits in keep.items():
+        form = tuner.forms[name]
+        assert isinstance(form, Looked)
+        assert not form.table[:, 0].any()
+        assert torch.equal(form.codes == 0, ~bits.mask())
+        assert all(len(row.unique()) <= 8 for row in model.get_parameter(name))
+
+
+def test_a_dense_linear_may_use_every_entry():
+    _, _, tuner, _ = stepped(range(1), pruned=0)
+    form = next(form for form in tuner.forms.values() if isinstance(form, Looked))
+    assert not form.frozen
+    assert (form.codes == 0).any()
+
+
+def test_a_tuner_goes_on_with_the_same_bits():
+    whole, _, _, _ = stepped(range(4))
+    _, _, tuner, _ = stepped(range(2))
+    model, _, _, _ = stepped(range(2, 4), state={key: value.clone() for key, value in tuner.state().items()})
+    for name, value in weights_of(whole).items():
+        assert torch.equal(as_bytes(value), as_bytes(model.get_parameter(name))), name
+
+
+def test_the_gradient_of_a_table_is_that_of_autograd_and_the_zero_entry_has_none():
+    mask = torch.rand(3, 8, generator=torch.Generator().manual_seed(1)) > 0.4
+    weight = torch.randn(3, 8, dtype=torch.float64) * mask
+    table = tables(weight, mask, 2)
+    codes = sketch_codes(weight, table, mask)
+    leaf, upstream = table.clone().requires_grad_(), torch.randn(3, 8, dtype=torch.float64)
+    (leaf.gather(1, codes.long()) * upstream).sum().backward()
+    found = Looked(table, codes, frozen=True).gradients(upstream)["table"]
+    assert leaf.grad is not None
+    torch.testing.assert_close(found[:, 1:], leaf.grad[:, 1:])
+    assert not found[:, 0].any()
+
+
+def test_making_up_for_errors_in_later_columns_lowers_the_error_of_outputs():
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(400, 16, generator=generator, dtype=torch.float64) @ torch.randn(
+        16, 16, generator=generator, dtype=torch.float64
+    )
+    weight = torch.randn(24, 16, generator=generator, dtype=torch.float64)
+    mask = torch.rand(24, 16, generator=generator) > 0.5
+    weight = weight * mask
+    hessian = inputs.T @ inputs + 0.01 * inputs.square().sum() / 16 * torch.eye(16, dtype=torch.float64)
+    factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    table = tables(weight, mask, 2, factor.diagonal().pow(-4))
+    errors = []
+    for given in (None, factor):
+        codes = sketch_codes(weight, table, mask, given)
+        assert torch.equal(codes == 0, ~mask)
+        errors.append(float(((table.gather(1, codes.long()) - weight) @ inputs.T).square().sum()))
+    assert errors[1] < errors[0]
+
+
+def test_k_means_of_a_row_of_few_values_finds_them():
+    weight = torch.tensor([[1.0, 1.0, -2.0, 0.0, 3.0, 3.0, 0.0, -2.0]])
+    table = tables(weight, weight != 0, 2)
+    assert table.tolist() == [[0.0, -2.0, 1.0, 3.0]]
+    empty = tables(torch.zeros(1, 8), torch.zeros(1, 8, dtype=torch.bool), 2)
+    assert empty.tolist() == [[0.0] * 4]

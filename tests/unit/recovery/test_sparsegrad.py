@@ -1,0 +1,59 @@
+"""SparseGrad: dense models alone, and as much of a gradient as is told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pruned_llama import WINDOWS, as_bytes, pruned_llama, weights_of
+
+from besa_exp.recovery.descent import Adam
+from besa_exp.recovery.objective import NextToken
+from besa_exp.recovery.sparsegrad import SparseGrad, largest
+
+TOLD = SparseGrad(Adam(lr=3e-3), share=0.05, gather=2)
+
+
+def stepped(numbers, state=None):
+    model, _ = pruned_llama(pruned=0)
+    tuner = TOLD.begin(model, {}, 0)
+    if state is not None:
+        tuner.load(state)
+    losses = [tuner.step(NextToken(model), WINDOWS[:2], number, 1.0).loss for number in numbers]
+    return model, tuner, losses
+
+
+def test_the_first_steps_look_and_the_others_lower_the_loss_of_the_named_linears_alone():
+    before = weights_of(pruned_llama(pruned=0)[0])
+    model, _, losses = stepped(range(2))
+    assert losses[0] == losses[1]
+    assert all(torch.equal(value, model.get_parameter(name)) for name, value in before.items())
+    model, tuner, losses = stepped(range(6))
+    assert losses[-1] < losses[0]
+    moved = {name for name, value in before.items() if not torch.equal(value, model.get_parameter(name))}
+    assert moved == set(tuner.parameters)
+    assert all(".mlp." in name for name in moved)
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_tuner_goes_on_while_it_looks_and_later_with_the_same_bits(at):
+    whole, _, _ = stepped(range(6))
+    _, tuner, _ = stepped(range(at))
+    model, _, _ = stepped(range(at, 6), {key: value.clone() for key, value in tuner.state().items()})
+    for name, value in weights_of(whole).items():
+        assert torch.equal(as_bytes(value), as_bytes(model.get_parameter(name))), name
+
+
+def test_the_largest_by_size_stay_and_of_equals_the_first():
+    gradient = torch.tensor([[1.0, -3.0, 2.0], [-2.0, 0.5, 2.0]])
+    assert largest(gradient, 3).tolist() == [[0.0, -3.0, 2.0], [-2.0, 0.0, 0.0]]
+
+
+def test_pruned_models_and_unknown_linears_are_refused_with_the_reason():
+    model, keep = pruned_llama()
+    with pytest.raises(ValueError, match=r"none of the 50% zeros of this model would stay; use recovery=full or lora"):
+        TOLD.begin(model, keep, 0)
+    assert TOLD.check(0.0, "unstructured") == []
+    with pytest.raises(ValueError, match=r"recovery\.kinds=fc1"):
+        SparseGrad(kinds=("fc1",)).begin(model, {}, 0)
+    with pytest.raises(ValueError, match=r"recovery\.share"):
+        SparseGrad(share=0.0)

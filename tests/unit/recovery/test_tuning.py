@@ -1,0 +1,176 @@
+"""The tuning loop: what it promises of held-out text, interruptions, and losses that are not finite."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from pruned_llama import WINDOWS, as_bytes, assert_zeros_exact, pruned_llama, weights_of
+
+from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.recovery.descent import Adam
+from besa_exp.recovery.full import Full
+from besa_exp.recovery.lora import Lora
+from besa_exp.recovery.objective import NextToken, mean_loss
+from besa_exp.recovery.saved_states import SavedStates
+from besa_exp.recovery.schedule import Schedule, batch_at, key_of
+from besa_exp.recovery.tuning import Plan, tune
+
+LEARNED, HELD_OUT = WINDOWS[:8], WINDOWS[8:]
+PLAN = Plan(Schedule(6, warm_up=2), batch_size=3, judge_every=2)
+
+
+class Killed(Exception):
+    """Ends a run where it is."""
+
+
+def tuned(method, plan=PLAN, folder=None, held_out=HELD_OUT, on_point=lambda point: None, identity=None, **objective):
+    model, keep = pruned_llama()
+    states = SavedStates(folder, identity or {"lr": 0.01}) if folder else None
+    report = tune(model, keep, method, NextToken(model, **objective), LEARNED, held_out, plan, states, on_point)
+    assert_zeros_exact(model, keep)
+    return model, report
+
+
+def killing_at(step, told):
+    def on_point(point):
+        told.append(point)
+        if point.step == step:
+            raise Killed
+
+    return on_point
+
+
+def assert_same_bits(one, other):
+    for name, value in weights_of(one).items():
+        assert torch.equal(as_bytes(value), as_bytes(other.get_parameter(name))), name
+
+
+def test_the_result_is_better_on_held_out_text_where_that_is_what_is_learned():
+    plan = Plan(Schedule(8), batch_size=8, judge_every=4)
+    model, report = tuned(Full(Adam(lr=3e-3)), plan, held_out=LEARNED)
+    assert report.after < report.before - 0.5
+    assert mean_loss(model, LEARNED, 3) == pytest.approx(report.after, rel=1e-5)
+    assert report.stopped is None
+    assert [point.step for point in report.points] == list(range(8))
+    assert [point.held_out is not None for point in report.points] == [False, False, False, True] * 2
+
+
+def test_a_course_that_only_makes_it_worse_ends_with_the_pruned_model():
+    """Held-out text is what the pruned model says itself."""
+    said = HELD_OUT[:, :1]
+    with torch.no_grad():
+        for _ in range(23):
+            said = torch.cat([said, pruned_llama()[0](said).logits[:, -1:].argmax(dim=-1)], dim=1)
+    model, report = tuned(Full(Adam(lr=0.5, clip=None)), held_out=said)
+    assert (report.best_step, report.after) == (0, report.before)
+    assert_same_bits(model, pruned_llama()[0])
+
+
+FULL, LORA = Full(Adam(lr=3e-3)), Lora(Adam(lr=1e-2), rank=4)
+
+
+@pytest.mark.parametrize(("method", "killed_at"), [(FULL, 0), (FULL, 2), (FULL, 5), (LORA, 3)])
+def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(tmp_path, method, killed_at):
+    whole, expected = tuned(method, held_out=LEARNED)
+    told = []
+    with pytest.raises(Killed):
+        tuned(method, folder=tmp_path, held_out=LEARNED, on_point=killing_at(killed_at, told))
+    later = []
+    model, report = tuned(method, folder=tmp_path, held_out=LEARNED, on_point=later.append)
+    assert_same_bits(model, whole)
+    assert (report.before, report.after, report.best_step) == (expected.before, expected.after, expected.best_step)
+    assert [(p.step, p.loss, p.held_out) for p in later] == [(p.step, p.loss, p.held_out) for p in expected.points]
+    again = []
+    finished, _ = tuned(method, folder=tmp_path, held_out=LEARNED, on_point=again.append)
+    assert [point.seconds for point in again] == [point.seconds for point in later]  # told, not computed
+    assert_same_bits(finished, whole)
+
+
+def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, caplog):
+    method = Full(Adam(lr=3e-3))
+    whole, _ = tuned(method, held_out=LEARNED)
+    with pytest.raises(Killed):
+        tuned(method, folder=tmp_path, held_out=LEARNED, on_point=killing_at(4, []))
+    newest = max(tmp_path.glob("state-*.json"), key=lambda file: json.loads(file.read_text())["number"])
+    weights = newest.with_suffix(".safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    model, _ = tuned(method, folder=tmp_path, held_out=LEARNED)
+    assert "does not hold what was written" in caplog.text
+    assert_same_bits(model, whole)
+
+
+def test_files_are_two_states_and_the_best_weights_that_they_name(tmp_path):
+    tuned(Full(Adam(lr=3e-3)), folder=tmp_path, held_out=LEARNED)
+    names = {file.name for file in tmp_path.iterdir()}
+    assert {name for name in names if name.startswith("state")} == {
+        f"state-{slot}.{ending}" for slot in "ab" for ending in ("json", "safetensors")
+    }
+    named = {json.loads((tmp_path / f"state-{slot}.json").read_text())["best"] for slot in "ab"}
+    assert {name for name in names if name.startswith("best")} == named
+
+
+def test_the_state_of_another_run_is_refused_with_what_differs(tmp_path):
+    tuned(Full(Adam(lr=3e-3)), folder=tmp_path)
+    with pytest.raises(ConfigurationError, match=r"lr 0\.01, now 0\.02"):
+        tuned(Full(Adam(lr=3e-3)), folder=tmp_path, identity={"lr": 0.02})
+
+
+def test_a_full_disk_is_told_and_the_state_before_is_kept(tmp_path, monkeypatch):
+    method = Full(Adam(lr=3e-3))
+    with pytest.raises(Killed):
+        tuned(method, folder=tmp_path, held_out=LEARNED, on_point=killing_at(3, []))
+
+    def no_room(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("besa_exp.recovery.saved_states.save_file", no_room)
+        with pytest.raises(RunError, match=r"No space left on device.*make space and give the same command again"):
+            tuned(method, folder=tmp_path, held_out=LEARNED)
+    model, _ = tuned(method, folder=tmp_path, held_out=LEARNED)
+    assert_same_bits(model, tuned(method, held_out=LEARNED)[0])
+
+
+def test_a_loss_that_is_not_finite_ends_the_course_with_the_best_weights(tmp_path):
+    plan = Plan(Schedule(9, shape="constant"), batch_size=8, judge_every=1)
+    model, report = tuned(Full(Adam(lr=1e30, clip=None)), plan, folder=tmp_path)
+    assert report.stopped is not None
+    assert "at step 0" in report.stopped or "at step 1" in report.stopped
+    assert "recovery.lr" in report.stopped
+    assert_same_bits(model, pruned_llama()[0])
+    _, same = tuned(Full(Adam(lr=1e30, clip=None)), plan, folder=tmp_path)
+    assert (same.stopped, same.after) == (report.stopped, report.after)
+
+
+def test_every_window_is_used_once_before_any_comes_again_and_order_is_a_function_of_the_seed():
+    numbers = torch.cat([batch_at(step, 7, 3, seed=1) for step in range(7)]).view(3, 7)
+    for epoch in numbers:
+        assert sorted(epoch.tolist()) == list(range(7))
+    assert len({tuple(epoch.tolist()) for epoch in numbers}) == 3
+    assert torch.equal(batch_at(4, 7, 3, seed=1), numbers.flatten()[12:15])
+    assert not torch.equal(torch.cat([batch_at(step, 7, 3, seed=2) for step in range(7)]), numbers.flatten())
+    assert key_of("a", 1, "b") != key_of("a", 1, "c")
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.5]), ("cosine", [0.5, 1, 1, 0.5])],
+)
+def test_the_step_size_rises_then_falls(shape, expected):
+    schedule = Schedule(4, warm_up=2, shape=shape)
+    assert [schedule.scale(step) for step in range(4)] == pytest.approx(expected)
+    assert Schedule(4, shape="linear", last=0.2).scale(2) == pytest.approx(0.6)
+
+
+def test_plans_that_cannot_be_are_refused():
+    faults: list[dict[str, Any]] = [{"steps": 0}, {"steps": 3, "warm_up": 3}, {"steps": 3, "shape": "round"}]
+    for fault in faults:
+        with pytest.raises(ValueError, match=r"recovery\."):
+            Schedule(**fault)
+    with pytest.raises(ValueError, match=r"recovery\.batch_size=0"):
+        Plan(Schedule(1), batch_size=0)
