@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from besa_exp.blocks import discover_blocks
+from besa_exp.blocks.block import discover_blocks
 from besa_exp.recovery.descent import Adam, Descent
 from besa_exp.recovery.keep_bits import KeepBits, without_negative_zeros
 

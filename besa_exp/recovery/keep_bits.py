@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Bool, Int, Shaped, UInt8
 from torch import Tensor, nn
 
-from besa_exp.blocks import discover_blocks
-from besa_exp.linears import find_linears
+from besa_exp.blocks.block import discover_blocks
+from besa_exp.blocks.linears import find_linears
 
 BITS_OF_A_BYTE = 8
 

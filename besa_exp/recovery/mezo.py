@@ -28,9 +28,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from besa_exp import distributed
-from besa_exp.blocks import Block, Hidden, capture_blocks, embed
-from besa_exp.head import head_logits
+from besa_exp.blocks.block import Block, Hidden, capture_blocks, embed
+from besa_exp.blocks.head import head_logits
+from besa_exp.machine import distributed
 from besa_exp.recovery.keep_bits import KeepBits, without_negative_zeros
 from besa_exp.recovery.schedule import key_of
 from besa_exp.recovery.tuner import Objective, Taken, Windows

@@ -24,10 +24,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from besa_exp import distributed
-from besa_exp.blocks import discover_blocks
-from besa_exp.head import divergence
-from besa_exp.linears import replaced_forwards
+from besa_exp.blocks.block import discover_blocks
+from besa_exp.blocks.head import divergence
+from besa_exp.blocks.linears import replaced_forwards
+from besa_exp.machine import distributed
 from besa_exp.recovery.tuner import Logits, Windows
 
 KINDS = ("none", "logits", "squarehead")

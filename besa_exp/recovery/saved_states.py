@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from besa_exp import atomic, distributed
 from besa_exp.errors import ConfigurationError, RunError
-from besa_exp.finished_blocks import file_sha256
+from besa_exp.machine import atomic, distributed
+from besa_exp.run_folder.finished_blocks import file_sha256
 
 logger = logging.getLogger(__name__)
 SLOTS = ("state-a", "state-b")

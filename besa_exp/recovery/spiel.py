@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from besa_exp import distributed
+from besa_exp.machine import distributed
 from besa_exp.recovery.gradients import taking_gradients
 from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears, without_negative_zeros
 from besa_exp.recovery.schedule import key_of

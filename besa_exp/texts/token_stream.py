@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from besa_exp import atomic
 from besa_exp.errors import ConfigurationError
-from besa_exp.token_files import TOKENS_KEY
+from besa_exp.machine import atomic
+from besa_exp.texts.token_files import TOKENS_KEY
 
 ROOM = 1024  # bytes of the header; blanks fill it up, as the format allows
 TYPES = {"U16": np.dtype("<u2"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8")}

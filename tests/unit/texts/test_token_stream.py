@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from besa_exp.tokens import read_token_file
 
 from besa_exp.errors import ConfigurationError
 from besa_exp.texts.token_stream import open_token_stream, write_token_stream
+from besa_exp.texts.tokens import read_token_file
 
 DOCUMENTS = [torch.arange(start, start + length) for start, length in ((0, 7), (40, 0), (100, 30), (200, 13))]
 TOKENS = torch.cat(DOCUMENTS)
