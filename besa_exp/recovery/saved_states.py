@@ -19,7 +19,7 @@ from torch import Tensor
 
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.machine import atomic, distributed
-from besa_exp.run_folder.finished_blocks import file_sha256
+from besa_exp.texts.sources import file_sha256
 
 logger = logging.getLogger(__name__)
 SLOTS = ("state-a", "state-b")

@@ -33,7 +33,7 @@ from besa_exp.blocks.units import sub_blocks
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
 from besa_exp.tensors.losses import differentiate
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 
 GRANULARITIES = ("row", "column", "linear", "part")
 Weights = Mapping[str, Float[Tensor, "_out _in"]]
@@ -171,7 +171,7 @@ class Barber:
         targets: Hidden,
         statistics: Mapping[str, object],
         pruned: PrunedBlock,
-        target: Target,
+        target: Goal,
         on_step: Callable[[Step], None],
     ) -> PrunedBlock:
         """Attention first, then the MLP under attention's new masks; blocks that have no such parts as a whole."""
