@@ -20,7 +20,7 @@ from besa_exp.blocks.block import discover_blocks
 from besa_exp.errors import Unavailable, as_unavailable
 from besa_exp.evaluation.checks import perplexity_window
 from besa_exp.evaluation.finished_scores import FinishedScores
-from besa_exp.evaluation.perplexity import cut_windows, perplexity
+from besa_exp.evaluation.perplexity import OnCount, cut_windows, perplexity, uncounted
 from besa_exp.evaluation.simulated_speed import simulate_model
 from besa_exp.evaluation.speed import measure_model
 from besa_exp.evaluation.task_definitions import scored_names
@@ -61,9 +61,10 @@ def evaluate(
     seed: int,
     on_progress: Callable[[str], None],
     finished: FinishedScores | None = None,
+    on_count: OnCount = uncounted,
 ) -> Scores:
-    """Score a model on every set and task that `settings` names. `on_progress` is told what comes next; what `finished`
-    holds is taken from there.
+    """Score a model on every set and task that `settings` names. `on_progress` is told what comes next, `on_count` how
+    far that is; what `finished` holds is taken from there.
 
     The global random states, the tokenizer and the weights are left as they were.
     """
@@ -74,7 +75,7 @@ def evaluate(
         on_progress(f"perplexity on {source}" + (", scored before" if earlier else ""))
         try:
             with as_unavailable():
-                value, record = earlier or _score_set(loaded, source, settings, offline)
+                value, record = earlier or _score_set(loaded, source, settings, offline, on_count)
         except Unavailable as error:
             scores.perplexity[source] = None
             scores.unavailable[source] = str(error)
@@ -84,7 +85,7 @@ def evaluate(
             if finished and not earlier:
                 finished.keep("perplexity", source, request, (value, record))
     if settings.tasks:
-        _score_tasks(loaded, settings, offline, seed, on_progress, scores, finished)
+        _score_tasks(loaded, settings, offline, seed, on_progress, scores, finished, on_count)
     _measure_speeds(loaded, settings, on_progress, scores)
     return scores
 
@@ -110,7 +111,7 @@ def _measure_speeds(
 
 
 def _score_set(
-    loaded: LoadedModel, source: str, settings: EvaluatorSettings, offline: bool
+    loaded: LoadedModel, source: str, settings: EvaluatorSettings, offline: bool, on_count: OnCount
 ) -> tuple[float, dict[str, Any]]:
     """Perplexity of one set and its record. Raises Unavailable with the reason where there is none."""
     model: Any = loaded.model
@@ -127,11 +128,11 @@ def _score_set(
     if int(windows.max()) >= vocabulary:
         raise Unavailable(f"token id {int(windows.max())} is not in the model's vocabulary of {vocabulary}")
     if loaded.weights is None:
-        result = perplexity(model, windows, window, settings.batch_size)
+        result = perplexity(model, windows, window, settings.batch_size, on_count)
     else:
         from besa_exp.evaluation.streamed import streamed_perplexity
 
-        result = streamed_perplexity(model, loaded.weights, windows, settings.batch_size)
+        result = streamed_perplexity(model, loaded.weights, windows, settings.batch_size, on_count)
     if not math.isfinite(result.value):
         raise Unavailable(
             f"the perplexity is not a finite number ({result.value}): the losses are beyond 709 nats a token"
@@ -177,12 +178,14 @@ def _score_tasks(
     on_progress: Callable[[str], None],
     scores: Scores,
     finished: FinishedScores | None,
+    on_count: OnCount,
 ) -> None:
     on_progress("loading lm-eval")
     tasks = list(scored_names(settings))
     try:
         with as_unavailable():
             scored = _harness(loaded, settings)
+            scored.on_count = on_count
             scores.provenance["zero_shot"] = _tasks_record(loaded.model, loaded.tokenizer, settings, seed)
     except Unavailable as error:
         scores.unavailable.update(dict.fromkeys(tasks, str(error)))

@@ -38,6 +38,7 @@ from besa_exp.run_folder.spent import Spent
 from besa_exp.runs.block_loop import BlockLoop, check_blocks
 from besa_exp.runs.cpu_units import in_a_fast_dtype, rounding
 from besa_exp.runs.dense import dense_results
+from besa_exp.runs.expected_steps import steps_of_block
 from besa_exp.runs.results import results_of, score_values
 from besa_exp.runs.run import Run, model_facts, tracking
 from besa_exp.runs.save import block_names, card, reread, save
@@ -58,7 +59,11 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
     config = {"method": settings.pruner_name, **config}  # as a report and an identity call it
     device = prepared_device(settings)
     resume = request_identity(config) if settings.resume else None
-    with distributed.joined(device), opened(path, settings.overwrite, resume) as folder, RunConsole() as console:
+    with (
+        distributed.joined(device),
+        opened(path, settings.overwrite, resume) as folder,
+        RunConsole(verbose=settings.verbose) as console,
+    ):
         run = Run(settings, device, folder, console, Spent(folder.spent, partial(peak_memory, device)))
         folder.write_config(config)
         folder.write_environment(environment(device))
@@ -66,6 +71,7 @@ def prune(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> dict[
             write_inputs(path, fingerprint(settings))
         if warning := out_of_reach(settings):
             logger.warning(warning)
+        console.outline(settings)
         console.stage(f"loading {settings.model.path}")
         with run.spent.timed("load"):
             loaded = in_a_fast_dtype(load_model(settings.model, device, settings.offline), settings.model.dtype)
@@ -129,7 +135,9 @@ def _facts(loaded: LoadedModel, calibration: Calibration, done: int) -> dict[str
     """What the plan shows besides the settings."""
     samples, length = calibration.input_ids.shape
     facts = {"calibration tokens": f"{samples} x {length}, sha256 {calibration.tokens_sha256[:12]}"}
-    return model_facts(loaded) | facts | ({"going on after": f"{done} finished blocks"} if done else {})
+    if done:
+        logger.info("resuming: %d of %d blocks are already pruned", done, len(block_names(loaded)))
+    return model_facts(loaded) | facts
 
 
 def _prune_model(
@@ -166,7 +174,9 @@ def _follow(
     if tracker:
         for report in reports:
             tracker.log_block(report)
-    with run.console.pruning(len(block_names(loop.loaded)) - len(reports)) as progress:
+    steps = steps_of_block(pruner, len(loop.input_ids))
+    seconds_before = [report.seconds for report in reports]
+    with run.console.pruning(len(block_names(loop.loaded)), seconds_before, steps) as progress:
 
         def on_step(step: Step) -> None:
             run.folder.log_step(step)

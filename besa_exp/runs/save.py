@@ -141,7 +141,7 @@ def save(run: Run, loaded: LoadedModel, finished: FinishedBlocks, results: Mappi
     settings, folder = run.settings, run.folder
     with run.spent.timed("save"):
         if settings.save.model:
-            run.console.stage("saving the pruned model and loading it anew")
+            run.console.stage("saving the pruned model and reading it back")
         if distributed.is_first():
             _write_model(run, loaded, finished, results)
         distributed.barrier()
@@ -175,7 +175,7 @@ def reread(
     ) as answer:
 
         def reloaded() -> dict[str, Any]:
-            run.console.stage("the saved model in a fresh process")
+            run.console.stage("checking that transformers loads the saved model")
             with run.spent.timed("save"):
                 return {"reloaded": answer()}
 

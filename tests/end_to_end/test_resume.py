@@ -70,8 +70,8 @@ def test_a_signal_ends_the_run_as_interrupted_and_the_same_command_goes_on(
     finished = len(list(folder.glob("blocks/00000?.json")))
     assert main([*request_arguments, f"hydra.run.dir={folder}"]) == 0
     output = capsys.readouterr().out
-    assert f"{finished} finished blocks" in output
-    assert f"block 1/{BLOCKS - finished}" in output
+    assert f"resuming: {finished} of {BLOCKS} blocks are already pruned" in output
+    assert f"block {finished + 1} of {BLOCKS}" in output
     assert_equal_runs(folder, unbroken)
 
 

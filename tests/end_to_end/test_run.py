@@ -69,8 +69,8 @@ def test_the_run_folder_holds_what_is_promised_and_says_done(run, results):
 
 def test_what_is_printed_where_there_is_no_terminal_is_plain_and_tells_blocks_and_scores(run):
     assert "\x1b" not in run[1]
-    assert "block 5/5" in run[1]
-    assert "measured sparsity 0.6000" in run[1]
+    assert "block 5 of 5" in run[1]
+    assert "done: 60.00 % zeros" in run[1]
 
 
 def test_the_saved_model_is_an_ordinary_folder_that_gives_the_scores_again(run, results, tokens):
