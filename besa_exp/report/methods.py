@@ -100,6 +100,11 @@ def styles(pruners: list[str]) -> dict[str, Style]:
     }
 
 
+def differences(settings: Mapping[str, Any], group: str, name: str) -> list[str]:
+    """`key=value` for each of `settings` that is not as the preset `name` of `group` has it; none where it has none."""
+    return _differences(settings, _preset(group, name))
+
+
 @cache
 def _preset(group: str, name: str) -> Mapping[str, Any]:
     """conf/GROUP/NAME.yaml with the presets of the group that it builds on; {} for what is not the package's."""
