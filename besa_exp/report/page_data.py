@@ -9,8 +9,8 @@ from typing import Any
 from besa_exp import __version__
 from besa_exp.report.curves import Curve
 from besa_exp.report.depth import ErrorAlongDepth, allocation
-from besa_exp.report.figures import usual_target
-from besa_exp.report.methods import Method, styles
+from besa_exp.report.figures import looks_of, usual_target
+from besa_exp.report.methods import Method, Style
 from besa_exp.report.paper import PaperTable, published
 from besa_exp.report.runs import Measure, Run
 from besa_exp.report.summaries import DENSE, Cell, measure_rank
@@ -36,7 +36,7 @@ def page_data(
         "version": __version__,
         "places": list(places),
         "models": sorted({run.model for run in done}),
-        "methods": _methods(methods),
+        "methods": _methods(methods, looks_of(runs, found)),
         "measures": [{"kind": measure.kind, "label": measure.label} for measure in measures],
         "targets": sorted({_target(run) for run in done if run.method != DENSE}),
         "cells": [_cell(cell, runs, methods, measures) for cell in found],
@@ -53,19 +53,12 @@ def _target(run: Run) -> float:
     return round(float(run.target or 0.0), 6)
 
 
-def _methods(methods: Sequence[Method]) -> list[dict[str, Any]]:
-    looks = styles([method.pruner for method in methods])
-    variants: dict[str, int] = {}
-    told = []
-    for method in methods:
-        look = looks[method.pruner]
-        variant = variants.setdefault(method.pruner, 0)
-        variants[method.pruner] += 1
-        told.append(
-            {"label": method.label, "pruner": method.pruner, "variant": variant}
-            | {"light": look.light, "dark": look.dark, "symbol": look.symbol}
-        )
-    return told
+def _methods(methods: Sequence[Method], looks: Mapping[Method, Style]) -> list[dict[str, Any]]:
+    return [
+        {"label": method.label, "pruner": method.pruner}
+        | {"light": looks[method].light, "dark": looks[method].dark, "symbol": looks[method].symbol}
+        for method in methods
+    ]
 
 
 def _cell(cell: Cell, runs: Sequence[Run], methods: Sequence[Method], measures: Sequence[Measure]) -> dict[str, Any]:
