@@ -22,7 +22,8 @@ from besa_exp.report.summaries import DENSE, Cell
 PANEL = (4.4, 3.2)  # inches
 ROW = 0.26  # inches a method takes in a dot chart
 COLUMNS = 3
-LETTERS = 15  # of a legend's, an inch
+LABEL = 0.16  # inches: half of a last tick's label
+LETTERS = 12  # of a legend's, an inch
 LOOK = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -97,6 +98,7 @@ def panels_of(
 def figure_of(panels: Sequence[Panel], known: Looks) -> Any:
     """The figure, its legend below the panels."""
     from matplotlib import pyplot
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
@@ -106,7 +108,7 @@ def figure_of(panels: Sequence[Panel], known: Looks) -> Any:
     legend = 0.2 * math.ceil(len(methods) / in_a_row)
     size = (width, sum(heights) + legend)
     figure, axes = pyplot.subplots(
-        rows, columns, figsize=size, squeeze=False, layout="constrained", height_ratios=heights
+        rows, columns, figsize=size, squeeze=False, layout=ConstrainedLayoutEngine(w_pad=LABEL), height_ratios=heights
     )
     for place, panel in zip(axes.flat, panels, strict=False):
         panel.draw(place, figure)
@@ -252,10 +254,11 @@ def _delta_panels(comparisons: Sequence[Comparison], known: Looks) -> list[Panel
             axes.axvline(0, color="#6b7280", linewidth=0.8)
             told = "accuracy lost" if measure.kind == "zero_shot" else "perplexity above dense"
             axes.set(title=f"{model}: {measure.label} at {target:.4g}", xlabel=told)
-            axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             axes.grid(visible=False, axis="y")
             if measure.kind == "perplexity" and _wide([one[1] for one in found]) and found[-1][1] > 3:
                 axes.set_xscale("symlog", linthresh=0.1)
+                axes.set_xticks([10.0**power for power in range(-1, 7) if 10.0**power <= 2 * found[-1][1]][-5:])
 
         return Panel(on, max(1.6, 0.9 + ROW * len(found)))
 
@@ -384,18 +387,20 @@ def _known(given: Allocation) -> list[float]:
 def _curve_panels(runs: Sequence[Run], curves: Sequence[Curve]) -> list[Panel]:
     def panel(run: Run, curve: Curve) -> Panel:
         def on(axes: Any, figure: Any) -> None:
-            import matplotlib as mpl
+            from matplotlib import colormaps
+            from matplotlib.cm import ScalarMappable
+            from matplotlib.colors import Normalize
 
             blocks = list(dict.fromkeys(point[0] for point in curve.points))
             for place, block in enumerate(blocks):
                 points = [(point[1], point[3]) for point in curve.points if point[0] == block]
-                colour = mpl.colormaps["cividis"](0.9 * place / max(1, len(blocks) - 1))
+                colour = colormaps["cividis"](0.9 * place / max(1, len(blocks) - 1))
                 axes.plot(*zip(*points, strict=True), color=colour, linewidth=1)
             axes.set(title=f"{run.model}, {run.method.label}, {run.target or 0:.0%}, seed {run.seed}", xlabel="step")
             axes.set(ylabel="reconstruction loss")
             _logarithmic(axes.yaxis)
-            norm = mpl.colors.Normalize(blocks[0], max(blocks[-1], blocks[0] + 1) / 0.9)
-            scale = figure.colorbar(mpl.cm.ScalarMappable(norm, "cividis"), ax=axes, label="block")
+            norm = Normalize(blocks[0], max(blocks[-1], blocks[0] + 1) / 0.9)
+            scale = figure.colorbar(ScalarMappable(norm, "cividis"), ax=axes, label="block")
             scale.set_ticks(sorted({blocks[0], blocks[len(blocks) // 2], blocks[-1]}))
             scale.ax.set_ylim(blocks[0], max(blocks[-1], blocks[0] + 1))
 

@@ -22,6 +22,7 @@ class FollowedFolder:
         self.path = path
         self.model = path / "model"
         self.masks = path / "masks.safetensors"
+        self.rows = path / "row_sparsities.safetensors"
         self.tokens = path / "calibration.safetensors"
         self.blocks = path / "blocks"
         self.scores = path / "scores.json"
@@ -46,6 +47,9 @@ class FollowedFolder:
         pass
 
     def log_block(self, report: BlockReport) -> None:
+        pass
+
+    def log_rows(self, block: int, linears: Mapping[str, Sequence[float]]) -> None:
         pass
 
     def log_scores(self, which: str, scores: Scores) -> None:

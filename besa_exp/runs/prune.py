@@ -40,6 +40,7 @@ from besa_exp.runs.cpu_units import in_a_fast_dtype, rounding
 from besa_exp.runs.dense import dense_results
 from besa_exp.runs.expected_steps import steps_of_block
 from besa_exp.runs.results import results_of, score_values
+from besa_exp.runs.row_sparsities import keep_row_sparsities
 from besa_exp.runs.run import Run, model_facts, tracking
 from besa_exp.runs.save import block_names, card, reread, save
 from besa_exp.runs.score import published, score, score_dense
@@ -100,6 +101,8 @@ def _pruned(run: Run, loaded: LoadedModel, config: Mapping[str, Any]) -> dict[st
         reports, finished = _prune_model(run, loaded, calibration, tracker, reports, finished)
         results = results_of(settings, calibration, reports, environment(device))
         results |= {"model_notes": [*loaded.notes]} if loaded.notes else {}
+        if distributed.is_first():
+            keep_row_sparsities(run, finished, results, tracker)
         saved = save(run, loaded, finished, results)
         with reread(run, loaded, finished, calibration) as reloaded:
             scores = score(run, "pruned", saved)

@@ -366,7 +366,12 @@ def test_the_command_writes_page_tables_and_figures(
     assert "1 finished run, 1 not finished -> out/report.html" in capsys.readouterr().out
     figures = ("perplexity", "zero_shot", "reconstruction", "allocation", "loss_curves")
     drawn = {f"{name}.{kind}" for name in figures for kind in ("png", "pdf")}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "summary.csv", "summary.md"} | drawn
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "report.html",
+        "summary.csv",
+        "summary.md",
+        "summary.tex",
+    } | drawn
     rows = list(csv.DictReader((tmp_path / "out" / "summary.csv").read_text().splitlines()))
     assert [(row["status"], row["perplexity wikitext2"]) for row in rows] == [("done", "20.0"), ("failed", "")]
 
