@@ -44,11 +44,18 @@ Looks = Mapping[Method, Style]
 
 @dataclass(frozen=True)
 class Panel:
-    """`draw` draws on one pair of axes of a figure; `height` in inches; `methods` stand in the figure's legend."""
+    """`draw` draws on one pair of axes of a figure; `height` in inches; `methods` stand in the figure's legend, `names`
+    beside the axes, which the panel is made wider for where they are long."""
 
     draw: Callable[[Any, Any], None]
     height: float = PANEL[1]
     methods: tuple[Method, ...] = field(default=())
+    names: tuple[str, ...] = ()
+
+    @property
+    def width(self) -> float:
+        """In inches."""
+        return PANEL[0] + max(0.0, 0.075 * (max(map(len, self.names), default=0) - 16))
 
 
 def draw(
@@ -102,13 +109,21 @@ def figure_of(panels: Sequence[Panel], known: Looks) -> Any:
 
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
-    width, heights = PANEL[0] * columns, [max(p.height for p in panels[r * columns :][:columns]) for r in range(rows)]
+    heights = [max(panel.height for panel in panels[row * columns :][:columns]) for row in range(rows)]
+    widths = [max(panel.width for panel in panels[column::columns]) for column in range(columns)]
+    width = sum(widths)
     methods = sorted({method for panel in panels for method in panel.methods}, key=lambda method: method.order)
     in_a_row = max(1, int(width * LETTERS // max([len(method.label) + 7 for method in methods], default=1)))
     legend = 0.2 * math.ceil(len(methods) / in_a_row)
     size = (width, sum(heights) + legend)
     figure, axes = pyplot.subplots(
-        rows, columns, figsize=size, squeeze=False, layout=ConstrainedLayoutEngine(w_pad=LABEL), height_ratios=heights
+        rows,
+        columns,
+        figsize=size,
+        squeeze=False,
+        layout=ConstrainedLayoutEngine(w_pad=LABEL),
+        height_ratios=heights,
+        width_ratios=widths,
     )
     for place, panel in zip(axes.flat, panels, strict=False):
         panel.draw(place, figure)
@@ -222,7 +237,8 @@ def _dot_panel(own: Sequence[Cell], known: Looks) -> Panel:
         if measure.kind == "perplexity" and _wide([*(cell.mean for cell in cells), *([dense.mean] if dense else [])]):
             _logarithmic(axes.xaxis)
 
-    return Panel(on, max(1.6, 0.9 + ROW * len(cells)), (DENSE,) if dense else ())
+    names = tuple(cell.method.label for cell in cells)
+    return Panel(on, max(1.6, 0.9 + ROW * len(cells)), (DENSE,) if dense else (), names)
 
 
 def _ranked(comparison: Comparison) -> Iterator[tuple[Measure, float, list[tuple[Method, float, float, float | None]]]]:
@@ -260,7 +276,7 @@ def _delta_panels(comparisons: Sequence[Comparison], known: Looks) -> list[Panel
                 axes.set_xscale("symlog", linthresh=0.1)
                 axes.set_xticks([10.0**power for power in range(-1, 7) if 10.0**power <= 2 * found[-1][1]][-5:])
 
-        return Panel(on, max(1.6, 0.9 + ROW * len(found)))
+        return Panel(on, max(1.6, 0.9 + ROW * len(found)), names=tuple(one[0].label for one in found))
 
     return [
         panel(comparison.model, measure, target, found)

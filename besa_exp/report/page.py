@@ -27,7 +27,7 @@ def page(data: Mapping[str, Any], title: str = "besa report") -> str:
         title=html.escape(title),
         style=_part("page.css"),
         data=_json_element({key: value for key, value in data.items() if key != "details"}),
-        details=_json_element(data["details"]),
+        details=_json_element(data.get("details", [])),
         plotly=get_plotlyjs(),
         script=f"(() => {{\n'use strict';\n{script}\n}})();",
     )

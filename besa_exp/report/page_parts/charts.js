@@ -179,7 +179,7 @@ const reachOf = (runs, centre) => Math.max(0.005, ...runs.flatMap(sharesOf).map(
 // Two runs side by side have one range of colours.
 function allocationChart(run, beside) {
   const { linears, blocks, counts } = detailsOf(run).allocation;
-  const centre = beside ? beside.measured : run.measured;
+  const centre = beside ? (run.measured + beside.measured) / 2 : run.measured;
   const shares = counts.map((row) => row.map((pair) => (pair ? pair[1] / pair[0] : null)));
   const reach = reachOf(beside ? [run, beside] : [run], centre);
   const text = counts.map((row, at) => row.map((pair, column) => (pair
