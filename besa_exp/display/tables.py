@@ -175,7 +175,8 @@ def _score_table(results: Mapping[str, Any], style: box.Box) -> Table:
         if before:
             cells = [f"{_score(before.get(name))}{dense_errors.get(name, '')}", pruned]
             cells.append(_difference(name, before.get(name), after.get(name), rises))
-        table.add_row(Text(f"{name} {'↑' if rises else '↓'}"), *cells, *([counted.get(name, "")] if counted else []))
+        shown = f"perplexity {Path(name).name}" if name.startswith("perplexity ") and "/" in name else name
+        table.add_row(Text(f"{shown} {'↑' if rises else '↓'}"), *cells, *([counted.get(name, "")] if counted else []))
     return table
 
 

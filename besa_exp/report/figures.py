@@ -116,15 +116,9 @@ def figure_of(panels: Sequence[Panel], known: Looks) -> Any:
     in_a_row = max(1, int(width * LETTERS // max([len(method.label) + 7 for method in methods], default=1)))
     legend = 0.2 * math.ceil(len(methods) / in_a_row)
     size = (width, sum(heights) + legend)
-    figure, axes = pyplot.subplots(
-        rows,
-        columns,
-        figsize=size,
-        squeeze=False,
-        layout=ConstrainedLayoutEngine(w_pad=LABEL),
-        height_ratios=heights,
-        width_ratios=widths,
-    )
+    engine = ConstrainedLayoutEngine(w_pad=LABEL)
+    ratios: dict[str, Any] = {"height_ratios": heights, "width_ratios": widths}
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout=engine, **ratios)
     for place, panel in zip(axes.flat, panels, strict=False):
         panel.draw(place, figure)
     for place in list(axes.flat)[len(panels) :]:

@@ -68,6 +68,8 @@ def test_presets_of_ones_own_come_with_a_folder(tmp_path: Path, capsys: pytest.C
     [
         ("besa pru", "prune"),
         ("besa list pr", ""),
+        ("besa comp", "compare"),
+        ("besa show pruner=besa_p", "pruner=besa_paper"),
         ("besa prune pruner=besa_p", "pruner=besa_paper"),
         ("besa prune pruner=wanda calibration.num", "calibration.num_samples="),
         ("besa prune experiment=paper_llama", "experiment=paper_llama2_7b_50"),
