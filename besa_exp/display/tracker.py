@@ -107,8 +107,7 @@ class WandbTracker:
         self._attempt(lambda: self._run.log(values))
 
     def log_rows(self, block: int, linears: Mapping[str, Sequence[float]]) -> None:
-        if block >= self._known_blocks:
-            self._attempt(lambda: self._log_rows(block, linears))
+        self._attempt(lambda: self._log_rows(block, linears))
 
     def _log_rows(self, block: int, linears: Mapping[str, Sequence[float]]) -> None:
         import numpy
