@@ -109,7 +109,8 @@ def test_experts_of_a_mixture_are_one_curve_their_mean_weighted_by_weights(tmp_p
 
 
 def test_curves_are_drawn_over_block_and_step_counter(tracked: Path) -> None:
-    assert step_metrics(tracked) == {"step/*": "optimisation_step", "block/*": "block", "allocated/*": "block"}
+    over_blocks = dict.fromkeys(("block/*", "allocated/*", "rows/*"), "block")
+    assert step_metrics(tracked) == {"step/*": "optimisation_step", **over_blocks}
 
 
 def test_scores_are_summary_values_with_reasons_for_what_is_missing(tracked: Path) -> None:
@@ -207,6 +208,6 @@ def test_row_sparsities_are_a_histogram_for_each_type_of_linear_over_the_blocks(
     tracker.finish([])
     (line,) = [line for line in history(tmp_path) if any(key.startswith("rows/") for key in line)]
     assert line["block"] == 1
-    drawn = {key: value["values"] for key, value in line.items() if key.startswith("rows/")}
+    drawn = {key: values for key, values in line.items() if key.endswith("|values")}
     assert sorted(sum(values) for values in drawn.values()) == [1, 3]  # experts of a type are one
     assert step_metrics(tmp_path)["rows/*"] == "block"
