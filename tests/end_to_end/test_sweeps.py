@@ -202,7 +202,7 @@ def test_the_dense_model_is_scored_once_for_all_jobs_and_masks_alone_are_kept(
     assert done.returncode == 0, done.stdout + done.stderr
     logs = [(folder / "run.log").read_text() for folder in (*folders("wanda"), *folders("magnitude"))]
     assert sorted("dense model: perplexity on" in log for log in logs) == [False, True]
-    assert sorted("dense model: scored before by another run" in log for log in logs) == [False, True]
+    assert sorted("dense model: scores reused from a run beside this one" in log for log in logs) == [False, True]
     results = [json.loads(path.read_text())["dense"] for path in Path("outputs").glob("*/results.json")]
     assert results[0] == results[1]
     assert len(list(Path("outputs/.dense_scores").glob("*.json"))) == 1
