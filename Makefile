@@ -74,31 +74,34 @@ test-matrix: $(MATRIX:%=.venv-%/installed)
 
 # The TinyStories models are not part of the repository: without BESA_SHARED they are n/a in the tables.
 SHARED := $(or $(BESA_SHARED),../shared)
-STUDIES := first_results $(if $(wildcard $(SHARED)/models),first_results_babyllama first_results_stories260k)
+TESTBEDS := embedded $(if $(wildcard $(SHARED)/models),babyllama stories260k)
 # JOBS=N runs N of a study's jobs at a time, one thread each.
 JOBS := 1
 STUDY = OMP_NUM_THREADS=1 $(BIN)/besa prune experiment=$(study) hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
+ON_BED = $(STUDY) testbed=$(bed)
+first-results: study := first_results
+best: study := best
+budgets: study := budgets
 
 first-results: $(STAMP)
 	$(if $(wildcard $(SHARED)/models),$(BIN)/python experiments/tokens.py first_results --shared $(SHARED))
-	$(foreach study,$(STUDIES),$(STUDY) pruner=dense sparsity=0 seed=0 && $(STUDY) pruner=magnitude seed=0 && $(STUDY) &&) true
+	$(foreach bed,$(TESTBEDS),$(ON_BED) pruner=dense sparsity=0 seed=0 && $(ON_BED) pruner=magnitude seed=0 && $(ON_BED) &&) true
 	$(BIN)/python experiments/first_results/collect.py
 
 # Ablation: best without one of its pieces (SparseGPT's start, closing bit by bit, dense targets, choice by the probe).
 WITHOUT := pruner.start=0 pruner.until=0 pruner.dense_targets=false pruner.tuning.checks=1
-BESTS := best $(if $(wildcard $(SHARED)/models),best_babyllama best_stories260k)
 
 best: $(STAMP)
 	$(if $(wildcard $(SHARED)/models),$(BIN)/python experiments/tokens.py first_results --shared $(SHARED))
-	$(foreach study,$(BESTS),$(STUDY) pruner=dense sparsity=0 seed=0 && $(STUDY) && $(STUDY) pruner=sparsegpt update=reconstruct \
-		&& $(STUDY) pruner=wanda,sparsegpt,best sparsity=0.5 pattern=2:4 \
-		$(foreach without,$(WITHOUT),&& $(STUDY) pruner=best sparsity=0.7 $(without)) &&) true
+	$(foreach bed,$(TESTBEDS),$(ON_BED) pruner=dense sparsity=0 seed=0 && $(ON_BED) && $(ON_BED) pruner=sparsegpt update=reconstruct \
+		&& $(ON_BED) pruner=wanda,sparsegpt,best sparsity=0.5 pattern=2:4 \
+		$(foreach without,$(WITHOUT),&& $(ON_BED) pruner=best sparsity=0.7 $(without)) &&) true
 	$(BIN)/python experiments/best/collect.py
 	$(BIN)/besa report outputs/best --out outputs/best/report
 
 budgets: $(STAMP)
 	$(if $(wildcard $(SHARED)/models),$(BIN)/python experiments/tokens.py first_results --shared $(SHARED))
-	$(foreach study,$(BESTS:best%=budgets%),$(STUDY) &&) true
+	$(foreach bed,$(TESTBEDS),$(ON_BED) &&) true
 	$(BIN)/python experiments/best/collect.py
 	$(BIN)/besa report outputs/budgets --out outputs/budgets/report
 
@@ -111,13 +114,19 @@ real-study: real-model
 
 # The paper's claims; its models and text are not part of the repository, so that without BESA_SHARED there is nothing to run.
 EMBEDDED := model.name=embedded model.path=embedded model.dtype=float32 evaluator.tasks=[embedded_continuations] evaluator.limit=200
-CLAIMS := $(notdir $(basename $(wildcard conf/experiment/study_*.yaml)))
+# Experiments, each after a bar with what is other on these models than on the paper's.
+CLAIMS := paper_layer_wise $(addprefix paper_ablation_,methods granularity importance scope sparsity_step epochs|calibration.num_samples=16 \
+	calibration_size|calibration.num_samples=8,16,32,64)
+SOURCES := calibration.name=tinystories,c4,wikitext2,embedded
+paper: bed := tinystories
+paper: study = $(subst |, ,$(claim))
 
 paper: $(STAMP)
 	@test -d "$(SHARED)/models" || { echo "n/a: no models in $(SHARED)/models; name a folder that has them: BESA_SHARED=" >&2; exit 2; }
 	$(BIN)/python experiments/tokens.py paper --shared $(SHARED)
-	$(foreach study,study $(CLAIMS),$(STUDY) && $(STUDY) $(EMBEDDED) $(if $(filter %source,$(study)),,calibration.name=embedded) &&) true
-	$(foreach study,study,$(STUDY) pruner=dense sparsity=0 && $(STUDY) $(EMBEDDED) calibration.name=embedded pruner=dense sparsity=0)
+	$(foreach claim,$(CLAIMS),$(ON_BED) && $(ON_BED) $(EMBEDDED) calibration.name=embedded &&) true
+	$(foreach study,paper_ablation,$(ON_BED) $(SOURCES) && $(ON_BED) $(EMBEDDED) $(SOURCES) \
+		&& $(ON_BED) pruner=dense sparsity=0 seed=0 && $(ON_BED) $(EMBEDDED) calibration.name=embedded pruner=dense sparsity=0 seed=0)
 	$(BIN)/python experiments/paper/collect.py --shared $(SHARED)
 	$(BIN)/besa report outputs/paper/runs --out outputs/paper/report
 

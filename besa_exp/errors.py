@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class ConfigurationError(ValueError):
-    """The request cannot be carried out as written; found before any long work. Exit code 2.
+    """The request cannot be carried out as it is written; found before any long work. Exit code 2.
 
     `problems` holds one complete sentence or more for each problem, so that all are shown together."""
 
@@ -39,7 +39,7 @@ class Interrupted(SystemExit):
 
 
 class Unavailable(Exception):
-    """A data set or task that cannot be had here; the run records the reason as n/a and goes on."""
+    """A data set or task that cannot be loaded here; the run records the reason as n/a and continues."""
 
 
 def first_line(error: Exception) -> str:
@@ -50,9 +50,9 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def as_unavailable() -> Iterator[None]:
-    """Turns whatever is raised inside into Unavailable with its reason, so that one set or task costs no other.
+    """Turns any error raised inside into Unavailable with its reason: other sets and tasks are still scored.
 
-    A reason that was written for a person stays as it is; any other error is told by its type, its first line and the
+    A reason that was written for a person stays as it is; any other error is named by its type, its first line and the
     file and line that raised it, and its traceback goes to run.log."""
     try:
         yield

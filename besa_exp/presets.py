@@ -1,14 +1,25 @@
-"""The YAML presets that ship with the package, by group, with the line each says about itself."""
+"""The YAML presets that ship with the package, by group, with the line each says about itself.
+
+A preset is read here without Hydra too, for the Python API: its YAML, those that its defaults list names under it, and
+`${key}` replaced by a value that is given."""
 
 from __future__ import annotations
 
+import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
 
 from besa_exp.errors import ConfigurationError, did_you_mean
 
-METHOD_GROUPS = ("budget", "pruner", "update")  # what a method is made of, in the order in which it is named
+# What a method is made of, in the order in which it is named. The groups of this list, and of no other, make up a run's
+# name, identity and folder and are handed to it as objects: a new one is a word here, a line in conf/prune.yaml and a
+# field of RunSettings, None where the group is not chosen.
+METHOD_GROUPS = ("budget", "pruner", "update")
 
 # conf/ stands at the top of a checkout and inside the package in a wheel.
 CONF_DIR = next(
@@ -24,6 +35,80 @@ def groups() -> list[str]:
 def presets(group: str) -> dict[str, str]:
     """{preset: its one-line comment} of a group."""
     return {path.stem: first_comment(path) for path in sorted((CONF_DIR / group).glob("*.yaml"))}
+
+
+def preset(group: str, name: str, **given: Any) -> Any:
+    """The object that a preset describes, such as `preset("pruner", "besa")`. `given` are the values that presets refer
+    to as `${key}`: `seed`, 0 by default. ConfigurationError: there is no such group or preset, or a value has to be
+    given."""
+    return _built(preset_values(group, name, **given))
+
+
+def preset_values(group: str, name: str, **given: Any) -> dict[str, Any]:
+    """The keys of a preset with their values, `_target_` among them; see `preset`."""
+    if not (CONF_DIR / group).is_dir():
+        raise ConfigurationError(
+            f"{group}: no such group{did_you_mean(group, groups())}; groups: {', '.join(groups())}"
+        )
+    if name not in presets(group):
+        near = did_you_mean(name, presets(group))
+        raise ConfigurationError(f"{group}={name}: no such preset{near}; presets: {', '.join(presets(group))}")
+    return _resolved(_composed(CONF_DIR / group / f"{name}.yaml"), {"seed": 0, **given}, f"{group}={name}")
+
+
+def _composed(path: Path) -> dict[str, Any]:
+    """A preset over those of its folder that its defaults list names; `_self_` says where its own keys come in."""
+    own: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    bases = own.pop("defaults", [])
+    values: dict[str, Any] = {}
+    for base in bases if "_self_" in bases else [*bases, "_self_"]:
+        values = _merged(values, own if base == "_self_" else _composed(path.with_name(f"{base}.yaml")))
+    return values
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Groups of keys are merged key by key, as Hydra does; all else is replaced."""
+    both = {
+        key: _merged(under[key], value)
+        for key, value in over.items()
+        if isinstance(value, Mapping) and isinstance(under.get(key), Mapping)
+    }
+    return {**under, **over, **both}
+
+
+def _resolved(value: Any, given: Mapping[str, Any], where: str) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _resolved(item, given, f"{where}, {key}") for key, item in value.items()}
+    if isinstance(value, list):
+        return [_resolved(item, given, where) for item in value]
+    if value == "???":
+        raise ConfigurationError(f"{where}: the preset leaves this value to you; build the object yourself and give it")
+    found = re.fullmatch(r"\$\{(\w+)\}", value) if isinstance(value, str) else None
+    if found and found[1] not in given:
+        raise ConfigurationError(f"{where} is {value}: give {found[1]}=")
+    return given[found[1]] if found else value
+
+
+def _built(value: Any, hint: Any = None) -> Any:
+    """Lists as tuples, and groups of keys as the dataclass that `_target_` or the type hint of their field names."""
+    if isinstance(value, list):
+        return tuple(map(_built, value))
+    if not isinstance(value, Mapping):
+        return value
+    cls = _class(value["_target_"]) if "_target_" in value else _dataclass_in(hint)
+    hints = get_type_hints(cls) if cls else {}
+    built = {key: _built(item, hints.get(key)) for key, item in value.items() if key != "_target_"}
+    return cls(**built) if cls else built
+
+
+def _class(target: str) -> Any:
+    module, _, name = target.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _dataclass_in(hint: Any) -> Any:
+    """`Tuning` in `Tuning` and in `Tuning | None`; None where there is none."""
+    return next((option for option in (hint, *get_args(hint)) if is_dataclass(option)), None)
 
 
 def first_comment(path: Path) -> str:

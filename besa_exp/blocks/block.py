@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -32,7 +32,8 @@ class Block:
 
     `arguments` gives, for a batch size, the positional arguments after the hidden states and all keyword arguments.
     `parts`: the decoder layers, where these are several that are pruned together (`besa_exp.blocks.units`).
-    `compute_dtype`: what products are computed in, where that is not the weights' dtype."""
+    `compute_dtype`: what products are computed in, where that is not the weights' dtype. `fixed`: further linears that
+    are decided already, with the weights [out in] that they have here in place of the model's own."""
 
     index: int
     name: str
@@ -41,6 +42,7 @@ class Block:
     arguments: Callable[[int], Arguments]
     parts: tuple[Block, ...] = ()
     compute_dtype: torch.dtype | None = None
+    fixed: Mapping[str, tuple[Linear, Tensor]] = field(default_factory=dict)
 
     @property
     def layers(self) -> tuple[Block, ...]:
@@ -70,11 +72,13 @@ class Block:
             return hidden
         args, kwargs = self.arguments(hidden.shape[0])
         autocast = torch.autocast(hidden.device.type, self.compute_dtype, enabled=self.compute_dtype is not None)
-        with autocast, computed_by(self.linears, products):
-            if weights is None:
+        linears = self._all_linears()
+        with autocast, computed_by(linears, products):
+            if weights is None and not self.fixed:
                 output = self.module(hidden, *args, **kwargs)
             else:
-                parameters = with_weights(self.module, self.linears, weights)
+                weights = {**{name: weight for name, (_, weight) in self.fixed.items()}, **(weights or {})}
+                parameters = with_weights(self.module, linears, weights)
                 output = torch.func.functional_call(self.module, parameters, (hidden, *args), kwargs)
         output = hidden_of(output)
         assert output.shape == hidden.shape, f"{self.name} turned {tuple(hidden.shape)} into {tuple(output.shape)}"
@@ -96,10 +100,14 @@ class Block:
             out[start : start + batch_size] = self(inputs[start : start + batch_size], weights)
         return out
 
+    def _all_linears(self) -> dict[str, Linear]:
+        return {**{name: linear for name, (linear, _) in self.fixed.items()}, **self.linears}
+
     def _rounded(self, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """The weights of a pass over many samples with those of plain linears as autocast would round them anew for
         each."""
-        own = {name: linear.weight for name, linear in self.linears.items() if is_plain(linear)}
+        own = {name: linear.weight for name, linear in self._all_linears().items() if is_plain(linear)}
+        own |= {name: weight for name, (linear, weight) in self.fixed.items() if is_plain(linear)}
         return {**weights, **{name: weights.get(name, weight).to(dtype) for name, weight in own.items()}}
 
 

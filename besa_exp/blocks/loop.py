@@ -13,13 +13,13 @@ import torch
 
 from besa_exp.blocks.activations import Allocate
 from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.observation import observe
+from besa_exp.blocks.observation import observe, squared_gradients
 from besa_exp.blocks.probe import finite_loss, own_probe
-from besa_exp.blocks.pruner import PrunedBlock, Pruner
+from besa_exp.blocks.pruner import PrunedBlock, Pruner, Task
 from besa_exp.blocks.reports import BlockReport, LinearReport, Step
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.statistics import is_finite
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def prune_blocks(
     blocks: Iterable[Block],
     inputs: Hidden,
     pruner: Pruner,
-    target: Target | Sequence[Target],
+    goals: Goal | Sequence[Goal],
     batch_size: int,
     on_step: Callable[[Step], None] = lambda step: None,
     restore: Callable[[Block], bool] = lambda block: False,
@@ -57,33 +57,34 @@ def prune_blocks(
     """Prune the blocks in place, one after the other, `batch_size` samples a forward pass. `inputs`, those of the
     samples that this rank owns, are overwritten.
 
-    `target` is that of every block, or a list by block index. `restore` puts the pruned weights of an earlier run into
-    a block and says so: it is not pruned again, nor yielded. `allocate` gives room for activations, by default where
-    the inputs lie. RunError: a statistic, loss or weight is not finite; the block and the linear are named."""
+    `goals` is that of every block, or a list by block index. `restore` puts the pruned weights of an earlier run into
+    a block and returns True: it is not pruned again, nor yielded. `allocate` gives room for activations, by default
+    where the inputs lie. RunError: a statistic, loss or weight is not finite; the block and the linear are named."""
 
     def room() -> Hidden:
         return allocate(inputs.shape, inputs.dtype) if allocate else torch.empty_like(inputs)
 
-    targets = room()
-    dense_inputs = room().copy_(inputs) if pruner.dense_targets else inputs
-    observed = room() if pruner.dense_targets else targets  # the block as it is, on the pruned prefix
+    traits, targets = pruner.traits, room()
+    dense_inputs = room().copy_(inputs) if traits.dense_targets else inputs
+    observed = room() if traits.dense_targets else targets  # the block as it is, on the pruned prefix
     for block in blocks:
         started = time.perf_counter()
-        if pruner.dense_targets:
+        if traits.dense_targets:
             block.outputs(dense_inputs, batch_size, out=targets)
         pruned = None
         if not restore(block):
-            statistics, _ = observe(block, inputs, pruner.statistic, batch_size, observed)
-            wanted = target if isinstance(target, Target) else target[block.index]
-            pruned = pruner.prune_block(block, inputs, targets, statistics, wanted, on_step)
-            del statistics
+            statistics, _ = observe(block, inputs, traits.statistic, batch_size, observed)
+            gradients = squared_gradients(block, inputs) if traits.gradients else {}
+            goal = goals if isinstance(goals, Goal) else goals[block.index]
+            pruned = pruner.prune_block(Task(block, inputs, targets, statistics, goal, on_step, gradients))
+            del statistics, gradients
             write_weights(block, pruned)
         block.outputs(inputs, batch_size, out=inputs)
         if pruned:
             after = finite_loss(block, own_probe(inputs), own_probe(targets))
             yield _report(block, pruned, after, time.perf_counter() - started), pruned
             del pruned  # before the next block is read
-        if pruner.dense_targets:
+        if traits.dense_targets:
             dense_inputs, targets = targets, dense_inputs
 
 

@@ -1,19 +1,23 @@
-"""One pass over a block that watches what its linears are given: a statistic for each, and the block's outputs."""
+"""One pass over a block that watches what its linears are given: a statistic for each, and the block's outputs; and
+passes that differentiate the block, for importances that ask for gradients."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Generic
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.linears import Linear, watch
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
-from besa_exp.tensors.statistics import S, by_shared_input
+from besa_exp.tensors.importance import Importance
+from besa_exp.tensors.statistics import S, by_shared_input, is_finite
 
 FEW_TOKENS = 32  # with fewer the norm of an input is known to worse than an eighth: 1 / sqrt(2 * tokens)
 logger = logging.getLogger(__name__)
@@ -55,6 +59,51 @@ def observe(
                 "activations); load the model in float32 or bfloat16 (model.dtype) or check its weights."
             )
     return statistics, outputs
+
+
+def squared_gradients(block: Block, inputs: Hidden) -> dict[str, Float[Tensor, "_out _in"]]:
+    """E[(d||f(X)||_2 / dW)^2] of every linear, the mean over the samples X of all ranks, in fp32: how much the block's
+    output moves with each weight. One forward and one backward pass a sample. RunError: a gradient is not finite."""
+    leaves = {name: linear.weight.detach().clone().requires_grad_() for name, linear in block.linears.items()}
+    total = {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in leaves.items()}
+    for sample in inputs.split(1):
+        with torch.enable_grad():
+            norm = block(sample, leaves).float().norm()
+        found = torch.autograd.grad(norm, [*leaves.values()], materialize_grads=True)
+        for name, gradient in zip(total, found, strict=True):
+            total[name] += gradient.float().square()
+    num_samples = distributed.total(len(inputs))
+    for name, own in total.items():
+        total[name] = distributed.all_sum(own) / num_samples
+        if not is_finite(total[name]):
+            raise RunError(
+                f"{block.name}.{name}: the gradient to its weights is not finite; load the model in float32 or "
+                "bfloat16 (model.dtype) or check its weights."
+            )
+    return total
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What was observed about one block, and how important its weights are by that; computed when asked for."""
+
+    importance: Importance
+    statistics: Mapping[str, Any]
+    squared_gradients: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(
+        importance: Importance, block: Block, inputs: Hidden, batch_size: int, out: Hidden | None = None
+    ) -> tuple[Observed, Hidden]:
+        """One pass of the block as it is, and what it makes of the inputs, into `out` where given."""
+        gradients = squared_gradients(block, inputs) if importance.gradients else {}
+        statistics, outputs = observe(block, inputs, importance.statistic, batch_size, out)
+        return Observed(importance, statistics, gradients), outputs
+
+    def score(self, block: Block, name: str) -> Float[Tensor, "out in"]:
+        """The importance of one linear's weights; the block has them now."""
+        weight = block.linears[name].weight.detach()
+        return self.importance(weight, self.statistics.get(name), self.squared_gradients.get(name))
 
 
 def _few_tokens(few: Mapping[str, Linear], tokens: Mapping[str, int]) -> str:

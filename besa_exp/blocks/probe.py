@@ -34,8 +34,8 @@ def finite_step(
 
 
 def checked_gradient(step: Step, gradient: Tensor) -> Tensor:
-    """`gradient` itself. RunError: it is not finite. Where it is all zero although there is a loss, a warning says so:
-    the search learns nothing in such a step."""
+    """`gradient` itself. RunError: it is not finite. Where it is all zero although there is a loss, a warning is
+    logged: the search learns nothing in such a step."""
     largest = float(gradient.abs().max())
     if not math.isfinite(largest):
         raise RunError(

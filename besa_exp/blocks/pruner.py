@@ -1,18 +1,55 @@
-"""What a pruner is, and what it decides about one block."""
+"""What a pruner is: it is given a `Task`, one block to prune, and returns a `PrunedBlock`. What the block loop has to
+know about it beforehand are its `Traits`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.reports import Step
-from besa_exp.tensors.masks import Target
+from besa_exp.blocks.reports import ModelStep, Step
+from besa_exp.blocks.whole_model import KeepMasks, Weights, Whole
+from besa_exp.tensors.importance import Importance
+from besa_exp.tensors.masks import Goal
+from besa_exp.tensors.quantisation import Quantiser
 from besa_exp.tensors.statistics import Statistic
+
+
+def _ignore(step: Step) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Task:
+    """One block to prune. `inputs` enter it after the pruned blocks before it, `targets` are what it should make of
+    them, both of the samples that this rank owns. `statistics`: of every linear, as the pruner's traits ask. `goal`:
+    what the block gives up. `on_step` is called with every step of a search. `gradients`: where the traits ask for
+    them, the mean square over samples of the gradient to every weight."""
+
+    block: Block
+    inputs: Hidden
+    targets: Hidden
+    statistics: Mapping[str, Any]
+    goal: Goal
+    on_step: Callable[[Step], None] = _ignore
+    gradients: Mapping[str, Float[Tensor, "_out _in"]] = field(default_factory=dict)
+
+    def score(self, importance: Importance, name: str) -> Float[Tensor, "out in"]:
+        """The importance of a linear's weights."""
+        return importance(self.block.linears[name].weight.detach(), self.statistics.get(name), self.gradients.get(name))
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The dense weights by linear. They must not be changed."""
+        return {name: linear.weight.detach() for name, linear in self.block.linears.items()}
+
+    def after(self, done: int) -> Task:
+        """The same task, its steps numbered from `done`."""
+        return replace(self, on_step=lambda step: self.on_step(replace(step, step=step.step + done)))
 
 
 @dataclass(frozen=True)
@@ -32,22 +69,54 @@ class PrunedBlock:
     norms: Mapping[str, Float[Tensor, " _size"]] = field(default_factory=dict)
     permutations: Mapping[str, Int[Tensor, " _in"]] = field(default_factory=dict)
 
+    def after(self, done: int) -> PrunedBlock:
+        """The same decision, its steps numbered from `done`."""
+        return replace(self, steps=tuple(replace(step, step=step.step + done) for step in self.steps))
+
 
 def pruned_by_masks(keep_masks: Mapping[str, Bool[Tensor, "out in"]]) -> PrunedBlock:
     """The result of a method that decides masks alone, in one go."""
     return PrunedBlock(keep_masks, {name: 1 - mask.float().mean(dim=1) for name, mask in keep_masks.items()})
 
 
-def joined(parts: Sequence[PrunedBlock]) -> PrunedBlock:
-    """The parts of a block as one, with the first one's `loss_before`."""
-    weights = {name: weight for part in parts for name, weight in (part.weights or {}).items()}
-    return PrunedBlock(
-        keep_masks={name: mask for part in parts for name, mask in part.keep_masks.items()},
-        allocated={name: rows for part in parts for name, rows in part.allocated.items()},
-        weights=weights or None,
-        loss_before=parts[0].loss_before,
-        steps=tuple(step for part in parts for step in part.steps),
-    )
+@runtime_checkable
+class Refinement(Protocol):
+    """A search over the whole model that begins where the block loop has ended."""
+
+    @property
+    def steps(self) -> int:
+        """How many it takes."""
+        ...
+
+    def refine(
+        self,
+        whole: Whole,
+        keep_masks: Sequence[KeepMasks],
+        weights: Sequence[Weights] | None,
+        on_step: Callable[[ModelStep], None],
+    ) -> tuple[Sequence[KeepMasks], Sequence[Weights] | None]:
+        """The masks and weights of all blocks, from those that the block loop found; None: the dense weights."""
+        ...
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the block loop has to know about a pruner or an update before it runs it.
+
+    `statistic`: what to observe about the inputs of each linear; None: nothing. `gradients`: observe the gradient to
+    each weight too. `dense_targets`: targets come from dense inputs (else: what the dense block makes of the pruned
+    prefix's outputs). `blocks_together`: how many blocks make one task. `own_targets`: parts of a block get targets of
+    their own, which need room. `quantiser`: what kept weights are rounded with; None: they are not. `reach`: the least
+    and the largest sparsity that it can end at. `refinements`: the searches over the whole model that follow."""
+
+    statistic: type[Statistic] | None = None
+    gradients: bool = False
+    dense_targets: bool = False
+    blocks_together: int = 1
+    own_targets: bool = False
+    quantiser: Quantiser | None = None
+    reach: tuple[float, float] = (0.0, 1.0)
+    refinements: tuple[Refinement, ...] = ()
 
 
 @runtime_checkable
@@ -55,27 +124,14 @@ class Pruner(Protocol):
     """A method knows one block, its inputs, the targets and the statistics; never a model, a data set or a config."""
 
     @property
-    def statistic(self) -> type[Statistic] | None:
-        """What to observe about the inputs of each linear; None: nothing."""
-        ...
-
-    @property
-    def dense_targets(self) -> bool:
-        """Whether targets come from dense inputs (else: the dense block on the pruned prefix's outputs)."""
+    def traits(self) -> Traits:
+        """What the block loop has to know. A pruner that holds another one gives that one's, with its own changes."""
         ...
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Problems with this target, in complete sentences."""
+        """Problems with this goal, in complete sentences."""
         ...
 
-    def prune_block(
-        self,
-        block: Block,
-        inputs: Hidden,
-        targets: Hidden,
-        statistics: Mapping[str, Any],
-        target: Target,
-        on_step: Callable[[Step], None],
-    ) -> PrunedBlock:
+    def prune_block(self, task: Task) -> PrunedBlock:
         """Decide the block's masks (and weights). Must not change the block."""
         ...

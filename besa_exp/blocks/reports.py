@@ -1,8 +1,15 @@
-"""What pruning reports: frozen values that the block loop yields and every consumer (files, W&B, console) reads."""
+"""What the stages of a run report: frozen values that files, W&B, console and page read. No torch here.
+
+What became of a block of the dense model is one of three: masked (`BlockReport`: zeros among its weights), narrowed
+(`Narrowed`: fewer heads or channels; it is masked afterwards as any other), removed (`Removed`). A block that a
+`StructureReport` does not name stayed whole.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,11 @@ class LinearReport:
         """Measured fraction of zeros in [0, 1]."""
         return self.pruned / self.weights
 
+    def to_dict(self) -> dict[str, Any]:
+        """As `linears` in results.json holds it under its name."""
+        counts = {"weights": self.weights, "pruned": self.pruned}
+        return counts | {"sparsity": self.sparsity, "allocated": self.allocated}
+
 
 @dataclass(frozen=True)
 class BlockReport:
@@ -59,3 +71,137 @@ class BlockReport:
     def sparsity(self) -> float:
         """Fraction of zeros over the block's linears, weighted by weights."""
         return sum(linear.pruned for linear in self.linears) / sum(linear.weights for linear in self.linears)
+
+    def numbered(self, index: int) -> BlockReport:
+        """The same under another number."""
+        return replace(self, index=index, steps=tuple(replace(step, block=index) for step in self.steps))
+
+    def to_dict(self, steps: bool = False) -> dict[str, Any]:
+        """As `blocks` in results.json holds it; the course only with `steps`."""
+        values = {
+            "index": self.index,
+            "reconstruction_loss": {"before": self.loss_before, "after": self.loss_after},
+            "seconds": self.seconds,
+            "linears": {linear.name: linear.to_dict() for linear in self.linears},
+        }
+        return values | ({"steps": [asdict(step) for step in self.steps]} if steps else {})
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> BlockReport:
+        """The inverse, of old results.json too, which do not say what was allocated: that is what was measured then."""
+        loss = values["reconstruction_loss"]
+        linears = tuple(
+            LinearReport(
+                name,
+                linear["weights"],
+                linear["pruned"],
+                linear["allocated"] if "allocated" in linear else linear["pruned"] / linear["weights"],
+            )
+            for name, linear in values["linears"].items()
+        )
+        steps = tuple(Step(**step) for step in values.get("steps", ()))
+        return BlockReport(values["index"], linears, loss["before"], loss["after"], values["seconds"], steps)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many there were in the dense model, and how many are left."""
+
+    dense: int
+    left: int
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """A block that lost groups of heads (a key-value head with its query heads) or channels of its FFN."""
+
+    index: int  # in the dense model
+    groups: Size
+    channels: Size
+    parameters: Size
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `structure.blocks` in results.json holds it."""
+        return {"kind": "narrowed", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A block that is not in the pruned model."""
+
+    index: int  # in the dense model
+    parameters: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `structure.blocks` in results.json holds it."""
+        return {"kind": "removed", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class StructureReport:
+    """What was taken out of the model whole, before the block loop. `num_blocks` and all numbers of blocks are those of
+    the dense model; `changes` ascend by number. `weights`: of the linears in the blocks; `parameters`: of all."""
+
+    method: str
+    num_blocks: int
+    changes: tuple[Narrowed | Removed, ...]
+    weights: Size
+    parameters: Size
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """For each block of the pruned model its number in the dense one."""
+        gone = {change.index for change in self.changes if isinstance(change, Removed)}
+        return tuple(index for index in range(self.num_blocks) if index not in gone)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `structure` in results.json; `parameters` stand beside it there, for every run."""
+        blocks = [change.to_dict() for change in self.changes]
+        counts = {"num_blocks": self.num_blocks, "weights": asdict(self.weights)}
+        return {"method": self.method, **counts, "blocks": blocks}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any], parameters: Mapping[str, int]) -> StructureReport:
+        """The inverse, with `parameters` of the same results.json."""
+        changes = tuple(_change(block) for block in values["blocks"])
+        sizes = Size(**values["weights"]), Size(**parameters)
+        return StructureReport(values["method"], values["num_blocks"], changes, *sizes)
+
+
+def _change(values: Mapping[str, Any]) -> Narrowed | Removed:
+    if values["kind"] == "removed":
+        return Removed(values["index"], values["parameters"])
+    groups, channels, parameters = (Size(**values[name]) for name in ("groups", "channels", "parameters"))
+    return Narrowed(values["index"], groups, channels, parameters)
+
+
+@dataclass(frozen=True)
+class RecoveryReport:
+    """The tuning of the whole pruned model. `loss_before` and `loss_after` are of held-out windows, mean cross-entropy
+    a token in nats; the weights after `best_step` of the `steps` that were taken were kept; `stopped` says why it ended
+    early, None where it did not."""
+
+    method: str
+    loss_before: float
+    loss_after: float
+    steps: int
+    best_step: int
+    tokens: int
+    stopped: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `recovery` in results.json."""
+        return {
+            "method": self.method,
+            "loss": {"before": self.loss_before, "after": self.loss_after},
+            "steps": self.steps,
+            "best_step": self.best_step,
+            "tokens": self.tokens,
+            "stopped": self.stopped,
+        }
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> RecoveryReport:
+        """The inverse."""
+        rest = {key: value for key, value in values.items() if key != "loss"}
+        return RecoveryReport(loss_before=values["loss"]["before"], loss_after=values["loss"]["after"], **rest)

@@ -1,18 +1,18 @@
 """How much is reconstructed together, under one loss and one budget: a part of a block, a block, two of them, or, after
-each block by itself, the whole model (`Refinement`).
+each block by itself, the whole model (`besa_exp.blocks.pruner.Refinement`).
 
 To a pruner the first three are a `Block`, which maps hidden states to hidden states and has linears. A sub-block ends
-where the residual stream passes from attention to MLP. That place is found, not listed by family: it is the input of
-a module through which passes all that the block's output knows of its input, with linears before and after it. Blocks
+where the residual stream passes from attention to MLP. That place is found, not listed by family: we look for a module
+input that cuts the autograd graph between the block's input and output in two, with linears before and after it. Blocks
 whose attention and MLP work side by side (GPT-J, GPT-NeoX, Falcon, Phi) have no such place, and are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,51 +20,10 @@ from torch import Tensor, nn
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.call_arguments import Reached, hidden_of
 from besa_exp.blocks.pruner import PrunedBlock
-from besa_exp.blocks.reports import BlockReport, ModelStep
+from besa_exp.blocks.reports import BlockReport
 from besa_exp.errors import RunError
 
-if TYPE_CHECKING:
-    from besa_exp.blocks.whole_model import KeepMasks, Weights, Whole
-
 SCOPES = ("sub_block", "block", "pair", "model")
-
-
-def blocks_together(pruner: Any) -> int:
-    """How many blocks a pruner, or the one inside it, is given at a time."""
-    inner = getattr(pruner, "pruner", None)
-    return blocks_together(inner) if inner else 2 if getattr(pruner, "scope", "block") == "pair" else 1
-
-
-def takes_apart(pruner: Any) -> bool:
-    """Whether a pruner, or the one inside it, gives the parts of a block targets of their own."""
-    inner = getattr(pruner, "pruner", None)
-    return takes_apart(inner) if inner else getattr(pruner, "scope", "block") == "sub_block"
-
-
-@runtime_checkable
-class Refinement(Protocol):
-    """A search over the whole model that begins where the block loop has ended."""
-
-    @property
-    def steps(self) -> int:
-        """How many it takes."""
-        ...
-
-    def refine(
-        self,
-        whole: Whole,
-        keep_masks: Sequence[KeepMasks],
-        weights: Sequence[Weights] | None,
-        on_step: Callable[[ModelStep], None],
-    ) -> tuple[Sequence[KeepMasks], Sequence[Weights] | None]:
-        """The masks and weights of all blocks, from those that the block loop found; None: the dense weights."""
-        ...
-
-
-def refinements(pruner: Any, pattern: str) -> Sequence[Refinement]:
-    """What a pruner asks for after the block loop."""
-    wanted = getattr(pruner, "refinements", None)
-    return wanted(pattern) if wanted else ()
 
 
 def unit_ends(num_blocks: int, together: int) -> set[int]:
@@ -106,7 +65,7 @@ class _Chain(nn.ModuleList):
 
 def by_block(unit: Block, report: BlockReport, pruned: PrunedBlock) -> list[tuple[Block, BlockReport, PrunedBlock]]:
     """What was decided of a unit, block by block. The losses are the unit's; its time is split evenly, and its steps
-    are told with its first block."""
+    are reported with its first block."""
     if not unit.parts:
         return [(unit, report, pruned)]
     result = []
@@ -123,7 +82,7 @@ def by_block(unit: Block, report: BlockReport, pruned: PrunedBlock) -> list[tupl
             weights=None if pruned.weights is None else _own(pruned.weights, place),
             norms=_own(pruned.norms, place),
         )
-        told = BlockReport(
+        own_report = BlockReport(
             block.index,
             linears,
             report.loss_before,
@@ -131,7 +90,7 @@ def by_block(unit: Block, report: BlockReport, pruned: PrunedBlock) -> list[tupl
             report.seconds / len(unit.parts),
             () if place else report.steps,
         )
-        result.append((block, told, own))
+        result.append((block, own_report, own))
     return result
 
 
@@ -142,7 +101,7 @@ def _own(values: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:
 
 def sub_blocks(block: Block, inputs: Hidden) -> list[tuple[Block, tuple[str, ...]]]:
     """Attention and MLP apart: each a block from the block's inputs to its own end, with all linears, and the names of
-    its own. `inputs`: one sample shows where they part. RunError: they cannot be told apart."""
+    its own. `inputs`: one sample shows where they part. RunError: there is no such place."""
     seen, output = _watch(block, inputs[:1])
     first_calls = {id(module): place for place, (module, _) in reversed([*enumerate(seen)])}
     called = {name: _call_of(block.module, name, first_calls) for name in block.linears}

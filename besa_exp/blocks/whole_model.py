@@ -10,9 +10,8 @@ its output. So one block's activations are held at a time, and blocks may be rea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,11 +20,8 @@ from torch import Tensor
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.head import Head, divergence
 from besa_exp.blocks.probe import num_probe_samples
-from besa_exp.blocks.pruner import PrunedBlock, pruned_by_masks
-from besa_exp.blocks.reports import BlockReport, Step
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
-from besa_exp.tensors.masks import Target
 
 Blocks = Callable[[bool], Iterable[Block]]
 """The dense blocks, each with its weights while it is out: in order, or from the last to the first (True)."""
@@ -113,37 +109,3 @@ def batches(learn: int, batch_size: int, seed: int) -> Iterator[Int[Tensor, " sa
     order = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(learn, generator=order).split(batch_size)
-
-
-@dataclass(frozen=True)
-class Decided:
-    """A pruner whose masks, and weights where they moved, were decided before, for all blocks together. `before`: the
-    report of each block by the search that came first, whose course is told."""
-
-    keep_masks: Sequence[KeepMasks]
-    weights: Sequence[Weights] | None
-    before: Sequence[BlockReport]
-
-    statistic = None
-    dense_targets = False
-
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Nothing is left to decide."""
-        return []
-
-    def prune_block(
-        self,
-        block: Block,
-        inputs: Hidden,
-        targets: Hidden,
-        statistics: Mapping[str, Any],
-        target: Target,
-        on_step: Callable[[Step], None],
-    ) -> PrunedBlock:
-        """What was decided for this block."""
-        before = self.before[block.index]
-        for step in before.steps:
-            on_step(step)
-        pruned = pruned_by_masks({name: mask.to(block.device) for name, mask in self.keep_masks[block.index].items()})
-        weights = self.weights[block.index] if self.weights else None
-        return replace(pruned, weights=weights, loss_before=before.loss_before, steps=before.steps)

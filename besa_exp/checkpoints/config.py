@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json says against pruning it, read before any weight and without torch.
+"""Reasons in a checkpoint's config.json why it cannot be pruned, found before any weight is read and without torch.
 
 Refused: encoder-decoders, quantised weights, adapters, and models that need code of their own as long as
 `model.trust_remote_code` is false. Each problem says what was found, the rule and the remedy.
@@ -61,7 +61,7 @@ def adapter_problem(adapter: Mapping[str, Any], where: str) -> str:
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the config of a model that also sees or hears says of its decoder; else, and where that is null, all."""
+    """The decoder's part of a multimodal model's config; the whole config where there is no such part."""
     text = config.get("text_config")
     return text if isinstance(text, Mapping) else config
 

@@ -1,4 +1,4 @@
-"""Models that are not read as they are, written anew as safetensors when the user asks for it (`model.convert=true`).
+"""Models in other formats, converted to safetensors when the user asks for it (`model.convert=true`).
 
 The result lies in `outputs/converted`, appears whole or not at all, and is used again as long as its sources stay."""
 

@@ -135,7 +135,7 @@ def read_masks(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Boo
 
 def masks_description(path: Path) -> dict[str, Any]:
     """`format_version`, `shapes` {name: [out, in]}, `dense_sha256`, `weights_updated` of a masks file; of a run's also
-    `dense_sha256` as a list by block, and what `merge_masks` was told of their origin."""
+    `dense_sha256` as a list by block, and what `merge_masks` was given of their origin."""
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(MASKS_KEY)

@@ -1,4 +1,4 @@
-"""Weights that are not finite, told by name before any long work: later they would show as a loss or a state of NaN far
+"""Weights that are not finite are named before any long work: otherwise they would show up as a NaN loss or state far
 from where they are, or, in a row of the embedding that few texts need, at some late sample."""
 
 from __future__ import annotations

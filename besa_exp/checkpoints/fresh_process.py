@@ -1,8 +1,8 @@
-"""The saved model as others will meet it: read by transformers in a fresh process that knows nothing of the run.
+"""Checks the saved model as others will load it: by transformers, in a fresh process that knows nothing of the run.
 
-`python -m besa_exp.checkpoints.fresh_process` loads a folder with `AutoModelForCausalLM.from_pretrained`, tells the
-tensors that the files lack or hold beyond the model's, and answers the mean cross-entropy of a few tokens, which must
-be what the pruned model in the run's memory has. It works beside the scoring, so that a run hardly waits for it.
+`python -m besa_exp.checkpoints.fresh_process` loads a folder with `AutoModelForCausalLM.from_pretrained`, prints the
+tensors that are missing or unexpected in the files, and the mean cross-entropy of a few tokens, which must equal
+that of the pruned model in the run's memory. It works beside the scoring, so that a run hardly waits for it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from besa_exp.errors import RunError
 from besa_exp.machine.memory import free_memory
 from besa_exp.machine.process import run_as_process
 
-TOKENS = 64  # of one sample: enough to tell models apart
+TOKENS = 64  # of one sample: enough to distinguish models
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative; the devices may differ
 SHARE_OF_FREE = 0.5  # of the memory that is free: larger models are not loaded a second time
 
@@ -40,8 +40,8 @@ def token_loss(model: Any, input_ids: Int[Tensor, "sample seq"]) -> float:
 def reloading(
     folder: Path, input_ids: Int[Tensor, "sample seq"], expected: float, dtype: torch.dtype, trust_remote_code: bool
 ) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Begins to load `folder` in a fresh process; what is yielded waits for it and says what was seen, or why nothing
-    was. RunError, then: it does not load, or computes something else than `expected`."""
+    """Starts to load `folder` in a fresh process. The yielded function waits for the result, or the reason why there is
+    none. RunError, then: the folder does not load, or computes something else than `expected`."""
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     free = free_memory()
     if size > SHARE_OF_FREE * free:
@@ -84,7 +84,10 @@ def _answer(
         raise RunError(f"{folder}: the saved model does not load in a fresh process: {last}")
     found = json.loads(said.splitlines()[-1])
     if found["lacking"] or found["left"]:
-        raise RunError(f"{folder}: the saved files lack {found['lacking']} and hold {found['left']} for no use")
+        raise RunError(
+            f"{folder}: the saved model does not load as it was: missing tensors {found['lacking']}, unexpected "
+            f"tensors {found['left']}"
+        )
     if not abs(found["token_loss"] - expected) <= tolerance * abs(expected):
         raise RunError(
             f"{folder}: the saved model computes something else in a fresh process: a loss of "

@@ -63,8 +63,8 @@ def packing_of(reader: Any) -> dict[str, int]:
 
 
 def stored_dtype(packing: dict[str, int]) -> str:
-    """What unpacked weights are stored as: as they were, or, of packed ones, float16: it rounds scale times level plus
-    minimum, whose factors have no more bits than its own, by at most 1 in 2048."""
+    """The dtype of unpacked weights: their own, or float16 for packed ones. float16 rounds scale * level + minimum by
+    at most 1 in 2048, and its factors have no more bits than float16."""
     return STORED.get(next(iter(packing)), "float16")
 
 

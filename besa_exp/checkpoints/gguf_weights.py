@@ -57,7 +57,7 @@ def _plain() -> dict[str, Any]:
 
 
 def _unpacked(file: Path, dtype: torch.dtype) -> Any:
-    """The model. ValueError: the file lacks weights of it; transformers would draw them at random."""
+    """The model. ValueError: weights are missing in the file, which transformers would draw at random."""
     with redirect_stderr(io.StringIO()):  # a progress bar that no switch of transformers' stops
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True, **_plain()
@@ -82,5 +82,5 @@ def _card(reader: Any, file: Path, packing: dict[str, int], dtype: str) -> str:
     licence, name = (reader.fields.get(f"general.{key}") for key in ("license", "name"))
     tags = ["---", f"license: {json.dumps(licence.contents())}", "---", ""] if licence is not None else []
     kinds = ", ".join(f"{count:,} as {kind}" for kind, count in packing.items())
-    told = f"Unpacked from {file.name} (weights: {kinds}) and stored as {dtype}."
-    return "\n".join([*tags, f"# {name.contents() if name is not None else file.stem}", "", told, ""])
+    origin = f"Unpacked from {file.name} (weights: {kinds}) and stored as {dtype}."
+    return "\n".join([*tags, f"# {name.contents() if name is not None else file.stem}", "", origin, ""])

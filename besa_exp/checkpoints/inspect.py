@@ -27,7 +27,7 @@ IN_A_BLOCK = re.compile(r"\.\d+\.(?:.+\.)?\w+\.weight$")  # model.layers.3.mlp.d
 class ModelFolder:
     """`context`: longest window in tokens, None where the config does not say. `linears`: name to [out, in] of the
     two-dimensional weights inside blocks. `weights`: count over all tensors. `saved_bytes`: their size as saved.
-    `to_convert`: they are written anew as safetensors first. Of pickled ones, which are not read before, the linears
+    `to_convert`: they are converted to safetensors first. Of pickled ones, which are not read before, the linears
     are unknown and the count a guess."""
 
     context: int | None
@@ -129,16 +129,19 @@ def read_header(file: Path) -> tuple[dict[str, Any], str | None]:
         except ValueError:
             return {}, f"{file}: its header is not JSON: it is no safetensors file; copy or download it again"
     header.pop("__metadata__", None)
-    told = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-    if size != told:
-        return {}, f"{file}: {size:,} bytes where its header says {told:,}: it was cut off; copy or download it again"
+    expected = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    if size != expected:
+        return (
+            {},
+            f"{file}: {size:,} bytes where its header says {expected:,}: it was cut off; copy or download it again",
+        )
     return header, None
 
 
 def weight_files(folder: Path, where: str | None = None) -> tuple[list[Path], list[str]]:
-    """The safetensors files that make up the model, by transformers' order: what config.json names
-    (`transformers_weights`), model.safetensors, then those of the index; and what is wrong with the set. Where two sets
-    can be meant, neither is taken."""
+    """The safetensors files that make up the model, in transformers' order: the file that config.json
+    names (`transformers_weights`), model.safetensors, then those of the index; and what is wrong with the set. Where
+    the files could mean two different sets, none is used."""
     where, named = where or str(folder), _named_weights(folder)
     index = _index(folder, named)
     whole = None if named and index else folder / (named or "model.safetensors")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from transformers.utils import logging as transformers_logging
 
 from besa_exp.checkpoints.config import code_of
+from besa_exp.checkpoints.fetch import fetched_config, fetched_model
 from besa_exp.checkpoints.gguf_file import inspect_gguf, is_gguf
 from besa_exp.checkpoints.inspect import (
     CONTEXT_KEYS,
     index_without_metadata,
-    inspect_config,
     inspect_model_folder,
-    only_pickled,
     weight_files,
 )
 from besa_exp.checkpoints.pickles import converted_folder
 from besa_exp.checkpoints.streaming import StreamedWeights, dtype_of, open_streamed
 from besa_exp.checkpoints.tensor_sources import without_ignored
 from besa_exp.checkpoints.transformers_config import read_config
-from besa_exp.errors import ConfigurationError, first_line
-from besa_exp.hub.client import MODEL_FILES, OTHER_FORMATS
-from besa_exp.hub.reachability import HUB_TIMEOUT
+from besa_exp.errors import ConfigurationError, Unavailable, first_line
+from besa_exp.hub.client import NoSuchModel
 from besa_exp.machine import distributed
 from besa_exp.machine.memory import free_memory
 from besa_exp.settings import ModelSettings
@@ -188,96 +186,32 @@ def load_tokenizer(settings: ModelSettings, folder: Path) -> PreTrainedTokenizer
 
 def _folder(settings: ModelSettings, offline: bool) -> Path:
     """The folder of the model's files; those of a hub id are fetched into the local cache."""
-    path = model_path(settings)
-    return Path(path) if Path(path).is_dir() else _from_hub(settings, offline)
+    path = Path(model_path(settings))
+    return path if path.is_dir() else _of_hub(fetched_model, settings, offline)
 
 
 def config_folder(settings: ModelSettings, offline: bool) -> Path:
     """A folder that holds the model's config; of a hub id no weight is fetched, and a GGUF file is unpacked."""
-    if (unpacked := unpacked_gguf(settings)) is not None:
-        return unpacked
-    path = model_path(settings)
-    return Path(path) if Path(path).is_dir() else _HubModel.asked(settings, offline).fetched(["*.json", "*.py"])
+    path = unpacked_gguf(settings) or Path(model_path(settings))
+    return path if path.is_dir() else _of_hub(fetched_config, settings, offline)
 
 
-def _from_hub(settings: ModelSettings, offline: bool) -> Path:
-    """The hub's files in the local cache. config.json comes first: what it speaks against is refused before the weights
-    come."""
-    model = _HubModel.asked(settings, offline)
-    return model.fetched(wanted_files(settings, model.fetched(["*.json"]), model.names))
-
-
-@dataclass(frozen=True)
-class _HubModel:
-    """A model of the hub: the `names` of its files, none where the hub was not asked, and why it is `unreachable`."""
-
-    settings: ModelSettings
-    names: Sequence[str]
-    unreachable: str | None
-
-    @staticmethod
-    def asked(settings: ModelSettings, offline: bool) -> _HubModel:
-        """Asks the hub; its own client would wait for ever for one that does not answer. ConfigurationError: it knows
-        no such model."""
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import (
-            HTTPError,  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
-
-        if offline:
-            return _HubModel(settings, [], "offline=true")
-        path = model_path(settings)
-        try:
-            info = HfApi().model_info(path, revision=settings.revision, timeout=HUB_TIMEOUT)
-        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-            raise ConfigurationError(
-                f"model.path={path}: the hub shows no such model or revision ({first_line(error)}); check model.path "
-                "and model.revision, or log in (hf auth login) if it is private or gated"
-            ) from error
-        except (OSError, HTTPError) as error:
-            return _HubModel(settings, [], first_line(error))
-        return _HubModel(settings, [file.rfilename for file in info.siblings or []], None)
-
-    def fetched(self, patterns: Sequence[str]) -> Path:
-        """The folder, in the local cache, of its files that match. ConfigurationError: they cannot be had."""
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            HTTPError,  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
-        )
-
-        path = model_path(self.settings)
-        try:
-            folder = snapshot_download(
-                path,
-                revision=self.settings.revision,
-                local_files_only=self.unreachable is not None,
-                allow_patterns=list(patterns),
-                ignore_patterns=OTHER_FORMATS,
-            )
-        except (OSError, ValueError, HTTPError) as error:
-            raise ConfigurationError(
-                f"model.path={path}: not in the local cache, and the hub cannot be reached "
-                f"({self.unreachable or first_line(error)}); check the network, HF_ENDPOINT and proxies, or fetch it "
-                f"where there is one (hf download {path}) and give model.path that folder"
-            ) from error
-        return Path(folder)
-
-
-def wanted_files(settings: ModelSettings, folder: Path, names: Sequence[str]) -> list[str]:
-    """Patterns of the files to fetch; `names` are all that the hub has, none where it was not asked.
-    ConfigurationError: the config speaks against the model, or pickled weights are all there is."""
+def _of_hub(fetch: Callable[[ModelSettings, bool], Path], settings: ModelSettings, offline: bool) -> Path:
+    """What `fetch` fetches. ConfigurationError: the hub has no such model, or its files cannot be had."""
     where = f"model.path={settings.path}"
-    problems = inspect_config(folder, where, settings.trust_remote_code)[1]
-    pickles = [name for name in names if name.endswith(".bin")]
-    if pickles and not any(name.endswith(".safetensors") for name in names):
-        problems += [] if settings.convert else [only_pickled(where, pickles[0])]
-    elif names:
-        pickles = []
-    if problems:
-        raise ConfigurationError(*problems)
-    return MODEL_FILES + (["*.bin"] if settings.convert and (pickles or not names) else [])
+    try:
+        return fetch(settings, offline)
+    except NoSuchModel as error:
+        raise ConfigurationError(
+            f"{where}: {error}; check model.path and model.revision, or log in (hf auth login) if it is private or "
+            "gated"
+        ) from error
+    except Unavailable as error:
+        raise ConfigurationError(
+            f"{where}: not in the local cache, and the hub cannot be reached "
+            f"({'offline=true' if offline else error}); check the network, HF_ENDPOINT and proxies, or fetch it "
+            f"where there is one (hf download {settings.path}) and give model.path that folder"
+        ) from error
 
 
 def _cannot_load(settings: ModelSettings, error: Exception) -> ConfigurationError:
@@ -310,3 +244,8 @@ def model_context(model: nn.Module) -> int:
     config: Any = model.config
     known = (getattr(config.get_text_config(), key, None) for key in CONTEXT_KEYS)
     return int(next((length for length in known if length), CONTEXT))
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """The number of token ids that the model has an embedding for."""
+    return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Pickled weights (.bin) written anew as safetensors, when the user asks for it (`model.convert=true`).
+"""Pickled weights (.bin) converted to safetensors when the user asks for it (`model.convert=true`).
 
 They are read by torch.load(weights_only=True), which builds tensors and plain containers and runs no code; whatever
 else a file asks for is refused.

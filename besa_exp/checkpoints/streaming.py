@@ -73,7 +73,7 @@ class StreamedWeights:
 
     @contextmanager
     def on_demand(self, blocks: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Lets the model be called as a whole: each block's weights are read anew in each of its forward passes."""
+        """Lets the model be called as a whole: each block's weights are read again in each of its forward passes."""
         hooks = []
         for name, module in blocks.items():
             hooks.append(module.register_forward_pre_hook(partial(self._load_before, name)))
@@ -148,7 +148,7 @@ def keeps_fp32(model: PreTrainedModel) -> str | None:
 
 
 def saves_blocks_anew(model: PreTrainedModel) -> bool:
-    """Whether the saved model has other names or shapes for a block's tensors, so that its file is no finished one."""
+    """Whether a block's tensors have other names or shapes in the saved model, so that its file cannot be reused."""
     path, modules = discover_blocks(model)
     block = {f"{path}.{len(modules) - 1}.{name}": tensor for name, tensor in modules[-1].state_dict().items()}
     return as_saved(model, block).keys() != block.keys()
@@ -163,8 +163,8 @@ def give_back_large_tensors() -> None:
 
 
 def give_back_memory() -> None:
-    """Lets glibc return what was freed to the system, in pieces smaller than those: a streamed model of 4 GB was seen
-    to grow by 100 MB a block. Other C libraries need no word."""
+    """Makes glibc return freed memory to the system, also in smaller pieces: without it a streamed model of 4 GB grew
+    by 100 MB a block. Other C libraries are left alone."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,9 +1,9 @@
 """How the tensors of a model folder become those of the model: as they are, under another name, or several made one.
 
-For each family transformers keeps what it renames, stacks or splits as it loads (its conversion mapping: GPT-NeoX's
-head, the experts of a mixture), and undoes it as it saves. Its own transforms are applied here to one tensor of the
-model at a time, so that a block is read, or written, without the others. They are tried without data first: what they
-make must be the model's tensors, by name and shape, and no fewer.
+transformers has a conversion mapping for each family: what it renames, stacks or splits when it loads (GPT-NeoX's
+head, the experts of a mixture) and undoes when it saves. Its own transforms are applied here to one tensor of the model
+at a time, so that a block is read or written without the others. They are first tried without data: their results must
+be exactly the model's tensors, by name and shape.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ def tensors_of_file(path: Path, model: PreTrainedModel) -> dict[str, Source]:
 
 
 def tensor_sources(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, Source]:
-    """The source of each tensor of `model`, whose weights may be absent (meta), by name; of those that are tied where
-    the files hold them, and of the one that the others are tied to by whichever the files hold. The model remembers
-    what was converted, as after `from_pretrained`.
+    """The source of each tensor of `model`, whose weights may be absent (meta), by name. A tied tensor has a source
+    only if the files hold it; the tensor that others are tied to takes whichever of them the files hold. The model
+    remembers what was converted, as after `from_pretrained`.
 
     ValueError: the files do not make up the model's tensors."""
     wanted = model.state_dict()
@@ -147,25 +147,25 @@ def _check(
     missing = sorted(wanted.keys() - shapes.keys() - tied)
     left = without_ignored(model, [*left, *(shapes.keys() - wanted.keys())])
     other = sorted(name for name in shapes.keys() & wanted.keys() if shapes[name] != tuple(wanted[name].shape))
-    for names, told in ((missing, "lack"), (left, "also hold"), (other, "hold in another shape")):
+    for names, verb in ((missing, "lack"), (left, "also hold"), (other, "hold in another shape")):
         if names:
             raise ValueError(
-                f"the files {told} {', '.join(names[:2])}: they do not make up the tensors of {type(model).__name__}, "
+                f"the files {verb} {', '.join(names[:2])}: the checkpoint does not match {type(model).__name__}, "
                 "renamed, stacked or split as transformers does it"
             )
 
 
 def without_ignored(model: Any, unexpected: Iterable[str]) -> list[str]:
-    """Tensors that the files hold beyond the model's, without those that its class, by transformers' own rule, or older
-    checkpoints are known to hold."""
-    told = SimpleNamespace(missing_keys=set(), unexpected_keys=set(unexpected))
-    model._adjust_missing_and_unexpected_keys(told)
-    return sorted(name for name in told.unexpected_keys if not name.endswith(NOT_WEIGHTS))
+    """Tensors in the files for which the model has no place, except those that transformers ignores for its class and
+    those known from older checkpoints."""
+    found = SimpleNamespace(missing_keys=set(), unexpected_keys=set(unexpected))
+    model._adjust_missing_and_unexpected_keys(found)
+    return sorted(name for name in found.unexpected_keys if not name.endswith(NOT_WEIGHTS))
 
 
 def read_tensors(sources: Iterable[Source], dtype: torch.dtype) -> dict[str, Tensor]:
     """The model's tensors that `sources` make, on the CPU, by name. A file is opened once for all that it holds as it
-    is, and anew for each tensor that is converted, so that no more of it stays in memory."""
+    is, and once more for each tensor that is converted, so that no more of it stays in memory."""
     made: dict[str, Tensor] = {}
     distinct = {source.name: source for source in sources}.values()
     as_they_are = [source for source in distinct if source.conversion is None]

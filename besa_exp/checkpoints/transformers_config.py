@@ -1,4 +1,4 @@
-"""A model's config as transformers reads it, with what does not hold on this machine, or here, replaced.
+"""A model's config as transformers reads it, with replacements for what cannot be used on this machine.
 
 Whole, streamed and weightless models are built from it, so that they are one model.
 """
@@ -18,9 +18,8 @@ ATTENTIONS = (None, "eager", "sdpa")  # what PyTorch itself computes; all else i
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> tuple[PreTrainedConfig, list[str]]:
-    """The config, and what of it was replaced, in sentences: attention by another package (flash attention) becomes
-    what transformers chooses here; outputs as bare tuples are never asked for. OSError, ValueError: it cannot be
-    read."""
+    """The config, and a sentence for each replacement: attention by another package (flash attention) becomes what
+    transformers chooses here, and outputs are never bare tuples. OSError, ValueError: it cannot be read."""
     config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     config.return_dict = True
     asked = config._attn_implementation

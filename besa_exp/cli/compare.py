@@ -14,7 +14,7 @@ from besa_exp.errors import ConfigurationError
 from besa_exp.report.comparison import BY, Comparison, compare
 from besa_exp.report.comparison_formats import csv_of, latex, terminal_table
 from besa_exp.report.folders import find_runs
-from besa_exp.report.runs import Run, read_run
+from besa_exp.report.runs import RunRecord, read_run
 
 DESCRIPTION = """\
 Compares finished runs: a row for each method and target, with scores over seeds, what was lost against the dense model,
@@ -47,13 +47,13 @@ def comparison(arguments: Sequence[str]) -> int:
     return 0
 
 
-def show(runs: Sequence[Run], found: Sequence[Comparison]) -> None:
+def show(runs: Sequence[RunRecord], found: Sequence[Comparison]) -> None:
     """The tables on standard output, as wide as the terminal is."""
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, emoji=False)
     console.print(Group(*tables(runs, found, console.width)))
 
 
-def tables(runs: Sequence[Run], found: Sequence[Comparison], width: int) -> list[RenderableType]:
+def tables(runs: Sequence[RunRecord], found: Sequence[Comparison], width: int) -> list[RenderableType]:
     """A table a model, and a line about runs that are not finished."""
     parts: list[RenderableType] = []
     for one in found:
@@ -68,6 +68,6 @@ def tables(runs: Sequence[Run], found: Sequence[Comparison], width: int) -> list
     return parts if unfinished else parts[:-1]
 
 
-def _common(runs: Sequence[Run]) -> str:
+def _common(runs: Sequence[RunRecord]) -> str:
     parents = {str(Path(run.folder).parent) for run in runs}
     return " ".join(sorted(parents)[:3])

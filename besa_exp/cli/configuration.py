@@ -9,9 +9,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -33,9 +33,7 @@ __all__ = ["CONF_DIR", "Unreadable", "as_values", "evaluation_folder", "read_eva
 DETERMINING_KEYS = (
     "model",
     "calibration",
-    "pruner",
-    "update",
-    "budget",
+    *METHOD_GROUPS,
     "evaluator",
     "sparsity",
     "pattern",
@@ -202,33 +200,20 @@ def _slug(part: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", str(part)).strip("._-")[:NAME_LENGTH] or "_"
 
 
-def _evaluation_folder_of_root(*, _root_: DictConfig) -> str:
-    return evaluation_folder(_root_)
-
-
-def _run_name_of_root(*, _root_: DictConfig) -> str:
+def _kept_name(root: DictConfig) -> str:
     """A run that is there already under another name, as an earlier version gave it, keeps that one."""
-    name = run_name(_root_)
+    name = run_name(root)
     if Path("outputs", name).exists():
         return name
     kept = sorted(Path("outputs").glob(f"*-s*-{name.rpartition('-')[2]}"))
     return kept[0].name if kept else name
 
 
-def _is_single_run(*, _root_: DictConfig) -> bool:
-    """Whether the job is no sweep's. In a running job Hydra's node is elsewhere."""
-    mode = OmegaConf.select(_root_, "hydra.mode")
-    if "hydra" not in _root_ and HydraConfig.initialized():
-        mode = HydraConfig.get().mode
-    return mode != RunMode.MULTIRUN
-
-
-def _study(*, _root_: DictConfig) -> str | None:
-    """The experiment preset, by which a tracker groups runs. In a running job Hydra's node is elsewhere."""
-    choices = OmegaConf.select(_root_, "hydra.runtime.choices")
-    if choices is None and "hydra" not in _root_ and HydraConfig.initialized():
-        choices = HydraConfig.get().runtime.choices
-    return (choices or {}).get("experiment")
+def _of_hydra(root: DictConfig, key: str) -> Any:
+    """A value of Hydra's node, which in a running job is elsewhere."""
+    if "hydra" not in root and HydraConfig.initialized():
+        return OmegaConf.select(cast(DictConfig, HydraConfig.get()), key)
+    return OmegaConf.select(root, f"hydra.{key}")
 
 
 def _from_wandb(name: str, default: Any = None) -> Any:
@@ -239,8 +224,20 @@ def _from_wandb(name: str, default: Any = None) -> Any:
     return WANDB_MODES_ONCE.get(value, value) if name == "MODE" and value else value or default
 
 
+# What a configuration may ask of itself as ${NAME:}.
+OF_ROOT: Mapping[str, Callable[[DictConfig], Any]] = {
+    "run_name": _kept_name,
+    "evaluation_folder": evaluation_folder,
+    "model_name": lambda root: _model_name({"model": {"path": OmegaConf.select(root, "model.path")}}),
+    "single_run": lambda root: _of_hydra(root, "mode") != RunMode.MULTIRUN,  # the job is no sweep's
+    "study": lambda root: (_of_hydra(root, "runtime.choices") or {}).get("experiment"),  # trackers group runs by it
+}
+
+
+def _asked_of_root(answer: Callable[[DictConfig], Any]) -> Callable[..., Any]:
+    return lambda *, _root_: answer(_root_)
+
+
 OmegaConf.register_new_resolver("wandb", _from_wandb, replace=True)
-OmegaConf.register_new_resolver("study", _study, replace=True)
-OmegaConf.register_new_resolver("single_run", _is_single_run, replace=True)
-OmegaConf.register_new_resolver("evaluation_folder", _evaluation_folder_of_root, replace=True)
-OmegaConf.register_new_resolver("run_name", _run_name_of_root, replace=True)
+for _name, _answer in OF_ROOT.items():
+    OmegaConf.register_new_resolver(_name, _asked_of_root(_answer), replace=True)

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from besa_exp.checkpoints.fetch import fetched_model
 from besa_exp.checkpoints.inspect import inspect_model_folder
-from besa_exp.errors import Unavailable, first_line
+from besa_exp.errors import ConfigurationError, Unavailable, first_line
 from besa_exp.evaluation.task_definitions import needed
-from besa_exp.hub.client import NOT_CACHED, is_hub_id, model_snapshot, offline_hub
+from besa_exp.hub.client import NOT_CACHED, is_hub_id, offline_hub
 from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings
 from besa_exp.texts.sources import HUB_FILES, Use, commit_of, fetch
 
@@ -26,8 +27,9 @@ Kind = Literal["model", "calibration", "perplexity", "task"]
 
 @dataclass(frozen=True)
 class Need:
-    """One thing of the hub that a run needs: a model, one file of a data set, or a task's data set (`config` of it),
-    defined in lm-eval or in `include_path`. `name` is what a person calls it."""
+    """One thing of the hub that a run needs: a model (`convert`: pickled weights too, where it has no others), one file
+    of a data set, or a task's data set (`config` of it), defined in lm-eval or in `include_path`. `name` is what a
+    person calls it."""
 
     kind: Kind
     name: str
@@ -36,6 +38,7 @@ class Need:
     filename: str | None = None
     config: str | None = None
     include_path: str | None = None
+    convert: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def needs_of(
     as where it is refused already."""
     needs = []
     if model is not None and is_hub_id(model.path):
-        needs.append(Need("model", model.path, model.path, model.revision))
+        needs.append(Need("model", model.path, model.path, model.revision, convert=model.convert))
     if calibration is not None and (source := calibration.path or calibration.name) in HUB_FILES:
         needs.append(_file_of(source, "calibration"))
     if evaluator is not None:
@@ -81,7 +84,7 @@ def held(need: Need) -> Held:
 def bring(need: Need) -> None:
     """Downloads what is not in the caches. Unavailable: it cannot be had."""
     if need.kind == "model":
-        model_snapshot(need.repository, need.revision, offline=False)
+        _fetched(need, offline=False)
     elif need.kind == "task":
         from besa_exp.evaluation.task_loading import load_task  # lm-eval's own way to it
 
@@ -122,6 +125,7 @@ def prefetch_command(needs: Sequence[Need]) -> str:
     for need in needs:
         if need.kind == "model":
             words += [f"model.path={need.name}", *([f"model.revision={need.revision}"] if need.revision else [])]
+            words += ["model.convert=true"] if need.convert else []
         elif need.kind == "calibration":
             words.append(f"calibration={need.name}")
     words.append("evaluator=none")
@@ -146,8 +150,19 @@ def _task_data(name: str, evaluator: EvaluatorSettings) -> Iterator[Need]:
             yield Need("task", leaf.name, str(place), config=config, include_path=own)
 
 
+def _fetched(need: Need, offline: bool) -> Path:
+    """The folder of a model's files. What the config says against it is told when it is to be loaded."""
+    try:
+        settings = ModelSettings(
+            need.name, need.repository, need.revision, trust_remote_code=True, convert=need.convert
+        )
+        return fetched_model(settings, offline)
+    except ConfigurationError as error:
+        raise Unavailable(str(error)) from error
+
+
 def _held_model(need: Need) -> Held:
-    folder = model_snapshot(need.repository, need.revision, offline=True)
+    folder = _fetched(need, offline=True)
     _, problems = inspect_model_folder(folder, convert=True, trust_remote_code=True)  # is it whole? no more is asked
     if problems:
         raise Unavailable("; ".join(problems))

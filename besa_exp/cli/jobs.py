@@ -31,7 +31,7 @@ from besa_exp.cli.sweep_display import Course, show_sweep
 from besa_exp.display.console import duration, next_steps
 from besa_exp.display.missed_target import miss_of, told_miss
 from besa_exp.errors import ConfigurationError, RunError, first_line
-from besa_exp.evaluation.task_metrics import main_metric, metric_name, partly_scored, with_error
+from besa_exp.evaluation.score import Scores, main_scores, partly_scored
 from besa_exp.hub.publish import publish
 from besa_exp.machine.environment_variables import set_before_imports
 from besa_exp.machine.streams import keep_streams
@@ -201,20 +201,21 @@ def _remove_refused(made: Sequence[Path]) -> None:
 
 def summary_line(results: Mapping[str, Any]) -> str:
     """The results of one run in a line: measured sparsity, and each score with the dense model's."""
-    dense = results.get("dense") or {}
     missed = told_miss(results)
     parts = [f"{100 * results['measured_sparsity']:.2f} % zeros" + (f" - {missed}" if missed else "")]
-    for name, value in results["perplexity"].items():
-        before = (dense.get("perplexity") or {}).get(name)
-        parts.append(f"perplexity {Path(name).name} {_number(value, 3)}" + (f" (dense {before:.3f})" if before else ""))
-    partly = dict(partly_scored(results))
-    for task, metrics in results["zero_shot"].items():
-        if (key := main_metric(metrics)) is None:
-            continue
-        before = (dense.get("zero_shot") or {}).get(task, {}).get(key)
-        beside = [*([partly[task]] if task in partly else []), *([f"dense {before:.4f}"] if before else [])]
-        shown = f"{task} {metric_name(key)} {with_error(metrics, key)}"
-        parts.append(shown + (f" ({', '.join(beside)})" if beside else ""))
+    if size := results.get("structure") and results["parameters"]:
+        parts.append(f"{1 - size['left'] / size['dense']:.1%} of the parameters removed whole")
+    scores = Scores.from_dict(results).scores
+    dense = {score.path: score.value for score in Scores.from_dict(results.get("dense") or {}).scores}
+    for score in scores:
+        if score.kind == "perplexity":
+            before = f" (dense {value:.3f})" if (value := dense.get(score.path)) else ""
+            parts.append(f"perplexity {Path(score.name).name} {_number(score.value, 3)}{before}")
+    partly = partly_scored(scores)
+    for score in main_scores(scores):
+        beside = [partly[score.name]] if score.name in partly else []
+        beside += [f"dense {value:.4f}"] if (value := dense.get(score.path)) else []
+        parts.append(f"{score.label} {score.shown}" + (f" ({', '.join(beside)})" if beside else ""))
     return ", ".join(parts)
 
 

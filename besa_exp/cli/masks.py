@@ -67,6 +67,11 @@ def _check(path: Path, model: ModelSettings, out: Path) -> tuple[dict, list[str]
             f"{path}: {description['method']} updated the weights that it kept, so masks and dense weights do not "
             "give its model; prune with save.model=true to keep it (magnitude, wanda and besa decide masks alone)"
         )
+    for stage in {"structure", "recovery"} & description.keys():
+        problems.append(
+            f"{path}: the run changed the model by a {stage} too, which masks and dense weights do not give; prune "
+            "with save.model=true to keep its model"
+        )
     if facts and "dtype" in description:
         a_weight = BYTES_OF_DTYPE.get(description["dtype"])
         problems += check_disk(out, facts.weights * a_weight if a_weight else facts.saved_bytes, "--out")

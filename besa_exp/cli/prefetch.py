@@ -25,15 +25,15 @@ from besa_exp.cli.hub_needs import Held, Need, bring, described, held, needs_of,
 from besa_exp.cli.preflight import check_model
 from besa_exp.cli.prune import composed
 from besa_exp.cli.request import CONFIG_NAME, composer_of
-from besa_exp.errors import ConfigurationError, Unavailable, first_line
+from besa_exp.errors import ConfigurationError, Unavailable
 from besa_exp.evaluation.checks import check_evaluator
+from besa_exp.hub.client import hub_problem
 from besa_exp.machine import atomic
 from besa_exp.machine.environment_variables import set_before_imports
 from besa_exp.settings import RunSettings
 from besa_exp.texts.calibration_check import check_calibration
 
 Status = Literal["there", "fetched", "missing"]
-PATIENCE = 10  # seconds for the hub to answer at all
 WIDTH_OF_FILES = 200  # columns of a table that no terminal shows
 
 
@@ -58,7 +58,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if not needs:
         print("nothing is needed of the hub: model, text and tasks are on this machine")
         return 0
-    unreachable = "offline=true" if any(job.offline for job in jobs) else _unreachable()
+    unreachable = "offline=true" if any(job.offline for job in jobs) else _silent()
     items = [_settled(need, unreachable) for need in needs]
     _show(items)
     path = _write_manifest(items)
@@ -105,17 +105,10 @@ def _settings(config: DictConfig, problems: dict[str, str]) -> list[RunSettings]
     return [] if found else [settings]
 
 
-def _unreachable() -> str | None:
-    """Why the hub does not answer; None: it does. Its own client would try for minutes."""
+def _silent() -> str | None:
     from huggingface_hub import constants
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
-    from huggingface_hub.utils import get_session
 
-    try:
-        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
-    except (OSError, HTTPError) as error:
-        return f"{constants.ENDPOINT} does not answer: {first_line(error)}"
-    return None
+    return (problem := hub_problem()) and f"{constants.ENDPOINT} does not answer: {problem}"
 
 
 def _settled(need: Need, unreachable: str | None) -> Item:

@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from besa_exp.errors import did_you_mean
 
 MISSING_VALUE = "???"  # what OmegaConf calls a value that the user must give
+SCALARS = (bool, int, float, str)
 UNREAD = object()  # stands for a value that could not be read
 
 
@@ -108,6 +109,8 @@ class Reader:
         if value in words:
             return value
         (hint,) = (option for option in options if option is not type(None) and get_origin(option) is not Literal)
+        if words and hint not in SCALARS:  # an object, or the name of one
+            return self.node(value, hint, key) if isinstance(value, Mapping) else self._choice(value, tuple(words), key)
         return self._scalar(value, hint, key, words) if words else self.value(value, hint, key)
 
     def _choice(self, value: Any, choices: tuple[Any, ...], key: str) -> Any:

@@ -18,12 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from besa_exp.cli.compose import Composer, key_of, told_sweep
-from besa_exp.cli.configuration import METHOD_GROUPS, Unreadable, method_name, read_settings
+from besa_exp.cli.configuration import Unreadable, method_name, read_settings
 from besa_exp.cli.launchers import launcher_lines, launcher_of
 from besa_exp.cli.preflight import preflight
 from besa_exp.errors import ConfigurationError
 from besa_exp.hub.publish import check_names, check_push
 from besa_exp.machine.environment_variables import set_before_imports
+from besa_exp.presets import METHOD_GROUPS
 from besa_exp.run_folder.inputs import check_run_inputs
 from besa_exp.run_folder.status import is_done
 from besa_exp.tensors.pattern import parse_pattern
@@ -182,7 +183,7 @@ def _concerns_the_pruner(composer: Composer, job: Job) -> bool:
     keys = {key_of(line) for line in job.lines}
     own = any(key.startswith(tuple(f"{group}." for group in METHOD_GROUPS)) for key in keys)
     own = own or ("pruner" in keys and composer.search_path)
-    asked = ("sparsity", "pattern", "experiment", "update", "budget")
+    asked = {"sparsity", "pattern", "experiment", *METHOD_GROUPS} - {"pruner"}  # a preset of ours is sound by itself
     return bool(own) or any(key in keys and not _refused(composer, key) for key in asked)
 
 

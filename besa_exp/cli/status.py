@@ -17,7 +17,7 @@ from rich.text import Text
 
 from besa_exp.display.console import duration
 from besa_exp.report.folders import find_runs
-from besa_exp.report.runs import Run, read_run
+from besa_exp.report.runs import RunRecord, read_run
 from besa_exp.run_folder.status import KILLED, read_status
 
 PLAIN_WIDTH = 160
@@ -40,7 +40,7 @@ def status(arguments: Sequence[str]) -> int:
     return int(any(run.status in ("failed", "unreadable") for run in runs))
 
 
-def told(runs: Sequence[Run], everything: bool = False) -> list[RenderableType]:
+def told(runs: Sequence[RunRecord], everything: bool = False) -> list[RenderableType]:
     """The counts, then a table of the runs that are not done (of all with `everything`), and how to go on."""
     counts = {state: sum(run.status == state for run in runs) for state in sorted({r.status for r in runs}, key=_order)}
     head = f"{len(runs)} run{'' if len(runs) == 1 else 's'}: " + ", ".join(
@@ -61,7 +61,7 @@ def _order(state: str) -> int:
     return ORDER.index(state) if state in ORDER else len(ORDER)
 
 
-def _table(runs: Sequence[Run], blocks: dict[str, int]) -> Table:
+def _table(runs: Sequence[RunRecord], blocks: dict[str, int]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for head in ("status", "run", "blocks", "took", "what happened"):
         table.add_column(head, overflow="fold", no_wrap=head in ("blocks", "took"))
@@ -79,12 +79,12 @@ def _table(runs: Sequence[Run], blocks: dict[str, int]) -> Table:
     return table
 
 
-def _blocks_by_model(runs: Sequence[Run]) -> dict[str, int]:
+def _blocks_by_model(runs: Sequence[RunRecord]) -> dict[str, int]:
     """How many blocks each model has, as finished runs tell."""
     return {run.model: len(run.blocks) for run in runs if run.blocks}
 
 
-def _progress(run: Run, blocks: dict[str, int]) -> str:
+def _progress(run: RunRecord, blocks: dict[str, int]) -> str:
     """`3 of 5`; without a finished run of the same model the number alone."""
     if run.status == "done":
         return str(len(run.blocks))

@@ -1,4 +1,4 @@
-"""Whether a run ended at the sparsity that it was asked for, and whether its pruner can get there at all.
+"""Whether a run reached its target sparsity, and whether its pruner can reach it at all.
 
 A miss begins at half a point: rows of whole weights are off by less where they are not very short."""
 
@@ -33,15 +33,9 @@ def told_miss(results: Mapping[str, Any]) -> str:
     return f"missed its target of {target:g} % by {abs(100 * miss):.1f} points (too {side} zeros)"
 
 
-def reach_of(pruner: Any) -> tuple[float, float]:
-    """The least and the largest sparsity that a pruner, or the one inside it, can end at."""
-    inner = getattr(pruner, "pruner", None)
-    return reach_of(inner) if inner else getattr(pruner, "reach", (0.0, 1.0))
-
-
 def out_of_reach(settings: RunSettings) -> str | None:
     """A sentence where the target is known to be missed before anything is loaded; None: it may be met."""
-    least, most = reach_of(settings.pruner)
+    least, most = settings.pruner.traits.reach
     nearest = min(max(settings.sparsity, least), most)
     if not missed_by(settings.sparsity, nearest):
         return None

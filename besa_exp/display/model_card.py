@@ -14,7 +14,8 @@ import yaml
 from besa_exp.blocks.sparsity_table import type_counts
 from besa_exp.display.markdown import escaped, markdown_table
 from besa_exp.display.missed_target import told_miss
-from besa_exp.evaluation.task_metrics import metric_name, partly_scored
+from besa_exp.display.stages import stage_lines
+from besa_exp.evaluation.score import Scores, partly_scored
 from besa_exp.machine.environment import masked_command
 
 HONESTY = (
@@ -25,6 +26,7 @@ HONESTY_N_M = (
     "The zeros are stored as ordinary dense numbers: as it is, this checkpoint takes the same disk space, memory and "
     "time as the dense one. Hardware and software that know an N:M pattern (2:4 today) can use it after a conversion."
 )
+HONESTY_STRUCTURE = "What was removed whole is not stored: that part does save disk space, memory and time."
 
 FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---\s*(?:\n|$)", re.DOTALL)
 LICENCE_TAGS = ("license", "license_name", "license_link")
@@ -42,7 +44,7 @@ def model_card(
 
     `hub_id` is the dense model's name on the Hugging Face hub, where it has one, `licence` what its own card says of
     that (`base_licence`). The program, first word of
-    `command`, is shown as `besa`: where it is installed is nobody's business."""
+    `command`, is shown as `besa`: where it is installed is private."""
     name = hub_id or results["model"].rstrip("/").rpartition("/")[2]  # of a folder its last part: the rest is private
     model = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else escaped(name)
     target, measured = results["target_sparsity"], results["measured_sparsity"]
@@ -56,6 +58,7 @@ def model_card(
         f"- Sparsity of the pruned linears: target {target:.4f}, measured {measured:.4f}"
         + (f"; **{missed}**" if (missed := told_miss(results)) else ""),
     ]
+    lines += [f"- {what}: {escaped(how)}" for what, how in stage_lines(results).items()]
     if quantisation := results.get("quantisation"):
         shared = "each output channel" if (size := quantisation["group_size"]) is None else f"every {size} inputs"
         lines.append(f"- Weights: rounded to {quantisation['bits']} bits with a scale for {shared}, stored dequantised")
@@ -66,6 +69,7 @@ def model_card(
         samples, length = calibration["num_samples"], calibration["seq_len"]
         lines.append(f"- Calibration: {escaped(calibration['name'])}, {samples} samples of {length} tokens")
     honesty = HONESTY if results["pattern"] == "unstructured" else HONESTY_N_M
+    honesty += f" {HONESTY_STRUCTURE}" if results.get("structure") else ""
     counts = type_counts(results["blocks"]).items()
     rows = [[name, f"{weights:,}", f"{pruned:,}", f"{pruned / weights:.4f}"] for name, (weights, pruned) in counts]
     lines += ["", honesty, "", "## Sparsity by linear type", ""]
@@ -76,7 +80,7 @@ def model_card(
 
 
 def base_licence(folder: Path) -> dict[str, str]:
-    """The licence tags of the model card in a model's folder; none where it has no card, or one that tells none."""
+    """The licence tags of the model card in a model's folder; none where there is no card or it has none."""
     card = folder / "README.md"
     found = FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
     try:
@@ -104,18 +108,18 @@ def _scores(results: Mapping[str, Any]) -> list[str]:
         f"- n/a, {escaped(name)}: {escaped(reason)}"
         for name, reason in sorted((results.get("unavailable") or {}).items())
     ]
-    reasons += [f"- {escaped(task)}: scored on {part}" for task, part in partly_scored(results)]
+    reasons += [
+        f"- {escaped(task)}: scored on {part}" for task, part in partly_scored(Scores.from_dict(results).scores).items()
+    ]
     return [*lines, "", *reasons, *([""] if reasons else [])]
 
 
-def score_rows(scores: Mapping[str, Any]) -> dict[str, float | None]:
-    """`perplexity <set>` and `<task> <metric>` to value; standard errors are left out, None is not available."""
-    rows = {f"perplexity {name}": value for name, value in sorted((scores.get("perplexity") or {}).items())}
-    for task, metrics in sorted((scores.get("zero_shot") or {}).items()):
-        for key, value in sorted(metrics.items()):
-            if not key.partition(",")[0].endswith("_stderr") and isinstance(value, (int, float)):
-                rows[f"{task} {metric_name(key)}"] = value
-    return rows
+def score_rows(results: Mapping[str, Any]) -> dict[str, float | None]:
+    """`perplexity <set>` and `<task> <metric>` to value, None where it is not available."""
+    found = Scores.from_dict(results).scores
+    return {
+        score.label: score.value for score in sorted(found, key=lambda score: (score.kind, score.name, score.metric))
+    }
 
 
 def _simulated_speed(results: Mapping[str, Any]) -> list[str]:

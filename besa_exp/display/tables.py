@@ -19,8 +19,9 @@ from besa_exp import __version__
 from besa_exp.blocks.sparsity_table import block_counts, short_names, type_counts
 from besa_exp.display.loss_colour import colour_of_loss
 from besa_exp.display.model_card import SPEED_HEADS, score_rows, speed_rows
+from besa_exp.display.stages import stage_lines
 from besa_exp.errors import ConfigurationError
-from besa_exp.evaluation.task_metrics import metric_name, partly_scored
+from besa_exp.evaluation.score import Scores, metric_name, partly_scored
 from besa_exp.settings import CalibrationSettings, RunSettings, SaveSettings
 from besa_exp.texts.sources import is_token_file
 from besa_exp.texts.token_files import token_file_shape
@@ -71,7 +72,7 @@ def _windows(calibration: CalibrationSettings) -> str:
     """A token file is taken as it is, whatever num_samples and seq_len say."""
     shape = (calibration.num_samples, calibration.seq_len)
     if calibration.path and is_token_file(calibration.path):
-        with suppress(ConfigurationError):  # told where it is read
+        with suppress(ConfigurationError):  # reported where it is read
             shape = token_file_shape(Path(calibration.path).expanduser())
     return f"{' x '.join(map(str, shape))} tokens"
 
@@ -111,7 +112,8 @@ def sparsity_tables(results: Mapping[str, Any], width: int, style: box.Box) -> l
 
 def result_tables(results: Mapping[str, Any], style: box.Box) -> list[RenderableType]:
     """Scores beside the dense ones, simulated speed, and what is not available."""
-    tables: list[RenderableType] = [_score_table(results, style)] if score_rows(results) else []
+    tables: list[RenderableType] = [Text(f"{what}: {how}") for what, how in stage_lines(results).items()]
+    tables += [_score_table(results, style)] if score_rows(results) else []
     if rows := speed_rows(results):
         tables.append(_speed_table(rows, results["simulated_speed"]["model"], style))
     tables += [Text(f"n/a {name}: {reason}") for name, reason in sorted((results.get("unavailable") or {}).items())]
@@ -183,7 +185,7 @@ def _score_table(results: Mapping[str, Any], style: box.Box) -> Table:
 def _tasks(results: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, bool, str]]]:
     """(row, (` ± error`, whether it should rise, `8 of 1,838`)) of each task's metrics."""
     records = ((results.get("provenance") or {}).get("zero_shot") or {}).get("tasks") or {}
-    partly = dict(partly_scored(results))
+    partly = partly_scored(Scores.from_dict(results).scores)
     for task, metrics in (results.get("zero_shot") or {}).items():
         record = records.get(task) or {}
         whole = record.get("documents")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from besa_exp.blocks.reports import BlockReport, LinearReport, Step
 from besa_exp.blocks.sparsity_table import linear_type
 from besa_exp.display.wandb_run import forget_run, start_run
+from besa_exp.evaluation.score import Scores
 from besa_exp.settings import TrackerSettings
 
 if TYPE_CHECKING:
     import wandb
-
-    from besa_exp.evaluation.scores import Scores
 
 TABLE_COLUMNS = ("block", "linear", "weights", "pruned", "sparsity", "allocated")
 HISTOGRAM_BINS = 50  # of the rows' sparsities, from 0 to 1
@@ -47,8 +46,8 @@ class Tracker(Protocol):
     def log_summary(self, values: Mapping[str, float]) -> None:
         """Values of the run as a whole."""
 
-    def finish(self, reports: Sequence[BlockReport], failed: bool = False) -> None:
-        """Closes the run, with the table of all `reports` where there are any."""
+    def finish(self, failed: bool = False) -> None:
+        """Closes the run, with the table of all blocks where there were any."""
 
 
 class NoTracker:
@@ -66,7 +65,7 @@ class NoTracker:
     def log_summary(self, values: Mapping[str, float]) -> None:
         pass
 
-    def finish(self, reports: Sequence[BlockReport], failed: bool = False) -> None:
+    def finish(self, failed: bool = False) -> None:
         pass
 
 
@@ -77,6 +76,7 @@ class WandbTracker:
         self._run = run
         self._known_blocks = int(run.summary.get("block", -1)) + 1 if run.resumed else 0  # the server has them
         self._num_steps = 0
+        self._reports: list[BlockReport] = []
         self._works = True
 
     def _log_step(self, step: Step) -> None:
@@ -92,6 +92,7 @@ class WandbTracker:
         self._attempt(lambda: self._run.log(values))
 
     def log_block(self, report: BlockReport) -> None:
+        self._reports.append(report)
         if report.index < self._known_blocks:
             self._num_steps += len(report.steps)
             return
@@ -123,17 +124,17 @@ class WandbTracker:
         self._run.log({"block": block, **drawn})
 
     def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
-        values = dict(_flat_scores(scores))
+        values = _summary(scores)
         if dense is not None:
-            values |= {f"dense/{name}": value for name, value in _flat_scores(dense)}
+            values |= {f"dense/{name}": value for name, value in _summary(dense).items()}
         self.log_summary(values)
 
     def log_summary(self, values: Mapping[str, float | str]) -> None:
         self._attempt(lambda: self._run.summary.update(dict(values)))
 
-    def finish(self, reports: Sequence[BlockReport], failed: bool = False) -> None:
-        if reports:
-            self._attempt(lambda: self._log_allocation(reports))
+    def finish(self, failed: bool = False) -> None:
+        if self._reports:
+            self._attempt(lambda: self._log_allocation(self._reports))
         self._works = True  # a run that failed to log is closed all the same
         self._attempt(lambda: self._run.finish(exit_code=int(failed)))
 
@@ -161,7 +162,7 @@ class WandbTracker:
             act()
         except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run is worth more
             self._works = False
-            logger.warning("W&B failed (%s) and is left out from here on; metrics.jsonl has it all", _one_line(error))
+            logger.warning("W&B logging stopped (%s). The run continues; metrics.jsonl is complete.", _one_line(error))
 
 
 def start_tracker(
@@ -169,8 +170,9 @@ def start_tracker(
 ) -> Tracker:
     """The tracker that `settings` ask for, its files in `folder`/wandb; without W&B a warning and a tracker of nothing.
 
-    `config` (plain values) is logged with its secrets masked. A second start in one folder goes on with the same id:
-    offline anew, because the caller logs the finished blocks again; online after the last block that W&B knows."""
+    `config` (plain values) is logged with its secrets masked. A second start in one folder continues with the same
+    id: offline from the first block, because the caller logs the finished ones again; online after the last block that
+    W&B knows."""
     if settings.name == "none" or settings.mode == "disabled":
         return NoTracker()
     try:
@@ -180,23 +182,22 @@ def start_tracker(
             logger.warning("W&B cannot be reached (%s): logging offline, `wandb sync` sends it later", _one_line(error))
             forget_run(folder)  # W&B's process still holds the one that failed
             return start_tracker(replace(settings, mode="offline"), folder, config, run_name, pruner)
-        logger.warning("W&B cannot be used (%s): going on without; metrics.jsonl has it all", _one_line(error))
+        logger.warning(
+            "W&B cannot be used (%s). The run continues without it; metrics.jsonl is complete.", _one_line(error)
+        )
         return NoTracker()
 
 
-def _flat_scores(scores: Scores) -> Iterator[tuple[str, float | str]]:
-    for name, value in scores.perplexity.items():
-        if value is not None:
-            yield f"perplexity/{name}", value
-    for task, metrics in scores.zero_shot.items():
-        for metric, value in metrics.items():
-            yield f"zero_shot/{task}/{metric}", value
-    for kind, row in scores.simulated_speed.get("linears", {}).items():
-        yield from ((f"simulated_speed/{kind}/{key}", value) for key, value in row.items() if value is not None)
-    for kind, row in scores.speed.get("linears", {}).items():
-        yield from ((f"speed/{kind}/{key}", value) for key, value in row.items())
-    for name, reason in scores.unavailable.items():
-        yield f"unavailable/{name}", reason
+def _summary(scores: Scores) -> dict[str, float | str]:
+    """Summary values: `zero_shot/piqa/acc,none` and their like."""
+    values: dict[str, float | str] = {}
+    for score in scores.scores:
+        place = score.path.removesuffix(score.metric)
+        values |= {place + key: value for key, value in score.numbers.items()}
+    for name, speed in (("simulated_speed", scores.simulated_speed), ("speed", scores.speed)):
+        for kind, row in speed.get("linears", {}).items():
+            values |= {f"{name}/{kind}/{key}": value for key, value in row.items() if value is not None}
+    return values | {f"unavailable/{name}": reason for name, reason in scores.unavailable.items()}
 
 
 def _by_type(report: BlockReport, field: str) -> dict[str, float]:

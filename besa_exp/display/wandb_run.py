@@ -25,7 +25,7 @@ STEP_METRICS = {"step/*": "optimisation_step", "block/*": "block", "allocated/*"
 def start_run(
     settings: TrackerSettings, folder: Path, config: Mapping[str, Any], run_name: str, pruner: str
 ) -> wandb.Run:
-    """A new run, or, in a folder that has one, the same again; what W&B raises where it cannot be had."""
+    """A new run, or the run that the folder already has. Raises what W&B raises where neither can be opened."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read at import: no crash reports over the network
     import wandb
 

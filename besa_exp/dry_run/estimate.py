@@ -29,8 +29,8 @@ from transformers import PreTrainedModel
 from besa_exp.blocks.activations import activation_bytes, allocator
 from besa_exp.blocks.block import discover_blocks, discover_linears
 from besa_exp.blocks.head import head_of
+from besa_exp.blocks.observation import Observed
 from besa_exp.blocks.pruner import Pruner
-from besa_exp.blocks.units import blocks_together, refinements, takes_apart
 from besa_exp.checkpoints.files import weights_sha256
 from besa_exp.checkpoints.load import is_large, weight_bytes
 from besa_exp.checkpoints.streaming import cannot_stream, give_back_memory, saves_blocks_anew
@@ -45,10 +45,11 @@ from besa_exp.machine import atomic
 from besa_exp.machine.device import compute_dtype, prepared_device
 from besa_exp.machine.memory import free_memory
 from besa_exp.methods.budgets.budget import Budget, pruned_to
-from besa_exp.methods.budgets.trial import Search
+from besa_exp.methods.budgets.trial import DepthSearch
 from besa_exp.methods.updates.updated import with_update
 from besa_exp.settings import RunSettings
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.importance import importance_of
+from besa_exp.tensors.masks import Goal
 
 Place = Literal["device", "host", "disk"]
 Phase = Literal["load", "prune", "save", "evaluate"]
@@ -165,9 +166,9 @@ def estimate(settings: RunSettings, folder: Path, tell: Callable[[str], None] = 
 
 
 def _not_estimated(settings: RunSettings, found: Measured) -> list[str]:
-    over_depth = isinstance(settings.budget, Search | Budget)
+    over_depth = isinstance(settings.budget, DepthSearch | Budget)
     notes = ["the memory of a budget over depth is not estimated"] if over_depth else []
-    if refinements(settings.pruner, settings.pattern):
+    if settings.pruner.traits.refinements:
         notes.append("time and memory of the search over the whole model that follows the block loop are not estimated")
     return notes
 
@@ -213,17 +214,17 @@ def _measured(
     for used, module in ((settings.tracker.name == "wandb", "wandb"), (evaluator.tasks, "lm_eval.models.huggingface")):
         if used:
             importlib.import_module(module)  # so that this process holds what a run holds
-    states = activation_bytes(texts.samples, texts.seq_len, size.state, 1, pruner.dense_targets)
+    states = activation_bytes(texts.samples, texts.seq_len, size.state, 1, pruner.traits.dense_targets)
     where, allocate = allocator(settings.activations, device, place, states)
     give_back_memory()
     unmeasured = partial(Measured, psutil.Process().memory_info().rss, where)
-    together = blocks_together(pruner)
+    together = pruner.traits.blocks_together
     if device.type == "cpu" and LEAST_WORK * together * max(size.blocks) + size.outside > free_memory():
         return unmeasured(note="time and working memory are not estimated: one block needs more memory")
-    target = Target.parse(settings.sparsity, settings.pattern)
+    goal = Goal.parse(settings.sparsity, settings.pattern)
     try:
         cut, batch_size = cut_down(model, device, together), settings.calibration.batch_size
-        probe = BlockProbe(cut, device, pruner, target, batch_size, allocate, compute_dtype(settings))
+        probe = BlockProbe(cut, device, pruner, goal, batch_size, allocate, compute_dtype(settings))
         block = probe.cost(texts.samples, texts.seq_len)
         budget = _budget_seconds(probe, settings, texts, len(size.blocks))
         scores = bool(evaluator.perplexity_sets or evaluator.tasks)
@@ -240,16 +241,15 @@ def _measured(
 def _budget_seconds(probe: BlockProbe, settings: RunSettings, texts: Texts, num_blocks: int) -> float:
     """Of a budget over depth: its passes, counted, and what it does besides with a block's weights; of a search over
     whole models what it says it will ask for, at most."""
-    budget, sparsity, length = settings.budget, probe.target.sparsity, min(texts.seq_len, 256)
+    budget, sparsity, length = settings.budget, probe.goal.sparsity, min(texts.seq_len, 256)
     a_token = probe.forward_seconds(1, length) / length
     block, hidden = probe.block_of_noise(1, length)
-    if isinstance(budget, Search):
+    if isinstance(budget, DepthSearch):
         work = budget.work(num_blocks, texts.samples, texts.seq_len, sparsity)
         head = head_of(probe.model, block.layers, torch.zeros(1, length, dtype=torch.int64))
         a_head = min(seconds_of(probe.device, lambda: _compared(head(hidden))) for _ in range(2)) / length
-        weights = {name: linear.weight for name, linear in block.linears.items()}
-        norms = {name: torch.ones(weight.shape[1], device=weight.device) for name, weight in weights.items()}
-        a_pass = seconds_of(probe.device, lambda: [*pruned_to(block, norms, [sparsity])]) / len(block.layers)
+        observed, _ = Observed.of(importance_of(budget.importance), block, hidden, 1)
+        a_pass = seconds_of(probe.device, lambda: [*pruned_to(block, observed, [sparsity])]) / len(block.layers)
         return num_blocks * (work.passes * a_pass + work.tokens * a_token) + work.tokens * a_head
     if not isinstance(budget, Budget):
         return 0.0
@@ -300,7 +300,7 @@ def _memory_parts(
     largest, on_cuda = max(size.blocks), device.type == "cuda"
     if streamed:
         parts.append(Part("weights outside the blocks", memory, size.outside))
-        held = blocks_together(pruner) * largest
+        held = pruner.traits.blocks_together * largest
         parts.append(Part("weights of the block at work", memory, held, ("prune", "evaluate"), "pruner.scope=block"))
         parts += [Part("a block on its way", "host", largest, ("prune", "evaluate"))] * on_cuda
     else:
@@ -327,7 +327,7 @@ def _pruning_parts(pruner: Pruner, states: int, found: Measured, memory: Place) 
     at = cast(Place, found.activations_at if memory == "device" or found.activations_at == "disk" else "host")
     fewer = "a smaller calibration.num_samples or .seq_len"
     elsewhere = {"device": "activations=host or ", "host": "activations=disk or ", "disk": ""}[at]
-    rooms = (4 if pruner.dense_targets else 2) + takes_apart(pruner)
+    rooms = (4 if pruner.traits.dense_targets else 2) + pruner.traits.own_targets
     working = found.block.working_bytes if found.block else None
     smaller = "a smaller calibration.batch_size"
     return [

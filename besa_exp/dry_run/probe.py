@@ -26,7 +26,7 @@ from besa_exp.blocks.probe import num_probe_samples
 from besa_exp.blocks.pruner import Pruner
 from besa_exp.blocks.units import units
 from besa_exp.checkpoints.streaming import give_back_memory
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 
 SAMPLES = (3, 8)  # of the two measurements; of both a search holds back one
 BUDGET = 6.0  # seconds that all measurements should take together
@@ -52,7 +52,7 @@ class BlockProbe:
     model: PreTrainedModel
     device: torch.device
     pruner: Pruner
-    target: Target
+    goal: Goal
     batch_size: int
     allocate: Allocate
     compute_dtype: torch.dtype | None = None
@@ -125,13 +125,13 @@ class BlockProbe:
 
         def prune() -> None:
             for _ in prune_blocks(
-                [block], inputs, self.pruner, self.target, self.batch_size, steps.append, allocate=self.allocate
+                [block], inputs, self.pruner, self.goal, self.batch_size, steps.append, allocate=self.allocate
             ):
                 pass
 
         give_back_memory()
         with PeakMemory(self.device) as memory:
-            rooms = 3 if self.pruner.dense_targets else 1  # that the block loop makes besides the inputs
+            rooms = 3 if self.pruner.traits.dense_targets else 1  # that the block loop makes besides the inputs
             before = memory.now() + (rooms * inputs.nbytes if inputs.device == self.device else 0)
             seconds = seconds_of(self.device, prune)
             working = max(0, memory.peak() - before)

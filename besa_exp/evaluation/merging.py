@@ -8,23 +8,21 @@ one is kept, with its record, in `provenance.replaced`. No torch here.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.checks import perplexity_window
+from besa_exp.evaluation.score import SPEEDS, Score, Scores, perplexity_score
 from besa_exp.evaluation.task_definitions import TASK_FOLDERS, scored_names
 from besa_exp.settings import EvaluatorSettings
 from besa_exp.texts.sources import file_sha256, is_token_file
 from besa_exp.texts.token_files import token_file_shape
 
-if TYPE_CHECKING:
-    from besa_exp.evaluation.scores import Scores
-
-COMMON = "tasks"  # in the record of zero-shot scores: all beside it holds for every task that does not say otherwise
+KINDS = ("perplexity", "zero_shot")
 
 
 @dataclass(frozen=True)
@@ -44,17 +42,19 @@ def remaining(
     if overwrite:
         return Remaining(settings, (), ())
     known, conflicts, sets, tasks = [], [], [], []
+    scores = Scores.from_dict(results)
     for name in settings.perplexity_sets:
-        value, record = _score(results, "perplexity", name)
-        if value is None:
+        found = scores.named("perplexity", name)
+        if not found:
             sets.append(name)
-        elif differs := _set_difference(name, settings, context, record):
+        elif differs := _set_difference(name, settings, context, found[0].conditions):
             conflicts.append(_conflict(f"perplexity on {name}", differs))
         else:
-            known.append(f"perplexity on {name} is known: {value:.4f}")
+            known.append(f"perplexity on {name} is known: {found[0].value:.4f}")
     for name in scored_names(settings):
-        value, record = _score(results, "zero_shot", name)
-        if value is None:
+        found = scores.named("zero_shot", name)
+        record = scores.conditions(found[0]) if found else {}
+        if not found:
             tasks.append(name)
         elif differs := _task_difference(name, settings, seed, record):
             conflicts.append(_conflict(f"zero-shot {name}", differs))
@@ -68,64 +68,61 @@ def remaining(
 
 
 def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], list[str]]:
-    """`results` with the scores, and lines about every score that changed or could not be had anew."""
-    union, told = copy.deepcopy(dict(results)), []
-    for key in ("perplexity", "zero_shot", "unavailable", "provenance"):
-        union.setdefault(key, {})
-    for kind in ("perplexity", "zero_shot"):
-        union["provenance"].setdefault(kind, {})
-    header = {key: value for key, value in scores.provenance["zero_shot"].items() if key != COMMON}
-    common = union["provenance"]["zero_shot"]
-    if COMMON not in common:
-        common |= {**header, COMMON: {}} if header else {}
-    own = {key: value for key, value in header.items() if common.get(key) != value}
-    for name, value in scores.perplexity.items():
-        if value is not None:
-            told += _put(union, "perplexity", name, value, scores.provenance["perplexity"][name])
-    for name, metrics in scores.zero_shot.items():
-        told += _put(union, "zero_shot", name, metrics, own | scores.provenance["zero_shot"][COMMON][name])
+    """`results` with the scores, and lines about every score that changed or could not be measured again."""
+    before, told = Scores.from_dict(results), []
+    common = before.common or scores.common
+    own = {key: value for key, value in scores.common.items() if common.get(key) != value}
+    union = {(score.kind, score.name, score.metric): score for score in before.scores}
+    unavailable, replaced = dict(before.unavailable), []
+    for kind, name in dict.fromkeys((score.kind, score.name) for score in scores.scores):
+        found = scores.named(kind, name)
+        if not found:
+            continue
+        if kind == "zero_shot":
+            found = tuple(replace(score, conditions={**own, **score.conditions}) for score in found)
+        lines, kept = _replaced(before, before.named(kind, name), replace(scores, scores=found, common=common))
+        told += lines
+        replaced += kept
+        union = {key: score for key, score in union.items() if key[:2] != (kind, name)}
+        union |= {(score.kind, score.name, score.metric): score for score in found}
+        unavailable.pop(name, None)
     for name, reason in scores.unavailable.items():
-        if any(_score(union, kind, name)[0] is not None for kind in ("perplexity", "zero_shot")):
+        if any(before.named(kind, name) or scores.named(kind, name) for kind in KINDS):
             told.append(f"{name} could not be scored anew ({reason}): its earlier score stays")
             continue
-        union["unavailable"][name] = reason
+        unavailable[name] = reason
         if name in scores.perplexity:
-            union["perplexity"][name] = None
+            union["perplexity", name, ""] = perplexity_score(name, None, {})
+    speeds = {name: getattr(scores, name) or getattr(before, name) for name in SPEEDS}  # another device, it may be
     if scores.simulated_speed:
-        union["simulated_speed"] = scores.simulated_speed
-        union["unavailable"].pop("simulated speed", None)
-    if scores.speed:  # measured anew each time it is asked for: this may be another device
-        union["speed"] = scores.speed
-        if "unavailable" not in scores.speed:
-            union["unavailable"].pop("speed", None)
-    return union, told
+        unavailable.pop("simulated speed", None)
+    if scores.speed and "unavailable" not in scores.speed:
+        unavailable.pop("speed", None)
+    joined = Scores(tuple(union.values()), unavailable, common, **speeds)
+    provenance = {**(results.get("provenance") or {}), **joined.provenance}
+    if replaced:
+        provenance["replaced"] = [*provenance.get("replaced", []), *replaced]
+    return {**copy.deepcopy(dict(results)), **joined.to_dict(), "provenance": provenance}, told
 
 
-def _put(union: dict[str, Any], kind: str, name: str, value: Any, record: Mapping[str, Any]) -> list[str]:
-    """Sets one score, its record and whatever it replaces; the line about a change."""
-    before, record_before = _score(union, kind, name)
-    union[kind][name] = value
-    records = union["provenance"][kind] if kind == "perplexity" else union["provenance"][kind][COMMON]
-    records[name] = record
-    union["unavailable"].pop(name, None)
-    after = _score(union, kind, name)[1]
-    differing = sorted(key for key in record_before.keys() | after.keys() if record_before.get(key) != after.get(key))
-    if before is None or (before == value and not differing):
-        return []
-    replaced = {"kind": kind, "name": name, "value": before, "record": record_before}
-    union["provenance"].setdefault("replaced", []).append(replaced)
-    how = "; ".join(f"{key} {record_before.get(key)} before, {after.get(key)} now" for key in differing)
-    return [f"{kind} {name}: {before} is replaced by {value} ({how or 'measured alike'}); provenance.replaced keeps it"]
+def _replaced(before: Scores, old: Sequence[Score], now: Scores) -> tuple[list[str], list[dict[str, Any]]]:
+    """The line about one set or task, `old` before, if anything of it changes, and what is kept of it then."""
+    if not old:
+        return [], []
+    kind, name = old[0].kind, old[0].name
+    was, is_now = before.conditions(old[0]), now.conditions(now.scores[0])
+    differing = sorted(key for key in was.keys() | is_now.keys() if was.get(key) != is_now.get(key))
+    first, second = _value(before, kind, name), _value(now, kind, name)
+    if first == second and not differing:
+        return [], []
+    how = "; ".join(f"{key} {was.get(key)} before, {is_now.get(key)} now" for key in differing)
+    line = f"{kind} {name}: {first} is replaced by {second} ({how or 'measured alike'}); provenance.replaced keeps it"
+    return [line], [{"kind": kind, "name": name, "value": first, "record": was}]
 
 
-def _score(results: Mapping[str, Any], kind: str, name: str) -> tuple[Any, dict[str, Any]]:
-    """A score and its record, of a task with what holds for all; None: there is no score."""
-    value = (results.get(kind) or {}).get(name)
-    records = (results.get("provenance") or {}).get(kind) or {}
-    if kind == "perplexity":
-        return value, dict(records.get(name) or {})
-    common = {key: item for key, item in records.items() if key != COMMON}
-    return value, common | dict((records.get(COMMON) or {}).get(name) or {})
+def _value(scores: Scores, kind: str, name: str) -> Any:
+    """As results.json has it."""
+    return (scores.perplexity if kind == "perplexity" else scores.zero_shot)[name]
 
 
 def _set_difference(

@@ -7,9 +7,9 @@ datasets are imported only when a task is asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,9 @@ from torch import Tensor
 from besa_exp.blocks.block import discover_blocks
 from besa_exp.errors import Unavailable, as_unavailable
 from besa_exp.evaluation.checks import perplexity_window
-from besa_exp.evaluation.finished_scores import FinishedScores
+from besa_exp.evaluation.kept_scores import FinishedScores
 from besa_exp.evaluation.perplexity import OnCount, cut_windows, perplexity, uncounted
+from besa_exp.evaluation.score import Score, Scores, perplexity_score, task_scores
 from besa_exp.evaluation.simulated_speed import simulate_model
 from besa_exp.evaluation.speed import measure_model
 from besa_exp.evaluation.task_definitions import scored_names
@@ -40,20 +41,6 @@ if TYPE_CHECKING:
     from besa_exp.checkpoints.load import LoadedModel
 
 
-@dataclass(frozen=True)
-class Scores:
-    """`perplexity` {set: value, None where it is not to be had}, `zero_shot` {task: {lm-eval's metric: value}},
-    `unavailable` {set or task: reason}, in `provenance` what makes two scores comparable, in `simulated_speed` what
-    `simulate_model` gives and in `speed` what `measure_model` does, where they were asked for."""
-
-    perplexity: dict[str, float | None]
-    zero_shot: dict[str, dict[str, float]]
-    unavailable: dict[str, str]
-    provenance: dict[str, Any]
-    simulated_speed: dict[str, Any] = field(default_factory=dict)
-    speed: dict[str, Any] = field(default_factory=dict)
-
-
 def evaluate(
     loaded: LoadedModel,
     settings: EvaluatorSettings,
@@ -68,7 +55,27 @@ def evaluate(
 
     The global random states, the tokenizer and the weights are left as they were.
     """
-    scores = Scores({}, {}, {}, {"perplexity": {}, "zero_shot": {}})
+    unavailable: dict[str, str] = {}
+    scores = _score_sets(loaded, settings, offline, on_progress, unavailable, finished, on_count)
+    common: Mapping[str, Any] = {}
+    if settings.tasks:
+        common, of_tasks = _score_tasks(loaded, settings, offline, seed, on_progress, unavailable, finished, on_count)
+        scores += of_tasks
+    speeds = _speeds(loaded, settings, on_progress, unavailable)
+    return Scores(tuple(scores), unavailable, common, **speeds)
+
+
+def _score_sets(
+    loaded: LoadedModel,
+    settings: EvaluatorSettings,
+    offline: bool,
+    on_progress: Callable[[str], None],
+    unavailable: dict[str, str],
+    finished: FinishedScores | None,
+    on_count: OnCount,
+) -> list[Score]:
+    """The perplexities; `unavailable` receives the reason for each that is None."""
+    scores = []
     for source in settings.perplexity_sets:
         request = {"seq_len": settings.seq_len, "column": settings.column}
         earlier = finished.find("perplexity", source, request) if finished else None
@@ -77,37 +84,39 @@ def evaluate(
             with as_unavailable():
                 value, record = earlier or _score_set(loaded, source, settings, offline, on_count)
         except Unavailable as error:
-            scores.perplexity[source] = None
-            scores.unavailable[source] = str(error)
+            unavailable[source] = str(error)
+            scores.append(perplexity_score(source, None, {}))
         else:
-            scores.perplexity[source] = value
-            scores.provenance["perplexity"][source] = record
+            scores.append(perplexity_score(source, value, record))
             if finished and not earlier:
                 finished.keep("perplexity", source, request, (value, record))
-    if settings.tasks:
-        _score_tasks(loaded, settings, offline, seed, on_progress, scores, finished, on_count)
-    _measure_speeds(loaded, settings, on_progress, scores)
     return scores
 
 
-def _measure_speeds(
-    loaded: LoadedModel, settings: EvaluatorSettings, on_progress: Callable[[str], None], scores: Scores
-) -> None:
+def _speeds(
+    loaded: LoadedModel,
+    settings: EvaluatorSettings,
+    on_progress: Callable[[str], None],
+    unavailable: dict[str, str],
+) -> dict[str, dict[str, Any]]:
     """Simulated and measured speed, where they are asked for."""
+    speeds: dict[str, dict[str, Any]] = {}
     try:
         if settings.simulated_speed:
             on_progress("simulated speed")
             with as_unavailable():
-                scores.simulated_speed.update(simulate_model(loaded))
+                speeds["simulated_speed"] = simulate_model(loaded)
     except Unavailable as error:
-        scores.unavailable["simulated speed"] = str(error)
+        unavailable["simulated speed"] = str(error)
     try:
         if settings.speed:
             on_progress("speed of 2:4 products")
             with as_unavailable():
-                scores.speed.update(measure_model(loaded))
+                speeds["speed"] = measure_model(loaded)
     except Unavailable as error:
-        scores.speed["unavailable"] = scores.unavailable["speed"] = str(error)
+        unavailable["speed"] = str(error)
+        speeds["speed"] = {"unavailable": str(error)}
+    return speeds
 
 
 def _score_set(
@@ -176,20 +185,21 @@ def _score_tasks(
     offline: bool,
     seed: int,
     on_progress: Callable[[str], None],
-    scores: Scores,
+    unavailable: dict[str, str],
     finished: FinishedScores | None,
     on_count: OnCount,
-) -> None:
+) -> tuple[Mapping[str, Any], list[Score]]:
+    """What all tasks have in common, and their scores; `unavailable` receives the reason for each that has none."""
     on_progress("loading lm-eval")
-    tasks = list(scored_names(settings))
+    tasks, scores = list(scored_names(settings)), []
     try:
         with as_unavailable():
             scored = _harness(loaded, settings)
             scored.on_count = on_count
-            scores.provenance["zero_shot"] = _tasks_record(loaded.model, loaded.tokenizer, settings, seed)
+            common = _tasks_record(loaded.model, loaded.tokenizer, settings, seed)
     except Unavailable as error:
-        scores.unavailable.update(dict.fromkeys(tasks, str(error)))
-        return
+        unavailable.update(dict.fromkeys(tasks, str(error)))
+        return {}, []
     from besa_exp.evaluation.zero_shot import score_task
 
     keys = ("limit", "num_fewshot", "include_path")
@@ -201,12 +211,12 @@ def _score_tasks(
             with as_unavailable():
                 metrics, record = earlier or astuple(score_task(task, scored, settings, offline, seed))
         except Unavailable as error:
-            scores.unavailable[task] = str(error)
+            unavailable[task] = str(error)
             continue
-        scores.zero_shot[task] = metrics
-        scores.provenance["zero_shot"]["tasks"][task] = record
+        scores += task_scores(task, metrics, record)
         if finished and not earlier:
             finished.keep("zero_shot", task, request, (metrics, record))
+    return common, scores
 
 
 def _harness(loaded: LoadedModel, settings: EvaluatorSettings) -> Any:
@@ -239,7 +249,6 @@ def _tasks_record(model: Any, tokenizer: Any, settings: EvaluatorSettings, seed:
         "seed": seed,
         "max_length": _context(model),
         "tokenizer_adds_bos": begins_with_bos(tokenizer),
-        "tasks": {},
     }
 
 

@@ -19,8 +19,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from besa_exp.errors import Unavailable, as_unavailable, first_line
 from besa_exp.evaluation.task_definitions import Definition, needed
 from besa_exp.evaluation.task_questions import check_questions
-from besa_exp.hub.client import offline_hub
-from besa_exp.hub.reachability import hub_problem
+from besa_exp.hub.client import hub_problem, offline_hub
 from besa_exp.settings import EvaluatorSettings
 from besa_exp.texts.files import FORMATS, format_of, rows
 from besa_exp.texts.sources import file_sha256

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from besa_exp.hub.reachability import HUB_TIMEOUT
+from besa_exp.hub.client import HUB_TIMEOUT
 from besa_exp.machine.torchrun import is_leader
 from besa_exp.settings import SaveSettings
 

@@ -21,7 +21,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """A place to write a file that takes the name `path` when the block ends well, and is removed when it does not."""
+    """Yields a place to write a file. It becomes `path` when the block ends without an error, else it is removed."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)  # of a run that was killed
     try:
@@ -35,7 +35,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path` that takes its name, and its place, when the block ends well.
+    """Yields an empty folder that replaces `path` when the block ends without an error.
 
     On an exception the new folder is removed and an older `path` stays as it was."""
     partial, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
@@ -57,7 +57,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link (not what it points to) or a folder with all it holds; what is absent is left so."""
+    """Removes a file, a link (not what it points to) or a folder with its content; does nothing where there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

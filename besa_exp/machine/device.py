@@ -1,4 +1,4 @@
-"""The device of a run and what holds for all that is computed there: seeds, determinism, and the memory it took."""
+"""The device of a run, its seeds and determinism, and the memory that the run took."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from besa_exp.settings import EvaluationSettings, RunSettings
 
 
 def prepared_device(settings: RunSettings | EvaluationSettings) -> torch.device:
-    """Seeds and determinism, and the device: auto is a GPU where there is one, of several ranks each one's own."""
+    """Sets seeds and determinism and returns the device: auto is a GPU where there is one, one for each rank."""
     torch.manual_seed(settings.seed)
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

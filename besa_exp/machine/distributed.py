@@ -124,7 +124,7 @@ def gathered(value: T) -> list[T]:
 
 
 def from_first(act: Callable[[], T]) -> T:
-    """What `act` returns on rank 0, which alone calls it; or the Unavailable that it raises there, on every rank."""
+    """Calls `act` on rank 0 alone; every rank gets what it returns, or the Unavailable that it raises."""
     if num_ranks() == 1:
         return act()
     answer: list[Any] = [None, None]
@@ -140,7 +140,7 @@ def from_first(act: Callable[[], T]) -> T:
 
 
 def agreed(act: Callable[[], T]) -> T:
-    """What `act`, in which ranks do not meet, returns on this rank. Unavailable on all where it is raised on one."""
+    """What `act` returns on this rank; Unavailable on all ranks if one raises it. `act` must not communicate."""
     if num_ranks() == 1:
         return act()
     result, reason = None, None
@@ -160,23 +160,23 @@ def own_samples(samples: Tensor) -> Tensor:
 
 
 def own_places(numbers: Tensor) -> Tensor:
-    """Where, in what `own_samples` gives, those of the samples with these `numbers` lie that this rank owns."""
+    """Positions, in what `own_samples` returns, of those samples of these `numbers` that this rank owns."""
     return numbers if num_ranks() == 1 else numbers[numbers % num_ranks() == rank()] // num_ranks()
 
 
 def own_place(number: int) -> int:
-    """Where the first own sample that is not before sample `number` lies in what `own_samples` gives."""
+    """Position, in what `own_samples` returns, of this rank's first sample from sample `number` on."""
     return -((rank() - number) // num_ranks())
 
 
 def own_batches(num_own: int, batch_size: int) -> list[slice]:
-    """The own part, which may be empty, of each batch of `batch_size` consecutive samples."""
+    """This rank's part, which may be empty, of each batch of `batch_size` consecutive samples."""
     edges = [own_place(number) for number in range(0, total(num_own), batch_size)]
     return [slice(start, end) for start, end in pairwise([*edges, num_own])]
 
 
 def own_slice(count: int) -> slice:
-    """Of a list that every rank has, the consecutive part that is this rank's to compute."""
+    """The consecutive part of a list that this rank computes; every rank has the whole list."""
     return slice(count * rank() // num_ranks(), count * (rank() + 1) // num_ranks())
 
 

@@ -1,6 +1,6 @@
 """How much of the host's memory a run may still take: what the machine has free, or less where a container is limited.
 
-A container sees the whole machine's memory; the kernel ends it at its own limit, which its control groups tell.
+A container sees the whole machine's memory, but the kernel ends it at its own limit, which its control groups hold.
 """
 
 from __future__ import annotations

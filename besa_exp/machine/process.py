@@ -20,7 +20,7 @@ _thresholds: list[tuple[int, int, int]] = []  # Python's own, while others hold
 
 def run_as_process(command: Callable[[], int]) -> NoReturn:
     """Ends the process with the exit code of `command`, which calls `imports_are_done` before its long work. Its
-    standard streams may go away meanwhile."""
+    standard streams may close before it ends."""
     keep_streams()
     _thresholds.append(gc.get_threshold())
     gc.set_threshold(OBJECTS_WHILE_IMPORTING)
@@ -30,8 +30,8 @@ def run_as_process(command: Callable[[], int]) -> NoReturn:
 
 
 def imports_are_done() -> None:
-    """The collector works as usual from here on, but for what is there already. Does nothing in a process that did not
-    begin by `run_as_process`: what a notebook or a test holds is its own."""
+    """The collector works as usual from here on, except for existing objects. Does nothing in a process that did not
+    begin with `run_as_process`: a notebook's or a test's objects are left alone."""
     if _thresholds:
         gc.freeze()
         gc.set_threshold(*_thresholds.pop())

@@ -17,7 +17,7 @@ READER_HAS_GONE = 141  # the exit code of a program that SIGPIPE ended
 
 
 class LastingStream(io.TextIOWrapper):
-    """Writes until it cannot, then to nowhere; `lost` is the reason."""
+    """Writes until a write fails, then discards everything; `lost` is the reason."""
 
     lost: OSError | None = None
 
@@ -44,7 +44,7 @@ class LastingStream(io.TextIOWrapper):
 
 
 def keep_streams() -> None:
-    """Makes this process's own standard streams lasting ones; those that a test or a notebook has put there stay."""
+    """Replaces this process's own standard streams by lasting ones; streams of a test or a notebook stay."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -65,7 +65,7 @@ def keep_streams() -> None:
 
 
 def exit_code_of(stream: TextIO, code: int) -> int:
-    """That of a command whose output is all its work: another where what it said was not taken."""
+    """The exit code of a command whose only work is its output: not 0 where the output could not be written."""
     with suppress(BrokenPipeError):
         stream.flush()
     lost = getattr(stream, "lost", None)

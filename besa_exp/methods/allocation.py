@@ -1,23 +1,28 @@
-"""Allocation: how many weights each row of a block gives up, at a block budget that is met exactly.
+"""Allocation: how much each row of a block gives up, at a total that is met exactly, and how it is learned.
 
-A block's rows are those of all its linears in order. A cell is what shares one sparsity: a row, or a linear. A row
-gives up levels: its least important weights, one a level; or, where every row keeps an N of its own of every M inputs
-(pattern=N:M), the least important weight of each of its groups of M, so that a level is worth in / M weights.
+A block's rows are those of all its linears in order. A cell is what shares one sparsity s: a row, or a linear. A cell
+of n weights gives up n s of them, and
+
+    sum over cells of n s = total
+
+is a plane. `project_to_budget` returns to it, `Rows.counts` rounds to whole numbers on it, `along_budget` gives a
+gradient's part along it, and `descend` walks along it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from besa_exp.tensors import kernels
-from besa_exp.tensors.masks import keep_by_rank, rank_in_group, round_to_total
+from besa_exp.tensors.masks import keep_by_rank, round_to_total
+
+SHRINK = 0.4  # of the step size, where the steps that were taken with it did not help
 
 
 def project_to_budget(
@@ -38,54 +43,41 @@ def project_to_budget(
     return (sparsity - shift).clamp(0, 1)
 
 
-def round_to_worth(
-    counts: Float[Tensor, " row"], levels: Int[Tensor, " row"], worth: Int[Tensor, " row"], total: int
-) -> Int[Tensor, " row"]:
-    """Integers in [0, levels] next to `counts` with sum(worth * integers) = total, or the nearest number that whole
-    levels reach: what they sum to are the multiples of the greatest common divisor of the worths.
-
-    Rows of equal worth share a whole number of levels. The most valuable first take the number next to theirs that
-    leaves a rest which the others can make up exactly; within them the largest remainders are rounded up."""
-    kinds = sorted(set(worth.tolist()), reverse=True)
-    divisor = math.gcd(*kinds)
-    rest = divisor * round(total / divisor)
-    rounded = torch.zeros_like(levels)
-    for place, value in enumerate(kinds):
-        of_kind = worth == value
-        others = math.gcd(*kinds[place + 1 :])  # of none: 0
-        most = int(levels[of_kind].sum())
-        wish = rest / value if not others else float(counts[of_kind].sum())
-        near = sorted(
-            range(max(0, math.floor(wish) - others), min(most, math.ceil(wish) + others) + 1),
-            key=lambda n: abs(n - wish),
-        )
-        fits = (n for n in near if others and (rest - n * value) % others == 0)
-        share = next(fits, min(max(round(wish), 0), most))
-        capacity = levels[of_kind].double()
-        rounded[of_kind] = round_to_total(
-            capacity * project_to_budget(counts[of_kind] / capacity, capacity, share), share
-        )
-        rest -= share * value
-    return rounded
+def along_budget(gradient: Float[Tensor, " cell"], capacity: Float[Tensor, " cell"]) -> Float[Tensor, " cell"]:
+    """The gradient to the sparsities without the part that would only change the total."""
+    return gradient - capacity * (gradient.sum() / capacity.sum())
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of all linears of a block: weights and ranks by linear; of each row its number of inputs, `columns`, and
-    its `cell`. `group`: ranks are within so many consecutive inputs; None: within the row."""
+    """The rows of all linears of a block: weights and ranks by linear; of each row the number of its weights,
+    `columns`, and its `cell`; of each cell the number of its weights, `capacity`. A row gives up levels: a level is the
+    weights of one rank, a single one of the row, unless ranks are those within groups of `group` inputs
+    (`besa_exp.methods.n_of_m`).
 
-    weights: Mapping[str, Float[Tensor, "out in"]]
-    ranks: Mapping[str, Int[Tensor, "out in"]]
+    `rounded`: counts of levels to whole numbers at a total number of weights. `narrowest`: levels that a window around
+    the cut holds at least."""
+
+    weights: Mapping[str, Float[Tensor, "_out _in"]]
+    ranks: Mapping[str, Int[Tensor, "_out _in"]]
     columns: Float[Tensor, " row"]
     cell: Int[Tensor, " row"]
+    capacity: Float[Tensor, " cell"]
     group: int | None = None
+    rounded: Callable[[Tensor, int], Tensor] = round_to_total
+    narrowest: float = 0.0
+
+    @property
+    def levels(self) -> Float[Tensor, " row"]:
+        """How many levels each row has."""
+        return torch.full_like(self.columns, self.group) if self.group else self.columns
 
     @staticmethod
     def of(
         weights: Mapping[str, Tensor],
         importance_of: Callable[[str], Tensor],
         granularity: str,
-        group: int | None = None,
+        rank: Callable[[Tensor], Tensor] = kernels.rank_in_row,
     ) -> Rows:
         """`granularity` row: every row is a cell; linear: every linear is one. Importances are made one at a time."""
         sizes = torch.tensor([len(weight) for weight in weights.values()])
@@ -93,76 +85,77 @@ class Rows:
         columns = inputs.repeat_interleave(sizes)
         cell = torch.arange(len(columns)) if granularity == "row" else torch.arange(len(sizes)).repeat_interleave(sizes)
         device = next(iter(weights.values())).device
-        rank = kernels.rank_in_row if group is None else partial(rank_in_group, group=group)
         ranks = {name: rank(importance_of(name)) for name in weights}
-        return Rows(weights, ranks, columns.to(device), cell.to(device), group)
+        capacity = columns.new_zeros(int(cell[-1]) + 1).index_add_(0, cell, columns)
+        return Rows(weights, ranks, columns.to(device), cell.to(device), capacity.to(device))
 
     @property
     def num_weights(self) -> int:
         """Weights of the block's linears."""
         return sum(weight.numel() for weight in self.weights.values())
 
-    @property
-    def num_cells(self) -> int:
-        """Rows or linears, as the granularity is."""
-        return int(self.cell[-1]) + 1
+    def num_levels(self, name: str) -> int:
+        """How many levels each row of a linear has."""
+        return self.group or self.weights[name].shape[1]
 
-    def per_cell(self, values: Float[Tensor, " row"], num_cells: int) -> Float[Tensor, " cell"]:
+    def per_cell(self, values: Float[Tensor, " row"]) -> Float[Tensor, " cell"]:
         """Sums over the rows of each cell."""
-        return values.new_zeros(num_cells).index_add_(0, self.cell, values)
+        return values.new_zeros(len(self.capacity)).index_add_(0, self.cell, values)
+
+    def by_linear(self, values: Tensor) -> dict[str, Tensor]:
+        """Values of all rows [row], split into those of each linear [out]."""
+        sizes = [len(weight) for weight in self.weights.values()]
+        return dict(zip(self.weights, values.split(sizes), strict=True))
 
     def counts(self, sparsity: Float[Tensor, " cell"], total: int) -> dict[str, Int[Tensor, " out"]]:
-        """Integer numbers of levels to prune in each row, by linear; they sum to exactly `total` weights, or with
-        groups to the nearest number that can be reached."""
-        if self.group is None:
-            counts = round_to_total(self.columns * sparsity[self.cell], total)
-        else:
-            levels = torch.full_like(self.cell, self.group)
-            counts = round_to_worth(levels * sparsity[self.cell], levels, self.columns.long() // self.group, total)
-        sizes = [len(weight) for weight in self.weights.values()]
-        return dict(zip(self.weights, counts.split(sizes), strict=True))
+        """Whole numbers of levels to prune in each row, by linear; in weights they sum to exactly `total`."""
+        return self.by_linear(self.rounded(self.levels * sparsity[self.cell], total))
 
-    def sparsity(self, counts: Mapping[str, Int[Tensor, " out"]]) -> dict[str, Float[Tensor, " out"]]:
+    def sparsity(self, counts: Mapping[str, Int[Tensor, " _out"]]) -> dict[str, Float[Tensor, " _out"]]:
         """The sparsity of each row, by linear."""
-        return {name: count / self._levels(name) for name, count in counts.items()}
+        return {name: count / self.num_levels(name) for name, count in counts.items()}
 
-    def keep_masks(self, counts: Mapping[str, Int[Tensor, " out"]]) -> dict[str, Bool[Tensor, "out in"]]:
+    def keep_masks(self, counts: Mapping[str, Int[Tensor, " _out"]]) -> dict[str, Bool[Tensor, "_out _in"]]:
         """Hard masks: rank >= count."""
         return {name: keep_by_rank(self.ranks[name], counts[name]) for name in self.weights}
 
-    def masked_into(self, buffers: Mapping[str, Float[Tensor, "out in"]], counts: Mapping[str, Tensor]) -> None:
-        """Fill `buffers` with the weights under the hard masks."""
-        for name, weight in self.weights.items():
-            kernels.masked_weight(weight, self.ranks[name], counts[name], out=buffers[name])
 
-    def count_gradient(
-        self, name: str, gradient: Float[Tensor, "out in"], pruned: Int[Tensor, " out"], window: float
-    ) -> Float[Tensor, " out"]:
-        """dL / d(levels pruned) of each row of a linear; that of groups is their sum. `gradient`: dL/dW of the masked
-        weights; `window`: a fraction of the levels."""
-        weight, rank, levels = self.weights[name], self.ranks[name], self._levels(name)
-        groups = weight.shape[1] // levels
-        weight, gradient, rank = (values.reshape(-1, levels) for values in (weight, gradient, rank))
-        pruned = pruned.repeat_interleave(groups)
-        by_group = kernels.count_gradient(weight, gradient, rank, pruned, self._window(name, window))
-        return by_group.view(-1, groups).sum(dim=1)
+def descend(
+    parameters: Sequence[tuple[Tensor, float]],
+    batches: Iterable[Tensor],
+    num_steps: int,
+    checks: int,
+    gradient: Callable[[Tensor, int, float], Sequence[Tensor]],
+    project: Callable[[], None],
+    judge: Callable[[], float],
+) -> float:
+    """Adam on `parameters`, each with its first step size, which falls along half a cosine. Returns the judge's loss
+    where they began; they end at the best that it saw.
 
-    def weights_around(
-        self, name: str, pruned: Int[Tensor, " out"], window: float, out: Float[Tensor, "out in"]
-    ) -> Float[Tensor, " out"]:
-        """Fill `out` with the weights around the cuts that `count_gradient` averages over, all others at zero. Returns
-        what their sum in a row is to be divided by."""
-        window, levels = self._window(name, window), self._levels(name)
-        return kernels.weights_around(self.weights[name], self.ranks[name], pruned, window, levels, out)
-
-    def _levels(self, name: str) -> int:
-        return self.group or self.weights[name].shape[1]
-
-    def _window(self, name: str, window: float) -> float:
-        """In levels: of a group the weights on both sides of the cut at least."""
-        return max(window * self._levels(name), 2.0 if self.group else 0.0)
-
-    def row_gradient(self, by_count: Mapping[str, Float[Tensor, " out"]]) -> Float[Tensor, " row"]:
-        """dL / d(sparsity of a row), from the linears' `count_gradient` in order."""
-        levels = self.columns if self.group is None else self.group
-        return levels * torch.cat(list(by_count.values())).double()
+    A step on the samples of a batch takes `gradient(samples, step, best loss)` and then calls `project`. `checks` times
+    on the way `judge` looks: parameters that do not lower its loss go back to the best, stand still and go on with
+    smaller steps."""
+    tensors = [tensor for tensor, _ in parameters]
+    groups = [{"params": [tensor], "scale": size} for tensor, size in parameters]
+    optimizer = torch.optim.Adam(groups, betas=(0.8, 0.99), eps=1e-30)
+    every = math.ceil(num_steps / checks)
+    best, started = [tensor.detach().clone() for tensor in tensors], judge()
+    best_loss = started
+    for step, samples in zip(range(num_steps), batches, strict=False):
+        for tensor, found in zip(tensors, gradient(samples, step, best_loss), strict=True):
+            tensor.grad = found
+        for group in optimizer.param_groups:
+            group["lr"] = group["scale"] * (1 + math.cos(math.pi * step / num_steps)) / 2
+        optimizer.step()
+        project()
+        if (step + 1) % every and step + 1 < num_steps:
+            continue
+        loss = judge()
+        if loss < best_loss:
+            best, best_loss = [tensor.detach().clone() for tensor in tensors], loss
+            continue
+        for tensor, good, group in zip(tensors, best, optimizer.param_groups, strict=True):
+            tensor.detach().copy_(good)
+            optimizer.state[tensor]["exp_avg"].zero_()
+            group["scale"] *= SHRINK
+    return started

@@ -18,7 +18,7 @@ from besa_exp.report.depth import ErrorAlongDepth, errors_along_depth
 from besa_exp.report.folders import find_runs
 from besa_exp.report.page_data import page_data
 from besa_exp.report.paper import PaperTable, paper_markdown, paper_tables
-from besa_exp.report.runs import Run, read_run
+from besa_exp.report.runs import RunRecord, read_run
 from besa_exp.report.summaries import Cell, cells, markdown, runs_csv
 
 NEEDED = ("matplotlib", "plotly")
@@ -47,7 +47,7 @@ class Report:
     """All that is written, as values."""
 
     places: Sequence[str]
-    runs: Sequence[Run]
+    runs: Sequence[RunRecord]
     curves: Sequence[Curve]
     cells: Sequence[Cell]
     errors: Sequence[ErrorAlongDepth]

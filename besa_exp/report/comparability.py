@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from besa_exp.report.runs import Measure, Run, Score
+from besa_exp.report.runs import Measure, RunRecord, ScoreRecord
 
 RECONSTRUCTION = Measure("reconstruction", "reconstruction loss")
 REASONS = 4  # differences that are spelled out
@@ -44,7 +44,7 @@ class _Candidate:
     any_calibration: bool
 
 
-def entries(runs: Sequence[Run]) -> list[Entry]:
+def entries(runs: Sequence[RunRecord]) -> list[Entry]:
     """Every score of every finished run, and the mean reconstruction loss of its blocks, judged."""
     calibrations = _calibrations(runs)
     groups: dict[tuple[str, Measure], list[_Candidate]] = {}
@@ -63,14 +63,14 @@ def entries(runs: Sequence[Run]) -> list[Entry]:
     return [entry for group in groups.values() for entry in _judged(_once_a_seed(group, runs))]
 
 
-def _with_losses(run: Run) -> list[Score]:
-    losses = [block.after for block in run.blocks]
+def _with_losses(run: RunRecord) -> list[ScoreRecord]:
+    losses = [block.loss_after for block in run.blocks]
     if not losses or run.method.pruner in DATA_FREE:
         return list(run.scores)
-    return [*run.scores, Score(RECONSTRUCTION, sum(losses) / len(losses), _loss_facets(run))]
+    return [*run.scores, ScoreRecord(RECONSTRUCTION, sum(losses) / len(losses), _loss_facets(run))]
 
 
-def _loss_facets(run: Run) -> dict[str, str]:
+def _loss_facets(run: RunRecord) -> dict[str, str]:
     """What a block's loss is relative to and taken over, as the pruner's settings, or the inner one's, say; an update
     that tunes the kept weights aims at the dense model too."""
     pruner = run.config.get("pruner")
@@ -113,7 +113,7 @@ def _judged(group: Sequence[_Candidate]) -> list[Entry]:
     return judged
 
 
-def _once_a_seed(group: Sequence[_Candidate], runs: Sequence[Run]) -> list[_Candidate]:
+def _once_a_seed(group: Sequence[_Candidate], runs: Sequence[RunRecord]) -> list[_Candidate]:
     """Of runs with equal facets, method, target and seed the one that finished last counts; the others are told."""
     last: dict[tuple, int] = {}
 
@@ -134,10 +134,11 @@ def _once_a_seed(group: Sequence[_Candidate], runs: Sequence[Run]) -> list[_Cand
     return kept
 
 
-def _model_facets(run: Run) -> dict[str, str]:
+def _model_facets(run: RunRecord) -> dict[str, str]:
     model = run.config.get("model")
     chosen = model if isinstance(model, Mapping) else {}
     weights = sum(linear.weights for block in run.blocks for linear in block.linears)
+    weights = run.structure.weights.dense if run.structure else weights
     return {
         "weights in the blocks": f"{weights:,}",
         "model revision": str(chosen.get("revision") or "the newest"),
@@ -145,7 +146,7 @@ def _model_facets(run: Run) -> dict[str, str]:
     }
 
 
-def _calibrations(runs: Sequence[Run]) -> list[dict[str, str]]:
+def _calibrations(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
     """For each run what its calibration set is; tokens are named where runs of one seed do not agree about them."""
     sources = [_calibration_source(run) for run in runs]
     tokens: dict[tuple, Counter] = {}
@@ -160,7 +161,7 @@ def _calibrations(runs: Sequence[Run]) -> list[dict[str, str]]:
     return found
 
 
-def _calibration_source(run: Run) -> dict[str, str]:
+def _calibration_source(run: RunRecord) -> dict[str, str]:
     calibration = run.calibration
     provenance = calibration.get("provenance") or {}
     name = str(provenance.get("file") or calibration.get("name", "unknown"))

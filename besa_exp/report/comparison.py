@@ -10,10 +10,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from besa_exp.evaluation.task_metrics import PREFERRED
+from besa_exp.evaluation.score import PREFERRED
 from besa_exp.report.comparability import RECONSTRUCTION, entries
 from besa_exp.report.methods import Method
-from besa_exp.report.runs import Measure, Run
+from besa_exp.report.runs import Measure, RunRecord
 from besa_exp.report.summaries import DENSE, Cell, cells, measure_rank
 
 LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "mse")  # of lm-eval's metrics
@@ -65,7 +65,7 @@ def lost(measure: Measure, value: float, dense: float) -> float:
     return value / dense - 1 if dense else 0.0
 
 
-def compare(runs: Sequence[Run], by: str = "score") -> list[Comparison]:
+def compare(runs: Sequence[RunRecord], by: str = "score") -> list[Comparison]:
     """A comparison for each model of the finished runs, in the order of their names."""
     found = cells(runs, entries(runs))
     return [_of_model(model, [cell for cell in found if cell.model == model], runs, by) for model in _models(found)]
@@ -75,7 +75,7 @@ def _models(found: Sequence[Cell]) -> list[str]:
     return sorted({cell.model for cell in found})
 
 
-def _of_model(model: str, found: Sequence[Cell], runs: Sequence[Run], by: str) -> Comparison:
+def _of_model(model: str, found: Sequence[Cell], runs: Sequence[RunRecord], by: str) -> Comparison:
     scored = [cell for cell in found if cell.measure != RECONSTRUCTION] or list(found)
     measures = main_measures([cell.measure for cell in scored])
     dense = {cell.measure: cell for cell in scored if cell.method == DENSE and not cell.apart}
@@ -87,7 +87,7 @@ def _of_model(model: str, found: Sequence[Cell], runs: Sequence[Run], by: str) -
     return Comparison(model, measures, dense, tuple(_sorted(rows, measures, by)))
 
 
-def _row(own: Sequence[Cell], runs: Sequence[Run]) -> Row:
+def _row(own: Sequence[Cell], runs: Sequence[RunRecord]) -> Row:
     first = own[0]
     members = dict.fromkeys(number for cell in own for number in cell.runs)
     times = [seconds for number in members if (seconds := runs[number].seconds.get("prune")) is not None]

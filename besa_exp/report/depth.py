@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from besa_exp.blocks.sparsity_table import linear_type, short_names
 from besa_exp.report.comparability import RECONSTRUCTION, Entry
 from besa_exp.report.methods import Method
-from besa_exp.report.runs import Run
+from besa_exp.report.runs import RunRecord
 from besa_exp.report.summaries import cells
 
 
@@ -28,7 +28,7 @@ class Allocation:
         return [[pair[1] / pair[0] if pair else float("nan") for pair in row] for row in self.counts]
 
 
-def allocation(run: Run) -> Allocation:
+def allocation(run: RunRecord) -> Allocation:
     """Experts of one kind are one linear type."""
     types = list(dict.fromkeys(linear_type(linear.name) for block in run.blocks for linear in block.linears))
     rows = []
@@ -55,15 +55,17 @@ class ErrorAlongDepth:
     number: int
 
 
-def errors_along_depth(runs: Sequence[Run], judged: Sequence[Entry]) -> list[ErrorAlongDepth]:
+def errors_along_depth(runs: Sequence[RunRecord], judged: Sequence[Entry]) -> list[ErrorAlongDepth]:
     """One for each model, method and target whose runs are comparable."""
     losses = [entry for entry in judged if entry.measure == RECONSTRUCTION and not entry.apart]
     found = []
     for cell in cells(runs, losses):
         chosen = [runs[number].blocks for number in cell.runs]
-        columns = list(zip(*([block.after for block in blocks] for blocks in chosen), strict=False))
-        means = tuple(statistics.fmean(column) for column in columns)
-        spreads = tuple(statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns)
-        indices = tuple(block.index for block in chosen[0])
+        columns: dict[int, list[float]] = {}  # by block; runs may have removed different ones
+        for block in (block for blocks in chosen for block in blocks):
+            columns.setdefault(block.index, []).append(block.loss_after)
+        indices = tuple(sorted(columns))
+        means = tuple(statistics.fmean(columns[index]) for index in indices)
+        spreads = tuple(statistics.stdev(columns[i]) if len(columns[i]) > 1 else 0.0 for i in indices)
         found.append(ErrorAlongDepth(cell.model, cell.method, cell.target, indices, means, spreads, len(chosen)))
     return found

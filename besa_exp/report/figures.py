@@ -16,7 +16,7 @@ from besa_exp.report.comparison import Comparison, lost, lower_is_better
 from besa_exp.report.curves import Curve
 from besa_exp.report.depth import Allocation, ErrorAlongDepth, allocation
 from besa_exp.report.methods import Method, Style, looks
-from besa_exp.report.runs import Measure, Run
+from besa_exp.report.runs import Measure, RunRecord
 from besa_exp.report.summaries import DENSE, Cell
 
 PANEL = (4.4, 3.2)  # inches
@@ -60,7 +60,7 @@ class Panel:
 
 def draw(
     folder: Path,
-    runs: Sequence[Run],
+    runs: Sequence[RunRecord],
     curves: Sequence[Curve],
     found: Sequence[Cell],
     errors: Sequence[ErrorAlongDepth],
@@ -76,13 +76,13 @@ def draw(
         return [path for name, drawn in panels.items() if drawn for path in _save(folder, name, drawn, known)]
 
 
-def looks_of(runs: Sequence[Run], found: Sequence[Cell]) -> dict[Method, Style]:
+def looks_of(runs: Sequence[RunRecord], found: Sequence[Cell]) -> dict[Method, Style]:
     """Of every method that a report shows anywhere."""
     return looks({run.method for run in runs} | {cell.method for cell in found} | {DENSE})
 
 
 def panels_of(
-    runs: Sequence[Run],
+    runs: Sequence[RunRecord],
     curves: Sequence[Curve],
     found: Sequence[Cell],
     errors: Sequence[ErrorAlongDepth],
@@ -345,7 +345,7 @@ def usual_target(pairs: Sequence[tuple[float, Method]]) -> float:
     return min(methods, key=lambda target: (-methods[target], abs(target - 0.5)))
 
 
-def _shown_runs(runs: Sequence[Run], useful: Callable[[int], bool]) -> list[int]:
+def _shown_runs(runs: Sequence[RunRecord], useful: Callable[[int], bool]) -> list[int]:
     """The lowest seed of each model and method at the model's target."""
     usable = [number for number, run in enumerate(runs) if run.blocks and run.target and useful(number)]
     shown = []
@@ -362,10 +362,10 @@ def _shown_runs(runs: Sequence[Run], useful: Callable[[int], bool]) -> list[int]
     return shown
 
 
-def _allocation_panels(runs: Sequence[Run]) -> list[Panel]:
+def _allocation_panels(runs: Sequence[RunRecord]) -> list[Panel]:
     """Heat maps with one range of colours for all runs of a model."""
 
-    def panel(run: Run, given: Allocation, reach: float) -> Panel:
+    def panel(run: RunRecord, given: Allocation, reach: float) -> Panel:
         def on(axes: Any, figure: Any) -> None:
             centre = run.target or 0.0
             picture = axes.imshow(
@@ -394,8 +394,8 @@ def _known(given: Allocation) -> list[float]:
     return [pair[1] / pair[0] for row in given.counts for pair in row if pair]
 
 
-def _curve_panels(runs: Sequence[Run], curves: Sequence[Curve]) -> list[Panel]:
-    def panel(run: Run, curve: Curve) -> Panel:
+def _curve_panels(runs: Sequence[RunRecord], curves: Sequence[Curve]) -> list[Panel]:
+    def panel(run: RunRecord, curve: Curve) -> Panel:
         def on(axes: Any, figure: Any) -> None:
             from matplotlib import colormaps
             from matplotlib.cm import ScalarMappable

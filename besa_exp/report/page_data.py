@@ -16,7 +16,7 @@ from besa_exp.report.figures import looks_of, usual_target
 from besa_exp.report.methods import Method, Style
 from besa_exp.report.paper import PaperTable, published
 from besa_exp.report.row_sparsities import row_quantiles
-from besa_exp.report.runs import Measure, Run
+from besa_exp.report.runs import Measure, RunRecord
 from besa_exp.report.summaries import DENSE, Cell, measure_rank
 
 DIGITS = 5  # significant ones of a curve's values
@@ -24,7 +24,7 @@ DIGITS = 5  # significant ones of a curve's values
 
 def page_data(
     places: Sequence[str],
-    runs: Sequence[Run],
+    runs: Sequence[RunRecord],
     curves: Sequence[Curve],
     found: Sequence[Cell],
     errors: Sequence[ErrorAlongDepth],
@@ -62,7 +62,7 @@ def _of_the_paper(tables: Sequence[PaperTable]) -> bool:
     )
 
 
-def _target(run: Run) -> float:
+def _target(run: RunRecord) -> float:
     return round(float(run.target or 0.0), 6)
 
 
@@ -74,7 +74,9 @@ def _methods(methods: Sequence[Method], looks: Mapping[Method, Style]) -> list[d
     ]
 
 
-def _cell(cell: Cell, runs: Sequence[Run], methods: Sequence[Method], measures: Sequence[Measure]) -> dict[str, Any]:
+def _cell(
+    cell: Cell, runs: Sequence[RunRecord], methods: Sequence[Method], measures: Sequence[Measure]
+) -> dict[str, Any]:
     return {
         "model": cell.model,
         "measure": measures.index(cell.measure),
@@ -105,7 +107,9 @@ def _paper(table: PaperTable) -> dict[str, Any]:
     return {"title": table.title, "source": table.source, "kind": table.kind, "models": models, "rows": rows}
 
 
-def _run(number: int, run: Run, curve: Curve, methods: Sequence[Method], measures: Sequence[Measure]) -> dict[str, Any]:
+def _run(
+    number: int, run: RunRecord, curve: Curve, methods: Sequence[Method], measures: Sequence[Measure]
+) -> dict[str, Any]:
     """What tables and filters need of a run; the rest is in its details."""
     told = {"id": number, "folder": run.folder, "status": run.status, "error": run.error}
     if run.status != "done":
@@ -123,7 +127,7 @@ def _run(number: int, run: Run, curve: Curve, methods: Sequence[Method], measure
     }
 
 
-def _details(run: Run, curve: Curve) -> str:
+def _details(run: RunRecord, curve: Curve) -> str:
     """What the page shows of one run alone, as JSON of its own: it is read when the run is looked at."""
     if run.status != "done":
         return "{}"
@@ -137,8 +141,11 @@ def _details(run: Run, curve: Curve) -> str:
         "seconds": run.seconds,
         "memory": run.memory,
         "quantisation": run.quantisation,
+        "parameters": asdict(run.parameters) if run.parameters else None,
+        "structure": run.structure.to_dict() if run.structure else None,
+        "recovery": run.recovery.to_dict() if run.recovery else None,
         "simulated_speed": run.simulated_speed,
-        "blocks": [[b.index, _rounded(b.before), _rounded(b.after), _rounded(b.seconds)] for b in run.blocks],
+        "blocks": [[b.index, _rounded(b.loss_before), _rounded(b.loss_after), _rounded(b.seconds)] for b in run.blocks],
         "allocation": asdict(allocation(run)),
         "rows": row_quantiles(run.path),
         "curve": {"stride": curve.stride, "blocks": _curve(curve)},

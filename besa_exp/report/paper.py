@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from besa_exp.display.markdown import escaped, markdown_table
-from besa_exp.report.runs import Measure, Run
+from besa_exp.report.runs import Measure, RunRecord
 from besa_exp.report.summaries import Cell
 
 NOT_KNOWN, NOT_IN_PAPER, NOT_RUN = "not known to us", "not in the paper", "not run"
@@ -52,7 +52,7 @@ def published() -> Mapping[str, Any]:
     return json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 
 
-def paper_tables(runs: Sequence[Run], found: Sequence[Cell]) -> list[PaperTable]:
+def paper_tables(runs: Sequence[RunRecord], found: Sequence[Cell]) -> list[PaperTable]:
     """A table for each measure of the paper, then one for each other measure of the runs, without a paper's column."""
     data = published()
     measures = {Measure(m["kind"], m["name"], m.get("metric", "")): m["title"] for m in data["measures"]}
@@ -62,7 +62,7 @@ def paper_tables(runs: Sequence[Run], found: Sequence[Cell]) -> list[PaperTable]
     return tables + [_table(measure, f"{measure.label} (ours)", runs, own) for measure in others]
 
 
-def _table(measure: Measure, title: str, runs: Sequence[Run], own: Sequence[Cell]) -> PaperTable:
+def _table(measure: Measure, title: str, runs: Sequence[RunRecord], own: Sequence[Cell]) -> PaperTable:
     data = published()
     sparsities = (0.0, data["sparsity"])
     cells = [cell for cell in own if cell.measure == measure and cell.target in sparsities]
@@ -84,7 +84,7 @@ def _cell(
     in_paper: bool,
     known: Mapping[str, Any],
     cells: Sequence[Cell],
-    runs: Sequence[Run],
+    runs: Sequence[RunRecord],
 ) -> PaperCell:
     values = known["values"].get(row["name"], [])
     at = known["columns"].index(model) if model in known["columns"] else None
@@ -107,7 +107,7 @@ def paper_name(model: str) -> str | None:
     return next((name for name, known in published()["models"].items() if model.lower() in known), None)
 
 
-def _is_row(cell: Cell, row: Mapping[str, Any], runs: Sequence[Run]) -> bool:
+def _is_row(cell: Cell, row: Mapping[str, Any], runs: Sequence[RunRecord]) -> bool:
     """Whether the cell's method is the row's: its pruner, granularity and an unstructured pattern."""
     run = runs[cell.runs[0]]
     given = run.config.get("pruner")
@@ -117,7 +117,7 @@ def _is_row(cell: Cell, row: Mapping[str, Any], runs: Sequence[Run]) -> bool:
     return cell.method.pruner == row["pruner"] and (dense or (same and run.pattern == "unstructured"))
 
 
-def _remark(cell: Cell, runs: Sequence[Run]) -> str:
+def _remark(cell: Cell, runs: Sequence[RunRecord]) -> str:
     """In what the run's conditions are not the paper's."""
     run = runs[cell.runs[0]]
     calibration = run.calibration

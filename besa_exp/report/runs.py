@@ -14,7 +14,9 @@ from typing import Any
 
 import yaml
 
+from besa_exp.blocks.reports import BlockReport, RecoveryReport, Size, StructureReport
 from besa_exp.display.missed_target import missed_by
+from besa_exp.evaluation.score import Score, Scores
 from besa_exp.report.methods import Method, method_of
 from besa_exp.run_folder.status import KILLED, read_status, seen_status
 
@@ -27,26 +29,6 @@ UNREADABLE = (
     AttributeError,
     ZeroDivisionError,
 )  # of a file cut off or changed
-
-
-@dataclass(frozen=True)
-class Linear:
-    """How many of one linear's weights are zero."""
-
-    name: str
-    weights: int
-    pruned: int
-
-
-@dataclass(frozen=True)
-class Block:
-    """One pruned block; the losses are the reconstruction loss on the probe samples, before and after."""
-
-    index: int
-    before: float
-    after: float
-    seconds: float
-    linears: tuple[Linear, ...]
 
 
 @dataclass(frozen=True)
@@ -65,7 +47,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Score:
+class ScoreRecord:
     """A measured value; `facets` are the things that make two of them comparable, each {what: which}."""
 
     measure: Measure
@@ -74,7 +56,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """One run folder. Only a run whose `status` is done has results."""
 
     folder: str
@@ -90,9 +72,12 @@ class Run:
     seed: int | None
     target: float | None
     measured: float | None
-    blocks: tuple[Block, ...]
-    scores: tuple[Score, ...]
-    dense_scores: tuple[Score, ...]
+    parameters: Size | None  # None: of a run of an older version
+    structure: StructureReport | None
+    recovery: RecoveryReport | None
+    blocks: tuple[BlockReport, ...]
+    scores: tuple[ScoreRecord, ...]
+    dense_scores: tuple[ScoreRecord, ...]
     unavailable: Mapping[str, str]
     calibration: Mapping[str, Any]
     seconds: Mapping[str, float]
@@ -112,7 +97,7 @@ class Run:
         return Path(self.folder)
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path) -> RunRecord:
     """The run in the folder `path`."""
     status = read_status(path) or {}
     state, error = _state(path, status)
@@ -126,14 +111,14 @@ def read_run(path: Path) -> Run:
     return _run(path, status, state, error, {})
 
 
-def _run(path: Path, status: Mapping[str, Any], state: str, error: str | None, results: Mapping[str, Any]) -> Run:
+def _run(path: Path, status: Mapping[str, Any], state: str, error: str | None, results: Mapping[str, Any]) -> RunRecord:
     config = _mapping(path / "config.yaml")
     name = results.get("pruner") or config.get("method") or "unknown"
     pattern = str(results.get("pattern") or config.get("pattern") or "unstructured")
     model = config.get("model")
     given = results.get("model") or (model.get("path") if isinstance(model, Mapping) else None) or "unknown"
-    provenance = results.get("provenance") or {}
-    return Run(
+    sizes, structure, recovery = (results.get(key) for key in ("parameters", "structure", "recovery"))
+    return RunRecord(
         folder=str(path),
         status=state,
         error=error,
@@ -147,9 +132,12 @@ def _run(path: Path, status: Mapping[str, Any], state: str, error: str | None, r
         seed=results.get("seed", config.get("seed")),
         target=results.get("target_sparsity", config.get("sparsity")),
         measured=results.get("measured_sparsity"),
-        blocks=tuple(_block(block) for block in results.get("blocks") or ()),
-        scores=tuple(_scores(results, provenance)),
-        dense_scores=tuple(_scores(results.get("dense") or {}, provenance)),
+        parameters=Size(**sizes) if sizes else None,
+        structure=StructureReport.from_dict(structure, sizes) if structure and sizes else None,
+        recovery=RecoveryReport.from_dict(recovery) if recovery else None,
+        blocks=tuple(BlockReport.from_dict(block) for block in results.get("blocks") or ()),
+        scores=tuple(_records(Scores.from_dict(results))),
+        dense_scores=tuple(_records(Scores.from_dict(results.get("dense") or {}, results.get("provenance") or {}))),
         unavailable=results.get("unavailable") or {},
         calibration=results.get("calibration") or {},
         seconds=results.get("seconds") or {},
@@ -175,55 +163,44 @@ def _mapping(path: Path) -> Mapping[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _block(block: Mapping[str, Any]) -> Block:
-    loss = block["reconstruction_loss"]
-    linears = tuple(Linear(name, item["weights"], item["pruned"]) for name, item in block["linears"].items())
-    return Block(block["index"], loss["before"], loss["after"], block["seconds"], linears)
-
-
-def _scores(results: Mapping[str, Any], provenance: Mapping[str, Any]) -> Iterator[Score]:
+def _records(scores: Scores) -> Iterator[ScoreRecord]:
     """Every score of one model, the mean over its zero-shot tasks too."""
-    for name, value in (results.get("perplexity") or {}).items():
-        record = (provenance.get("perplexity") or {}).get(name) or {}
-        facets = {
+    by_metric: dict[str, list[ScoreRecord]] = {}
+    for score in scores.scores:
+        if score.value is None:
+            continue
+        metric = score.metric.removesuffix(",none")
+        record = ScoreRecord(Measure(score.kind, score.name, metric), score.value, _facets(scores, score))
+        yield record
+        there = score.conditions.get("questions")
+        whole = scores.common.get("limit") is None if there is None else score.n == there
+        if score.kind == "zero_shot" and whole:  # a mean over tasks has no place for a score on the first few questions
+            by_metric.setdefault(metric, []).append(record)
+    for metric, records in by_metric.items():
+        if len(records) > 1:
+            yield _mean(records, metric)
+
+
+def _facets(scores: Scores, score: Score) -> dict[str, str]:
+    record = score.conditions
+    if score.kind == "perplexity":
+        return {
             "evaluation tokens": str(record.get("tokens_sha256", "unknown"))[:12],
             "evaluation window": f"{record.get('seq_len', 'unknown')} tokens",
         }
-        if value is not None:
-            yield Score(Measure("perplexity", name), value, facets)
-    harness = provenance.get("zero_shot") or {}
-    by_metric: dict[str, list[Score]] = {}
-    for task, metrics in (results.get("zero_shot") or {}).items():
-        record = (harness.get("tasks") or {}).get(task) or {}
-        facets = _task_facets(harness, record)
-        there = record.get("questions")
-        whole = harness.get("limit") is None if there is None else record.get("documents") == there
-        for key, value in metrics.items():
-            metric = key.removesuffix(",none")
-            if "_stderr" not in metric and value is not None:
-                score = Score(Measure("zero_shot", task, metric), value, facets)
-                yield score
-                if whole:  # a mean over tasks has no place for a score on the first few questions
-                    by_metric.setdefault(metric, []).append(score)
-    for metric, scores in by_metric.items():
-        if len(scores) > 1:
-            yield _mean(scores, metric)
-
-
-def _task_facets(harness: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, str]:
     data = str(record.get("data", "unknown"))
     return {
         "task version": str(record.get("version", "unknown")),
         "num_fewshot": str(record.get("num_fewshot", "unknown")),
-        "questions": str(record.get("documents", harness.get("limit") or "all")),
-        "context": f"{harness.get('max_length', 'unknown')} tokens",
+        "questions": str(record.get("documents", scores.common.get("limit") or "all")),
+        "context": f"{scores.common.get('max_length', 'unknown')} tokens",
         "task data": data.rpartition("sha256:")[2][:12] if "sha256:" in data else data,
     }
 
 
-def _mean(scores: Sequence[Score], metric: str) -> Score:
+def _mean(scores: Sequence[ScoreRecord], metric: str) -> ScoreRecord:
     """The mean over tasks; comparable only with the mean over the same tasks, measured alike."""
     facets = {f"{score.measure.name}, {what}": which for score in scores for what, which in score.facets.items()}
     facets["tasks"] = ", ".join(sorted(score.measure.name for score in scores))
     measure = Measure("zero_shot", f"mean of {len(scores)} tasks", metric)
-    return Score(measure, sum(score.value for score in scores) / len(scores), facets)
+    return ScoreRecord(measure, sum(score.value for score in scores) / len(scores), facets)

@@ -12,7 +12,7 @@ from besa_exp.display.markdown import escaped, markdown_table
 from besa_exp.display.missed_target import missed_by
 from besa_exp.report.comparability import Entry
 from besa_exp.report.methods import Method
-from besa_exp.report.runs import Measure, Run
+from besa_exp.report.runs import Measure, RunRecord
 
 DENSE = Method("dense")
 
@@ -50,7 +50,7 @@ class Cell:
         return f"{self.mean:.{digits}f}{spread}"
 
 
-def cells(runs: Sequence[Run], judged: Sequence[Entry]) -> list[Cell]:
+def cells(runs: Sequence[RunRecord], judged: Sequence[Entry]) -> list[Cell]:
     """All cells, ordered by model, measure, method and target. A dense model that was scored beside a pruned one
     counts where no run of its own scored it."""
     groups: dict[tuple, list[Entry]] = {}
@@ -66,7 +66,7 @@ def cells(runs: Sequence[Run], judged: Sequence[Entry]) -> list[Cell]:
     return sorted(found, key=lambda c: (c.apart, c.model, measure_rank(c.measure), c.method.order, c.target))
 
 
-def _cell(key: tuple, group: Sequence[Entry], runs: Sequence[Run]) -> Cell:
+def _cell(key: tuple, group: Sequence[Entry], runs: Sequence[RunRecord]) -> Cell:
     model, measure, method, target, apart = key
     values = tuple(entry.value for entry in group)
     measured = [0.0 if entry.dense else runs[entry.run].measured or 0.0 for entry in group]
@@ -90,12 +90,12 @@ def measure_rank(measure: Measure) -> tuple:
     return kinds.index(measure.kind), not measure.name.startswith("mean of"), measure.name, measure.metric
 
 
-def runs_csv(runs: Sequence[Run]) -> str:
+def runs_csv(runs: Sequence[RunRecord]) -> str:
     """A row a run, a column each score; empty where there is none."""
     measures = sorted({score.measure for run in runs for score in run.scores}, key=measure_rank)
     fixed = ["folder", "status", "error", "model", "method", "pattern", "seed", "target_sparsity", "measured_sparsity"]
     after = ["calibration", "calibration_sha256", "prune_seconds", "prune_processor_seconds", "total_seconds"]
-    after += ["peak_host_bytes", "git_commit", "target_missed"]
+    after += ["peak_host_bytes", "git_commit", "target_missed", "parameters_left"]
     file = io.StringIO()
     rows = csv.writer(file, lineterminator="\n")
     rows.writerow([*fixed, *(f"{m.kind} {m.label}" for m in measures), *after])
@@ -109,12 +109,13 @@ def runs_csv(runs: Sequence[Run]) -> str:
             run.memory.get("host"),
             run.environment.get("git_commit"),
             run.missed if run.status == "done" else None,
+            run.parameters.left if run.parameters else None,
         ]
         rows.writerow([*told, run.measured, *(values.get(measure) for measure in measures), *facts])
     return file.getvalue()
 
 
-def markdown(runs: Sequence[Run], found: Sequence[Cell], paper: str) -> str:
+def markdown(runs: Sequence[RunRecord], found: Sequence[Cell], paper: str) -> str:
     """summary.md: a table for each model and measure, the paper's table, what stands apart, what did not finish."""
     done = sum(run.status == "done" for run in runs)
     lines = [
@@ -146,7 +147,7 @@ def _with_measured(cell: Cell) -> str:
     return cell.text + (f" at {cell.measured:.1%}" if cell.missed else "")
 
 
-def _apart(found: Sequence[Cell], runs: Sequence[Run]) -> list[str]:
+def _apart(found: Sequence[Cell], runs: Sequence[RunRecord]) -> list[str]:
     lines = []
     for cell in found:
         if cell.apart:
@@ -155,7 +156,7 @@ def _apart(found: Sequence[Cell], runs: Sequence[Run]) -> list[str]:
     return lines or ["All scores that were found are comparable."]
 
 
-def _unfinished(runs: Sequence[Run]) -> list[str]:
+def _unfinished(runs: Sequence[RunRecord]) -> list[str]:
     lines = [
         f"- {escaped(run.folder)}: {run.status}" + (f": {escaped(run.error)}" if run.error else "")
         for run in runs

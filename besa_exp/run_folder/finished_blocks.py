@@ -9,11 +9,10 @@ search for a budget has come.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from besa_exp.blocks.reports import BlockReport, LinearReport, Step
+from besa_exp.blocks.reports import BlockReport
 from besa_exp.checkpoints.files import save_masks, weights_sha256
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.machine import atomic
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.run_folder.identity import IDENTITY, as_plain, check_identity
+from besa_exp.texts.sources import file_sha256
 
 SEARCH = "budget_search.json"
 REFINED = "model"  # the folder of the blocks as a search over the whole model leaves them
+OUTSIDE = "outside.safetensors"
+RECOVERED = "recovered"  # and as a recovery leaves them
 logger = logging.getLogger(__name__)
 
 
@@ -51,6 +53,11 @@ class FinishedBlocks:
         """The blocks after a search over the whole model, which begins with these."""
         return FinishedBlocks(self.folder / REFINED, self.keep_spent)
 
+    @property
+    def recovered(self) -> FinishedBlocks:
+        """The blocks after a recovery that began with these."""
+        return FinishedBlocks(self.folder / RECOVERED, self.keep_spent)
+
     def begin(self, identity: Mapping[str, Any], ends: Collection[int] | None = None) -> list[BlockReport]:
         """The reports of the blocks that are finished, from block 0 on without a gap; later and damaged ones go, and
         where blocks are pruned together, those after the last of `ends`, the numbers at which none is cut off.
@@ -66,7 +73,7 @@ class FinishedBlocks:
             reports.pop()
         whole = {file.name for index in range(len(reports)) for file in self._files(index)}
         for file in self.folder.iterdir():
-            if file.name not in (*whole, IDENTITY, SEARCH, REFINED):
+            if file.name not in (*whole, IDENTITY, SEARCH, REFINED, RECOVERED):
                 atomic.remove(file)
         return reports
 
@@ -87,7 +94,7 @@ class FinishedBlocks:
                 save_file(on_host, partial, {"format": "pt"})
             save_masks(keep_masks, masks, dense_sha256, weights_updated, permutations)
             content = {
-                "report": asdict(report),
+                "report": report.to_dict(steps=True),
                 "sha256": {file.name: file_sha256(file) for file in (weights, masks)},
                 "dense_sha256": dense_sha256,
             }
@@ -98,6 +105,19 @@ class FinishedBlocks:
                 f"block {report.index} could not be written to {self.folder} ({error}); the blocks before it are kept: "
                 "make space and give the same command again"
             ) from error
+
+    @property
+    def outside(self) -> Path:
+        """The file of tensors that are in no block, where a recovery moved such."""
+        return self.folder / OUTSIDE
+
+    def write_outside(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep them by their names in the model. RunError: the disk is full or cannot be written to."""
+        try:
+            with atomic.replaced_file(self.outside) as partial:
+                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{self.outside} could not be written ({error}); make space and start again") from error
 
     def tensors(self, index: int, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A finished block's tensors by full name. ConfigurationError: its `dense` weights are not those it was pruned
@@ -133,23 +153,11 @@ class FinishedBlocks:
             hashes = content["sha256"].items()
             wrong = [name for name, expected in hashes if file_sha256(self.folder / name) != expected]
             if not wrong:
-                return _report(content["report"])
+                return BlockReport.from_dict(content["report"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             wrong = [f"{record.name} ({error})"]
         logger.warning("block %d is pruned again: %s does not hold what was written", index, ", ".join(wrong))
         return None
-
-
-def file_sha256(path: Path) -> str:
-    """The hash of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _report(values: dict[str, Any]) -> BlockReport:
-    linears = tuple(LinearReport(**linear) for linear in values.pop("linears"))
-    steps = tuple(Step(**step) for step in values.pop("steps"))
-    return BlockReport(linears=linears, steps=steps, **values)
 
 
 def block_tensors(module: torch.nn.Module, name: str) -> dict[str, Tensor]:

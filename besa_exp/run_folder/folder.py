@@ -15,21 +15,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from besa_exp.blocks.reports import BlockReport, ModelStep, Step
 from besa_exp.errors import ConfigurationError, Interrupted, RunError
+from besa_exp.evaluation.score import Scores
 from besa_exp.machine import atomic
 from besa_exp.machine.environment import masked
 from besa_exp.run_folder.identity import check_identity
 from besa_exp.run_folder.lock import locked
 from besa_exp.run_folder.log import logging_to
 from besa_exp.run_folder.status import is_done, now, read_status, write_status
-
-if TYPE_CHECKING:
-    from besa_exp.evaluation.scores import Scores
 
 WRITTEN = (  # what a run leaves besides .lock and status.json; nothing else in the folder is ever removed
     "results.json",
@@ -65,10 +63,12 @@ logger = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """An open run folder, made by `RunFolder.open`; the paths are where a run puts its larger files."""
+    """An open run folder, made by `RunFolder.open`; the paths are where a run puts its larger files. Without `writes`
+    it is one that another process has open: it has the paths, and writes nothing."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, writes: bool = True):
         self.path = path
+        self.writes = writes
         self.model = path / "model"
         self.masks = path / "masks.safetensors"
         self.tokens = path / "calibration.safetensors"
@@ -129,6 +129,8 @@ class RunFolder:
     def rewind(self, reports: Sequence[BlockReport]) -> None:
         """metrics.jsonl and sparsity.csv as they were when the blocks of `reports` had been finished; scores of the
         dense model and the course of a search over the whole model stay."""
+        if not self.writes:
+            return
         lines = self._lines()
         kept = [line for line in lines if line.get("kind") == "scores" and line.get("which") == "dense"]
         kept += [*{line["step"]: line for line in lines if line.get("kind") == "model_step"}.values()]
@@ -150,6 +152,8 @@ class RunFolder:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """config.yaml: the resolved configuration, with `***` in the place of secrets."""
+        if not self.writes:
+            return
         text = yaml.safe_dump(masked(config), sort_keys=False, allow_unicode=True)
         atomic.write_text(self.path / "config.yaml", text)
 
@@ -181,6 +185,8 @@ class RunFolder:
         self._append({"kind": "rows", "block": block, "linears": linears}, f"block {block}")
 
     def _append_sparsity(self, report: BlockReport) -> None:
+        if not self.writes:
+            return
         is_new = not self.sparsity.exists()
         with self.sparsity.open("a", encoding="utf-8", newline="") as file:
             rows = csv.writer(file, lineterminator="\n")
@@ -191,23 +197,19 @@ class RunFolder:
 
     def log_scores(self, which: str, scores: Scores) -> None:
         """One line of metrics.jsonl; `which` is `pruned` or `dense`."""
-        line = {
-            "kind": "scores",
-            "which": which,
-            "perplexity": scores.perplexity,
-            "zero_shot": scores.zero_shot,
-            "unavailable": scores.unavailable,
-            **({"simulated_speed": scores.simulated_speed} if scores.simulated_speed else {}),
-            **({"speed": scores.speed} if scores.speed else {}),
-        }
+        line = {"kind": "scores", "which": which, **scores.to_dict()}
         self._append(line, f"scores of the {which} model")
 
     def _append(self, line: dict[str, Any], where: str) -> None:
+        if not self.writes:
+            return
         _check_finite(line, where)
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(_json_line(line))
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        if not self.writes:
+            return
         _check_finite(content, name)
         text = json.dumps(_ordered(content), indent=2, allow_nan=False, ensure_ascii=False)
         atomic.write_text(self.path / name, text + "\n")
@@ -225,15 +227,7 @@ def _block_line(report: BlockReport) -> dict[str, Any]:
         "reconstruction_loss": report.loss_after,
         "reconstruction_loss_before": report.loss_before,
         "seconds": report.seconds,
-        "linears": {
-            linear.name: {
-                "weights": linear.weights,
-                "pruned": linear.pruned,
-                "sparsity": linear.sparsity,
-                "allocated": linear.allocated,
-            }
-            for linear in report.linears
-        },
+        "linears": {linear.name: linear.to_dict() for linear in report.linears},
     }
 
 

@@ -4,17 +4,47 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from besa_exp.errors import ConfigurationError
 from besa_exp.presets import METHOD_GROUPS
+from besa_exp.settings import RunSettings
 
 IDENTITY = "identity.json"  # in the folder of the blocks
 # Of a model's keys: where the weights lie, and what is said about them elsewhere. They decide nothing.
 NOT_DECIDING = ("load", "convert", "name", "context", "published_perplexity")
 DECIDING = ("method", "model", "calibration", *METHOD_GROUPS, "sparsity", "pattern", "seed", "deterministic")
 DECIDING += ("compute_dtype",)
+
+
+def config_of(settings: RunSettings) -> dict[str, Any]:
+    """The settings as a configuration would say them: plain values, and `_target_` where a method's object stands."""
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    name = values.pop("pruner_name")
+    plain = {key: _described(value) for key, value in values.items()}
+    for key, value in values.items():
+        if key not in METHOD_GROUPS and isinstance(plain[key], dict):
+            plain[key].pop("_target_", None)
+        elif key in METHOD_GROUPS and value is not None and not isinstance(plain[key], dict):
+            plain[key] = {"_target_": _place(value), **_described(vars(value))}
+    return {"method": name, **plain}
+
+
+def _described(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        of_fields = {field.name: _described(getattr(value, field.name)) for field in fields(value)}
+        return {"_target_": _place(value), **of_fields}
+    if isinstance(value, Mapping):
+        return {str(key): _described(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_described(item) for item in value]
+    return value if value is None or isinstance(value, str | int | float) else repr(value)
+
+
+def _place(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def request_identity(config: Mapping[str, Any], tokens_sha256: str | None = None) -> dict[str, Any]:

@@ -12,23 +12,24 @@ from torch import Tensor
 
 from besa_exp.blocks.activations import Allocate
 from besa_exp.blocks.block import Block, Hidden, capture_blocks, embed
+from besa_exp.blocks.decided import Decided
 from besa_exp.blocks.head import head_of
 from besa_exp.blocks.loop import prune_blocks
-from besa_exp.blocks.pruner import PrunedBlock, Pruner
+from besa_exp.blocks.pruner import PrunedBlock, Pruner, Refinement
 from besa_exp.blocks.replay_check import check_replay
 from besa_exp.blocks.reports import BlockReport, ModelStep, Step
-from besa_exp.blocks.units import Refinement, blocks_together, by_block, units
-from besa_exp.blocks.whole_model import Decided, KeepMasks, Weights, Whole
+from besa_exp.blocks.units import by_block, units
+from besa_exp.blocks.whole_model import KeepMasks, Weights, Whole
 from besa_exp.checkpoints.files import load_masks, masks_description, weights_sha256
 from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.machine import distributed
-from besa_exp.methods.budgets.budget import Budget, exact_targets
-from besa_exp.methods.budgets.trial import Search, Trial
-from besa_exp.methods.budgets.uniform import Uniform
+from besa_exp.methods.budgets.budget import Budget, exact_goals
+from besa_exp.methods.budgets.trial import DepthSearch, Trial
+from besa_exp.methods.budgets.uniform import SameForAll
 from besa_exp.run_folder.finished_blocks import FinishedBlocks, block_tensors, load_block_tensors
 from besa_exp.runs.cpu_units import as_stored
 from besa_exp.runs.save import pruned_weights
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 
 
 def check_blocks(loaded: LoadedModel, input_ids: Tensor, batch_size: int) -> None:
@@ -64,25 +65,25 @@ class BlockLoop:
     def run(
         self,
         pruner: Pruner,
-        target: Target,
-        budget: Budget | Search | Uniform | None,
+        goal: Goal,
+        budget: Budget | DepthSearch | SameForAll | None,
         on_step: Callable[[Step], None],
         on_block: Callable[[BlockReport], None],
     ) -> None:
-        """Every block is in `finished` afterwards. `budget` deals `target` out to the blocks; None: each has the same.
+        """Every block is in `finished` afterwards. `budget` deals `goal` out to the blocks; None: each has the same.
         `on_block` is told of each new one when it is on the disk."""
         blocks = capture_blocks(self.loaded.model, self.input_ids)
         blocks = [replace(block, compute_dtype=self.compute_dtype) for block in blocks]
-        together = blocks_together(pruner)
-        targets = target
-        if budget is not None and not isinstance(budget, Uniform):
-            targets = self._targets(blocks, target, budget, together)
+        together = pruner.traits.blocks_together
+        goals: Goal | list[Goal] = goal
+        if budget is not None and not isinstance(budget, SameForAll):
+            goals = self._goals(blocks, goal, budget, together)
         grouped = units(blocks, together)
         pruning = prune_blocks(
             self._resident(grouped),
             self._embed(blocks),
             pruner,
-            targets,
+            goals,
             self.batch_size,
             on_step,
             self._restore,
@@ -153,17 +154,17 @@ class BlockLoop:
     def _embed(self, blocks: list[Block]) -> Hidden:
         return embed(self.loaded.model, blocks, self.input_ids, self.batch_size, self.allocate)
 
-    def _targets(self, blocks: list[Block], target: Target, budget: Budget | Search, together: int) -> list[Target]:
+    def _goals(self, blocks: list[Block], goal: Goal, budget: Budget | DepthSearch, together: int) -> list[Goal]:
         """Each block's own, or that of the blocks it is pruned together with."""
-        if isinstance(budget, Search):
-            sparsities, sizes = self._searched(budget, blocks, target.sparsity)
+        if isinstance(budget, DepthSearch):
+            sparsities, sizes = self._searched(budget, blocks, goal.sparsity)
         else:
-            sparsities, sizes = self._measured(budget, blocks, target.sparsity)
-        own = exact_targets(sparsities, sizes, target.sparsity)
+            sparsities, sizes = self._measured(budget, blocks, goal.sparsity)
+        own = exact_goals(sparsities, sizes, goal.sparsity)
         groups = [slice(start, start + together) for start in range(0, len(own), together)]
         pruned = [sum(round(t.sparsity * size) for t, size in zip(own[g], sizes[g], strict=True)) for g in groups]
         return [
-            Target(count / sum(sizes[g]), exact=True) for count, g in zip(pruned, groups, strict=True) for _ in own[g]
+            Goal(count / sum(sizes[g]), exact=True) for count, g in zip(pruned, groups, strict=True) for _ in own[g]
         ]
 
     def _measured(self, budget: Budget, blocks: list[Block], sparsity: float) -> tuple[Tensor, list[int]]:
@@ -177,11 +178,11 @@ class BlockLoop:
 
         return budget.sparsities(measured(), self._embed(blocks), sparsity, self.batch_size), sizes
 
-    def _searched(self, budget: Search, blocks: list[Block], sparsity: float) -> tuple[Tensor, list[int]]:
+    def _searched(self, budget: DepthSearch, blocks: list[Block], sparsity: float) -> tuple[Tensor, list[int]]:
         """The blocks' wishes and weights: the budget tries whole models, and goes on where an earlier attempt was."""
         head = head_of(self.loaded.model, blocks, self.input_ids)
         inputs, outputs = self._embed(blocks), self._embed(blocks)
-        trial = Trial.begin(partial(self._resident, blocks), inputs, outputs, head, self.batch_size)
+        trial = Trial.begin(partial(self._resident, blocks), inputs, outputs, head, self.batch_size, budget.importance)
         return budget.search(trial, sparsity, self.finished.search), [*trial.sizes]
 
     def _restore(self, block: Block) -> bool:

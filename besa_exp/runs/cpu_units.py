@@ -11,12 +11,11 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from besa_exp.blocks.pruner import PrunedBlock, Pruner
+from besa_exp.blocks.pruner import PrunedBlock, Pruner, Task, Traits
 from besa_exp.checkpoints.load import SHARE_OF_FREE, LoadedModel
 from besa_exp.machine.memory import free_memory
 
@@ -84,22 +83,17 @@ class Rounding:
     stored: torch.dtype
 
     @property
-    def statistic(self) -> Any:
+    def traits(self) -> Traits:
         """The inner pruner's."""
-        return self.pruner.statistic
-
-    @property
-    def dense_targets(self) -> bool:
-        """The inner pruner's."""
-        return self.pruner.dense_targets
+        return self.pruner.traits
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """What the inner pruner says."""
         return self.pruner.check(sparsity, pattern)
 
-    def prune_block(self, block, inputs, targets, statistics, target, on_step) -> PrunedBlock:
+    def prune_block(self, task: Task) -> PrunedBlock:
         """As the inner pruner does, then rounded."""
-        pruned = self.pruner.prune_block(block, inputs, targets, statistics, target, on_step)
+        pruned = self.pruner.prune_block(task)
         weights, norms = (self._rounded(values or {}) for values in (pruned.weights, pruned.norms))
         return replace(pruned, weights=weights or None, norms=norms)
 

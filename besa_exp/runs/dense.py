@@ -5,37 +5,37 @@ The model that was given is the model of the run; its zeros are counted as those
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from besa_exp.blocks.block import capture_blocks
-from besa_exp.blocks.reports import BlockReport, LinearReport
+from besa_exp.blocks.reports import BlockReport, LinearReport, Size
 from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.machine.environment import environment
-from besa_exp.runs.results import results_of, score_values
-from besa_exp.runs.run import Run, model_facts, tracking
-from besa_exp.runs.score import published, score, score_dense
+from besa_exp.runs.published import published
+from besa_exp.runs.results import counts_of
+from besa_exp.runs.run import Run, model_facts, parameters, tracking
+from besa_exp.runs.score import dense_scores, score
 
 
-def dense_results(run: Run, loaded: LoadedModel, config: Mapping[str, Any]) -> dict[str, Any]:
+def dense_results(run: Run, loaded: LoadedModel) -> dict[str, Any]:
     """results.json but for times and memory; with `evaluator.dense` the scores are shared with the runs beside it."""
     settings = run.settings
-    reports = counted(loaded)
+    reports, size = counted(loaded), parameters(loaded)
     run.folder.rewind(reports)
     run.console.plan(settings, model_facts(loaded))
-    results = results_of(settings, None, reports, environment(run.device))
+    results = counts_of(settings, reports, Size(size, size), environment(run.device))
     results |= {"model_notes": [*loaded.notes]} if loaded.notes else {}
-    with tracking(run, config, reports) as tracker:
+    with tracking(run) as tracker:
         if settings.evaluator.dense:
-            scores = score_dense(run, loaded)
+            scores = dense_scores(run, loaded)
             run.folder.log_scores("pruned", scores)
         else:
             scores = score(run, "pruned", loaded)
         tracker.log_scores(scores, scores if settings.evaluator.dense else None)
-    results |= score_values(scores) | {"provenance": scores.provenance}
-    results |= {"dense": score_values(scores)} if settings.evaluator.dense else {}
+    results |= scores.to_dict() | {"provenance": scores.provenance}
+    results |= {"dense": scores.to_dict()} if settings.evaluator.dense else {}
     return results | published(settings, scores)
 
 

@@ -26,23 +26,22 @@ from besa_exp.checkpoints.load import LoadedModel, load_model, model_context
 from besa_exp.display.console import RunConsole
 from besa_exp.display.tracker import start_tracker
 from besa_exp.errors import ConfigurationError
-from besa_exp.evaluation.finished_scores import FinishedScores
+from besa_exp.evaluation.kept_scores import FinishedScores, files_of
 from besa_exp.evaluation.merging import merged, remaining
-from besa_exp.evaluation.scores import Scores, evaluate
+from besa_exp.evaluation.score import Scores
+from besa_exp.evaluation.scores import evaluate
 from besa_exp.machine import atomic, distributed
 from besa_exp.machine.device import peak_memory, prepared_device
 from besa_exp.machine.environment import environment
 from besa_exp.machine.process import imports_are_done
 from besa_exp.run_folder.folder import RunFolder
-from besa_exp.run_folder.follower import FollowedFolder
 from besa_exp.run_folder.inputs import fingerprint, write_inputs
 from besa_exp.run_folder.lock import locked
 from besa_exp.run_folder.log import logging_to
 from besa_exp.run_folder.lookup import run_and_model
 from besa_exp.run_folder.spent import Spent
 from besa_exp.runs.cpu_units import in_a_fast_dtype
-from besa_exp.runs.dense_scores import files_of
-from besa_exp.runs.score import compared_with_published
+from besa_exp.runs.published import compared_with_published
 from besa_exp.settings import EvaluationSettings, TrackerSettings
 
 BLOCK_AND_LINEAR = re.compile(r"\.(\d+)\.(.+)\.weight$")  # model.layers.3.mlp.down_proj.weight
@@ -55,7 +54,7 @@ class _Evaluation:
     """One under way."""
 
     settings: EvaluationSettings
-    folder: RunFolder | FollowedFolder
+    folder: RunFolder
     console: RunConsole
     device: torch.device
     spent: Spent
@@ -94,14 +93,14 @@ def evaluate_checkpoint(settings: EvaluationSettings, path: Path, config: Mappin
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[RunFolder | FollowedFolder]:
+def _opened(path: Path) -> Iterator[RunFolder]:
     """The folder, which of several ranks the first alone locks and writes."""
     with ExitStack() as held:
         if distributed.is_first():
             held.enter_context(locked(path))
             held.enter_context(logging_to(path / "run.log"))
         held.enter_context(distributed.failing_together())
-        yield RunFolder(path) if distributed.is_first() else FollowedFolder(path)
+        yield RunFolder(path, writes=distributed.is_first())
 
 
 def _scored(evaluation: _Evaluation, loaded: LoadedModel, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +124,7 @@ def _scored(evaluation: _Evaluation, loaded: LoadedModel, config: Mapping[str, A
         tracker.log_scores(scores)
         failed = False
     finally:
-        tracker.finish([], failed)
+        tracker.finish(failed)
     results, told = merged(results, scores)
     results |= {"model_notes": [*loaded.notes]} if loaded.notes else {}
     for line in told:
@@ -158,7 +157,7 @@ def _base(evaluation: _Evaluation, loaded: LoadedModel, digest: str) -> dict[str
     blocks = counted_blocks(loaded.folder)
     results = earlier_results(folder.path)
     if run_and_model(settings.checkpoint)[0] is not None and "blocks" in results and "checkpoint_files" not in results:
-        _check_same_zeros(folder.path, results["blocks"], blocks)
+        check_same_zeros(folder.path, results["blocks"], blocks)
         return results
     before = results.get("checkpoint_files")
     if results and before != digest:
@@ -196,15 +195,16 @@ def counted_blocks(folder: Path) -> list[dict[str, Any]]:
     return [{"index": index, "linears": linears} for index, linears in sorted(blocks.items())]
 
 
-def _check_same_zeros(run: Path, reported: list[dict[str, Any]], counted: list[dict[str, Any]]) -> None:
-    """ConfigurationError: the model is not the one that the run's results.json tells of."""
+def check_same_zeros(run: Path, reported: list[dict[str, Any]], counted: list[dict[str, Any]]) -> None:
+    """ConfigurationError: the model is not the one that the run's results.json tells of. What is reported has the
+    numbers of the dense model, and stands in the order of the saved blocks."""
     by_index = {block["index"]: block["linears"] for block in counted}
-    for block in reported:
+    for place, block in enumerate(reported):
         for name, linear in block["linears"].items():
-            found = by_index.get(block["index"], {}).get(name)
+            found = by_index.get(place, {}).get(name)
             if found is not None and found["pruned"] != linear["pruned"]:
                 raise ConfigurationError(
-                    f"{run / 'model'}: block {block['index']}, {name} holds {found['pruned']} zeros where results.json "
+                    f"{run / 'model'}: block {place}, {name} holds {found['pruned']} zeros where results.json "
                     f"says {linear['pruned']}: it is not the model that the run made; name another folder with "
                     "hydra.run.dir="
                 )

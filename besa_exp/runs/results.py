@@ -6,21 +6,37 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from besa_exp.blocks.reports import BlockReport
-from besa_exp.evaluation.scores import Scores
+from besa_exp.blocks.reports import BlockReport, Size
+from besa_exp.runs.published import published
+from besa_exp.runs.run import Work
 from besa_exp.settings import RunSettings
-from besa_exp.tensors.masks import Target
-from besa_exp.tensors.quantisation import quantiser_of
+from besa_exp.tensors.masks import Goal
 from besa_exp.texts.calibration import Calibration
 
 
-def results_of(
-    settings: RunSettings,
-    calibration: Calibration | None,
-    reports: Sequence[BlockReport],
-    environment: Mapping[str, Any],
+def results_of(settings: RunSettings, work: Work, environment: Mapping[str, Any]) -> dict[str, Any]:
+    """results.json without times and memory, as far as the stages have come; blocks under their numbers in the dense
+    model. `structure` and `recovery` stand in it where there were such stages."""
+    values = counts_of(settings, work.numbered(work.reports), work.parameters, environment)
+    values |= {
+        "target_sparsity": Goal.parse(settings.sparsity, settings.pattern).sparsity,
+        "calibration": _calibration(work.calibration),
+    }
+    values |= {"model_notes": [*work.loaded.notes]} if work.loaded.notes else {}
+    values |= {"structure": work.structure.to_dict()} if work.structure else {}
+    values |= {"recovery": work.recovery.to_dict()} if work.recovery else {}
+    dense, scores = work.dense_scores, work.scores
+    values |= {"dense": dense.to_dict()} if dense else {}
+    if scores:
+        values |= {**scores.to_dict(), "provenance": scores.provenance, **work.reloaded}
+        values |= published(settings, dense or (scores if values["measured_sparsity"] == 0 else None))
+    return values
+
+
+def counts_of(
+    settings: RunSettings, reports: Sequence[BlockReport], parameters: Size, environment: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """results.json without scores, times and memory. `calibration` None: of a dense model, which has no target."""
+    """What was asked, and what the blocks' linears hold; of a dense model there is no target."""
     linears = [linear for report in reports for linear in report.linears]
     weights, pruned = sum(linear.weights for linear in linears), sum(linear.pruned for linear in linears)
     return {
@@ -28,12 +44,13 @@ def results_of(
         "pruner": settings.pruner_name,
         "pattern": settings.pattern,
         "seed": settings.seed,
-        "target_sparsity": Target.parse(settings.sparsity, settings.pattern).sparsity if calibration else 0.0,
+        "target_sparsity": 0.0,
         "measured_sparsity": pruned / weights,
+        "parameters": asdict(parameters),
         "linears": len(linears),
-        "quantisation": asdict(quantiser) if (quantiser := quantiser_of(settings.pruner)) else None,
-        "blocks": [_block(report) for report in reports],
-        "calibration": _calibration(calibration) if calibration else None,
+        "quantisation": asdict(quantiser) if (quantiser := settings.pruner.traits.quantiser) else None,
+        "blocks": [report.to_dict() for report in reports],
+        "calibration": None,
         "environment": environment,
     }
 
@@ -47,22 +64,3 @@ def _calibration(calibration: Calibration) -> dict[str, Any]:
         "tokens_sha256": calibration.tokens_sha256,
         "provenance": calibration.provenance,
     }
-
-
-def _block(report: BlockReport) -> dict[str, Any]:
-    return {
-        "index": report.index,
-        "reconstruction_loss": {"before": report.loss_before, "after": report.loss_after},
-        "seconds": report.seconds,
-        "linears": {
-            linear.name: {"weights": linear.weights, "pruned": linear.pruned, "sparsity": linear.sparsity}
-            for linear in report.linears
-        },
-    }
-
-
-def score_values(scores: Scores) -> dict[str, Any]:
-    """The part of results.json that one model's scores are."""
-    values = {"perplexity": scores.perplexity, "zero_shot": scores.zero_shot, "unavailable": scores.unavailable}
-    values |= {"simulated_speed": scores.simulated_speed} if scores.simulated_speed else {}
-    return values | ({"speed": scores.speed} if scores.speed else {})

@@ -7,16 +7,15 @@ All of them lie in one file of the run folder, float32 by the linear's name in t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
 from safetensors.torch import save_file
 from torch import Tensor
 
+from besa_exp.blocks.reports import BlockReport
 from besa_exp.checkpoints.files import load_masks
-from besa_exp.display.tracker import Tracker
 from besa_exp.machine import atomic
 from besa_exp.report.row_sparsities import QUANTILES
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
@@ -33,14 +32,19 @@ def quantiles(rows: Float[Tensor, " out"]) -> list[float]:
     return torch.quantile(rows, torch.tensor(QUANTILES)).tolist()
 
 
-def keep_row_sparsities(run: Run, finished: FinishedBlocks, results: Mapping[str, Any], tracker: Tracker) -> None:
+def keep_row_sparsities(run: Run, finished: FinishedBlocks, reports: Sequence[BlockReport]) -> None:
     """Writes the file, and tells metrics.jsonl and the tracker of each block's. For the first of several ranks."""
     found: dict[str, Tensor] = {}
-    for block, file in zip(results["blocks"], finished.mask_files(len(results["blocks"])), strict=True):
+    for report, file in zip(reports, finished.mask_files(len(reports)), strict=True):
         rows = {name.removesuffix(".weight"): row_sparsities(mask) for name, mask in load_masks(file).items()}
         found |= rows
-        by_path = {path: own for path in block["linears"] for name, own in rows.items() if name.endswith(f".{path}")}
-        run.folder.log_rows(block["index"], {path: quantiles(own) for path, own in by_path.items()})
-        tracker.log_rows(block["index"], {path: own.tolist() for path, own in by_path.items()})
+        by_path = {
+            path: own
+            for path in (linear.name for linear in report.linears)
+            for name, own in rows.items()
+            if name.endswith(f".{path}")
+        }
+        run.folder.log_rows(report.index, {path: quantiles(own) for path, own in by_path.items()})
+        run.tracker.log_rows(report.index, {path: own.tolist() for path, own in by_path.items()})
     with atomic.replaced_file(run.folder.rows) as partial:
         save_file(found, partial)

@@ -1,40 +1,90 @@
-"""A run under way: what its parts are given."""
+"""A run under way: what its stages are given, and the value that they hand on.
+
+A stage is a function `(Run, Work) -> Work`: it takes the model as the stages before have left it, and returns it with
+what it adds. It keeps on the disk what it has finished, and asked again in the same folder it takes that from there, so
+that each stage goes on by itself; the ones before it are then done at once. `runs.prune` lists the stages.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from besa_exp.blocks.reports import BlockReport
+from besa_exp.blocks.block import discover_blocks
+from besa_exp.blocks.reports import BlockReport, RecoveryReport, Size, StructureReport
 from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.display.console import RunConsole
-from besa_exp.display.tracker import Tracker, start_tracker
+from besa_exp.display.tracker import NoTracker, Tracker, start_tracker
+from besa_exp.evaluation.score import Scores
 from besa_exp.machine import distributed
+from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.run_folder.folder import RunFolder
-from besa_exp.run_folder.follower import FollowedFolder
 from besa_exp.run_folder.spent import Spent
 from besa_exp.settings import RunSettings, TrackerSettings
+from besa_exp.texts.calibration import Calibration
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run under way: what is asked, where it is written and shown, and what it has taken so far."""
+    """One run under way: what is asked, where it is written and shown, and what it has taken so far. `config`: what it
+    was asked as, in plain values."""
 
     settings: RunSettings
+    config: Mapping[str, Any]
     device: torch.device
-    folder: RunFolder | FollowedFolder
+    folder: RunFolder
     console: RunConsole
     spent: Spent
+    tracker: Tracker = field(default_factory=NoTracker)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the stages hand on. `loaded`: the model as it is now (streamed: it reads the newest files). `parameters`: of
+    the dense model, and what is left of them; zeros are left. `finished` holds the pruned blocks and `reports` tells of
+    them, both by their numbers in the pruned model. `saved`: what is scored, read again where it was saved.
+    `reloaded`: what a fresh process saw of it, as in results.json."""
+
+    loaded: LoadedModel
+    calibration: Calibration
+    parameters: Size
+    finished: FinishedBlocks
+    dense_scores: Scores | None = None
+    structure: StructureReport | None = None
+    reports: tuple[BlockReport, ...] = ()
+    recovery: RecoveryReport | None = None
+    saved: LoadedModel | None = None
+    scores: Scores | None = None
+    reloaded: Mapping[str, Any] = field(default_factory=dict)
+
+    def numbered(self, reports: Sequence[BlockReport]) -> list[BlockReport]:
+        """The reports under the blocks' numbers in the dense model, as files, console and W&B have them."""
+        return [report.numbered(self.number(report.index)) for report in reports]
+
+    def number(self, index: int) -> int:
+        """In the dense model, of a block of the pruned one."""
+        return self.structure.kept[index] if self.structure else index
+
+
+def parameters(loaded: LoadedModel) -> int:
+    """Of the model; tied ones count once."""
+    return sum(parameter.numel() for parameter in loaded.model.parameters())
+
+
+def num_blocks(loaded: LoadedModel) -> int:
+    """Of the model."""
+    return len(discover_blocks(loaded.model)[1])
 
 
 def model_facts(loaded: LoadedModel) -> dict[str, Any]:
     """What the plan shows of a model besides the settings."""
     facts = {
-        "weights": f"{sum(parameter.numel() for parameter in loaded.model.parameters()):,}",
+        "weights": f"{parameters(loaded):,}",
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": str(next(loaded.model.parameters()).device),
     }
@@ -42,14 +92,23 @@ def model_facts(loaded: LoadedModel) -> dict[str, Any]:
 
 
 @contextmanager
-def tracking(run: Run, config: Mapping[str, Any], reports: Sequence[BlockReport]) -> Iterator[Tracker]:
-    """The tracker, finished with what was reported however the run ends."""
+def opened(path: Path, overwrite: bool, resume: Mapping[str, Any] | None) -> Iterator[RunFolder]:
+    """The run folder. Of several ranks the first alone locks and writes it; the others have its paths, to read."""
+    first = distributed.is_first()
+    folder = RunFolder.open(path, overwrite, resume) if first else nullcontext(RunFolder(path, writes=False))
+    with folder as opened, distributed.failing_together():
+        yield opened
+
+
+@contextmanager
+def tracking(run: Run) -> Iterator[Tracker]:
+    """The tracker, finished with what it was told of however the run ends."""
     path = run.folder.path
     tracked = run.settings.tracker if distributed.is_first() else TrackerSettings("none")
-    tracker = start_tracker(tracked, path, config, path.name, run.settings.pruner_name)
+    tracker = start_tracker(tracked, path, run.config, path.name, run.settings.pruner_name)
     failed = True
     try:
         yield tracker
         failed = False
     finally:
-        tracker.finish(reports, failed)
+        tracker.finish(failed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from besa_exp.blocks.block import capture_blocks, discover_blocks
+from besa_exp.blocks.reports import BlockReport
 from besa_exp.checkpoints.files import merge_masks, save_beside_weights, save_model, weights_sha256
 from besa_exp.checkpoints.fresh_process import TOKENS, reloading, token_loss
 from besa_exp.checkpoints.inspect import read_header
@@ -28,12 +29,13 @@ from besa_exp.display.model_card import base_licence, model_card
 from besa_exp.errors import RunError
 from besa_exp.evaluation.scores import callable_model
 from besa_exp.machine import atomic, distributed
+from besa_exp.machine.environment import environment
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.runs.cpu_units import as_stored, in_a_fast_dtype
-from besa_exp.runs.run import Run
+from besa_exp.runs.results import results_of
+from besa_exp.runs.run import Run, Work, num_blocks
 from besa_exp.settings import RunSettings
-from besa_exp.tensors.masks import Target
-from besa_exp.texts.calibration import Calibration
+from besa_exp.tensors.masks import Goal
 
 
 def save_pruned(loaded: LoadedModel, finished: FinishedBlocks, folder: Path, card: str) -> None:
@@ -56,45 +58,48 @@ def save_pruned(loaded: LoadedModel, finished: FinishedBlocks, folder: Path, car
         ) from error
 
 
-def check_saved(saved: LoadedModel, results: Mapping[str, Any]) -> None:
-    """RunError: a linear of the model that was saved and loaded anew has another number of zeros than was reported."""
+def check_saved(saved: LoadedModel, reports: Sequence[BlockReport]) -> None:
+    """RunError: a linear of the model that was saved and loaded again has another number of zeros than was reported, or
+    there are other blocks. The reports are in the order of the saved blocks, whatever their numbers."""
     blocks = capture_blocks(saved.model, torch.zeros(1, 1, dtype=torch.long))  # never called: nothing is captured
+    if len(blocks) != len(reports):
+        raise RunError(f"{saved.folder}: {len(blocks)} blocks as saved, not the {len(reports)} that were reported")
     for block in saved.weights.resident(blocks) if saved.weights else blocks:
-        for name, linear in results["blocks"][block.index]["linears"].items():
-            weight = block.linears[name].weight
+        for linear in reports[block.index].linears:
+            weight = block.linears[linear.name].weight
             zeros = weight.numel() - int(torch.count_nonzero(weight))
-            if zeros != linear["pruned"]:
+            if (zeros, weight.numel()) != (linear.pruned, linear.weights):
                 raise RunError(
-                    f"{saved.folder}: {block.name}.{name} holds {zeros} zeros as saved, not the {linear['pruned']} "
-                    "that were reported"
+                    f"{saved.folder}: {block.name}.{linear.name} holds {zeros} zeros of {weight.numel()} as saved, not "
+                    f"the {linear.pruned} of {linear.weights} that were reported"
                 )
 
 
-def block_names(loaded: LoadedModel) -> dict[int, str]:
-    """The blocks' names by index."""
-    path, modules = discover_blocks(loaded.model)
-    return {index: f"{path}.{index}" for index in range(len(modules))}
-
-
-def pruned_weights(loaded: LoadedModel, finished: FinishedBlocks) -> LoadedModel:
-    """The streamed model with the finished blocks' files in the place of the dense ones."""
+def pruned_weights(
+    loaded: LoadedModel, finished: FinishedBlocks, done: int | None = None, others: Sequence[Path] = ()
+) -> LoadedModel:
+    """The streamed model with the files of the `done` first finished blocks, by default all, and `others` in place of
+    its own."""
     assert loaded.weights is not None
-    files = finished.weight_files(len(block_names(loaded)))
+    files = [*finished.weight_files(num_blocks(loaded) if done is None else done), *others]
     return replace(loaded, weights=loaded.weights.with_blocks(loaded.model, files))
 
 
-def masks_origin(settings: RunSettings, loaded: LoadedModel) -> dict[str, Any]:
-    """What a run's masks were made from and how, for `rebuilding`. Of a folder the name alone: the rest is private.
+def masks_origin(settings: RunSettings, work: Work) -> dict[str, Any]:
+    """What a run's masks were made from and how, for `rebuild`. Of a folder the name alone: the rest is private.
 
-    `dtype` is what the model was loaded as, `layout` how its pruned weights are dealt out to files."""
-    return {
+    `dtype` is what the model was loaded as, `layout` how its pruned weights are dealt out to files; `structure` and
+    `recovery`, where there were any: masks and dense weights do not give such a model."""
+    loaded, later = work.loaded, {"structure": work.structure, "recovery": work.recovery}
+    told = {name: report.to_dict() for name, report in later.items() if report}
+    return told | {
         "model": settings.model.path.rstrip("/").rpartition("/")[2],
         "dtype": settings.model.dtype,
         "layout": "streamed" if loaded.weights else "whole",
         "outside_sha256": weights_sha256(outside_blocks(loaded)),
         "method": settings.pruner_name,
         "pattern": settings.pattern,
-        "sparsity": Target.parse(settings.sparsity, settings.pattern).sparsity,
+        "sparsity": Goal.parse(settings.sparsity, settings.pattern).sparsity,
         "seed": settings.seed,
     }
 
@@ -108,7 +113,7 @@ def outside_blocks(loaded: LoadedModel) -> dict[str, Tensor]:
 
 def _write_shards(loaded: LoadedModel, weights: StreamedWeights, finished: FinishedBlocks, folder: Path) -> None:
     """One shard for what is outside the blocks, one for each block, and the index of them all."""
-    blocks = finished.weight_files(len(block_names(loaded)))
+    blocks = finished.weight_files(num_blocks(loaded))
     files = shard_names(len(blocks) + 1)
     outside = as_saved(loaded.model, weights.read_outside(f"{discover_blocks(loaded.model)[0]}."))
     write_shards(folder, {files[0]: list(outside)}, [outside])
@@ -136,39 +141,39 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def save(run: Run, loaded: LoadedModel, finished: FinishedBlocks, results: Mapping[str, Any]) -> LoadedModel:
-    """Save what is to be kept; then the pruned model: the one that was saved, loaded anew, its zeros counted."""
-    settings, folder = run.settings, run.folder
+def save(run: Run, work: Work) -> Work:
+    """The stage: what is to be kept is saved; then the pruned model is the one that was saved, loaded again and its
+    zeros counted."""
+    settings, folder, loaded = run.settings, run.folder, work.loaded
     with run.spent.timed("save"):
         if settings.save.model:
             run.console.stage("saving the pruned model and reading it back")
         if distributed.is_first():
-            _write_model(run, loaded, finished, results)
+            _write_model(run, work)
         distributed.barrier()
         if not settings.save.model:
-            return pruned_weights(loaded, finished) if loaded.weights else loaded
+            return replace(work, saved=loaded)
         load = "streamed" if loaded.weights else "whole"
         saved = replace(settings.model, path=str(folder.model), revision=None, dtype="auto", load=load)
         reloaded = replace(load_model(saved, run.device, offline=True), tokenizer=loaded.tokenizer)
-        check_saved(reloaded, results)
-        return in_a_fast_dtype(reloaded, settings.model.dtype)
+        check_saved(reloaded, work.reports)
+        return replace(work, saved=in_a_fast_dtype(reloaded, settings.model.dtype))
 
 
 @contextmanager
-def reread(
-    run: Run, loaded: LoadedModel, finished: FinishedBlocks, calibration: Calibration
-) -> Iterator[Callable[[], dict[str, Any]]]:
-    """The saved model in a fresh process meanwhile; what is yielded gives that part of results.json when it is done."""
-    save = run.settings.save
+def reread(run: Run, work: Work) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Loads the saved model in a fresh process meanwhile; what is yielded waits for it and gives that part of
+    results.json."""
+    save, loaded = run.settings.save, work.loaded
     if not save.model or not distributed.is_first():
         yield dict
         return
     if not save.verify:
         yield lambda: {"reloaded": {"skipped": "save.verify=false"}}
         return
-    pruned, tokens = pruned_weights(loaded, finished) if loaded.weights else loaded, calibration.input_ids[:1, :TOKENS]
-    with callable_model(pruned):
-        expected = token_loss(pruned.model, tokens)
+    tokens = work.calibration.input_ids[:1, :TOKENS]
+    with callable_model(loaded):
+        expected = token_loss(loaded.model, tokens)
     model = run.settings.model
     with reloading(
         run.folder.model, tokens, expected, loaded.stored or loaded.model.dtype, model.trust_remote_code
@@ -182,12 +187,13 @@ def reread(
         yield reloaded
 
 
-def _write_model(run: Run, loaded: LoadedModel, finished: FinishedBlocks, results: Mapping[str, Any]) -> None:
-    settings, folder = run.settings, run.folder
+def _write_model(run: Run, work: Work) -> None:
+    settings, folder, loaded = run.settings, run.folder, work.loaded
     if settings.save.masks:
-        merge_masks(finished.mask_files(len(results["blocks"])), folder.masks, masks_origin(settings, loaded))
+        merge_masks(work.finished.mask_files(len(work.reports)), folder.masks, masks_origin(settings, work))
     if settings.save.model:
-        save_pruned(loaded, finished, folder.model, card(run, loaded, results))
+        results = results_of(settings, work, environment(run.device))
+        save_pruned(loaded, work.finished, folder.model, card(run, loaded, results))
 
 
 def card(run: Run, loaded: LoadedModel, results: Mapping[str, Any]) -> str:

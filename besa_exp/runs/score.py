@@ -1,25 +1,37 @@
-"""The scores of a run: the dense model's, shared with the runs beside it, the pruned one's, and what was published."""
+"""The stages that score: the dense model, shared with the runs beside it, and the pruned one."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 from besa_exp.checkpoints.load import LoadedModel
-from besa_exp.evaluation.finished_scores import FinishedScores
-from besa_exp.evaluation.scores import Scores, evaluate
+from besa_exp.evaluation.kept_scores import FOLDER as DENSE_SCORES
+from besa_exp.evaluation.kept_scores import FinishedScores, dense_key, shared_dense_scores
+from besa_exp.evaluation.score import Scores
+from besa_exp.evaluation.scores import evaluate
 from besa_exp.machine import distributed
-from besa_exp.runs.dense_scores import FOLDER as DENSE_SCORES
-from besa_exp.runs.dense_scores import dense_key, shared_dense_scores
-from besa_exp.runs.run import Run
-from besa_exp.settings import RunSettings
-
-TOLERANCE = 0.01  # relative, between a published and a measured perplexity
-logger = logging.getLogger(__name__)
+from besa_exp.runs.run import Run, Work
+from besa_exp.runs.save import reread
 
 
-def score_dense(run: Run, loaded: LoadedModel) -> Scores:
+def score_dense(run: Run, work: Work) -> Work:
+    """The stage: the dense model's scores, where they are asked for."""
+    if not run.settings.evaluator.dense:
+        return work
+    return replace(work, dense_scores=dense_scores(run, work.loaded))
+
+
+def score_pruned(run: Run, work: Work) -> Work:
+    """The stage: the scores of the model as it was saved, while a fresh process reads it too."""
+    assert work.saved is not None
+    with reread(run, work) as reloaded:
+        scores = score(run, "pruned", work.saved)
+        told = reloaded()
+    run.tracker.log_scores(scores, work.dense_scores)
+    return replace(work, scores=scores, reloaded=told)
+
+
+def dense_scores(run: Run, loaded: LoadedModel) -> Scores:
     """The dense model's scores, measured once for all runs beside this one."""
     if distributed.num_ranks() > 1:  # one process locks the shared scores, and all ranks are needed to measure them
         return score(run, "dense", loaded)
@@ -51,35 +63,3 @@ def score(run: Run, which: str, loaded: LoadedModel) -> Scores:
         )
     run.folder.log_scores(which, scores)
     return scores
-
-
-def published(settings: RunSettings, dense: Scores | None) -> dict[str, Any]:
-    """The part of results.json that compares the dense model's perplexities with the published ones."""
-    compared = compared_with_published(settings.model.published_perplexity, dense) if dense else {}
-    return {"published": compared} if compared else {}
-
-
-def compared_with_published(published: Mapping[str, Mapping[int, float]], dense: Scores) -> dict[str, dict[str, Any]]:
-    """{set: {seq_len, published, measured, difference (relative), agrees}} for what was published and measured in the
-    same window; a warning in the log for each that does not agree."""
-    compared = {}
-    for name, by_window in published.items():
-        measured, record = dense.perplexity.get(name), dense.provenance["perplexity"].get(name, {})
-        value = by_window.get(record.get("seq_len", 0))
-        if measured is None or value is None:
-            continue
-        difference = measured / value - 1
-        compared[name] = {
-            "seq_len": record["seq_len"],
-            "published": value,
-            "measured": measured,
-            "difference": difference,
-            "agrees": abs(difference) <= TOLERANCE,
-        }
-        if abs(difference) > TOLERANCE:
-            logger.warning(
-                "the dense model's perplexity on %s is %.4f where %g is published (windows of %d tokens, %+.1f %%): "
-                "text, tokenizer, revision or dtype are not those of the publication",
-                name, measured, value, record["seq_len"], 100 * difference,
-            )  # fmt: skip
-    return compared

@@ -20,11 +20,11 @@ def dead_inputs(hessian: Float[Tensor, "in in"]) -> Tensor:
 
 def upper_factor(hessian: Float[Tensor, "in in"], damping: float, where: str) -> Float[Tensor, "in in"]:
     """R, upper triangular, with R R^T = H + damping * mean(diag H) I; dead inputs count with H_ii = 1. It is the
-    Cholesky factor for the reversed order of inputs, and R^-1 is SparseGPT's U, U^T U = (H + ...)^-1: a quarter of
-    the work of inverting H and factoring the inverse, and as near to fp64.
+    Cholesky factor for the reversed order of inputs, and R^-1 is SparseGPT's U, U^T U = (H + ...)^-1. This takes a
+    quarter of the work of inverting H and factoring the inverse, and is as near to fp64.
 
-    The damping is raised tenfold, at most three times, and logged, when H is not positive definite. RunError: still
-    not, `where` names the block and linear."""
+    If H is not positive definite, the damping is raised tenfold, at most three times, and logged. RunError: H is still
+    not positive definite; `where` names the block and linear."""
     diagonal = hessian.diagonal().clone()
     diagonal[dead_inputs(hessian)] = 1
     mean = diagonal.mean()

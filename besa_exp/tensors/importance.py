@@ -1,14 +1,41 @@
-"""Importance: a score for every weight of a linear [out, in]; the lowest are pruned first. All in fp32."""
+"""Importance: a score for every weight of a linear [out in]; the lowest are pruned first. All in fp32.
+
+The functions are the formulas. An `Importance` is such a formula together with what it needs to know: the statistic of
+the linear's inputs, and whether the gradient to its weights. `importance_of` finds one by the name that
+`pruner.importance=` and `budget.importance=` take.
+"""
 
 from __future__ import annotations
 
-import logging
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from besa_exp.tensors.statistics import InputNorm, Statistic, WithNorm
+
+
+@runtime_checkable
+class Importance(Protocol):
+    """A formula and what it needs. To add one: a frozen dataclass with these members, named by `_target_` in YAML."""
+
+    @property
+    def statistic(self) -> type[Statistic] | None:
+        """What to observe about a linear's inputs; None: nothing."""
+        ...
+
+    @property
+    def gradients(self) -> bool:
+        """Whether the gradient to the weights must be observed."""
+        ...
+
+    def __call__(
+        self, weight: Float[Tensor, "out in"], statistic: Any, squared_gradient: Float[Tensor, "out in"] | None
+    ) -> Float[Tensor, "out in"]:
+        """The scores in fp32. `squared_gradient`: its mean over samples; None: not observed."""
+        ...
 
 
 def magnitude_importance(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
@@ -24,8 +51,8 @@ def wanda_importance(weight: Float[Tensor, "out in"], squared_norm: Float[Tensor
 def rounded_importance(
     weight: Float[Tensor, "out in"], rounded: Float[Tensor, "out in"], squared_norm: Float[Tensor, " in"]
 ) -> Float[Tensor, "out in"]:
-    """(W_ij^2 - (W_ij - Q_ij)^2) ||X_j||^2: how much of the squared error that pruning makes is spared by keeping what
-    the weight rounds to. Without rounding that is Wanda's importance squared; what rounds to zero spares nothing."""
+    """(W_ij^2 - (W_ij - Q_ij)^2) ||X_j||^2: how much smaller the squared error is if the rounded weight is kept and not
+    pruned. Without rounding that is Wanda's importance squared; for a weight that rounds to zero it is 0."""
     weight, rounded = weight.float(), rounded.float()
     return rounded * (2 * weight - rounded) * squared_norm
 
@@ -48,3 +75,90 @@ def obs_importance(
     authors divide by U_jj instead (`squared=False`). `factor` is R of `upper_factor`: 1 / U_jj = R_jj."""
     diagonal = factor.diagonal()
     return weight.float().square() * (diagonal.square() if squared else diagonal)
+
+
+def wanda_plus_importance(
+    weight: Float[Tensor, "out in"],
+    squared_norm: Float[Tensor, " in"],
+    squared_gradient: Float[Tensor, "out in"],
+    scale: float = 100.0,
+) -> Float[Tensor, "out in"]:
+    """(scale G_ij + ||X_j||) |W_ij| (Wanda++, arXiv 2503.04992): G is the root mean square over samples of the gradient
+    of the block's output norm ||f(X)||_2."""
+    return weight.float().abs() * (scale * squared_gradient.sqrt() + squared_norm.sqrt())
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """`magnitude_importance`: no data."""
+
+    statistic = None
+    gradients = False
+
+    def __call__(self, weight: Tensor, statistic: None, squared_gradient: Tensor | None) -> Tensor:
+        """The scores."""
+        return magnitude_importance(weight)
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """`wanda_importance`."""
+
+    statistic = InputNorm
+    gradients = False
+
+    def __call__(self, weight: Tensor, statistic: WithNorm, squared_gradient: Tensor | None) -> Tensor:
+        """The scores."""
+        return wanda_importance(weight, statistic.squared_norm)
+
+
+@dataclass(frozen=True)
+class Ria:
+    """`ria_importance`; `power` is the paper's a."""
+
+    power: float = 0.5
+
+    statistic = InputNorm
+    gradients = False
+
+    def __call__(self, weight: Tensor, statistic: WithNorm, squared_gradient: Tensor | None) -> Tensor:
+        """The scores."""
+        return ria_importance(weight, statistic.squared_norm, self.power)
+
+
+@dataclass(frozen=True)
+class WandaPlus:
+    """`wanda_plus_importance`; `scale` is the paper's alpha."""
+
+    scale: float = 100.0
+
+    statistic = InputNorm
+    gradients = True
+
+    def __call__(self, weight: Tensor, statistic: WithNorm, squared_gradient: Tensor | None) -> Tensor:
+        """The scores."""
+        assert squared_gradient is not None, "the gradient to the weights was not observed"
+        return wanda_plus_importance(weight, statistic.squared_norm, squared_gradient, self.scale)
+
+
+ImportanceName = Literal["magnitude", "wanda", "ria", "wanda_plus"]
+IMPORTANCES: dict[ImportanceName, Importance] = {
+    "magnitude": Magnitude(),
+    "wanda": Wanda(),
+    "ria": Ria(),
+    "wanda_plus": WandaPlus(),
+}
+
+
+def importance_of(named: Importance | ImportanceName) -> Importance:
+    """The importance itself, or the one of this name. ValueError: there is none."""
+    if not isinstance(named, str):
+        return named
+    if named not in IMPORTANCES:
+        raise ValueError(f"importance={named}: must be one of {', '.join(IMPORTANCES)}")
+    return IMPORTANCES[named]
+
+
+def importance_name(named: Importance | ImportanceName) -> str:
+    """As a message calls it."""
+    return named if isinstance(named, str) else type(named).__name__.lower()

@@ -20,12 +20,12 @@ from besa_exp.tensors.selection import LONG, kth_smallest
 
 
 @dataclass(frozen=True)
-class Target:
-    """What a block must give up: a sparsity in [0, 1), or N kept of every M consecutive inputs (which fixes it), or a
+class Goal:
+    """What a block gives up: a sparsity in [0, 1), or N kept of every M consecutive inputs (which fixes it), or a
     sparsity reached by rows that each keep an N of their own of every `group` consecutive inputs.
 
-    `exact`: so many weights as a budget over depth gave the block go, to the weight. Without one, pruners that are
-    published with a floor for every row or group keep to it: their numbers are compared with the papers'."""
+    `exact`: the block loses exactly the number of weights that a budget over depth gave it. Otherwise pruners that
+    are published with a floor for every row or group use that floor: their numbers are compared with the papers'."""
 
     sparsity: float
     pattern: tuple[int, int] | None = None
@@ -33,13 +33,13 @@ class Target:
     exact: bool = False
 
     @staticmethod
-    def parse(sparsity: float, pattern: str) -> Target:
+    def parse(sparsity: float, pattern: str) -> Goal:
         """Read `pattern` as `parse_pattern` does. ValueError: it is none."""
         found = parse_pattern(pattern)
         if found is None:
-            return Target(sparsity)
+            return Goal(sparsity)
         kept, group = found
-        return Target(sparsity, group=group) if kept is None else Target(1 - kept / group, (kept, group))
+        return Goal(sparsity, group=group) if kept is None else Goal(1 - kept / group, (kept, group))
 
 
 def keep_by_rank(rank: Int[Tensor, "out in"], pruned: Int[Tensor, " out"]) -> Bool[Tensor, "out in"]:
@@ -75,7 +75,7 @@ def _smallest_of_rows(importance: Float[Tensor, "out in"], k: int) -> Float[Tens
 
 
 def rank_in_group(importance: Float[Tensor, "out in"], group: int) -> Int[Tensor, "out in"]:
-    """Position of each weight among the `group` consecutive inputs of its row that it is one of, 0 = least important;
+    """Position of each weight among its `group` consecutive inputs of the row, 0 = least important;
     `group` must divide `in`."""
     return kernels.rank_in_row(importance.reshape(-1, group)).view(importance.shape)
 
@@ -85,15 +85,15 @@ def keep_n_of_m(importance: Float[Tensor, "out in"], kept: int, group: int) -> B
     return rank_in_group(importance, group) >= group - kept
 
 
-def keep_per_row(importance: Float[Tensor, "out in"], target: Target) -> Bool[Tensor, "out in"]:
+def keep_per_row(importance: Float[Tensor, "out in"], goal: Goal) -> Bool[Tensor, "out in"]:
     """The uniform allocation per row: N:M, or the floor(sparsity * in) least important weights of every row (Wanda).
-    Where the target is exact, k of some rows and k + 1 of those whose next weight matters least."""
-    assert target.group is None, "rows that keep N of M each are chosen, not uniform"
-    if target.pattern:
-        return keep_n_of_m(importance, *target.pattern)
-    if target.exact:
-        return keep_rows_to_the_weight(importance, round(target.sparsity * importance.numel()))
-    return keep_largest_of_rows(importance, int(importance.shape[1] * target.sparsity))
+    Where the goal is exact, k of some rows and k + 1 of those whose next weight matters least."""
+    assert goal.group is None, "rows that keep N of M each are chosen, not uniform"
+    if goal.pattern:
+        return keep_n_of_m(importance, *goal.pattern)
+    if goal.exact:
+        return keep_rows_to_the_weight(importance, round(goal.sparsity * importance.numel()))
+    return keep_largest_of_rows(importance, int(importance.shape[1] * goal.sparsity))
 
 
 def keep_rows_to_the_weight(importance: Float[Tensor, "out in"], pruned: int) -> Bool[Tensor, "out in"]:
@@ -109,15 +109,15 @@ def keep_rows_to_the_weight(importance: Float[Tensor, "out in"], pruned: int) ->
     return keep_mask
 
 
-def targets_of_linears(sizes: Mapping[str, int], target: Target) -> dict[str, Target]:
-    """The target of each linear of a block, of `sizes` weights: the block's own, or where that is exact one of a whole
+def goals_of_linears(sizes: Mapping[str, int], goal: Goal) -> dict[str, Goal]:
+    """The goal of each linear of a block, of `sizes` weights: the block's own, or where that is exact one of a whole
     number of weights, which sum to the block's."""
-    if not target.exact:
-        return dict.fromkeys(sizes, target)
+    if not goal.exact:
+        return dict.fromkeys(sizes, goal)
     weights = torch.tensor([*sizes.values()], dtype=torch.float64)
-    counts = round_to_total(weights * target.sparsity, round(target.sparsity * sum(sizes.values())))
+    counts = round_to_total(weights * goal.sparsity, round(goal.sparsity * sum(sizes.values())))
     return {
-        name: replace(target, sparsity=count / size)
+        name: replace(goal, sparsity=count / size)
         for (name, size), count in zip(sizes.items(), counts.tolist(), strict=True)
     }
 

@@ -21,12 +21,12 @@ def parse_pattern(pattern: str) -> tuple[int | None, int] | None:
 
 
 def fixes_sparsity(pattern: str) -> bool:
-    """Whether `sparsity=` has nothing to say beside it, as with "2:4"."""
+    """Whether the pattern fixes the sparsity, as "2:4" does, so that `sparsity=` is not used."""
     return re.fullmatch(r"\d+:\d+", pattern) is not None
 
 
 def check_unchosen(pattern: str, method: str) -> list[str]:
-    """The problem of a method that is asked to choose N and does not."""
+    """The problem where a method is asked to choose N for each row and cannot."""
     if not pattern.startswith("N:"):
         return []
     group = pattern.partition(":")[2]

@@ -1,14 +1,15 @@
 """Channel permutation for N:M (RIA, Zhang et al., ICLR 2024, Section 4): which inputs make up a group of M is free, as
 long as the activations are gathered in the same order, so the groups are chosen such that little importance is lost.
 
-Two steps, as there: the inputs are dealt out by their total importance, so that no group gets all the important ones;
-then, for each of the M places of a group in turn, the inputs that stand there are exchanged between the groups in the
-best way, a linear assignment. With the others of group g fixed, input i adds to what a row r keeps
+There are two steps, as in the paper. First the inputs are distributed by their total importance, so that no group gets
+all the important ones. Then, for each of the M places of a group in turn, the inputs at that place are reassigned to
+the groups in the best way, a linear assignment. With the other inputs of group g fixed, adding input i raises the
+importance that the rows keep by
 
-    sum_r max(0, S_ri - T_rg),    T_rg the N-th largest importance in row r of the others of g,
+    sum_r max(0, S_ri - T_rg),    T_rg the N-th largest importance in row r of the other inputs of g.
 
-over what the others keep alone, and sum_r max(0, a_r - b_r) = (||a - b||_1 + sum_r a_r - sum_r b_r) / 2. The two sums
-are the same for every assignment, so that the largest total of the distances is the best exchange.
+Since sum_r max(0, a_r - b_r) = (||a - b||_1 + sum_r a_r - sum_r b_r) / 2 and the last two sums are the same for every
+assignment, the best assignment is the one with the largest total of the distances.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _dealt_out(importance: Float[Tensor, "out in"], group: int) -> Int[Tensor, "
 def _exchanged(
     importance: Float[Tensor, "out in"], order: Int[Tensor, " in"], place: int, kept: int, group: int
 ) -> Int[Tensor, " in"]:
-    """The inputs at `place` of their groups dealt out anew, as well as can be while the others stay."""
+    """The inputs at `place` of their groups, reassigned to the groups as well as possible while the others stay."""
     groups = order.view(-1, group).clone()
     movable = groups[:, place]
     others = torch.cat([groups[:, :place], groups[:, place + 1 :]], dim=1)

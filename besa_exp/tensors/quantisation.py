@@ -46,11 +46,6 @@ class Quantiser:
         return torch.full(shape, strength, device=weight.device).logit()
 
 
-def quantiser_of(pruner: Any) -> Quantiser | None:
-    """What a pruner rounds the kept weights with; None: it does not."""
-    return getattr(pruner, "quantiser", None)
-
-
 def quantise(
     weight: Float[Tensor, "out in"], quantiser: Quantiser, logits: Float[Tensor, "2 out group"] | None = None
 ) -> Float[Tensor, "out in"]:
@@ -59,6 +54,26 @@ def quantise(
     scale, zero, levels = _scale_and_zero(grouped, quantiser, logits)
     rounded = ((grouped / scale).round() + zero).clamp(0, levels)
     return _ungrouped((rounded - zero) * scale, weight)
+
+
+def rounded(
+    weight: Float[Tensor, "out in"], quantiser: Quantiser, logits: Float[Tensor, "2 out group"]
+) -> Float[Tensor, "out in"]:
+    """`quantise`, differentiable in the logits by `clipping_gradient`; the weight is constant."""
+    return _Rounded.apply(logits, weight, quantiser)
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, weight: Tensor, quantiser: Quantiser) -> Tensor:
+        ctx.save_for_backward(logits, weight)
+        ctx.quantiser = quantiser
+        return quantise(weight, quantiser, logits)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        logits, weight = ctx.saved_tensors
+        return clipping_gradient(weight, gradient, ctx.quantiser, logits), None, None
 
 
 def clipping_gradient(

@@ -35,8 +35,8 @@ from besa_exp.texts.tokens import (
 )
 
 BEYOND_THE_EMBEDDING = (
-    "the tokenizer in the model's folder gives it: it is another model's, or has tokens added for which the embedding "
-    "has no rows; put the model's own tokenizer there"
+    "the tokenizer in the model's folder produced it: it belongs to another model, or has added tokens for which the "
+    "embedding has no rows; put the model's own tokenizer there"
 )
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def load_calibration(
     """Read the set that `settings` names and draw its windows. A token file is taken as it is, whatever `num_samples`
     and `seq_len` say. `context` is the longest window the model takes; ids must be below `vocabulary`.
 
-    ConfigurationError: the set cannot be had or read, is too short, or does not fit the model.
+    ConfigurationError: the set cannot be loaded, is too short, or does not fit the model.
     """
     source = settings.path or settings.name
     if problems := check_calibration(settings, context):
@@ -84,6 +84,42 @@ def load_calibration(
     return Calibration(input_ids, tokens_sha256(input_ids), source, provenance)
 
 
+def given_calibration(
+    given: Sequence[str] | Tensor,
+    settings: CalibrationSettings,
+    tokenizer: Tokenizer | None,
+    context: int,
+    vocabulary: int,
+) -> Calibration:
+    """Windows of texts in memory, drawn as those of a set are, or exact tokens, which are taken as they are.
+
+    ConfigurationError: a text without a tokenizer, too little text, or tokens that do not fit the model."""
+    if isinstance(given, Tensor):
+        input_ids, provenance = _exact_tokens(given), {"given": "tokens"}
+    elif tokenizer is None:
+        raise ConfigurationError("texts need a tokenizer; give one, or a tensor of token ids [sample, seq]")
+    else:
+        input_ids, record = _windows("the given texts", given, settings, tokenizer)
+        provenance = {"given": f"{len(given)} texts"} | record
+    if (length := input_ids.shape[1]) > context:
+        raise ConfigurationError(f"windows of {length} tokens exceed the model's context of {context}; shorten them")
+    if int(input_ids.max()) >= vocabulary or int(input_ids.min()) < 0:
+        raise ConfigurationError(
+            f"token ids from {int(input_ids.min())} to {int(input_ids.max())} are not all in the model's vocabulary of "
+            f"{vocabulary}; use the model's own tokenizer"
+        )
+    return Calibration(input_ids, tokens_sha256(input_ids), settings.name, provenance)
+
+
+def _exact_tokens(given: Tensor) -> Int[Tensor, "sample seq"]:
+    if given.ndim != 2 or given.is_floating_point() or given.shape[0] < 1 or given.shape[1] < 2:
+        raise ConfigurationError(
+            f"tokens of shape {list(given.shape)} and {given.dtype}: they must be whole numbers [sample, seq], at "
+            "least one sample of two tokens"
+        )
+    return given.to("cpu", torch.int64)
+
+
 def save_tokens(calibration: Calibration, path: Path) -> None:
     """Write the tokens as a file that `calibration.path` and `evaluator.perplexity_sets` read exactly."""
     write_token_file(calibration.input_ids, path)
@@ -96,9 +132,17 @@ def _windows_of_text(
         text = read_text(source, "calibration", offline, settings.column)
     except Unavailable as error:
         raise ConfigurationError(f"calibration={error}") from error
-    alone = len(text.documents) == 1
+    input_ids, record = _windows(source, text.documents, settings, tokenizer)
+    return input_ids, text.provenance | record
+
+
+def _windows(
+    source: str, documents: Sequence[str], settings: CalibrationSettings, tokenizer: Tokenizer
+) -> tuple[Int[Tensor, "sample seq"], dict[str, Any]]:
+    """The windows, and how they were drawn."""
+    alone = len(documents) == 1
     input_ids, packed = draw_windows(
-        text.documents,
+        documents,
         lambda document: encode_document(tokenizer, document, alone),
         settings.num_samples,
         settings.seq_len,
@@ -112,7 +156,7 @@ def _windows_of_text(
             settings.seq_len,
         )
     record = {"seed": settings.seed, "windows": "packed" if packed else "single documents"}
-    return input_ids, text.provenance | special_tokens_record(tokenizer, text.documents) | record
+    return input_ids, special_tokens_record(tokenizer, documents) | record
 
 
 def draw_windows(

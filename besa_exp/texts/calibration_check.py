@@ -1,4 +1,4 @@
-"""What can be told about a calibration set before any text, model or library is loaded."""
+"""Checks of a calibration set before any text, model or library is loaded."""
 
 from __future__ import annotations
 

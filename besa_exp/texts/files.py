@@ -1,9 +1,9 @@
 """Files of text, read one way for every use: calibration, perplexity sets, local mirrors of evaluation data.
 
-Three formats, told by the name: plain text, JSON lines (an object a line) and parquet. The first two may be compressed
-with gzip, xz, zstd or bzip2, which is told by their first bytes whatever the name says. Text is UTF-8; a byte order
-mark before it is dropped; lines of JSON end at \\n alone, as U+2028 and the like are part of a text. A null stands for
-no text, in every format alike. What cannot be read is a ConfigurationError that names file, line and remedy.
+The file's name says which of three formats it has: plain text, JSON lines (an object a line) or parquet. The first two
+may be compressed with gzip, xz, zstd or bzip2; their first bytes say with which, whatever the name says. Text is UTF-8,
+and a byte order mark is dropped. JSON lines end at \\n alone, because U+2028 and the like are part of a text. In every
+format a null means no text. A file that cannot be read is a ConfigurationError that names file, line and remedy.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from besa_exp.errors import ConfigurationError, Unavailable, did_you_mean, first_line
-from besa_exp.hub.reachability import hub_problem
+from besa_exp.hub.client import hub_problem
 from besa_exp.texts.files import column_texts, format_of, plain_text, readable_names
 
 Use = Literal["calibration", "perplexity"]
@@ -110,9 +110,9 @@ def check_source(source: str, key: str, use: Use, column: str = COLUMN) -> list[
 
 def read_text(source: str, use: Use, offline: bool, column: str = COLUMN) -> Text:
     """The documents of a named set or a local text file, there from `column` where it has columns. Nulls are left out,
-    counted and told.
+    counted and reported.
 
-    Raises Unavailable for a set of the hub that cannot be had, ConfigurationError for a file that cannot be read.
+    Raises Unavailable for a set of the hub that cannot be loaded, ConfigurationError for a file that cannot be read.
     """
     if source == EMBEDDED:
         return _embedded(use)

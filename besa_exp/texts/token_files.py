@@ -13,8 +13,8 @@ MASK_KEY = "attention_mask"
 
 
 def token_file_shape(path: Path) -> tuple[int, ...]:
-    """The shape of `input_ids`, read from the header alone. ConfigurationError: not such a file, or one that holds more
-    than is used. A mask is read: one of ones alone says nothing."""
+    """The shape of `input_ids`, read from the header alone. ConfigurationError: it is no token file, or has tensors
+    that would be ignored. A mask is allowed if it is all ones, which changes nothing."""
     rule = f"a token file is a safetensors file whose {TOKENS_KEY!r} holds whole numbers [sample, seq]"
     try:
         with safe_open(path, framework="numpy") as file:

@@ -1,8 +1,8 @@
 """Text as token ids, and files of exact token ids.
 
 A text is encoded as its tokenizer does by default, special tokens included. Where a set holds several documents, each
-one begins with the tokenizer's BOS (its EOS where it has none), whether or not the tokenizer puts it there: without it
-the end of a document would run into the start of the next, and models trained on separate documents expect it.
+one begins with the tokenizer's BOS (its EOS where it has none), even if the tokenizer does not add it. Without it the
+end of a document would run into the start of the next, and models trained on separate documents expect it.
 """
 
 from __future__ import annotations

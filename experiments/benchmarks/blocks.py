@@ -37,9 +37,9 @@ from besa_exp.blocks.reports import Step
 from besa_exp.display.markdown import markdown_table
 from besa_exp.methods.pruners.besa import Besa
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
-from besa_exp.methods.pruners.wanda import Wanda
+from besa_exp.methods.pruners.uniform import Uniform
 from besa_exp.tensors.hessian import upper_factor
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.statistics import Hessian
 
 HERE = Path(__file__).parent
@@ -170,7 +170,7 @@ def timed(device: torch.device, act: Callable[[], object]) -> float:
 
 def prune(work: Work, pruner: Pruner, on_step: Callable[[Step], None] = lambda step: None) -> None:
     """The block loop."""
-    for _ in prune_blocks(work, work.inputs.clone(), pruner, Target(0.5), 1, on_step):
+    for _ in prune_blocks(work, work.inputs.clone(), pruner, Goal(0.5), 1, on_step):
         pass
 
 
@@ -308,7 +308,7 @@ def run_case(name: str, make: Callable[..., Work], rounds: int) -> list[Cell]:
     cells = [cell(name, "BESA step", several(lambda: step_round(work, theirs)))] if single else []
     besa = several(lambda: method_round(work, theirs, Besa(), besa_floor, their_besa))
     cells.append(cell(name, "BESA", besa, peak))
-    cells.append(cell(name, "Wanda", several(lambda: method_round(work, theirs, Wanda(), two_passes, None))))
+    cells.append(cell(name, "Wanda", several(lambda: method_round(work, theirs, Uniform(), two_passes, None))))
     sparsegpt = several(lambda: method_round(work, theirs, SparseGPT(), two_passes, their_sparsegpt))
     cells.append(cell(name, "SparseGPT", sparsegpt))
     if single:
@@ -320,9 +320,9 @@ def run_in_bf16(name: str, make: Callable[..., Work], rounds: int) -> list[Cell]
     """The same weights and inputs with products in bf16, against fp32 in the place of a floor."""
     work = make()
     rounded = replace(work, blocks=tuple(replace(block, compute_dtype=torch.bfloat16) for block in work.blocks))
-    prune(rounded, Wanda())  # the first call of a shape is slower
+    prune(rounded, Uniform())  # the first call of a shape is slower
     found = []
-    for what, pruner in (("BESA", Besa()), ("Wanda", Wanda()), ("SparseGPT", SparseGPT())):
+    for what, pruner in (("BESA", Besa()), ("Wanda", Uniform()), ("SparseGPT", SparseGPT())):
         seconds = [
             [timed(work.inputs.device, partial(prune, each, pruner)) for each in (rounded, work)] for _ in range(rounds)
         ]

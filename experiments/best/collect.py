@@ -16,7 +16,7 @@ from typing import Any
 
 from besa_exp.display.markdown import markdown_table
 from besa_exp.report.methods import styles
-from besa_exp.report.runs import Run, read_run
+from besa_exp.report.runs import RunRecord, read_run
 from besa_exp.report.studies import kept_records, over_seeds
 
 HERE = Path(__file__).parent
@@ -39,7 +39,7 @@ UNDER = ("wanda", "sparsegpt", "best")
 NONE = "n/a"
 
 
-def record(run: Run) -> dict[str, Any]:
+def record(run: RunRecord) -> dict[str, Any]:
     """What the study keeps of a run."""
     (perplexity,) = [score.value for score in run.scores if score.measure.kind == "perplexity"]
     accuracies = [score.value for score in run.scores if score.measure.metric == "acc_norm"]

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.blocks.sparsity_table import linear_type, short_names
-from besa_exp.report.runs import Run, read_run
+from besa_exp.report.runs import RunRecord, read_run
 from besa_exp.report.studies import kept_records
 from besa_exp.texts.embedded.text import MODEL_DIR
 from besa_exp.texts.tokens import read_token_file
@@ -48,13 +48,13 @@ def errors(folder: Path, dense: list[torch.Tensor], tokens: torch.Tensor) -> lis
     return [float((own - theirs).double().square().sum() / theirs.double().square().sum()) for own, theirs in pairs]
 
 
-def sparsities(run: Run) -> list[dict[str, float]]:
+def sparsities(run: RunRecord) -> list[dict[str, float]]:
     """Of each linear, by block."""
     names = short_names([linear_type(linear.name) for linear in run.blocks[0].linears])
     return [{names[linear.name]: linear.pruned / linear.weights for linear in block.linears} for block in run.blocks]
 
 
-def record(run: Run) -> dict:
+def record(run: RunRecord) -> dict:
     """What the study keeps of a run; `error` is added where its model is there."""
     (perplexity,) = [score.value for score in run.scores if score.measure.kind == "perplexity"]
     speed = run.simulated_speed.get("linears", {})
@@ -69,7 +69,7 @@ def record(run: Run) -> dict:
         "measured": run.measured,
         "perplexity": perplexity,
         **({"accuracy": accuracies[0]} if accuracies else {}),
-        "loss": [[block.before, block.after] for block in run.blocks],
+        "loss": [[block.loss_before, block.loss_after] for block in run.blocks],
         "sparsity": sparsities(run),
         "simulated_speed_up": {names.get(kind, kind): row["speed_up"] for kind, row in speed.items()},
         "calibration_sha256": run.calibration["tokens_sha256"],

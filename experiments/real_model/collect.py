@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from besa_exp.display.markdown import markdown_table
-from besa_exp.report.runs import Run, read_run
+from besa_exp.report.runs import RunRecord, read_run
 from besa_exp.report.studies import kept_records, over_seeds
 
 HERE = Path(__file__).parent
@@ -19,7 +19,7 @@ METHODS = ("dense", "wanda", "sparsegpt", "besa_paper", "besa, loss=channel", "b
 TARGETS = (0.5, 0.6, 0.7)
 
 
-def record(run: Run) -> dict[str, Any]:
+def record(run: RunRecord) -> dict[str, Any]:
     """What the study keeps of a run."""
     return {
         "method": run.method.label,

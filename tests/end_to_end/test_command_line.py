@@ -32,7 +32,7 @@ def test_the_resolved_configuration_is_shown_readable_and_complete(capsys: pytes
     values = yaml.safe_load(shown)
     assert "hydra" not in values
     assert (values["seed"], values["calibration"]["seed"]) == (3, 3)
-    assert values["pruner"] == {"_target_": "besa_exp.methods.pruners.wanda.Wanda"}
+    assert values["pruner"]["_target_"] == "besa_exp.methods.pruners.uniform.Uniform"
 
 
 @pytest.mark.usefixtures("logging_as_it_was")

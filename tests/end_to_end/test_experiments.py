@@ -1,4 +1,4 @@
-"""Every experiment preset runs: its first job in miniature, on a random model and tokens, all else as it says."""
+"""Every experiment and testbed runs: its first job in miniature, on a random model and tokens, all else as it says."""
 
 from __future__ import annotations
 
@@ -24,11 +24,18 @@ def first_job(lines: list[str]) -> list[str]:
     return composer.spread(composer.parse(lines), params)[0]
 
 
-@pytest.mark.parametrize("preset", presets("experiment"))
-def test_an_experiment_runs_in_miniature(preset: str, given: list[str], tmp_path: Path) -> None:
+CASES = [*([f"experiment={name}"] for name in presets("experiment"))]
+CASES += [
+    ["experiment=best", f"testbed={name}"] for name in presets("testbed") if name not in ("embedded", "tinystories")
+]
+CASES += [["experiment=paper_layer_wise", "testbed=tinystories"]]
+
+
+@pytest.mark.parametrize("chosen", CASES, ids=" ".join)
+def test_an_experiment_runs_in_miniature(chosen: list[str], given: list[str], tmp_path: Path) -> None:
     paths = [line for line in given if line.startswith(("model.path=", "calibration.path="))]
     tokens = next(line for line in paths if line.startswith("calibration")).partition("=")[2]
-    lines = [f"experiment={preset}", *MINIATURE, *paths, f"evaluator.perplexity_sets=[{tokens}]"]
+    lines = [*chosen, *MINIATURE, *paths, f"evaluator.perplexity_sets=[{tokens}]"]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         config = compose("prune", first_job(lines), return_hydra_config=True)
         values = as_values(config)

@@ -19,9 +19,9 @@ from besa_exp.display.wandb_run import _run_id
 
 NO_HUB = """
 import socket, sys, time
-from besa_exp.checkpoints import load as models
 from besa_exp.cli.main import main
-models.HUB_TIMEOUT = 1.0
+from besa_exp.hub import client
+client.HUB_TIMEOUT = 1.0
 with socket.socket() as silent:  # takes connections and never answers; closed, its port refuses them
     silent.bind(("127.0.0.1", 0))
     silent.listen()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from hub_process import hub_of
 from tiny_llama import byte_tokenizer, tiny_llama
 
@@ -52,6 +53,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     tiny_llama(64).save_pretrained(model)
     byte_tokenizer().save_pretrained(model)
     (model / "consolidated.safetensors").write_text("the same weights in a form that is not read")
+    pickled = root / "models" / "only" / "pickled"
+    shutil.copytree(model, pickled, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(tiny_llama(64).state_dict(), pickled / "pytorch_model.bin")
+    (model / "pytorch_model.bin").write_text("the same weights, which are not fetched beside safetensors")
     sets = root / "datasets"
     for split in ("train", "test"):
         rows = [{"text": f"Line {number} of a text that nobody needs to read. " * 3} for number in range(40)]
@@ -90,7 +95,7 @@ def test_the_manifest_says_what_lies_where_in_which_version(fetched: tuple[Path,
     ]
     assert {item["commit"] for item in items} == {COMMIT}
     model = items[0]
-    assert "consolidated.safetensors" not in model["files"]
+    assert not {"consolidated.safetensors", "pytorch_model.bin"} & set(model["files"])
     for name, size in model["files"].items():
         assert (Path(model["where"]) / name).stat().st_size == size
     assert Path(items[1]["where"]).is_file()
@@ -208,3 +213,34 @@ def test_a_model_without_all_its_shards_is_missing(tmp_path: Path, capsys: pytes
     sorted(snapshot.glob("*.safetensors"))[-1].unlink()
     assert main(["prefetch", "model.path=owner/name", "offline=true", "evaluator=none"]) == 1
     assert "which its index names" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "held"), [("only/pickled", "pytorch_model.bin"), ("stand/in", "model.safetensors")], ids=["bin", "both"]
+)
+def test_prefetch_with_convert_fetches_what_a_run_with_convert_loads_off_line(
+    model: str, held: str, hub: str, tmp_path: Path
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+    environment |= {"HF_HOME": str(tmp_path / "caches"), "HF_ENDPOINT": hub, "OMP_NUM_THREADS": "1"}
+
+    def besa(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "besa_exp", *words, f"model.path={model}", "evaluator=none"]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+    refused = besa("prefetch")
+    assert (refused.returncode, "only pickled weights" in refused.stdout) == (
+        (1, True) if held[-3:] == "bin" else (0, False)
+    )
+    done = besa("prefetch", "model.convert=true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (files,) = [
+        set(item["files"])
+        for path in (tmp_path / "outputs").glob("prefetch-*.json")
+        for item in json.loads(path.read_text())["items"]
+        if item["convert"]
+    ]
+    assert {name for name in files if name.endswith((".bin", ".safetensors"))} == {held}
+    small = ["calibration.num_samples=2", "calibration.seq_len=32", "pruner=magnitude", "tracker=none", "device=cpu"]
+    done = besa("prune", "model.convert=true", "offline=true", *small, "save.model=false", "hydra.run.dir=run")
+    assert done.returncode == 0, done.stdout + done.stderr

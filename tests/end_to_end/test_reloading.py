@@ -38,7 +38,7 @@ def test_files_that_hold_something_else_than_the_pruned_model_are_an_error(saved
     save_file(weights, saved / "model.safetensors", {"format": "pt"})
     if damage == "the config is no JSON":
         (saved / "config.json").write_text("{")
-    told = {"a weight is another": "computes something else", "a weight is lacking": f"lack .*{UP}"}
+    told = {"a weight is another": "computes something else", "a weight is lacking": f"missing tensors .*{UP}"}
     with pytest.raises(RunError, match=told.get(damage, "does not load in a fresh process: .*config.json")):
         reload(saved, expected)
 

@@ -23,7 +23,7 @@ from besa_exp.blocks.loop import prune_blocks
 from besa_exp.methods.pruners import besa_paper
 from besa_exp.methods.pruners.besa_paper import BesaPaper
 from besa_exp.methods.pruners.candidates import CandidateAllocation
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 
 GOLDEN_DIR = Path(__file__).parents[1] / "golden"
 
@@ -52,7 +52,7 @@ def prune_golden(golden, pruner, sparsity):
     input_ids = tensors["input_ids"].long()
     blocks = capture_blocks(model, input_ids)
     inputs = embed(model, blocks, input_ids, 4)
-    return list(prune_blocks(blocks, inputs, pruner, Target(sparsity), batch_size=1))
+    return list(prune_blocks(blocks, inputs, pruner, Goal(sparsity), batch_size=1))
 
 
 def pairs(epochs):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from besa_exp.methods.pruners.sparsegpt import sparsegpt
 from besa_exp.tensors.hessian import upper_factor
 from besa_exp.tensors.importance import wanda_importance
-from besa_exp.tensors.masks import Target, keep_per_row
+from besa_exp.tensors.masks import Goal, keep_per_row
 from besa_exp.tensors.statistics import Hessian, InputNorm
 
 GOLDEN_DIR = Path(__file__).parents[1] / "golden"
@@ -49,7 +49,7 @@ def test_hessian_is_sparsegpts_whatever_the_batches(golden, batch_size):
 
 @pytest.mark.parametrize(
     ("name", "target"),
-    [("50", Target(0.5)), ("70", Target(0.7)), ("2_4", Target.parse(0.5, "2:4"))],
+    [("50", Goal(0.5)), ("70", Goal(0.7)), ("2_4", Goal.parse(0.5, "2:4"))],
 )
 def test_wanda_prunes_the_weights_its_authors_code_prunes(golden, name, target):
     importance = wanda_importance(golden["weight"], observed(InputNorm, golden["inputs"]).squared_norm)
@@ -62,7 +62,7 @@ def test_wanda_prunes_the_weights_its_authors_code_prunes(golden, name, target):
 def test_sparsegpt_with_2_of_4_is_its_authors_result(golden, factor):
     weight = golden["weight"].clone()
     weight[:, 5] = 0
-    pruned, keep_mask = sparsegpt(weight, factor, Target.parse(0.5, "2:4"), group_size=16)
+    pruned, keep_mask = sparsegpt(weight, factor, Goal.parse(0.5, "2:4"), group_size=16)
     torch.testing.assert_close(pruned, golden["sparsegpt_2_4_group16"], rtol=0, atol=1e-4)
     assert keep_mask.view(48, 16, 4).sum(-1).eq(2).all()
 
@@ -73,7 +73,7 @@ def test_sparsegpt_with_the_authors_mask_is_their_result_at_any_group_size(golde
     weight = golden["weight"].clone()
     weight[:, 5] = 0
     for size in (group_size, 1, 7, 128):
-        pruned, _ = sparsegpt(weight, factor, Target(sparsity), size, keep_mask=expected != 0)
+        pruned, _ = sparsegpt(weight, factor, Goal(sparsity), size, keep_mask=expected != 0)
         torch.testing.assert_close(pruned, expected, rtol=0, atol=1e-4)
 
 
@@ -84,7 +84,7 @@ def test_our_mask_leaves_out_the_one_weight_too_many_that_the_authors_threshold_
     """In the first group both see the same weights, so the masks differ by exactly that weight."""
     weight = golden["weight"].clone()
     weight[:, 5] = 0
-    _, keep_mask = sparsegpt(weight, factor, Target(sparsity), group_size)
+    _, keep_mask = sparsegpt(weight, factor, Goal(sparsity), group_size)
     count = int(48 * group_size * sparsity)
     theirs = golden[f"sparsegpt_{name}"] == 0
     for start in range(0, 64, group_size):
@@ -108,7 +108,7 @@ def test_one_pruned_column_is_the_closed_form_obs_update(golden):
     keep_mask = torch.ones_like(golden["weight"], dtype=torch.bool)
     keep_mask[:, 0] = False
     factor = upper_factor(observed(Hessian, golden["inputs"]).matrix, 0.01, "here")
-    pruned, _ = sparsegpt(golden["weight"], factor, Target(0.5), 16, keep_mask)
+    pruned, _ = sparsegpt(golden["weight"], factor, Goal(0.5), 16, keep_mask)
     torch.testing.assert_close(pruned[:, 1:].double(), expected[:, 1:], rtol=0, atol=1e-4)
     assert pruned[:, 0].eq(0).all()
 
@@ -117,6 +117,6 @@ def test_with_a_diagonal_hessian_sparsegpt_orders_weights_as_wanda_does(golden):
     norms = golden["wanda_scaler_row"].clamp(min=0.1)
     factor = upper_factor(torch.diag(2 * norms), 1e-9, "here")
     weight = golden["weight"][:1]
-    _, keep_mask = sparsegpt(weight, factor, Target(0.5), 64)
+    _, keep_mask = sparsegpt(weight, factor, Goal(0.5), 64)
     importance = wanda_importance(weight, norms)
-    assert_differ_at_near_ties_alone(keep_mask, keep_per_row(importance, Target(0.5)), importance, 1e-5)
+    assert_differ_at_near_ties_alone(keep_mask, keep_per_row(importance, Goal(0.5)), importance, 1e-5)

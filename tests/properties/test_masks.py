@@ -9,18 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from besa_exp.methods.allocation import project_to_budget, round_to_worth
+from besa_exp.methods.allocation import project_to_budget
+from besa_exp.methods.n_of_m import round_to_worth
 from besa_exp.methods.pruners.candidates import CandidateMask, float_candidates
 from besa_exp.tensors.kernels import count_gradient, rank_in_row
 from besa_exp.tensors.masks import (
-    Target,
+    Goal,
+    goals_of_linears,
     keep_by_rank,
     keep_largest,
     keep_largest_of_rows,
     keep_n_of_m,
     keep_rows_to_the_weight,
     round_to_total,
-    targets_of_linears,
 )
 
 QUICK = settings(max_examples=50, deadline=None)
@@ -77,8 +78,8 @@ def test_rows_of_k_and_k_plus_1_weights_meet_any_number_and_the_cheapest_rows_gi
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=7), st.floats(0, 0.999))
 def test_the_linears_of_a_block_share_an_exact_number_and_no_other(sizes, sparsity):
     sizes = {str(place): size for place, size in enumerate(sizes)}
-    assert set(targets_of_linears(sizes, Target(sparsity)).values()) == {Target(sparsity)}
-    found = targets_of_linears(sizes, Target(sparsity, exact=True))
+    assert set(goals_of_linears(sizes, Goal(sparsity)).values()) == {Goal(sparsity)}
+    found = goals_of_linears(sizes, Goal(sparsity, exact=True))
     counts = {name: target.sparsity * sizes[name] for name, target in found.items()}
     assert sum(round(count) for count in counts.values()) == round(sparsity * sum(sizes.values()))
     assert all(abs(count - sparsity * sizes[name]) < 1 + 1e-6 for name, count in counts.items())
@@ -142,7 +143,7 @@ def test_rounding_by_worth_meets_the_nearest_total_that_whole_levels_reach(worth
     total = round(share * int((levels * worth).sum()))
     wished = torch.rand(len(worth), generator=generator, dtype=torch.float64) * 0.4 + share - 0.2
     counts = 8 * project_to_budget(wished, (levels * worth).double(), total)
-    rounded = round_to_worth(counts, levels, worth, total)
+    rounded = round_to_worth(levels, worth, counts, total)
     assert 0 <= int(rounded.min()) <= int(rounded.max()) <= 8
     assert abs(int((rounded * worth).sum()) - total) <= math.gcd(*worths) / 2
     assert float((rounded - counts).abs().mean()) < 1
@@ -221,8 +222,8 @@ def test_count_gradient_is_the_literal_mean_over_the_ranks_around_the_cut(window
 @pytest.mark.parametrize("pattern", ["4:4", "0:4", "5:4", "2-4", "2:4:8", "", "n:m"])
 def test_a_malformed_pattern_is_refused_with_the_rule(pattern):
     with pytest.raises(ValueError, match="0 < N < M"):
-        Target.parse(0.5, pattern)
+        Goal.parse(0.5, pattern)
 
 
 def test_a_pattern_fixes_the_sparsity():
-    assert Target.parse(0.1, "1:4") == Target(0.75, (1, 4))
+    assert Goal.parse(0.1, "1:4") == Goal(0.75, (1, 4))

@@ -4,10 +4,10 @@
 
 A single number is to be chosen. The authors try b = 0.002, 0.004, ... up to min(2 s, 2 (1 - s)) / (L - 1), which keeps
 all s_i in [0, 1], and take the b with the best test perplexity, so that the test set has chosen it. Here the
-calibration samples choose: the b whose model, pruned by Wanda, is nearest to the dense one's predictions
-(`besa_exp.methods.budgets.trial`). The grid is one of b (L - 1), what lies between first and last block, so that it is
-as fine for a model of few blocks as for the authors' (0.002 is 0.062 over 32 blocks); it begins at 0, the uniform
-budget.
+calibration samples choose: the b whose model, pruned the same in every row by `importance`, is nearest to the dense
+one's predictions (`besa_exp.methods.budgets.trial`). The grid is one of b (L - 1), what lies between first and last
+block, so that it is as fine for a model of few blocks as for the authors' (0.002 is 0.062 over 32 blocks); it begins at
+0, the uniform budget.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from besa_exp.methods.budgets.budget import no_pattern
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.budgets.trial import Trial, Work
+from besa_exp.tensors.importance import Importance, ImportanceName
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Atp:
 
     step: float = 0.06
     num_samples: int = 8
+    importance: Importance | ImportanceName = "wanda"
 
     def __post_init__(self) -> None:
         if not 0 < self.step < 1:
@@ -40,7 +42,7 @@ class Atp:
         """Nothing to deal out under N:M."""
         return no_pattern("atp", pattern)
 
-    def wishes(self, sparsity: float, num_blocks: int) -> list[Float[Tensor, " block"]]:
+    def progressions(self, sparsity: float, num_blocks: int) -> list[Float[Tensor, " block"]]:
         """The progressions that are tried, the uniform one first."""
         place = torch.arange(num_blocks, dtype=torch.float64) / max(1, num_blocks - 1)
         count = int(min(2 * sparsity, 2 * (1 - sparsity)) / self.step) + 1
@@ -48,12 +50,12 @@ class Atp:
 
     def search(self, trial: Trial, sparsity: float, progress: Progress) -> Float[Tensor, " block"]:
         """One pass of all progressions side by side, too short to be kept."""
-        wishes = self.wishes(sparsity, len(trial.sizes))
+        tried = self.progressions(sparsity, len(trial.sizes))
         samples = torch.arange(min(self.num_samples, trial.num_samples))
-        errors = trial.divergences([trial.exact(wish, sparsity) for wish in wishes], samples)
-        return wishes[errors.index(min(errors))]
+        errors = trial.divergences([trial.exact(wanted, sparsity) for wanted in tried], samples)
+        return tried[errors.index(min(errors))]
 
     def work(self, num_blocks: int, num_samples: int, seq_len: int, sparsity: float) -> Work:
         """All progressions, once."""
-        samples = len(self.wishes(sparsity, num_blocks)) * min(self.num_samples, num_samples)
+        samples = len(self.progressions(sparsity, num_blocks)) * min(self.num_samples, num_samples)
         return Work(1, samples * seq_len, samples)

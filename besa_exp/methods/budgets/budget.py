@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -10,57 +10,52 @@ from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.observation import observe
+from besa_exp.blocks.observation import Observed
 from besa_exp.methods.allocation import project_to_budget
 from besa_exp.tensors import kernels
-from besa_exp.tensors.importance import wanda_importance
-from besa_exp.tensors.masks import Target, keep_by_rank, round_to_total
-from besa_exp.tensors.statistics import Statistic
+from besa_exp.tensors.importance import Importance
+from besa_exp.tensors.masks import Goal, keep_by_rank, round_to_total
 
 T = TypeVar("T")
 
 
 @runtime_checkable
 class Budget(Protocol):
-    """A method that knows the dense blocks and their inputs, and says what each must give up."""
+    """A method that knows the dense blocks and their inputs, and decides how much each gives up."""
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Problems with this target, in complete sentences."""
+        """Problems with this goal, in complete sentences."""
         ...
 
     def sparsities(
         self, blocks: Iterable[Block], inputs: Hidden, sparsity: float, batch_size: int
     ) -> Float[Tensor, " block"]:
-        """The blocks' wishes in order, `sparsity` in the mean or near it; `exact_targets` makes them meet the total.
-        Goes through all blocks once, must not change them, and may overwrite the `inputs` of the first."""
+        """The sparsity of each block in order, `sparsity` in the mean or near it; `exact_goals` makes them meet the
+        total. Goes through all blocks once, must not change them, and may overwrite the `inputs` of the first."""
         ...
 
 
 def survey(
     blocks: Iterable[Block],
     inputs: Hidden,
-    statistic: type[Statistic],
+    importance: Importance,
     batch_size: int,
-    measure: Callable[[Block, dict], T],
+    measure: Callable[[Block, Observed], T],
 ) -> list[T]:
-    """One pass of the dense model: what `measure` makes of each block and the statistics of its linears' inputs, which
-    are overwritten."""
+    """One pass of the dense model: what `measure` makes of each block and of what was observed about it. The inputs are
+    overwritten."""
     measured = []
     for block in blocks:
-        statistics, _ = observe(block, inputs, statistic, batch_size, inputs)
-        measured.append(measure(block, statistics))
+        observed, _ = Observed.of(importance, block, inputs, batch_size, inputs)
+        measured.append(measure(block, observed))
     return measured
 
 
 @torch.no_grad()
-def pruned_to(
-    block: Block, squared_norms: Mapping[str, Float[Tensor, " _in"]], sparsities: Iterable[float]
-) -> Iterator[dict[str, Tensor]]:
-    """The block's weights, pruned by Wanda to each of the sparsities, with `squared_norms` of the linears' inputs."""
+def pruned_to(block: Block, observed: Observed, sparsities: Iterable[float]) -> Iterator[dict[str, Tensor]]:
+    """The block's weights, pruned to each of the sparsities, the same in every row."""
     weights = {name: linear.weight.detach() for name, linear in block.linears.items()}
-    ranks = {
-        name: kernels.rank_in_row(wanda_importance(weight, squared_norms[name])) for name, weight in weights.items()
-    }
+    ranks = {name: kernels.rank_in_row(observed.score(block, name)) for name in weights}
     for sparsity in sparsities:
         keep_masks = {
             name: keep_by_rank(rank, torch.full((len(rank),), int(rank.shape[1] * sparsity), device=rank.device))
@@ -69,21 +64,21 @@ def pruned_to(
         yield {name: weight * keep_masks[name] for name, weight in weights.items()}
 
 
-def around(wishes: Float[Tensor, " block"], center: float, width: float) -> Float[Tensor, " block"]:
-    """`wishes` stretched to the width `width` and moved so that their mean is `center`; all equal where they are."""
-    spread = wishes.max() - wishes.min()
-    scaled = width * (wishes - wishes.min()) / spread if spread > 0 else torch.zeros_like(wishes)
+def around(shares: Float[Tensor, " block"], center: float, width: float) -> Float[Tensor, " block"]:
+    """`shares` stretched to the width `width` and moved so that their mean is `center`; all equal where they are."""
+    spread = shares.max() - shares.min()
+    scaled = width * (shares - shares.min()) / spread if spread > 0 else torch.zeros_like(shares)
     return center + scaled - scaled.mean()
 
 
-def exact_targets(sparsities: Float[Tensor, " block"], weights: Sequence[int], sparsity: float) -> list[Target]:
-    """A target for each block such that round(sparsity * sum(weights)) weights go in all: the sparsities, clipped to
+def exact_goals(sparsities: Float[Tensor, " block"], weights: Sequence[int], sparsity: float) -> list[Goal]:
+    """A goal for each block such that round(sparsity * sum(weights)) weights go in all: the sparsities, clipped to
     [0, 1], are moved by one shift and rounded by largest remainder. `weights`: of the linears of each block."""
     capacity = torch.tensor(weights, dtype=torch.float64)
     total = round(sparsity * sum(weights))
     wanted = project_to_budget(sparsities.double().cpu(), capacity, total)
     counts = round_to_total(wanted * capacity, total)
-    return [Target(int(count) / size, exact=True) for count, size in zip(counts, weights, strict=True)]
+    return [Goal(int(count) / size, exact=True) for count, size in zip(counts, weights, strict=True)]
 
 
 def no_pattern(name: str, pattern: str) -> list[str]:

@@ -8,7 +8,7 @@ the scores where the paper says median; here it is the median.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.observation import Observed
 from besa_exp.methods.budgets.budget import around, no_pattern, survey
-from besa_exp.tensors.importance import wanda_importance
-from besa_exp.tensors.statistics import InputNorm
+from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Dlp:
     """`width` is twice the paper's alpha: between the least and the most that a block gives up."""
 
     width: float = 0.3
+    importance: Importance | ImportanceName = "wanda"
 
     def __post_init__(self) -> None:
         if not 0 <= self.width < 1:
@@ -39,14 +40,12 @@ class Dlp:
         self, blocks: Iterable[Block], inputs: Hidden, sparsity: float, batch_size: int
     ) -> Float[Tensor, " block"]:
         """One pass of the dense model."""
-        medians = torch.tensor(survey(blocks, inputs, InputNorm, batch_size, median_score), dtype=torch.float64)
+        medians = torch.tensor(
+            survey(blocks, inputs, importance_of(self.importance), batch_size, median_score), dtype=torch.float64
+        )
         return around(1 / medians, sparsity, self.width)
 
 
-def median_score(block: Block, statistics: Mapping[str, InputNorm]) -> float:
-    """The median (of two middle ones the lower) of |W_ij| ||X_j|| over all linears of the block."""
-    scores = [
-        wanda_importance(linear.weight.detach(), statistics[name].squared_norm).flatten()
-        for name, linear in block.linears.items()
-    ]
-    return float(torch.cat(scores).median())
+def median_score(block: Block, observed: Observed) -> float:
+    """The median (of two middle ones the lower) of the scores of all linears of the block."""
+    return float(torch.cat([observed.score(block, name).flatten() for name in block.linears]).median())

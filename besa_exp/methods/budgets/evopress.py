@@ -7,12 +7,12 @@ A model is a level for each block, 0 to begin with; a level is the same number o
 A child is its parent after 1 to 3 exchanges (the smaller of two draws): one block goes a level up, another one down, so
 that the total stays. Each generation makes `children`, and the best of them on a few tokens, then on more, stand
 against the parent on the most; the best one is the next parent. Best is who is nearest to the dense model's
-predictions (`besa_exp.methods.budgets.trial`), on samples that are drawn anew for each selection.
+predictions (`besa_exp.methods.budgets.trial`), on samples that are drawn again for each selection.
 
 Where we differ: the authors' levels are of linears and take their weights from a database of SparseGPT's results at
-each level. A budget here says what a block gives up: how it is shared out inside is the allocation's, which may be
+each level. A budget here decides what a block gives up: how it is shared out inside is the allocation's, which may be
 learned (BESA), and would be decided twice. The database is that of one pruner, and eight models large or more; here
-the models are pruned by Wanda as they are tried.
+the models are pruned as they are tried, the same in every row of a block, by Wanda or another `importance`.
 
 All draws of a generation come from the seed and its number, and its outcome is kept, so that a search that was killed
 goes on with the generation under way and ends alike.
@@ -32,6 +32,7 @@ from torch import Tensor
 from besa_exp.methods.budgets.budget import no_pattern
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.budgets.trial import Sparsities, Trial, Work
+from besa_exp.tensors.importance import Importance, ImportanceName
 
 MOST_EXCHANGES = 3
 DRAWS = 10  # for each child, until one is found that there is not yet
@@ -51,6 +52,7 @@ class EvoPress:
     width: float = 0.2
     levels: int = 8
     seed: int = 0
+    importance: Importance | ImportanceName = "wanda"
 
     def __post_init__(self) -> None:
         for key, least in (("generations", 1), ("children", 1), ("levels", 1)):

@@ -3,8 +3,8 @@
 BESA (arXiv 2402.16880) allocates within a block by the error at the block's output. Across blocks the error that counts
 is the one at the last block's output: an early block's error is carried through all later ones. So one pass over the
 dense model carries, for a few calibration samples, beside the dense states those of models in which a single block is
-pruned (by Wanda) to one of a few levels. With e_l(s) the relative squared error of the last block's output when block l
-alone is pruned to s,
+pruned to one of a few levels (the same in every row, by `importance`). With e_l(s) the relative squared error of the
+last block's output when block l alone is pruned to s,
 
     minimise  sum_l e_l(s_l)   subject to   sum_l n_l s_l = s sum_l n_l,
 
@@ -26,10 +26,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.observation import observe
+from besa_exp.blocks.observation import Observed
 from besa_exp.machine import distributed
 from besa_exp.methods.budgets.budget import no_pattern, pruned_to
-from besa_exp.tensors.statistics import InputNorm
+from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
 
 SHARES = 400  # steps in which a block's sparsity is dealt out
 
@@ -40,6 +40,7 @@ class Learned:
 
     width: float = 0.2
     num_samples: int = 4
+    importance: Importance | ImportanceName = "wanda"
 
     def __post_init__(self) -> None:
         if not 0 < self.width < 1:
@@ -68,15 +69,15 @@ class Learned:
         self, blocks: Iterable[Block], inputs: Hidden, levels: list[float], batch_size: int
     ) -> tuple[Float[Tensor, "block level"], Float[Tensor, " block"]]:
         """e_l(s) at the levels, and the blocks' weights."""
+        importance = importance_of(self.importance)
         own = max(1, min(len(inputs), self.num_samples // distributed.num_ranks()))
         dense, perturbed, sizes = inputs[:own].clone(), [], []
         for block in blocks:
             for states in perturbed:
                 block.outputs(states, batch_size, out=states)
             before = dense
-            statistics, dense = observe(block, before, InputNorm, batch_size)
-            norms = {name: statistic.squared_norm for name, statistic in statistics.items()}
-            perturbed += [block.outputs(before, batch_size, weights) for weights in pruned_to(block, norms, levels)]
+            observed, dense = Observed.of(importance, block, before, batch_size)
+            perturbed += [block.outputs(before, batch_size, weights) for weights in pruned_to(block, observed, levels)]
             sizes.append(sum(linear.weight.numel() for linear in block.linears.values()))
         scale = distributed.all_sum(dense.double().square().sum())
         squared = [distributed.all_sum((states.double() - dense.double()).square().sum()) for states in perturbed]

@@ -8,7 +8,7 @@ M = 5 and lambda = 0.08 are the paper's. The scores are those of all linears of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.observation import Observed
 from besa_exp.methods.budgets.budget import around, no_pattern, survey
-from besa_exp.tensors.importance import wanda_importance
-from besa_exp.tensors.statistics import InputNorm
+from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Owl:
 
     outlier: float = 5.0
     width: float = 0.16
+    importance: Importance | ImportanceName = "wanda"
 
     def __post_init__(self) -> None:
         if not self.outlier > 0:
@@ -42,17 +43,14 @@ class Owl:
         self, blocks: Iterable[Block], inputs: Hidden, sparsity: float, batch_size: int
     ) -> Float[Tensor, " block"]:
         """One pass of the dense model."""
-        outliers = survey(blocks, inputs, InputNorm, batch_size, self.outlier_share)
+        outliers = survey(blocks, inputs, importance_of(self.importance), batch_size, self.outlier_share)
         return around(-torch.tensor(outliers, dtype=torch.float64), sparsity, self.width)
 
-    def outlier_share(self, block: Block, statistics: Mapping[str, InputNorm]) -> float:
+    def outlier_share(self, block: Block, observed: Observed) -> float:
         """D of one block. Scores are made twice and never held together."""
 
         def scores() -> Iterable[Tensor]:
-            return (
-                wanda_importance(linear.weight.detach(), statistics[name].squared_norm)
-                for name, linear in block.linears.items()
-            )
+            return (observed.score(block, name) for name in block.linears)
 
         num_weights = sum(linear.weight.numel() for linear in block.linears.values())
         mean = sum(float(score.double().sum()) for score in scores()) / num_weights

@@ -24,7 +24,7 @@ class Progress:
     keep_spent: Callable[[], None] = lambda: None
 
     def read(self) -> dict[str, Any]:
-        """What was written last, on every rank; empty: nothing was, or it cannot be read and the search begins anew."""
+        """What was written last, on every rank; empty: nothing was, or it cannot be read: the search starts over."""
         return distributed.from_first(self._read)
 
     def write(self, found: Mapping[str, Any]) -> None:

@@ -2,8 +2,9 @@
 
     D = mean over tokens of KL(p || q),    p and q the dense and the tried model's distributions of the next token.
 
-A tried model is pruned by Wanda with the dense model's input norms, from which its weights are made anew block by
-block: no database of pruned weights is kept, and a budget needs to know no pruner. All models are tried in one pass
+A tried model is pruned the same in every row of a block, by an importance that was observed on the dense model (Wanda's
+by default). Its weights are made again block by block: no database of pruned weights is kept, and a budget needs to
+know no pruner. All models are tried in one pass
 over the blocks; those that begin with the same sparsities share the states until they part.
 """
 
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.head import Head, divergence
+from besa_exp.blocks.observation import Observed
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
-from besa_exp.methods.budgets.budget import exact_targets, pruned_to, survey
+from besa_exp.methods.budgets.budget import exact_goals, pruned_to, survey
 from besa_exp.methods.budgets.progress import Progress
-from besa_exp.tensors.statistics import InputNorm
+from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
 
 Sparsities = tuple[float, ...]  # of a tried model's blocks, in order
 TOKENS = 2048  # that pass the head together: their logits are the largest thing that is held
@@ -40,15 +42,20 @@ class Work:
 
 
 @runtime_checkable
-class Search(Protocol):
+class DepthSearch(Protocol):
     """A budget that tries whole models."""
 
+    @property
+    def importance(self) -> Importance | ImportanceName:
+        """What the tried models are pruned by."""
+        ...
+
     def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Problems with this target, in complete sentences."""
+        """Problems with this goal, in complete sentences."""
         ...
 
     def search(self, trial: Trial, sparsity: float, progress: Progress) -> Float[Tensor, " block"]:
-        """The blocks' wishes in order, as `Budget.sparsities` gives them. Goes on from `progress`."""
+        """The sparsity of each block in order, as `Budget.sparsities` gives them. Goes on from `progress`."""
         ...
 
     def work(self, num_blocks: int, num_samples: int, seq_len: int, sparsity: float) -> Work:
@@ -66,30 +73,34 @@ class Trial:
     outputs: Hidden
     head: Head
     batch_size: int
-    squared_norms: Sequence[Mapping[str, Tensor]]
+    observed: Sequence[Observed]
     sizes: Sequence[int]
 
     @staticmethod
     def begin(
-        blocks: Callable[[], Iterable[Block]], inputs: Hidden, outputs: Hidden, head: Head, batch_size: int
+        blocks: Callable[[], Iterable[Block]],
+        inputs: Hidden,
+        outputs: Hidden,
+        head: Head,
+        batch_size: int,
+        importance: Importance | ImportanceName = "wanda",
     ) -> Trial:
         """One pass of the dense model. `outputs`, to begin with the same as `inputs`, are overwritten."""
 
-        def measure(block: Block, statistics: Mapping[str, InputNorm]) -> tuple[dict[str, Tensor], int]:
-            norms = {name: statistic.squared_norm for name, statistic in statistics.items()}
-            return norms, sum(linear.weight.numel() for linear in block.linears.values())
+        def measure(block: Block, observed: Observed) -> tuple[Observed, int]:
+            return observed, sum(linear.weight.numel() for linear in block.linears.values())
 
-        norms, sizes = zip(*survey(blocks(), outputs, InputNorm, batch_size, measure), strict=True)
-        return Trial(blocks, inputs, outputs, head, batch_size, norms, sizes)
+        observed, sizes = zip(*survey(blocks(), outputs, importance_of(importance), batch_size, measure), strict=True)
+        return Trial(blocks, inputs, outputs, head, batch_size, observed, sizes)
 
     @property
     def num_samples(self) -> int:
         """Of all ranks."""
         return distributed.total(len(self.inputs))
 
-    def exact(self, wishes: Float[Tensor, " block"], sparsity: float) -> Sparsities:
-        """What the blocks would be given for these wishes."""
-        return tuple(target.sparsity for target in exact_targets(wishes, self.sizes, sparsity))
+    def exact(self, wanted: Float[Tensor, " block"], sparsity: float) -> Sparsities:
+        """The sparsities after clipping and rounding to whole numbers of weights."""
+        return tuple(goal.sparsity for goal in exact_goals(wanted, self.sizes, sparsity))
 
     @torch.no_grad()
     def divergences(self, models: Sequence[Sparsities], samples: Int[Tensor, " sample"]) -> list[float]:
@@ -97,7 +108,7 @@ class Trial:
         own = distributed.own_places(samples)
         states: Mapping[Sparsities, Hidden] = {(): self.inputs[own]}
         for depth, block in enumerate(self.blocks()):
-            states = self._next(block, self.squared_norms[depth], states, [model[: depth + 1] for model in models])
+            states = self._next(block, self.observed[depth], states, [model[: depth + 1] for model in models])
         distinct = {model: states[model] for model in models}
         tokens = len(samples) * self.inputs.shape[1]
         summed = distributed.all_sum(self._summed(self.outputs[own], [*distinct.values()])) / tokens
@@ -112,14 +123,14 @@ class Trial:
     def _next(
         self,
         block: Block,
-        squared_norms: Mapping[str, Tensor],
+        observed: Observed,
         states: Mapping[Sparsities, Hidden],
         beginnings: Sequence[Sparsities],
     ) -> dict[Sparsities, Hidden]:
         """The states after the block, of models that begin like these."""
         reached = {}
         sparsities = sorted({beginning[-1] for beginning in beginnings})
-        for sparsity, weights in zip(sparsities, pruned_to(block, squared_norms, sparsities), strict=True):
+        for sparsity, weights in zip(sparsities, pruned_to(block, observed, sparsities), strict=True):
             for beginning in dict.fromkeys(beginnings):
                 if beginning[-1] == sparsity:
                     reached[beginning] = block.outputs(states[beginning[:-1]], self.batch_size, weights)

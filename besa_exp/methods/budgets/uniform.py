@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Uniform:
-    """Nothing to measure: each block's target is the model's."""
+class SameForAll:
+    """Nothing to measure: each block's goal is the model's."""
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Any target, any N:M."""
+        """Any goal, any N:M."""
         return []

@@ -1,65 +1,114 @@
 """BESA (Xu et al., arXiv 2402.16880) without the limits of its published code: the default pruner.
 
-The idea is the paper's: within each block the sparsity of every row (or linear) is a parameter, learned by gradient
-descent on the block's reconstruction loss (Eq. 1) through hard masks that prune the least important weights of the row
-(importance |W| ||X||), straight through the mask. What differs, and why:
+Within each block the sparsity s of every row is learned by gradient descent on the block's reconstruction loss, through
+hard masks, at a total that is met exactly:
 
-- The parameter is the row's sparsity itself, not logits over D + 1 candidates: any sparsity in [0, 1] can be reached,
-  where softmax(sigmoid(.)) stays in [0.376, 0.624], and every row starts at the target, not at 0.5.
-- The block's budget is a constraint, not a penalty (Eq. 5): after every step the sparsities are projected onto it, and
-  the counts are rounded to integers whose sum is exact. There is no lambda, and the target is met at every step.
+    k     = n s, rounded so that sum(k) = total          n: the row's weights
+    W_hat = W where rank >= k, else 0                    (Eq. 3; rank: by importance, 0 = least)
+    L     = mean_t ||Y_t - f(X; W_hat)_t||^2 / ||Y_t||^2 (Eq. 1, relative to each token's size)
+    dL/ds = n dL/dk = - n mean of W dL/dW_hat over the ranks around k
+    s     <- project(s - Adam(dL/ds))                    onto sum(n s) = total
+
+`besa_step` computes the first four lines, `descend` repeats them. The method is in this file, in
+`besa_exp.methods.allocation` (counts, projection, descent) and in `besa_exp.methods.cuts` (masks and their gradient).
+What differs from the authors' code (`besa_paper`), and why:
+
+- The parameter is the row's sparsity itself, not logits over D + 1 candidates (Eq. 4): any sparsity in [0, 1] can be
+  reached, where softmax(sigmoid(.)) stays in [0.376, 0.624], and every row starts at the goal, not at 0.5.
+- The block's budget is a constraint, not a penalty (Eq. 5): there is no lambda, and the goal is met at every step.
 - The gradient looks at the ranks around the cut, the weights that could go or stay next; the candidates' soft mask
   spreads over the whole row.
 - Some calibration samples (the probe) are not learned from. They judge halfway and at the end: a state that does not
   lower their loss is dropped for the best so far, and the step size shrinks. So a block is never worse on them than
   where it began: at the uniform allocation, which is Wanda at the exact budget. Their passes cost what the steps on
   them would have.
-- With pattern=N:M every row (or linear) learns how many of every M consecutive inputs it keeps, by the same means: the
-  ranks are then within groups of M, and a row gives up whole levels of them (`allocation`).
 
-Joint compression (the paper's Section 3.4): with a quantiser the kept weights are rounded in every pass, and the
-clipping of each row or group is learned by the same loss and steps as the sparsities. Importance is then what a rounded
-weight spares (`rounded_importance`). Weights that round to zero go first; where a row keeps some all the same, they are
-zeros beyond the budget, and reported as such.
+The same functions serve what is built on them: learned clipping (`besa_joint`), parts of a block (`sub_blocks`), rows
+that keep an N of every M inputs (`besa_exp.methods.n_of_m`), the whole model (`model_search`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.probe import num_probe_samples, probe_loss
-from besa_exp.blocks.pruner import PrunedBlock, joined
+from besa_exp.blocks.probe import checked_gradient, finite_step, num_probe_samples, probe_loss
+from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
 from besa_exp.blocks.reports import Step
-from besa_exp.blocks.units import SCOPES, sub_blocks
+from besa_exp.blocks.units import SCOPES
+from besa_exp.blocks.whole_model import batches
 from besa_exp.machine import distributed
-from besa_exp.methods.allocation import Rows, project_to_budget
+from besa_exp.methods.allocation import Rows, along_budget, descend, project_to_budget
+from besa_exp.methods.cuts import Buffers, cut_block
+from besa_exp.methods.n_of_m import rows_of_groups
 from besa_exp.methods.pruners.model_search import ModelSearch
-from besa_exp.methods.pruners.search import Search, State
-from besa_exp.tensors.importance import rounded_importance, wanda_importance
-from besa_exp.tensors.losses import LOSSES
-from besa_exp.tensors.masks import Target
+from besa_exp.methods.pruners.sub_blocks import prune_parts
+from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
+from besa_exp.tensors.losses import LOSSES, Loss, differentiate, token_loss
 from besa_exp.tensors.pattern import fixes_sparsity
-from besa_exp.tensors.quantisation import Quantiser, quantise
-from besa_exp.tensors.statistics import InputNorm, WithNorm
 
-CLIPPING_START = 0.99  # strength of all clipping at first: 1, where the sigmoid never gets, would clip nothing
-CLIPPING_LR = 0.1  # first step size of the strengths' logits
+
+def besa_step(
+    block: Block,
+    inputs: Hidden,
+    targets: Hidden,
+    rows: Rows,
+    sparsity: Float[Tensor, " cell"],
+    total: int,
+    window: float,
+    room: Buffers,
+    loss_of: Loss = token_loss,
+    also: Sequence[Tensor] = (),
+) -> tuple[Float[Tensor, ""], list[Tensor]]:
+    """The loss L of a batch and dL/ds along the budget, followed by dL/d(each of `also`), which the weights of `rows`
+    depend on. Inputs and targets are those of this rank's samples, of which there may be none; the loss and the
+    gradients are those of all ranks' samples. `window`: a fraction of the row. `room` is written into."""
+    # Whole numbers k of weights to prune in each row: next to n s, sum(k) = total exactly
+    counts = rows.counts(sparsity, total)
+    # Hard masks, W_hat = W where rank >= k (Eq. 3), and the block's outputs with them
+    outputs, cuts = cut_block(block, inputs, rows, counts, window, room)
+    # Reconstruction loss L (Eq. 1) and a multiple of dL/d(outputs) that no dtype rounds to zero
+    loss, upstream, multiple = differentiate(lambda Y_hat: loss_of(Y_hat, targets), outputs, block.product_dtype)
+    # dL/dk straight through the mask: - mean of W dL/dW_hat over the window around the cut
+    found = _gradients(outputs, [*cuts, *also], upstream)
+    # dL/ds = n dL/dk of each row, summed over the samples of all ranks and the rows of a cell
+    by_row = rows.levels * torch.cat(found[: len(cuts)]).double()
+    by_cell = rows.per_cell(distributed.all_sum(by_row / multiple))
+    # Along the budget: without the part that would change sum(n s)
+    by_sparsity = along_budget(by_cell, rows.capacity)
+    return loss, [by_sparsity, *(distributed.all_sum(own / multiple) for own in found[len(cuts) :])]
+
+
+def _gradients(outputs: Hidden, leaves: Sequence[Tensor], upstream: Hidden) -> list[Tensor]:
+    """Of sum(outputs * upstream) to each of the leaves; zeros where a rank owns no sample of the batch."""
+    if not len(outputs):
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return [*torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)]
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """What `Besa.learn` found: the sparsity of each cell, the probe's loss where it began, and the course."""
+
+    sparsity: Float[Tensor, " cell"]
+    loss_before: float
+    steps: tuple[Step, ...]
 
 
 @dataclass(frozen=True)
 class Besa:
-    """`granularity` row or linear: whom a sparsity is shared by. `lr` is the first step size, in sparsity: it only
-    shrinks. `window`: ranks around the cut that the gradient averages, as a fraction of the row. `checks`: how often
-    the probe samples judge. `scope`: what shares a loss and a budget (`besa_exp.blocks.units`). `loss`: what is learned
-    from (`besa_exp.tensors.losses`). `model`: with scope=model, the search over the whole model. `quantiser`: what the
-    kept weights are rounded with; None: they stay as they are."""
+    """`importance`: what ranks the weights of a row. `granularity` row or linear: whom a sparsity is shared by. `lr` is
+    the first step size, in sparsity: it only shrinks. `window`: ranks around the cut that the gradient averages, as a
+    fraction of the row. `checks`: how often the probe samples judge. `scope`: what shares a loss and a budget
+    (`besa_exp.blocks.units`). `loss`: what is learned from (`besa_exp.tensors.losses`). `model`: with scope=model, the
+    search over the whole model."""
 
     granularity: str = "row"
     epochs: int = 1
@@ -70,13 +119,11 @@ class Besa:
     seed: int = 0
     scope: str = "block"
     loss: str = "token"
-    quantiser: Quantiser | None = None
+    importance: Importance | ImportanceName = "wanda"
     model: ModelSearch = field(default_factory=ModelSearch)
 
-    statistic = InputNorm
-    dense_targets = False
-
     def __post_init__(self) -> None:
+        importance_of(self.importance)  # which refuses an unknown name
         for key, choices in (("granularity", ("row", "linear")), ("scope", SCOPES), ("loss", LOSSES)):
             if getattr(self, key) not in choices:
                 raise ValueError(f"pruner.{key}={getattr(self, key)}: must be {' or '.join(choices)}")
@@ -87,13 +134,25 @@ class Besa:
             if not 0 < getattr(self, key) <= 1:
                 raise ValueError(f"pruner.{key}={getattr(self, key)}: must be above 0 and at most 1")
 
+    @property
+    def traits(self) -> Traits:
+        """What the importance observes, and what the scope asks of the block loop."""
+        importance = importance_of(self.importance)
+        return Traits(
+            importance.statistic,
+            importance.gradients,
+            blocks_together=2 if self.scope == "pair" else 1,
+            own_targets=self.scope == "sub_block",
+            refinements=(replace(self.model, importance=self.importance),) if self.scope == "model" else (),
+        )
+
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """What N is in every row is to be allocated, not given."""
         problems = []
-        if self.scope == "model" and (pattern != "unstructured" or self.granularity != "row" or self.quantiser):
+        if self.scope == "model" and (pattern != "unstructured" or self.granularity != "row"):
             problems.append(
-                "pruner.scope=model: allocates sparsity between single rows under pattern=unstructured, and rounds no "
-                "weights; use pruner.scope=block, or pruner=besa with pattern=unstructured"
+                "pruner.scope=model: allocates sparsity between single rows under pattern=unstructured; use "
+                "pruner.scope=block, or pruner=besa with pattern=unstructured"
             )
         if not fixes_sparsity(pattern):
             return problems
@@ -104,115 +163,74 @@ class Besa:
             f"pattern=N:{group}, in which every row keeps its own N, or pruner=wanda, sparsegpt or magnitude",
         ]
 
-    def refinements(self, pattern: str) -> tuple[ModelSearch, ...]:
-        """What follows the block loop."""
-        return (self.model,) if self.scope == "model" else ()
+    def prune_block(self, task: Task) -> PrunedBlock:
+        """Learn the sparsities of the block's rows, then fix the masks."""
+        if self.scope == "sub_block":
+            return prune_parts(task, replace(self, scope="block"))
+        rows = self.rows(task, lambda name: task.score(importance_of(self.importance), name))
+        learned = self.learn(task, rows, lambda: rows)
+        counts = rows.counts(learned.sparsity, total_of(task, rows))
+        return PrunedBlock(
+            rows.keep_masks(counts), rows.sparsity(counts), loss_before=learned.loss_before, steps=learned.steps
+        )
 
-    def prune_block(
+    def start(self, task: Task) -> dict[str, Tensor]:
+        """The weights where the search begins: the same sparsity in every row."""
+        rows = self.rows(task, lambda name: task.score(importance_of(self.importance), name))
+        return Buffers.like(rows.weights).fill(rows, rows.counts(*uniform(task, rows)))
+
+    def rows(self, task: Task, score: Callable[[str], Tensor]) -> Rows:
+        """The block's rows, ranked by `score`."""
+        group = task.goal.group
+        make = Rows.of if group is None else partial(rows_of_groups, group=group)
+        return make(task.weights, score, self.granularity)
+
+    def learn(
         self,
-        block: Block,
-        inputs: Hidden,
-        targets: Hidden,
-        statistics: Mapping[str, WithNorm],
-        target: Target,
-        on_step: Callable[[Step], None],
-    ) -> PrunedBlock:
-        """Learn the sparsities of the block's cells and the clipping, then fix the masks. Sub-blocks come one after the
-        other, each towards what it would make, dense, of what those before it have become."""
-        parts = sub_blocks(block, inputs) if self.scope == "sub_block" else [(block, tuple(block.linears))]
-        searches = self._searches(parts, statistics, target)
-        pruned, fixed = [], {}
-        loss_before = _start_loss(block, searches, inputs, targets) if len(searches) > 1 else None
-        own_targets = torch.empty_like(targets) if len(searches) > 1 else None
-        for begun in searches:
-            search = replace(begun, fixed=fixed)
-            if len(searches) > 1:
-                targets = search.block.outputs(inputs, self.batch_size, fixed, out=own_targets)
-            done = sum(len(part.steps) for part in pruned)
-            state, own_loss, steps = self._learn(search, inputs, targets, on_step, done)
-            pruned.append(search.pruned(state, own_loss if loss_before is None else loss_before, steps))
-            fixed = fixed | search.weights(state)
-        return joined(pruned)
-
-    def _searches(
-        self, parts: Sequence[tuple[Block, Sequence[str]]], statistics: Mapping[str, WithNorm], target: Target
-    ) -> list[Search]:
-        """One for each part and the linears that are its own, with budgets that add up exactly."""
-        searches, done = [], 0
-        for part, names in parts:
-            weights = {name: part.linears[name].weight.detach() for name in names}
-            importance = partial(self._importance, weights, statistics)
-            rows = Rows.of(weights, importance, self.granularity, target.group)
-            total = round(target.sparsity * (done + rows.num_weights)) - round(target.sparsity * done)
-            searches.append(Search.of(part, rows, total, self.quantiser, LOSSES[self.loss]))
-            done += rows.num_weights
-        return searches
-
-    def _importance(self, weights: Mapping[str, Tensor], statistics: Mapping[str, WithNorm], name: str) -> Tensor:
-        weight, squared_norm = weights[name], statistics[name].squared_norm
-        if self.quantiser is None:
-            return wanda_importance(weight, squared_norm)
-        return rounded_importance(weight, quantise(weight, self.quantiser), squared_norm)
-
-    def _learn(
-        self, search: Search, inputs: Hidden, targets: Hidden, on_step: Callable[[Step], None], done: int
-    ) -> tuple[State, float, list[Step]]:
-        """The state with the lowest probe loss that was seen, the loss at the start, and the course, its steps counted
-        on from `done`."""
+        task: Task,
+        rows: Rows,
+        effective: Callable[[], Rows],
+        also: Sequence[tuple[Tensor, float]] = (),
+    ) -> Allocated:
+        """The sparsities with the lowest probe loss that was seen. `effective` gives the rows with the weights that are
+        masked, which may depend on `also`: tensors learned along with the sparsities, each with its first step size.
+        They are left at their best."""
+        block, inputs, targets, loss_of = task.block, task.inputs, task.targets, LOSSES[self.loss]
+        sparsity, total = uniform(task, rows)
+        room = Buffers.like(rows.weights)
+        steps: list[Step] = []
         num_samples = distributed.total(len(inputs))
         learn = max(1, num_samples - num_probe_samples(num_samples))
+
+        def gradient(samples: Tensor, number: int, best_loss: float) -> list[Tensor]:
+            own = distributed.own_places(samples.to(inputs.device))
+            X, Y = inputs[own], targets[own]
+            leaves = [tensor for tensor, _ in also]
+            loss, found = besa_step(block, X, Y, effective(), sparsity, total, self.window, room, loss_of, leaves)
+            steps.append(finite_step(block, number, loss, loss, 0.0, total / rows.num_weights))
+            task.on_step(steps[-1])
+            return [checked_gradient(steps[-1], found[0]), *found[1:]]
+
+        def project() -> None:
+            sparsity.copy_(project_to_budget(sparsity, rows.capacity, total))
+
+        @torch.no_grad()
+        def judge() -> float:
+            now = effective()
+            return probe_loss(block, inputs, targets, room.fill(now, now.counts(sparsity, total)), loss_of)
+
         num_steps = self.epochs * math.ceil(learn / self.batch_size)
-        every = math.ceil(num_steps / self.checks)
-        state = search.start(CLIPPING_START)
-        best, start_loss = state.clone(), search.probe_loss(inputs, targets, state)
-        best_loss = start_loss
-        optimizer = _optimizer(state, self.lr)
-        order = torch.Generator().manual_seed(self.seed)
-        steps: list[Step] = []
-        while len(steps) < num_steps:
-            for samples in torch.randperm(learn, generator=order).to(inputs.device).split(self.batch_size):
-                own = distributed.own_places(samples)
-                step, gradients = search.gradient(inputs[own], targets[own], state, self.window, done + len(steps))
-                steps.append(step)
-                on_step(step)
-                _step(optimizer, state, gradients, (1 + math.cos(math.pi * (len(steps) - 1) / num_steps)) / 2)
-                state.sparsity.copy_(project_to_budget(state.sparsity, search.capacity, search.total))
-                if len(steps) % every and len(steps) < num_steps:
-                    continue
-                loss = search.probe_loss(inputs, targets, state)
-                if loss < best_loss:
-                    best, best_loss = state.clone(), loss
-                else:
-                    state.copy_(best)
-                    _slow_down(optimizer)
-        return best, start_loss, steps
+        order = batches(learn, self.batch_size, self.seed)
+        started = descend([(sparsity, self.lr), *also], order, num_steps, self.checks, gradient, project, judge)
+        return Allocated(sparsity, started, tuple(steps))
 
 
-def _start_loss(block: Block, searches: Sequence[Search], inputs: Hidden, targets: Hidden) -> float:
-    """The block's own loss with all its parts as they start."""
-    start = {name: W for search in searches for name, W in search.weights(search.start(CLIPPING_START)).items()}
-    return probe_loss(block, inputs, targets, start)
+def total_of(task: Task, rows: Rows) -> int:
+    """How many weights the block gives up."""
+    return round(task.goal.sparsity * rows.num_weights)
 
 
-def _optimizer(state: State, lr: float) -> torch.optim.Adam:
-    """`scale` is a group's step size at the start of the schedule."""
-    groups = [{"params": [state.sparsity], "scale": lr}]
-    if state.clipping:
-        groups.append({"params": list(state.clipping.values()), "scale": CLIPPING_LR})
-    return torch.optim.Adam(groups, betas=(0.8, 0.99), eps=1e-30)
-
-
-def _step(optimizer: torch.optim.Adam, state: State, gradients: list[Tensor], schedule: float) -> None:
-    for tensor, gradient in zip(state.tensors(), gradients, strict=True):
-        tensor.grad = gradient
-    for group in optimizer.param_groups:
-        group["lr"] = group["scale"] * schedule
-    optimizer.step()
-
-
-def _slow_down(optimizer: torch.optim.Adam) -> None:
-    """Smaller steps from a standstill."""
-    for group in optimizer.param_groups:
-        group["scale"] *= 0.4
-        for tensor in group["params"]:
-            optimizer.state[tensor]["exp_avg"].zero_()
+def uniform(task: Task, rows: Rows) -> tuple[Float[Tensor, " cell"], int]:
+    """The same sparsity in every cell, and the total that it comes to."""
+    total = total_of(task, rows)
+    return torch.full_like(rows.capacity, total / rows.num_weights), total

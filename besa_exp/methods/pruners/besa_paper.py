@@ -16,7 +16,6 @@ over ranks. The result is the same up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,17 +23,17 @@ import torch
 from prodigyopt import Prodigy
 from torch import Tensor, nn
 
-from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.probe import checked_gradient, finite_step, probe_loss
-from besa_exp.blocks.pruner import PrunedBlock
+from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
 from besa_exp.blocks.reports import Step
 from besa_exp.machine import distributed
 from besa_exp.methods.pruners.candidates import CandidateAllocation, reach
 from besa_exp.tensors.hessian import dead_inputs, upper_factor
-from besa_exp.tensors.importance import magnitude_importance, obs_importance, wanda_importance
+from besa_exp.tensors.importance import Importance, Magnitude, Wanda, obs_importance
 from besa_exp.tensors.losses import channel_loss, differentiate
-from besa_exp.tensors.masks import Target
-from besa_exp.tensors.statistics import Hessian, InputNorm, Statistic, WithNorm, by_shared_input
+from besa_exp.tensors.statistics import Hessian, by_shared_input
+
+IMPORTANCES: dict[str, Importance] = {"Wanda": Wanda(), "Weight": Magnitude()}  # by the authors' names
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class BesaPaper:
     def __post_init__(self) -> None:
         choices = {
             "granularity": ("row", "linear"),
-            "metric": ("Wanda", "Weight", "SparseGPT", "SparseGPT-Git"),
+            "metric": (*IMPORTANCES, "SparseGPT", "SparseGPT-Git"),
             "optimizer": ("prodigy", "adamw"),
         }
         for field, allowed in choices.items():
@@ -75,14 +74,10 @@ class BesaPaper:
             raise ValueError(f"pruner.sparsity_step={self.sparsity_step}: must be at most 0.5; the paper uses 0.01")
 
     @property
-    def statistic(self) -> type[Statistic] | None:
-        """What the metric needs."""
-        return {"Weight": None, "Wanda": InputNorm}.get(self.metric, Hessian)
-
-    @property
-    def reach(self) -> tuple[float, float]:
-        """The least and the largest sparsity of a row."""
-        return reach(self.sparsity_step, self.sigmoid)
+    def traits(self) -> Traits:
+        """What the metric observes, the targets, and the least and the largest sparsity of a row."""
+        statistic = IMPORTANCES[self.metric].statistic if self.metric in IMPORTANCES else Hessian
+        return Traits(statistic, dense_targets=self.dense_targets, reach=reach(self.sparsity_step, self.sigmoid))
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """The penalty divides by the target; N:M leaves nothing to allocate."""
@@ -97,17 +92,10 @@ class BesaPaper:
             problems.append(f"sparsity={sparsity:g}: besa_paper needs a target above 0 (its penalty divides by it).")
         return problems
 
-    def prune_block(
-        self,
-        block: Block,
-        inputs: Hidden,
-        targets: Hidden,
-        statistics: Mapping[str, Statistic],
-        target: Target,
-        on_step: Callable[[Step], None],
-    ) -> PrunedBlock:
+    def prune_block(self, task: Task) -> PrunedBlock:
         """Learn theta for `epochs` passes over the samples in order, then fix the hard masks."""
-        weights, importances = self._importances(block, statistics)
+        block, goal, inputs, targets = task.block, task.goal, task.inputs, task.targets
+        weights, importances = self._importances(task)
         allocations = {
             name: CandidateAllocation(
                 weights[name], importance, self.granularity == "row", self.sigmoid, self.sparsity_step
@@ -121,20 +109,22 @@ class BesaPaper:
         optimizer = self._optimizer(thetas)
         steps: list[Step] = []
         for own in distributed.own_batches(len(inputs), self.batch_size) * self.epochs:
+            # Hard masks, whose gradient is that of the soft ones (Eq. 3), and the block's sparsity s from alpha (Eq. 4)
             masked, sparsity = {}, torch.zeros((), device=inputs.device)
             for name, allocation in allocations.items():
                 masked[name], linear_sparsity = allocation()
                 sparsity = sparsity + linear_sparsity * (weights[name].numel() / total)
+            # Reconstruction loss (Eq. 1) and penalty (Eq. 5)
             outputs = block(inputs[own], masked)
-            reconstruction, upstream, scale = differentiate(
-                partial(channel_loss, targets=targets[own]), outputs, block.product_dtype
-            )
-            penalty = self.penalty * ((sparsity - target.sparsity) / target.sparsity) ** 2
+            loss_of = partial(channel_loss, targets=targets[own])
+            reconstruction, upstream, scale = differentiate(loss_of, outputs, block.product_dtype)
+            penalty = self.penalty * ((sparsity - goal.sparsity) / goal.sparsity) ** 2
             loss = reconstruction + penalty
             steps.append(finite_step(block, len(steps), loss, reconstruction, penalty, sparsity))
-            on_step(steps[-1])
+            task.on_step(steps[-1])
+            # Gradient to theta; each of several ranks adds its samples' part and an equal part of the penalty's
             optimizer.zero_grad()
-            own_penalty = scale * penalty / distributed.num_ranks()  # each rank's part
+            own_penalty = scale * penalty / distributed.num_ranks()
             if len(outputs):
                 torch.autograd.backward([outputs, own_penalty], [upstream, None])
             else:
@@ -147,7 +137,7 @@ class BesaPaper:
         return PrunedBlock(
             keep_masks={name: allocation.keep_mask() for name, allocation in allocations.items()},
             allocated={name: allocation.row_sparsity().detach() for name, allocation in allocations.items()},
-            weights=weights if self.statistic is Hessian else None,  # those of dead inputs are zero
+            weights=weights if self.traits.statistic is Hessian else None,  # those of dead inputs are zero
             loss_before=before,
             steps=tuple(steps),
         )
@@ -157,22 +147,16 @@ class BesaPaper:
             return torch.optim.AdamW(thetas, lr=self.lr, weight_decay=0)
         return Prodigy(thetas, lr=self.lr, weight_decay=0, d_coef=self.d_coef)
 
-    def _importances(
-        self, block: Block, statistics: Mapping[str, Statistic]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        weights = {name: linear.weight.detach() for name, linear in block.linears.items()}
-        if self.metric == "Weight":
-            return weights, {name: magnitude_importance(weight) for name, weight in weights.items()}
+    def _importances(self, task: Task) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The weights, zero where an input is dead, and their importances."""
+        weights = task.weights
+        if self.metric in IMPORTANCES:
+            return weights, {name: task.score(IMPORTANCES[self.metric], name) for name in weights}
         importances = {}
-        for statistic, names in by_shared_input(statistics):
-            if self.metric == "Wanda" and isinstance(statistic, WithNorm):
-                for name in names:
-                    importances[name] = wanda_importance(weights[name], statistic.squared_norm)
-            elif isinstance(statistic, Hessian):
-                matrix = statistic.matrix
-                dead = dead_inputs(matrix)
-                factor = upper_factor(matrix, self.damping, f"{block.name}.{names[0]}")
-                for name in names:
-                    weights[name] = weights[name].masked_fill(dead, 0)
-                    importances[name] = obs_importance(weights[name], factor, self.metric == "SparseGPT-Git")
+        for hessian, names in by_shared_input(task.statistics):
+            H = hessian.matrix
+            factor = upper_factor(H, self.damping, f"{task.block.name}.{names[0]}")
+            for name in names:
+                weights[name] = weights[name].masked_fill(dead_inputs(H), 0)
+                importances[name] = obs_importance(weights[name], factor, self.metric == "SparseGPT-Git")
         return weights, importances

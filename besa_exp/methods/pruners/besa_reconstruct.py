@@ -18,16 +18,13 @@ sparsity is fixed: SparseGPT's mask, and its kept weights are tuned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.pruner import PrunedBlock, pruned_by_masks
-from besa_exp.blocks.reports import Step
+from besa_exp.blocks.pruner import PrunedBlock, Task, Traits, pruned_by_masks
 from besa_exp.methods.pruners.model_tuning import ModelTuning
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
 from besa_exp.methods.tuning import Ramp, Tuning, tune
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.statistics import Hessian
 
 
@@ -47,8 +44,6 @@ class BesaReconstruct:
     dense_targets: bool = True
     model: ModelTuning | None = None
 
-    statistic = Hessian
-
     def __post_init__(self) -> None:
         SparseGPT(self.group_size, self.damping)  # which refuses what it cannot use
         for name in ("start", "until"):
@@ -57,27 +52,21 @@ class BesaReconstruct:
         if self.every < 1:
             raise ValueError(f"pruner.every={self.every}: must be at least 1")
 
+    @property
+    def traits(self) -> Traits:
+        """What SparseGPT observes, the targets, and what follows the block loop."""
+        return Traits(Hessian, dense_targets=self.dense_targets, refinements=(self.model,) if self.model else ())
+
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """What SparseGPT can do."""
         return SparseGPT(self.group_size, self.damping).check(sparsity, pattern)
 
-    def refinements(self, pattern: str) -> tuple[ModelTuning, ...]:
-        """What follows the block loop."""
-        return (self.model,) if self.model else ()
-
-    def prune_block(
-        self,
-        block: Block,
-        inputs: Hidden,
-        targets: Hidden,
-        statistics: Mapping[str, Hessian],
-        target: Target,
-        on_step: Callable[[Step], None],
-    ) -> PrunedBlock:
+    def prune_block(self, task: Task) -> PrunedBlock:
         """SparseGPT, then mask and weights together."""
-        ramp = None if target.pattern else Ramp(self.start * target.sparsity, target.sparsity, self.until, self.every)
-        first = target if ramp is None else Target(ramp.first)
-        begun = SparseGPT(self.group_size, self.damping).masks_and_weights(block, statistics, first)
-        tuned = tune(block, inputs, targets, begun[1], begun[0], self.tuning, on_step, ramp)
+        goal = task.goal
+        ramp = None if goal.pattern else Ramp(self.start * goal.sparsity, goal.sparsity, self.until, self.every)
+        first = goal if ramp is None else Goal(ramp.first)
+        begun = SparseGPT(self.group_size, self.damping).masks_and_weights(replace(task, goal=first))
+        tuned = tune(task.block, task.inputs, task.targets, begun[1], begun[0], self.tuning, task.on_step, ramp)
         masked = replace(pruned_by_masks(tuned.keep_masks), norms=tuned.norms)
         return replace(masked, weights=tuned.weights, loss_before=tuned.loss_before, steps=tuned.steps)

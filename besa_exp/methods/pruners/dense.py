@@ -1,4 +1,5 @@
-"""No pruning. `pruner=dense` alone is only scored (`run_dense.py`); with an update or budget its blocks are walked."""
+"""No pruning. `pruner=dense` alone is only scored (`besa_exp.runs.dense`); with an update or budget its blocks are
+walked."""
 
 from __future__ import annotations
 
@@ -6,24 +7,19 @@ from dataclasses import dataclass
 
 import torch
 
-from besa_exp.blocks.pruner import PrunedBlock
+from besa_exp.blocks.pruner import PrunedBlock, Task, Traits, pruned_by_masks
 
 
 @dataclass(frozen=True)
 class Dense:
     """Keeps every weight."""
 
-    statistic = None
-    dense_targets = False
+    traits = Traits()
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Any target: it is not pruned towards."""
+        """Any goal: it is not pruned towards."""
         return []
 
-    def prune_block(self, block, inputs, targets, statistics, target, on_step) -> PrunedBlock:
+    def prune_block(self, task: Task) -> PrunedBlock:
         """Keep masks of ones."""
-        weights = {name: linear.weight for name, linear in block.linears.items()}
-        return PrunedBlock(
-            keep_masks={name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()},
-            allocated={name: torch.zeros(len(weight), device=weight.device) for name, weight in weights.items()},
-        )
+        return pruned_by_masks({name: torch.ones_like(W, dtype=torch.bool) for name, W in task.weights.items()})

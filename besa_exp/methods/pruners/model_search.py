@@ -3,7 +3,7 @@
     minimise   D = mean over tokens of KL(p || q)   subject to   sum over rows of n_r s_r = s sum over rows of n_r,
 
 p and q the dense and the pruned model's distributions of the next token, n_r the weights of row r. BESA (Xu et al.,
-arXiv 2402.16880) learns the same sparsities block by block under the error of the block's output; that error says
+arXiv 2402.16880) learns the same sparsities block by block under the error of the block's output; that error shows
 neither how much the blocks after it make of it, nor what a block may give up in favour of another. Here the blockwise
 result is the start, and a few steps with the gradient of D move weights between rows, linears and blocks. Masks,
 gradients and projection are those of `besa`. The probe samples judge as there: the result is never worse on them, in D,
@@ -12,7 +12,6 @@ than the blockwise one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,22 +21,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.observation import observe
+from besa_exp.blocks.observation import Observed
 from besa_exp.blocks.reports import ModelStep
 from besa_exp.blocks.whole_model import KeepMasks, Weights, Whole, batches
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
-from besa_exp.methods.allocation import Rows, project_to_budget
-from besa_exp.methods.pruners.search import Search
-from besa_exp.tensors.importance import wanda_importance
-from besa_exp.tensors.losses import token_loss
+from besa_exp.methods.allocation import Rows, along_budget, descend, project_to_budget
+from besa_exp.methods.cuts import Buffers, cut_block
+from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
 from besa_exp.tensors.masks import keep_by_rank, round_to_total
-from besa_exp.tensors.statistics import InputNorm
 
 
 @dataclass(frozen=True)
 class ModelSearch:
-    """`lr`: the first step size, in sparsity; `window`: as in `besa`; `checks`: how often the probe samples judge."""
+    """`lr`: the first step size, in sparsity; `window`: as in `besa`; `checks`: how often the probe samples judge.
+    `importance`: as in `besa`, which gives its own."""
 
     steps: int = 56
     batch_size: int = 1
@@ -45,6 +43,7 @@ class ModelSearch:
     window: float = 0.1
     checks: int = 4
     seed: int = 0
+    importance: Importance | ImportanceName = "wanda"
 
     def __post_init__(self) -> None:
         for field in ("steps", "batch_size", "checks"):
@@ -63,7 +62,7 @@ class ModelSearch:
     ) -> tuple[list[KeepMasks], None]:
         """Keep masks of as many weights as `keep_masks`, those of the start. Weights do not move, and must not have."""
         assert weights is None, "the search over the whole model begins with dense weights under masks"
-        rows = ModelRows.of(whole, keep_masks)
+        rows = ModelRows.of(whole, keep_masks, importance_of(self.importance))
         counts = self.learn(rows, on_step)
         return [rows.keep_masks(number, own) for number, own in enumerate(counts)], None
 
@@ -72,66 +71,55 @@ class ModelSearch:
         divergence or its gradient is not finite."""
         learn, probe = rows.whole.samples()
         sparsity = rows.start.clone()
-        best, best_loss = sparsity.clone(), rows.divergence(sparsity, probe)
-        optimizer = torch.optim.Adam([sparsity], betas=(0.8, 0.99), eps=1e-30)
-        scale, every = self.lr, math.ceil(self.steps / self.checks)
-        for number, samples in zip(range(self.steps), batches(learn, self.batch_size, self.seed), strict=False):
-            loss, sparsity.grad = rows.gradient(sparsity, samples, self.window)
+
+        def gradient(samples: Tensor, number: int, best_loss: float) -> list[Tensor]:
+            loss, found = rows.gradient(sparsity, samples, self.window)
             on_step(ModelStep(number, loss, best_loss))
-            optimizer.param_groups[0]["lr"] = scale * (1 + math.cos(math.pi * number / self.steps)) / 2
-            optimizer.step()
+            return [found]
+
+        def project() -> None:
             sparsity.copy_(project_to_budget(sparsity, rows.capacity, rows.total))
-            if (number + 1) % every and number + 1 < self.steps:
-                continue
-            found = rows.divergence(sparsity, probe)
-            if found < best_loss:
-                best, best_loss = sparsity.clone(), found
-            else:
-                sparsity.copy_(best)
-                scale *= 0.4
-                optimizer.state[sparsity]["exp_avg"].zero_()
-        return rows.counts(best)
+
+        order = batches(learn, self.batch_size, self.seed)
+        judge = partial(rows.divergence, sparsity, probe)
+        descend([(sparsity, self.lr)], order, self.steps, self.checks, gradient, project, judge)
+        return rows.counts(sparsity)
 
 
 @dataclass(frozen=True)
 class ModelRows:
     """The rows of all blocks, in order: `capacity` is the number of weights of each, `start` its sparsity at first, and
-    `total` how many weights go. `buffers`: for the masked weights of a block, shared by blocks of one shape."""
+    `total` how many weights go. `room`: for the masked weights of a block, shared by blocks of one shape."""
 
     whole: Whole
     rows: Sequence[Rows]
-    buffers: Sequence[Mapping[str, Tensor]]
+    room: Sequence[Buffers]
     capacity: Float[Tensor, " row"]
     start: Float[Tensor, " row"]
     total: int
 
     @staticmethod
-    def of(whole: Whole, start: Sequence[KeepMasks]) -> ModelRows:
-        """`start`: the keep masks of every block's linears. Weights rank by Wanda's importance with the input norms
-        behind blocks that are pruned so: the ranks that `besa` decided by."""
+    def of(whole: Whole, start: Sequence[KeepMasks], importance: Importance) -> ModelRows:
+        """`start`: the keep masks of every block's linears. Weights rank by the importance that is observed behind
+        blocks that are pruned so: the ranks that `besa` decided by."""
         states = whole.inputs.clone()
-        rows, buffers, shared, counted = [], [], {}, []
+        all_rows, room, shared, counted = [], [], {}, []
         for block, keep_masks in zip(whole.blocks(False), start, strict=True):
-            statistics, _ = observe(block, states, InputNorm, whole.batch_size)
-            own = _rows_of(block, statistics)
-            counts = {name: (~keep_masks[name]).sum(dim=1).to(block.device) for name in own.weights}
-            masked = _buffers(own.weights, shared)
-            with torch.no_grad():
-                own.masked_into(masked, counts)
-            block.outputs(states, whole.batch_size, masked, out=states)
-            rows.append(_without_weights(own))
-            buffers.append(masked)
+            observed, _ = Observed.of(importance, block, states, whole.batch_size)
+            weights = {name: linear.weight.detach() for name, linear in block.linears.items()}
+            rows = Rows.of(weights, partial(observed.score, block), "row")
+            counts = {name: (~keep_masks[name]).sum(dim=1).to(block.device) for name in rows.weights}
+            room.append(_room(rows.weights, shared))
+            block.outputs(states, whole.batch_size, room[-1].fill(rows, counts), out=states)
+            all_rows.append(_without_weights(rows))
             counted += counts.values()
-        capacity, pruned = torch.cat([own.columns for own in rows]), torch.cat(counted)
-        return ModelRows(whole, rows, buffers, capacity, pruned.to(capacity) / capacity, int(pruned.sum()))
+        capacity, pruned = torch.cat([rows.columns for rows in all_rows]), torch.cat(counted)
+        return ModelRows(whole, all_rows, room, capacity, pruned.to(capacity) / capacity, int(pruned.sum()))
 
     def counts(self, sparsity: Float[Tensor, " row"]) -> list[dict[str, Int[Tensor, " out"]]]:
         """Whole numbers of weights whose sum is exact, by block and linear."""
-        parts = round_to_total(self.capacity * sparsity, self.total).split([len(own.columns) for own in self.rows])
-        return [
-            dict(zip(own.weights, part.split([len(weight) for weight in own.weights.values()]), strict=True))
-            for own, part in zip(self.rows, parts, strict=True)
-        ]
+        parts = round_to_total(self.capacity * sparsity, self.total).split([len(rows.columns) for rows in self.rows])
+        return [rows.by_linear(part) for rows, part in zip(self.rows, parts, strict=True)]
 
     def gradient(
         self, sparsity: Float[Tensor, " row"], samples: Int[Tensor, " sample"], window: float
@@ -141,14 +129,13 @@ class ModelRows:
         by_row: dict[int, Tensor] = {}
 
         def use(number: int, block: Block, inputs: Hidden, upstream: Hidden, multiple: float) -> None:
-            rows, masked = self._present(number, block), self._fill(counts, number, block)
-            search = Search(block, rows, self.total, self.capacity, masked, None, token_loss)
-
-            def upstream_of(outputs: Hidden) -> tuple[Tensor, Hidden, Tensor]:
-                return outputs.new_zeros(()), upstream, outputs.new_tensor(multiple, dtype=torch.float32)
-
-            _, found, scale = search.by_row(inputs, rows, counts[number], window, upstream_of)
-            by_row[number] = found / scale
+            rows = self._present(number, block)
+            if len(inputs):
+                outputs, cuts = cut_block(block, inputs, rows, counts[number], window, self.room[number])
+                *by_count, inputs.grad = torch.autograd.grad(outputs, [*cuts, inputs], upstream, materialize_grads=True)
+            else:
+                by_count = [torch.zeros_like(rows.columns)]
+            by_row[number] = rows.columns * torch.cat(by_count).double() / multiple
 
         loss = self.whole.differentiate(samples, partial(self._fill, counts), use)
         gradient = distributed.all_sum(torch.cat([by_row[number] for number in range(len(self.rows))]))
@@ -157,7 +144,7 @@ class ModelRows:
                 "the gradient of the divergence from the dense model is not finite; load the model in float32 or "
                 "bfloat16 (model.dtype)."
             )
-        return loss, gradient - self.capacity * (gradient.sum() / self.capacity.sum())
+        return loss, along_budget(gradient, self.capacity)
 
     def divergence(self, sparsity: Float[Tensor, " row"], samples: Int[Tensor, " sample"]) -> float:
         """D on the samples of these numbers."""
@@ -172,16 +159,9 @@ class ModelRows:
         known = self.rows[number]
         return replace(known, weights={name: block.linears[name].weight.detach() for name in known.weights})
 
-    @torch.no_grad()
     def _fill(self, counts: Sequence[Mapping[str, Tensor]], number: int, block: Block) -> Mapping[str, Tensor]:
         """The block's masked weights, in its buffers."""
-        self._present(number, block).masked_into(self.buffers[number], counts[number])
-        return self.buffers[number]
-
-
-def _rows_of(block: Block, statistics: Mapping[str, InputNorm]) -> Rows:
-    weights = {name: linear.weight.detach() for name, linear in block.linears.items()}
-    return Rows.of(weights, lambda name: wanda_importance(weights[name], statistics[name].squared_norm), "row")
+        return self.room[number].fill(self._present(number, block), counts[number])
 
 
 def _without_weights(rows: Rows) -> Rows:
@@ -189,9 +169,9 @@ def _without_weights(rows: Rows) -> Rows:
     return replace(rows, weights={name: weight.to("meta") for name, weight in rows.weights.items()})
 
 
-def _buffers(weights: Mapping[str, Tensor], shared: dict[tuple[str, torch.Size], Tensor]) -> dict[str, Tensor]:
-    """Buffers for the weights of a block, the same for all blocks of its shape."""
-    for name, weight in weights.items():
-        if (name, weight.shape) not in shared:
-            shared[name, weight.shape] = torch.empty_like(weight).requires_grad_()
-    return {name: shared[name, weight.shape] for name, weight in weights.items()}
+def _room(weights: Mapping[str, Tensor], shared: dict[tuple[tuple[str, torch.Size], ...], Buffers]) -> Buffers:
+    """Room for the weights of a block, the same for all blocks of its shape."""
+    shapes = tuple((name, weight.shape) for name, weight in weights.items())
+    if shapes not in shared:
+        shared[shapes] = Buffers.like(weights)
+    return shared[shapes]

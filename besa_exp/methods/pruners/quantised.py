@@ -1,4 +1,4 @@
-"""Pruning and quantisation one after the other: what joint compression (BESA with a quantiser) is measured against.
+"""Pruning and quantisation one after the other: what joint compression (`besa_joint`) is measured against.
 
 `first` prune: the inner pruner sees the dense weights, and what it keeps is rounded. `first` quantise: it sees the
 rounded weights, as BESA's baseline prunes the quantised model with Wanda; weights that it moves (SparseGPT) are rounded
@@ -9,56 +9,45 @@ of the dense block on the prefix, which is pruned and quantised; targets are the
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.block import Block
 from besa_exp.blocks.linears import discover_linears
-from besa_exp.blocks.pruner import PrunedBlock, Pruner
-from besa_exp.blocks.reports import Step
-from besa_exp.tensors.masks import Target
+from besa_exp.blocks.pruner import PrunedBlock, Pruner, Task, Traits
 from besa_exp.tensors.quantisation import Quantiser, quantise
-from besa_exp.tensors.statistics import Statistic
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """`pruner` and `quantiser` in the order that `first` says."""
+    """`pruner` and `quantiser` in the order that `first` gives."""
 
     pruner: Pruner
     first: Literal["prune", "quantise"]
     quantiser: Quantiser = field(default_factory=Quantiser)
 
     @property
-    def statistic(self) -> type[Statistic] | None:
-        """The inner pruner's."""
-        return self.pruner.statistic
-
-    @property
-    def dense_targets(self) -> bool:
-        """The inner pruner's."""
-        return self.pruner.dense_targets
+    def traits(self) -> Traits:
+        """The inner pruner's, and the quantiser."""
+        return replace(self.pruner.traits, quantiser=self.quantiser)
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
-        """What the inner pruner says."""
-        return self.pruner.check(sparsity, pattern)
+        """What the inner pruner finds, and a search over the whole model, which would not see the rounding."""
+        problems = self.pruner.check(sparsity, pattern)
+        if self.pruner.traits.refinements:
+            problems = [
+                *problems,
+                "pruner.pruner: its search over the whole model cannot follow the rounding; leave it out",
+            ]
+        return problems
 
-    def prune_block(
-        self,
-        block: Block,
-        inputs: Hidden,
-        targets: Hidden,
-        statistics: Mapping[str, Any],
-        target: Target,
-        on_step: Callable[[Step], None],
-    ) -> PrunedBlock:
+    def prune_block(self, task: Task) -> PrunedBlock:
         """Kept weights that round to zero count as pruned."""
-        seen = _rounded_copy(block, self.quantiser) if self.first == "quantise" else block
-        pruned = self.pruner.prune_block(seen, inputs, targets, statistics, target, on_step)
-        weights = {name: linear.weight.detach() for name, linear in seen.linears.items()}
+        seen = _rounded_copy(task.block, self.quantiser) if self.first == "quantise" else task.block
+        seen_task = replace(task, block=seen)
+        pruned, weights = self.pruner.prune_block(seen_task), seen_task.weights
         if pruned.weights is not None or self.first == "prune":
             moved = pruned.weights or weights
             weights = {name: quantise(moved[name] * mask, self.quantiser) for name, mask in pruned.keep_masks.items()}

@@ -7,13 +7,13 @@ Columns go in groups: the mask of a group is chosen when the group is reached, l
 The authors' threshold takes one weight too many per group (`<=` against the sorted value at the count); here the count
 is exact. With a mask given, the result does not depend on the group size.
 
-U itself is never formed. With R = U^-1, which is upper triangular too and R R^T = H, and E = W - W_hat the change of
-the columns before group g, the weights that the group is met with are
+U itself is never formed. Let R = U^-1, which is upper triangular too, with R R^T = H, and let E = W - W_hat be the
+change made to earlier columns. On reaching group g its current weights are
 
     W_g + E R_before,g (R_g,g)^-1
 
-(the form that QuIP, Chee et al., arXiv 2307.13304, proves equal). So H is factored once and not inverted, and each
-group is written once, where updating all later columns after every group writes them over and over.
+(QuIP, Chee et al., arXiv 2307.13304, proves this form equal). So H is factored once and not inverted, and each group
+is written once, where updating all later columns after every group writes them over and over.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from besa_exp.blocks.block import Block
 from besa_exp.blocks.probe import probe_loss
-from besa_exp.blocks.pruner import PrunedBlock, pruned_by_masks
+from besa_exp.blocks.pruner import PrunedBlock, Task, Traits, pruned_by_masks
 from besa_exp.tensors import kernels
 from besa_exp.tensors.hessian import dead_inputs, upper_factor
 from besa_exp.tensors.importance import obs_importance
-from besa_exp.tensors.masks import Target, keep_largest, keep_n_of_m, targets_of_linears
+from besa_exp.tensors.masks import Goal, goals_of_linears, keep_largest, keep_n_of_m
 from besa_exp.tensors.pattern import check_unchosen
 from besa_exp.tensors.statistics import Hessian, by_shared_input
 
@@ -39,7 +38,7 @@ from besa_exp.tensors.statistics import Hessian, by_shared_input
 def sparsegpt(
     weight: Float[Tensor, "out in"],
     factor: Float[Tensor, "in in"],
-    target: Target,
+    goal: Goal,
     group_size: int = 128,
     keep_mask: Bool[Tensor, "out in"] | None = None,
 ) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
@@ -51,43 +50,45 @@ def sparsegpt(
     change = torch.empty_like(weight)  # W - W_hat
     for start in range(0, weight.shape[1], group_size):
         group = slice(start, start + group_size)
-        own = factor[group, group]
-        inverse = torch.linalg.solve_triangular(
-            own, torch.eye(len(own), device=own.device), upper=True
-        )  # U of the group
-        met = weight[:, group] + (change[:, :start] @ factor[:start, group]) @ inverse
+        # R_gg and its inverse, which is U of the group
+        R_gg = factor[group, group]
+        U_gg = torch.linalg.solve_triangular(R_gg, torch.eye(len(R_gg), device=R_gg.device), upper=True)
+        # The group's weights after the updates by all columns before it: W_g + E R_before,g U_gg
+        W_g = weight[:, group] + (change[:, :start] @ factor[:start, group]) @ U_gg
+        # Column by column: prune, and let the group's later columns make up for it (Algorithm 1)
         if keep_mask is None:
-            updated = _choose_and_update(met, own, inverse, target, kept[:, group], start)
+            W_g = _choose_and_update(W_g, R_gg, U_gg, goal, kept[:, group], start)
         else:
-            updated, _ = kernels.obs_columns(met, inverse, kept[:, group])
-        change[:, group] = weight[:, group] - updated
+            W_g, _ = kernels.obs_columns(W_g, U_gg, kept[:, group])
+        # E_g, what later groups read
+        change[:, group] = weight[:, group] - W_g
     return weight - change, kept
 
 
 def _choose_and_update(
-    weight: Tensor, factor: Tensor, inverse: Tensor, target: Target, kept: Tensor, before: int
+    weight: Tensor, factor: Tensor, inverse: Tensor, goal: Goal, kept: Tensor, before: int
 ) -> Tensor:
     """The updated weights of a group, after `before` columns; its mask is written into `kept`."""
     columns = weight.shape[1]
-    part = target.pattern[1] if target.pattern else columns  # whose mask is chosen at once
+    part = goal.pattern[1] if goal.pattern else columns  # whose mask is chosen at once
     for start in range(0, columns, part):
         here = slice(start, start + part)
         importance = obs_importance(weight[:, here], factor[here, here])
-        if target.pattern:
-            kept[:, here] = keep_n_of_m(importance, *target.pattern)
+        if goal.pattern:
+            kept[:, here] = keep_n_of_m(importance, *goal.pattern)
         else:
-            kept[:, here] = keep_largest(importance, _num_pruned(importance, target, before))
+            kept[:, here] = keep_largest(importance, _num_pruned(importance, goal, before))
         weight[:, here], errors = kernels.obs_columns(weight[:, here], inverse[here, here], kept[:, here])
         weight[:, start + part :] -= errors @ inverse[here, start + part :]
     return weight
 
 
-def _num_pruned(importance: Float[Tensor, "out columns"], target: Target, before: int) -> int:
+def _num_pruned(importance: Float[Tensor, "out columns"], goal: Goal, before: int) -> int:
     """Of a group after `before` columns: the floor of its share, or what makes the groups up to here meet theirs."""
     rows, columns = importance.shape
-    if not target.exact:
-        return int(importance.numel() * target.sparsity)
-    return round(rows * (before + columns) * target.sparsity) - round(rows * before * target.sparsity)
+    if not goal.exact:
+        return int(importance.numel() * goal.sparsity)
+    return round(rows * (before + columns) * goal.sparsity) - round(rows * before * goal.sparsity)
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,7 @@ class SparseGPT:
     group_size: int = 128
     damping: float = 0.01
 
-    statistic = Hessian
-    dense_targets = False
+    traits = Traits(Hessian)
 
     def __post_init__(self) -> None:
         if self.group_size < 1:
@@ -108,7 +108,7 @@ class SparseGPT:
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """Any sparsity; N:M when M divides the group size."""
-        group = Target.parse(sparsity, pattern).pattern
+        group = Goal.parse(sparsity, pattern).pattern
         if group and self.group_size % group[1]:
             return [
                 f"pattern={pattern}: M must divide pruner.group_size={self.group_size}, so that no group of weights is "
@@ -116,31 +116,25 @@ class SparseGPT:
             ]
         return check_unchosen(pattern, "sparsegpt")
 
-    def prune_block(self, block, inputs, targets, statistics, target, on_step) -> PrunedBlock:
+    def prune_block(self, task: Task) -> PrunedBlock:
         """One factor for each shared input."""
-        keep_masks, weights = self.masks_and_weights(block, statistics, target)
-        before = {name: linear.weight.detach() * keep_masks[name] for name, linear in block.linears.items()}
-        loss_before = probe_loss(block, inputs, targets, before)
+        keep_masks, weights = self.masks_and_weights(task)
+        before = {name: weight * keep_masks[name] for name, weight in task.weights.items()}
+        loss_before = probe_loss(task.block, task.inputs, task.targets, before)
         return replace(pruned_by_masks(keep_masks), weights=weights, loss_before=loss_before)
 
     def masks_and_weights(
-        self,
-        block: Block,
-        statistics: Mapping[str, Hessian],
-        target: Target,
-        given: Mapping[str, Tensor] | None = None,
+        self, task: Task, given: Mapping[str, Tensor] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Keep masks and updated weights [out, in] in fp32 of the block's linears, which are not changed.
         Masks that are `given` are not chosen."""
-        weights, keep_masks = {}, {}
-        targets = targets_of_linears({name: linear.weight.numel() for name, linear in block.linears.items()}, target)
-        for hessian, names in by_shared_input(statistics):
-            matrix = hessian.matrix
-            factor = upper_factor(matrix, self.damping, f"{block.name}.{names[0]}")
+        weights, keep_masks, dense = {}, {}, task.weights
+        goals = goals_of_linears({name: weight.numel() for name, weight in dense.items()}, task.goal)
+        for hessian, names in by_shared_input(task.statistics):
+            H = hessian.matrix
+            factor = upper_factor(H, self.damping, f"{task.block.name}.{names[0]}")
             for name in names:
-                weight = block.linears[name].weight.detach().float()
-                weight = weight.masked_fill(dead_inputs(matrix), 0)
-                weights[name], keep_masks[name] = sparsegpt(
-                    weight, factor, targets[name], self.group_size, given[name] if given else None
-                )
+                weight = dense[name].float().masked_fill(dead_inputs(H), 0)
+                keep_mask = given[name] if given else None
+                weights[name], keep_masks[name] = sparsegpt(weight, factor, goals[name], self.group_size, keep_mask)
         return keep_masks, weights

@@ -15,18 +15,14 @@ the iterations go; here the pruner has chosen it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.pruner import PrunedBlock
-from besa_exp.blocks.reports import Step
+from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
 from besa_exp.errors import RunError
-from besa_exp.tensors.masks import Target
 from besa_exp.tensors.statistics import Hessian, by_shared_input
 
 RHO = 1.0
@@ -80,8 +76,7 @@ class Admm:
     iterations: int = 20
     polishing: int = 10
 
-    statistic = Hessian
-    dense_targets = False
+    traits = Traits(Hessian)
 
     def __post_init__(self) -> None:
         if not self.damping > 0:
@@ -90,19 +85,10 @@ class Admm:
             if getattr(self, name) < 0:
                 raise ValueError(f"update.{name}={getattr(self, name)}: must not be negative")
 
-    def update_block(
-        self,
-        block: Block,
-        inputs: Hidden,
-        targets: Hidden,
-        statistics: Mapping[str, Hessian],
-        pruned: PrunedBlock,
-        target: Target,
-        on_step: Callable[[Step], None],
-    ) -> PrunedBlock:
+    def update_block(self, task: Task, pruned: PrunedBlock) -> PrunedBlock:
         """From the dense weights, one factor for each shared input. RunError: G is not positive definite."""
         weights = {}
-        for hessian, names in by_shared_input(statistics):
+        for hessian, names in by_shared_input(task.statistics):
             matrix = hessian.matrix
             norm = matrix.diagonal().sqrt()
             norm = torch.where(norm > 0, norm, 1.0)  # dead inputs
@@ -111,11 +97,11 @@ class Admm:
             lower, failed = torch.linalg.cholesky_ex(gram + RHO * torch.eye(len(gram), device=gram.device))
             if failed:
                 raise RunError(
-                    f"{block.name}.{names[0]}: the Gram matrix of its inputs is not positive definite; use more "
+                    f"{task.block.name}.{names[0]}: the Gram matrix of its inputs is not positive definite; use more "
                     "calibration tokens or a larger update.damping"
                 )
             for name in names:
-                dense, keep_mask = block.linears[name].weight.detach().float() * norm, pruned.keep_masks[name]
+                dense, keep_mask = task.weights[name].float() * norm, pruned.keep_masks[name]
                 found = admm(dense, gram, lower, keep_mask, self.iterations)
                 weights[name] = polish(found, dense, gram, keep_mask, self.polishing) / norm
         return replace(pruned, weights=weights)

@@ -8,7 +8,7 @@ by cycle,
 
 Both lower the error's size. A row stops when that is at most `threshold`, before a cycle that would turn the error's
 sign, after `cycles`, or when it has no pair left; each weight moves at most once. So the course of a row is fixed by
-two sorted lists, and a running sum tells how far it goes: all rows at once, no loop.
+two sorted lists, and a running sum shows how far it goes: all rows at once, no loop.
 
 The sums and the choice of both weights are those of the authors' code for unstructured masks. That code by default goes
 on after a change of sign, and leaves MLPs as they are; here all linears are edited. For N:M both weights are of one
@@ -17,18 +17,14 @@ group, and a group gives one pair at most.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.pruner import PrunedBlock
-from besa_exp.blocks.reports import Step
+from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
 from besa_exp.tensors.importance import wanda_importance
-from besa_exp.tensors.masks import Target
 from besa_exp.tensors.statistics import InputMoments
 
 
@@ -80,8 +76,7 @@ class Dsnot:
     cycles: int = 50
     threshold: float = 0.1
 
-    statistic = InputMoments
-    dense_targets = False
+    traits = Traits(InputMoments)
 
     def __post_init__(self) -> None:
         if self.cycles < 1:
@@ -89,21 +84,12 @@ class Dsnot:
         if self.threshold < 0:
             raise ValueError(f"update.threshold={self.threshold}: must not be negative; the paper uses 0.1")
 
-    def update_block(
-        self,
-        block: Block,
-        inputs: Hidden,
-        targets: Hidden,
-        statistics: Mapping[str, InputMoments],
-        pruned: PrunedBlock,
-        target: Target,
-        on_step: Callable[[Step], None],
-    ) -> PrunedBlock:
+    def update_block(self, task: Task, pruned: PrunedBlock) -> PrunedBlock:
         """From the dense weights, which stay as they are."""
-        group = target.pattern[1] if target.pattern else target.group
+        group = task.goal.pattern[1] if task.goal.pattern else task.goal.group
         edited = {}
         for name, keep_mask in pruned.keep_masks.items():
-            weight, seen = block.linears[name].weight.detach(), statistics[name]
+            weight, seen = task.weights[name], task.statistics[name]
             order = pruned.permutations.get(name, torch.arange(weight.shape[1], device=weight.device))
             total, variance, norm = (each[order] for each in (seen.total, seen.variance, seen.squared_norm))
             given = (weight[:, order], total, variance, norm, keep_mask[:, order])

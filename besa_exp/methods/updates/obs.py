@@ -6,14 +6,11 @@ zeroing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.pruner import PrunedBlock
-from besa_exp.blocks.reports import Step
+from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.statistics import Hessian
 
 
@@ -23,24 +20,14 @@ class Obs:
 
     damping: float = 0.01
 
-    statistic = Hessian
-    dense_targets = False
+    traits = Traits(Hessian)
 
     def __post_init__(self) -> None:
         if not self.damping > 0:
             raise ValueError(f"update.damping={self.damping}: must be above 0; SparseGPT uses 0.01")
 
-    def update_block(
-        self,
-        block: Block,
-        inputs: Hidden,
-        targets: Hidden,
-        statistics: Mapping[str, Hessian],
-        pruned: PrunedBlock,
-        target: Target,
-        on_step: Callable[[Step], None],
-    ) -> PrunedBlock:
+    def update_block(self, task: Task, pruned: PrunedBlock) -> PrunedBlock:
         """From the dense weights, one factor for each shared input."""
         sparsegpt = SparseGPT(damping=self.damping)
-        _, weights = sparsegpt.masks_and_weights(block, statistics, Target(0.0), pruned.keep_masks)
+        _, weights = sparsegpt.masks_and_weights(replace(task, goal=Goal(0.0)), pruned.keep_masks)
         return replace(pruned, weights=weights)

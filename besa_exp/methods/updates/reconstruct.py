@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.pruner import PrunedBlock
-from besa_exp.blocks.reports import Step
+from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
 from besa_exp.methods.tuning import Tuning, tune
-from besa_exp.tensors.masks import Target
 
 
 @dataclass(frozen=True)
@@ -19,22 +14,11 @@ class Reconstruct:
 
     tuning: Tuning = field(default_factory=Tuning)
 
-    statistic = None
-    dense_targets = True  # so that a block also makes up for the error of those before it
+    traits = Traits(dense_targets=True)  # so that a block also makes up for the error of those before it
 
-    def update_block(
-        self,
-        block: Block,
-        inputs: Hidden,
-        targets: Hidden,
-        statistics: Mapping[str, Any],
-        pruned: PrunedBlock,
-        target: Target,
-        on_step: Callable[[Step], None],
-    ) -> PrunedBlock:
+    def update_block(self, task: Task, pruned: PrunedBlock) -> PrunedBlock:
         """Tune under the pruner's keep masks."""
-        dense = {name: linear.weight for name, linear in block.linears.items()}
-        begun = dense if pruned.weights is None else pruned.weights
-        tuned = tune(block, inputs, targets, begun, pruned.keep_masks, self.tuning, on_step)
+        begun = task.weights if pruned.weights is None else pruned.weights
+        tuned = tune(task.block, task.inputs, task.targets, begun, pruned.keep_masks, self.tuning, task.on_step)
         found = replace(pruned, weights=tuned.weights, norms=tuned.norms)
         return replace(found, loss_before=tuned.loss_before, steps=tuned.steps)

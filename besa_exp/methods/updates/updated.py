@@ -3,16 +3,11 @@ is kept in the place of what."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.pruner import PrunedBlock, Pruner
-from besa_exp.blocks.reports import Step
-from besa_exp.tensors.masks import Target
-from besa_exp.tensors.quantisation import quantiser_of
-from besa_exp.tensors.statistics import InputNorm, Statistic
+from besa_exp.blocks.pruner import PrunedBlock, Pruner, Task, Traits
+from besa_exp.tensors.statistics import InputNorm
 
 
 @runtime_checkable
@@ -20,27 +15,13 @@ class Update(Protocol):
     """A method that knows one block and the masks it was given. It never decides how many weights go."""
 
     @property
-    def statistic(self) -> type[Statistic] | None:
-        """What to observe about the inputs of each linear, in the place of the pruner's; None: what the pruner wants.
-        It has a `squared_norm` as `InputNorm` has it, so that pruners which want that take it too."""
+    def traits(self) -> Traits:
+        """`statistic` takes the place of the pruner's (None: what the pruner asks for stays). It has a `squared_norm`
+        as `InputNorm` has it, so that pruners which ask for that take it too."""
         ...
 
-    @property
-    def dense_targets(self) -> bool:
-        """Whether targets must come from dense inputs."""
-        ...
-
-    def update_block(
-        self,
-        block: Block,
-        inputs: Hidden,
-        targets: Hidden,
-        statistics: Mapping[str, Any],
-        pruned: PrunedBlock,
-        target: Target,
-        on_step: Callable[[Step], None],
-    ) -> PrunedBlock:
-        """Decide the weights, or exchange kept ones for pruned ones within the target. Must not change the block."""
+    def update_block(self, task: Task, pruned: PrunedBlock) -> PrunedBlock:
+        """Decide the weights, or exchange kept ones for pruned ones within the goal. Must not change the block."""
         ...
 
 
@@ -52,49 +33,33 @@ class Updated:
     update: Update
 
     @property
-    def statistic(self) -> type[Statistic] | None:
-        """The update's, else the pruner's."""
-        return self.update.statistic or self.pruner.statistic
-
-    @property
-    def dense_targets(self) -> bool:
-        """Whether one of the two wants them."""
-        return self.pruner.dense_targets or self.update.dense_targets
+    def traits(self) -> Traits:
+        """The pruner's, with the statistic that the update asks for, and dense targets where one of the two does."""
+        own, update = self.pruner.traits, self.update.traits
+        dense_targets = own.dense_targets or update.dense_targets
+        return replace(own, statistic=update.statistic or own.statistic, dense_targets=dense_targets)
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """The pruner's problems, and a pruner that rounds, or needs another statistic than the update observes."""
-        problems = self.pruner.check(sparsity, pattern)
-        if quantiser_of(self.pruner):
-            update = f"update={type(self.update).__name__.lower()}"
+        problems, own = self.pruner.check(sparsity, pattern), self.pruner.traits
+        update = f"update={type(self.update).__name__.lower()}"
+        if own.quantiser:
             problems = [*problems, f"{update}: moves the weights that the pruner rounds; leave the update out"]
-        if self.pruner.statistic in (None, InputNorm, self.statistic):
+        if own.statistic in (None, InputNorm, self.traits.statistic):
             return problems
         return [
             *problems,
-            f"update={type(self.update).__name__.lower()}: cannot follow pruner "
-            f"{type(self.pruner).__name__.lower()}, which needs the {self.pruner.statistic.__name__} of the inputs "
-            "and not what the update observes; choose another pruner, such as wanda, or another update",
+            f"{update}: cannot follow pruner {type(self.pruner).__name__.lower()}, which needs the "
+            f"{own.statistic.__name__} of the inputs and not what the update observes; choose another pruner, such as "
+            "wanda, or another update",
         ]
 
-    def prune_block(
-        self,
-        block: Block,
-        inputs: Hidden,
-        targets: Hidden,
-        statistics: Mapping[str, Any],
-        target: Target,
-        on_step: Callable[[Step], None],
-    ) -> PrunedBlock:
-        """First the pruner, then the update; the update's steps are counted on."""
-        pruned = self.pruner.prune_block(block, inputs, targets, statistics, target, on_step)
+    def prune_block(self, task: Task) -> PrunedBlock:
+        """First the pruner, then the update, its steps numbered on."""
+        pruned = self.pruner.prune_block(task)
         done = len(pruned.steps)
-
-        def on_later_step(step: Step) -> None:
-            on_step(replace(step, step=step.step + done))
-
-        updated = self.update.update_block(block, inputs, targets, statistics, pruned, target, on_later_step)
-        later = tuple(replace(step, step=step.step + done) for step in updated.steps)
-        return replace(updated, steps=(*pruned.steps, *later))
+        updated = self.update.update_block(task.after(done), pruned)
+        return replace(updated, steps=(*pruned.steps, *updated.after(done).steps))
 
 
 def with_update(pruner: Pruner, update: Update | None) -> Pruner:

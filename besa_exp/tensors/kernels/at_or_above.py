@@ -1,7 +1,7 @@
 """Where ranks are at or above a bound, by whole numbers alone.
 
-The sign bit of the difference tells. On a CPU that is 3 x faster than a comparison and a product with its result:
-neither comparisons of 2-byte numbers nor products with booleans use its vectors there, differences and shifts do.
+The sign bit of the difference is the answer. On a CPU that is 3 x faster than a comparison and a product with its
+result: differences and shifts use its vectors, comparisons of 2-byte numbers and products with booleans do not.
 """
 
 from __future__ import annotations

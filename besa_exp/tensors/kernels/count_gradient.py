@@ -39,8 +39,8 @@ def weights_around(
     levels: int,
     out: Float[Tensor, "out in"],
 ) -> Float[Tensor, " out"]:
-    """Fill `out` with the weights in the window around pruned[row], of ranks below `levels`, and zeros; returns what
-    `count_gradient` divides their sum in a row by. For a CPU: there is no kernel for a GPU."""
+    """Fill `out` with the weights in the window around pruned[row], of ranks below `levels`, and with zeros elsewhere.
+    Returns the divisor that `count_gradient` uses for each row's sum. For a CPU: there is no kernel for a GPU."""
     first, end, width = _ranks_around(pruned, window, levels)
     rows = max(1, CHUNK // weight.shape[1])
     parts = (values.split(rows) for values in (weight, rank, first, end, out))

@@ -15,8 +15,8 @@ def rank_in_row(importance: Float[Tensor, "out in"]) -> Int[Tensor, "out in"]:
     """Position of each weight in its row by importance (fp32 or narrower), 0 = least; ties by position. 2 bytes a
     weight up to 32,767 inputs, 4 beyond.
 
-    Sorted are whole numbers that hold the importance in their upper and the position in their lower half: no ties are
-    left, so that a sort without indices, which need not be stable, does."""
+    The sorted numbers are integers with the importance in the upper half and the position in the lower half. They have
+    no ties, so a sort without indices, which need not be stable, is enough."""
     columns = importance.shape[1]
     dtype = torch.int16 if columns <= torch.iinfo(torch.int16).max else torch.int32
     rank = torch.empty(importance.shape, dtype=dtype, device=importance.device)

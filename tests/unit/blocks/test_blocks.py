@@ -16,9 +16,8 @@ from besa_exp.blocks.observation import observe
 from besa_exp.blocks.replay_check import check_replay
 from besa_exp.errors import RunError
 from besa_exp.methods.pruners.besa import Besa
-from besa_exp.methods.pruners.magnitude import Magnitude
-from besa_exp.methods.pruners.wanda import Wanda
-from besa_exp.tensors.masks import Target
+from besa_exp.methods.pruners.uniform import Uniform
+from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.statistics import Hessian, InputMoments, InputNorm
 
 
@@ -154,11 +153,11 @@ def test_statistics_are_taken_on_the_pruned_prefix():
     model = tiny("llama")
     blocks = capture_blocks(model, INPUT_IDS)
     inputs = embed(model, blocks, INPUT_IDS, 5)
-    list(prune_blocks(blocks[:1], inputs.clone(), Wanda(), Target(0.9), 5))
+    list(prune_blocks(blocks[:1], inputs.clone(), Uniform(), Goal(0.9), 5))
     pruned_prefix = blocks[0].outputs(inputs, 5)
     fresh = tiny("llama")
     fresh_blocks = capture_blocks(fresh, INPUT_IDS)
-    (_, second) = list(prune_blocks(fresh_blocks, embed(fresh, fresh_blocks, INPUT_IDS, 5), Wanda(), Target(0.9), 5))
+    (_, second) = list(prune_blocks(fresh_blocks, embed(fresh, fresh_blocks, INPUT_IDS, 5), Uniform(), Goal(0.9), 5))
     statistics, _ = observe(blocks[1], pruned_prefix, InputNorm, 5)
     importance = blocks[1].linears["mlp.up_proj"].weight.abs() * statistics["mlp.up_proj"].squared_norm.sqrt()
     count = int(0.9 * importance.shape[1])
@@ -172,7 +171,7 @@ def test_a_statistic_that_overflows_stops_the_run_naming_block_and_linear():
     weight_of(model, "1.mlp.up_proj")[0] = float("inf")
     blocks = capture_blocks(model, INPUT_IDS)
     with pytest.raises(RunError, match=r"model\.layers\.1\.mlp\.down_proj.*not finite"):
-        list(prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 5), Wanda(), Target(0.5), 5))
+        list(prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 5), Uniform(), Goal(0.5), 5))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -181,7 +180,7 @@ def test_a_weight_that_is_not_finite_stops_the_run_naming_block_and_linear(value
     weight_of(model, "1.mlp.up_proj")[3, 5] = value
     blocks = capture_blocks(model, INPUT_IDS)
     with pytest.raises(RunError, match=r"model\.layers\.1\.mlp\.up_proj: the pruned weights are not finite"):
-        list(prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 5), Magnitude(), Target(0.5), 5))
+        list(prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 5), Uniform("magnitude", "linear"), Goal(0.5), 5))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_naming_the_block():
@@ -189,4 +188,4 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_the_block():
     weight_of(model, "0.mlp.down_proj").mul_(1e4)
     blocks = capture_blocks(model, INPUT_IDS)
     with pytest.raises(RunError, match=r"model\.layers\.[01]"):
-        list(prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 5), Besa(), Target(0.5), 5))
+        list(prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 5), Besa(), Goal(0.5), 5))

@@ -24,7 +24,7 @@ from besa_exp.checkpoints.files import save_model
 from besa_exp.checkpoints.load import model_context
 from besa_exp.errors import RunError
 from besa_exp.evaluation.perplexity import perplexity
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 
 INPUT_IDS = torch.randint(3, 64, (3, 12), generator=torch.Generator().manual_seed(3))
 COARSE = 0.06  # besa_paper rounds each row's count down, by up to 1 of 32 inputs, and aims by a penalty
@@ -53,7 +53,7 @@ def test_a_family_is_pruned_saved_loaded_anew_and_scored(family, pruner, tmp_pat
     model = copy.deepcopy(before)
     blocks = capture_blocks(model, INPUT_IDS)
     method, tolerance, _ = PRUNERS[pruner]
-    reports = list(prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 2), method, Target(0.5), 2))
+    reports = list(prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 2), method, Goal(0.5), 2))
     linears = [linear for report, _ in reports for linear in report.linears]
     sparsity = sum(linear.pruned for linear in linears) / sum(linear.weights for linear in linears)
     assert sparsity == pytest.approx(0.5 * (pruner != "dense"), abs=COARSE if tolerance else 0.001)

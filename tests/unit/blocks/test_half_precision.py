@@ -13,15 +13,18 @@ import torch
 from tiny_llama import tiny_llama
 
 from besa_exp.blocks.block import capture_blocks
+from besa_exp.blocks.probe import checked_gradient
+from besa_exp.blocks.reports import Step
 from besa_exp.methods.allocation import Rows
-from besa_exp.methods.pruners.search import Search
+from besa_exp.methods.cuts import Buffers
+from besa_exp.methods.pruners.besa import besa_step
 from besa_exp.tensors.importance import magnitude_importance
 from besa_exp.tensors.losses import LOSSES
 
 SAMPLES, LENGTH, SIZE = 8, 256, 64.0
 
 
-def search_in(dtype, loss):
+def step_in(dtype, loss, sparsity=0.5, dense=True):
     """Of the second block, half of each row pruned; the same weights and states in both dtypes."""
     model = torch.nn.Module.to(tiny_llama(context=LENGTH), torch.float16)
     model = torch.nn.Module.to(model, dtype).requires_grad_(False)
@@ -30,32 +33,39 @@ def search_in(dtype, loss):
     hidden = (SIZE * torch.randn(SAMPLES, LENGTH, 64, generator=torch.Generator().manual_seed(1))).half().to(dtype)
     weights = {name: linear.weight.detach() for name, linear in block.linears.items()}
     rows = Rows.of(weights, lambda name: magnitude_importance(weights[name].float()), "row")
-    search = Search.of(block, rows, rows.num_weights // 2, None, LOSSES[loss])
-    return search, hidden, block.outputs(hidden, SAMPLES)
+    targets, total = block.outputs(hidden, SAMPLES), round(sparsity * rows.num_weights)
+    if not dense:  # the block passes its inputs on: nothing depends on its counts
+        for weight in weights.values():
+            weight.zero_()
+    start, room = torch.full_like(rows.capacity, sparsity), Buffers.like(weights)
+    return rows, *besa_step(block, hidden, targets, rows, start, total, 0.1, room, LOSSES[loss])
 
 
 @pytest.mark.parametrize("loss", ["token", "channel"])
 def test_the_gradient_of_every_linears_rows_is_that_of_fp32(loss):
     gradients = {}
     for dtype in (torch.float16, torch.float32):
-        search, hidden, targets = search_in(dtype, loss)
-        _, (gradient,) = search.gradient(hidden, targets, search.start(0.99), 0.1, 0)
-        gradients[dtype] = gradient.split([len(weight) for weight in search.rows.weights.values()])
-    for name, half, full in zip(search.rows.weights, *gradients.values(), strict=True):
+        rows, _, (gradient,) = step_in(dtype, loss)
+        gradients[dtype] = rows.by_linear(gradient)
+    for name in rows.weights:
+        half, full = gradients[torch.float16][name], gradients[torch.float32][name]
         assert float(torch.cosine_similarity(half, full, dim=0)) >= 0.995, name
         assert 0.99 < float(half.norm() / full.norm()) < 1.01, name
 
 
+def checked(loss, gradient):
+    checked_gradient(Step(1, 3, float(loss), float(loss), 0.0, 0.5), gradient)
+
+
 def test_a_step_whose_gradient_is_zero_everywhere_says_so(caplog):
-    search, hidden, targets = search_in(torch.float32, "token")
-    for weight in search.rows.weights.values():
-        weight.zero_()  # the block passes its inputs on: nothing depends on its counts
+    _, loss, (gradient,) = step_in(torch.float32, "token", dense=False)
     with caplog.at_level(logging.WARNING):
-        search.gradient(hidden, targets, search.start(0.99), 0.1, 3)
+        checked(loss, gradient)
     assert "block 1: the gradient of step 3 is zero everywhere although the loss is" in caplog.text
 
 
 def test_a_step_without_a_loss_says_nothing(caplog):
-    search, hidden, targets = search_in(torch.float32, "token")
-    search.gradient(hidden, targets, Search.of(search.block, search.rows, 0, None, search.loss).start(0.99), 0.1, 3)
+    _, loss, (gradient,) = step_in(torch.float32, "token", sparsity=0.0)
+    assert loss == 0
+    checked(loss, gradient)
     assert not caplog.text

@@ -15,9 +15,8 @@ from besa_exp.blocks.block import Block, capture_blocks, embed
 from besa_exp.blocks.linears import discover_linears
 from besa_exp.blocks.loop import prune_blocks
 from besa_exp.blocks.observation import FEW_TOKENS, observe
-from besa_exp.methods.pruners.magnitude import Magnitude
-from besa_exp.methods.pruners.wanda import Wanda
-from besa_exp.tensors.masks import Target
+from besa_exp.methods.pruners.uniform import Uniform
+from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.statistics import Hessian, InputNorm
 
 SAMPLES, LENGTH = 8, 16
@@ -110,13 +109,13 @@ class Experts(nn.Module):
 def test_separate_experts_that_no_token_reaches_are_pruned_by_magnitude_and_named_in_the_log(caplog):
     inputs = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 8)
     results = {}
-    for pruner in (Wanda(), Magnitude()):
+    for pruner in (Uniform(), Uniform("magnitude", "linear")):
         torch.manual_seed(1)
         module = Experts().requires_grad_(False)
         block = Block(0, "layers.0", module, discover_linears(module), lambda batch_size: ((), {}))
         with caplog.at_level(logging.INFO, "besa_exp"):
-            ((_, results[pruner]),) = prune_blocks([block], inputs.clone(), pruner, Target(0.5, (4, 8)), 2)
-    wanda, magnitude = (results[pruner].keep_masks for pruner in (Wanda(), Magnitude()))
+            ((_, results[pruner]),) = prune_blocks([block], inputs.clone(), pruner, Goal(0.5, (4, 8)), 2)
+    wanda, magnitude = (results[pruner].keep_masks for pruner in (Uniform(), Uniform("magnitude", "linear")))
     assert sorted(wanda) == ["experts.0", "experts.1", "experts.2"]
     assert not torch.equal(wanda["experts.0"], magnitude["experts.0"])
     assert torch.equal(wanda["experts.1"], magnitude["experts.1"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from families import MIXTURES, tiny
@@ -11,11 +13,14 @@ from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.blocks.linears import Linear
 from besa_exp.blocks.observation import observe
 from besa_exp.blocks.products import FEW, HAS_ONEDNN, computed_by, is_plain, product
+from besa_exp.blocks.pruner import Task
 from besa_exp.methods.allocation import Rows
+from besa_exp.methods.cuts import count_gradient, counted_linear
+from besa_exp.methods.n_of_m import rows_of_groups
 from besa_exp.methods.pruners.besa import Besa
-from besa_exp.methods.pruners.counted_linear import counted_linear
-from besa_exp.tensors.kernels import count_gradient, rank_in_row, weights_around
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors import kernels
+from besa_exp.tensors.kernels import rank_in_row, weights_around
+from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.statistics import InputNorm
 
 INPUT_IDS = torch.randint(1, 64, (5, 24), generator=torch.Generator().manual_seed(3))
@@ -121,15 +126,14 @@ def test_a_counted_linear_has_the_gradient_to_its_counts_that_the_gradient_to_it
     columns, rows = shape[2:]
     cut = torch.tensor([0, columns // 2, 1, columns]).repeat(rows)[:rows]
     count = torch.zeros(rows, requires_grad=True)
-    count.grad = torch.ones(rows)  # what is there already is added to
     leaf = inputs.clone().requires_grad_()
     outputs = counted_linear(leaf, weight, bias, count, lambda: around(weight, cut, window))
     torch.testing.assert_close(outputs, nn.functional.linear(inputs, weight, bias), rtol=1e-5, atol=1e-4)
-    outputs.backward(upstream)
+    by_count, by_input = torch.autograd.grad(outputs, [count, leaf], upstream)
     by_weight = upstream.double().flatten(0, 1).T @ inputs.double().flatten(0, 1)
-    expected = count_gradient(weight, by_weight.float(), rank_in_row(weight.abs()), cut, window) + 1
-    torch.testing.assert_close(count.grad, expected, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(leaf.grad, upstream @ weight, rtol=1e-5, atol=1e-4)
+    expected = kernels.count_gradient(weight, by_weight.float(), rank_in_row(weight.abs()), cut, window)
+    torch.testing.assert_close(by_count, expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(by_input, upstream @ weight, rtol=1e-5, atol=1e-4)
 
 
 def test_a_counted_linear_computes_in_what_autocast_says_and_its_gradients_are_fp32():
@@ -141,16 +145,16 @@ def test_a_counted_linear_computes_in_what_autocast_says_and_its_gradients_are_f
     assert outputs.dtype == torch.bfloat16
     outputs.backward(upstream.bfloat16())
     by_weight = upstream.flatten(0, 1).T @ inputs.flatten(0, 1)
-    expected = count_gradient(weight, by_weight, rank_in_row(weight.abs()), cut, 20.0)
+    expected = kernels.count_gradient(weight, by_weight, rank_in_row(weight.abs()), cut, 20.0)
     assert count.grad is not None
     assert leaf.grad is not None
     assert count.grad.dtype == leaf.grad.dtype == torch.float32
     assert float((count.grad - expected).norm() / expected.norm()) < 0.02
 
 
-@pytest.mark.parametrize("target", [Target(0.5), Target(0.5, group=8)], ids=["rows", "groups"])
+@pytest.mark.parametrize("goal", [Goal(0.5), Goal(0.5, group=8)], ids=["rows", "groups"])
 @pytest.mark.parametrize("family", ["llama", next(iter(MIXTURES))])
-def test_a_search_goes_the_same_way_where_linears_are_not_plain(family, target):
+def test_a_search_goes_the_same_way_where_linears_are_not_plain(family, goal):
     """There the gradient to the weights is formed, and the one to the counts taken from it."""
     courses = []
     for plain in (True, False):
@@ -162,7 +166,7 @@ def test_a_search_goes_the_same_way_where_linears_are_not_plain(family, target):
         inputs = embed(model, [block], INPUT_IDS, batch_size=5)
         statistics, targets = observe(block, inputs, InputNorm, 1)
         steps = []
-        Besa(window=0.5, epochs=2).prune_block(block, inputs, targets, statistics, target, steps.append)
+        Besa(window=0.5, epochs=2).prune_block(Task(block, inputs, targets, statistics, goal, steps.append))
         courses.append([step.loss for step in steps])
     assert len(set(courses[0])) == len(courses[0]) > 4
     assert courses[0][:3] == pytest.approx(courses[1][:3], rel=1e-5)
@@ -177,10 +181,13 @@ def test_a_searchs_gradient_looks_at_a_window_of_the_row_or_at_both_sides_of_the
 ):
     """In groups two levels at least: one weight below the cut and one above, in each of the five groups."""
     weight = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
-    rows = Rows.of({"one": weight}, lambda name: weight.abs(), "row", group)
-    cut, out = torch.full((3,), group // 2 if group else 20), torch.empty_like(weight)
-    assert rows.weights_around("one", cut, window, out).tolist() == [width] * 3
+    make = Rows.of if group is None else partial(rows_of_groups, group=group)
+    rows = make({"one": weight}, lambda name: weight.abs(), "row")
+    cut, levels = torch.full((3,), group // 2 if group else 20), rows.num_levels("one")
+    ranks, out = max(window * levels, rows.narrowest), torch.empty_like(weight)
+    assert weights_around(weight, rows.ranks["one"], cut, ranks, levels, out).tolist() == [max(width, 1.0)] * 3
     assert (out != 0).sum(dim=1).tolist() == [near] * 3
     assert torch.equal(out[out != 0], weight[out != 0])
     gradient = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(rows.count_gradient("one", gradient, cut, window), -(out * gradient).sum(dim=1) / width)
+    found = count_gradient(weight, gradient, rows.ranks["one"], cut, ranks, levels)
+    torch.testing.assert_close(found, -(out * gradient).sum(dim=1) / width)

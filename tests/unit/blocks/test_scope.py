@@ -13,13 +13,15 @@ from tiny_llama import tiny_llama
 from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.blocks.loop import prune_blocks
 from besa_exp.blocks.observation import observe
-from besa_exp.blocks.units import blocks_together, by_block, sub_blocks, unit_ends, units
+from besa_exp.blocks.pruner import Task
+from besa_exp.blocks.units import by_block, sub_blocks, unit_ends, units
 from besa_exp.checkpoints.streaming import open_streamed
 from besa_exp.errors import RunError
 from besa_exp.methods.pruners.besa import Besa
+from besa_exp.methods.pruners.besa_joint import BesaJoint
 from besa_exp.methods.pruners.quantised import Quantised
-from besa_exp.methods.pruners.wanda import Wanda
-from besa_exp.tensors.masks import Target
+from besa_exp.methods.pruners.uniform import Uniform
+from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.quantisation import Quantiser
 from besa_exp.tensors.statistics import InputNorm
 
@@ -38,9 +40,9 @@ def prune(pruner, sparsity=0.5):
     """The pruned tiny Llama, and block by block what was reported and decided."""
     model = copy.deepcopy(DENSE)
     blocks, inputs = blocks_and_inputs(model, IDS)
-    grouped = units(blocks, together := blocks_together(pruner))
+    grouped = units(blocks, together := pruner.traits.blocks_together)
     results = []
-    for report, pruned in prune_blocks(grouped, inputs, pruner, Target(sparsity), 4):
+    for report, pruned in prune_blocks(grouped, inputs, pruner, Goal(sparsity), 4):
         results += by_block(grouped[report.index // together], report, pruned)
     return model, results
 
@@ -109,18 +111,18 @@ def test_units_end_with_what_is_left_over():
     assert [len(unit.layers) for unit in units(five, 2)] == [2, 2, 1]
     assert unit_ends(5, 2) == {0, 2, 4, 5}
     assert unit_ends(3, 1) == {0, 1, 2, 3}
-    assert blocks_together(Quantised(Besa(scope="pair"), "prune")) == 2
-    assert blocks_together(Besa(scope="sub_block")) == blocks_together(Wanda()) == 1
+    assert Quantised(Besa(scope="pair"), "prune").traits.blocks_together == 2
+    assert Besa(scope="sub_block").traits.blocks_together == Uniform().traits.blocks_together == 1
 
 
 def test_a_uniform_method_prunes_a_pair_as_it_prunes_the_blocks_given_their_inputs():
     """What a pair changes is that the second block's inputs come from the dense first one."""
     blocks, inputs = blocks_and_inputs(copy.deepcopy(DENSE), IDS)
     (pair,) = units(blocks, 2)
-    ((report, pruned),) = prune_blocks([pair], inputs.clone(), Wanda(), Target(0.5), 4)
+    ((report, pruned),) = prune_blocks([pair], inputs.clone(), Uniform(), Goal(0.5), 4)
     fresh, _ = blocks_and_inputs(copy.deepcopy(DENSE), IDS)
     statistics, _ = observe(fresh[1], fresh[0].outputs(inputs, 4), InputNorm, 4)
-    alone = Wanda().prune_block(fresh[1], None, None, statistics, Target(0.5), None)
+    alone = Uniform().prune_block(Task(fresh[1], inputs, inputs, statistics, Goal(0.5)))
     (_, _, first), (_, told, second) = by_block(pair, report, pruned)
     assert first.keep_masks.keys() == second.keep_masks.keys() == alone.keep_masks.keys()
     for name, mask in second.keep_masks.items():
@@ -132,7 +134,8 @@ def test_a_uniform_method_prunes_a_pair_as_it_prunes_the_blocks_given_their_inpu
 @pytest.mark.parametrize("quantiser", [None, Quantiser()])
 @pytest.mark.parametrize("scope", ["sub_block", "pair"])
 def test_the_budget_is_met_by_what_shares_it_and_reports_stay_block_by_block(scope, quantiser):
-    model, results = prune(Besa(scope=scope, lr=0.2, quantiser=quantiser), sparsity=0.6)
+    besa = Besa(scope=scope, lr=0.2)
+    model, results = prune(BesaJoint(besa, quantiser) if quantiser else besa, sparsity=0.6)
     assert [report.index for _, report, _ in results] == [0, 1]
     for block, report, pruned in results:
         names = [linear.name for linear in report.linears]

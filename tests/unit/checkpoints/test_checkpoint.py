@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from besa_exp.blocks.reports import BlockReport, LinearReport
 from besa_exp.checkpoints.files import (
     count_zeros,
     load_masks,
@@ -130,16 +132,20 @@ def test_zeros_of_the_saved_model_must_be_those_reported(tmp_path: Path, shard_s
     model, folder = pruned_model("bfloat16"), tmp_path / "model"
     save_model(model, None, folder, "card", shard_size=shard_size)
     assert len(list(folder.glob("*.safetensors"))) == (1 if shard_size == "5GB" else 2)
-    linears_of: list[dict[str, dict[str, int]]] = [{}, {}]
+    linears_of: list[list[LinearReport]] = [[], []]
     for name, weight in linears(model).items():
         _, _, block, path = name.removesuffix(".weight").split(".", 3)
-        linears_of[int(block)][path] = {"pruned": int((weight == 0).sum())}
-    results = {"blocks": [{"index": index, "linears": found} for index, found in enumerate(linears_of)]}
+        linears_of[int(block)].append(LinearReport(path, weight.numel(), int((weight == 0).sum()), 0.5))
+    numbers = (4, 7)  # in the dense model: the order alone counts
+    reports = [BlockReport(numbers[i], tuple(found), 0.0, 0.0, 0.0) for i, found in enumerate(linears_of)]
     saved = LoadedModel(AutoModelForCausalLM.from_pretrained(folder), None, None, folder)
-    check_saved(saved, results)
-    linears_of[1]["mlp.up_proj"]["pruned"] += 1
+    check_saved(saved, reports)
+    (wrong,) = (linear for linear in linears_of[1] if linear.name == "mlp.up_proj")
+    others = tuple(replace(one, pruned=one.pruned + 1) if one == wrong else one for one in linears_of[1])
     with pytest.raises(RunError, match=r"model\.layers\.1\.mlp\.up_proj holds \d+ zeros"):
-        check_saved(saved, results)
+        check_saved(saved, [reports[0], replace(reports[1], linears=others)])
+    with pytest.raises(RunError, match="2 blocks as saved, not the 1"):
+        check_saved(saved, reports[:1])
 
 
 @pytest.mark.parametrize("shard_size", ["5GB", "20KB"])

@@ -14,8 +14,9 @@ import torch
 from families import tiny
 
 from besa_exp.checkpoints import pickles as pickled_weights
+from besa_exp.checkpoints.fetch import wanted_files
 from besa_exp.checkpoints.inspect import inspect_model_folder
-from besa_exp.checkpoints.load import load_model, wanted_files
+from besa_exp.checkpoints.load import load_model
 from besa_exp.checkpoints.pickles import converted_folder, read_pickled
 from besa_exp.cli.preflight import check_model
 from besa_exp.errors import ConfigurationError

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from besa_exp.cli.compose import Composer
 from besa_exp.cli.configuration import CONF_DIR, Unreadable, as_values, method_name, read_settings, run_name
 from besa_exp.errors import ConfigurationError
-from besa_exp.presets import default_preset, first_comment, groups, listing, presets
+from besa_exp.presets import METHOD_GROUPS, default_preset, first_comment, groups, listing, presets
 from besa_exp.run_folder.identity import request_identity
 from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings, RunSettings, TrackerSettings
 
@@ -104,8 +104,8 @@ def test_every_yaml_says_in_its_first_lines_what_it_is(path: Path) -> None:
     assert "@package" not in first_comment(path)
 
 
-@pytest.mark.parametrize("group", ["experiment", "debug"])
-def test_experiment_and_debug_presets_add_no_key_of_their_own(group: str) -> None:
+@pytest.mark.parametrize("group", ["experiment", "testbed", "debug"])
+def test_experiment_testbed_and_debug_presets_add_no_key_of_their_own(group: str) -> None:
     known = set(composed())
     for preset in presets(group):
         assert set(composed(f"{group}={preset}")) == known
@@ -113,7 +113,9 @@ def test_experiment_and_debug_presets_add_no_key_of_their_own(group: str) -> Non
 
 def test_every_key_of_the_settings_stands_in_the_configuration() -> None:
     config = composed()
-    assert set(config) - {"hydra"} == set(RunSettings.__dataclass_fields__) - {"pruner_name", "update", "budget"}
+    assert set(config) - {"hydra"} == set(RunSettings.__dataclass_fields__) - {"pruner_name", *METHOD_GROUPS} | {
+        "pruner"
+    }
     for group, cls in SETTINGS.items():
         assert set(config[group]) - {"_target_"} == set(cls.__dataclass_fields__) - (
             {"name"} if group == "model" else set()

@@ -13,7 +13,7 @@ from run_folders import RESULTS, block, finished_run
 
 from besa_exp.cli.jobs import Outcome, finished, show
 from besa_exp.cli.main import main
-from besa_exp.display.missed_target import missed_by, reach_of, told_miss
+from besa_exp.display.missed_target import missed_by, told_miss
 from besa_exp.methods.pruners.besa import Besa
 from besa_exp.methods.pruners.besa_paper import BesaPaper
 from besa_exp.methods.pruners.candidates import float_candidates, reach
@@ -39,8 +39,8 @@ def test_the_reach_of_softmax_of_sigmoid_is_that_of_all_its_corners(step: float)
 
 def test_the_published_candidates_reach_0_376_to_0_624_also_inside_other_pruners_and_others_reach_all() -> None:
     for pruner in (BesaPaper(), Quantised(BesaPaper(), "prune"), Updated(BesaPaper(), Obs())):
-        assert reach_of(pruner) == pytest.approx((0.376, 0.624), abs=5e-4)
-    assert reach_of(BesaPaper(sigmoid=False)) == reach_of(Besa()) == (0.0, 1.0)
+        assert pruner.traits.reach == pytest.approx((0.376, 0.624), abs=5e-4)
+    assert BesaPaper(sigmoid=False).traits.reach == Besa().traits.reach == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(

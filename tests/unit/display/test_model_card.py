@@ -107,3 +107,17 @@ def test_the_licence_tags_of_the_base_model_are_handed_on_and_a_card_without_the
         card.write_text(told)
         assert base_licence(tmp_path) == {}
     assert "license" not in model_card(RESULTS, COMMAND)
+
+
+def test_the_card_tells_what_was_removed_whole_and_what_was_tuned() -> None:
+    size = {"dense": 4, "left": 3}
+    narrowed = {"kind": "narrowed", "index": 2, "groups": size, "channels": {"dense": 8, "left": 8}, "parameters": size}
+    structure = {"method": "by_hand", "num_blocks": 4, "weights": size}
+    structure |= {"blocks": [{"kind": "removed", "index": 1, "parameters": 9}, narrowed]}
+    recovery = {"method": "full", "loss": {"before": 3.5, "after": 3.25}, "steps": 9, "best_step": 6, "tokens": 4096}
+    told = {"structure": structure, "parameters": {"dense": 1000, "left": 880}}
+    card = model_card({**RESULTS, **told, "recovery": recovery | {"stopped": None}}, COMMAND)
+    assert "- Removed whole: 1 of 4 blocks (1), 1 groups of heads in 1 blocks by by_hand; 880 of 1,000 param" in card
+    assert "- Recovery: full, 9 steps on 4,096 tokens, the weights after step 6 kept; held-out loss 3.5000 bef" in card
+    assert "does save disk space" in card
+    assert "Removed whole" not in model_card(RESULTS, COMMAND)

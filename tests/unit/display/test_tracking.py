@@ -14,7 +14,7 @@ from wandb_file import history, one, step_metrics, summary
 
 from besa_exp.blocks.reports import BlockReport, LinearReport, Step
 from besa_exp.display.tracker import NoTracker, start_tracker
-from besa_exp.evaluation.scores import Scores
+from besa_exp.evaluation.score import Scores
 from besa_exp.run_folder.folder import RunFolder
 from besa_exp.settings import TrackerSettings
 
@@ -22,8 +22,14 @@ ROOT = Path(__file__).parents[3]
 SETTINGS = TrackerSettings("wandb", project="a-project", group="sweep-7", tags=("first", "second"))
 CONFIG = {"sparsity": 0.5, "model": {"path": "embedded", "hf_token": "s3cr3t-value"}}
 SPEED = {"model": "simulated, not measured", "linears": {"mlp.up_proj": {"dense_cycles": 9.0, "speed_up": None}}}
-PRUNED = Scores({"embedded": 12.5, "ptb": None}, {"piqa": {"acc,none": 0.625}}, {"ptb": "no network"}, {}, SPEED)
-DENSE = Scores({"embedded": 11.25, "ptb": None}, {"piqa": {"acc,none": 0.75}}, {"ptb": "no network"}, {})
+REASON = {"ptb": "no network"}
+PRUNED = Scores.from_dict(
+    {"perplexity": {"embedded": 12.5, "ptb": None}, "zero_shot": {"piqa": {"acc,none": 0.625, "acc_stderr,none": 0.25}}}
+    | {"unavailable": REASON, "simulated_speed": SPEED}
+)
+DENSE = Scores.from_dict(
+    {"perplexity": {"embedded": 11.25, "ptb": None}, "zero_shot": {"piqa": {"acc,none": 0.75}}, "unavailable": REASON}
+)
 STEPS_PER_BLOCK = 3
 
 
@@ -60,7 +66,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder.log_scores("dense", DENSE)
         folder.log_scores("pruned", PRUNED)
         tracker.log_scores(PRUNED, DENSE)
-        tracker.finish(REPORTS)
+        tracker.finish()
         yield path
 
 
@@ -103,7 +109,7 @@ def test_experts_of_a_mixture_are_one_curve_their_mean_weighted_by_weights(tmp_p
     blocks = [BlockReport(0, (LinearReport("self_attn.q_proj", 8, 1, 0.25), *experts), 0.1, 0.1, 1.0, ())]
     tracker = start_tracker(SETTINGS, tmp_path, CONFIG, "a-run", "besa")
     tracker.log_block(blocks[0])
-    tracker.finish(blocks)
+    tracker.finish()
     allocated = {key: value for row in history(tmp_path) for key, value in row.items() if key.startswith("allocated/")}
     assert allocated == {"allocated/self_attn.q_proj": 0.25, "allocated/mlp.experts.down_proj": 0.375}
 
@@ -142,7 +148,7 @@ def test_wandbs_own_name_and_kind_of_job_win_over_the_runs(tmp_path: Path, monke
     monkeypatch.setenv("WANDB_JOB_TYPE", "ablation")
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
-    start_tracker(SETTINGS, tmp_path, CONFIG, "tiny-besa-0.5", "besa").finish([])
+    start_tracker(SETTINGS, tmp_path, CONFIG, "tiny-besa-0.5", "besa").finish()
     run = one(tmp_path, "run")
     assert (run.display_name, run.job_type) == ("mine", "ablation")
 
@@ -175,13 +181,13 @@ def test_no_secret_and_nothing_of_the_machine_is_kept(tracked: Path) -> None:
 
 def test_the_global_random_state_is_left_as_it_was(tracked: Path) -> None:
     state = random.getstate()
-    start_tracker(SETTINGS, tracked / "again", {}, "name", "besa").finish([])
+    start_tracker(SETTINGS, tracked / "again", {}, "name", "besa").finish()
     assert random.getstate() == state
 
 
 def test_a_second_start_in_one_folder_goes_on_with_the_same_run_and_another_folder_is_another(tmp_path: Path) -> None:
     for folder in ("one", "one", "two"):
-        start_tracker(SETTINGS, tmp_path / folder, {}, "name", "besa").finish([], failed=folder == "two")
+        start_tracker(SETTINGS, tmp_path / folder, {}, "name", "besa").finish(failed=folder == "two")
     ids = {path: (tmp_path / path / "wandb" / "run_id").read_text() for path in ("one", "two")}
     assert [path.name for path in tmp_path.glob("one/wandb/*/*.wandb")] == [f"run-{ids['one']}.wandb"]
     assert ids["one"] != ids["two"]
@@ -193,7 +199,7 @@ def test_no_tracker_leaves_no_trace(tmp_path: Path, settings: TrackerSettings) -
     tracker = start_tracker(settings, tmp_path, CONFIG, "name", "besa")
     tracker.log_block(REPORTS[0])
     tracker.log_scores(PRUNED)
-    tracker.finish(REPORTS)
+    tracker.finish()
     assert isinstance(tracker, NoTracker)
     assert list(tmp_path.iterdir()) == []
 

@@ -39,7 +39,7 @@ def tracked_in_another_process(folder: Path, terminal: int | None = None, **vari
         "settings = TrackerSettings('wandb', mode='online')\n"
         "tracker = tracker.start_tracker(settings, Path(sys.argv[1]), {}, 'name', 'besa')\n"
         "steps = (Step(0, 0, 0.75, 0.5, 0.25, 0.5),); linears = (LinearReport('up', 8, 4, 0.5),)\n"
-        "tracker.log_block(BlockReport(0, linears, 0.5, 0.25, 1.5, steps)); tracker.finish([])"
+        "tracker.log_block(BlockReport(0, linears, 0.5, 0.25, 1.5, steps)); tracker.finish()"
     )
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     done = subprocess.run(
@@ -62,16 +62,16 @@ def test_a_place_that_cannot_be_written_leaves_the_run_going_with_one_warning(
     (tmp_path / "wandb").write_text("a file where W&B wants its folder")
     tracker = start_tracker(TrackerSettings("wandb"), tmp_path, {}, "name", "besa")
     tracker.log_block(REPORT)
-    tracker.finish([REPORT])
+    tracker.finish()
     assert len(warnings.records) == 1
     assert "W&B cannot be used" in warnings.text
-    assert "metrics.jsonl has it all" in warnings.text
+    assert "metrics.jsonl is complete" in warnings.text
 
 
 def test_a_setting_that_wandb_refuses_leaves_the_run_going(tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
     tracker = start_tracker(TrackerSettings("wandb", mode="nonsense"), tmp_path, {}, "name", "besa")
     tracker.log_block(REPORT)
-    tracker.finish([REPORT])
+    tracker.finish()
     assert "W&B cannot be used (ValidationError" in warnings.text
 
 
@@ -79,12 +79,12 @@ def test_a_failure_while_logging_is_said_once_and_the_run_goes_on(
     tmp_path: Path, warnings: pytest.LogCaptureFixture
 ) -> None:
     tracker = start_tracker(TrackerSettings("wandb"), tmp_path, {}, "name", "besa")
-    tracker.finish([])  # W&B refuses what comes after the end
+    tracker.finish()  # W&B refuses what comes after the end
     for _ in range(3):
         tracker.log_block(REPORT)
-    tracker.finish([REPORT])
+    tracker.finish()
     assert len(warnings.records) == 1
-    assert "W&B failed" in warnings.text
+    assert "W&B logging stopped" in warnings.text
 
 
 def test_a_server_that_does_not_answer_costs_seconds_and_the_run_is_logged_offline(tmp_path: Path) -> None:

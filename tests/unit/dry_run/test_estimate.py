@@ -14,7 +14,6 @@ from tiny_llama import tiny_llama
 from transformers import LlamaForCausalLM
 
 from besa_exp.blocks.activations import allocator
-from besa_exp.blocks.units import blocks_together
 from besa_exp.display.tables import as_text
 from besa_exp.dry_run.estimate import LIBRARIES, Estimate, Part, disk_speed, model_size, peak, remedies
 from besa_exp.dry_run.probe import BlockProbe, cut_down
@@ -24,15 +23,15 @@ from besa_exp.methods.budgets.learned import Learned
 from besa_exp.methods.budgets.owl import Owl
 from besa_exp.methods.pruners.besa import Besa
 from besa_exp.methods.pruners.besa_paper import BesaPaper
-from besa_exp.methods.pruners.wanda import Wanda
+from besa_exp.methods.pruners.uniform import Uniform
 from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings, RunSettings, TrackerSettings
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 
 CPU = torch.device("cpu")
 SETTINGS = RunSettings(
     ModelSettings("tiny", "/models/tiny"),
     CalibrationSettings("local"),
-    Wanda(),
+    Uniform(),
     "wanda",
     EvaluatorSettings("perplexity", ("/a.txt",), dense=True),
     TrackerSettings("none"),
@@ -52,8 +51,8 @@ def empty_llama(**changes) -> LlamaForCausalLM:
 
 
 def probe(pruner, batch_size: int = 4) -> BlockProbe:
-    model = cut_down(empty_llama(), CPU, blocks_together(pruner))
-    return BlockProbe(model, CPU, pruner, Target(0.5), batch_size, allocator("device", CPU, Path(), 0)[1])
+    model = cut_down(empty_llama(), CPU, pruner.traits.blocks_together)
+    return BlockProbe(model, CPU, pruner, Goal(0.5), batch_size, allocator("device", CPU, Path(), 0)[1])
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -76,7 +75,7 @@ def test_the_model_that_is_measured_keeps_one_block_of_its_own_shape() -> None:
     assert torch.isfinite(cut(torch.zeros(1, 8, dtype=torch.int64)).logits).all()
 
 
-@pytest.mark.parametrize(("pruner", "steps"), [(Wanda(), 0), (BesaPaper(), 40), (Besa(epochs=2), 2 * 35)])
+@pytest.mark.parametrize(("pruner", "steps"), [(Uniform(), 0), (BesaPaper(), 40), (Besa(epochs=2), 2 * 35)])
 def test_the_steps_of_a_search_are_foretold(pruner, steps: int) -> None:
     assert probe(pruner).cost(40, 16).steps == pytest.approx(steps, rel=0.15)
 
@@ -88,14 +87,14 @@ def test_two_blocks_that_are_pruned_together_are_measured_together() -> None:
 
 
 def test_the_weights_that_were_pruned_come_back_for_the_next_measurement() -> None:
-    measured = probe(Wanda())
+    measured = probe(Uniform())
     before = {name: value.clone() for name, value in measured.model.state_dict().items()}
     measured.cost(8, 16)
     assert all(torch.equal(value, before[name]) for name, value in measured.model.state_dict().items())
 
 
 def test_a_search_holds_more_than_one_pass_over_a_block() -> None:
-    assert probe(BesaPaper()).cost(8, 512).working_bytes > probe(Wanda()).cost(8, 512).working_bytes
+    assert probe(BesaPaper()).cost(8, 512).working_bytes > probe(Uniform()).cost(8, 512).working_bytes
 
 
 @pytest.mark.parametrize(
@@ -107,7 +106,7 @@ def test_a_search_holds_more_than_one_pass_over_a_block() -> None:
 )
 def test_the_passes_of_a_budget_are_counted_for_any_number_of_blocks(budget, expected) -> None:
     ask = partial(budget.sparsities, sparsity=0.5, batch_size=4)
-    assert probe(Wanda()).passes(ask, num_blocks=12, samples=40) == pytest.approx(expected(12))
+    assert probe(Uniform()).passes(ask, num_blocks=12, samples=40) == pytest.approx(expected(12))
 
 
 LEVELS = len(Learned().levels(0.5))

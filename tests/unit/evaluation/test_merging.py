@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from besa_exp.evaluation.merging import merged, remaining
-from besa_exp.evaluation.scores import Scores
+from besa_exp.evaluation.score import Scores
 from besa_exp.settings import EvaluatorSettings
 
 HEADER = {"lm_eval": "0.4.12", "batch_size": "auto", "limit": None, "seed": 0}
@@ -37,8 +37,8 @@ def scores_of(
     records = {name: {"seq_len": 2048, "tokens_sha256": "bb"} for name, value in (perplexity or {}).items() if value}
     tasks = {name: {"version": 2, "num_fewshot": 0} for name in zero_shot or {}}
     common = {**(header or HEADER), "tasks": tasks} if zero_shot else {}
-    provenance = {"perplexity": records, "zero_shot": common}
-    return Scores(perplexity or {}, zero_shot or {}, unavailable or {}, provenance)
+    values = {"perplexity": perplexity, "zero_shot": zero_shot, "unavailable": unavailable}
+    return Scores.from_dict(values | {"provenance": {"perplexity": records, "zero_shot": common}})
 
 
 def test_what_is_scored_alike_is_left_out_and_what_was_not_to_be_had_is_tried_again() -> None:

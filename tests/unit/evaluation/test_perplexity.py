@@ -20,7 +20,8 @@ from besa_exp.errors import Unavailable
 from besa_exp.evaluation.batches import rows_at_once, tokens_at_once
 from besa_exp.evaluation.checks import check_evaluator
 from besa_exp.evaluation.perplexity import LOGITS_AT_ONCE, perplexity, sum_of_losses
-from besa_exp.evaluation.scores import Scores, evaluate
+from besa_exp.evaluation.score import Scores
+from besa_exp.evaluation.scores import evaluate
 from besa_exp.settings import EvaluatorSettings
 from besa_exp.texts.sources import HUB_FILES
 

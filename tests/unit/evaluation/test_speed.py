@@ -13,7 +13,6 @@ from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.errors import Unavailable
 from besa_exp.evaluation.scores import evaluate
 from besa_exp.evaluation.speed import check_device, is_two_of_four, measure_model
-from besa_exp.runs.results import score_values
 from besa_exp.settings import EvaluatorSettings
 from besa_exp.tensors.masks import keep_n_of_m
 
@@ -24,8 +23,8 @@ def loaded(model) -> LoadedModel:
 
 def test_on_a_cpu_the_results_say_that_speed_is_not_to_be_had_and_why():
     scores = evaluate(loaded(tiny_llama()), EvaluatorSettings("speed", speed=True), True, 0, lambda text: None)
-    assert "the device is cpu" in score_values(scores)["speed"]["unavailable"]
-    assert score_values(scores)["unavailable"]["speed"] == scores.speed["unavailable"]
+    assert "the device is cpu" in scores.to_dict()["speed"]["unavailable"]
+    assert scores.to_dict()["unavailable"]["speed"] == scores.speed["unavailable"]
     with pytest.raises(Unavailable, match="CUDA device of compute capability"):
         check_device(torch.device("cpu"), torch.float16)
 

@@ -14,7 +14,8 @@ from tiny_llama import byte_tokenizer, tiny_llama
 
 from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.evaluation.checks import check_evaluator
-from besa_exp.evaluation.scores import Scores, evaluate
+from besa_exp.evaluation.score import Scores
+from besa_exp.evaluation.scores import evaluate
 from besa_exp.evaluation.task_definitions import find, needed, read_definitions, scored_names, tasks_root
 from besa_exp.settings import EvaluatorSettings
 

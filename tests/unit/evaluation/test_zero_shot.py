@@ -21,7 +21,8 @@ from tiny_llama import byte_tokenizer, tiny_llama
 
 from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.errors import Unavailable
-from besa_exp.evaluation.scores import Scores, evaluate
+from besa_exp.evaluation.score import Scores
+from besa_exp.evaluation.scores import evaluate
 from besa_exp.evaluation.task_definitions import TASK_FOLDERS
 from besa_exp.settings import EvaluatorSettings
 from besa_exp.texts.embedded.text import TASK_NAME

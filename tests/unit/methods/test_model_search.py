@@ -9,15 +9,18 @@ import torch
 from tiny_llama import tiny_llama
 
 from besa_exp.blocks.block import capture_blocks, embed
+from besa_exp.blocks.decided import Decided
 from besa_exp.blocks.head import divergence, head_of
 from besa_exp.blocks.loop import prune_blocks
-from besa_exp.blocks.whole_model import Decided, Whole
+from besa_exp.blocks.whole_model import Whole
 from besa_exp.errors import RunError
+from besa_exp.methods.cuts import count_gradient
 from besa_exp.methods.pruners.besa import Besa
 from besa_exp.methods.pruners.model_search import ModelRows, ModelSearch
 from besa_exp.methods.pruners.model_tuning import ModelTuning, _Tuned
-from besa_exp.methods.pruners.wanda import Wanda
-from besa_exp.tensors.masks import Target
+from besa_exp.methods.pruners.uniform import Uniform
+from besa_exp.tensors.importance import Wanda
+from besa_exp.tensors.masks import Goal
 
 INPUT_IDS = torch.randint(0, 256, (12, 32), generator=torch.Generator().manual_seed(1))
 
@@ -56,7 +59,7 @@ def uniform(model, sparsity=0.5):
 
 
 def rows_of(model, sparsity=0.5):
-    return ModelRows.of(whole_of(model), uniform(model, sparsity))
+    return ModelRows.of(whole_of(model), uniform(model, sparsity), Wanda())
 
 
 def test_the_divergence_is_that_of_the_model_with_the_masked_weights():
@@ -92,10 +95,17 @@ def test_the_gradient_is_that_of_one_graph_through_the_whole_model():
     for number, block in enumerate(rows.whole.blocks(False)):
         own = replace(rows.rows[number], weights={name: block.linears[name].weight for name in masked[number]})
         by_count = {
-            name: own.count_gradient(name, weight.grad, counts[number][name], 0.1)
+            name: count_gradient(
+                own.weights[name],
+                weight.grad,
+                own.ranks[name],
+                counts[number][name],
+                0.1 * weight.shape[1],
+                weight.shape[1],
+            )
             for name, weight in masked[number].items()
         }
-        parts.append(own.row_gradient(by_count))
+        parts.append(own.columns * torch.cat([*by_count.values()]))
     plain = torch.cat(parts)
     expected = plain - rows.capacity * (plain.sum() / rows.capacity.sum())
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
@@ -105,11 +115,13 @@ def test_the_gradient_is_that_of_one_graph_through_the_whole_model():
 def test_blocks_are_visited_forwards_then_backwards_and_held_one_at_a_time():
     order: list[int] = []
     model = dense_model()
-    rows = ModelRows.of(whole_of(model, order), uniform(model))
+    rows = ModelRows.of(whole_of(model, order), uniform(model), Wanda())
     order.clear()
     rows.gradient(rows.start, torch.tensor([0]), 0.1)
     assert order == [0, 1, 1, 0]
-    assert len({id(buffer) for own in rows.buffers for buffer in own.values()}) == 7  # blocks of one shape share them
+    assert (
+        len({id(buffer) for own in rows.room for buffer in own.masked.values()}) == 7
+    )  # blocks of one shape share them
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.7])
@@ -145,8 +157,8 @@ def test_a_search_that_only_makes_it_worse_gives_back_its_start():
 def test_its_ranks_are_those_that_besa_decided_by():
     pruned = dense_model()
     blocks = capture_blocks(pruned, INPUT_IDS)
-    results = list(prune_blocks(blocks, embed(pruned, blocks, INPUT_IDS, 4), Besa(), Target(0.5), 4))
-    rows = ModelRows.of(whole_of(dense_model()), [result.keep_masks for _, result in results])
+    results = list(prune_blocks(blocks, embed(pruned, blocks, INPUT_IDS, 4), Besa(), Goal(0.5), 4))
+    rows = ModelRows.of(whole_of(dense_model()), [result.keep_masks for _, result in results], Wanda())
     for number, (_, result) in enumerate(results):
         for name, keep_mask in rows.keep_masks(number, rows.counts(rows.start)[number]).items():
             assert torch.equal(keep_mask, result.keep_masks[name]), name
@@ -155,12 +167,12 @@ def test_its_ranks_are_those_that_besa_decided_by():
 def test_decided_masks_are_written_by_the_block_loop_with_the_course_of_the_search_before():
     model, pruned = dense_model(), dense_model()
     blocks = capture_blocks(pruned, INPUT_IDS)
-    before = [report for report, _ in prune_blocks(blocks, embed(pruned, blocks, INPUT_IDS, 4), Besa(), Target(0.5), 4)]
+    before = [report for report, _ in prune_blocks(blocks, embed(pruned, blocks, INPUT_IDS, 4), Besa(), Goal(0.5), 4)]
     rows = rows_of(model)
     masks = [rows.keep_masks(number, counts) for number, counts in enumerate(rows.counts(rows.start))]
     decided = Decided(masks, None, before)
     blocks = capture_blocks(model, INPUT_IDS)
-    for report, result in prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 4), decided, Target(0.5), 4):
+    for report, result in prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 4), decided, Goal(0.5), 4):
         assert report.loss_before == before[report.index].loss_before
         assert report.steps == before[report.index].steps
         for name, keep_mask in result.keep_masks.items():
@@ -186,7 +198,7 @@ def test_scope_model_is_refused_where_rows_cannot_be_told_apart():
     assert "pruner.scope=model" in Besa(scope="model").check(0.5, "N:8")[0]
     assert "pruner.scope=model" in Besa(scope="model", granularity="linear").check(0.5, "unstructured")[0]
     assert not Besa(scope="model").check(0.5, "unstructured")
-    assert Wanda().check(0.5, "unstructured") == []
+    assert Uniform().check(0.5, "unstructured") == []
 
 
 def uniform_masks(model):

@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.blocks.loop import prune_blocks
 from besa_exp.methods.pruners.besa import Besa
+from besa_exp.methods.pruners.besa_joint import BesaJoint
 from besa_exp.methods.pruners.besa_paper import BesaPaper
-from besa_exp.methods.pruners.ria import Ria
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
-from besa_exp.methods.pruners.wanda import Wanda
+from besa_exp.methods.pruners.uniform import Uniform
 from besa_exp.methods.updates.dsnot import Dsnot
 from besa_exp.methods.updates.obs import Obs
 from besa_exp.methods.updates.updated import Updated
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.quantisation import Quantiser, quantise
 from besa_exp.texts.embedded.text import MODEL_DIR
 
@@ -101,7 +101,7 @@ def test_a_learned_allocation_refuses_n_of_m_and_names_what_takes_it(name):
     assert "pruner=wanda" in problem
 
 
-@pytest.mark.parametrize("pruner", [Wanda(), Ria(), *LEARNS])
+@pytest.mark.parametrize("pruner", [Uniform(), Uniform("ria"), *LEARNS])
 @pytest.mark.parametrize("update", [Obs(), Dsnot()])
 def test_what_an_update_observes_leaves_the_pruners_own_choice_as_it_was(pruner, update):
     """The norms come from another statistic, summed in another precision."""
@@ -129,7 +129,7 @@ def test_a_quantised_row_holds_no_more_values_than_its_bits_allow_zero_among_the
 @pytest.mark.parametrize(("bits", "group_size"), [(2, None), (3, 16), (8, 40)])
 def test_joint_compression_takes_any_bits_and_groups_at_the_exact_budget(bits, group_size):
     quantiser = Quantiser(bits, group_size)
-    for first, (report, pruned) in zip((True, False), prune_tiny(Besa(quantiser=quantiser, epochs=3))[1], strict=True):
+    for first, (report, pruned) in zip((True, False), prune_tiny(BesaJoint(Besa(epochs=3), quantiser))[1], strict=True):
         weights = sum(linear.weights for linear in report.linears)
         asked = sum(float((pruned.allocated[name] * mask.shape[1]).sum()) for name, mask in pruned.keep_masks.items())
         assert round(asked) == round(weights / 2)
@@ -148,7 +148,7 @@ def test_an_update_cannot_move_weights_that_were_rounded(name):
 
 
 def test_joint_compression_learns_the_clipping_with_the_sparsities():
-    block, pruned = prune_tiny(Besa(quantiser=Quantiser(3)))[1][0]
+    block, pruned = prune_tiny(BesaJoint(quantiser=Quantiser(3)))[1][0]
     at_start = quantise(weight_of(DENSE, block, "mlp.down_proj"), Quantiser(3))
     assert pruned.weights is not None
     assert not torch.equal(pruned.weights["mlp.down_proj"], at_start)
@@ -156,13 +156,13 @@ def test_joint_compression_learns_the_clipping_with_the_sparsities():
 
 
 def test_with_enough_bits_joint_compression_starts_where_plain_besa_does():
-    plain, joint = (prune_tiny(pruner)[1][0][0] for pruner in (Besa(), Besa(quantiser=Quantiser(8))))
+    plain, joint = (prune_tiny(pruner)[1][0][0] for pruner in (Besa(), BesaJoint(quantiser=Quantiser(8))))
     assert joint.loss_before == pytest.approx(plain.loss_before, rel=0.02)
 
 
 def test_quantising_first_prunes_rounded_weights_and_quantising_last_rounds_what_is_kept():
-    dense = weight_of(DENSE, prune_tiny(Wanda())[1][0][0], "self_attn.q_proj")
-    mask = prune_tiny(Wanda())[1][0][1].keep_masks["self_attn.q_proj"]
+    dense = weight_of(DENSE, prune_tiny(Uniform())[1][0][0], "self_attn.q_proj")
+    mask = prune_tiny(Uniform())[1][0][1].keep_masks["self_attn.q_proj"]
     last = prune_tiny(PRUNERS["wanda_then_quantise"][0])[1][0][1].weights or {}
     first = prune_tiny(PRUNERS["quantise_then_wanda"][0])[1][0][1].weights or {}
     assert torch.equal(last["self_attn.q_proj"], quantise(dense * mask, Quantiser()))
@@ -193,7 +193,7 @@ def test_with_n_of_8_every_group_of_a_row_keeps_the_rows_own_n_and_the_budget_is
 
 def test_with_n_of_8_besa_begins_at_uniform_wanda_and_never_ends_above_it_on_the_probe():
     (first, _), *_ = results = prune_tiny(Besa(), 0.5, "N:8")[1]
-    (uniform, _), *_ = prune_tiny(Wanda(), pattern="4:8")[1]
+    (uniform, _), *_ = prune_tiny(Uniform(), pattern="4:8")[1]
     assert first.loss_before == uniform.loss_after
     assert first.loss_after < first.loss_before
     assert all(report.loss_after <= report.loss_before for report, _ in results)
@@ -203,10 +203,10 @@ def test_on_the_embedded_model_rows_that_choose_n_of_8_lose_less_than_4_of_8_eve
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR).requires_grad_(False)
     input_ids = torch.randint(0, 1000, (17, 32), generator=torch.Generator().manual_seed(2))
     losses = []
-    for pruner, pattern in ((Wanda(), "4:8"), (Besa(), "N:8")):
+    for pruner, pattern in ((Uniform(), "4:8"), (Besa(), "N:8")):
         blocks = capture_blocks(one := copy.deepcopy(model), input_ids)
         inputs = embed(one, blocks, input_ids, 17)
-        results = list(prune_blocks(blocks[:2], inputs, pruner, Target.parse(0.5, pattern), 17))
+        results = list(prune_blocks(blocks[:2], inputs, pruner, Goal.parse(0.5, pattern), 17))
         assert measured(results) == 0.5
         losses.append([report.loss_after for report, _ in results])
     assert all(chosen < 0.9 * uniform for uniform, chosen in zip(*losses, strict=True))

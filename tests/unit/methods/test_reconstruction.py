@@ -12,14 +12,15 @@ from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.blocks.linears import find_norms
 from besa_exp.blocks.loop import prune_blocks
 from besa_exp.blocks.probe import probe_loss
+from besa_exp.blocks.pruner import Task
 from besa_exp.methods.pruners.besa_reconstruct import BesaReconstruct
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
-from besa_exp.methods.pruners.wanda import Wanda
+from besa_exp.methods.pruners.uniform import Uniform
 from besa_exp.methods.tuning import Ramp, Tuning, keep_valuable, tune
 from besa_exp.methods.updates.obs import Obs
 from besa_exp.methods.updates.reconstruct import Reconstruct
 from besa_exp.methods.updates.updated import Updated
-from besa_exp.tensors.masks import Target, keep_per_row
+from besa_exp.tensors.masks import Goal, keep_per_row
 
 INPUT_IDS = torch.randint(0, 258, (16, 24), generator=torch.Generator().manual_seed(1))
 DENSE = tiny_llama(context=32).requires_grad_(False)
@@ -33,7 +34,7 @@ def first_block():
 
 
 def uniform_masks(block, sparsity=0.6):
-    return {name: keep_per_row(linear.weight.abs(), Target(sparsity)) for name, linear in block.linears.items()}
+    return {name: keep_per_row(linear.weight.abs(), Goal(sparsity)) for name, linear in block.linears.items()}
 
 
 def weights_of(block):
@@ -44,7 +45,7 @@ def reports_of(pruner, sparsity=0.6, pattern="unstructured"):
     model = copy.deepcopy(DENSE)
     blocks = capture_blocks(model, INPUT_IDS)
     inputs = embed(model, blocks, INPUT_IDS, 4)
-    return [report for report, _ in prune_blocks(blocks, inputs, pruner, Target.parse(sparsity, pattern), 4)]
+    return [report for report, _ in prune_blocks(blocks, inputs, pruner, Goal.parse(sparsity, pattern), 4)]
 
 
 def test_tuning_lowers_the_probe_loss_and_keeps_the_mask() -> None:
@@ -147,7 +148,7 @@ def test_besa_reconstruct_keeps_an_n_m_pattern() -> None:
     model = copy.deepcopy(DENSE)
     blocks = capture_blocks(model, INPUT_IDS)
     inputs = embed(model, blocks, INPUT_IDS, 4)
-    list(prune_blocks(blocks, inputs, BesaReconstruct(Tuning(epochs=1)), Target.parse(0.5, "2:4"), 4))
+    list(prune_blocks(blocks, inputs, BesaReconstruct(Tuning(epochs=1)), Goal.parse(0.5, "2:4"), 4))
     for block in blocks:
         for linear in block.linears.values():
             assert (linear.weight.view(-1, 4) == 0).sum(dim=1).eq(2).all()
@@ -159,8 +160,9 @@ def test_the_obs_update_of_sparsegpts_own_mask_is_sparsegpt() -> None:
     from besa_exp.tensors.statistics import Hessian
 
     statistics, _ = observe(block, inputs, Hessian, 4)
-    pruned = SparseGPT().prune_block(block, inputs, targets, statistics, Target(0.5), lambda step: None)
-    updated = Obs().update_block(block, inputs, targets, statistics, pruned, Target(0.5), lambda step: None)
+    task = Task(block, inputs, targets, statistics, Goal(0.5))
+    pruned = SparseGPT().prune_block(task)
+    updated = Obs().update_block(task, pruned)
     assert pruned.weights is not None
     assert updated.weights is not None
     for name, weight in pruned.weights.items():
@@ -176,7 +178,7 @@ def test_an_update_leaves_the_pruners_masks_alone_and_numbers_its_steps_on() -> 
         blocks = capture_blocks(model, INPUT_IDS)[:1]
         inputs = embed(model, blocks, INPUT_IDS, 4)
         seen = []
-        ((report, pruned),) = prune_blocks(blocks, inputs, pruner, Target(0.5), 4, seen.append)
+        ((report, pruned),) = prune_blocks(blocks, inputs, pruner, Goal(0.5), 4, seen.append)
         masks[type(pruner).__name__] = pruned.keep_masks
         assert [step.step for step in report.steps] == list(range(len(report.steps)))
         assert tuple(seen) == report.steps
@@ -185,7 +187,7 @@ def test_an_update_leaves_the_pruners_masks_alone_and_numbers_its_steps_on() -> 
 
 
 def test_an_update_refuses_a_pruner_that_needs_another_statistic() -> None:
-    assert Updated(Wanda(), Obs()).check(0.5, "unstructured") == []
+    assert Updated(Uniform(), Obs()).check(0.5, "unstructured") == []
     assert Updated(SparseGPT(), Reconstruct()).check(0.5, "unstructured") == []
 
 
@@ -210,13 +212,13 @@ def test_a_step_size_that_ruins_the_block_leaves_its_norms_as_they_were() -> Non
 @pytest.mark.parametrize("pruner", [BesaReconstruct, Reconstruct])
 def test_tuned_norms_are_written_into_the_block_and_the_reported_loss_is_theirs(pruner) -> None:
     tuning = Tuning(epochs=4, batch_size=4, norms=True)
-    chosen = BesaReconstruct(tuning) if pruner is BesaReconstruct else Updated(Wanda(), Reconstruct(tuning))
+    chosen = BesaReconstruct(tuning) if pruner is BesaReconstruct else Updated(Uniform(), Reconstruct(tuning))
     model = copy.deepcopy(DENSE)
     blocks = capture_blocks(model, INPUT_IDS)[:1]
     inputs = embed(model, blocks, INPUT_IDS, 4)
     targets = blocks[0].outputs(inputs, 4)
     given = inputs.clone()
-    ((report, pruned),) = prune_blocks(blocks, inputs, chosen, Target(0.6), 4)
+    ((report, pruned),) = prune_blocks(blocks, inputs, chosen, Goal(0.6), 4)
     assert len(pruned.norms) == 2
     assert all(torch.equal(norm, blocks[0].module.get_parameter(path)) for path, norm in pruned.norms.items())
     assert report.loss_after == pytest.approx(probe_loss(blocks[0], given, targets, {}), rel=1e-6)

@@ -8,7 +8,7 @@ import torch
 from besa_exp.methods.updates.admm import RHO, admm, polish
 from besa_exp.methods.updates.dsnot import dsnot
 from besa_exp.tensors.importance import ria_importance
-from besa_exp.tensors.masks import Target, keep_per_row
+from besa_exp.tensors.masks import Goal, keep_per_row
 from besa_exp.tensors.statistics import InputMoments
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -105,7 +105,7 @@ def literal_dsnot(weight, total, variance, squared_norm, keep_mask, cycles, thre
 def test_dsnot_is_its_loop_over_rows_and_cycles(cycles, threshold, sparsity, pattern) -> None:
     generator = torch.Generator().manual_seed(7)
     inputs = torch.randn(3, 5, 24, generator=generator) * torch.rand(24, generator=generator) + 0.2
-    weight, target = torch.randn(40, 24, generator=generator), Target.parse(sparsity, pattern)
+    weight, target = torch.randn(40, 24, generator=generator), Goal.parse(sparsity, pattern)
     seen = InputMoments(24, weight.device)
     seen.add(inputs, 3)
     keep_mask = keep_per_row(weight.abs(), target)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_folders import RESULTS, block, finished_run, unfinished_run
+from run_folders import LINEARS, RESULTS, block, finished_run, unfinished_run
 
 from besa_exp.cli.main import main
 from besa_exp.display.markdown import escaped
@@ -25,7 +25,7 @@ from besa_exp.report.folders import find_runs
 from besa_exp.report.methods import Method, looks, method_of
 from besa_exp.report.page import page
 from besa_exp.report.paper import paper_markdown, paper_tables, published
-from besa_exp.report.runs import Run, read_run
+from besa_exp.report.runs import RunRecord, read_run
 from besa_exp.report.studies import kept_records, over_seeds
 from besa_exp.report.summaries import Cell, cells, markdown
 from besa_exp.run_folder.lock import locked
@@ -33,7 +33,7 @@ from besa_exp.run_folder.lock import locked
 HOSTILE = '</script><img src="x" onerror="alert(1)">&\u2028'
 
 
-def runs_of(folder: Path) -> list[Run]:
+def runs_of(folder: Path) -> list[RunRecord]:
     return [read_run(path) for path in find_runs([str(folder)])]
 
 
@@ -411,3 +411,34 @@ def test_a_cell_of_a_study_tells_its_spread_and_missing_seeds(values: list[float
 def test_reading_runs_imports_neither_torch_nor_hydra(tmp_path: Path) -> None:
     code = "import sys, besa_exp.report.command; sys.exit(bool({'torch', 'hydra', 'matplotlib'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3]).returncode == 0
+
+
+STRUCTURE = {
+    "method": "by_hand",
+    "num_blocks": 3,
+    "weights": {"dense": 2 * sum(LINEARS.values()), "left": sum(LINEARS.values())},
+    "blocks": [{"kind": "removed", "index": 1, "parameters": 9}],
+}
+
+
+def test_a_run_that_removed_a_block_is_compared_by_the_weights_of_its_dense_model(tmp_path: Path) -> None:
+    for number in range(2):
+        finished_run(tmp_path / f"usual{number}", {"seed": number})
+    changes = {"pruner": "magnitude", "structure": STRUCTURE, "parameters": {"dense": 100, "left": 91}}
+    finished_run(tmp_path / "odd", changes | {"blocks": [block(2, loss=0.04)]})
+    run = read_run(tmp_path / "odd")
+    assert run.structure is not None
+    assert run.structure.kept == (0, 2)
+    assert run.parameters == run.structure.parameters
+    assert cell(cells_of(tmp_path), "wikitext2", "magnitude").apart == ""
+    assert read_run(tmp_path / "usual0").parameters is None
+
+
+def test_losses_along_depth_are_those_of_the_same_block_of_the_dense_model(tmp_path: Path) -> None:
+    parameters = {"structure": STRUCTURE, "parameters": {"dense": 100, "left": 91}}
+    finished_run(tmp_path / "first", {"seed": 0, "blocks": [block(0, loss=0.1), block(1, loss=0.2)]})
+    finished_run(tmp_path / "second", {"seed": 1, "blocks": [block(0, loss=0.3), block(2, loss=0.4)]} | parameters)
+    runs = [read_run(tmp_path / name) for name in ("first", "second")]
+    (errors,) = errors_along_depth(runs, entries(runs))
+    assert errors.blocks == (0, 1, 2)
+    assert errors.means == pytest.approx((0.2, 0.2, 0.4))

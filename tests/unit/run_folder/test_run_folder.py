@@ -12,7 +12,7 @@ import pytest
 
 from besa_exp.blocks.reports import BlockReport, LinearReport, Step
 from besa_exp.errors import ConfigurationError, RunError
-from besa_exp.evaluation.scores import Scores
+from besa_exp.evaluation.score import Scores
 from besa_exp.run_folder.folder import RunFolder, read_results
 from besa_exp.run_folder.status import is_done, read_status
 
@@ -131,7 +131,8 @@ def test_a_file_cannot_be_a_run_folder(tmp_path: Path) -> None:
 
 
 def test_metrics_hold_a_line_for_each_step_block_and_score(tmp_path: Path) -> None:
-    scores = Scores({"ptb": None, "embedded": 3.5}, {"piqa": {"acc,none": 0.5}}, {"ptb": "no network"}, {})
+    values = {"perplexity": {"ptb": None, "embedded": 3.5}, "zero_shot": {"piqa": {"acc,none": 0.5}}}
+    scores = Scores.from_dict(values | {"unavailable": {"ptb": "no network"}})
     with RunFolder.open(tmp_path) as folder:
         folder.log_step(STEP)
         folder.log_block(REPORT)
@@ -213,3 +214,16 @@ def test_run_log_holds_the_projects_lines_and_all_warnings_and_logging_is_left_a
     assert "a library chats" not in log
     assert "after the run" not in log
     assert (project.level, list(root.handlers)) == before
+
+
+def test_a_folder_that_another_process_writes_is_left_as_it_is(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, writes=False)
+    folder.log_step(STEP)
+    folder.log_block(REPORT)
+    folder.log_scores("dense", Scores())
+    folder.rewind([REPORT])
+    folder.write_config({})
+    folder.write_environment({})
+    folder.write_results({"measured_sparsity": 0.5})
+    assert not list(tmp_path.iterdir())
+    assert folder.model == tmp_path / "model"

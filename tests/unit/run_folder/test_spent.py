@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from besa_exp.evaluation.finished_scores import FinishedScores
+from besa_exp.evaluation.kept_scores import FinishedScores
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.run_folder.spent import Spent
 

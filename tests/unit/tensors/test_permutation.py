@@ -13,7 +13,7 @@ from pruner_cases import prune_tiny
 from safetensors.torch import load_file
 
 from besa_exp.checkpoints.files import load_masks, masks_description, merge_masks, save_masks
-from besa_exp.methods.pruners.ria import Ria
+from besa_exp.methods.pruners.uniform import Uniform
 from besa_exp.methods.updates.dsnot import Dsnot
 from besa_exp.methods.updates.updated import Updated
 from besa_exp.tensors.masks import keep_n_of_m
@@ -78,7 +78,9 @@ def test_important_inputs_that_stand_side_by_side_are_parted() -> None:
     assert keep_n_of_m(importance, 2, 4)[:, :8].sum() == 12  # half of them, in their own order
 
 
-@pytest.mark.parametrize("pruner", [Ria(permute=True), Updated(Ria(permute=True), Dsnot(threshold=0.0))])
+@pytest.mark.parametrize(
+    "pruner", [Uniform("ria", permute=True), Updated(Uniform("ria", permute=True), Dsnot(threshold=0.0))]
+)
 def test_masks_are_n_of_m_in_the_order_told_and_linears_of_one_input_share_it(pruner) -> None:
     _, results = prune_tiny(pruner, pattern="2:4")
     moved = 0
@@ -110,6 +112,6 @@ def test_the_masks_file_holds_the_orders_and_they_are_merged(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "N:8"])
 def test_without_groups_there_is_nothing_to_permute(pattern: str) -> None:
-    (problem,) = Ria(permute=True).check(0.5, pattern)
+    (problem,) = Uniform("ria", permute=True).check(0.5, pattern)
     assert "pruner.permute" in problem
     assert "2:4" in problem

@@ -339,7 +339,7 @@ def test_a_mask_of_ones_says_nothing_and_the_tokens_are_taken(tmp_path):
 
 def test_tokens_of_text_beyond_the_vocabulary_are_blamed_on_the_tokenizer_and_those_of_a_file_are_not(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [words(80, seed) for seed in range(20)])
-    assert "the tokenizer in the model's folder gives it" in refusal(settings(path), vocabulary=50)
+    assert "the tokenizer in the model's folder produced it" in refusal(settings(path), vocabulary=50)
     save_file({"input_ids": torch.full((2, 8), 258)}, tmp_path / "t.safetensors")
     assert "were made with another tokenizer" in refusal(settings(tmp_path / "t.safetensors"), vocabulary=258)
 

@@ -1,0 +1,157 @@
+"""Scores that are kept on the disk, so that nothing is measured twice.
+
+Of one run: each set and task as it is finished, so that an evaluation goes on where it stopped. Of a dense model: all
+of them, for all runs whose folders lie side by side, also while they run.
+
+`.dense_scores/<hash>.json` beside the run folders holds them with the key that they were measured under: everything
+that determines them. A run that needs scores which are not there locks `<hash>.lock` and computes them; the others
+wait. Incomplete scores are not kept.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from besa_exp.evaluation.score import Scores
+from besa_exp.evaluation.task_definitions import TASK_FOLDERS
+from besa_exp.machine import atomic, distributed
+from besa_exp.settings import EvaluatorSettings
+
+if TYPE_CHECKING:
+    from besa_exp.checkpoints.load import LoadedModel
+
+FOLDER = ".dense_scores"
+MEASURED_BY = ("besa-exp", "torch", "transformers", "tokenizers", "datasets", "lm-eval")
+
+
+@dataclass(frozen=True)
+class FinishedScores:
+    """scores.json of a run folder: {which model: {kind: {set or task: request and result}}}. Of several ranks the first
+    reads it for all, and writes it. `keep_spent` is called before each score is kept."""
+
+    path: Path
+    which: str
+    keep_spent: Callable[[], None] = lambda: None
+
+    def find(self, kind: str, name: str, request: dict[str, Any]) -> Any | None:
+        """What was measured under the same `request`; None: nothing."""
+        found = distributed.from_first(lambda: self._read().get(self.which, {}).get(kind, {}).get(name))
+        return found["result"] if found and found["request"] == json.loads(json.dumps(request)) else None
+
+    def keep(self, kind: str, name: str, request: dict[str, Any], result: Any) -> None:
+        """Remember one set's or task's result."""
+        if not distributed.is_first():
+            return
+        content = self._read()
+        content.setdefault(self.which, {}).setdefault(kind, {})[name] = {"request": request, "result": result}
+        self.keep_spent()
+        atomic.write_text(self.path, json.dumps(content) + "\n")
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}
+
+
+def shared_dense_scores(
+    folder: Path, key: Mapping[str, Any], compute: Callable[[], Scores], on_wait: Callable[[], None]
+) -> tuple[Scores, bool]:
+    """The scores, and whether they were measured before. `on_wait` is told when another run is measuring them.
+
+    Where `folder` cannot be written to, they are computed; so they are by each process of a distributed run, which
+    must all do the same."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return compute(), False
+    wanted = json.loads(json.dumps(key))
+    path = folder / f"{hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    with _alone(path.with_suffix(".lock"), on_wait):
+        if found := _read(path, wanted):
+            return found, True
+        scores = compute()
+        if not scores.unavailable:
+            with suppress(OSError):  # the scores are there; only the next run measures them anew
+                atomic.write_text(
+                    path,
+                    json.dumps(
+                        {"key": wanted, "scores": {**scores.to_dict(), "provenance": scores.provenance}}, indent=1
+                    )
+                    + "\n",
+                )
+        return scores, False
+
+
+def dense_key(
+    loaded: LoadedModel, settings: EvaluatorSettings, seed: int, deterministic: bool, device: torch.device
+) -> dict[str, Any]:
+    """Everything that determines the scores. Files are told by name, size and time of change, as reading them all would
+    take longer than many an evaluation; the seed matters where examples are, or may be, drawn."""
+    local = [*settings.perplexity_sets, *(place for place in (settings.data_dir, settings.include_path) if place)]
+    paths = [Path(name).expanduser() for name in local]
+    drawn = settings.num_fewshot or any(task not in TASK_FOLDERS for task in settings.tasks)
+    evaluator = {key: value for key, value in asdict(settings).items() if key not in ("name", "dense")}
+    return {
+        "model": {"path": str(loaded.folder.resolve()), "files": files_of(loaded.folder, "*")},
+        "dtype": str(loaded.model.dtype),
+        "streamed": loaded.weights is not None,
+        "evaluator": evaluator | {"seed": seed if drawn else None},
+        "data": {str(path.resolve()): files_of(path) for path in paths if path.exists()},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "deterministic": deterministic,
+        "versions": {name: _version(name) for name in MEASURED_BY},
+        "code": files_of(Path(__file__).parent),
+    }
+
+
+def files_of(place: Path, pattern: str = "**/*") -> list[list[Any]]:
+    """Name, size and time of change of a file, or of the files in a folder; links are followed."""
+    files = [place] if place.is_file() else sorted(path for path in place.glob(pattern) if path.is_file())
+    found = [(file, file.stat()) for file in files if file.suffix != ".pyc"]
+    root = place.parent if place.is_file() else place
+    return [[str(file.relative_to(root)), stat.st_size, stat.st_mtime_ns] for file, stat in found]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _read(path: Path, key: Mapping[str, Any]) -> Scores | None:
+    """What was kept under the key; None: nothing, or nothing that can be used."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Scores.from_dict(content["scores"]) if content["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+@contextmanager
+def _alone(lock: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Holds `lock`; the system frees it when the process ends. Where there can be no lock, nobody waits."""
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError:
+        yield
+        return
+    with file:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait()
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,206 @@
+"""Run folders as values for notebooks: `load_run` one folder, `load_runs` many as one table. No torch until masks are
+read; pandas only where a table is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from besa_exp.blocks.reports import BlockReport, LinearReport
+from besa_exp.errors import ConfigurationError
+from besa_exp.presets import METHOD_GROUPS, presets
+from besa_exp.report.folders import find_runs
+from besa_exp.run_folder.status import seen_status
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run folder. `results` is results.json, empty where the run is not finished; `config` is config.yaml."""
+
+    folder: Path
+    status: str  # done, failed, interrupted, interrupted (killed), running
+    results: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+    @cached_property
+    def lines(self) -> list[dict[str, Any]]:
+        """metrics.jsonl: a line for each step, block and scored model."""
+        file = self.folder / "metrics.jsonl"
+        text = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        return [line for line in map(_read_line, text) if line]
+
+    @property
+    def blocks(self) -> tuple[BlockReport, ...]:
+        """The pruned blocks in order."""
+        found = {line["block"]: _block(line) for line in self.lines if line.get("kind") == "block"}
+        if not found:  # a dense run, whose blocks stand in its results alone
+            found = {block["index"]: _block_of_results(block) for block in self.results.get("blocks") or ()}
+        return tuple(found[index] for index in sorted(found))
+
+    @property
+    def sparsity(self) -> float | None:
+        """The measured fraction of zeros; None where the run is not finished."""
+        return self.results.get("measured_sparsity")
+
+    def steps(self) -> Any:
+        """A DataFrame with a row for each optimisation step of each block."""
+        pandas = _pandas()
+        rows = [line for line in self.lines if line.get("kind") == "step"]
+        return pandas.DataFrame(rows).drop(columns="kind", errors="ignore")
+
+    def masks(self) -> dict[str, Any]:
+        """The keep masks [out, in] by the weights' names, from masks.safetensors; empty where the run kept none."""
+        file = self.folder / "masks.safetensors"
+        if not file.is_file():
+            return {}
+        from besa_exp.checkpoints.files import load_masks  # imports torch
+
+        return load_masks(file)
+
+    def row(self) -> dict[str, Any]:
+        """The run as one row: what was asked, what came out, each score, and what it took."""
+        results, config = self.results, self.config
+        method = str(results.get("pruner") or config.get("method") or "unknown")
+        parts = method.split("+")
+        by_group = {group: next((part for part in parts if part in presets(group)), None) for group in METHOD_GROUPS}
+        by_group["pruner"] = by_group["pruner"] or method
+        model = config.get("model")
+        return {
+            "model": results.get("model") or (model.get("path") if isinstance(model, Mapping) else None),
+            "method": method,
+            **{group: by_group[group] for group in ("pruner", "update", "budget")},
+            "pattern": results.get("pattern") or config.get("pattern"),
+            "target_sparsity": results.get("target_sparsity", config.get("sparsity")),
+            "measured_sparsity": results.get("measured_sparsity"),
+            "seed": results.get("seed", config.get("seed")),
+            **_scores(results, ""),
+            **_scores(results.get("dense") or {}, "dense "),
+            **{f"{stage}_seconds": value for stage, value in (results.get("seconds") or {}).items()},
+            **{f"peak_{place}_bytes": value for place, value in (results.get("peak_memory_bytes") or {}).items()},
+            "status": self.status,
+            "folder": str(self.folder),
+        }
+
+    def to_pandas(self) -> Any:
+        """A DataFrame with a row for each linear of each block."""
+        return linear_table(self.blocks)
+
+
+@dataclass(frozen=True)
+class LoadedRuns(Sequence[LoadedRun]):
+    """Runs in the order of their folders."""
+
+    runs: tuple[LoadedRun, ...]
+
+    def __getitem__(self, index: Any) -> Any:
+        return LoadedRuns(self.runs[index]) if isinstance(index, slice) else self.runs[index]
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def __iter__(self) -> Iterator[LoadedRun]:
+        return iter(self.runs)
+
+    def to_pandas(self) -> Any:
+        """A DataFrame with a row for each run; what a run does not have is missing there."""
+        return _pandas().DataFrame([run.row() for run in self.runs])
+
+
+def load_run(folder: str | Path) -> LoadedRun:
+    """The run in a folder. ConfigurationError: it is no run folder, or its results cannot be read."""
+    path = Path(folder)
+    status = seen_status(path)
+    results = path / "results.json"
+    if status is None and not results.is_file():
+        raise ConfigurationError(f"{folder}: no run folder (one holds status.json or results.json)")
+    status = status or "done"
+    found = _read_json(results) if status == "done" else {}
+    config = path / "config.yaml"
+    try:
+        asked = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{config} cannot be read ({error})") from error
+    return LoadedRun(path, status, found, asked or {})
+
+
+def load_runs(*places: str | Path | Iterable[str | Path]) -> LoadedRuns:
+    """The runs at and below folders or patterns such as `outputs/*`. ConfigurationError: a place without a run."""
+    named: list[str] = []
+    for place in places or ("outputs",):
+        named += [str(place)] if isinstance(place, (str, Path)) else map(str, place)
+    return LoadedRuns(tuple(load_run(path) for path in find_runs(named)))
+
+
+def linear_table(blocks: Iterable[BlockReport]) -> Any:
+    """A DataFrame with a row for each linear: its weights, zeros and allocated sparsity, and its block's losses."""
+    rows = [
+        {
+            "block": block.index,
+            "linear": linear.name,
+            "weights": linear.weights,
+            "pruned": linear.pruned,
+            "sparsity": linear.sparsity,
+            "allocated": linear.allocated,
+            "loss_before": block.loss_before,
+            "loss_after": block.loss_after,
+        }
+        for block in blocks
+        for linear in block.linears
+    ]
+    return _pandas().DataFrame(rows)
+
+
+def _scores(results: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    perplexities = (results.get("perplexity") or {}).items()
+    found = {f"{prefix}perplexity {Path(name).name}": value for name, value in perplexities}
+    for task, metrics in (results.get("zero_shot") or {}).items():
+        found |= {f"{prefix}{task} {key.removesuffix(',none')}": value for key, value in metrics.items()}
+    return found
+
+
+def _block(line: Mapping[str, Any]) -> BlockReport:
+    """Of a line of metrics.jsonl."""
+    linears = tuple(
+        LinearReport(name, linear["weights"], linear["pruned"], linear["allocated"])
+        for name, linear in line["linears"].items()
+    )
+    before, after = line["reconstruction_loss_before"], line["reconstruction_loss"]
+    return BlockReport(line["block"], linears, before, after, line["seconds"])
+
+
+def _block_of_results(block: Mapping[str, Any]) -> BlockReport:
+    loss = block["reconstruction_loss"]
+    linears = tuple(
+        LinearReport(name, linear["weights"], linear["pruned"], linear["sparsity"])
+        for name, linear in block["linears"].items()
+    )
+    return BlockReport(block["index"], linears, loss["before"], loss["after"], block["seconds"])
+
+
+def _read_line(text: str) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None: it was cut off."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{file} cannot be read ({error}); run the same command again") from error
+
+
+def _pandas() -> Any:
+    try:
+        import pandas
+    except ImportError as error:
+        raise ConfigurationError("a table needs pandas: pip install pandas") from error
+    return pandas

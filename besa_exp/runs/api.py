@@ -1,0 +1,364 @@
+"""Pruning from Python, without Hydra, W&B or the command line: `besa_exp.prune` and `besa_exp.load_model`.
+
+A model object is pruned in place by the same block loop as a run's, with the same bytes; a path is pruned as
+`besa prune` does it, into a run folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from besa_exp.blocks.activations import activation_bytes, allocator
+from besa_exp.blocks.decided import Decided
+from besa_exp.blocks.pruner import Pruner
+from besa_exp.blocks.reports import BlockReport
+from besa_exp.checkpoints.files import load_masks
+from besa_exp.checkpoints.finite_weights import check_finite_weights
+from besa_exp.checkpoints.load import LoadedModel, model_context, vocabulary_size
+from besa_exp.checkpoints.load import load_model as load
+from besa_exp.display.missed_target import out_of_reach
+from besa_exp.errors import ConfigurationError
+from besa_exp.machine.device import compute_dtype
+from besa_exp.methods.updates.updated import with_update
+from besa_exp.presets import METHOD_GROUPS, preset, preset_values, presets
+from besa_exp.report.loaded import linear_table, load_run
+from besa_exp.run_folder.finished_blocks import FinishedBlocks
+from besa_exp.runs.block_loop import BlockLoop, check_blocks
+from besa_exp.runs.prune import prune as prune_into
+from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings, RunSettings, TrackerSettings
+from besa_exp.tensors.masks import Goal
+from besa_exp.texts.calibration import Calibration, given_calibration, load_calibration
+
+Texts = str | Sequence[str] | Int[Tensor, "sample seq"]
+KeepMasks = Mapping[str, Bool[Tensor, "_out _in"]]
+SEQ_LEN = 2048  # tokens of a window of given texts, or the model's context if that is less
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What pruning did, block by block. `keep_masks`: of every linear's weight, by its name in the model, on the CPU.
+    `tokens_sha256` names the calibration tokens, `folder` the run folder where there is one."""
+
+    blocks: tuple[BlockReport, ...]
+    target: float
+    keep_masks: KeepMasks
+    tokens_sha256: str
+    folder: Path | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros over the linears of all blocks, counted."""
+        linears = [linear for block in self.blocks for linear in block.linears]
+        return sum(linear.pruned for linear in linears) / sum(linear.weights for linear in linears)
+
+    @property
+    def losses(self) -> list[float]:
+        """The reconstruction loss of each block as written."""
+        return [block.loss_after for block in self.blocks]
+
+    def to_pandas(self) -> Any:
+        """A DataFrame with a row for each linear of each block."""
+        return linear_table(self.blocks)
+
+    def __repr__(self) -> str:
+        place = f", folder={str(self.folder)!r}" if self.folder else ""
+        return f"PruneReport({len(self.blocks)} blocks, sparsity={self.sparsity:.4f}, target={self.target:g}{place})"
+
+
+def load_model(path: str = "embedded", *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+    """The model and the tokenizer of a folder, a hub id or a preset (`besa list models`); `embedded` is the small model
+    that the package carries. `dtype` auto: what the preset says, or as saved.
+
+    The files are checked as `besa prune` checks them: ConfigurationError where weights are missing or left over."""
+    settings = replace(_model_settings(path), load="whole")
+    settings = settings if dtype == "auto" else replace(settings, dtype=dtype)
+    loaded = load(settings, _device(device), offline=False)
+    return loaded.model, loaded.tokenizer
+
+
+def prune(
+    model_or_path: PreTrainedModel | str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    texts_or_tokens: Texts = "embedded",
+    *,
+    pruner: str | Pruner = "besa",
+    sparsity: float = 0.5,
+    pattern: str = "unstructured",
+    update: Any = None,
+    budget: Any = None,
+    seed: int = 0,
+    num_samples: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int | None = None,
+    compute_dtype: str = "auto",
+    out: str | Path | None = None,
+    evaluator: str | EvaluatorSettings = "none",
+    overwrite: bool = False,
+    on_block: Callable[[BlockReport], None] = lambda report: None,
+) -> PruneReport:
+    """Prune a model object in place, or the model in the folder or hub id of a path into the run folder `out`.
+
+    `texts_or_tokens` calibrate: the name of a set (`c4`, `embedded`), a path of a text or token file, a list of texts,
+    or token ids [sample, seq], which are taken as they are. `num_samples` windows of `seq_len` tokens are drawn from
+    texts, `batch_size` of them pass through a block together; None: what the set's preset says, 128 windows of 2,048
+    tokens (or the model's context) for given texts.
+
+    `pruner`, `update` and `budget` are names of presets or objects; `besa_exp.preset(group, name)` makes the object of
+    a preset. `on_block` is given the report of each block as it is finished. `evaluator` scores the model in `out`.
+
+    ConfigurationError (a ValueError): the request cannot be carried out as it is written; all problems are named."""
+    settings = _settings(
+        model_or_path, _calibration(texts_or_tokens, seed, num_samples, seq_len, batch_size), seed,
+        pruner=pruner, update=update, budget=budget, sparsity=sparsity, pattern=pattern,
+        compute_dtype=compute_dtype, evaluator=evaluator, overwrite=overwrite,
+    )  # fmt: skip
+    read = partial(_read_calibration, texts_or_tokens, settings, seq_len)
+    if isinstance(model_or_path, (str, Path)):
+        return _pruned_into(settings, out, tokenizer, read, on_block)
+    if out is not None or settings.evaluator.name != "none":
+        raise ConfigurationError(
+            "out= and evaluator= are for a path; a model object is pruned in place: "
+            "save it with model.save_pretrained(...), and score what was saved with besa evaluate checkpoint=..."
+        )
+    return _pruned_in_place(settings, LoadedModel(model_or_path, tokenizer, None, Path()), read, on_block)
+
+
+def _settings(
+    model_or_path: Any, calibration: CalibrationSettings, seed: int, *, pruner: Any, evaluator: Any, **more: Any
+) -> RunSettings:
+    """ConfigurationError: a preset that there is not, or a target that this method cannot meet."""
+    chosen = {"pruner": pruner, "update": more.pop("update"), "budget": more.pop("budget")}
+    is_path = isinstance(model_or_path, (str, Path))
+    problems = [] if is_path else _check_model(model_or_path)
+    methods = {}
+    for group in METHOD_GROUPS:
+        try:
+            methods[group] = (
+                preset(group, chosen[group], seed=seed) if isinstance(chosen[group], str) else chosen[group]
+            )
+        except ConfigurationError as error:
+            problems += error.problems
+    problems += [] if 0 <= seed < 2**32 else [f"seed={seed}: must be a whole number from 0 to {2**32 - 1}"]
+    if problems:
+        raise ConfigurationError(*problems)
+    kind = type(model_or_path).__name__
+    settings = RunSettings(
+        model=_model_settings(str(model_or_path)) if is_path else ModelSettings(kind, kind),
+        calibration=calibration,
+        pruner_name="+".join(_name(chosen[group]) for group in METHOD_GROUPS if chosen[group] is not None),
+        evaluator=preset("evaluator", evaluator) if isinstance(evaluator, str) else evaluator,
+        tracker=TrackerSettings("none"),
+        seed=seed,
+        **methods,
+        **more,
+    )
+    if problems := _check_target(settings):
+        raise ConfigurationError(*problems)
+    return settings
+
+
+def _model_settings(path: str) -> ModelSettings:
+    """Those of the model preset of this name, else of the folder or hub id."""
+    if path not in presets("model") or path == "local" or Path(path).is_dir():
+        return ModelSettings(Path(path).name, path)
+    values = preset_values("model", path)
+    values.pop("_target_")
+    return ModelSettings(name=Path(values["path"]).name, **values)
+
+
+def _name(method: Any) -> str:
+    """Of a preset or an object; an object is called by its class."""
+    return method if isinstance(method, str) else type(method).__name__.lower()
+
+
+def _check_model(model: Any) -> list[str]:
+    names = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+    classes = [cls.__name__ for cls in type(model).__mro__]
+    if isinstance(model, PreTrainedModel) and any(name in names or name.endswith("ForCausalLM") for name in classes):
+        return []
+    return [
+        f"{type(model).__name__} is no causal language model of transformers; give what "
+        "AutoModelForCausalLM.from_pretrained(...) returns, or the path of a model"
+    ]
+
+
+def _check_target(settings: RunSettings) -> list[str]:
+    """What speaks against the target, in complete sentences."""
+    pruner, sparsity = settings.pruner, settings.sparsity
+    members = sorted(name for name in {*vars(Pruner), *Pruner.__annotations__} if not name.startswith("_"))
+    if not all(hasattr(pruner, name) for name in members):
+        return [f"pruner={type(pruner).__name__}: a pruner has {', '.join(members)}; see docs/extending.md"]
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+        return [f"sparsity={sparsity}: must be in [0, 1), the fraction of weights that become zero, as 0.5"]
+    try:
+        Goal.parse(sparsity, settings.pattern)
+    except ValueError as error:
+        return [str(error)]
+    problems = with_update(pruner, settings.update).check(sparsity, settings.pattern)
+    return problems + (settings.budget.check(sparsity, settings.pattern) if settings.budget else [])
+
+
+def _calibration(
+    given: Texts, seed: int, num_samples: int | None, seq_len: int | None, batch_size: int | None
+) -> CalibrationSettings:
+    """The settings of the set's preset, with what was said otherwise."""
+    if isinstance(given, str):
+        named = given in presets("calibration") and given != "local"
+        base = preset("calibration", given if named else "embedded", seed=seed)
+        base = base if named else CalibrationSettings("local", path=given, seed=seed)
+    else:
+        kind = "tokens" if isinstance(given, Tensor) else "texts"
+        base = CalibrationSettings(f"given {kind}", seq_len=SEQ_LEN, seed=seed)
+    said = {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size}
+    if wrong := [f"{key}={value}: must be 1 or more" for key, value in said.items() if value is not None and value < 1]:
+        raise ConfigurationError(*wrong)
+    return replace(base, **{key: value for key, value in said.items() if value is not None})
+
+
+def _read_calibration(given: Texts, settings: RunSettings, seq_len: int | None, loaded: LoadedModel) -> Calibration:
+    calibration, context, size = settings.calibration, model_context(loaded.model), vocabulary_size(loaded.model)
+    if seq_len is None and calibration.name == "given texts":
+        calibration = replace(calibration, seq_len=min(SEQ_LEN, context))
+    if isinstance(given, str):
+        return load_calibration(calibration, loaded.tokenizer, context, settings.offline, vocabulary=size)
+    return given_calibration(given, calibration, loaded.tokenizer, context, size)
+
+
+def _pruned_in_place(
+    settings: RunSettings,
+    loaded: LoadedModel,
+    read: Callable[[LoadedModel], Calibration],
+    on_block: Callable[[BlockReport], None],
+) -> PruneReport:
+    """The block loop and what follows it. The finished blocks lie in a temporary folder until the end."""
+    if warning := out_of_reach(settings):
+        logger.warning(warning)
+    with _as_a_run(loaded.model, settings), tempfile.TemporaryDirectory(prefix="besa-") as folder:
+        check_finite_weights(loaded.model, settings.model.path)
+        calibration = read(loaded)
+        input_ids, batch_size = calibration.input_ids, settings.calibration.batch_size
+        check_blocks(loaded, input_ids, batch_size)
+        finished = FinishedBlocks(Path(folder) / "blocks")
+        finished.begin({})
+        reports: list[BlockReport] = []
+        later = settings.pruner.traits.refinements
+        pruner = settings.pruner if later else with_update(settings.pruner, settings.update)
+        loop = _loop(loaded, settings, calibration, finished, pruner, keeps_dense=bool(later))
+        goal = Goal.parse(settings.sparsity, settings.pattern)
+        loop.run(pruner, goal, settings.budget, _ignored, reports.append if later else _both(reports, on_block))
+        if later:
+            decided = loop.refined(later, reports, _ignored)
+            reports, finished = _written(loop, decided, settings, goal, on_block), finished.refined
+        masks = {name: m for file in finished.mask_files(len(reports)) for name, m in load_masks(file).items()}
+    return PruneReport(tuple(reports), goal.sparsity, masks, calibration.tokens_sha256)
+
+
+def _loop(
+    loaded: LoadedModel,
+    settings: RunSettings,
+    calibration: Calibration,
+    finished: FinishedBlocks,
+    pruner: Pruner,
+    keeps_dense: bool,
+) -> BlockLoop:
+    model, (samples, length) = loaded.model, calibration.input_ids.shape
+    hidden = model.config.get_text_config().hidden_size
+    needed = activation_bytes(samples, length, hidden, model.dtype.itemsize, pruner.traits.dense_targets)
+    _, allocate = allocator("auto", model.device, finished.folder.parent, needed)
+    dtype, batch_size = compute_dtype(settings), settings.calibration.batch_size
+    return BlockLoop(loaded, calibration.input_ids, batch_size, finished, 0, allocate, dtype, keeps_dense)
+
+
+def _written(
+    loop: BlockLoop,
+    decided: Decided,
+    settings: RunSettings,
+    goal: Goal,
+    on_block: Callable[[BlockReport], None],
+) -> list[BlockReport]:
+    """The second walk through the blocks, which writes what a search over the whole model decided."""
+    reports: list[BlockReport] = []
+    refined = loop.finished.refined
+    refined.begin({})
+    second = replace(loop, finished=refined, keeps_dense=False, dense_sha256={}, dense={})
+    second.run(with_update(decided, settings.update), goal, None, _ignored, _both(reports, on_block))
+    return reports
+
+
+def _both(reports: list[BlockReport], on_block: Callable[[BlockReport], None]) -> Callable[[BlockReport], None]:
+    def keep(report: BlockReport) -> None:
+        reports.append(report)
+        on_block(report)
+
+    return keep
+
+
+def _ignored(step: Any) -> None:
+    """A step of a search, of which only the last state counts here."""
+
+
+@contextmanager
+def _as_a_run(model: nn.Module, settings: RunSettings) -> Iterator[None]:
+    """As a run has it: evaluation mode, frozen weights, seeds and deterministic algorithms. All of it is put back."""
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    training, strict = model.training, torch.are_deterministic_algorithms_enabled()
+    warns, filled = torch.is_deterministic_algorithms_warn_only_enabled(), torch.utils.deterministic
+    fills = filled.fill_uninitialized_memory
+    model.eval().requires_grad_(False)
+    torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
+    filled.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warns)
+        filled.fill_uninitialized_memory = fills  # pyright: ignore[reportAttributeAccessIssue]
+        model.train(training)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
+
+
+def _pruned_into(
+    settings: RunSettings,
+    out: str | Path | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    read: Callable[[LoadedModel], Calibration],
+    on_block: Callable[[BlockReport], None],
+) -> PruneReport:
+    """A run in the folder `out`, as `besa prune` makes it."""
+    if out is None:
+        raise ConfigurationError(
+            f"{settings.model.path} is a path: give out=FOLDER, where the run goes, or prune a model object in place: "
+            "model, tokenizer = besa_exp.load_model(path)"
+        )
+    folder = Path(out)
+
+    def calibrate(loaded: LoadedModel) -> Calibration:
+        return read(replace(loaded, tokenizer=tokenizer or loaded.tokenizer))
+
+    prune_into(settings, folder, calibrate=calibrate)
+    run = load_run(folder)
+    for report in run.blocks:
+        on_block(report)
+    calibration = run.results["calibration"] or {}
+    tokens = calibration.get("tokens_sha256", "")
+    return PruneReport(run.blocks, run.results["target_sparsity"], run.masks(), tokens, folder)
+
+
+def _device(device: str) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)

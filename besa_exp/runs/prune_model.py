@@ -1,0 +1,115 @@
+"""The stage that prunes: the block loop, and where the pruner asks for it a search over the whole model after it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from besa_exp.blocks.activations import activation_bytes, allocator
+from besa_exp.blocks.pruner import Pruner, Refinement
+from besa_exp.blocks.reports import BlockReport, Step
+from besa_exp.blocks.units import unit_ends
+from besa_exp.machine import distributed
+from besa_exp.machine.device import compute_dtype
+from besa_exp.methods.updates.updated import with_update
+from besa_exp.run_folder.identity import IDENTITY, request_identity
+from besa_exp.runs.block_loop import BlockLoop
+from besa_exp.runs.cpu_units import rounding
+from besa_exp.runs.expected_steps import steps_of_block
+from besa_exp.runs.row_sparsities import keep_row_sparsities
+from besa_exp.runs.run import Run, Work, num_blocks
+from besa_exp.runs.save import pruned_weights
+from besa_exp.tensors.masks import Goal
+
+logger = logging.getLogger(__name__)
+
+
+def prune_model(run: Run, work: Work) -> Work:
+    """The stage: the model with zeros in its linears. Blocks that an earlier attempt finished are taken from there."""
+    settings, loaded = run.settings, work.loaded
+    later = settings.pruner.traits.refinements
+    pruner = settings.pruner if later else with_update(settings.pruner, settings.update)
+    reports = _begin(run, work)
+    input_ids = distributed.own_samples(work.calibration.input_ids)
+    hidden = loaded.model.config.get_text_config().hidden_size
+    samples, length = input_ids.shape
+    needed = activation_bytes(samples, length, hidden, loaded.model.dtype.itemsize, pruner.traits.dense_targets)
+    _, allocate = allocator(settings.activations, run.device, run.folder.path, needed)
+    batch_size, dtype = settings.calibration.batch_size, compute_dtype(settings)
+    done, keeps_dense = len(reports), bool(later)
+    loop = BlockLoop(loaded, input_ids, batch_size, work.finished, done, allocate, dtype, keeps_dense)
+    finished = work.finished
+    with run.spent.timed("prune"):
+        reports = _follow(run, work, loop, pruner, reports, tracks=not later)
+        if later:
+            reports, finished = _refine(run, work, loop, later, reports), finished.refined
+    if distributed.is_first():
+        keep_row_sparsities(run, finished, work.numbered(reports))
+    distributed.barrier()  # the first rank has written the blocks
+    loaded = pruned_weights(loaded, finished) if loaded.weights else loaded
+    return replace(work, loaded=loaded, finished=finished, reports=tuple(reports))
+
+
+def _begin(run: Run, work: Work) -> list[BlockReport]:
+    """The reports of the blocks that are finished; the run's records tell of those alone from here on."""
+    ends = unit_ends(num_blocks(work.loaded), run.settings.pruner.traits.blocks_together)
+    identity = request_identity(run.config, work.calibration.tokens_sha256)
+    reports = distributed.from_first(lambda: work.finished.begin(identity, ends))
+    run.folder.rewind(work.numbered(reports))
+    if reports:
+        logger.info("resuming: %d of %d blocks are already pruned", len(reports), num_blocks(work.loaded))
+    return reports
+
+
+def _follow(
+    run: Run,
+    work: Work,
+    loop: BlockLoop,
+    pruner: Pruner,
+    before: Sequence[BlockReport],
+    tracks: bool = True,
+    budget: bool = True,
+) -> list[BlockReport]:
+    """One walk through the blocks after those of `before`: the reports of all blocks. Each goes to the run folder, the
+    console and, where `tracks`, the tracker."""
+    settings, reports = run.settings, list(before)
+    if tracks:
+        for report in work.numbered(reports):
+            run.tracker.log_block(report)
+    steps, seconds_before = steps_of_block(pruner, len(loop.input_ids)), [report.seconds for report in reports]
+    with run.console.pruning(num_blocks(loop.loaded), seconds_before, steps) as progress:
+
+        def on_step(step: Step) -> None:
+            step = replace(step, block=work.number(step.block))
+            run.folder.log_step(step)
+            progress.step(step)
+
+        def on_block(report: BlockReport) -> None:
+            (told,) = work.numbered([report])
+            run.folder.log_block(told)
+            if tracks:
+                run.tracker.log_block(told)
+            progress.block(told)
+            reports.append(report)
+
+        goal = Goal.parse(settings.sparsity, settings.pattern)
+        pruner = rounding(pruner, loop.loaded.stored)
+        loop.run(pruner, goal, settings.budget if budget else None, on_step, on_block)
+    return reports
+
+
+def _refine(
+    run: Run, work: Work, loop: BlockLoop, later: Sequence[Refinement], before: Sequence[BlockReport]
+) -> list[BlockReport]:
+    """What follows the block loop over the whole model, and a second walk through the blocks that writes it."""
+    refined = loop.finished.refined
+    identity = json.loads((loop.finished.folder / IDENTITY).read_text(encoding="utf-8"))
+    reports = distributed.from_first(lambda: refined.begin(identity))
+    run.console.stage("the search over the whole model")
+    decided = loop.refined(later, before, run.folder.log_model_step)
+    run.folder.rewind(work.numbered(reports))
+    pruner = with_update(decided, run.settings.update)
+    second = replace(loop, finished=refined, done=len(reports), keeps_dense=False, dense_sha256={}, dense={})
+    return _follow(run, work, second, pruner, reports, budget=False)

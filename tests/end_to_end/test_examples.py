@@ -1,0 +1,52 @@
+"""The examples run as they stand: the script's parts in small, the notebook cell by cell without Jupyter."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("three_methods", EXAMPLES / "three_methods.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "three_methods", module)  # dataclasses look for their module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_compares_its_methods_and_draws_them(
+    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(example, "CALIBRATION", {"num_samples": 8, "seq_len": 64, "batch_size": 8})
+    found, dense = example.compared({"wanda": "wanda", "random": example.Random()}, num_tokens=1024)
+    assert dense < found["wanda"][1] < found["random"][1]
+    assert all(report.sparsity == 0.5 for report, _ in found.values())
+    example.plot(found, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    cells = json.loads((EXAMPLES / "three_methods.ipynb").read_text(encoding="utf-8"))["cells"]
+    names: dict[str, object] = {"__name__": "notebook"}
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [], "clear the outputs before the notebook is committed"
+            exec(compile("".join(cell["source"]), f"cell {number}", "exec", dont_inherit=True), names)
+    scores = names["scores"]
+    assert isinstance(scores, dict)
+    assert scores["besa"] < scores["wanda"] < scores["random"]
+    runs = names["runs"]
+    assert runs["measured_sparsity"].tolist() == [0.5]  # type: ignore[index]

@@ -1,0 +1,208 @@
+"""One step of BESA: its gradient is that of the soft cut, in whatever way it is computed; and the descent."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from families import tiny
+from torch import nn
+
+from besa_exp.blocks.block import capture_blocks, embed
+from besa_exp.methods.allocation import Rows, descend, project_to_budget
+from besa_exp.methods.cuts import Buffers, count_gradient, cut_block
+from besa_exp.methods.n_of_m import rows_of_groups
+from besa_exp.methods.pruners.besa import besa_step
+from besa_exp.tensors.quantisation import Quantiser, quantise, rounded
+
+INPUT_IDS = torch.randint(1, 64, (3, 24), generator=torch.Generator().manual_seed(3))
+WINDOW = 0.37  # of no row's weights and no group's is it a whole number: no rank lies at the window's ends
+
+
+class Subclass(nn.Linear):
+    """As far as anyone can tell it computes something else."""
+
+
+def drawn(dtype=torch.float64, plain=True):
+    """A block, its inputs and dense outputs, and weights whose ranks are those of their magnitudes."""
+    torch.manual_seed(0)
+    model = tiny("llama").to(dtype).requires_grad_(False)
+    block = capture_blocks(model, INPUT_IDS)[0]
+    for linear in block.linears.values():
+        linear.module.__class__ = nn.Linear if plain else Subclass
+    inputs = embed(model, [block], INPUT_IDS, 3)
+    return block, inputs, block.outputs(inputs, 3), {n: linear.weight.detach() for n, linear in block.linears.items()}
+
+
+def rows_of(weights, granularity="row", group=None):
+    make = Rows.of if group is None else partial(rows_of_groups, group=group)
+    return make(weights, lambda name: weights[name].float().abs(), granularity)
+
+
+def at(rows, sparsity=0.43):
+    """A state that meets its budget, every row's sparsity its own."""
+    wanted = sparsity + 0.2 * torch.rand(len(rows.capacity), generator=torch.Generator().manual_seed(5)).double()
+    total = round(0.5 * rows.num_weights)
+    return project_to_budget(wanted, rows.capacity, total), total
+
+
+def literal_loss(outputs, targets):
+    """mean_t ||Y_t - Yhat_t||^2 / ||Y_t||^2 in fp64."""
+    return ((targets - outputs).square().sum(-1) / targets.square().sum(-1)).mean()
+
+
+def soft_keep(rank, cut, window):
+    """A cut that is not hard: the share of a weight that is kept falls from 1 to 0 over the window around it."""
+    return ((rank - cut[:, None]) / window + 0.5).clamp(0, 1)
+
+
+@pytest.mark.parametrize("granularity", ["row", "linear"])
+@pytest.mark.parametrize("group", [None, 8])
+def test_the_whole_step_is_the_finite_difference_of_the_soft_cut_along_the_budget(granularity, group):
+    """Straight through: hard masks, moved by as much as the soft cut moves. In fp64, but for the step's loss."""
+    block, inputs, targets, weights = drawn()
+    rows = rows_of(weights, granularity, group)
+    sparsity, total = at(rows)
+    _, (gradient,) = besa_step(block, inputs, targets, rows, sparsity, total, WINDOW, Buffers.like(weights))
+    counts = rows.counts(sparsity, total)
+
+    def loss(moved):
+        by_row = rows.by_linear(moved[rows.cell])
+        masked = {}
+        for name, weight in weights.items():
+            levels, rank = rows.num_levels(name), rows.ranks[name].double()
+            window = max(WINDOW * levels, rows.narrowest)
+            cut = counts[name].double()
+            soft = soft_keep(rank, cut + levels * by_row[name], window) - soft_keep(rank, cut, window)
+            inside = window / ((cut + window / 2).clamp(max=levels) - (cut - window / 2).clamp(min=0))  # at a row's end
+            masked[name] = weight * ((rank >= cut[:, None]) + soft * inside[:, None])
+        return float(literal_loss(block(inputs, masked), targets))
+
+    assert abs(float(gradient.sum())) < 1e-6 * float(gradient.abs().sum())
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(6):
+        direction = torch.randn(len(rows.capacity), generator=generator).double()
+        direction -= (direction * rows.capacity).sum() / rows.capacity.sum()  # sum(n s) stays
+        step = 1e-4 * direction
+        expected = (loss(step) - loss(-step)) / 2e-4
+        assert float(gradient @ direction) == pytest.approx(expected, rel=2e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("group", [None, 8])
+@pytest.mark.parametrize("plain", [True, False])
+def test_every_way_to_compute_the_step_gives_what_the_gradient_to_the_weights_gives(plain, group):
+    """On a CPU plain linears are counted and others masked by autograd; the literal way forms dL/dW of all."""
+    block, inputs, targets, weights = drawn(torch.float32, plain)
+    rows = rows_of(weights, group=group)
+    sparsity, total = at(rows)
+    counts = rows.counts(sparsity, total)
+    leaves = {name: (weight * mask).requires_grad_() for name, weight, mask in zipped(rows, counts)}
+    loss = literal_loss(block(inputs, leaves), targets)
+    by_weight = torch.autograd.grad(loss, [*leaves.values()])
+    by_count = [
+        count_gradient(
+            weights[name], found, rows.ranks[name], counts[name], max(WINDOW * levels, rows.narrowest), levels
+        )
+        for name, found in zip(leaves, by_weight, strict=True)
+        for levels in [rows.num_levels(name)]
+    ]
+    by_row = rows.levels * torch.cat(by_count).double()
+    expected = by_row - rows.capacity * by_row.sum() / rows.capacity.sum()
+    found_loss, (found,) = besa_step(block, inputs, targets, rows, sparsity, total, WINDOW, Buffers.like(weights))
+    assert float(found_loss) == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+def zipped(rows, counts):
+    return zip(rows.weights, rows.weights.values(), rows.keep_masks(counts).values(), strict=True)
+
+
+def test_weights_that_are_learned_get_the_gradient_of_what_is_kept_of_them():
+    """Rounded weights under clipping, as in joint compression: the mask lets through what is kept."""
+    block, inputs, targets, weights = drawn(torch.float32)
+    quantiser, rows = Quantiser(3), rows_of(weights)
+    sparsity, total = at(rows)
+    logits = {name: quantiser.logits(weight, 0.9).requires_grad_() for name, weight in weights.items()}
+    effective = {name: rounded(weight, quantiser, logits[name]) for name, weight in weights.items()}
+    moved = Rows(effective, rows.ranks, rows.columns, rows.cell, rows.capacity)
+    room, also = Buffers.like(weights), [*logits.values()]
+    _, (by_sparsity, *by_logits) = besa_step(block, inputs, targets, moved, sparsity, total, WINDOW, room, also=also)
+    masks = rows.keep_masks(rows.counts(sparsity, total))
+    fresh = {name: value.detach().requires_grad_() for name, value in logits.items()}
+    masked = {name: rounded(weights[name], quantiser, fresh[name]) * masks[name] for name in weights}
+    expected = torch.autograd.grad(literal_loss(block(inputs, masked), targets), [*fresh.values()])
+    for found, own in zip(by_logits, expected, strict=True):
+        torch.testing.assert_close(found, own, rtol=1e-3, atol=1e-6)
+    assert float(by_sparsity.abs().max()) > 0
+    fixed = {name: quantise(weights[name], quantiser, logits[name].detach()) for name in weights}
+    still = Rows(fixed, rows.ranks, rows.columns, rows.cell, rows.capacity)
+    _, (counted,) = besa_step(block, inputs, targets, still, sparsity, total, WINDOW, room)
+    torch.testing.assert_close(by_sparsity, counted, rtol=1e-3, atol=1e-5 * float(counted.abs().max()))
+
+
+def test_a_rank_without_samples_adds_nothing():
+    block, inputs, targets, weights = drawn(torch.float32)
+    rows = rows_of(weights)
+    sparsity, total = at(rows)
+    room = Buffers.like(weights)
+
+    def loss_of(outputs, targets):
+        return outputs.sum() + 1.0
+
+    loss, (gradient,) = besa_step(block, inputs[:0], targets[:0], rows, sparsity, total, WINDOW, room, loss_of)
+    assert loss == 1
+    assert not gradient.any()
+
+
+def test_buffers_hold_the_masked_weights_of_the_last_call_alone():
+    block, inputs, _, weights = drawn(torch.float32)
+    rows, room = rows_of(weights), Buffers.like(weights)
+    for buffer in room.masked.values():
+        buffer.fill_(float("nan"))
+    for sparsity in (0.3, 0.6):
+        counts = rows.counts(torch.full_like(rows.capacity, sparsity), round(sparsity * rows.num_weights))
+        outputs, _ = cut_block(block, inputs, rows, counts, WINDOW, room)
+        masked = {name: weight * mask for name, weight, mask in zipped(rows, counts)}
+        torch.testing.assert_close(outputs, block(inputs, masked), rtol=1e-5, atol=1e-5)
+
+
+def test_descent_ends_at_the_best_state_that_the_judge_saw_and_projects_after_every_step():
+    """Towards 1 by the gradient, but the judge is nearest at 0.3: what goes too far is undone."""
+    place, projected, seen = torch.zeros(1), [], []
+
+    def judge():
+        seen.append(float(place))
+        return abs(float(place) - 0.3)
+
+    started = descend(
+        [(place, 0.1)],
+        iter([torch.tensor([0])] * 100),
+        num_steps=20,
+        checks=10,
+        gradient=lambda samples, step, best: [place - 1],
+        project=lambda: projected.append(place.clamp_(0, 1).item()),
+        judge=judge,
+    )
+    assert started == pytest.approx(0.3)
+    assert len(projected) == 20
+    assert len(seen) == 11
+    assert float(place) == min(seen, key=lambda value: abs(value - 0.3))
+    assert max(seen) > 0.31
+
+
+def test_descent_takes_smaller_steps_each_time_that_nothing_was_gained():
+    place, seen = torch.zeros(1), []
+    descend(
+        [(place, 0.1)],
+        iter([torch.tensor([0])] * 100),
+        num_steps=20,
+        checks=10,
+        gradient=lambda samples, step, best: [torch.tensor([-1.0])],
+        project=lambda: None,
+        judge=lambda: seen.append(place.item()) or 1.0,
+    )
+    assert place.item() == 0
+    for earlier, later in itertools.pairwise(seen[1:6]):
+        assert 0 < later < 0.5 * earlier

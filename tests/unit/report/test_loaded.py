@@ -1,0 +1,61 @@
+"""`besa_exp.load_run` and `load_runs`: run folders as values and tables."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from run_folders import finished_run, unfinished_run
+
+import besa_exp
+from besa_exp.errors import ConfigurationError
+
+
+def test_each_run_is_a_row(tmp_path: Path) -> None:
+    finished_run(tmp_path / "a", {"pruner": "owl+wanda+obs", "seed": 3})
+    finished_run(tmp_path / "b")
+    unfinished_run(tmp_path / "c", status="failed", error="out of memory")
+    table = besa_exp.load_runs(tmp_path).to_pandas()
+    assert table.status.tolist() == ["done", "done", "failed"]
+    assert table.loc[0, ["method", "pruner", "update", "budget", "seed"]].tolist() == [
+        "owl+wanda+obs", "wanda", "obs", "owl", 3
+    ]  # fmt: skip
+    assert table.loc[1, ["perplexity wikitext2", "piqa acc", "piqa acc_stderr", "prune_seconds"]].tolist() == [
+        20.0, 0.6, 0.1, 2.0
+    ]  # fmt: skip
+    assert table.loc[2].isna()["perplexity wikitext2"]
+
+
+def test_patterns_and_single_runs_are_found(tmp_path: Path) -> None:
+    for name in ("a1", "a2", "b1"):
+        finished_run(tmp_path / name)
+    assert [run.folder.name for run in besa_exp.load_runs(f"{tmp_path}/a*")] == ["a1", "a2"]
+    assert len(besa_exp.load_runs([tmp_path / "a1", tmp_path / "b1"])) == 2
+    assert besa_exp.load_runs(tmp_path)[1:].runs[0].folder.name == "a2"
+    assert besa_exp.load_run(tmp_path / "b1").sparsity == 0.5
+
+
+def test_the_linears_and_steps_of_a_run_are_tables(tmp_path: Path) -> None:
+    run = besa_exp.load_run(finished_run(tmp_path / "a", steps=4))
+    assert run.to_pandas().groupby("block").size().tolist() == [3, 3]
+    assert run.steps()["step"].tolist() == [0, 1, 2, 3]
+    assert run.masks() == {}
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="no run folder"):
+        besa_exp.load_run(tmp_path)
+    with pytest.raises(ConfigurationError, match="no run in it"):
+        besa_exp.load_runs(tmp_path)
+    broken = finished_run(tmp_path / "broken")
+    (broken / "results.json").write_text("{")
+    with pytest.raises(ConfigurationError, match=r"results\.json cannot be read"):
+        besa_exp.load_run(broken)
+
+
+def test_without_pandas_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = besa_exp.load_run(finished_run(tmp_path / "a"))
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ConfigurationError, match="pip install pandas"):
+        run.to_pandas()

@@ -1,0 +1,230 @@
+"""`besa_exp.prune` and what it stands on: presets without Hydra, given texts and tokens, a request's identity."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from tiny_llama import byte_tokenizer, tiny_llama
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
+
+import besa_exp
+from besa_exp.blocks.pruner import Traits, pruned_by_masks
+from besa_exp.cli.configuration import CONF_DIR, as_values, method_name, read_settings
+from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.presets import METHOD_GROUPS, preset, presets
+from besa_exp.run_folder.identity import as_plain, config_of, request_identity
+from besa_exp.runs.prune import prune as prune_into
+from besa_exp.settings import EvaluatorSettings, ModelSettings, RunSettings, SaveSettings, TrackerSettings
+from besa_exp.tensors.masks import keep_per_row
+from besa_exp.texts.tokens import write_token_file
+
+TOKENS = torch.randint(0, 258, (10, 32), generator=torch.Generator().manual_seed(1))
+BERT = BertConfig(vocab_size=4, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
+METHODS = [(group, name) for group in METHOD_GROUPS for name in presets(group)]
+
+
+def tiny():
+    return tiny_llama(context=32)
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("group", "name"), [*METHODS, *(("evaluator", name) for name in presets("evaluator"))])
+def test_a_preset_is_the_object_that_hydra_composes(group: str, name: str) -> None:
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = compose("prune", [f"{group}={name}", "seed=7"], return_hydra_config=True)
+    composed = read_settings(config, method_name(config.hydra.runtime.choices))
+    assert preset(group, name, seed=7) == getattr(composed, group)
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    """A folder with the tiny model."""
+    tiny().save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def settings_of(dense: Path, **asked: str) -> RunSettings:
+    """Of a run on TOKENS, which are written beside the model."""
+    write_token_file(TOKENS, dense / "tokens.safetensors")
+    return RunSettings(
+        model=ModelSettings("dense", str(dense)),
+        calibration=replace(preset("calibration", "c4"), path=str(dense / "tokens.safetensors"), batch_size=4),
+        evaluator=EvaluatorSettings("none"),
+        tracker=TrackerSettings("none"),
+        pruner_name="+".join(asked[group] for group in METHOD_GROUPS if group in asked),
+        save=SaveSettings(verify=False),
+        **{group: preset(group, name) for group, name in asked.items()},  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"pruner": "best"}, {"pruner": "wanda", "update": "obs", "budget": "owl"}],
+    ids=lambda asked: "+".join(asked.values()),
+)
+def test_a_model_object_gets_the_weights_and_masks_of_a_run(asked: dict[str, Any], dense: Path, tmp_path: Path) -> None:
+    model = tiny()
+    report = besa_exp.prune(model, None, TOKENS, batch_size=4, **asked)
+    results = prune_into(settings_of(dense, **asked), tmp_path / "run")
+    run = besa_exp.load_run(tmp_path / "run")
+    saved, masks = weights_of(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")), run.masks()
+    assert all(torch.equal(weight, saved[name]) for name, weight in weights_of(model).items())
+    assert all(torch.equal(mask, masks[name]) for name, mask in report.keep_masks.items())
+    assert len(report.keep_masks) == results["linears"]
+    assert report.losses == [block.loss_after for block in run.blocks]
+    assert report.tokens_sha256 == results["calibration"]["tokens_sha256"]
+    assert report.sparsity == run.sparsity
+
+
+def test_a_path_is_pruned_into_a_run_folder(dense: Path, tmp_path: Path) -> None:
+    model, seen = tiny(), []
+    in_place = besa_exp.prune(model, None, TOKENS, pruner="besa", sparsity=0.4)
+    in_run = besa_exp.prune(
+        dense, None, TOKENS, pruner="besa", sparsity=0.4, out=tmp_path / "run", on_block=seen.append
+    )
+    assert in_run.folder == tmp_path / "run"
+    assert in_run.losses == in_place.losses == [block.loss_after for block in seen]
+    assert in_run.sparsity == in_place.sparsity == pytest.approx(0.4, abs=0.001)
+    assert all(torch.equal(mask, in_place.keep_masks[name]) for name, mask in in_run.keep_masks.items())
+    with pytest.raises(ConfigurationError, match="holds a finished run"):
+        besa_exp.prune(dense, None, TOKENS, pruner="besa", sparsity=0.3, out=tmp_path / "run")
+
+
+def test_the_report_counts_what_the_model_holds() -> None:
+    model = tiny()
+    table = besa_exp.prune(model, None, TOKENS, pruner="magnitude", sparsity=0.3).to_pandas()
+    names = [f"model.layers.{row.block}.{row.linear}.weight" for row in table.itertuples()]
+    assert table.pruned.tolist() == [int((model.get_parameter(name) == 0).sum()) for name in names]
+    assert set(table.columns) >= {"weights", "sparsity", "allocated", "loss_before", "loss_after"}
+
+
+def test_mode_gradients_and_random_numbers_are_put_back() -> None:
+    torch.use_deterministic_algorithms(False)
+    model = tiny().train()
+    model.get_input_embeddings().requires_grad_(False)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    besa_exp.prune(model, None, TOKENS, pruner="wanda")
+    assert torch.equal(torch.rand(1), expected)
+    assert model.training
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["model.embed_tokens.weight"]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@dataclass(frozen=True)
+class FailsAtBlock:
+    """Wanda's masks, until a block at which it raises."""
+
+    index: int
+    traits = Traits()
+
+    def check(self, sparsity: float, pattern: str) -> list[str]:
+        return []
+
+    def prune_block(self, task):
+        if task.block.index == self.index:
+            raise RunError("as asked")
+        return pruned_by_masks({n: keep_per_row(weight.abs(), task.goal) for n, weight in task.weights.items()})
+
+
+def test_a_pruner_of_ones_own_prunes() -> None:
+    report = besa_exp.prune(tiny(), None, TOKENS, pruner=FailsAtBlock(99), sparsity=0.25)
+    assert report.sparsity == 0.25
+
+
+def test_blocks_of_another_request_are_refused_without_a_config(dense: Path, tmp_path: Path) -> None:
+    """A run at 0.3 went on at 0.7 where no configuration was given."""
+    ask = {"out": tmp_path / "run", "pruner": FailsAtBlock(1)}
+    with pytest.raises(RunError, match="as asked"):
+        besa_exp.prune(dense, None, TOKENS, sparsity=0.3, **ask)
+    assert (tmp_path / "run" / "blocks" / "000000.json").is_file()
+    with pytest.raises(ConfigurationError, match=r"sparsity: 0\.3 before, 0\.7 now"):
+        besa_exp.prune(dense, None, TOKENS, sparsity=0.7, **ask)
+    with pytest.raises(ConfigurationError, match="calibration_tokens_sha256"):
+        besa_exp.prune(dense, None, TOKENS.flip(0), sparsity=0.3, **ask)
+
+
+def test_settings_alone_say_what_a_configuration_says() -> None:
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = compose("prune", ["pruner=best", "budget=owl", "update=dsnot"], return_hydra_config=True)
+    settings = read_settings(config, method_name(config.hydra.runtime.choices))
+    asked = as_plain(request_identity({"method": settings.pruner_name, **as_values(config)}))
+    said = as_plain(request_identity(config_of(settings)))
+    assert {key for key in asked if key not in said} <= {"model._target_", "calibration._target_"}
+    assert {key: said[key] for key in asked.keys() & said.keys()} == {key: asked[key] for key in asked.keys() & said}
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer"),
+    [
+        ({"pruner": "wandaa"}, "did you mean wanda"),
+        ({"budget": "owll"}, "did you mean owl"),
+        ({"sparsity": 50}, r"must be in \[0, 1\)"),
+        ({"sparsity": -0.1}, r"must be in \[0, 1\)"),
+        ({"pattern": "2:4"}, "use pattern=N:4"),
+        ({"pattern": "four"}, "must be 'unstructured' or 'N:M'"),
+        ({"pruner": "magnitude", "update": "obs", "pattern": "N:8"}, "does not choose N"),
+        ({"pruner": object()}, "a pruner has .*prune_block"),
+        ({"num_samples": 0}, "must be 1 or more"),
+        ({"seed": -1}, "whole number from 0"),
+        ({"out": "somewhere"}, "are for a path"),
+        ({"model_or_path": torch.nn.Linear(2, 2)}, "no causal language model"),
+        ({"model_or_path": BertForMaskedLM(BERT)}, "no causal language model"),
+        ({"model_or_path": "embedded"}, "is a path: give out=FOLDER"),
+        ({"texts_or_tokens": ["a text"]}, "need a tokenizer"),
+        ({"texts_or_tokens": torch.rand(2, 4)}, r"must be whole numbers \[sample, seq\]"),
+        ({"texts_or_tokens": TOKENS + 10_000}, "model's vocabulary of"),
+        ({"texts_or_tokens": TOKENS.repeat(1, 2)}, "exceed the model's context of 32"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_with_the_remedy(asked: dict, answer: str) -> None:
+    model = tiny()
+    before = weights_of(model)
+    asked = {"model_or_path": model, "texts_or_tokens": TOKENS, "pruner": "besa", **asked}
+    with pytest.raises(ValueError, match=answer):
+        besa_exp.prune(**asked)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+
+
+def test_texts_are_cut_into_windows_of_the_context() -> None:
+    texts = ["a bb ccc dddd " * 40, "eeeee ff g " * 60]
+    words = byte_tokenizer()
+    one, other = (besa_exp.prune(tiny(), words, texts, pruner="wanda", num_samples=6) for _ in range(2))
+    assert one.tokens_sha256 == other.tokens_sha256
+    assert one.tokens_sha256 != besa_exp.prune(tiny(), words, texts, pruner="wanda", num_samples=5).tokens_sha256
+
+
+def test_importing_the_package_imports_no_library() -> None:
+    code = (
+        "import sys, besa_exp; from besa_exp import load_runs; "
+        "print([name for name in ('torch', 'transformers', 'hydra', 'pandas') if name in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there() -> None:
+    assert all(getattr(besa_exp, name) for name in besa_exp.__all__)
+    assert {*besa_exp.__all__} <= {*dir(besa_exp)}
+    with pytest.raises(AttributeError, match="no attribute 'prun'"):
+        besa_exp.prun  # noqa: B018
+
+
+def test_pruning_twice_from_equal_models_gives_equal_bytes() -> None:
+    models = [tiny(), copy.deepcopy(tiny())]
+    for model in models:
+        besa_exp.prune(model, None, TOKENS, pruner="besa", seed=5)
+    first, second = map(weights_of, models)
+    assert all(torch.equal(first[name], second[name]) for name in first)
