@@ -46,7 +46,7 @@ def test_a_runs_own_keys_and_one_of_them(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_an_experiment_is_shown_with_what_it_chooses_and_sweeps(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = said(capsys, "show", "experiment=study_methods")
+    shown = said(capsys, "show", "experiment=joint")
     assert "besa show evaluator=perplexity" in shown
     assert "swept: one job each" in shown
     assert "list of text" in shown  # the type of evaluator.perplexity_sets
