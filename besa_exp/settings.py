@@ -102,6 +102,7 @@ class RunSettings:
     overwrite: bool = False
     compute_dtype: Literal["auto", "bfloat16"] = "auto"  # of the block loop's products; auto: the weights'
     activations: Literal["auto", "device", "host", "disk"] = "auto"  # where hidden states lie between blocks
+    verbose: bool = False  # show every choice and the zeros of each block
     profile: bool = False  # write profile.txt into the run folder
     dry_run: bool = False  # tell what the run will need, and run nothing
     save: SaveSettings = field(default_factory=SaveSettings)

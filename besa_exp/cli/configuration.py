@@ -21,6 +21,7 @@ from omegaconf.errors import InterpolationToMissingValueError
 from besa_exp.cli.reading import MISSING_VALUE, UNREAD, Reader
 from besa_exp.errors import ConfigurationError
 from besa_exp.presets import CONF_DIR, METHOD_GROUPS
+from besa_exp.report.methods import differences, method_of
 from besa_exp.run_folder.identity import NOT_DECIDING, without_places
 from besa_exp.run_folder.lookup import run_and_model
 from besa_exp.settings import EvaluationSettings, RunSettings
@@ -52,6 +53,8 @@ LATER_KEYS = (
 WANDB_MODES_ONCE = {"dryrun": "offline", "run": "online"}  # as its older versions called them
 HASH_LENGTH = 8
 NAME_LENGTH = 24  # of each part of a run's name
+SIZES = ("num_samples", "seq_len")  # of the calibration set, told in a run's name where they are not the preset's
+MOST_TOLD = 3  # differences from the presets in a run's name
 
 
 class Unreadable(ConfigurationError):
@@ -125,10 +128,11 @@ def _is_reference(config: DictConfig, key: str) -> bool:
 
 
 def run_name(config: DictConfig) -> str:
-    """`<model>-<pruner>-<sparsity or pattern>-s<seed>-<hash>`: the same for all that gives the same result.
+    """`<model>-<pruner>-<what differs from its preset>-<sparsity or pattern>-s<seed>-<hash>`: the same for all that
+    gives the same result.
 
     `config` is composed with Hydra's own node, which knows the presets chosen. The hash is over their names and the
-    values of their fields, never over where a class lies."""
+    values of their fields, never over where a class lies; it alone identifies a run."""
     values = {key: value for key, value in as_values(config).items() if key in DETERMINING_KEYS}
     if isinstance(values.get("model"), dict):
         values["model"] = {key: value for key, value in values["model"].items() if key not in NOT_DECIDING}
@@ -137,7 +141,9 @@ def run_name(config: DictConfig) -> str:
     for group, key, default in LATER_KEYS:
         if isinstance(values.get(group), dict) and values[group].get(key) == default:
             values[group] = {name: value for name, value in values[group].items() if name != key}
-    method = method_name(OmegaConf.select(config, "hydra.runtime.choices"))
+    choices = OmegaConf.select(config, "hydra.runtime.choices")
+    method = method_name(choices)
+    differing = _told_differences(method, values, str(choices.get("calibration")))
     pattern, amount = str(values.get("pattern")), values.get("sparsity")
     if fixes_sparsity(pattern):
         amount = pattern
@@ -146,8 +152,16 @@ def run_name(config: DictConfig) -> str:
         amount = f"{pattern}-{amount}"
     content = _canonical(without_places(values) | {"method": method})
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    parts = [_model_name(values), method, amount, f"s{values.get('seed')}", digest[:HASH_LENGTH]]
+    parts = [_model_name(values), method, *differing, amount, f"s{values.get('seed')}", digest[:HASH_LENGTH]]
     return "-".join(_slug(part) for part in parts)
+
+
+def _told_differences(method: str, values: Mapping[str, Any], calibration: str) -> list[str]:
+    """`scope=pair`, `num_samples=16`: what a person changed of the presets, the first few."""
+    differing = method_of(method, values, "unstructured").variant.split(", ")
+    given = values.get("calibration")
+    sizes = {key: given[key] for key in SIZES if key in given} if isinstance(given, Mapping) else {}
+    return [text for text in [*differing, *differences(sizes, "calibration", calibration)] if text][:MOST_TOLD]
 
 
 def evaluation_folder(config: DictConfig) -> str:
@@ -186,6 +200,15 @@ def _slug(part: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", str(part)).strip("._-")[:NAME_LENGTH] or "_"
 
 
+def _kept_name(root: DictConfig) -> str:
+    """A run that is there already under another name, as an earlier version gave it, keeps that one."""
+    name = run_name(root)
+    if Path("outputs", name).exists():
+        return name
+    kept = sorted(Path("outputs").glob(f"*-s*-{name.rpartition('-')[2]}"))
+    return kept[0].name if kept else name
+
+
 def _of_hydra(root: DictConfig, key: str) -> Any:
     """A value of Hydra's node, which in a running job is elsewhere."""
     if "hydra" not in root and HydraConfig.initialized():
@@ -203,7 +226,7 @@ def _from_wandb(name: str, default: Any = None) -> Any:
 
 # What a configuration may ask of itself as ${NAME:}.
 OF_ROOT: Mapping[str, Callable[[DictConfig], Any]] = {
-    "run_name": run_name,
+    "run_name": _kept_name,
     "evaluation_folder": evaluation_folder,
     "model_name": lambda root: _model_name({"model": {"path": OmegaConf.select(root, "model.path")}}),
     "single_run": lambda root: _of_hydra(root, "mode") != RunMode.MULTIRUN,  # the job is no sweep's

@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from besa_exp.display.console import JOB_OF_SWEEP
 from besa_exp.errors import RunError
 from besa_exp.runs.interruption import interruptible
 
@@ -42,7 +43,8 @@ def run_apart(
             "command": list(command),
             "answer": str(answer),
         }
-        code = _run(json.dumps(request), label, os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}))
+        own = {JOB_OF_SWEEP: "1"} | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+        code = _run(json.dumps(request), label, os.environ | own)
         if answer.is_file():
             return json.loads(answer.read_text(encoding="utf-8"))
     raise RunError(_ended(code))

@@ -9,9 +9,9 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from hydra._internal.hydra import Hydra
 from hydra.conf import HydraConf
@@ -19,17 +19,16 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from besa_exp.cli.compose import key_of
 from besa_exp.cli.configuration import as_values, method_name, read_settings
 from besa_exp.cli.job_process import run_apart
 from besa_exp.cli.launchers import lost_jobs_told, visible_gpus
+from besa_exp.cli.outcome import Outcome, Status
 from besa_exp.cli.profiling import profiling
 from besa_exp.cli.request import CONFIG_NAME, Job, Request
+from besa_exp.cli.sweep_display import Course, show_sweep
+from besa_exp.display.console import duration, next_steps
 from besa_exp.display.missed_target import miss_of, told_miss
 from besa_exp.errors import ConfigurationError, RunError, first_line
 from besa_exp.evaluation.score import Scores, main_scores, partly_scored
@@ -41,28 +40,10 @@ from besa_exp.run_folder.folder import RunFolder, read_results
 from besa_exp.run_folder.status import is_done, read_status, seen_status
 from besa_exp.runs.interruption import interruptible
 
-Status = Literal["done", "finished before", "refused", "failed"]
-WIDTH_OF_FILES = 200  # columns of a table that no terminal shows
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
-EXIT_CODES: Mapping[Status, int] = {"done": 0, "finished before": 0, "failed": 1, "refused": 2}
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a job. `text` is the results in a line, or the error."""
-
-    folder: Path
-    status: Status
-    text: str
-    missed: bool = False  # the target
-
-    @property
-    def exit_code(self) -> int:
-        """0 where the results are there, 1 for a failure inside the run, 2 for a configuration that is refused."""
-        return EXIT_CODES[self.status]
-
-
-def run_job(config: DictConfig) -> Outcome:
+def run_job(config: DictConfig, course: Course | None = None) -> Outcome:
     """One job, in whatever process the launcher chose; a sweep's in a process of its own. Never raises an Exception: a
     job that fails must not take others with it."""
     hydra_config = HydraConfig.get()
@@ -75,9 +56,9 @@ def run_job(config: DictConfig) -> Outcome:
         return carry_out(config, pruner_name, folder, single=True)
     keep_streams()  # of a launcher's process
     number, lines = hydra_config.job.num, list(hydra_config.overrides.task)
-    print(f"job {number}: {' '.join(lines)} -> {folder}", flush=True)
+    print(course.told(number, lines, folder) if course else f"job {number + 1}: {' '.join(lines)}", flush=True)
     alone = str(hydra_config.launcher._target_).endswith("BasicLauncher")
-    label = "" if alone else f"job {number}: "
+    label = "" if alone else f"job {number + 1}: "
     gpus = visible_gpus() if "Joblib" in str(hydra_config.launcher._target_) and config.device == "auto" else []
     gpu = gpus[number % len(gpus)] if len(gpus) > 1 else None
     words, before = _alone(hydra_config), read_status(folder)
@@ -148,7 +129,10 @@ def finished_before(folder: Path, config: DictConfig | None = None) -> Outcome:
 
 def finished(status: Status, folder: Path, results: Mapping[str, Any]) -> Outcome:
     """The outcome of a run with its results."""
-    return Outcome(folder, status, summary_line(results), bool(miss_of(results)))
+    seconds = (results.get("seconds") or {}).get("total")
+    took = f", {duration(seconds)}" if seconds is not None else ""
+    line = summary_line(results)
+    return Outcome(folder, status, line + took, bool(miss_of(results)), line.partition(", ")[0] + took)
 
 
 def full_errors() -> bool:
@@ -179,7 +163,8 @@ def _sweep(hydra: Hydra, request: Request) -> list[Outcome]:
         return [finished_before(job.folder, job.config) for job in jobs]
     try:
         with lost_jobs_told(request.launcher):
-            batches = hydra.multirun(request.config_name, run_job, [*request.lines, "hydra.mode=MULTIRUN"])
+            job_of_sweep = partial(run_job, course=Course.of(jobs))
+            batches = hydra.multirun(request.config_name, job_of_sweep, [*request.lines, "hydra.mode=MULTIRUN"])
             returned = [job.return_value for batch in batches for job in batch]
     except Exception as error:  # noqa: BLE001 - the jobs that did end are told nevertheless
         if full_errors():
@@ -238,18 +223,18 @@ def _number(value: float | None, digits: int) -> str:
     return "n/a" if value is None else f"{value:.{digits}f}"
 
 
-def show(outcomes: Sequence[Outcome]) -> None:
-    """A line for one job, on stderr for a failure; a table for several."""
-    if len(outcomes) == 1:
-        (outcome,) = outcomes
-        where = f"; see {outcome.folder / 'run.log'}" if outcome.exit_code else f" -> {outcome.folder}"
-        line, stream = f"{outcome.status}: {outcome.text}{where}", sys.stderr if outcome.exit_code else sys.stdout
-        print(f"\033[33m{line}\033[0m" if outcome.missed and stream.isatty() else line, file=stream)
+def show(outcomes: Sequence[Outcome], seconds: float | None = None) -> None:
+    """For one job a line, on stderr for a failure, and what to do next; for several the comparison."""
+    if len(outcomes) > 1:
+        show_sweep(outcomes, seconds)
         return
-    table = Table(box=box.SIMPLE)
-    for column in ("job", "status", "folder", "results or error"):
-        table.add_column(column, overflow="fold")
-    for number, outcome in enumerate(outcomes):
-        style = "red" if outcome.exit_code else "yellow" if outcome.missed else None
-        table.add_row(str(number), outcome.status, str(outcome.folder), escape(outcome.text), style=style)
-    Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES).print(table)
+    (outcome,) = outcomes
+    where = f"; see {outcome.folder / 'run.log'}" if outcome.exit_code else f" -> {outcome.folder}"
+    stream = sys.stderr if outcome.exit_code else sys.stdout
+    shown = outcome.brief if stream.isatty() and outcome.status == "done" else ""  # its scores are on the screen
+    line = f"{outcome.status}: {shown or outcome.text}{where}"
+    coloured = outcome.missed and stream.isatty() and not os.environ.get("NO_COLOR")
+    print(f"\033[33m{line}\033[0m" if coloured else line, file=stream)
+    if not outcome.exit_code and (outcome.folder / "results.json").is_file():
+        for why, command in next_steps(outcome.folder, read_results(outcome.folder)):
+            print(f"  {why:<10} {command}")

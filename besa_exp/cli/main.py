@@ -20,10 +20,15 @@ besa: prunes language models block by block (BESA, arXiv 2402.16880) and compare
   besa evaluate checkpoint=DIR   score any model folder, run folder or hub id; a run's results get the new scores
   besa masks apply MASKS --model DIR --out DIR
                                  rebuild a pruned model from dense weights and a run's masks.safetensors
+  besa compare DIR...            finished runs as one sorted table (--latex, --csv)
   besa report DIR... [--out DIR]
                                  compare run folders and sweeps: one page, tables, figures
+  besa status DIR...             what runs, what failed and why, what is left
+  besa generate DIR [--prompt TEXT]
+                                 what a run's model says, the dense one beside it
   besa prefetch [key=value ...]  fetch all that a run of the same keys takes from the hub, or list what is missing
   besa list [group ...]          the presets there are, with a line each
+  besa show GROUP=PRESET         what each key of a preset means, its type and value; besa show: a run's own keys
   besa --version
 
   besa prune --help              all groups, keys and flags
@@ -111,6 +116,30 @@ def _report(arguments: Sequence[str]) -> int:
     return report(arguments)
 
 
+def _compare(arguments: Sequence[str]) -> int:
+    from besa_exp.cli.compare import comparison
+
+    return comparison(arguments)
+
+
+def _status(arguments: Sequence[str]) -> int:
+    from besa_exp.cli.status import status
+
+    return status(arguments)
+
+
+def _show(arguments: Sequence[str]) -> int:
+    from besa_exp.cli.show import show
+
+    return show(arguments)
+
+
+def _generate(arguments: Sequence[str]) -> int:
+    from besa_exp.cli.generate import generate
+
+    return generate(arguments)
+
+
 def _evaluate(arguments: Sequence[str]) -> int:
     from besa_exp.cli.evaluate import evaluate
 
@@ -135,6 +164,10 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "masks": _masks,
     "prefetch": _prefetch,
     "list": _list,
+    "show": _show,
+    "compare": _compare,
+    "status": _status,
+    "generate": _generate,
     "report": _report,
     "--help": _help,
     "-h": _help,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,10 +72,11 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ConfigurationError("torchrun shares one run among its processes: leave -m out, one command a job")
     if any(job.config.get("dry_run") for job in request.jobs):
         return dry_run(request)
+    began = time.monotonic()
     outcomes = launch(request)
     if not request.multirun and outcomes[0].status == "refused":
         raise ConfigurationError(*outcomes[0].text.splitlines())
-    show(outcomes)
+    show(outcomes, time.monotonic() - began)
     return max(outcome.exit_code for outcome in outcomes)
 
 

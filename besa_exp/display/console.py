@@ -1,15 +1,16 @@
-"""What a run shows: its plan, a progress bar over blocks and steps with the time left, then sparsity and scores.
+"""What a run shows: what it is about to do, one progress line with the time left, then scores and what to do next.
 
-On a terminal this is drawn with rich. Elsewhere it is plain ASCII lines, one a block, through `logging`. Either way
-every line is a log record too, so that run.log tells the same story.
+On a terminal this is drawn with rich. Elsewhere it is plain lines, one a block, through `logging`. Either way every
+line is a log record too, and run.log has more than is shown: the whole plan and the zeros of each block.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import shlex
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -18,23 +19,27 @@ from typing import Any
 from rich import box
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from besa_exp.blocks.reports import BlockReport, Step
 from besa_exp.display.missed_target import told_miss
-from besa_exp.display.tables import as_text, plan_table, result_tables
+from besa_exp.display.progress import PruningProgress, StageLine, duration
+from besa_exp.display.tables import as_text, outline, plan_table, result_tables, sparsity_tables
 from besa_exp.settings import RunSettings
 
 PLAIN_WIDTH = 120  # columns of tables in files, where no terminal sets a width
+JOB_OF_SWEEP = "BESA_JOB_OF_SWEEP"  # in the environment of a sweep's job: it shows a progress line and nothing else
 logger = logging.getLogger(__name__)
 
 
 class RunConsole:
     """Shows one run. Used as a context manager it also shows what the project logs: on a terminal warnings and errors,
-    elsewhere everything. `quiet` (plain lines) is chosen by whether standard output is a terminal."""
+    elsewhere everything but what is for run.log alone. `quiet` (plain lines) is chosen by whether standard output is a
+    terminal; `verbose` shows the whole plan and the zeros of each block too."""
 
-    def __init__(self, quiet: bool | None = None):
-        self._terminal = Console() if quiet is False or (quiet is None and sys.stdout.isatty()) else None
+    def __init__(self, quiet: bool | None = None, verbose: bool = False):
+        drawn = quiet is False or (quiet is None and sys.stdout.isatty())
+        self._terminal = Console(file=sys.stdout, highlight=False, emoji=False) if drawn else None
+        self._verbose, self._brief = verbose, bool(os.environ.get(JOB_OF_SWEEP)) and not verbose
+        self._line = StageLine(self._terminal, self._brief)
         self._handler = _warnings_to(self._terminal) if self._terminal else _lines_to_stdout()
 
     def __enter__(self) -> RunConsole:
@@ -48,113 +53,92 @@ class RunConsole:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._line.close(well=error is None)
         project = logging.getLogger("besa_exp")
         project.removeHandler(self._handler)
         project.setLevel(self._level)
 
-    def plan(self, settings: RunSettings, facts: Mapping[str, Any]) -> None:
-        """What is about to be done; `facts` are further lines, such as counts of blocks and weights."""
-        table = plan_table(settings, facts)
-        self._log(table)
-        if self._terminal:
-            self._terminal.print(table)
+    def outline(self, settings: RunSettings) -> None:
+        """What is about to be done, in two lines, before anything is loaded."""
+        for line in outline(settings):
+            logger.info(line)
+            if self._terminal and not self._brief:
+                self._terminal.print(line, markup=False, style="bold" if line.startswith("besa ") else None)
 
-    def stage(self, text: str, style: str = "bold") -> None:
-        """What happens now, in a line."""
+    def plan(self, settings: RunSettings, facts: Mapping[str, Any]) -> None:
+        """Every choice, and `facts`, such as counts of blocks and weights: for run.log, and shown where `verbose`."""
+        self._note(plan_table(settings, facts))
+
+    def stage(self, text: str) -> None:
+        """What happens now, until the next one begins."""
         logger.info(text)
-        if self._terminal:
-            self._terminal.print(text, style=style, highlight=False, markup=False)
+        self._line.begin(text)
+
+    def count(self, done: int, total: int, of: str) -> None:
+        """How far the stage is: `done` of `total` windows, questions, ..."""
+        self._line.count(done, total, of)
 
     @contextmanager
-    def pruning(self, num_blocks: int, steps_per_block: int | None = None) -> Iterator[PruningProgress]:
-        """Progress over the blocks, for as long as the `with` lasts; the steps of a block are learnt from the first."""
-        if self._terminal is None:
-            yield PruningProgress(num_blocks, steps_per_block, None)
-            return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=self._terminal, transient=True) as bars:
-            yield PruningProgress(num_blocks, steps_per_block, bars)
+    def pruning(
+        self, num_blocks: int, seconds_before: Sequence[float] = (), steps_per_block: int | None = None
+    ) -> Iterator[PruningProgress]:
+        """Progress over the blocks, for as long as the `with` lasts. `seconds_before`: of the blocks that are pruned
+        already; the steps of a block are learnt from the first where they are not known."""
+        before = len(seconds_before)
+        self._line.begin("pruning" + (f" ({before} of {num_blocks} blocks from before)" if before else ""))
+        yield PruningProgress(num_blocks, seconds_before, steps_per_block, self._line, logger.info)
+        self._line.end()
 
     def summary(self, results: Mapping[str, Any], folder: Path) -> None:
-        """The content of results.json as tables, its sparsity against the target, and the run folder."""
-        self.tables(results)
-        seconds = results.get("seconds", {}).get("total")
-        took = f", {duration(seconds)}" if seconds is not None else ""
-        target, measured = results["target_sparsity"], results["measured_sparsity"]
-        line = f"{results['pruner']}: measured sparsity {measured:.4f} (target {target:.4f}){took}"
-        missed = told_miss(results)
-        self.stage(f"{line}; {missed}" if missed else line, style="bold yellow" if missed else "bold")
-        self.stage(f"run folder: {folder}")
+        """The content of results.json as tables; a missed target is told again. The command's last lines follow."""
+        self._line.close()
+        if not self._brief:
+            self.tables(results)
+        if missed := told_miss(results):
+            logger.info(f"{results['pruner']} {missed}")
 
     def tables(self, results: Mapping[str, Any]) -> None:
-        """The content of results.json as tables: block x linear type sparsity with losses, scores against dense."""
-        for table in result_tables(results, PLAIN_WIDTH, box.MARKDOWN):
+        """Scores against dense; for run.log, and shown where `verbose`, the zeros of each block with its losses."""
+        self._line.close()
+        width = self._terminal.width if self._terminal else PLAIN_WIDTH
+        for table in sparsity_tables(results, PLAIN_WIDTH, box.MARKDOWN):
+            self._log(table, shown=self._verbose)
+        for table in result_tables(results, box.MARKDOWN):
             self._log(table)
         if self._terminal:
-            self._terminal.print(*result_tables(results, self._terminal.width, box.SIMPLE_HEAD))
+            zeros = sparsity_tables(results, width, box.SIMPLE_HEAD) if self._verbose else []
+            self._terminal.print(*zeros, *result_tables(results, box.SIMPLE_HEAD))
 
-    def _log(self, content: RenderableType) -> None:
+    def _note(self, content: RenderableType) -> None:
+        self._log(content, shown=self._verbose)
+        if self._terminal and self._verbose:
+            self._terminal.print(content)
+
+    def _log(self, content: RenderableType, shown: bool = True) -> None:
         for line in as_text(content, PLAIN_WIDTH).splitlines():
-            logger.info(line)
+            logger.info(line, extra={"shown": shown})
 
 
-class PruningProgress:
-    """Follows the blocks of one run: bars where there are any, and a log line a block."""
-
-    def __init__(self, num_blocks: int, steps_per_block: int | None, bars: Progress | None):
-        self._num_blocks, self._steps_per_block, self._bars = num_blocks, steps_per_block, bars
-        self._blocks = self._steps = 0
-        self._began = time.monotonic()
-        if bars:
-            self._block_bar = bars.add_task("blocks", total=num_blocks, note="")
-            self._step_bar = bars.add_task("steps", total=steps_per_block, note="", visible=False)
-
-    def step(self, step: Step) -> None:
-        """One optimisation step has been made."""
-        self._steps += 1
-        if self._bars:
-            note = f"block {step.block}, loss {step.loss:.4g}"
-            self._bars.update(self._step_bar, completed=self._steps, note=note, visible=True)
-            self._bars.update(self._block_bar, note=self._time_left())
-
-    def block(self, report: BlockReport) -> None:
-        """One block is pruned."""
-        self._blocks += 1
-        self._steps_per_block, self._steps = self._steps or self._steps_per_block, 0
-        left = self._time_left()
-        logger.info(
-            f"block {self._blocks}/{self._num_blocks}: sparsity {report.sparsity:.4f}, "
-            f"reconstruction loss {report.loss_after:.4g} ({report.loss_before:.4g} before), "
-            f"{duration(report.seconds)}" + (f", {left}" if left else "")
-        )
-        if self._bars:
-            self._bars.update(self._block_bar, completed=self._blocks, note=left)
-            self._bars.reset(self._step_bar, total=self._steps_per_block, visible=False, note="")
-
-    def _time_left(self) -> str:
-        within_block = min(1.0, self._steps / self._steps_per_block) if self._steps_per_block else 0.0
-        done = (self._blocks + within_block) / self._num_blocks
-        if not 0 < done < 1:
-            return ""
-        return f"about {duration((time.monotonic() - self._began) * (1 - done) / done)} left"
+def next_steps(folder: Path, results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(why, command) of what can be done with a finished run."""
+    place = shlex.quote(str(folder))
+    compared = ("compare", f"besa compare {shlex.quote(str(folder.parent))}")
+    if not (folder / "model").is_dir():
+        kept = [("rebuild", f"besa masks apply {place}/masks.safetensors ...")] if _rebuilds(folder) else []
+        return [compared, *(kept or [("draw", f"besa report {shlex.quote(str(folder.parent))}")])]
+    if results.get("zero_shot"):
+        return [("try it", f"besa generate {place}"), compared]
+    return [("try it", f"besa generate {place}"), ("score it", f"besa evaluate checkpoint={place} evaluator=zero_shot")]
 
 
-def duration(seconds: float) -> str:
-    """`12.3 s`, `3 min 20 s`, `1 h 05 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+def _rebuilds(folder: Path) -> bool:
+    return (folder / "masks.safetensors").is_file()
 
 
 def _lines_to_stdout() -> logging.Handler:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_PlainLines())
+    handler.addFilter(lambda record: getattr(record, "shown", True))
     return handler
 
 
@@ -170,3 +154,6 @@ class _PlainLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
         return f"{record.levelname}: {text}" if record.levelno >= logging.WARNING else text
+
+
+__all__ = ["PLAIN_WIDTH", "PruningProgress", "RunConsole", "duration", "next_steps"]

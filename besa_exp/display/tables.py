@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from io import StringIO
@@ -15,11 +15,13 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from besa_exp import __version__
 from besa_exp.blocks.sparsity_table import block_counts, short_names, type_counts
+from besa_exp.display.loss_colour import colour_of_loss
 from besa_exp.display.model_card import SPEED_HEADS, score_rows, speed_rows
 from besa_exp.display.stages import stage_lines
 from besa_exp.errors import ConfigurationError
-from besa_exp.evaluation.score import Scores, partly_scored
+from besa_exp.evaluation.score import Scores, metric_name, partly_scored
 from besa_exp.settings import CalibrationSettings, RunSettings, SaveSettings
 from besa_exp.texts.sources import is_token_file
 from besa_exp.texts.token_files import token_file_shape
@@ -75,26 +77,45 @@ def _windows(calibration: CalibrationSettings) -> str:
     return f"{' x '.join(map(str, shape))} tokens"
 
 
-def result_tables(results: Mapping[str, Any], width: int, style: box.Box) -> list[RenderableType]:
-    """The tables of a results.json. Where `width` columns do not hold all linear types, the rest has its own table."""
+def outline(settings: RunSettings) -> tuple[str, str]:
+    """Two lines before anything is loaded: model, amount, seed; then method, calibration, scores."""
+    evaluator, amount = settings.evaluator, f"{100 * settings.sparsity:g} % {settings.pattern}"
+    first = [
+        "besa " + __version__,
+        settings.model.name,
+        *([] if settings.is_dense else [amount]),
+        f"seed {settings.seed}",
+    ]
+    scored = ["perplexity on " + ", ".join(Path(name).name for name in evaluator.perplexity_sets)]
+    scored = (scored if evaluator.perplexity_sets else []) + [*evaluator.tasks]
+    limit = f" ({evaluator.limit} questions each)" if evaluator.limit and evaluator.tasks else ""
+    second = [settings.pruner_name]
+    if not settings.is_dense:
+        calibration = settings.calibration
+        second.append(f"calibration {Path(calibration.path or calibration.name).name} {_windows(calibration)}")
+    second.append(
+        "scores " + (", ".join(scored) or "none") + limit + (", dense too" if evaluator.dense and scored else "")
+    )
+    return " · ".join(first), " · ".join(second)
+
+
+def sparsity_tables(results: Mapping[str, Any], width: int, style: box.Box) -> list[RenderableType]:
+    """Zeros by block and linear type. Where `width` columns do not hold all types, the rest has its own table."""
     types = list(type_counts(results["blocks"]))
-    tables: list[RenderableType] = []
     for number in range(len(types), 0, -1):  # as many types side by side as fit
         parts = [types[start : start + number] for start in range(0, len(types), number)]
-        sparsity = [_sparsity_table(results["blocks"], part, style) for part in parts]
-        if number == 1 or all(_width(table) <= width for table in sparsity):
-            tables += sparsity
-            break
-    tables += [Text(f"{what}: {how}") for what, how in stage_lines(results).items()]
-    scores = score_rows(results)
-    if scores:
-        named = "pruned" if "pruner" in results else "score"
-        tables.append(_score_table(scores, score_rows(results.get("dense") or {}), style, named))
+        tables = [_sparsity_table(results["blocks"], part, style) for part in parts]
+        if number == 1 or all(_width(table) <= width for table in tables):
+            return [*tables]
+    return []
+
+
+def result_tables(results: Mapping[str, Any], style: box.Box) -> list[RenderableType]:
+    """Scores beside the dense ones, simulated speed, and what is not available."""
+    tables: list[RenderableType] = [Text(f"{what}: {how}") for what, how in stage_lines(results).items()]
+    tables += [_score_table(results, style)] if score_rows(results) else []
     if rows := speed_rows(results):
         tables.append(_speed_table(rows, results["simulated_speed"]["model"], style))
-    tables += [
-        Text(f"{task}: scored on {part}") for task, part in partly_scored(Scores.from_dict(results).scores).items()
-    ]
     tables += [Text(f"n/a {name}: {reason}") for name, reason in sorted((results.get("unavailable") or {}).items())]
     return tables
 
@@ -107,17 +128,18 @@ def as_text(content: RenderableType, width: int) -> str:
 
 
 def _sparsity_table(blocks: Sequence[Mapping[str, Any]], types: Sequence[str], style: box.Box) -> Table:
-    """Percent of zeros: a row a block, a column each of `types`, then the whole block and, where known, its losses."""
-    with_losses = all("reconstruction_loss" in block for block in blocks)
-    table = _table("zeros in %" + (", reconstruction loss before and after" if with_losses else ""), style)
+    """Percent of zeros: a row a block, counted from 1, a column each of `types`, then the whole block and, where known,
+    its reconstruction loss; that of the starting mask too, where a method betters it."""
+    heads = _loss_heads(blocks)
+    table = _table("zeros in %" + (", reconstruction loss" if heads else ""), style)
     names = short_names(type_counts(blocks))
-    for head in ("block", *(names[kind] for kind in types), "all", *(("before", "after") if with_losses else ())):
+    for head in ("block", *(names[kind] for kind in types), "all", *heads):
         table.add_column(head, justify="right", no_wrap=True)
     for block in blocks:
         counts = type_counts([block])
         cells = [_percent(*counts[kind]) if kind in counts else "" for kind in types]
-        losses = [f"{block['reconstruction_loss'][when]:.4g}" for when in ("before", "after") if with_losses]
-        table.add_row(str(block["index"]), *cells, _percent(*block_counts(block)), *losses)
+        losses = [f"{block['reconstruction_loss'][when]:.4g}" for when in heads.values()]
+        table.add_row(str(block["index"] + 1), *cells, _percent(*block_counts(block)), *losses)
     counts = type_counts(blocks)
     weights, pruned = (sum(column) for column in zip(*counts.values(), strict=True))
     table.add_section()
@@ -125,19 +147,54 @@ def _sparsity_table(blocks: Sequence[Mapping[str, Any]], types: Sequence[str], s
     return table
 
 
-def _score_table(
-    pruned: Mapping[str, float | None], dense: Mapping[str, float | None], style: box.Box, named: str
-) -> Table:
-    """Perplexities (lower is better, difference in percent) and task metrics (higher is better, plain difference)."""
-    table = _table("scores", style)
+def _loss_heads(blocks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Column to its key in results.json."""
+    losses = [block.get("reconstruction_loss") for block in blocks]
+    if not all(losses):
+        return {}
+    betters = any(loss["before"] != loss["after"] for loss in losses if loss)
+    return ({"start": "before"} if betters else {}) | {"loss": "after"}
+
+
+def _score_table(results: Mapping[str, Any], style: box.Box) -> Table:
+    """Perplexities (difference in percent) and tasks (plain difference) with standard error, questions and direction;
+    the colour of the difference says how much was lost."""
+    dense = results.get("dense") or {}
+    after, before, told = score_rows(results), score_rows(dense), dict(_tasks(results))
+    counted = {name: questions for name, (_, _, questions) in told.items() if questions}
+    table = _table("", style)
     table.add_column("measure", overflow="fold")
-    for head in ("dense", named, "difference") if dense else (named,):
+    named = "pruned" if "pruner" in results else "score"
+    for head in (*(("dense", named, "change") if before else (named,)), *(("questions",) if counted else ())):
         table.add_column(head, justify="right", no_wrap=True)
-    for name in dict.fromkeys([*pruned, *dense]):
-        after, before = pruned.get(name), dense.get(name)
-        compared = [_score(before), _score(after), _difference(name, before, after)] if dense else [_score(after)]
-        table.add_row(Text(name), *compared)
+    errors, dense_errors = (
+        {name: error for name, (error, _, _) in dict(_tasks(one)).items()} for one in (results, dense)
+    )
+    for name in dict.fromkeys([*after, *before]):
+        rises = told.get(name, ("", not name.startswith("perplexity "), ""))[1]
+        pruned = f"{_score(after.get(name))}{errors.get(name, '')}"
+        cells: list[str | Text] = [pruned]
+        if before:
+            cells = [f"{_score(before.get(name))}{dense_errors.get(name, '')}", pruned]
+            cells.append(_difference(name, before.get(name), after.get(name), rises))
+        shown = f"perplexity {Path(name).name}" if name.startswith("perplexity ") and "/" in name else name
+        table.add_row(Text(f"{shown} {'↑' if rises else '↓'}"), *cells, *([counted.get(name, "")] if counted else []))
     return table
+
+
+def _tasks(results: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, bool, str]]]:
+    """(row, (` ± error`, whether it should rise, `8 of 1,838`)) of each task's metrics."""
+    records = ((results.get("provenance") or {}).get("zero_shot") or {}).get("tasks") or {}
+    partly = partly_scored(Scores.from_dict(results).scores)
+    for task, metrics in (results.get("zero_shot") or {}).items():
+        record = records.get(task) or {}
+        whole = record.get("documents")
+        questions = partly.get(task, f"{whole:,}" if whole else "").removesuffix(" questions")
+        for key in metrics:
+            metric, _, which = key.partition(",")
+            error = metrics.get(f"{metric}_stderr,{which}")
+            rises = (record.get("higher_is_better") or {}).get(metric, True) is not False
+            yield f"{task} {metric_name(key)}", (f" ± {error:.4f}" if error is not None else "", rises, questions)
 
 
 def _speed_table(rows: Sequence[tuple[str, ...]], model: str, style: box.Box) -> Table:
@@ -153,13 +210,17 @@ def _speed_table(rows: Sequence[tuple[str, ...]], model: str, style: box.Box) ->
 def _table(title: str, style: box.Box) -> Table:
     """An empty table, its columns close together except where they have edges."""
     padding = (0, 1) if style is box.MARKDOWN else (0, 1, 0, 0)
-    return Table(box=style, title=title, title_justify="left", padding=padding)
+    return Table(box=style, title=title or None, title_justify="left", padding=padding)
 
 
-def _difference(name: str, before: float | None, after: float | None) -> str:
+def _difference(name: str, before: float | None, after: float | None, rises: bool) -> Text:
     if before is None or after is None:
-        return ""
-    return f"{(after - before) / before:+.2%}" if name.startswith("perplexity ") else f"{after - before:+.4f}"
+        return Text("")
+    if name.startswith("perplexity "):
+        loss = (after - before) / before
+        return Text(f"{loss:+.2%}", style=colour_of_loss(loss))
+    loss = before - after if rises else after - before
+    return Text(f"{after - before:+.4f}", style=colour_of_loss(loss, accuracy=True))
 
 
 def _score(value: float | None) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import wandb
 
 TABLE_COLUMNS = ("block", "linear", "weights", "pruned", "sparsity", "allocated")
+HISTOGRAM_BINS = 50  # of the rows' sparsities, from 0 to 1
 logger = logging.getLogger(__name__)
 
 
@@ -35,6 +36,9 @@ class Tracker(Protocol):
 
     def log_block(self, report: BlockReport) -> None:
         """One pruned block with its steps."""
+
+    def log_rows(self, block: int, linears: Mapping[str, Sequence[float]]) -> None:
+        """How sparse each row of each linear of a block is."""
 
     def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
         """Scores of the pruned model, and of the dense one where it was scored."""
@@ -50,6 +54,9 @@ class NoTracker:
     """Tracks nothing."""
 
     def log_block(self, report: BlockReport) -> None:
+        pass
+
+    def log_rows(self, block: int, linears: Mapping[str, Sequence[float]]) -> None:
         pass
 
     def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
@@ -99,6 +106,22 @@ class WandbTracker:
             **{f"allocated/{kind}": value for kind, value in _by_type(report, "allocated").items()},
         }
         self._attempt(lambda: self._run.log(values))
+
+    def log_rows(self, block: int, linears: Mapping[str, Sequence[float]]) -> None:
+        self._attempt(lambda: self._log_rows(block, linears))
+
+    def _log_rows(self, block: int, linears: Mapping[str, Sequence[float]]) -> None:
+        import numpy
+        import wandb
+
+        by_type: dict[str, list[Sequence[float]]] = {}
+        for name, rows in linears.items():
+            by_type.setdefault(linear_type(name), []).append(rows)
+        counted = {
+            kind: numpy.histogram(numpy.concatenate(rows), HISTOGRAM_BINS, (0, 1)) for kind, rows in by_type.items()
+        }
+        drawn = {f"rows/{kind}": wandb.Histogram(np_histogram=histogram) for kind, histogram in counted.items()}
+        self._run.log({"block": block, **drawn})
 
     def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
         values = _summary(scores)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 INIT_TIMEOUT = 60.0  # seconds
 FINISH_TIMEOUT = 300.0  # seconds for the upload at the end; what was not sent stays in the run folder
 ID = re.compile(rb"[0-9A-Za-z_-]+")
-STEP_METRICS = {"step/*": "optimisation_step", "block/*": "block", "allocated/*": "block"}
+STEP_METRICS = {"step/*": "optimisation_step", "block/*": "block", "allocated/*": "block", "rows/*": "block"}
 
 
 def start_run(

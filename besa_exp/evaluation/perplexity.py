@@ -9,6 +9,7 @@ the tokens before it, and its first token is not predicted:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,20 @@ class Perplexity:
     batch_size: int
 
 
-def perplexity(model: nn.Module, tokens: Int[Tensor, "*shape"], window: int, batch_size: BatchSize) -> Perplexity:
+OnCount = Callable[[int, int, str], None]  # how many are done, of how many, of what
+
+
+def uncounted(done: int, total: int, of: str) -> None:
+    """Nobody watches."""
+
+
+def perplexity(
+    model: nn.Module,
+    tokens: Int[Tensor, "*shape"],
+    window: int,
+    batch_size: BatchSize,
+    on_count: OnCount = uncounted,
+) -> Perplexity:
     """Perplexity of a causal language model on `tokens`: a stream [tokens] that is cut into windows of `window`, or
     ready windows [window, seq], taken as they are.
 
@@ -53,13 +67,13 @@ def perplexity(model: nn.Module, tokens: Int[Tensor, "*shape"], window: int, bat
         raise ValueError(f"{tokens.numel()} tokens do not fill one window of {window} (at least 2) tokens")
     model.eval()
     own = distributed.own_samples(windows)
-    total, size = distributed.agreed(lambda: _sum_and_batch(model, own, batch_size))
+    total, size = distributed.agreed(lambda: _sum_and_batch(model, own, batch_size, on_count))
     return perplexity_of(float(distributed.all_sum(total)), windows, size)
 
 
 @torch.no_grad()
 def _sum_and_batch(
-    model: nn.Module, windows: Int[Tensor, "window seq"], batch_size: BatchSize
+    model: nn.Module, windows: Int[Tensor, "window seq"], batch_size: BatchSize, on_count: OnCount
 ) -> tuple[Float[Tensor, ""], int]:
     """The sum of the losses of all windows, and the size of the batches in the end."""
     num_windows, seq_len = windows.shape
@@ -77,6 +91,7 @@ def _sum_and_batch(
             loss, size = halved_until_it_fits(loss_of_next, size, f"window of {seq_len} tokens")
             total += loss
             done += size
+            on_count(min(done, num_windows), num_windows, "windows")
     return total, size
 
 

@@ -20,7 +20,7 @@ from besa_exp.blocks.block import discover_blocks
 from besa_exp.errors import Unavailable, as_unavailable
 from besa_exp.evaluation.checks import perplexity_window
 from besa_exp.evaluation.kept_scores import FinishedScores
-from besa_exp.evaluation.perplexity import cut_windows, perplexity
+from besa_exp.evaluation.perplexity import OnCount, cut_windows, perplexity, uncounted
 from besa_exp.evaluation.score import Score, Scores, perplexity_score, task_scores
 from besa_exp.evaluation.simulated_speed import simulate_model
 from besa_exp.evaluation.speed import measure_model
@@ -48,17 +48,18 @@ def evaluate(
     seed: int,
     on_progress: Callable[[str], None],
     finished: FinishedScores | None = None,
+    on_count: OnCount = uncounted,
 ) -> Scores:
-    """Score a model on every set and task that `settings` names. `on_progress` is told what comes next; what `finished`
-    holds is taken from there.
+    """Score a model on every set and task that `settings` names. `on_progress` is told what comes next, `on_count` how
+    far that is; what `finished` holds is taken from there.
 
     The global random states, the tokenizer and the weights are left as they were.
     """
     unavailable: dict[str, str] = {}
-    scores = _score_sets(loaded, settings, offline, on_progress, unavailable, finished)
+    scores = _score_sets(loaded, settings, offline, on_progress, unavailable, finished, on_count)
     common: Mapping[str, Any] = {}
     if settings.tasks:
-        common, of_tasks = _score_tasks(loaded, settings, offline, seed, on_progress, unavailable, finished)
+        common, of_tasks = _score_tasks(loaded, settings, offline, seed, on_progress, unavailable, finished, on_count)
         scores += of_tasks
     speeds = _speeds(loaded, settings, on_progress, unavailable)
     return Scores(tuple(scores), unavailable, common, **speeds)
@@ -71,6 +72,7 @@ def _score_sets(
     on_progress: Callable[[str], None],
     unavailable: dict[str, str],
     finished: FinishedScores | None,
+    on_count: OnCount,
 ) -> list[Score]:
     """The perplexities; `unavailable` receives the reason for each that is None."""
     scores = []
@@ -80,7 +82,7 @@ def _score_sets(
         on_progress(f"perplexity on {source}" + (", scored before" if earlier else ""))
         try:
             with as_unavailable():
-                value, record = earlier or _score_set(loaded, source, settings, offline)
+                value, record = earlier or _score_set(loaded, source, settings, offline, on_count)
         except Unavailable as error:
             unavailable[source] = str(error)
             scores.append(perplexity_score(source, None, {}))
@@ -118,7 +120,7 @@ def _speeds(
 
 
 def _score_set(
-    loaded: LoadedModel, source: str, settings: EvaluatorSettings, offline: bool
+    loaded: LoadedModel, source: str, settings: EvaluatorSettings, offline: bool, on_count: OnCount
 ) -> tuple[float, dict[str, Any]]:
     """Perplexity of one set and its record. Raises Unavailable with the reason where there is none."""
     model: Any = loaded.model
@@ -135,11 +137,11 @@ def _score_set(
     if int(windows.max()) >= vocabulary:
         raise Unavailable(f"token id {int(windows.max())} is not in the model's vocabulary of {vocabulary}")
     if loaded.weights is None:
-        result = perplexity(model, windows, window, settings.batch_size)
+        result = perplexity(model, windows, window, settings.batch_size, on_count)
     else:
         from besa_exp.evaluation.streamed import streamed_perplexity
 
-        result = streamed_perplexity(model, loaded.weights, windows, settings.batch_size)
+        result = streamed_perplexity(model, loaded.weights, windows, settings.batch_size, on_count)
     if not math.isfinite(result.value):
         raise Unavailable(
             f"the perplexity is not a finite number ({result.value}): the losses are beyond 709 nats a token"
@@ -185,6 +187,7 @@ def _score_tasks(
     on_progress: Callable[[str], None],
     unavailable: dict[str, str],
     finished: FinishedScores | None,
+    on_count: OnCount,
 ) -> tuple[Mapping[str, Any], list[Score]]:
     """What all tasks have in common, and their scores; `unavailable` receives the reason for each that has none."""
     on_progress("loading lm-eval")
@@ -192,6 +195,7 @@ def _score_tasks(
     try:
         with as_unavailable():
             scored = _harness(loaded, settings)
+            scored.on_count = on_count
             common = _tasks_record(loaded.model, loaded.tokenizer, settings, seed)
     except Unavailable as error:
         unavailable.update(dict.fromkeys(tasks, str(error)))

@@ -16,7 +16,7 @@ from besa_exp.blocks.head import head_logits
 from besa_exp.checkpoints.streaming import StreamedWeights
 from besa_exp.errors import as_unavailable
 from besa_exp.evaluation.batches import BatchSize, rows_at_once, tokens_at_once
-from besa_exp.evaluation.perplexity import Perplexity, perplexity_of, sum_of_losses
+from besa_exp.evaluation.perplexity import OnCount, Perplexity, perplexity_of, sum_of_losses, uncounted
 from besa_exp.machine import distributed
 
 HELD_BYTES = 2**31  # hidden states of questions that pass through the blocks together
@@ -25,24 +25,32 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def streamed_perplexity(
-    model: nn.Module, weights: StreamedWeights, windows: Int[Tensor, "window seq"], batch_size: BatchSize
+    model: nn.Module,
+    weights: StreamedWeights,
+    windows: Int[Tensor, "window seq"],
+    batch_size: BatchSize,
+    on_count: OnCount = uncounted,
 ) -> Perplexity:
     """As `perplexity`, of a model whose blocks are read from files. Holds the hidden states of all own windows.
 
     A model whose blocks cannot be called on their own is called as it is, each block read anew for each batch."""
     size = rows_at_once(tokens_at_once(model), windows.shape[1]) if batch_size == "auto" else batch_size
     own = distributed.own_samples(windows)
-    total = distributed.agreed(lambda: _sum(model, weights, own, size))
+    total = distributed.agreed(lambda: _sum(model, weights, own, size, on_count))
     return perplexity_of(float(distributed.all_sum(total)), windows, size)
 
 
 def _sum(
-    model: nn.Module, weights: StreamedWeights, windows: Int[Tensor, "window seq"], batch_size: int
+    model: nn.Module,
+    weights: StreamedWeights,
+    windows: Int[Tensor, "window seq"],
+    batch_size: int,
+    on_count: OnCount,
 ) -> Float[Tensor, ""]:
     """The sum of the losses of all windows."""
     with as_unavailable():
         try:
-            return _sum_of(streamed_logits(model, weights, windows, batch_size) if len(windows) else ())
+            return _sum_of(streamed_logits(model, weights, windows, batch_size, on_count) if len(windows) else ())
         except NotAlone as error:
             logger.warning("each block is read anew for each of the batches: %s", error)
         path, modules = discover_blocks(model)
@@ -61,7 +69,11 @@ def _sum_of(batches: Iterable[tuple[Tensor, Tensor]]) -> Float[Tensor, ""]:
 
 @torch.no_grad()
 def streamed_logits(
-    model: nn.Module, weights: StreamedWeights, windows: Int[Tensor, "window seq"], batch_size: int
+    model: nn.Module,
+    weights: StreamedWeights,
+    windows: Int[Tensor, "window seq"],
+    batch_size: int,
+    on_count: OnCount = uncounted,
 ) -> Iterator[tuple[Int[Tensor, "window seq"], Float[Tensor, "window seq vocabulary"]]]:
     """The windows, batch by batch, with the model's logits. NotAlone, before the first: the blocks cannot be called on
     their own."""
@@ -70,6 +82,7 @@ def streamed_logits(
     hidden = embed(model, blocks, windows, batch_size)
     for block in weights.resident(blocks):
         hidden = block.outputs(hidden, batch_size, out=hidden)
+        on_count(block.index + 1, len(blocks), "blocks")
     check_unwritten(
         model, modules, windows[:batch_size], [block.arguments(min(batch_size, len(windows))) for block in blocks]
     )

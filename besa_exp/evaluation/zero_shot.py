@@ -12,7 +12,6 @@ import io
 import logging
 import math
 import random
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -32,6 +31,7 @@ from besa_exp.checkpoints.streaming import StreamedWeights
 from besa_exp.errors import Unavailable, as_unavailable
 from besa_exp.evaluation.batches import BatchSize, halved_until_it_fits, rows_at_once, tokens_at_once
 from besa_exp.evaluation.finite import finite_logits
+from besa_exp.evaluation.perplexity import uncounted
 from besa_exp.evaluation.streamed import logits_of_batches
 from besa_exp.evaluation.task_loading import LoadedTasks, load_task
 from besa_exp.machine import distributed
@@ -66,11 +66,12 @@ class Harness(_HFLM):
     weights: StreamedWeights | None = None
     _answer: Callable[[torch.Tensor], torch.Tensor] | None = None
     cut_requests = 0
+    on_count = staticmethod(uncounted)  # how many requests are scored
     tokens = 0
     _first = 0  # the request that the batch being filled began with
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+        return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         with self._batches_of(self._longest_batch()):
@@ -82,7 +83,7 @@ class Harness(_HFLM):
 
         def attempt(size: int) -> list[str]:
             with self._batches_of(size), self._whole():
-                return generate(own, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+                return generate(own, disable_tqdm=True)
 
         def answers() -> list[str]:
             with as_unavailable():
@@ -184,6 +185,7 @@ class Harness(_HFLM):
         size = rows_at_once(self.tokens, min(len(context) + len(continuation), self.max_length))
         if pos - self._first + 1 >= size:
             self._first = pos + 1
+            self.on_count(pos + 1, len(n_reordered_requests), "choices")
         return size
 
 
@@ -270,15 +272,13 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without lm-eval's notices, some of which are printed, and without progress bars where nobody watches: they go to
-    stderr unasked."""
+    """Without lm-eval's notices, some of which are printed, and its progress bars, which go to stderr unasked."""
     logger = logging.getLogger("lm_eval")
     level, bars = logger.level, datasets.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
-        bars_seen = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-        with bars_seen, contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logger.setLevel(level)

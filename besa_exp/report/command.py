@@ -11,6 +11,8 @@ from pathlib import Path
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine import atomic
 from besa_exp.report.comparability import entries
+from besa_exp.report.comparison import compare
+from besa_exp.report.comparison_formats import latex
 from besa_exp.report.curves import Curve, read_curve
 from besa_exp.report.depth import ErrorAlongDepth, errors_along_depth
 from besa_exp.report.folders import find_runs
@@ -21,7 +23,8 @@ from besa_exp.report.summaries import Cell, cells, markdown, runs_csv
 
 NEEDED = ("matplotlib", "plotly")
 DESCRIPTION = """\
-Compares run folders: report.html (one page that opens from the disk), summary.md, summary.csv, PNG and PDF figures."""
+Compares run folders: report.html (one page that opens from the disk), summary.md, summary.csv, summary.tex, PNG and
+PDF figures."""
 
 
 def report(arguments: Sequence[str]) -> int:
@@ -74,9 +77,11 @@ def _write(report: Report, out: Path) -> None:
 
     runs = report.runs
     atomic.write_text(out / "summary.csv", runs_csv(runs))
+    comparisons = compare(runs)
+    atomic.write_text(out / "summary.tex", latex(comparisons))
     atomic.write_text(out / "summary.md", markdown(runs, report.cells, paper_markdown(report.tables)))
     write_page(report, out / "report.html")
-    figures = draw(out, runs, report.curves, report.cells, report.errors)
+    figures = draw(out, runs, report.curves, report.cells, report.errors, comparisons)
     done = sum(run.status == "done" for run in runs)
     apart = len({number for cell in report.cells if cell.apart for number in cell.runs})
     told = [f"{done} finished run{'' if done == 1 else 's'}"]
@@ -84,7 +89,7 @@ def _write(report: Report, out: Path) -> None:
     missed = sum(bool(run.missed) for run in runs if run.status == "done")
     told += [f"{missed} of them missed their target by 0.5 points or more"] if missed else []
     told += [f"{len(runs) - done} not finished"] if done < len(runs) else []
-    print(f"{', '.join(told)} -> {out / 'report.html'}, summary.md, summary.csv, {len(figures)} figures")
+    print(f"{', '.join(told)} -> {out / 'report.html'}, summary.md, summary.csv, summary.tex, {len(figures)} figures")
 
 
 def _made(out: Path) -> Path:

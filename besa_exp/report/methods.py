@@ -1,19 +1,20 @@
 """What a method is called and how it is drawn: the pruner's preset, and what differs from it.
 
 Two runs of one preset with other settings (an ablation) are two methods. Colours are Okabe and Ito's, made darker or
-lighter where a background asks for it; every method has a marker of its own too.
+lighter where a background asks for it; no two methods have the same colour and marker.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import yaml
 
-from besa_exp.presets import CONF_DIR, METHOD_GROUPS
+from besa_exp.presets import CONF_DIR, METHOD_GROUPS, presets
 
 
 @dataclass(frozen=True)
@@ -26,26 +27,57 @@ class Style:
     marker: str
 
 
-STYLES: Mapping[str, Style] = {
-    "dense": Style("#6b7280", "#a3acb9", "line-ew-open", "_"),
-    "magnitude": Style("#b0558a", "#e39ac4", "triangle-down", "v"),
-    "wanda": Style("#b87400", "#f0b03a", "square", "s"),
-    "sparsegpt": Style("#007f5c", "#2fc79a", "diamond", "D"),
-    "besa_paper": Style("#0062a3", "#5aa9f0", "triangle-up", "^"),
-    "besa_linear": Style("#3d97cf", "#a9dcff", "pentagon", "p"),
-    "besa": Style("#c84a00", "#ff8a4c", "circle", "o"),
-    "besa_reconstruct": Style("#8c1d40", "#f28ca6", "hexagon2", "H"),
-    "besa_joint": Style("#7b1fa2", "#ce93d8", "star", "*"),
+COLOURS = {  # on light and on dark ground
+    "grey": ("#6b7280", "#a3acb9"),
+    "rose": ("#b0558a", "#e39ac4"),
+    "amber": ("#b87400", "#f0b03a"),
+    "green": ("#007f5c", "#2fc79a"),
+    "blue": ("#0062a3", "#5aa9f0"),
+    "sky": ("#3d97cf", "#a9dcff"),
+    "orange": ("#c84a00", "#ff8a4c"),
+    "wine": ("#8c1d40", "#f28ca6"),
+    "violet": ("#7b1fa2", "#ce93d8"),
+    "olive": ("#5b6b00", "#c2d14a"),
+    "brown": ("#6d4c41", "#d7b49e"),
+    "teal": ("#00696b", "#63d3d5"),
+    "stone": ("#44403c", "#d6d3d1"),
 }
-OTHERS = (
-    Style("#44403c", "#d6d3d1", "hexagon", "h"),
-    Style("#5b6b00", "#c2d14a", "cross", "P"),
-    Style("#6d4c41", "#d7b49e", "x", "X"),
-    Style("#1b4b7a", "#8fb8e0", "triangle-left", "<"),
-    Style("#00696b", "#63d3d5", "triangle-right", ">"),
-    Style("#6a3fa0", "#bfa3e8", "diamond-tall", "d"),
-    Style("#9a6700", "#e0c060", "hourglass", "8"),
-)
+MARKERS = {  # as plotly and as matplotlib call them
+    "circle": "o",
+    "square": "s",
+    "diamond": "D",
+    "triangle-up": "^",
+    "triangle-down": "v",
+    "cross": "P",
+    "x": "X",
+    "pentagon": "p",
+    "star": "*",
+    "hexagon": "h",
+    "triangle-left": "<",
+    "triangle-right": ">",
+    "diamond-tall": "d",
+    "hexagon2": "H",
+    "hourglass": "8",
+}
+CHOSEN: Mapping[str, tuple[str, str]] = {  # what a preset of conf/pruner always looks like
+    "dense": ("grey", "circle"),
+    "magnitude": ("rose", "triangle-down"),
+    "wanda": ("amber", "square"),
+    "ria": ("olive", "cross"),
+    "sparsegpt": ("green", "diamond"),
+    "besa_paper": ("blue", "triangle-up"),
+    "besa_linear": ("sky", "pentagon"),
+    "besa": ("orange", "circle"),
+    "besa_reconstruct": ("wine", "hexagon2"),
+    "best": ("stone", "star"),
+    "besa_joint": ("violet", "star"),
+    "wanda_then_quantise": ("amber", "x"),
+    "quantise_then_wanda": ("amber", "hourglass"),
+    "sparsegpt_then_quantise": ("green", "x"),
+    "quantise_then_sparsegpt": ("green", "hourglass"),
+    "besa_then_quantise": ("orange", "x"),
+    "quantise_then_besa": ("orange", "hourglass"),
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +95,7 @@ class Method:
     @property
     def order(self) -> tuple[int, str]:
         """Known ones first, from dense to BESA, then the others by name."""
-        known = list(STYLES)
+        known = list(CHOSEN)
         return (known.index(self.pruner) if self.pruner in known else len(known), self.label)
 
 
@@ -92,12 +124,40 @@ def _differences(settings: Any, preset: Mapping[str, Any], prefix: str = "") -> 
     return found
 
 
+def looks(methods: Iterable[Method]) -> dict[Method, Style]:
+    """A colour and a marker for each method, no two methods the same pair; page and figures have both from here.
+
+    A preset always looks the same, whatever else is there. Another method has the colour of the first known part of its
+    name (`owl+wanda`: Wanda's) and a marker that nothing of this colour has, while there is one."""
+    wanted = list(methods)
+    chosen = {Method(name): pair for name, pair in CHOSEN.items()}
+    later = [Method(name) for name in sorted(presets("pruner")) if name not in CHOSEN]
+    others = sorted(set(wanted) - chosen.keys() - set(later), key=lambda method: method.order)
+    for method in [*later, *others]:
+        chosen[method] = _free_pair(method, set(chosen.values()))
+    return {method: _style(*chosen[method]) for method in wanted}
+
+
 def styles(pruners: list[str]) -> dict[str, Style]:
-    """A style for each pruner, the same whatever else is there for those that the package knows."""
-    others = sorted({name for name in pruners if name not in STYLES})
-    return {name: STYLES[name] for name in pruners if name in STYLES} | {
-        name: OTHERS[number % len(OTHERS)] for number, name in enumerate(others)
-    }
+    """`looks` of methods without a variant, by their names."""
+    return {method.pruner: style for method, style in looks(map(Method, pruners)).items()}
+
+
+def _free_pair(method: Method, taken: set[tuple[str, str]]) -> tuple[str, str]:
+    own = [CHOSEN[part][0] for part in method.pruner.split("+") if part in CHOSEN]
+    used = Counter(colour for colour, _ in taken)
+    colours = [*own, *sorted(COLOURS, key=lambda colour: used[colour])]
+    pairs = ((colour, marker) for colour in colours for marker in MARKERS)
+    return next((pair for pair in pairs if pair not in taken), (colours[0], "circle"))
+
+
+def _style(colour: str, marker: str) -> Style:
+    return Style(*COLOURS[colour], marker, MARKERS[marker])
+
+
+def differences(settings: Mapping[str, Any], group: str, name: str) -> list[str]:
+    """`key=value` for each of `settings` that is not as the preset `name` of `group` has it; none where it has none."""
+    return _differences(settings, _preset(group, name))
 
 
 @cache

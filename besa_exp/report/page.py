@@ -26,13 +26,14 @@ def page(data: Mapping[str, Any], title: str = "besa report") -> str:
     return Template(_part("page.html")).substitute(
         title=html.escape(title),
         style=_part("page.css"),
-        data=_json_element(data),
+        data=_json_element({key: value for key, value in data.items() if key != "details"}),
+        details=_json_element(data.get("details", [])),
         plotly=get_plotlyjs(),
         script=f"(() => {{\n'use strict';\n{script}\n}})();",
     )
 
 
-def _json_element(data: Mapping[str, Any]) -> str:
+def _json_element(data: Any) -> str:
     """JSON that cannot end the element it stands in."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=str)
     for mark, escape in ESCAPES.items():

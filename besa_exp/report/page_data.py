@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from besa_exp import __version__
+from besa_exp.report.comparability import RECONSTRUCTION
+from besa_exp.report.comparison import lower_is_better, main_measures
 from besa_exp.report.curves import Curve
 from besa_exp.report.depth import ErrorAlongDepth, allocation
-from besa_exp.report.figures import usual_target
-from besa_exp.report.methods import Method, styles
+from besa_exp.report.figures import looks_of, usual_target
+from besa_exp.report.methods import Method, Style
 from besa_exp.report.paper import PaperTable, published
+from besa_exp.report.row_sparsities import row_quantiles
 from besa_exp.report.runs import Measure, RunRecord
 from besa_exp.report.summaries import DENSE, Cell, measure_rank
 
@@ -30,42 +34,44 @@ def page_data(
     done = [run for run in runs if run.status == "done"]
     methods = sorted({run.method for run in done} | {cell.method for cell in found}, key=lambda method: method.order)
     measures = sorted({s.measure for r in done for s in r.scores} | {c.measure for c in found}, key=measure_rank)
-    environments: list[Mapping[str, Any]] = []
-    rows = [_run(number, runs[number], curves[number], methods, measures, environments) for number in range(len(runs))]
+    main = main_measures([measure for measure in measures if measure != RECONSTRUCTION])
+    rows = [_run(number, run, curves[number], methods, measures) for number, run in enumerate(runs)]
     return {
         "version": __version__,
         "places": list(places),
         "models": sorted({run.model for run in done}),
-        "methods": _methods(methods),
-        "measures": [{"kind": measure.kind, "label": measure.label} for measure in measures],
+        "methods": _methods(methods, looks_of(runs, found)),
+        "measures": [
+            {"kind": m.kind, "label": m.label, "lower": lower_is_better(m), "main": m in main} for m in measures
+        ],
         "targets": sorted({_target(run) for run in done if run.method != DENSE}),
         "cells": [_cell(cell, runs, methods, measures) for cell in found],
         "depth": [_depth(error, methods) for error in errors],
         "depth_target": usual_target([(error.target, error.method) for error in errors]) if errors else None,
-        "paper": [_paper(table) for table in tables],
+        "paper": [_paper(table) for table in tables] if _of_the_paper(tables) else [],
         "others": published()["others"],
         "runs": rows,
-        "environments": environments,
+        "details": [_details(run, curves[number]) for number, run in enumerate(runs)],
     }
+
+
+def _of_the_paper(tables: Sequence[PaperTable]) -> bool:
+    """Whether a run is of one of the paper's models."""
+    return any(
+        cell.ours is not None and cell.model in published()["models"] for table in tables for cell in table.cells
+    )
 
 
 def _target(run: RunRecord) -> float:
     return round(float(run.target or 0.0), 6)
 
 
-def _methods(methods: Sequence[Method]) -> list[dict[str, Any]]:
-    looks = styles([method.pruner for method in methods])
-    variants: dict[str, int] = {}
-    told = []
-    for method in methods:
-        look = looks[method.pruner]
-        variant = variants.setdefault(method.pruner, 0)
-        variants[method.pruner] += 1
-        told.append(
-            {"label": method.label, "pruner": method.pruner, "variant": variant}
-            | {"light": look.light, "dark": look.dark, "symbol": look.symbol}
-        )
-    return told
+def _methods(methods: Sequence[Method], looks: Mapping[Method, Style]) -> list[dict[str, Any]]:
+    return [
+        {"label": method.label, "pruner": method.pruner}
+        | {"light": looks[method].light, "dark": looks[method].dark, "symbol": looks[method].symbol}
+        for method in methods
+    ]
 
 
 def _cell(
@@ -102,32 +108,35 @@ def _paper(table: PaperTable) -> dict[str, Any]:
 
 
 def _run(
-    number: int,
-    run: RunRecord,
-    curve: Curve,
-    methods: Sequence[Method],
-    measures: Sequence[Measure],
-    environments: list[Mapping[str, Any]],
+    number: int, run: RunRecord, curve: Curve, methods: Sequence[Method], measures: Sequence[Measure]
 ) -> dict[str, Any]:
+    """What tables and filters need of a run; the rest is in its details."""
     told = {"id": number, "folder": run.folder, "status": run.status, "error": run.error}
     if run.status != "done":
         return told
-    if run.environment not in environments:
-        environments.append(run.environment)
-    given = allocation(run)
     return told | {
         "model": run.model,
         "method": methods.index(run.method),
-        "pattern": run.pattern,
         "seed": run.seed,
         "target": _target(run),
         "measured": run.measured,
         "missed": run.missed,
+        "scores": [[measures.index(score.measure), score.value] for score in run.scores],
+        "seconds": run.seconds.get("prune"),
+        "searched": bool(curve.points),
+    }
+
+
+def _details(run: RunRecord, curve: Curve) -> str:
+    """What the page shows of one run alone, as JSON of its own: it is read when the run is looked at."""
+    if run.status != "done":
+        return "{}"
+    details = {
+        "pattern": run.pattern,
         "command": run.command,
         "config": run.config,
-        "environment": environments.index(run.environment),
+        "environment": run.environment,
         "calibration": run.calibration,
-        "scores": [[measures.index(score.measure), score.value] for score in run.scores],
         "unavailable": run.unavailable,
         "seconds": run.seconds,
         "memory": run.memory,
@@ -137,9 +146,11 @@ def _run(
         "recovery": run.recovery.to_dict() if run.recovery else None,
         "simulated_speed": run.simulated_speed,
         "blocks": [[b.index, _rounded(b.loss_before), _rounded(b.loss_after), _rounded(b.seconds)] for b in run.blocks],
-        "allocation": asdict(given),
+        "allocation": asdict(allocation(run)),
+        "rows": row_quantiles(run.path),
         "curve": {"stride": curve.stride, "blocks": _curve(curve)},
     }
+    return json.dumps(details, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=str)
 
 
 def _curve(curve: Curve) -> list[dict[str, Any]]:

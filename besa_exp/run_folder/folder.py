@@ -38,6 +38,7 @@ WRITTEN = (  # what a run leaves besides .lock and status.json; nothing else in 
     "environment.json",
     "masks.safetensors",
     "calibration.safetensors",
+    "row_sparsities.safetensors",
     "model",
     "blocks",
     "scores.json",
@@ -71,6 +72,7 @@ class RunFolder:
         self.model = path / "model"
         self.masks = path / "masks.safetensors"
         self.tokens = path / "calibration.safetensors"
+        self.rows = path / "row_sparsities.safetensors"
         self.metrics = path / "metrics.jsonl"
         self.sparsity = path / "sparsity.csv"
         self.blocks = path / "blocks"
@@ -177,6 +179,10 @@ class RunFolder:
         """One line of metrics.jsonl, and one row a linear of sparsity.csv."""
         self._append(_block_line(report), f"block {report.index}")
         self._append_sparsity(report)
+
+    def log_rows(self, block: int, linears: Mapping[str, Sequence[float]]) -> None:
+        """One line of metrics.jsonl: quantiles over the rows' sparsities of each linear of a block."""
+        self._append({"kind": "rows", "block": block, "linears": linears}, f"block {block}")
 
     def _append_sparsity(self, report: BlockReport) -> None:
         if not self.writes:

@@ -88,7 +88,7 @@ def evaluate_checkpoint(settings: EvaluationSettings, path: Path, config: Mappin
         loaded = in_a_fast_dtype(loaded, settings.model.dtype)
         results = _scored(evaluation, loaded, config)
         console.tables(results)
-        console.stage(f"{path / 'results.json'}: {spent.seconds()['total']:.1f} s")
+        logger.info("%s: %.1f s", path / "results.json", spent.seconds()["total"])
     return results
 
 
@@ -141,7 +141,8 @@ def _measured(evaluation: _Evaluation, loaded: LoadedModel, digest: str, left: A
     """The scores that were not known; those of an evaluation that was cut off are taken from it."""
     settings, folder = evaluation.settings, evaluation.folder
     finished = FinishedScores(folder.scores, f"checkpoint {digest}", evaluation.spent.keep)
-    scores = evaluate(loaded, left, settings.offline, settings.seed, evaluation.console.stage, finished)
+    console = evaluation.console
+    scores = evaluate(loaded, left, settings.offline, settings.seed, console.stage, finished, console.count)
     if (scores.perplexity or scores.zero_shot) and (folder.path / "metrics.jsonl").is_file():
         folder.log_scores("pruned", scores)
     return scores

@@ -64,7 +64,11 @@ def prune(
     config = {**config_of(settings), **(config or {}), "method": settings.pruner_name}
     device = prepared_device(settings)
     resume = request_identity(config) if settings.resume else None
-    with distributed.joined(device), opened(path, settings.overwrite, resume) as folder, RunConsole() as console:
+    with (
+        distributed.joined(device),
+        opened(path, settings.overwrite, resume) as folder,
+        RunConsole(verbose=settings.verbose) as console,
+    ):
         run = Run(settings, config, device, folder, console, Spent(folder.spent, partial(peak_memory, device)))
         folder.write_config(config)
         folder.write_environment(environment(device))
@@ -72,6 +76,7 @@ def prune(
             write_inputs(path, fingerprint(settings))
         if warning := out_of_reach(settings):
             logger.warning(warning)
+        console.outline(settings)
         console.stage(f"loading {settings.model.path}")
         with run.spent.timed("load"):
             loaded = in_a_fast_dtype(load_model(settings.model, device, settings.offline), settings.model.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,9 +17,13 @@ from besa_exp.methods.updates.updated import with_update
 from besa_exp.run_folder.identity import IDENTITY, request_identity
 from besa_exp.runs.block_loop import BlockLoop
 from besa_exp.runs.cpu_units import rounding
+from besa_exp.runs.expected_steps import steps_of_block
+from besa_exp.runs.row_sparsities import keep_row_sparsities
 from besa_exp.runs.run import Run, Work, num_blocks
 from besa_exp.runs.save import pruned_weights
 from besa_exp.tensors.masks import Goal
+
+logger = logging.getLogger(__name__)
 
 
 def prune_model(run: Run, work: Work) -> Work:
@@ -40,6 +45,8 @@ def prune_model(run: Run, work: Work) -> Work:
         reports = _follow(run, work, loop, pruner, reports, tracks=not later)
         if later:
             reports, finished = _refine(run, work, loop, later, reports), finished.refined
+    if distributed.is_first():
+        keep_row_sparsities(run, finished, work.numbered(reports))
     distributed.barrier()  # the first rank has written the blocks
     loaded = pruned_weights(loaded, finished) if loaded.weights else loaded
     return replace(work, loaded=loaded, finished=finished, reports=tuple(reports))
@@ -52,7 +59,7 @@ def _begin(run: Run, work: Work) -> list[BlockReport]:
     reports = distributed.from_first(lambda: work.finished.begin(identity, ends))
     run.folder.rewind(work.numbered(reports))
     if reports:
-        run.console.stage(f"going on after {len(reports)} finished blocks")
+        logger.info("resuming: %d of %d blocks are already pruned", len(reports), num_blocks(work.loaded))
     return reports
 
 
@@ -71,7 +78,8 @@ def _follow(
     if tracks:
         for report in work.numbered(reports):
             run.tracker.log_block(report)
-    with run.console.pruning(num_blocks(loop.loaded) - len(reports)) as progress:
+    steps, seconds_before = steps_of_block(pruner, len(loop.input_ids)), [report.seconds for report in reports]
+    with run.console.pruning(num_blocks(loop.loaded), seconds_before, steps) as progress:
 
         def on_step(step: Step) -> None:
             step = replace(step, block=work.number(step.block))

@@ -147,7 +147,7 @@ def save(run: Run, work: Work) -> Work:
     settings, folder, loaded = run.settings, run.folder, work.loaded
     with run.spent.timed("save"):
         if settings.save.model:
-            run.console.stage("saving the pruned model and loading it anew")
+            run.console.stage("saving the pruned model and reading it back")
         if distributed.is_first():
             _write_model(run, work)
         distributed.barrier()
@@ -180,7 +180,7 @@ def reread(run: Run, work: Work) -> Iterator[Callable[[], dict[str, Any]]]:
     ) as answer:
 
         def reloaded() -> dict[str, Any]:
-            run.console.stage("the saved model in a fresh process")
+            run.console.stage("checking that transformers loads the saved model")
             with run.spent.timed("save"):
                 return {"reloaded": answer()}
 

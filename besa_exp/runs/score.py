@@ -44,7 +44,7 @@ def dense_scores(run: Run, loaded: LoadedModel) -> Scores:
         lambda: console.stage("dense model: waiting for another run that scores it"),
     )
     if known:
-        console.stage("dense model: scored before by another run")
+        console.stage("dense model: scores reused from a run beside this one")
         run.folder.log_scores("dense", scores)
     return scores
 
@@ -58,6 +58,8 @@ def score(run: Run, which: str, loaded: LoadedModel) -> Scores:
         console.stage(f"{which} model: {text}")
 
     with run.spent.timed("evaluate"):
-        scores = evaluate(loaded, settings.evaluator, settings.offline, settings.seed, on_progress, earlier)
+        scores = evaluate(
+            loaded, settings.evaluator, settings.offline, settings.seed, on_progress, earlier, console.count
+        )
     run.folder.log_scores(which, scores)
     return scores

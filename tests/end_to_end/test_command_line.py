@@ -68,6 +68,8 @@ def test_presets_of_ones_own_come_with_a_folder(tmp_path: Path, capsys: pytest.C
     [
         ("besa pru", "prune"),
         ("besa list pr", ""),
+        ("besa comp", "compare"),
+        ("besa show pruner=besa_p", "pruner=besa_paper"),
         ("besa prune pruner=besa_p", "pruner=besa_paper"),
         ("besa prune pruner=wanda calibration.num", "calibration.num_samples="),
         ("besa prune experiment=paper_llama", "experiment=paper_llama2_7b_50"),
@@ -90,7 +92,7 @@ def test_an_experiment_can_be_a_sweep_of_its_own(given: list[str], capsys: pytes
     assert main(["prune", *given, "experiment=semi_structured", "pruner=magnitude,wanda", "pattern=2:4"]) == 0
     names = sorted(path.name[:20] for path in Path("outputs").glob("*/results.json") for path in [path.parent])
     assert [name.split("-")[1] for name in names] == ["magnitude", "wanda"]
-    assert "results or error" in capsys.readouterr().out
+    assert "what happened" in capsys.readouterr().out
 
 
 def test_the_profile_preset_tells_where_the_time_went(given: list[str]) -> None:

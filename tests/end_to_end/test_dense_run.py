@@ -38,7 +38,7 @@ def test_a_dense_run_scores_as_evaluate_does_and_reads_no_calibration_and_keeps_
     folder, found = results()
     said = capsys.readouterr().out
     assert "calibration" not in said
-    assert "block 1/2" not in said
+    assert "block 1 of 2" not in said
     (scored,) = found["perplexity"]
     evaluated = ["device=cpu", "evaluator=none", "model.dtype=float32", f"evaluator.perplexity_sets=[{scored}]"]
     assert main(["evaluate", f"checkpoint={model_dir}", *evaluated, "hydra.run.dir=evaluated"]) == 0

@@ -169,4 +169,4 @@ def test_a_clock_that_goes_backwards_changes_nothing(
     assert main([*request_arguments, f"hydra.run.dir={unfinished}"]) == 0
     monkeypatch.undo()
     assert_equal_runs(unfinished, unbroken)
-    assert "going on after 3 finished blocks" in " ".join((unfinished / "run.log").read_text().split())
+    assert "resuming: 3 of" in " ".join((unfinished / "run.log").read_text().split())

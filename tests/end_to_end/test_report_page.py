@@ -48,6 +48,7 @@ def report_html(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     steps = 20 if pruner == "besa" else 0
                     finished_run(runs / f"{model}-{pruner}-{sparsity}-{seed}", changes, steps=steps)
     other = RESULTS["calibration"] | {"num_samples": 8}
+    finished_run(runs / "of-the-paper", {"model": "meta/Llama-7b", "pruner": "wanda"})
     finished_run(runs / "apart", {"model": "alpha", "pruner": "magnitude", "calibration": other})
     finished_run(runs / "hostile", {"model": HOSTILE, "pruner": HOSTILE})
     unfinished_run(runs / "failed", status="failed", error=f"RunError: {HOSTILE}")
@@ -100,7 +101,7 @@ def points_drawn(browser: Any, section: str) -> list[int]:
 
 def click(browser: Any, label: str) -> None:
     script = """const chips = [...document.querySelectorAll('#filters .chip')];
-        chips.find((chip) => chip.innerText.trim() === arguments[0]).querySelector('input').click();"""
+        chips.find((chip) => chip.textContent.trim() === arguments[0]).querySelector('input').click();"""
     browser.execute_script(script, label)
 
 
@@ -109,24 +110,25 @@ def text_of(browser: Any, selector: str) -> str:
 
 
 def test_every_chart_is_drawn_with_its_data(opened: Any) -> None:
-    assert sorted(points_drawn(opened, "perplexity")) == [1, 2, 2, 2, 2]  # the hostile run; two methods of two models
+    # lines of two methods of two models; of two runs at one target a faint dot each and the mean
+    assert sorted(points_drawn(opened, "perplexity")) == [1, 1, 1, 1, 2, 2, 2, 2]
     assert points_drawn(opened, "zero-shot")
     assert set(points_drawn(opened, "depth")) == {2}  # a point a block
     assert points_drawn(opened, "run") == [6, 20, 2, 2]  # heat map, curve, losses before and after
 
 
 def test_filters_change_what_is_counted_drawn_and_listed(opened: Any) -> None:
-    assert text_of(opened, "#count") == "18 of 18 finished runs shown"
+    assert text_of(opened, "#count") == "19 of 19 finished runs shown"
     click(opened, "alpha")
-    assert text_of(opened, "#count") == "9 of 18 finished runs shown"
+    assert text_of(opened, "#count") == "10 of 19 finished runs shown"
     click(opened, "wanda")
-    assert text_of(opened, "#count") == "5 of 18 finished runs shown"
+    assert text_of(opened, "#count") == "5 of 19 finished runs shown"
     click(opened, "70 %")
-    assert text_of(opened, "#count") == "3 of 18 finished runs shown"
-    assert sorted(points_drawn(opened, "perplexity")) == [1, 1]
+    assert text_of(opened, "#count") == "3 of 19 finished runs shown"
+    assert sorted(points_drawn(opened, "perplexity")) == [1, 1, 1, 2]  # two seeds of one method, the hostile run
     assert opened.execute_script("return document.querySelectorAll('#runs tbody tr').length") == 3
     opened.execute_script("document.querySelector('#filters [type=reset]').click()")
-    until(lambda: text_of(opened, "#count") == "18 of 18 finished runs shown")
+    until(lambda: text_of(opened, "#count") == "19 of 19 finished runs shown")
 
 
 def test_filters_that_nothing_passes_say_so(opened: Any) -> None:
@@ -150,6 +152,74 @@ def test_what_stands_apart_and_what_failed_is_told_with_the_reason(opened: Any) 
     assert "calibration size: 8 x 2048 tokens (the others: 128 x 2048 tokens)" in text_of(opened, "#apart-table")
     assert f"RunError: {HOSTILE}" in text_of(opened, "#unfinished-table")
     assert "paper 6.86" in text_of(opened, "#paper-table")
+
+
+def test_the_page_begins_with_a_table_whose_best_is_bold(opened: Any) -> None:
+    script = """const tables = [...document.querySelectorAll('#results-tables table')];
+        const table = tables.find((one) => one.caption.textContent.startsWith('alpha'));
+        return [table.caption.textContent, [...table.tHead.rows[0].cells].map((cell) => cell.textContent),
+            [...table.querySelectorAll('tbody tr')].map((row) => [row.cells[0].textContent,
+                [...row.cells].map((cell) => Boolean(cell.querySelector('strong')))])];"""
+    caption, heads, rows = opened.execute_script(script)
+    assert caption == "alpha: wikitext2"
+    assert heads == ["method", "50 %", "70 %"]
+    assert rows == [["besa", [False, True, True]], ["wanda", [False, False, False]]]
+
+
+def test_a_click_in_the_legend_hides_a_method_in_every_chart(opened: Any) -> None:
+    before = len(points_drawn(opened, "perplexity"))
+    script = """const buttons = [...document.querySelectorAll('[data-legend="perplexity"] button')];
+        const button = buttons.find((one) => one.textContent === 'besa'); button.click();"""
+    opened.execute_script(script)
+    assert len(points_drawn(opened, "perplexity")) == before - 2  # of alpha and of beta
+    pressed = 'return document.querySelector(\'[data-legend="perplexity"] [aria-pressed="false"]\').textContent'
+    assert opened.execute_script(pressed) == "besa"
+    assert text_of(opened, "#count") == "19 of 19 finished runs shown"  # tables keep it
+    opened.execute_script(script)
+    assert len(points_drawn(opened, "perplexity")) == before
+
+
+def test_a_link_restores_what_was_chosen(opened: Any, report_html: Path) -> None:
+    opened.get("about:blank")
+    opened.get(f"{report_html.as_uri()}#without=model:0;target:1")
+    until(lambda: opened.execute_script("return document.documentElement.dataset.ready"))
+    shown = text_of(opened, "#count")
+    assert not shown.startswith("19")
+    checked = (
+        """return [...document.querySelectorAll('#filters [data-filter="target"] input')].map((box) => box.checked)"""
+    )
+    assert opened.execute_script(checked) == [True, False]
+
+
+def test_two_runs_beside_each_other_have_one_range_of_colours(opened: Any) -> None:
+    script = """const select = document.getElementById('beside');
+        select.value = [...select.options].find((option) => option.text === 'wanda, 70 %, seed 0').value;
+        select.dispatchEvent(new Event('change'));"""
+    opened.execute_script(script)
+    points_drawn(opened, "run")
+    ranges = """return [...document.querySelectorAll('#run .plot')].flatMap((plot) => plot.data)
+        .filter((trace) => trace.type === 'heatmap').map((trace) => trace.zmax - trace.zmin);"""
+    one, other = opened.execute_script(ranges)
+    assert one == pytest.approx(other)
+
+
+def test_no_heading_is_hidden_below_the_bar(opened: Any) -> None:
+    for open_ in (False, True):
+        opened.execute_script("document.getElementById('filter-box').open = arguments[0]", open_)
+        time.sleep(0.2)  # the observer of its size
+        script = """document.documentElement.style.scrollBehavior = 'auto'; location.hash = ''; location.hash = '#run';
+            return [document.getElementById('run-head').getBoundingClientRect().top,
+                document.getElementById('filters').getBoundingClientRect().bottom];"""
+        head, bar = opened.execute_script(script)
+        assert head >= bar
+
+
+def test_axes_show_no_share_below_zero_or_above_one(opened: Any) -> None:
+    points_drawn(opened, "zero-shot")
+    script = """return [...document.querySelectorAll('#zero-shot .plot')].flatMap((plot) =>
+        [plot.layout.xaxis, plot.layout.yaxis].filter((one) => one.type !== 'category').map((one) => one.range));"""
+    for low, high in opened.execute_script(script):
+        assert 0 <= low < high <= 1
 
 
 def test_nothing_is_logged_fetched_or_run_but_the_page(opened: Any, report_html: Path) -> None:

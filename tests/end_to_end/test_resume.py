@@ -70,8 +70,8 @@ def test_a_signal_ends_the_run_as_interrupted_and_the_same_command_goes_on(
     finished = len(list(folder.glob("blocks/00000?.json")))
     assert main([*request_arguments, f"hydra.run.dir={folder}"]) == 0
     output = capsys.readouterr().out
-    assert f"{finished} finished blocks" in output
-    assert f"block 1/{BLOCKS - finished}" in output
+    assert f"resuming: {finished} of {BLOCKS} blocks are already pruned" in output
+    assert f"block {finished + 1} of {BLOCKS}" in output
     assert_equal_runs(folder, unbroken)
 
 
@@ -87,7 +87,7 @@ def test_a_damaged_block_is_found_and_pruned_again(harm, unfinished, request_arg
     assert main([*request_arguments, f"hydra.run.dir={unfinished}"]) == 0
     output = capsys.readouterr().out
     assert "block 1 is pruned again" in output
-    assert "1 finished blocks" in output
+    assert "resuming: 1 of" in output
     assert_equal_runs(unfinished, unbroken)
 
 
@@ -158,7 +158,7 @@ def test_a_changed_input_of_an_unfinished_run_is_named_before_anything_is_loaded
 
 def test_without_resume_an_unfinished_run_starts_anew(unfinished, request_arguments, unbroken, capsys):
     assert main([*request_arguments, f"hydra.run.dir={unfinished}", "resume=false"]) == 0
-    assert "going on after" not in capsys.readouterr().out
+    assert "already pruned" not in capsys.readouterr().out
     assert_equal_runs(unfinished, unbroken)
 
 
@@ -181,7 +181,7 @@ def test_blocks_that_are_pruned_together_are_finished_together_and_their_reports
     killed(streamed, folder, [{"blocks": 3}])
     (folder / "blocks" / "000003.json").unlink(missing_ok=True)  # the second of a pair was not yet written
     assert main([*streamed, f"hydra.run.dir={folder}"]) == 0
-    assert "2 finished blocks" in capsys.readouterr().out
+    assert "resuming: 2 of" in capsys.readouterr().out
     assert_equal_tensors(folder, whole)
     assert results_of(folder)["blocks"] == results_of(whole)["blocks"]
     assert [line for line in metrics_of(folder) if line["kind"] != "scores"] == [

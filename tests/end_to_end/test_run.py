@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from besa_exp.checkpoints.files import load_masks
 from besa_exp.cli.main import main
+from besa_exp.report.row_sparsities import row_quantiles
 from besa_exp.texts.embedded.text import MODEL_DIR, TASKS_DIR, calibration_documents
 
 FILES = (
@@ -69,8 +70,8 @@ def test_the_run_folder_holds_what_is_promised_and_says_done(run, results):
 
 def test_what_is_printed_where_there_is_no_terminal_is_plain_and_tells_blocks_and_scores(run):
     assert "\x1b" not in run[1]
-    assert "block 5/5" in run[1]
-    assert "measured sparsity 0.6000" in run[1]
+    assert "block 5 of 5" in run[1]
+    assert "done: 60.00 % zeros" in run[1]
 
 
 def test_the_saved_model_is_an_ordinary_folder_that_gives_the_scores_again(run, results, tokens):
@@ -89,6 +90,19 @@ def test_the_saved_model_is_an_ordinary_folder_that_gives_the_scores_again(run, 
 def test_a_fresh_process_reads_the_saved_model_and_computes_what_the_pruned_one_does(results):
     assert results["reloaded"]["token_loss"] == pytest.approx(results["reloaded"]["expected"], rel=1e-5)
     assert results["reloaded"]["tokens"] == 64
+
+
+def test_row_sparsities_are_those_of_the_saved_weights_and_their_quantiles_are_logged(run):
+    kept, weights = load_file(run[0] / "row_sparsities.safetensors"), load_file(run[0] / "model" / "model.safetensors")
+    for name, rows in kept.items():
+        assert rows.tolist() == pytest.approx((weights[f"{name}.weight"] == 0).float().mean(dim=1).tolist(), abs=1e-6)
+    blocks = row_quantiles(run[0])
+    assert len(blocks) == 5
+    assert len(kept) == sum(len(block["linears"]) for block in blocks)
+    down = kept["model.layers.2.mlp.down_proj"]
+    assert blocks[2]["linears"]["mlp.down_proj"][0] == pytest.approx(float(down.min()))
+    assert blocks[2]["linears"]["mlp.down_proj"][-1] == pytest.approx(float(down.max()))
+    assert down.min() < down.max()  # BESA's rows differ
 
 
 def test_sparsity_is_what_is_counted_in_the_saved_file_and_in_the_masks(run, results):

@@ -77,7 +77,7 @@ def test_one_job_fails_the_others_are_done_and_skipped_on_a_second_start(
     assert "Traceback" not in first.stdout + first.stderr
     table = first.stdout.splitlines()
     assert any("failed" in line and bad.name in line for line in table)
-    assert any(re.search(r"1 +done", line) and good.name in line for line in table)
+    assert any(re.search(r"2 +done", line) and good.name in line for line in table)
     results = (good / "results.json").stat().st_mtime_ns
     second = sweep(*asked)
     assert second.returncode == 1
@@ -202,7 +202,7 @@ def test_the_dense_model_is_scored_once_for_all_jobs_and_masks_alone_are_kept(
     assert done.returncode == 0, done.stdout + done.stderr
     logs = [(folder / "run.log").read_text() for folder in (*folders("wanda"), *folders("magnitude"))]
     assert sorted("dense model: perplexity on" in log for log in logs) == [False, True]
-    assert sorted("dense model: scored before by another run" in log for log in logs) == [False, True]
+    assert sorted("dense model: scores reused from a run beside this one" in log for log in logs) == [False, True]
     results = [json.loads(path.read_text())["dense"] for path in Path("outputs").glob("*/results.json")]
     assert results[0] == results[1]
     assert len(list(Path("outputs/.dense_scores").glob("*.json"))) == 1

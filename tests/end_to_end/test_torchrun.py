@@ -112,7 +112,7 @@ def test_two_processes_score_a_folder_as_one_does(short, tokens, tmp_path):
 def test_what_one_process_began_two_finish(unfinished, unbroken, request_arguments):
     done = run_ready("two_ranks.py", *request_arguments, f"hydra.run.dir={unfinished}")
     assert done.returncode == 0, done.stdout
-    assert "going on after" in done.stdout
+    assert "blocks are already pruned" in done.stdout
     assert_same_but_for_rounding(unbroken, unfinished)
     assert_weights_of_least_score_went(unfinished)
 
@@ -127,7 +127,7 @@ def test_what_two_processes_began_one_finishes(unbroken, request_arguments, tmp_
     two.send_signal(signal.SIGTERM)
     two.wait()
     assert main([*request_arguments, f"hydra.run.dir={folder}"]) == 0
-    assert "going on after" in capsys.readouterr().out
+    assert "blocks are already pruned" in capsys.readouterr().out
     assert_same_but_for_rounding(unbroken, folder)
     assert_weights_of_least_score_went(folder)
 

@@ -1,8 +1,7 @@
-// Charts. A method has one colour and one marker everywhere; variants of a pruner differ in their dashes.
+// Charts. A method has one colour and one marker everywhere, and no other method has both.
 
 const darkness = matchMedia("(prefers-color-scheme: dark)");
 const narrow = matchMedia("(max-width: 760px)");
-const DASHES = ["solid", "dash", "dot", "dashdot"];
 const DIVERGING = {
   light: [[0, "#4b2b85"], [0.25, "#a99bd0"], [0.5, "#f4f3f0"], [0.75, "#e9a35b"], [1, "#9a4300"]],
   dark: [[0, "#b9a6ff"], [0.25, "#6b58a8"], [0.5, "#2a2d35"], [0.75, "#b3661f"], [1, "#ffb067"]],
@@ -13,9 +12,9 @@ const colour = (method) => data.methods[method][darkness.matches ? "dark" : "lig
 const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 function look(method) {
-  const { symbol, variant } = data.methods[method];
+  const { symbol } = data.methods[method];
   return {
-    line: { color: colour(method), width: 2, dash: DASHES[variant % DASHES.length] },
+    line: { color: colour(method), width: 2 },
     marker: { color: colour(method), symbol, size: symbol.startsWith("triangle") ? 10 : 8, line: { color: variable("--paper"), width: 1 } },
   };
 }
@@ -42,12 +41,13 @@ function glyph(method) {
   return made;
 }
 
-const DASH_NAMES = ["", "dashed", "dotted", "dash-dotted"];
-function legendOf(methods) {
-  return element("ul", { class: "legend" }, unique(methods).sort((a, b) => a - b).map((method) => {
-    const dashes = DASH_NAMES[data.methods[method].variant % DASH_NAMES.length];
-    return element("li", {}, glyph(method), data.methods[method].label, dashes ? element("span", { class: "minor" }, ` (${dashes})`) : null);
-  }));
+// A click takes a method out of the charts, or puts it back.
+function legendOf(methods, redraw) {
+  return element("ul", { class: "legend" }, unique(methods).sort((a, b) => a - b).map((method) => element("li", {},
+    element("button", { type: "button", "aria-pressed": String(!hidden.has(method)), title: "Hide or show in the charts", onclick: () => {
+      if (!hidden.delete(method)) hidden.add(method);
+      redraw();
+    } }, glyph(method), data.methods[method].label))));
 }
 
 // Ticks of a logarithmic axis: 1, 2, 5 of each power of ten; all nine where the range is short, 1 where it is long.
@@ -108,6 +108,7 @@ function showCharts(place, cards, sentence) {
   free(place);
   fill(place, cards.length ? cards.map((item) => item.node) : empty(sentence));
   cards.forEach((item) => {
+    if (item.height) item.plot.style.height = `${item.height}px`;
     waiting.set(item.plot, item);
     near.observe(item.plot);
   });
@@ -120,26 +121,46 @@ function free(place) {
   });
 }
 
-function scoreTraces(cells, kind) {
-  const pruned = cells.filter((cell) => !isDense(cell.method));
-  const places = pruned.map((cell) => cell.measured);
+const denseLine = (cell) => ({ text: `dense: ${cell.text}`, line: { color: colour(cell.method), width: 1.5, dash: "dash" } });
+const cellText = (cell, kind) => `<b>${markupFree(data.methods[cell.method].label)}</b><br>${markupFree(cell.text)}<br>target ${targetName(cell.target)}, measured ${percent(cell.measured)}`
+  + `<br>${cell.values.map((value, at) => `seed ${cell.seeds[at]}: ${scoreText(kind, value)}`).join("<br>")}`;
+
+// Against sparsity, a line a method.
+function scoreChart(cells, kind, y) {
+  const places = cells.filter((cell) => !isDense(cell.method)).map((cell) => cell.measured);
   const [left, right] = places.length ? [Math.min(...places), Math.max(...places)] : [0, 1];
-  return [...new Set(cells.map((cell) => cell.method))].map((method) => {
+  const pad = Math.max(0.01, 0.05 * (right - left));
+  const range = [Math.max(0, left - pad), Math.min(1, right + pad)];
+  const traces = unique(cells.map((cell) => cell.method)).map((method) => {
     const own = cells.filter((cell) => cell.method === method);
-    const { label } = data.methods[method];
-    const shared = { name: markupFree(label), ...look(method), hovertemplate: "%{text}<extra></extra>" };
+    const shared = { name: markupFree(data.methods[method].label), ...look(method), hovertemplate: "%{text}<extra></extra>" };
     if (isDense(method)) {
-      const text = `dense: ${own[0].text}`;
-      const reach = left === right ? 0.05 : 0;
-      return { ...shared, mode: "lines", x: [left - reach, right + reach], y: [own[0].mean, own[0].mean], text: [text, text], line: { color: colour(method), width: 1.5, dash: "dash" } };
+      const { text, line } = denseLine(own[0]);
+      return { ...shared, mode: "lines", x: range, y: [own[0].mean, own[0].mean], text: [text, text], line };
     }
     return {
       ...shared, mode: "lines+markers", x: own.map((cell) => cell.measured), y: own.map((cell) => cell.mean),
       error_y: { type: "data", array: own.map((cell) => cell.spread || 0), color: colour(method), thickness: 1.2, width: 3 },
-      text: own.map((cell) => `<b>${markupFree(label)}</b><br>${markupFree(cell.text)}<br>target ${targetName(cell.target)}, measured ${percent(cell.measured)}`
-        + `<br>${cell.values.map((value, at) => `seed ${cell.seeds[at]}: ${scoreText(kind, value)}`).join("<br>")}`),
+      text: own.map((cell) => cellText(cell, kind)),
     };
   });
+  return { traces, layout: layout(axis("measured sparsity", { tickformat: ".3~%", range }), y) };
+}
+
+// One target: methods down, the best on top; each seed a faint dot, the mean with its deviation.
+function dotChart(cells, kind, x) {
+  const lower = data.measures[cells[0].measure].lower;
+  const own = cells.filter((cell) => !isDense(cell.method)).sort((a, b) => (lower ? a.mean - b.mean : b.mean - a.mean));
+  const labels = own.map((cell) => markupFree(data.methods[cell.method].label));
+  const traces = own.flatMap((cell, at) => [
+    { mode: "markers", x: cell.values, y: cell.values.map(() => labels[at]), marker: { color: colour(cell.method), size: 5, opacity: 0.45 }, hoverinfo: "skip" },
+    { mode: "markers", x: [cell.mean], y: [labels[at]], marker: look(cell.method).marker, text: [cellText(cell, kind)], hovertemplate: "%{text}<extra></extra>",
+      error_x: { type: "data", array: [cell.spread || 0], color: colour(cell.method), thickness: 1.2, width: 3 } },
+  ]);
+  const dense = cells.find((cell) => isDense(cell.method));
+  const shapes = dense ? [{ type: "line", xref: "x", yref: "paper", x0: dense.mean, x1: dense.mean, y0: 0, y1: 1, line: denseLine(dense).line }] : [];
+  const y = axis("", { type: "category", categoryorder: "array", categoryarray: [...labels].reverse(), showgrid: true, range: [-0.6, own.length - 0.4] });
+  return { traces, layout: layout(x, y, { shapes }), height: 90 + 26 * own.length };
 }
 
 function errorTraces(lines) {
@@ -152,21 +173,26 @@ function errorTraces(lines) {
   }));
 }
 
-function allocationChart(run) {
-  const { linears, blocks, counts } = run.allocation;
+const sharesOf = (run) => detailsOf(run).allocation.counts.flat().filter(Boolean).map(([weights, pruned]) => pruned / weights);
+const reachOf = (runs, centre) => Math.max(0.005, ...runs.flatMap(sharesOf).map((value) => Math.abs(value - centre)));
+
+// Two runs side by side have one range of colours.
+function allocationChart(run, beside) {
+  const { linears, blocks, counts } = detailsOf(run).allocation;
+  const centre = beside ? (run.measured + beside.measured) / 2 : run.measured;
   const shares = counts.map((row) => row.map((pair) => (pair ? pair[1] / pair[0] : null)));
-  const reach = Math.max(0.005, ...shares.flat().filter((value) => value !== null).map((value) => Math.abs(value - run.measured)));
+  const reach = reachOf(beside ? [run, beside] : [run], centre);
   const text = counts.map((row, at) => row.map((pair, column) => (pair
     ? `<b>block ${blocks[at]}, ${markupFree(linears[column])}</b><br>${percent(pair[1] / pair[0], 3)} zeros<br>${pair[1].toLocaleString("en")} of ${pair[0].toLocaleString("en")} weights` : "")));
   const few = blocks.length * linears.length <= 120 && !narrow.matches;
   const traces = [{
     type: "heatmap", x: linears.map(markupFree), y: blocks, z: shares, text, hovertemplate: "%{text}<extra></extra>", xgap: 1, ygap: 1,
-    zmin: run.measured - reach, zmax: run.measured + reach, colorscale: DIVERGING[darkness.matches ? "dark" : "light"],
+    zmin: centre - reach, zmax: centre + reach, colorscale: DIVERGING[darkness.matches ? "dark" : "light"],
     colorbar: { thickness: 10, outlinewidth: 0, tickformat: ".1%", len: 1 },
   }];
   const annotations = few ? shares.flatMap((row, at) => row.map((value, column) => (value === null ? null : {
     x: markupFree(linears[column]), y: blocks[at], text: (100 * value).toFixed(1), showarrow: false,
-    font: { size: 11, color: Math.abs(value - run.measured) > 0.6 * reach ? (darkness.matches ? "#14161a" : "#ffffff") : variable("--ink") },
+    font: { size: 11, color: Math.abs(value - centre) > 0.6 * reach ? (darkness.matches ? "#14161a" : "#ffffff") : variable("--ink") },
   })).filter(Boolean)) : [];
   const yaxis = axis("block", { autorange: "reversed", showgrid: false, dtick: blocks.length <= 16 ? 1 : undefined });
   return { traces, layout: layout(axis("", { showgrid: false, type: "category" }), yaxis, { annotations }) };
@@ -174,24 +200,49 @@ function allocationChart(run) {
 
 function curveChart(run) {
   const palette = DEPTH_COLOURS[darkness.matches ? "dark" : "light"];
-  const last = Math.max(1, run.curve.blocks.length - 1);
-  const traces = run.curve.blocks.map((block, at) => ({
+  const { blocks } = detailsOf(run).curve;
+  const last = Math.max(1, blocks.length - 1);
+  const traces = blocks.map((block, at) => ({
     name: `block ${block.block}`, mode: "lines", x: block.steps, y: block.reconstruction,
     line: { width: 1.6, color: palette[Math.round((at / last) * (palette.length - 1))] },
     text: block.steps.map((step, i) => `<b>block ${block.block}, step ${step}</b><br>reconstruction ${significant(block.reconstruction[i])}`
       + `<br>loss ${significant(block.loss[i])}<br>expected sparsity ${percent(block.expected[i])}`),
     hovertemplate: "%{text}<extra></extra>",
   }));
-  return { traces, layout: layout(axis("step"), logarithmic("reconstruction loss", run.curve.blocks.flatMap((block) => block.reconstruction)), { showlegend: run.curve.blocks.length <= 12 }) };
+  return { traces, layout: layout(axis("step"), logarithmic("reconstruction loss", blocks.flatMap((block) => block.reconstruction)), { showlegend: blocks.length <= 12 }) };
 }
 
+// The loss of the pruned block; where a method betters its starting mask, what that lost too.
 function lossChart(run) {
-  const blocks = run.blocks.map((block) => block[0]);
+  const losses = detailsOf(run).blocks;
+  const blocks = losses.map((block) => block[0]);
+  const betters = losses.some((block) => block[1] !== block[2]);
   const trace = (name, at, dash) => ({
-    name, mode: "lines+markers", x: blocks, y: run.blocks.map((block) => block[at]),
+    name, mode: "lines+markers", x: blocks, y: losses.map((block) => block[at]),
     line: { color: colour(run.method), width: 2, dash }, marker: { size: 7, color: colour(run.method), symbol: at === 1 ? "circle-open" : "circle" },
-    text: run.blocks.map((block) => `<b>block ${block[0]}</b><br>before ${significant(block[1])}<br>after ${significant(block[2])}<br>${duration(block[3])}`),
+    text: losses.map((block) => `<b>block ${block[0]}</b><br>${betters ? `starting mask ${significant(block[1])}<br>` : ""}pruned block ${significant(block[2])}<br>${duration(block[3])}`),
     hovertemplate: "%{text}<extra></extra>",
   });
-  return { traces: [trace("before", 1, "dot"), trace("after", 2, "solid")], layout: layout(axis("block", { dtick: blocks.length <= 16 ? 1 : undefined }), logarithmic("reconstruction loss", run.blocks.flatMap((block) => [block[1], block[2]])), { showlegend: true }) };
+  const traces = [...(betters ? [trace("starting mask", 1, "dot")] : []), trace("pruned block", 2, "solid")];
+  return { traces, layout: layout(axis("block", { dtick: blocks.length <= 16 ? 1 : undefined }), logarithmic("reconstruction loss", losses.flatMap((block) => [block[1], block[2]])), { showlegend: betters }) };
+}
+
+// How sparse the rows are: for each linear of each block from the 5th to the 95th percentile, the middle half thick.
+function rowsChart(run) {
+  const { rows } = detailsOf(run);
+  const linears = unique(rows.flatMap((row) => Object.keys(row.linears)));
+  const palette = DEPTH_COLOURS[darkness.matches ? "dark" : "light"];
+  const traces = linears.map((linear, at) => {
+    const own = rows.filter((row) => row.linears[linear]);
+    const q = own.map((row) => row.linears[linear]);
+    const x = own.map((row) => row.block + (at - (linears.length - 1) / 2) * (0.8 / linears.length));
+    return {
+      name: markupFree(linear), mode: "markers", x, y: q.map((one) => one[3]),
+      marker: { size: 6, color: palette[at % palette.length], symbol: ["circle", "square", "diamond", "cross", "triangle-up", "pentagon", "star"][at % 7] },
+      error_y: { type: "data", symmetric: false, array: q.map((one) => one[5] - one[3]), arrayminus: q.map((one) => one[3] - one[1]), color: palette[at % palette.length], thickness: 1.2, width: 0 },
+      text: own.map((row, i) => `<b>block ${row.block}, ${markupFree(linear)}</b><br>median row ${percent(q[i][3])}<br>half of the rows ${percent(q[i][2])} to ${percent(q[i][4])}<br>all ${percent(q[i][0])} to ${percent(q[i][6])}`),
+      hovertemplate: "%{text}<extra></extra>",
+    };
+  });
+  return { traces, layout: layout(axis("block", { dtick: rows.length <= 16 ? 1 : undefined }), axis("sparsity of rows", { tickformat: ".0%" }), { showlegend: linears.length <= 10 }) };
 }

@@ -38,7 +38,8 @@ function scoreText(kind, value) {
 }
 
 // columns: [{head, of(row), number?, key?(row)}]; a head sorts where the column has a key.
-function table(columns, rows, { caption, tall, sorted, sortable } = {}) {
+// Of more than `limit` rows the first are shown, all on demand.
+function table(columns, rows, { caption, tall, sorted, sortable, limit = Infinity } = {}) {
   const body = element("tbody");
   const heads = columns.map((column, index) => {
     const button = sortable && column.key ? element("button", { type: "button", onclick: () => sort(index) }, column.head) : column.head;
@@ -53,16 +54,24 @@ function table(columns, rows, { caption, tall, sorted, sortable } = {}) {
     const { key } = columns[index];
     show([...rows].sort((a, b) => direction * compare(key(a), key(b))));
   }
+  let most = limit;
+  let last = rows;
+  const more = element("button", { type: "button", class: "more-rows", onclick: () => { most = Infinity; show(last); } });
   function show(ordered) {
-    fill(body, ordered.map((row) => element("tr", {}, columns.map((column, index) => {
+    last = ordered;
+    more.textContent = `Show all ${ordered.length} rows`;
+    more.hidden = ordered.length <= most;
+    fill(body, ordered.slice(0, most).map((row) => element("tr", {}, columns.map((column, index) => {
       const content = column.of(row);
-      return element(index === 0 ? "th" : "td", { scope: index === 0 ? "row" : null, class: column.number ? "number" : column.class }, content);
+      const classes = [column.number ? "number" : column.class, column.tint ? column.tint(row) : null].filter(Boolean).join(" ");
+      return element(index === 0 ? "th" : "td", { scope: index === 0 ? "row" : null, class: classes || null }, content);
     }))));
   }
   if (sortable && sorted !== undefined) sort(sorted);
   else show(rows);
-  return element("div", { class: tall ? "scroll tall" : "scroll", tabindex: "0", role: "region", "aria-label": caption || "table" },
+  const scrolling = element("div", { class: tall ? "scroll tall" : "scroll", tabindex: "0", role: "region", "aria-label": caption || "table" },
     element("table", {}, caption && !tall ? element("caption", {}, caption) : null, element("thead", {}, element("tr", {}, heads)), body));
+  return limit === Infinity ? scrolling : element("div", {}, scrolling, more);
 }
 
 function compare(a, b) {

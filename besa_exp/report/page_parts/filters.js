@@ -7,6 +7,10 @@ const chosen = {
   target: new Set(data.targets),
 };
 
+const hidden = new Set(); // methods that a click in a legend has taken out of the charts
+const details = JSON.parse(byId("details").textContent); // JSON of each run, read when it is looked at
+const detailsOf = (run) => { run.details ??= JSON.parse(details[run.id]); return run.details; };
+
 const isDense = (method) => data.methods[method].pruner === "dense";
 const passes = (item) => chosen.model.has(item.model) && chosen.method.has(item.method) && (isDense(item.method) || chosen.target.has(item.target));
 const finishedRuns = () => data.runs.filter((run) => run.status === "done" && passes(run));
@@ -29,12 +33,38 @@ function buildFilters(changed) {
       place.append(element("label", { class: "chip" }, box, element("span", {}, mark, label)));
     }
   }
+  readLink(values);
+  byId("permalink").addEventListener("click", async (event) => {
+    const link = linkOf(values);
+    try { await navigator.clipboard.writeText(link); event.target.textContent = "Copied"; } catch { location.hash = link.split("#")[1]; }
+  });
   byId("filters").addEventListener("reset", () => {
     for (const [name, options] of Object.entries(values)) options.forEach(([value]) => chosen[name].add(value));
     setTimeout(changed); // when the boxes are checked again
   });
   byId("filters").addEventListener("submit", (event) => event.preventDefault());
-  if (matchMedia("(max-width: 760px)").matches) byId("filter-box").open = false;
+  const bar = byId("filters");
+  new ResizeObserver(() => document.documentElement.style.setProperty("--bar", getComputedStyle(bar).position === "sticky" ? `${bar.offsetHeight}px` : "0px")).observe(bar);
+}
+
+// What is not chosen, as a fragment: #without=model:0.2;method:3
+function linkOf(values) {
+  const parts = Object.entries(values).map(([name, options]) => [name, options.map(([value], at) => (chosen[name].has(value) ? null : at)).filter((at) => at !== null)])
+    .filter(([, without]) => without.length).map(([name, without]) => `${name}:${without.join(".")}`);
+  return `${location.href.split("#")[0]}#without=${parts.join(";")}`;
+}
+
+function readLink(values) {
+  if (!location.hash.startsWith("#without=")) return;
+  for (const part of location.hash.slice(9).split(";")) {
+    const [name, numbers] = part.split(":");
+    if (!values[name] || !numbers) continue;
+    const boxes = document.querySelectorAll(`[data-filter="${name}"] input`);
+    numbers.split(".").map(Number).filter((at) => at in values[name]).forEach((at) => {
+      chosen[name].delete(values[name][at][0]);
+      boxes[at].checked = false;
+    });
+  }
 }
 
 function showCount() {

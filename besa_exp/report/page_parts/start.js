@@ -8,9 +8,8 @@ const options = (select, values, chosenValue) => {
 function showAll() {
   showCount();
   document.querySelectorAll("[data-method]").forEach((mark) => fill(mark, glyph(Number(mark.dataset.method))));
-  showScores("perplexity");
-  showScores("zero_shot");
-  showDepth();
+  showResults();
+  redrawCharts();
   offerRuns();
   showRun();
   showRuns();
@@ -24,6 +23,7 @@ byId("facts").textContent = `${plural(done, "finished run")} of ${plural(data.mo
 byId("made").textContent = `Made by besa-exp ${data.version} from ${data.places.join(", ")}. Nothing on this page is fetched: charts and figures are in the file.`;
 
 const tasks = data.measures.map((measure, index) => [index, measure.label, measure.kind]).filter(([, , kind]) => kind === "zero_shot");
+options(byId("score"), data.measures.map((measure, index) => [index, measure.label, measure.main]).filter(([, , main]) => main));
 options(byId("task"), tasks);
 byId("task").disabled = tasks.length === 0;
 options(byId("depth-target"), unique(data.depth.map((line) => line.target)).sort((a, b) => a - b).map((target) => [target, targetName(target)]), data.depth_target);
@@ -31,6 +31,8 @@ options(byId("paper-measure"), data.paper.map((paper, index) => [index, paper.ti
 fill(byId("paper-others"), data.others.map((other) => element("li", {}, `${other.what}: ${other.value} (${other.source})`)));
 
 buildFilters(showAll);
+byId("score").addEventListener("change", showResults);
+byId("beside").addEventListener("change", showRun);
 byId("logarithmic").addEventListener("change", () => showScores("perplexity"));
 byId("task").addEventListener("change", () => showScores("zero_shot"));
 byId("depth-target").addEventListener("change", showDepth);

@@ -248,7 +248,7 @@ def test_any_name_is_safe_in_a_shell_and_bounded(path: str, seed: int) -> None:
     name = path.replace("${", "")  # is an interpolation, no name
     values = {"model": {"path": name}, "pruner": {}, "pattern": name, "sparsity": 0.5, "seed": seed}
     config = OmegaConf.create({**values, "hydra": {"runtime": {"choices": {"pruner": name}}}})
-    assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,120}", run_name(config))
+    assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,180}", run_name(config))
 
 
 def test_the_listing_has_every_preset_with_its_line() -> None:
@@ -263,3 +263,26 @@ def test_the_listing_has_every_preset_with_its_line() -> None:
 def test_an_unknown_group_is_answered_with_the_nearest() -> None:
     with pytest.raises(ConfigurationError, match="prunners: no such group; did you mean pruners"):
         listing(["prunners"])
+
+
+@pytest.mark.parametrize(
+    ("lines", "part"),
+    [
+        (["pruner=besa", "pruner.scope=pair"], "besa-scope_pair-0.5-s0-"),
+        (["pruner=besa", "calibration.num_samples=7"], "besa-num_samples_7-0.5-s0-"),
+        (["pruner=wanda", "budget=owl"], "owl_wanda-0.5-s0-"),
+    ],
+)
+def test_a_runs_name_says_what_differs_from_the_presets(lines: list[str], part: str) -> None:
+    assert part in run_name(composed(*lines))
+
+
+def test_a_run_under_another_name_is_found_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = run_name(composed("pruner=besa", "pruner.scope=pair"))
+    earlier = f"embedded-besa-0.5-s0-{name.rpartition('-')[2]}"
+    Path("outputs", earlier).mkdir(parents=True)
+    config = composed("pruner=besa", "pruner.scope=pair")
+    assert config.hydra.run.dir == f"outputs/{earlier}"
+    Path("outputs", name).mkdir()
+    assert composed("pruner=besa", "pruner.scope=pair").hydra.run.dir == f"outputs/{name}"

@@ -18,8 +18,9 @@ from rich import box
 from safetensors.torch import save_file
 
 from besa_exp.blocks.reports import BlockReport, LinearReport, Step
-from besa_exp.display.console import PLAIN_WIDTH, RunConsole, duration
-from besa_exp.display.tables import as_text, result_tables
+from besa_exp.display.console import PLAIN_WIDTH, RunConsole, duration, next_steps
+from besa_exp.display.progress import PruningProgress, StageLine
+from besa_exp.display.tables import as_text, outline, result_tables, sparsity_tables
 from besa_exp.evaluation.simulated_speed import MODEL
 from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings, RunSettings, TrackerSettings
 
@@ -66,7 +67,7 @@ import json, logging, sys, time
 from pathlib import Path
 from besa_exp.display.console import RunConsole
 from besa_exp.blocks.reports import BlockReport, LinearReport, Step
-with RunConsole() as console:
+with RunConsole(verbose=True) as console:
     with console.pruning(2) as progress:
         for block in range(2):
             for step in range(4):
@@ -84,7 +85,9 @@ def rows(text: str) -> list[list[str]]:
 
 
 def plain_lines(width: int = PLAIN_WIDTH, style: box.Box = box.MARKDOWN, **changes: Any) -> str:
-    return "\n".join(as_text(table, width) for table in result_tables(RESULTS | changes, width, style))
+    results = RESULTS | changes
+    tables = [*sparsity_tables(results, width, style), *result_tables(results, style)]
+    return "\n".join(as_text(table, width) for table in tables)
 
 
 def seen_on_terminal(columns: int) -> str:
@@ -115,15 +118,15 @@ def test_a_plain_run_is_one_line_a_block_in_ascii(capsys: pytest.CaptureFixture[
             progress.step(Step(index, 0, 0.75, 0.5, 0.25, 0.5))
             progress.block(BlockReport(index, (LinearReport("up_proj", 8, 4, 0.5),), 0.75, 0.25, 61.0))
     first, second = capsys.readouterr().out.splitlines()
-    line = "block 1/2: sparsity 0.5000, reconstruction loss 0.25 (0.75 before), 1 min 01 s, about 0.0 s left"
+    line = "block 1 of 2: sparsity 0.5000, reconstruction loss 0.25 (0.75 at the start), 1 min 01 s, about 0 s left"
     assert first == line
-    assert second.startswith("block 2/2: ")
+    assert second.startswith("block 2 of 2: ")
     assert "left" not in second
     assert first.isascii()
 
 
 def test_the_plan_names_every_choice_and_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
-    with RunConsole(quiet=True) as console:
+    with RunConsole(quiet=True, verbose=True) as console:
         console.plan(SETTINGS, {"blocks": 8})
     shown = capsys.readouterr().out
     for text in ("tiny (some/where)", "besa (candidates=100)", "sparsity 0.6, 2:4", "c4, 16 x 64 tokens"):
@@ -137,7 +140,7 @@ def test_the_plan_tells_the_size_of_a_token_file_not_the_one_configured(
 ) -> None:
     save_file({"input_ids": torch.ones(3, 20, dtype=torch.int64)}, tmp_path / "tokens.safetensors")
     given = replace(SETTINGS.calibration, path=str(tmp_path / "tokens.safetensors"))
-    with RunConsole(quiet=True) as console:
+    with RunConsole(quiet=True, verbose=True) as console:
         console.plan(replace(SETTINGS, calibration=given), {})
     shown = capsys.readouterr().out
     assert "tokens.safetensors, 3 x 20 tokens" in shown.replace("\n", "").replace("             ", "")
@@ -154,9 +157,9 @@ def test_warnings_are_shown_as_such_and_only_while_the_console_is_open(capsys: p
 
 def test_the_summary_has_a_row_a_block_with_each_linear_type_and_the_losses() -> None:
     head, _, first, second, _, total = rows(plain_lines())[:6]
-    assert head == ["block", "q", "k", "v", "o", "gate", "up", "down", "all", "before", "after"]
-    assert first == ["0", "40.00", "40.01", "40.02", "40.03", "40.04", "40.05", "40.06", "40.03", "0.25", "0.125"]
-    assert second[:2] + second[-3:] == ["1", "41.00", "41.03", "0.25", "1.125"]
+    assert head == ["block", "q", "k", "v", "o", "gate", "up", "down", "all", "start", "loss"]
+    assert first == ["1", "40.00", "40.01", "40.02", "40.03", "40.04", "40.05", "40.06", "40.03", "0.25", "0.125"]
+    assert second[:2] + second[-3:] == ["2", "41.00", "41.03", "0.25", "1.125"]
     assert total[:2] + total[-3:] == ["all", "40.50", "40.53", "", ""]
 
 
@@ -176,18 +179,18 @@ def test_scores_stand_beside_the_dense_ones_with_their_difference() -> None:
     shown = plain_lines()
     scores = rows(shown)[-4:]
     assert scores[1:] == [
-        ["perplexity embedded", "10.0000", "12.5000", "+25.00%"],
-        ["perplexity ptb", "n/a", "n/a", ""],
-        ["piqa acc", "0.7500", "0.6250", "-0.1250"],
+        ["perplexity embedded ↓", "10.0000", "12.5000", "+25.00%"],
+        ["perplexity ptb ↓", "n/a", "n/a", ""],
+        ["piqa acc ↑", "0.7500", "0.6250 ± 0.0100", "-0.1250"],
     ]
     assert "n/a ptb: no network" in shown
 
 
 def test_without_dense_scores_there_is_nothing_to_compare_with() -> None:
     assert rows(plain_lines(dense=None))[-3:] == [
-        ["perplexity embedded", "12.5000"],
-        ["perplexity ptb", "n/a"],
-        ["piqa acc", "0.6250"],
+        ["perplexity embedded ↓", "12.5000"],
+        ["perplexity ptb ↓", "n/a"],
+        ["piqa acc ↑", "0.6250 ± 0.0100"],
     ]
 
 
@@ -204,24 +207,68 @@ def test_a_llama_fits_80_columns_in_one_table() -> None:
     assert plain_lines(60, box.SIMPLE_HEAD).count("reconstruction loss") > 1
 
 
-def test_the_summary_ends_with_measured_sparsity_time_and_place(capsys: pytest.CaptureFixture[str]) -> None:
-    with RunConsole(quiet=True) as console:
+@pytest.mark.parametrize("verbose", [True, False])
+def test_zeros_by_block_are_shown_where_asked_and_in_the_log_always(
+    verbose: bool, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with RunConsole(quiet=True, verbose=verbose) as console:
         console.summary(RESULTS, Path("outputs/a-run"))
-    *_, measured, place = capsys.readouterr().out.splitlines()
-    assert measured == "besa: measured sparsity 0.5001 (target 0.5000), 3 min 20 s"
-    assert place == "run folder: outputs/a-run"
+    shown = capsys.readouterr().out
+    assert ("zeros in %" in shown) == verbose
+    assert "perplexity embedded ↓" in shown
+    assert any("zeros in %" in line for line in caplog.messages)
+
+
+def test_two_lines_say_what_is_about_to_be_done() -> None:
+    first, second = outline(SETTINGS)
+    assert first.startswith("besa ")
+    assert first.endswith("· tiny · 60 % 2:4 · seed 5")
+    assert second == "besa · calibration c4 16 x 64 tokens · scores perplexity on ptb, piqa, dense too"
+
+
+def test_a_score_on_some_questions_says_how_many_and_how_certain() -> None:
+    records = {"piqa": {"documents": 8, "questions": 1838, "higher_is_better": {"acc": True}}}
+    (row,) = [row for row in rows(plain_lines(provenance={"zero_shot": {"tasks": records}})) if row[0] == "piqa acc ↑"]
+    assert row == ["piqa acc ↑", "0.7500", "0.6250 ± 0.0100", "-0.1250", "8 of 1,838"]
+
+
+def test_a_task_that_should_fall_points_down() -> None:
+    records = {"piqa": {"documents": 9, "questions": 9, "higher_is_better": {"acc": False}}}
+    assert "piqa acc ↓" in plain_lines(provenance={"zero_shot": {"tasks": records}})
+
+
+def test_a_method_that_betters_nothing_has_one_column_of_losses() -> None:
+    block = block_of(0) | {"reconstruction_loss": {"before": 0.5, "after": 0.5}}
+    head, *_ = rows(plain_lines(blocks=[block]))
+    assert head[-2:] == ["all", "loss"]
+
+
+def test_the_time_left_is_known_right_after_a_resume_and_within_the_first_block() -> None:
+    resumed = PruningProgress(5, [10.0, 10.0, 10.0], None, StageLine(None), print)
+    assert resumed.time_left() == pytest.approx(20.0, abs=0.5)
+    fresh = PruningProgress(5, [], 4, StageLine(None), print)
+    assert fresh.time_left() is None
+    fresh._began -= 10.0
+    fresh.step(Step(0, 0, 0.75, 0.5, 0.25, 0.5))
+    assert fresh.time_left() == pytest.approx(190.0, rel=0.02)  # a quarter of a block in 10 s, 4.75 blocks left
+
+
+def test_blocks_are_counted_from_one_after_a_resume_too() -> None:
+    told: list[str] = []
+    progress = PruningProgress(5, [1.0, 1.0, 1.0], None, StageLine(None), told.append)
+    progress.block(BlockReport(3, (LinearReport("up_proj", 8, 4, 0.5),), 0.25, 0.25, 1.0))
+    assert told[0].startswith("block 4 of 5: sparsity 0.5000, reconstruction loss 0.25, 1.0 s")
 
 
 def test_a_terminal_of_100_columns_shows_progress_then_whole_tables() -> None:
     shown = seen_on_terminal(100)
     assert max(map(len, shown.splitlines())) <= 100
-    assert re.search(r"blocks .* 1/2 +about .* left", shown)
-    assert re.search(r"steps .* [234]/4 +block 1, loss 0.75", shown)  # the number of steps is known from block 0
+    assert re.search(r"block 2 of 2 · about .* left", shown)
+    assert re.search(r"step [234] of 4 · loss 0.75", shown)  # the number of steps is known from the first block
     assert "W&B is [left] out" in shown
-    assert re.search(r"  0 +40\.00 +40\.01 +40\.02 +40\.03 +40\.04 +40\.05 +40\.06 +40\.03 +0\.25 +0\.125", shown)
-    assert re.search(r"perplexity embedded +10\.0000 +12\.5000 +\+25\.00%", shown)
-    assert "block 1/2: sparsity" not in shown  # that line is for files
-    assert shown.rstrip().endswith("run folder: outputs/a-run")
+    assert re.search(r"  1 +40\.00 +40\.01 +40\.02 +40\.03 +40\.04 +40\.05 +40\.06 +40\.03 +0\.25 +0\.125", shown)
+    assert re.search(r"perplexity embedded ↓ +10\.0000 +12\.5000 +\+25\.00%", shown)
+    assert "block 1 of 2: sparsity" not in shown  # that line is for files
 
 
 def test_a_terminal_run_logs_the_same_lines_for_run_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -229,7 +276,15 @@ def test_a_terminal_run_logs_the_same_lines_for_run_log(caplog: pytest.LogCaptur
         console.stage("scoring the dense model")
         console.summary(RESULTS, Path("outputs/a-run"))
     assert "scoring the dense model" in caplog.messages
-    assert "| piqa acc            |  0.7500 |  0.6250 |    -0.1250 |" in caplog.messages
+    assert any(line.startswith("| piqa acc ↑") for line in caplog.messages)
+
+
+def test_what_to_do_next_depends_on_what_was_kept(tmp_path: Path) -> None:
+    (tmp_path / "masks.safetensors").touch()
+    assert [why for why, _ in next_steps(tmp_path, {})] == ["compare", "rebuild"]
+    (tmp_path / "model").mkdir()
+    assert next_steps(tmp_path, {})[0] == ("try it", f"besa generate {tmp_path}")
+    assert next_steps(tmp_path, {"zero_shot": {"piqa": {}}})[1] == ("compare", f"besa compare {tmp_path.parent}")
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_a_sweeps_table_marks_the_job_that_missed(capsys: pytest.CaptureFixture[
     assert [outcome.missed for outcome in outcomes] == [False, True]
     show(outcomes)
     marked = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "missed its target of 50 %" in line]
-    assert marked == ["1"]
+    assert marked == ["2"]
 
 
 def test_a_terminal_shows_the_closing_line_in_yellow(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

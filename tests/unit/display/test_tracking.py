@@ -115,7 +115,8 @@ def test_experts_of_a_mixture_are_one_curve_their_mean_weighted_by_weights(tmp_p
 
 
 def test_curves_are_drawn_over_block_and_step_counter(tracked: Path) -> None:
-    assert step_metrics(tracked) == {"step/*": "optimisation_step", "block/*": "block", "allocated/*": "block"}
+    over_blocks = dict.fromkeys(("block/*", "allocated/*", "rows/*"), "block")
+    assert step_metrics(tracked) == {"step/*": "optimisation_step", **over_blocks}
 
 
 def test_scores_are_summary_values_with_reasons_for_what_is_missing(tracked: Path) -> None:
@@ -201,3 +202,18 @@ def test_no_tracker_leaves_no_trace(tmp_path: Path, settings: TrackerSettings) -
     tracker.finish()
     assert isinstance(tracker, NoTracker)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_row_sparsities_are_a_histogram_for_each_type_of_linear_over_the_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    tracker = start_tracker(SETTINGS, tmp_path, CONFIG, "tiny-besa-0.5", "besa")
+    tracker.log_rows(1, {"mlp.experts.0.w1": [0.1, 0.5], "mlp.experts.1.w1": [0.5], "mlp.gate": [0.25]})
+    tracker.finish([])
+    (line,) = [line for line in history(tmp_path) if any(key.startswith("rows/") for key in line)]
+    assert line["block"] == 1
+    drawn = {key: values for key, values in line.items() if key.endswith("|values")}
+    assert sorted(sum(values) for values in drawn.values()) == [1, 3]  # experts of a type are one
+    assert step_metrics(tmp_path)["rows/*"] == "block"

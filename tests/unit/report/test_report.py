@@ -17,11 +17,12 @@ from run_folders import LINEARS, RESULTS, block, finished_run, unfinished_run
 from besa_exp.cli.main import main
 from besa_exp.display.markdown import escaped
 from besa_exp.errors import ConfigurationError
+from besa_exp.presets import presets
 from besa_exp.report.comparability import entries
 from besa_exp.report.curves import read_curve
 from besa_exp.report.depth import allocation, errors_along_depth
 from besa_exp.report.folders import find_runs
-from besa_exp.report.methods import STYLES, method_of, styles
+from besa_exp.report.methods import Method, looks, method_of
 from besa_exp.report.page import page
 from besa_exp.report.paper import paper_markdown, paper_tables, published
 from besa_exp.report.runs import RunRecord, read_run
@@ -219,10 +220,22 @@ def test_other_settings_of_a_pruner_are_another_method() -> None:
     assert method_of("../prune", {"pruner": {"epochs": 1}}, "unstructured").variant == ""
 
 
-def test_a_method_keeps_its_style_whatever_else_is_shown() -> None:
-    assert styles(["besa", "new", "wanda"])["wanda"] == styles(["wanda"])["wanda"] == STYLES["wanda"]
-    looks = [(style.light, style.symbol, style.marker) for style in STYLES.values()]
-    assert all(len(set(column)) == len(STYLES) for column in zip(*looks, strict=True))
+def test_a_preset_keeps_its_look_whatever_else_is_shown() -> None:
+    besa, wanda, new = Method("besa"), Method("wanda"), Method("new")
+    assert looks([besa, new, wanda])[wanda] == looks([wanda])[wanda]
+    assert looks([besa, new, wanda])[new] == looks([new])[new]
+
+
+def test_no_two_methods_look_alike() -> None:
+    """All presets, and wanda with each budget and update, as `make budgets` draws them."""
+    budgets = [Method(f"{budget}+wanda") for budget in presets("budget")]
+    updates = [Method(f"wanda+{update}") for update in presets("update")]
+    variants = [Method("besa", f"scope={scope}") for scope in ("pair", "sub_block", "model")]
+    all_of_them = [*map(Method, presets("pruner")), *budgets, *updates, *variants]
+    found = looks(all_of_them)
+    assert len({(style.light, style.symbol) for style in found.values()}) == len(all_of_them)
+    assert len({(style.light, style.marker) for style in found.values()}) == len(all_of_them)
+    assert found[Method("owl+wanda")].light == found[Method("wanda")].light
 
 
 def test_allocation_sums_linears_of_one_type_and_errors_go_along_depth(tmp_path: Path) -> None:
@@ -353,7 +366,12 @@ def test_the_command_writes_page_tables_and_figures(
     assert "1 finished run, 1 not finished -> out/report.html" in capsys.readouterr().out
     figures = ("perplexity", "zero_shot", "reconstruction", "allocation", "loss_curves")
     drawn = {f"{name}.{kind}" for name in figures for kind in ("png", "pdf")}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "summary.csv", "summary.md"} | drawn
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "report.html",
+        "summary.csv",
+        "summary.md",
+        "summary.tex",
+    } | drawn
     rows = list(csv.DictReader((tmp_path / "out" / "summary.csv").read_text().splitlines()))
     assert [(row["status"], row["perplexity wikitext2"]) for row in rows] == [("done", "20.0"), ("failed", "")]
 

@@ -1,0 +1,197 @@
+"""`besa show GROUP=PRESET`: one preset with what each of its keys means, its type and its value; `besa show` alone
+tells the keys of a run that belong to no group.
+
+What a key means stands beside it in conf/ as a comment; its type is the dataclass's own, so that neither can be told
+otherwise than it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from besa_exp.errors import ConfigurationError, did_you_mean
+from besa_exp.presets import CONF_DIR, default_preset, first_comment, groups, listing, presets
+
+PLAIN_WIDTH = 120
+WORDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+TARGET = "_target_"
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a preset: dotted, its value as YAML writes it, and the comment beside it."""
+
+    name: str
+    value: str
+    comment: str
+
+
+def show(arguments: Sequence[str]) -> int:
+    """Prints what is asked for; 0. ConfigurationError: there is no such group, preset or key."""
+    if any(word in ("-h", "--help") for word in arguments):
+        print("besa show [GROUP=PRESET ...]: what each key means, its type and value (besa list: all presets)")
+        return 0
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, emoji=False)
+    if not arguments:
+        _tell(console, "besa prune", CONF_DIR / "prune.yaml", "", _run_settings())
+    for number, word in enumerate(arguments):
+        if number:
+            console.print()
+        _show_one(console, word)
+    return 0
+
+
+def _show_one(console: Console, word: str) -> None:
+    group, _, name = word.partition("=")
+    known = {**{group: group for group in groups()}, **{f"{group}s": group for group in groups()}}
+    if group in known and not name:
+        print(listing([known[group]]))
+        return
+    own = {key.name: key for key in keys_of(CONF_DIR / "prune.yaml")}
+    if not name and group in own:
+        _tell(console, "besa prune", CONF_DIR / "prune.yaml", "", _run_settings(), only=group)
+        return
+    if group not in known:
+        named = {*known, *own}
+        raise ConfigurationError(
+            f"{word}: no such group or key{did_you_mean(group, named)}; groups: {', '.join(groups())}"
+        )
+    group = known[group]
+    if name not in presets(group):
+        raise ConfigurationError(f"{word}: no such preset{did_you_mean(name, presets(group))}; besa list {group}")
+    path = CONF_DIR / group / f"{name}.yaml"
+    default = ", the default" if name == default_preset(group) and "default" not in first_comment(path) else ""
+    hints = _run_settings() if group in ("experiment", "debug") else None  # whose keys are those of a run
+    _tell(console, f"{group}={name}{default}", path, "" if hints else group, hints)
+
+
+def _tell(console: Console, head: str, path: Path, group: str, hints: Mapping[str, Any] | None, only: str = "") -> None:
+    keys = [key for key in keys_of(path) if not only or key.name == only or key.name.startswith(f"{only}.")]
+    classes = {key.name: key.value for key in keys if key.name.rpartition(".")[2] == TARGET}
+    types_ = dict(hints or {}) | {name: hint for key, cls in classes.items() for name, hint in _hints(key, cls).items()}
+    comment = first_comment(path) if path.parent != CONF_DIR else ""
+    line = Text(head, style="bold")
+    line.append(f": {comment}" if comment else "", style="not bold")
+    console.print(line)
+    shown = [key for key in keys if key.name.rpartition(".")[2] != TARGET]
+    prefix = f"{group}." if group else ""
+    if not shown:
+        console.print("It has no keys of its own.")
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in ("key", "value", "type", "what it means"):
+        table.add_column(column, overflow="fold", no_wrap=column == "type" and console.width >= 100)
+    for key in shown:
+        table.add_row(
+            Text(f"{prefix}{key.name}"), Text(_value(key.value)), Text(types_.get(key.name, "")), Text(key.comment)
+        )
+    console.print(table)
+
+
+def _value(text: str) -> str:
+    if text == "???":
+        return "to be given"
+    return re.sub(r"^\$\{(\w+)\}$", r"as \1", text)
+
+
+def keys_of(path: Path) -> list[Key]:
+    """Every key of a YAML file with its comment, those of the presets it builds on first; its own win."""
+    text = path.read_text(encoding="utf-8")
+    root = yaml.compose(text, yaml.SafeLoader)
+    found: dict[str, Key] = {}
+    if not isinstance(root, yaml.MappingNode):
+        return []
+    lines = text.splitlines()
+    for key, value in root.value:
+        if key.value == "defaults":
+            found |= {one.name: one for one in _chosen(yaml.safe_load(text)["defaults"], path)}
+        elif key.value == "hydra":
+            swept = (((yaml.safe_load(text)["hydra"] or {}).get("sweeper") or {}).get("params") or {}).items()
+            found |= {name: Key(name, str(values), "swept: one job each") for name, values in swept}
+        else:
+            for own in _flat(key, value, "", lines):
+                comment = own.comment or (found[own.name].comment if own.name in found else "")
+                found[own.name] = Key(own.name, own.value, comment)
+    return list(found.values())
+
+
+def _chosen(defaults: Sequence[Any], path: Path) -> Iterator[Key]:
+    """The keys of the presets that a preset builds on, and those that an experiment chooses (`override /model`)."""
+    for item in defaults:
+        if isinstance(item, str) and path.name != "prune.yaml" and (path.parent / f"{item}.yaml").is_file():
+            yield from keys_of(path.parent / f"{item}.yaml")
+        for name, value in item.items() if isinstance(item, dict) else ():
+            if name.startswith("override /"):
+                yield Key(
+                    name.removeprefix("override /"), str(value), f"besa show {name.removeprefix('override /')}={value}"
+                )
+
+
+def _flat(key: yaml.Node, value: yaml.Node, prefix: str, lines: Sequence[str]) -> Iterator[Key]:
+    name = f"{prefix}{key.value}"
+    nested = isinstance(value, yaml.MappingNode) and value.value and not value.flow_style
+    if nested:
+        for inner_key, inner in value.value:
+            yield from _flat(inner_key, inner, f"{name}.", lines)
+        return
+    end = value.end_mark
+    text = str(yaml.safe_load(yaml.serialize(value)))
+    if value.start_mark.line == end.line:  # as it is written there
+        text = lines[end.line][value.start_mark.column : end.column]
+    comment = lines[end.line][end.column :] if end.line < len(lines) else ""
+    yield Key(name, text.strip(), comment.partition("#")[2].strip())
+
+
+def _hints(key: str, target: str) -> dict[str, str]:
+    """{dotted key: type in words} of the dataclass that `_target_` names; {} where it cannot be had."""
+    prefix = key.removesuffix(TARGET)
+    module, _, name = target.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+        return _fields_of(cls, prefix)
+    except (ImportError, AttributeError, NameError, ValueError):
+        return {}
+
+
+def _fields_of(cls: Any, prefix: str) -> dict[str, str]:
+    if not is_dataclass(cls):
+        return {}
+    hints, found = get_type_hints(cls), {}
+    for field in fields(cls):
+        if field.init:
+            found[f"{prefix}{field.name}"] = in_words(hints[field.name])
+            found |= _fields_of(hints[field.name], f"{prefix}{field.name}.")
+    return found
+
+
+def _run_settings() -> dict[str, str]:
+    from besa_exp.settings import RunSettings
+
+    return _fields_of(RunSettings, "")
+
+
+def in_words(hint: Any) -> str:
+    """A type as a person reads it: `row or linear`, `whole number or null`, `list of text`."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " or ".join(map(str, inner))
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if part is type(None) else in_words(part) for part in inner)
+    if origin is tuple:
+        return f"list of {in_words(inner[0])}"
+    if origin is dict:
+        return "group of keys"
+    return WORDS.get(hint, "group of keys" if is_dataclass(hint) else "")

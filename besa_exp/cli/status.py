@@ -1,0 +1,107 @@
+"""`besa status DIR...`: what runs, what failed and why, what is left. No torch, no Hydra."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from besa_exp.display.console import duration
+from besa_exp.report.folders import find_runs
+from besa_exp.report.runs import RunRecord, read_run
+from besa_exp.run_folder.status import KILLED, read_status
+
+PLAIN_WIDTH = 160
+DESCRIPTION = """\
+Tells of each run folder whether it is running, done, failed (with the error) or interrupted, and how far it got.
+The exit code is 1 where a run failed."""
+ORDER = ("running", "failed", "unreadable", "interrupted", "interrupted (killed)", "done")
+STYLES = {"running": "cyan", "failed": "red", "unreadable": "red", "done": "green"}
+
+
+def status(arguments: Sequence[str]) -> int:
+    """Prints a line a run that is not done, and the counts; 1 where one failed."""
+    parser = argparse.ArgumentParser(prog="besa status", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("places", nargs="*", default=["outputs"], metavar="DIR", help="run folders, sweeps, patterns")
+    parser.add_argument("--all", action="store_true", help="finished runs a line each too")
+    asked = parser.parse_args(arguments)
+    runs = [read_run(folder) for folder in find_runs(asked.places)]
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, emoji=False)
+    console.print(Group(*told(runs, everything=asked.all)))
+    return int(any(run.status in ("failed", "unreadable") for run in runs))
+
+
+def told(runs: Sequence[RunRecord], everything: bool = False) -> list[RenderableType]:
+    """The counts, then a table of the runs that are not done (of all with `everything`), and how to go on."""
+    counts = {state: sum(run.status == state for run in runs) for state in sorted({r.status for r in runs}, key=_order)}
+    head = f"{len(runs)} run{'' if len(runs) == 1 else 's'}: " + ", ".join(
+        f"{n} {state}" for state, n in counts.items()
+    )
+    parts: list[RenderableType] = [Text(head, style="bold")]
+    listed = sorted((r for r in runs if everything or r.status != "done"), key=lambda r: (_order(r.status), r.folder))
+    if listed:
+        parts.append(_table(listed, _blocks_by_model(runs)))
+    left = [run for run in runs if run.status not in ("done", "running")]
+    if left:
+        parts.append(Text(f"{len(left)} left. The same command goes on with what is missing, for example:"))
+        parts.append(Text(f"  {left[0].command or 'besa prune ...'}"))
+    return parts
+
+
+def _order(state: str) -> int:
+    return ORDER.index(state) if state in ORDER else len(ORDER)
+
+
+def _table(runs: Sequence[RunRecord], blocks: dict[str, int]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for head in ("status", "run", "blocks", "took", "what happened"):
+        table.add_column(head, overflow="fold", no_wrap=head in ("blocks", "took"))
+    for run in runs:
+        facts = read_status(run.path) or {}
+        state = Text(run.status, style=STYLES.get(run.status, "yellow"))
+        error = " ".join(str(run.error or "").split()).removeprefix("RunError: ")
+        table.add_row(
+            state,
+            Text(run.path.name),
+            _progress(run, blocks),
+            "" if run.status == KILLED else _took(facts),
+            Text(error),
+        )
+    return table
+
+
+def _blocks_by_model(runs: Sequence[RunRecord]) -> dict[str, int]:
+    """How many blocks each model has, as finished runs tell."""
+    return {run.model: len(run.blocks) for run in runs if run.blocks}
+
+
+def _progress(run: RunRecord, blocks: dict[str, int]) -> str:
+    """`3 of 5`; without a finished run of the same model the number alone."""
+    if run.status == "done":
+        return str(len(run.blocks))
+    pruned = set()
+    with suppress(OSError), (run.path / "metrics.jsonl").open(encoding="utf-8") as file:
+        for line in file:
+            if line.startswith('{"kind": "block"'):
+                with suppress(ValueError, KeyError):
+                    pruned.add(json.loads(line)["block"])
+    return f"{len(pruned)} of {blocks[run.model]}" if run.model in blocks else str(len(pruned) or "")
+
+
+def _took(facts: dict[str, Any]) -> str:
+    """From the start of the last attempt to its end, or to now."""
+    try:
+        began = datetime.fromisoformat(facts["started"])
+        ended = datetime.fromisoformat(facts["finished"]) if facts.get("finished") else datetime.now(UTC)
+    except (KeyError, TypeError, ValueError):
+        return ""
+    return duration(max(0.0, (ended - began).total_seconds()))

@@ -1,0 +1,75 @@
+"""What a sweep says: a line a job with what varies and the time left, and in the end the jobs and the comparison."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from besa_exp.cli.compare import tables
+from besa_exp.cli.outcome import Outcome
+from besa_exp.cli.request import Job
+from besa_exp.display.console import duration
+from besa_exp.report.comparison import compare
+from besa_exp.report.runs import read_run
+
+WIDTH_OF_FILES = 200  # columns of a table that no terminal shows
+MANY = 30  # jobs, above which the finished ones are not listed one by one
+
+
+@dataclass(frozen=True)
+class Course:
+    """Where a job stands in its sweep: `total` jobs, of which `common` lines do not vary; `skipped` were finished
+    before it `began` (time.time, which all processes of a machine share)."""
+
+    total: int
+    common: frozenset[str]
+    skipped: frozenset[int]
+    began: float
+
+    @classmethod
+    def of(cls, jobs: Sequence[Job]) -> Course:
+        """Of a sweep that begins now."""
+        common = frozenset.intersection(*(frozenset(job.lines) for job in jobs)) if len(jobs) > 1 else frozenset()
+        return cls(len(jobs), common, frozenset(job.number for job in jobs if job.finished), time.time())
+
+    def told(self, number: int, lines: Sequence[str], folder: Path) -> str:
+        """`job 4 of 13: pruner=besa sparsity=0.5, about 9 min left -> outputs/...`."""
+        varied = " ".join(line for line in lines if line not in self.common) or " ".join(lines)
+        done = len([one for one in range(number) if one not in self.skipped])
+        left = len([one for one in range(number, self.total) if one not in self.skipped])
+        known = f", about {duration((time.time() - self.began) / done * left)} left" if done else ""
+        return f"job {number + 1} of {self.total}: {varied}{known} -> {folder}"
+
+
+def show_sweep(outcomes: Sequence[Outcome], seconds: float | None = None) -> None:
+    """The jobs, a line each with its error, then what `besa compare` shows of their folders."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES, highlight=False, emoji=False)
+    counts = {state: sum(o.status == state for o in outcomes) for state in dict.fromkeys(o.status for o in outcomes)}
+    took = f", {duration(seconds)}" if seconds is not None else ""
+    told = ", ".join(f"{number} {state}" for state, number in counts.items())
+    console.print(Text(f"{len(outcomes)} jobs: {told}{took}", style="bold"))
+    table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
+    for column in ("job", "status", "folder", "what happened"):
+        table.add_column(column, overflow="fold")
+    for number, outcome in enumerate(outcomes):
+        if outcome.exit_code or outcome.missed or len(outcomes) <= MANY:
+            style = "red" if outcome.exit_code else "yellow" if outcome.missed else None
+            table.add_row(str(number + 1), outcome.status, Text(str(outcome.folder)), Text(_told(outcome)), style=style)
+    console.print(table)
+    runs = [read_run(outcome.folder) for outcome in outcomes if (outcome.folder / "results.json").is_file()]
+    for part in tables(runs, compare(runs), console.width):
+        console.print(part)
+
+
+def _told(outcome: Outcome) -> str:
+    if outcome.exit_code:
+        return f"{outcome.text}; see {outcome.folder / 'run.log'}"
+    return outcome.text.partition(", ")[0] if outcome.missed else ""

@@ -1,0 +1,27 @@
+"""What a model says: greedy continuations, next token = argmax over the vocabulary of p(token | what stands there)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+@torch.no_grad()
+def continuations(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -> list[str]:
+    """At most `tokens` new tokens after each prompt, without the prompt; fewer at the end of text or of the context.
+
+    Prompts go one by one, without padding: what a model says does not depend on what it is asked besides."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    told = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+        room = tokens if context is None else max(1, min(tokens, context - ids.shape[1]))
+        given = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": room}
+        given |= {
+            "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        }
+        made = model.generate(ids, **given)[0, ids.shape[1] :]
+        told.append(tokenizer.decode(made, skip_special_tokens=True).strip())
+    return told

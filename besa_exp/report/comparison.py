@@ -1,0 +1,130 @@
+"""One table a model: a row for each method and target, sorted by score, with what was lost against the dense model.
+
+The same rows are what `besa compare` prints, a sweep closes with, and LaTeX and CSV hold. Scores that may not stand
+beside the others of their model have rows of their own below, with the reason, and are never ranked.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from besa_exp.evaluation.score import PREFERRED
+from besa_exp.report.comparability import RECONSTRUCTION, entries
+from besa_exp.report.methods import Method
+from besa_exp.report.runs import Measure, RunRecord
+from besa_exp.report.summaries import DENSE, Cell, cells, measure_rank
+
+LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "mse")  # of lm-eval's metrics
+BY = ("score", "method", "target", "measured", "time")  # what rows can be sorted by, besides a measure's label
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one target over `runs` runs; `seconds` is the mean pruning time; `apart` as a cell's."""
+
+    method: Method
+    target: float
+    measured: float
+    missed: bool
+    scores: Mapping[Measure, Cell]
+    seconds: float | None
+    runs: int
+    apart: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The rows of one model, the comparable ones first, and the dense model's scores."""
+
+    model: str
+    measures: tuple[Measure, ...]
+    dense: Mapping[Measure, Cell]
+    rows: tuple[Row, ...]
+
+    def place(self, row: Row, measure: Measure) -> int:
+        """0 for the best score at the row's target, 1 for the second, ...; -1 where there is nothing to rank."""
+        rivals = [r for r in self.rows if r.target == row.target and measure in r.scores and not r.apart]
+        if row.apart or measure not in row.scores or len(rivals) < 2:
+            return -1
+        sign = 1 if lower_is_better(measure) else -1
+        own = sign * row.scores[measure].mean
+        return sum(sign * rival.scores[measure].mean < own for rival in rivals)
+
+
+def lower_is_better(measure: Measure) -> bool:
+    """Of losses and perplexities; accuracies rise."""
+    return measure.kind != "zero_shot" or measure.metric.partition(",")[0] in LOWER_IS_BETTER
+
+
+def lost(measure: Measure, value: float, dense: float) -> float:
+    """What was lost against the dense model: relative (0.24 is 24 % more perplexity), of an accuracy in itself."""
+    if measure.kind == "zero_shot":
+        return value - dense if lower_is_better(measure) else dense - value
+    return value / dense - 1 if dense else 0.0
+
+
+def compare(runs: Sequence[RunRecord], by: str = "score") -> list[Comparison]:
+    """A comparison for each model of the finished runs, in the order of their names."""
+    found = cells(runs, entries(runs))
+    return [_of_model(model, [cell for cell in found if cell.model == model], runs, by) for model in _models(found)]
+
+
+def _models(found: Sequence[Cell]) -> list[str]:
+    return sorted({cell.model for cell in found})
+
+
+def _of_model(model: str, found: Sequence[Cell], runs: Sequence[RunRecord], by: str) -> Comparison:
+    scored = [cell for cell in found if cell.measure != RECONSTRUCTION] or list(found)
+    measures = main_measures([cell.measure for cell in scored])
+    dense = {cell.measure: cell for cell in scored if cell.method == DENSE and not cell.apart}
+    groups: dict[tuple[Method, float, str], list[Cell]] = {}
+    for cell in scored:
+        if cell.measure in measures and cell.method != DENSE:
+            groups.setdefault((cell.method, cell.target, cell.apart), []).append(cell)
+    rows = [_row(own, runs) for own in groups.values()]
+    return Comparison(model, measures, dense, tuple(_sorted(rows, measures, by)))
+
+
+def _row(own: Sequence[Cell], runs: Sequence[RunRecord]) -> Row:
+    first = own[0]
+    members = dict.fromkeys(number for cell in own for number in cell.runs)
+    times = [seconds for number in members if (seconds := runs[number].seconds.get("prune")) is not None]
+    scores = {cell.measure: cell for cell in own}
+    seconds = statistics.fmean(times) if times else None
+    return Row(first.method, first.target, first.measured, first.missed, scores, seconds, len(members), first.apart)
+
+
+def _sorted(rows: Sequence[Row], measures: Sequence[Measure], by: str) -> list[Row]:
+    """What stands apart comes last, and a row without the value after those that have it."""
+    named = {measure.label: measure for measure in measures}
+    measure = named.get(by) or (measures[0] if measures else None)
+
+    def score(row: Row) -> tuple[bool, float]:
+        cell = row.scores.get(measure) if measure else None
+        if cell is None or measure is None:
+            return True, 0.0
+        return False, cell.mean if lower_is_better(measure) else -cell.mean
+
+    keys = {
+        "method": lambda row: (row.method.order, row.target),
+        "target": lambda row: (row.target, row.method.order),
+        "measured": lambda row: (row.measured, score(row)),
+        "time": lambda row: (row.seconds is None, row.seconds or 0.0),
+        "score": lambda row: (row.target, score(row)),
+    }
+    key = keys.get(by, score)
+    return sorted(rows, key=lambda row: (bool(row.apart), key(row)))
+
+
+def main_measures(measures: Sequence[Measure]) -> tuple[Measure, ...]:
+    """Each once, in their order; of a task's metrics the one that stands for it (acc_norm, acc, or its first)."""
+    preferred = [key.partition(",")[0] for key in PREFERRED]
+    chosen: dict[tuple[str, str], Measure] = {}
+    for measure in sorted(set(measures), key=measure_rank):
+        known = chosen.setdefault((measure.kind, measure.name), measure)
+        ranks = [preferred.index(m.metric) if m.metric in preferred else len(preferred) for m in (measure, known)]
+        if measure.kind == "zero_shot" and ranks[0] < ranks[1]:
+            chosen[measure.kind, measure.name] = measure
+    return tuple(chosen.values())

@@ -1,0 +1,112 @@
+"""`besa show` and `besa status`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from run_folders import finished_run, unfinished_run
+
+from besa_exp.cli.main import main
+from besa_exp.cli.show import in_words, keys_of
+from besa_exp.presets import CONF_DIR, groups, presets
+from besa_exp.run_folder.lock import locked
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
+    assert main(words) == code
+    return capsys.readouterr().out
+
+
+def test_a_preset_is_shown_with_type_value_and_meaning_of_each_key(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = said(capsys, "show", "pruner=besa").splitlines()
+    assert lines[0].startswith("pruner=besa: BESA, the default")
+    (row,) = [line for line in lines if line.startswith("pruner.batch_size ")]
+    assert row.split(None, 1)[1].split("  ")[0] == "1"
+    assert "whole number" in row
+    assert "samples a step" in row
+    assert "_target_" not in "".join(lines)
+
+
+def test_keys_of_a_group_inside_a_preset_and_of_the_one_it_builds_on_are_shown() -> None:
+    found = {key.name: key for key in keys_of(CONF_DIR / "pruner" / "best.yaml")}
+    assert found["tuning.epochs"].comment == "passes over the calibration set"  # as a base file says it
+    assert found["model.steps"].value == "14"
+
+
+def test_a_runs_own_keys_and_one_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    everything = said(capsys, "show")
+    assert "fraction of zeros asked of the linears" in everything
+    assert "auto or device or host or disk" in everything
+    assert "hydra" not in everything
+    one = said(capsys, "show", "sparsity")
+    assert "fraction of zeros" in one
+    assert "pattern" not in one
+
+
+def test_an_experiment_is_shown_with_what_it_chooses_and_sweeps(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = said(capsys, "show", "experiment=joint")
+    assert "besa show evaluator=perplexity" in shown
+    assert "swept: one job each" in shown
+    assert "list of text" in shown  # the type of evaluator.perplexity_sets
+
+
+@pytest.mark.parametrize("group", groups())
+def test_every_preset_can_be_shown(group: str) -> None:
+    for name in presets(group):
+        for key in keys_of(CONF_DIR / group / f"{name}.yaml"):
+            assert "\n" not in key.value
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("pruner=besaa", "no such preset; did you mean besa?"),
+        ("prunner=besa", "did you mean pruner?"),
+        ("spasity", "did you mean sparsity?"),
+    ],
+)
+def test_a_slip_is_answered_with_what_was_meant(word: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", word]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_types_are_told_in_words() -> None:
+    assert in_words(int | None) == "whole number or null"
+    assert in_words(tuple[str, ...]) == "list of text"
+
+
+@pytest.fixture
+def some_runs(tmp_path: Path) -> Path:
+    finished_run(tmp_path / "done")
+    failed = unfinished_run(
+        tmp_path / "failed", status="failed", error="RunError: block 1, mlp.down_proj", command="besa prune x=1"
+    )
+    (failed / "config.yaml").write_text("model: {path: models/tiny}\n")
+    (failed / "metrics.jsonl").write_text(json.dumps({"kind": "block", "block": 0}) + "\n")
+    unfinished_run(tmp_path / "gone", status="running")
+    return tmp_path  # fmt: skip
+
+
+def test_status_tells_what_failed_how_far_it_got_and_how_to_go_on(
+    some_runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alive = unfinished_run(some_runs / "alive", status="running")
+    with locked(alive):
+        shown = said(capsys, "status", str(some_runs), code=1)
+    assert shown.splitlines()[0] == "4 runs: 1 running, 1 failed, 1 interrupted (killed), 1 done"
+    (failed,) = [line for line in shown.splitlines() if line.startswith("failed")]
+    assert "1 of 2" in failed  # a finished run of the same model has two
+    assert "block 1, mlp.down_proj" in failed
+    assert "2 left. The same command goes on with what is missing" in shown
+    assert "  besa prune x=1" in shown
+    assert "done  " not in shown
+
+
+def test_status_of_finished_runs_is_one_line_and_all_lists_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished_run(tmp_path / "done")
+    assert said(capsys, "status", str(tmp_path)) == "1 run: 1 done\n"
+    assert "1 min 00 s" in said(capsys, "status", str(tmp_path), "--all")

@@ -1,0 +1,36 @@
+"""What a sweep says of its jobs and in the end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from run_folders import finished_run
+
+from besa_exp.cli.outcome import Outcome
+from besa_exp.cli.sweep_display import Course, show_sweep
+
+
+def test_a_job_is_told_by_what_varies_its_place_and_the_time_left() -> None:
+    course = Course(4, frozenset({"tracker=none"}), frozenset(), time.time() - 60)
+    told = course.told(2, ["pruner=besa", "tracker=none", "sparsity=0.7"], Path("outputs/x"))
+    assert told.startswith("job 3 of 4: pruner=besa sparsity=0.7, about 1 min 00 s left -> outputs/x")  # 30 s a job
+
+
+def test_jobs_that_were_finished_before_do_not_make_the_others_look_fast() -> None:
+    course = Course(4, frozenset(), frozenset({0}), time.time() - 60)
+    assert "about 2 min 00 s left" in course.told(2, ["seed=2"], Path("x"))
+    assert "left" not in course.told(1, ["seed=1"], Path("x"))
+
+
+def test_a_sweep_ends_with_its_jobs_and_the_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for pruner, value in (("wanda", 20.0), ("besa", 12.0)):
+        finished_run(tmp_path / pruner, {"pruner": pruner, "perplexity": {"wikitext2": value}})
+    outcomes = [Outcome(tmp_path / name, "done", "50.00 % zeros") for name in ("wanda", "besa")]
+    show_sweep([*outcomes, Outcome(tmp_path / "bad", "failed", "block 3: no")], 125.0)
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[0] == "3 jobs: 2 done, 1 failed, 2 min 05 s"
+    (failed,) = [line for line in shown.splitlines() if "failed" in line and "block 3: no" in line]
+    assert "run.log" in failed
+    assert shown.index("12.000") < shown.index("20.000")  # the best first

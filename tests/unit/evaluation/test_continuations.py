@@ -1,0 +1,36 @@
+"""What a model says: the greedy path, as a loop over its logits finds it."""
+
+from __future__ import annotations
+
+import torch
+from tiny_llama import byte_tokenizer, tiny_llama
+
+from besa_exp.evaluation.continuations import continuations
+
+
+def greedy(model, ids: list[int], tokens: int) -> list[int]:
+    made: list[int] = []
+    for _ in range(tokens):
+        with torch.no_grad():
+            following = int(model(torch.tensor([ids + made]), use_cache=False).logits[0, -1].argmax())
+        made.append(following)
+        if following == model.config.eos_token_id:
+            break
+    return made
+
+
+def test_each_prompt_goes_on_along_the_most_likely_tokens() -> None:
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    prompts = ["Once", "A much longer prompt"]
+    expected = [
+        str(tokenizer.decode(greedy(model, tokenizer(prompt).input_ids, 12), skip_special_tokens=True)).strip()
+        for prompt in prompts
+    ]
+    assert continuations(model, tokenizer, prompts, 12) == expected
+    assert expected[0] != expected[1]
+
+
+def test_what_is_said_ends_with_the_context() -> None:
+    model, tokenizer = tiny_llama(context=16), byte_tokenizer()
+    (told,) = continuations(model, tokenizer, ["Ten bytes."], 100)
+    assert len(told) <= 5  # 16 less BOS and ten bytes
