@@ -211,7 +211,7 @@ def test_row_sparsities_are_a_histogram_for_each_type_of_linear_over_the_blocks(
         monkeypatch.setenv(name, str(tmp_path / name))
     tracker = start_tracker(SETTINGS, tmp_path, CONFIG, "tiny-besa-0.5", "besa")
     tracker.log_rows(1, {"mlp.experts.0.w1": [0.1, 0.5], "mlp.experts.1.w1": [0.5], "mlp.gate": [0.25]})
-    tracker.finish([])
+    tracker.finish()
     (line,) = [line for line in history(tmp_path) if any(key.startswith("rows/") for key in line)]
     assert line["block"] == 1
     drawn = {key: values for key, values in line.items() if key.endswith("|values")}
