@@ -170,7 +170,16 @@ def _check_target(settings: RunSettings, facts: ModelFolder | None, with_pruner:
 
         problems += with_update(settings.pruner, settings.update).check(sparsity, settings.pattern)
         problems += settings.budget.check(sparsity, settings.pattern) if settings.budget else []
+        problems += _check_recovery(settings, sparsity, facts) if settings.recovery else []
     return problems
+
+
+def _check_recovery(settings: RunSettings, sparsity: float, facts: ModelFolder | None) -> list[str]:
+    from besa_exp.runs.recover import check_recovery_of
+
+    pruned = "dense" not in settings.pruner_name.split("+")
+    context = facts.context if facts else settings.model.context
+    return check_recovery_of(settings, sparsity if pruned else 0.0, context)
 
 
 def _indivisible(pattern: str, group: int, facts: ModelFolder) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -79,6 +79,31 @@ class RunConsole:
         )
         with Progress(*columns, console=self._terminal, transient=True) as bars:
             yield PruningProgress(num_blocks, steps_per_block, bars)
+
+    @contextmanager
+    def tuning(self, num_steps: int) -> Iterator[Callable[[int, float, float | None], None]]:
+        """What is called after each step of a recovery with the steps done, the loss and the held-out loss where it was
+        taken: a bar moves, and a held-out loss is a log line."""
+        began = time.monotonic()
+        first: list[int] = []  # the steps of an earlier attempt come at once
+
+        def log(done: int, held_out: float) -> None:
+            rate = (time.monotonic() - began) / max(1, done - first[0] + 1)
+            left = f", about {duration(rate * (num_steps - done))} left" if done < num_steps else ""
+            logger.info(f"step {done}/{num_steps}: held-out loss {held_out:.4f}{left}")
+
+        def told(done: int, loss: float, held_out: float | None) -> None:
+            first[:] = first or [done]
+            if held_out is not None:
+                log(done, held_out)
+            if self._terminal:
+                note = f"loss {loss:.4f}" + (f", held out {held_out:.4f}" if held_out is not None else "")
+                bars.update(bar, completed=done, note=note)
+
+        columns = (TextColumn("recovery"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+        with Progress(*columns, console=self._terminal, transient=True, disable=self._terminal is None) as bars:
+            bar = bars.add_task("steps", total=num_steps, note="")
+            yield told
 
     def summary(self, results: Mapping[str, Any], folder: Path) -> None:
         """The content of results.json as tables, its sparsity against the target, and the run folder."""

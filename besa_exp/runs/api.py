@@ -100,6 +100,7 @@ def prune(
     pattern: str = "unstructured",
     update: Any = None,
     budget: Any = None,
+    recovery: str | RecoverySettings | None = None,
     seed: int = 0,
     num_samples: int | None = None,
     seq_len: int | None = None,
@@ -123,7 +124,7 @@ def prune(
     ConfigurationError (a ValueError): the request cannot be carried out as it is written; all problems are named."""
     settings = _settings(
         model_or_path, _calibration(texts_or_tokens, seed, num_samples, seq_len, batch_size), seed,
-        pruner=pruner, update=update, budget=budget, sparsity=sparsity, pattern=pattern,
+        pruner=pruner, update=update, budget=budget, recovery=recovery, sparsity=sparsity, pattern=pattern,
         compute_dtype=compute_dtype, evaluator=evaluator, overwrite=overwrite,
     )  # fmt: skip
     read = partial(_read_calibration, texts_or_tokens, settings, seq_len)
@@ -142,6 +143,7 @@ def _settings(
 ) -> RunSettings:
     """ConfigurationError: a preset that there is not, or a target that this method cannot meet."""
     chosen = {"pruner": pruner, "update": more.pop("update"), "budget": more.pop("budget")}
+    chosen["recovery"] = more.pop("recovery")
     is_path = isinstance(model_or_path, (str, Path))
     problems = [] if is_path else _check_model(model_or_path)
     methods = {}
