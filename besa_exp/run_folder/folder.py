@@ -1,7 +1,8 @@
 """The folder of one run: locked while the run lives, its files whole or line by line, its state always told.
 
 `metrics.jsonl` is the source of truth, one JSON object a line: `step` (one optimisation step), `block` (one pruned
-block), `recovery_step`, `scores` (of the pruned or the dense model). W&B and the console only show what stands there. No torch here.
+block), `recovery_step` (one of the whole model's tuning), `scores` (of the pruned or the dense model). W&B and the
+console only show what stands there. No torch here.
 """
 
 from __future__ import annotations

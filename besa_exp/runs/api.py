@@ -38,7 +38,15 @@ from besa_exp.report.loaded import linear_table, load_run
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.runs.block_loop import BlockLoop, check_blocks
 from besa_exp.runs.prune import prune as prune_into
-from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings, RunSettings, TrackerSettings
+from besa_exp.runs.recover import check_recovery_of
+from besa_exp.settings import (
+    CalibrationSettings,
+    EvaluatorSettings,
+    ModelSettings,
+    RecoverySettings,
+    RunSettings,
+    TrackerSettings,
+)
 from besa_exp.tensors.masks import Goal
 from besa_exp.texts.calibration import Calibration, given_calibration, load_calibration
 
@@ -118,7 +126,7 @@ def prune(
     texts, `batch_size` of them pass through a block together; None: what the set's preset says, 128 windows of 2,048
     tokens (or the model's context) for given texts.
 
-    `pruner`, `update` and `budget` are names of presets or objects; `besa_exp.preset(group, name)` makes the object of
+    `pruner`, `update`, `budget` and `recovery` are names of presets or objects; `besa_exp.preset(group, name)` makes the object of
     a preset. `on_block` is given the report of each block as it is finished. `evaluator` scores the model in `out`.
 
     ConfigurationError (a ValueError): the request cannot be carried out as it is written; all problems are named."""
@@ -134,6 +142,11 @@ def prune(
         raise ConfigurationError(
             "out= and evaluator= are for a path; a model object is pruned in place: "
             "save it with model.save_pretrained(...), and score what was saved with besa evaluate checkpoint=..."
+        )
+    if settings.recovery:
+        raise ConfigurationError(
+            "recovery= is for a path; tune a model object that is pruned with besa_exp.tune(model, tokenizer, texts, "
+            "recovery=...)"
         )
     return _pruned_in_place(settings, LoadedModel(model_or_path, tokenizer, None, Path()), read, on_block)
 
@@ -184,7 +197,7 @@ def _model_settings(path: str) -> ModelSettings:
 
 def _name(method: Any) -> str:
     """Of a preset or an object; an object is called by its class."""
-    return method if isinstance(method, str) else type(method).__name__.lower()
+    return method if isinstance(method, str) else getattr(method, "name", type(method).__name__.lower())
 
 
 def _check_model(model: Any) -> list[str]:
@@ -211,7 +224,8 @@ def _check_target(settings: RunSettings) -> list[str]:
     except ValueError as error:
         return [str(error)]
     problems = with_update(pruner, settings.update).check(sparsity, settings.pattern)
-    return problems + (settings.budget.check(sparsity, settings.pattern) if settings.budget else [])
+    problems += settings.budget.check(sparsity, settings.pattern) if settings.budget else []
+    return problems + (check_recovery_of(settings, sparsity, None) if settings.recovery else [])
 
 
 def _calibration(
