@@ -176,7 +176,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """One tuning of a checkpoint under its own zeros. `calibration` names the text, where `recovery.path` names none."""
+    """One tuning of a checkpoint under its own zeros. `calibration` names the text where `recovery.path` does not."""
 
     checkpoint: str
     model: ModelSettings

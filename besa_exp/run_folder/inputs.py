@@ -172,6 +172,8 @@ def _named(settings: RunSettings | EvaluationSettings, key: str) -> str:
         return f"checkpoint={settings.checkpoint}"
     if isinstance(settings, RunSettings) and key == "calibration.path":
         return f"{key}={settings.calibration.path}"
+    if isinstance(settings, RunSettings) and key == "recovery.path":
+        return f"{key}={_tuned_on(settings.recovery)}"
     group, _, name = key.partition(": ")
     if group in ("evaluator.data_dir", "evaluator.include_path"):
         return f"{group}={getattr(settings.evaluator, group.partition('.')[2])}"

@@ -66,9 +66,9 @@ def _documents(
 
 def _checked(documents: Iterator[Int[Tensor, " tokens"]], vocabulary: int, named: str) -> Iterator[Tensor]:
     for document in documents:
-        if len(document) and int(document.max()) >= vocabulary:
+        if len(document) and (greatest := int(document.max())) >= vocabulary:
             raise ConfigurationError(
-                f"recovery on {named}: token id {int(document.max())} is not in the model's vocabulary of {vocabulary}; "
-                "give a text, or tokens that this model's tokenizer made"
+                f"recovery on {named}: token id {greatest} is not in the model's vocabulary of {vocabulary}; give a "
+                "text, or tokens that this model's tokenizer made"
             )
         yield document

@@ -1,4 +1,4 @@
-"""Recovery through the real command: zeros stay in the files, held-out text decides, nothing is lost when it is killed."""
+"""Recovery through the real command: zeros stay in the files, held-out text decides, a kill costs nothing."""
 
 from __future__ import annotations
 
