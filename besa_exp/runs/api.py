@@ -127,7 +127,8 @@ def prune(
     tokens (or the model's context) for given texts.
 
     `pruner`, `update`, `budget` and `recovery` are names of presets or objects; `besa_exp.preset(group, name)` makes
-    the object of a preset. `on_block` is given the report of each block as it is finished. `evaluator` scores the model in `out`.
+    the object of a preset. `on_block` is given the report of each block as it is finished. `evaluator` scores the model
+    in `out`.
 
     ConfigurationError (a ValueError): the request cannot be carried out as it is written; all problems are named."""
     settings = _settings(

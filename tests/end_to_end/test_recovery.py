@@ -68,8 +68,8 @@ def test_the_weights_move_as_the_method_says(tuned: list[str]) -> None:
     for method in ("null", "full", "norms"):
         chosen = [] if method == "null" else [f"recovery={method}"]
         arguments = [word for word in tuned if chosen or not word.startswith("recovery.")]
-        assert main([*arguments, *chosen, f"hydra.run.dir={method}"]) == 0
-    pruned, full, norms = (weights_in(Path(name)) for name in ("null", "full", "norms"))
+        assert main([*arguments, *chosen, f"hydra.run.dir=of_{method}"]) == 0
+    pruned, full, norms = (weights_in(Path(name)) for name in ("of_null", "of_full", "of_norms"))
     moved = {name: not torch.equal(pruned[name], full[name]) for name in pruned}
     assert all(moved.values()), moved
     assert {name for name in pruned if not torch.equal(pruned[name], norms[name])} == {
