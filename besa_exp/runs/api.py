@@ -264,7 +264,10 @@ def _pruned_in_place(
     """The block loop and what follows it. The finished blocks lie in a temporary folder until the end."""
     if warning := out_of_reach(settings):
         logger.warning(warning)
-    with _as_a_run(loaded.model, settings), tempfile.TemporaryDirectory(prefix="besa-") as folder:
+    with (
+        as_a_run(loaded.model, settings.seed, settings.deterministic),
+        tempfile.TemporaryDirectory(prefix="besa-") as folder,
+    ):
         check_finite_weights(loaded.model, settings.model.path)
         calibration = read(loaded)
         input_ids, batch_size = calibration.input_ids, settings.calibration.batch_size
@@ -329,18 +332,18 @@ def _ignored(step: Any) -> None:
 
 
 @contextmanager
-def _as_a_run(model: nn.Module, settings: RunSettings) -> Iterator[None]:
+def as_a_run(model: nn.Module, seed: int, deterministic: bool = True) -> Iterator[None]:
     """As a run has it: evaluation mode, frozen weights, seeds and deterministic algorithms. All of it is put back."""
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     training, strict = model.training, torch.are_deterministic_algorithms_enabled()
     warns, filled = torch.is_deterministic_algorithms_warn_only_enabled(), torch.utils.deterministic
     fills = filled.fill_uninitialized_memory
     model.eval().requires_grad_(False)
-    torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
     filled.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     try:
         with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
+            torch.manual_seed(seed)
             yield
     finally:
         torch.use_deterministic_algorithms(strict, warn_only=warns)

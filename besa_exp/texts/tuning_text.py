@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from besa_exp.texts.tokens import Tokenizer, encode_document, read_token_file
 
 
 def tuning_tokens(
-    source: str | Int[Tensor, "sample seq"],
+    source: str | Sequence[str] | Int[Tensor, "sample seq"],
     path: Path,
     *,
     tokenizer: Tokenizer | None,
@@ -26,14 +26,14 @@ def tuning_tokens(
     offline: bool,
     column: str = COLUMN,
 ) -> TokenStream:
-    """At most `most` tokens of `source` (a set, a text or token file, or tokens) in the file `path`, which is taken as
+    """At most `most` tokens of `source` (a set, a text or token file, texts, or tokens) in the file `path`, which is taken as
     it is where it is there and whole. Documents are drawn in random order; tokens stay in theirs.
 
     ConfigurationError: the source cannot be read, or does not fit the model."""
     if path.is_file():
         return open_token_stream(path, check=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    named = source if isinstance(source, str) else "the given tokens"
+    named = source if isinstance(source, str) else f"the given {'tokens' if isinstance(source, Tensor) else 'texts'}"
     documents = _checked(_documents(source, tokenizer, seed, offline, column), vocabulary, named)
     try:
         write_token_stream(documents, path, vocabulary, most)
@@ -43,25 +43,29 @@ def tuning_tokens(
 
 
 def _documents(
-    source: str | Tensor, tokenizer: Tokenizer | None, seed: int, offline: bool, column: str
+    source: str | Sequence[str] | Tensor, tokenizer: Tokenizer | None, seed: int, offline: bool, column: str
 ) -> Iterator[Int[Tensor, " tokens"]]:
     if isinstance(source, Tensor):
         yield source.flatten()
-    elif is_token_file(source):
+    elif isinstance(source, str) and is_token_file(source):
         yield read_token_file(Path(source).expanduser()).flatten()
     elif tokenizer is None:
         raise ConfigurationError(
-            f"recovery on {source}: the model has no tokenizer, so text cannot tune it; put the tokenizer's files into "
+            f"recovery on {source if isinstance(source, str) else 'texts'}: the model has no tokenizer, so text cannot tune it; put the tokenizer's files into "
             "the model folder, or set recovery.path to a .safetensors file of input_ids"
         )
     else:
-        try:
-            documents = read_text(source, "calibration", offline, column).documents
-        except Unavailable as error:
-            raise ConfigurationError(f"recovery on {error}") from error
+        documents = _read(source, offline, column) if isinstance(source, str) else source
         order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
         for index in order.tolist():
             yield encode_document(tokenizer, documents[index], len(documents) == 1)
+
+
+def _read(source: str, offline: bool, column: str) -> tuple[str, ...]:
+    try:
+        return read_text(source, "calibration", offline, column).documents
+    except Unavailable as error:
+        raise ConfigurationError(f"recovery on {error}") from error
 
 
 def _checked(documents: Iterator[Int[Tensor, " tokens"]], vocabulary: int, named: str) -> Iterator[Tensor]:
