@@ -26,8 +26,8 @@ def tuning_tokens(
     offline: bool,
     column: str = COLUMN,
 ) -> TokenStream:
-    """At most `most` tokens of `source` (a set, a text or token file, texts, or tokens) in the file `path`, which is taken as
-    it is where it is there and whole. Documents are drawn in random order; tokens stay in theirs.
+    """At most `most` tokens of `source` (a set, a text or token file, texts, or tokens) in the file `path`, which is
+    taken as it is where it is there and whole. Documents are drawn in random order; tokens stay in theirs.
 
     ConfigurationError: the source cannot be read, or does not fit the model."""
     if path.is_file():
@@ -51,8 +51,8 @@ def _documents(
         yield read_token_file(Path(source).expanduser()).flatten()
     elif tokenizer is None:
         raise ConfigurationError(
-            f"recovery on {source if isinstance(source, str) else 'texts'}: the model has no tokenizer, so text cannot tune it; put the tokenizer's files into "
-            "the model folder, or set recovery.path to a .safetensors file of input_ids"
+            "recovery: the model has no tokenizer, so text cannot tune it; put the tokenizer's files into the model "
+            "folder, or set recovery.path to a .safetensors file of input_ids"
         )
     else:
         documents = _read(source, offline, column) if isinstance(source, str) else source
