@@ -98,7 +98,9 @@ def _tuned(run: Run, work: Work, asked: RecoverySettings, keep: Mapping[str, Kee
     with run.console.tuning(steps) as progress:
 
         def on_point(point: Point) -> None:
-            run.folder.log_recovery_step(_finite(asdict(point)))
+            step = _finite(asdict(point))
+            run.folder.log_recovery_step(step)
+            run.tracker.log_recovery_step(step)
             progress(point.step + 1, point.loss, point.held_out)
             if point.held_out is not None:
                 run.spent.keep()
