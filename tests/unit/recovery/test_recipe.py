@@ -68,7 +68,7 @@ def test_the_plan_warms_up_and_judges_as_asked() -> None:
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_what_is_wrong_is_told_with_its_key(changes: dict, told: str) -> None:
-    problems = check_recovery(asked(**changes), 0.5, "unstructured", 256, 512)
+    problems = check_recovery(replace(asked(), **changes), 0.5, "unstructured", 256, 512)
     assert len(problems) == 1
     assert told in problems[0]
 
