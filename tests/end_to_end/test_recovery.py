@@ -91,7 +91,9 @@ def test_a_killed_recovery_goes_on_to_the_same_bytes(tuned: list[str], capfd: py
     assert main([*arguments, f"hydra.run.dir={unbroken}"]) == 0
     seen = killed(arguments, folder, [{"recovery": 3}, {"recovery": 6}])
     assert len(seen) == 2
-    assert (folder / "recovery").is_dir()
+    kept = [json.loads(file.read_text()) for file in (folder / "recovery").glob("state-?.json")]
+    points = max(kept, key=lambda state: state["number"])["record"]["points"]
+    assert points
     assert not (folder / "results.json").exists()
     assert main([*arguments, f"hydra.run.dir={folder}"]) == 0
     assert (folder / "model/model.safetensors").read_bytes() == (unbroken / "model/model.safetensors").read_bytes()
@@ -105,6 +107,8 @@ def test_a_killed_recovery_goes_on_to_the_same_bytes(tuned: list[str], capfd: py
         for course in courses
     )
     assert killed_course == whole
+    seconds = [line["seconds"] for line in courses[0] if line["kind"] == "recovery_step"]
+    assert seconds[: len(points)] == [point["seconds"] for point in points], "steps before the kill were taken again"
 
 
 @pytest.mark.parametrize(
