@@ -2,6 +2,7 @@
 
 model, tokenizer = besa_exp.load_model("path or hub id")
 report = besa_exp.prune(model, tokenizer, texts, pruner="besa", sparsity=0.5)
+besa_exp.tune(model, tokenizer, texts, recovery="full")
 runs = besa_exp.load_runs("outputs/*").to_pandas()
 """
 
@@ -13,9 +14,10 @@ if TYPE_CHECKING:
     from besa_exp.presets import preset
     from besa_exp.report.loaded import LoadedRun, LoadedRuns, load_run, load_runs
     from besa_exp.runs.api import PruneReport, load_model, prune
+    from besa_exp.runs.tune_object import tune
 
 __version__ = "0.1.0"
-__all__ = ["LoadedRun", "LoadedRuns", "PruneReport", "load_model", "load_run", "load_runs", "preset", "prune"]
+__all__ = ["LoadedRun", "LoadedRuns", "PruneReport", "load_model", "load_run", "load_runs", "preset", "prune", "tune"]
 
 _PLACES = {  # imported when they are first used: `import besa_exp` itself imports neither torch nor transformers
     "preset": "besa_exp.presets",
@@ -26,6 +28,7 @@ _PLACES = {  # imported when they are first used: `import besa_exp` itself impor
     "PruneReport": "besa_exp.runs.api",
     "load_model": "besa_exp.runs.api",
     "prune": "besa_exp.runs.api",
+    "tune": "besa_exp.runs.tune_object",
 }
 
 

@@ -80,6 +80,47 @@ class SaveSettings:
 
 
 @dataclass(frozen=True)
+class RecoverySettings:
+    """How the whole pruned model is tuned: `name` is the method. What only some methods have is None with the others;
+    `besa_exp.recovery.recipe` makes the method of it."""
+
+    name: str
+    lr: float
+    path: str | None = None  # a local text or token file in place of the calibration's source
+    column: str = "text"
+    steps: int = 200
+    tokens: int | None = None  # in the place of steps
+    seq_len: int | None = None  # None: the calibration's
+    batch_size: int = 8
+    micro_batch: int = 8  # windows that pass the model together
+    checkpointing: bool = False
+    schedule: str = "cosine"  # or linear, constant
+    warm_up: float = 0.1  # share of the steps
+    held_out: int = 32  # windows that choose the state that is kept
+    checks: int = 10  # how often they judge
+    distill: str = "none"  # or logits, squarehead
+    distill_weight: float = 1.0
+    task_weight: float = 1.0
+    temperature: float = 1.0
+    decay: float = 0.0
+    clip: float | None = None
+    seed: int = 0
+    embeddings: bool | None = None
+    norms: bool | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    bits: int | None = None
+    eps: float | None = None
+    selection: str | None = None
+    density: float | None = None
+    reselect: int | None = None
+    first: float | None = None
+    gather: int | None = None
+    share: float | None = None
+    kinds: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """One prune. `pruner` is the pruner object itself, `pruner_name` the preset it came from, those of `update` and
     `budget` added where they are given."""
@@ -92,6 +133,7 @@ class RunSettings:
     tracker: TrackerSettings
     update: Any = None  # what the kept weights do, after the pruner; None: what the pruner says
     budget: Any = None  # how much each block gives up; None: all the same
+    recovery: RecoverySettings | None = None  # how the whole pruned model is tuned; None: not at all
     sparsity: float = 0.5
     pattern: str = "unstructured"  # or "2:4": 2 kept of every 4 inputs; or "N:8": N chosen by row
     seed: int = 0
@@ -131,3 +173,23 @@ class EvaluationSettings:
     deterministic: bool = True
     offline: bool = False
     overwrite: bool = False  # score again what is scored
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """One tuning of a checkpoint under its own zeros. `calibration` names the text where `recovery.path` does not."""
+
+    checkpoint: str
+    model: ModelSettings
+    calibration: CalibrationSettings
+    recovery: RecoverySettings
+    evaluator: EvaluatorSettings
+    tracker: TrackerSettings
+    dense: bool = False  # a model without zeros is tuned too
+    seed: int = 0
+    device: str = "auto"
+    deterministic: bool = True
+    offline: bool = False
+    resume: bool = True
+    overwrite: bool = False
+    save: SaveSettings = field(default_factory=SaveSettings)

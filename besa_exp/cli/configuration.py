@@ -24,10 +24,19 @@ from besa_exp.presets import CONF_DIR, METHOD_GROUPS
 from besa_exp.report.methods import differences, method_of
 from besa_exp.run_folder.identity import NOT_DECIDING, without_places
 from besa_exp.run_folder.lookup import run_and_model
-from besa_exp.settings import EvaluationSettings, RunSettings
+from besa_exp.settings import EvaluationSettings, RunSettings, TuneSettings
 from besa_exp.tensors.pattern import fixes_sparsity
 
-__all__ = ["CONF_DIR", "Unreadable", "as_values", "evaluation_folder", "read_evaluation", "read_settings", "run_name"]
+__all__ = [
+    "CONF_DIR",
+    "Unreadable",
+    "as_values",
+    "evaluation_folder",
+    "read_evaluation",
+    "read_settings",
+    "read_tuning",
+    "run_name",
+]
 
 # What determines a run's result, and therefore its folder. Tracker, offline and overwrite do not.
 DETERMINING_KEYS = (
@@ -103,12 +112,23 @@ def read_evaluation(config: DictConfig) -> EvaluationSettings:
     """Typed settings of `besa evaluate`; `model.path` is what `checkpoint` means.
 
     Unreadable: unknown keys, missing or ill-typed values; all of them."""
+    return _read(config, _of_checkpoint(config), EvaluationSettings, {})
+
+
+def read_tuning(config: DictConfig) -> TuneSettings:
+    """Typed settings of `besa tune`; `model.path` is what `checkpoint` means.
+
+    Unreadable: unknown keys, missing or ill-typed values; all of them."""
+    return _read(config, _of_checkpoint(config), TuneSettings, {})
+
+
+def _of_checkpoint(config: DictConfig) -> dict[str, Any]:
     values = as_values(config)
     model, checkpoint = values.get("model"), values.get("checkpoint")
     if isinstance(model, dict):
         model["path"] = "embedded" if checkpoint == MISSING_VALUE else run_and_model(str(checkpoint))[1]
         model["name"] = _model_name(values)
-    return _read(config, values, EvaluationSettings, {})
+    return values
 
 
 def _read(config: DictConfig, values: Mapping[str, Any], cls: type, given: Mapping[str, Any]) -> Any:
@@ -179,6 +199,23 @@ def evaluation_folder(config: DictConfig) -> str:
     return f"outputs/{_slug(Path(path).name)}-scores-{digest[:HASH_LENGTH]}"
 
 
+def tuning_folder(config: DictConfig) -> str:
+    """`outputs/<checkpoint>-<recovery>-s<seed>-<hash>`, the hash over all that determines the result."""
+    values = as_values(config)
+    run, path = run_and_model(str(values.get("checkpoint")))
+    deciding = {key: values.get(key) for key in ("calibration", "recovery", "evaluator", "seed", "device", "save")}
+    deciding["deterministic"] = values.get("deterministic")
+    if isinstance(model := values.get("model"), dict):
+        deciding["model"] = {key: value for key, value in model.items() if key not in (*NOT_DECIDING, "path")}
+    folder = Path(path).expanduser()
+    place = str(folder.resolve()) if folder.is_dir() else path
+    digest = hashlib.sha256(json.dumps(_canonical([place, without_places(deciding)]), sort_keys=True).encode())
+    recovery = values.get("recovery")
+    name = recovery.get("name") if isinstance(recovery, dict) else "recovery"
+    parts = [Path(run or path).name, name, f"s{values.get('seed')}", digest.hexdigest()[:HASH_LENGTH]]
+    return "outputs/" + "-".join(_slug(part) for part in parts)
+
+
 def _model_name(values: Mapping[str, Any]) -> str:
     """The last part of `model.path`: a preset's name would be wrong as soon as the path is another."""
     model = values.get("model")
@@ -228,6 +265,7 @@ def _from_wandb(name: str, default: Any = None) -> Any:
 OF_ROOT: Mapping[str, Callable[[DictConfig], Any]] = {
     "run_name": _kept_name,
     "evaluation_folder": evaluation_folder,
+    "tuning_folder": tuning_folder,
     "model_name": lambda root: _model_name({"model": {"path": OmegaConf.select(root, "model.path")}}),
     "single_run": lambda root: _of_hydra(root, "mode") != RunMode.MULTIRUN,  # the job is no sweep's
     "study": lambda root: (_of_hydra(root, "runtime.choices") or {}).get("experiment"),  # trackers group runs by it

@@ -18,6 +18,8 @@ besa: prunes language models block by block (BESA, arXiv 2402.16880) and compare
   besa prune [key=value ...]     prune a model; with no arguments the embedded one: no network, account or GPU
   besa prune -m key=a,b,c ...    one job for each value
   besa evaluate checkpoint=DIR   score any model folder, run folder or hub id; a run's results get the new scores
+  besa tune checkpoint=DIR recovery=NAME
+                                 tune a pruned model under its own zeros, which stay
   besa masks apply MASKS --model DIR --out DIR
                                  rebuild a pruned model from dense weights and a run's masks.safetensors
   besa compare DIR...            finished runs as one sorted table (--latex, --csv)
@@ -146,6 +148,12 @@ def _evaluate(arguments: Sequence[str]) -> int:
     return evaluate(arguments)
 
 
+def _tune(arguments: Sequence[str]) -> int:
+    from besa_exp.cli.tune import tune
+
+    return tune(arguments)
+
+
 def _prefetch(arguments: Sequence[str]) -> int:
     from besa_exp.cli.prefetch import prefetch
 
@@ -161,6 +169,7 @@ def _complete(arguments: Sequence[str]) -> int:
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "prune": _prune,
     "evaluate": _evaluate,
+    "tune": _tune,
     "masks": _masks,
     "prefetch": _prefetch,
     "list": _list,
@@ -176,4 +185,4 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "-sc": _complete,
     "--shell-completion": _complete,
 }
-WORKING = ("prune", "evaluate", "masks", "prefetch", "report")  # whose output is not all that they are for
+WORKING = ("prune", "evaluate", "tune", "masks", "prefetch", "report")  # whose output is not all that they are for

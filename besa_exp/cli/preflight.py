@@ -29,6 +29,7 @@ from besa_exp.settings import (
     RunSettings,
     SaveSettings,
     TrackerSettings,
+    TuneSettings,
 )
 from besa_exp.tensors.pattern import parse_pattern
 from besa_exp.texts.calibration_check import check_calibration
@@ -81,6 +82,38 @@ def preflight_evaluation(
     if settings.offline:
         problems += missing_offline(needs_of(*_known(settings, unknown, None)))
     return facts, [*of_run, *problems]
+
+
+def preflight_tuning(
+    settings: TuneSettings, folder: Path, unknown: Collection[str] = (), finished: bool = False
+) -> list[str]:
+    """The problems of a tuning that would write to `folder`; what only the weights can tell is found when they are
+    read. Of a `finished` one that is only shown those of its inputs alone."""
+    run, model = run_and_model(settings.checkpoint)
+    of_run = check_run(run) if run else []
+    if of_run:
+        return of_run
+    from besa_exp.runs.recover import check_recovery_of  # imports torch
+    from besa_exp.runs.tune import as_run
+
+    asked = as_run(settings)
+    problems = check_run_inputs(folder, asked)
+    if finished:
+        return problems
+    if folder.expanduser().resolve() in (Path(model).expanduser().resolve(), *([run.resolve()] if run else [])):
+        return [f"hydra.run.dir={folder}: is where the checkpoint lies; name another folder for the tuned model"]
+    facts, of_shared = _check_shared(asked, unknown, True, "checkpoint")
+    problems += of_shared
+    context = facts.context if facts else settings.model.context
+    if "calibration" not in unknown:
+        problems += check_calibration(settings.calibration, context)
+    if not {"recovery", "calibration"} & {*unknown}:
+        problems += [found for found in check_recovery_of(asked, 0.0, context) if found not in problems]
+    if settings.offline:
+        calibration = None if "calibration" in unknown else settings.calibration
+        problems += missing_offline(needs_of(*_known(asked, unknown, calibration)))
+    problems += check_push(settings.save, settings.offline)
+    return problems + (check_disk(folder, _needed_bytes(asked, facts)) if facts else [])
 
 
 def _known(
@@ -170,7 +203,16 @@ def _check_target(settings: RunSettings, facts: ModelFolder | None, with_pruner:
 
         problems += with_update(settings.pruner, settings.update).check(sparsity, settings.pattern)
         problems += settings.budget.check(sparsity, settings.pattern) if settings.budget else []
+        problems += _check_recovery(settings, sparsity, facts) if settings.recovery else []
     return problems
+
+
+def _check_recovery(settings: RunSettings, sparsity: float, facts: ModelFolder | None) -> list[str]:
+    from besa_exp.runs.recover import check_recovery_of
+
+    pruned = "dense" not in settings.pruner_name.split("+")
+    context = facts.context if facts else settings.model.context
+    return check_recovery_of(settings, sparsity if pruned else 0.0, context)
 
 
 def _indivisible(pattern: str, group: int, facts: ModelFolder) -> list[str]:

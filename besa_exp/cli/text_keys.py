@@ -11,7 +11,7 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from besa_exp.settings import EvaluationSettings, RunSettings
+from besa_exp.settings import EvaluationSettings, RunSettings, TuneSettings
 
 OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 # What Hydra would make a number or a truth value of. `null` stays nothing.
@@ -56,7 +56,7 @@ def what_needs_quotes(value: str) -> str | None:
 
 
 def _all_keys() -> list[tuple[str, bool]]:
-    return [*_text_keys(RunSettings, ""), *_text_keys(EvaluationSettings, "")]
+    return [*_text_keys(RunSettings, ""), *_text_keys(EvaluationSettings, ""), *_text_keys(TuneSettings, "")]
 
 
 def _text_keys(cls: type, prefix: str) -> Iterator[tuple[str, bool]]:

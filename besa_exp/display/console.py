@@ -10,7 +10,8 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -87,6 +88,28 @@ class RunConsole:
         before = len(seconds_before)
         self._line.begin("pruning" + (f" ({before} of {num_blocks} blocks from before)" if before else ""))
         yield PruningProgress(num_blocks, seconds_before, steps_per_block, self._line, logger.info)
+        self._line.end()
+
+    @contextmanager
+    def tuning(self, num_steps: int) -> Iterator[Callable[[int, float, float | None], None]]:
+        """What is called after each step of a recovery with the steps done, the loss and the held-out loss where it was
+        taken: the line of progress moves, and a held-out loss is a line of its own."""
+        began = time.monotonic()
+        first: list[int] = []  # the steps of an earlier attempt come at once
+
+        def log(done: int, held_out: float) -> None:
+            rate = (time.monotonic() - began) / max(1, done - first[0] + 1)
+            left = f", about {duration(rate * (num_steps - done))} left" if done < num_steps else ""
+            logger.info(f"step {done}/{num_steps}: held-out loss {held_out:.4f}{left}")
+
+        def told(done: int, loss: float, held_out: float | None) -> None:
+            first[:] = first or [done]
+            self._line.count(done, num_steps, f"steps, loss {loss:.4f}")
+            if held_out is not None:
+                log(done, held_out)
+
+        self._line.begin("recovery")
+        yield told
         self._line.end()
 
     def summary(self, results: Mapping[str, Any], folder: Path) -> None:

@@ -37,6 +37,7 @@ def plan_table(settings: RunSettings, facts: Mapping[str, Any]) -> Table:
         "pruner": settings.pruner_name + _keys(settings.pruner),
         **({"update": type(settings.update).__name__ + _keys(settings.update)} if settings.update else {}),
         **({"budget": type(settings.budget).__name__ + _keys(settings.budget)} if settings.budget else {}),
+        **({"recovery": settings.recovery.name + _said(settings.recovery)} if settings.recovery else {}),
         "target": f"sparsity {settings.sparsity:g}, {settings.pattern}",
         "calibration": f"{calibration.path or calibration.name}, {_windows(calibration)}",
         "scores": (", ".join(scored) or "none") + (", dense too" if evaluator.dense and scored else ""),
@@ -59,6 +60,12 @@ def _keys(part: Any) -> str:
     """The values of a pruner, update or budget in brackets."""
     values = ", ".join(f"{field.name}={getattr(part, field.name)}" for field in fields(part))
     return f" ({values})" if values else ""
+
+
+def _said(part: Any) -> str:
+    """The values that are there, in brackets."""
+    values = {field.name: getattr(part, field.name) for field in fields(part) if field.name != "name"}
+    return f" ({', '.join(f'{name}={value}' for name, value in values.items() if value is not None)})"
 
 
 def _kept(save: SaveSettings) -> str:

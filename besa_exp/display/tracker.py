@@ -1,7 +1,7 @@
 """What a run sends to Weights & Biases besides its own folder; offline by default, and never able to end a run.
 
 `step/*` is drawn over `optimisation_step` (which counts on from block to block), `block/*` and `allocated/<linear>`
-over `block`, a mixture's experts as one; scores are summary values. Any failure of W&B is one warning: metrics.jsonl
+over `block`, a mixture's experts as one, `recovery/*` over `recovery_step`; scores are summary values. Any failure of W&B is one warning: metrics.jsonl
 holds the same numbers. The network is touched in mode `online` alone; a server that does not answer costs INIT_TIMEOUT,
 then the run is offline.
 """
@@ -40,6 +40,9 @@ class Tracker(Protocol):
     def log_rows(self, block: int, linears: Mapping[str, Sequence[float]]) -> None:
         """How sparse each row of each linear of a block is."""
 
+    def log_recovery_step(self, step: Mapping[str, Any]) -> None:
+        """One step of the recovery, as its line of metrics.jsonl has it."""
+
     def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
         """Scores of the pruned model, and of the dense one where it was scored."""
 
@@ -59,6 +62,9 @@ class NoTracker:
     def log_rows(self, block: int, linears: Mapping[str, Sequence[float]]) -> None:
         pass
 
+    def log_recovery_step(self, step: Mapping[str, Any]) -> None:
+        pass
+
     def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
         pass
 
@@ -75,6 +81,7 @@ class WandbTracker:
     def __init__(self, run: wandb.Run):
         self._run = run
         self._known_blocks = int(run.summary.get("block", -1)) + 1 if run.resumed else 0  # the server has them
+        self._known_recovery = int(run.summary.get("recovery_step", -1)) + 1 if run.resumed else 0
         self._num_steps = 0
         self._reports: list[BlockReport] = []
         self._works = True
@@ -122,6 +129,13 @@ class WandbTracker:
         }
         drawn = {f"rows/{kind}": wandb.Histogram(np_histogram=histogram) for kind, histogram in counted.items()}
         self._run.log({"block": block, **drawn})
+
+    def log_recovery_step(self, step: Mapping[str, Any]) -> None:
+        if step["step"] < self._known_recovery:
+            return
+        shown = ("loss", "gradient_norm", "held_out")
+        values = {f"recovery/{name}": step[name] for name in shown if step[name] is not None}
+        self._attempt(lambda: self._run.log({"recovery_step": step["step"], **values}))
 
     def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
         values = _summary(scores)

@@ -20,6 +20,7 @@ INIT_TIMEOUT = 60.0  # seconds
 FINISH_TIMEOUT = 300.0  # seconds for the upload at the end; what was not sent stays in the run folder
 ID = re.compile(rb"[0-9A-Za-z_-]+")
 STEP_METRICS = {"step/*": "optimisation_step", "block/*": "block", "allocated/*": "block", "rows/*": "block"}
+STEP_METRICS |= {"recovery/*": "recovery_step"}
 
 
 def start_run(

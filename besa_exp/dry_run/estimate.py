@@ -170,6 +170,8 @@ def _not_estimated(settings: RunSettings, found: Measured) -> list[str]:
     notes = ["the memory of a budget over depth is not estimated"] if over_depth else []
     if settings.pruner.traits.refinements:
         notes.append("time and memory of the search over the whole model that follows the block loop are not estimated")
+    if settings.recovery:
+        notes.append("time, memory and checkpoints of the recovery are not estimated")
     return notes
 
 

@@ -82,6 +82,7 @@ class SavedStates:
 
     def read_best(self, name: str) -> dict[str, Tensor]:
         """The weights that `write_best` kept."""
+        distributed.barrier()  # rank 0 has written them
         return load_file(self.folder / name)
 
     def _newest(self) -> tuple[dict[str, Any], str] | None:

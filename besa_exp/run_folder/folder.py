@@ -1,7 +1,8 @@
 """The folder of one run: locked while the run lives, its files whole or line by line, its state always told.
 
 `metrics.jsonl` is the source of truth, one JSON object a line: `step` (one optimisation step), `block` (one pruned
-block), `scores` (of the pruned or the dense model). W&B and the console only show what stands there. No torch here.
+block), `recovery_step` (one of the whole model's tuning), `scores` (of the pruned or the dense model). W&B and the
+console only show what stands there. No torch here.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ WRITTEN = (  # what a run leaves besides .lock and status.json; nothing else in 
     "row_sparsities.safetensors",
     "model",
     "blocks",
+    "recovery",
     "scores.json",
     "spent.json",
     "inputs.json",
@@ -50,6 +52,7 @@ KEPT = (
     "metrics.jsonl",
     "run.log",
     "blocks",
+    "recovery",
     "scores.json",
     "spent.json",
     "inputs.json",
@@ -76,6 +79,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.sparsity = path / "sparsity.csv"
         self.blocks = path / "blocks"
+        self.recovery = path / "recovery"
         self.scores = path / "scores.json"
         self.spent = path / "spent.json"
 
@@ -112,7 +116,7 @@ class RunFolder:
                     write_status(path, status, started, error)
                 raise
             write_status(path, "done", started)
-            for name in ("blocks", "scores.json", "spent.json"):
+            for name in ("blocks", "recovery", "scores.json", "spent.json"):
                 atomic.remove(path / name)
 
     @staticmethod
@@ -174,6 +178,10 @@ class RunFolder:
     def log_model_step(self, step: ModelStep) -> None:
         """One line of metrics.jsonl for a step of a search over the whole model."""
         self._append({"kind": "model_step", **asdict(step)}, f"step {step.step} of the search over the whole model")
+
+    def log_recovery_step(self, step: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl for a step of the recovery."""
+        self._append({"kind": "recovery_step", **step}, f"step {step['step']} of the recovery")
 
     def log_block(self, report: BlockReport) -> None:
         """One line of metrics.jsonl, and one row a linear of sparsity.csv."""

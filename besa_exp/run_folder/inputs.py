@@ -35,7 +35,14 @@ def inputs_of(settings: RunSettings | EvaluationSettings) -> dict[str, dict[str,
     places = {"model.path" if isinstance(settings, RunSettings) else "checkpoint": _model_files(settings.model)}
     if isinstance(settings, RunSettings) and (given := settings.calibration.path):
         places["calibration.path"] = _one(given)
+    if isinstance(settings, RunSettings) and (given := _tuned_on(settings.recovery)):
+        places["recovery.path"] = _one(given)
     return {key: files for key, files in (places | _scored_files(settings.evaluator)).items() if files}
+
+
+def _tuned_on(recovery: Any) -> str | None:
+    """The text of a recovery, which may stand there as plain values."""
+    return recovery.get("path") if isinstance(recovery, Mapping) else getattr(recovery, "path", None)
 
 
 def fingerprint(settings: RunSettings | EvaluationSettings) -> dict[str, Any]:
@@ -165,6 +172,8 @@ def _named(settings: RunSettings | EvaluationSettings, key: str) -> str:
         return f"checkpoint={settings.checkpoint}"
     if isinstance(settings, RunSettings) and key == "calibration.path":
         return f"{key}={settings.calibration.path}"
+    if isinstance(settings, RunSettings) and key == "recovery.path":
+        return f"{key}={_tuned_on(settings.recovery)}"
     group, _, name = key.partition(": ")
     if group in ("evaluator.data_dir", "evaluator.include_path"):
         return f"{group}={getattr(settings.evaluator, group.partition('.')[2])}"

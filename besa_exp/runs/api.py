@@ -38,7 +38,15 @@ from besa_exp.report.loaded import linear_table, load_run
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.runs.block_loop import BlockLoop, check_blocks
 from besa_exp.runs.prune import prune as prune_into
-from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings, RunSettings, TrackerSettings
+from besa_exp.runs.recover import check_recovery_of
+from besa_exp.settings import (
+    CalibrationSettings,
+    EvaluatorSettings,
+    ModelSettings,
+    RecoverySettings,
+    RunSettings,
+    TrackerSettings,
+)
 from besa_exp.tensors.masks import Goal
 from besa_exp.texts.calibration import Calibration, given_calibration, load_calibration
 
@@ -100,6 +108,7 @@ def prune(
     pattern: str = "unstructured",
     update: Any = None,
     budget: Any = None,
+    recovery: str | RecoverySettings | None = None,
     seed: int = 0,
     num_samples: int | None = None,
     seq_len: int | None = None,
@@ -117,13 +126,14 @@ def prune(
     texts, `batch_size` of them pass through a block together; None: what the set's preset says, 128 windows of 2,048
     tokens (or the model's context) for given texts.
 
-    `pruner`, `update` and `budget` are names of presets or objects; `besa_exp.preset(group, name)` makes the object of
-    a preset. `on_block` is given the report of each block as it is finished. `evaluator` scores the model in `out`.
+    `pruner`, `update`, `budget` and `recovery` are names of presets or objects; `besa_exp.preset(group, name)` makes
+    the object of a preset. `on_block` is given the report of each block as it is finished. `evaluator` scores the model
+    in `out`.
 
     ConfigurationError (a ValueError): the request cannot be carried out as it is written; all problems are named."""
     settings = _settings(
         model_or_path, _calibration(texts_or_tokens, seed, num_samples, seq_len, batch_size), seed,
-        pruner=pruner, update=update, budget=budget, sparsity=sparsity, pattern=pattern,
+        pruner=pruner, update=update, budget=budget, recovery=recovery, sparsity=sparsity, pattern=pattern,
         compute_dtype=compute_dtype, evaluator=evaluator, overwrite=overwrite,
     )  # fmt: skip
     read = partial(_read_calibration, texts_or_tokens, settings, seq_len)
@@ -134,6 +144,11 @@ def prune(
             "out= and evaluator= are for a path; a model object is pruned in place: "
             "save it with model.save_pretrained(...), and score what was saved with besa evaluate checkpoint=..."
         )
+    if settings.recovery:
+        raise ConfigurationError(
+            "recovery= is for a path; tune a model object that is pruned with besa_exp.tune(model, tokenizer, texts, "
+            "recovery=...)"
+        )
     return _pruned_in_place(settings, LoadedModel(model_or_path, tokenizer, None, Path()), read, on_block)
 
 
@@ -142,6 +157,7 @@ def _settings(
 ) -> RunSettings:
     """ConfigurationError: a preset that there is not, or a target that this method cannot meet."""
     chosen = {"pruner": pruner, "update": more.pop("update"), "budget": more.pop("budget")}
+    chosen["recovery"] = more.pop("recovery")
     is_path = isinstance(model_or_path, (str, Path))
     problems = [] if is_path else _check_model(model_or_path)
     methods = {}
@@ -182,7 +198,7 @@ def _model_settings(path: str) -> ModelSettings:
 
 def _name(method: Any) -> str:
     """Of a preset or an object; an object is called by its class."""
-    return method if isinstance(method, str) else type(method).__name__.lower()
+    return method if isinstance(method, str) else getattr(method, "name", type(method).__name__.lower())
 
 
 def _check_model(model: Any) -> list[str]:
@@ -209,7 +225,8 @@ def _check_target(settings: RunSettings) -> list[str]:
     except ValueError as error:
         return [str(error)]
     problems = with_update(pruner, settings.update).check(sparsity, settings.pattern)
-    return problems + (settings.budget.check(sparsity, settings.pattern) if settings.budget else [])
+    problems += settings.budget.check(sparsity, settings.pattern) if settings.budget else []
+    return problems + (check_recovery_of(settings, sparsity, None) if settings.recovery else [])
 
 
 def _calibration(
@@ -247,7 +264,10 @@ def _pruned_in_place(
     """The block loop and what follows it. The finished blocks lie in a temporary folder until the end."""
     if warning := out_of_reach(settings):
         logger.warning(warning)
-    with _as_a_run(loaded.model, settings), tempfile.TemporaryDirectory(prefix="besa-") as folder:
+    with (
+        as_a_run(loaded.model, settings.seed, settings.deterministic),
+        tempfile.TemporaryDirectory(prefix="besa-") as folder,
+    ):
         check_finite_weights(loaded.model, settings.model.path)
         calibration = read(loaded)
         input_ids, batch_size = calibration.input_ids, settings.calibration.batch_size
@@ -312,18 +332,18 @@ def _ignored(step: Any) -> None:
 
 
 @contextmanager
-def _as_a_run(model: nn.Module, settings: RunSettings) -> Iterator[None]:
+def as_a_run(model: nn.Module, seed: int, deterministic: bool = True) -> Iterator[None]:
     """As a run has it: evaluation mode, frozen weights, seeds and deterministic algorithms. All of it is put back."""
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     training, strict = model.training, torch.are_deterministic_algorithms_enabled()
     warns, filled = torch.is_deterministic_algorithms_warn_only_enabled(), torch.utils.deterministic
     fills = filled.fill_uninitialized_memory
     model.eval().requires_grad_(False)
-    torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
     filled.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     try:
         with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
+            torch.manual_seed(seed)
             yield
     finally:
         torch.use_deterministic_algorithms(strict, warn_only=warns)

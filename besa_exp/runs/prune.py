@@ -36,6 +36,7 @@ from besa_exp.runs.block_loop import check_blocks
 from besa_exp.runs.cpu_units import in_a_fast_dtype
 from besa_exp.runs.dense import dense_results
 from besa_exp.runs.prune_model import prune_model
+from besa_exp.runs.recover import check_whole, recover
 from besa_exp.runs.results import results_of
 from besa_exp.runs.run import Run, Work, model_facts, opened, parameters, tracking
 from besa_exp.runs.save import card, save
@@ -43,7 +44,7 @@ from besa_exp.runs.score import score_dense, score_pruned
 from besa_exp.settings import RunSettings
 from besa_exp.texts.calibration import Calibration, load_calibration, save_tokens
 
-STAGES: tuple[Callable[[Run, Work], Work], ...] = (score_dense, prune_model, save, score_pruned)
+STAGES: tuple[Callable[[Run, Work], Work], ...] = (score_dense, prune_model, recover, save, score_pruned)
 logger = logging.getLogger(__name__)
 
 
@@ -103,6 +104,8 @@ def _begun(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Cal
     """The dense model and its calibration tokens, checked."""
     settings = run.settings
     check_finite_weights(loaded.model, settings.model.path)
+    if settings.recovery:
+        check_whole(loaded)
     with run.spent.timed("calibrate"):
         calibration = _calibrate(run, loaded, calibrate or partial(_calibration_of, settings))
         check_blocks(loaded, distributed.own_samples(calibration.input_ids), settings.calibration.batch_size)

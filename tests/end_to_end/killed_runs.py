@@ -4,11 +4,12 @@ anything.
     killed_runs.py RUN_FOLDER MOMENTS besa-arguments...
 
 Each child is a `besa` process of its own, killed (SIGKILL) at its moment: MOMENTS is a JSON list of {after: seconds,
-blocks: that many finished, scores: that many finished, generations: that many of a search finished, in_a_write: seen
-writing a file}, of which all given must hold.
+blocks: that many finished, scores: that many finished, generations: that many of a search finished, recovery: that many
+states of a tuning kept after the first, in_a_write: seen writing a file}, of which all given must hold.
 Prints a JSON list of what was there at each kill. The run is left unfinished.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -37,12 +38,14 @@ def kill(child: int, folder: Path, moment: dict) -> dict | None:
             "blocks": [path.name for path in folder.glob("blocks/??????.json")],
             "scores": finished_scores(folder),
             "generations": finished_generations(folder),
+            "recovery": kept_states(folder),
         }
         if (
             time.monotonic() - began >= moment.get("after", 0)
             and len(seen["blocks"]) >= moment.get("blocks", 0)
             and len(seen["scores"]) >= moment.get("scores", 0)
             and seen["generations"] >= moment.get("generations", 0)
+            and seen["recovery"] >= moment.get("recovery", 0)
             and (seen["writing"] or not moment.get("in_a_write"))
         ):
             break
@@ -68,6 +71,15 @@ def finished_scores(folder: Path) -> list[list[str]]:
     except FileNotFoundError:
         return []
     return [[which, name] for which, kinds in content.items() for kind in kinds.values() for name in kind]
+
+
+def kept_states(folder: Path) -> int:
+    """Of a recovery, over all attempts."""
+    numbers = [0]
+    for file in folder.glob("recovery/state-?.json"):
+        with contextlib.suppress(FileNotFoundError):
+            numbers.append(json.loads(file.read_text())["number"])
+    return max(numbers)
 
 
 def finished_generations(folder: Path) -> int:

@@ -23,7 +23,7 @@ from besa_exp.presets import CONF_DIR, groups
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OF_THE_READER = ("--config-dir", "pruner=random")  # presets that the reader is shown how to write
-COMPOSED = {"prune": "prune", "prefetch": "prune", "evaluate": "evaluate"}
+COMPOSED = {"prune": "prune", "prefetch": "prune", "evaluate": "evaluate", "tune": "tune"}
 
 
 def fenced(page: Path, language: str) -> list[str]:

@@ -1,0 +1,115 @@
+"""`besa tune`: checks the request, all its problems told together, then tunes one checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from besa_exp.cli.compose import Composer, told_sweep
+from besa_exp.cli.configuration import Unreadable, read_tuning
+from besa_exp.cli.jobs import full_errors
+from besa_exp.cli.preflight import preflight_tuning
+from besa_exp.cli.prune import composed
+from besa_exp.cli.request import composer_of, sets_one_of
+from besa_exp.display.model_card import score_rows
+from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.hub.publish import publish
+from besa_exp.machine.environment_variables import set_before_imports
+from besa_exp.run_folder.folder import read_results
+from besa_exp.run_folder.status import is_done
+from besa_exp.settings import TuneSettings
+
+CONFIG_NAME = "tune"
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request in which nothing is wrong."""
+
+    settings: TuneSettings
+    folder: Path
+    finished: bool
+
+
+def tune(arguments: Sequence[str]) -> int:
+    """The exit code: 0 where the tuned model is there, 1 where tuning failed."""
+    return composed("besa tune", CONFIG_NAME, arguments, _run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    asked = read_asked(arguments)
+    if asked.finished:
+        print(f"finished before: {told(read_results(asked.folder))} -> {asked.folder}")
+        return 0
+    from besa_exp.runs.interruption import interruptible
+    from besa_exp.runs.tune import tune_checkpoint  # imports torch
+
+    try:
+        with interruptible():
+            results = tune_checkpoint(asked.settings, asked.folder)
+        publish(asked.folder, asked.settings.save)
+    except (RunError, OSError) as error:
+        if full_errors():
+            traceback.print_exc()
+        print(f"failed: {error}; what is finished is kept; see {asked.folder / 'run.log'}", file=sys.stderr)
+        return 1
+    print(f"done: {told(results)} -> {asked.folder}")
+    return 0
+
+
+def told(results: Mapping[str, Any]) -> str:
+    """`60.00 % zeros, held-out loss 3.0031 -> 2.6450, perplexity embedded 20.1 -> 15.2`."""
+    loss = results["recovery"]["loss"]
+    parts = [f"{results['measured_sparsity']:.2%} zeros", f"held-out loss {loss['before']:.4f} -> {loss['after']:.4f}"]
+    before = score_rows(results["before"])
+    for name, value in score_rows(results).items():
+        if value is not None and (earlier := before.get(name)) is not None:
+            parts.append(f"{name} {earlier:.4f} -> {value:.4f}")
+    return ", ".join(parts)
+
+
+def read_asked(arguments: argparse.Namespace) -> _Asked:
+    """The checked request; Hydra must be initialized. ConfigurationError: every problem there is."""
+    composer = composer_of(arguments, CONFIG_NAME)
+    overrides = composer.parse(arguments.overrides)
+    unknown = set(composer.problems)
+    swept = [override for override in overrides if override.is_sweep_override()]
+    composer.problems |= {o.key_or_group: told_sweep(o, "one command tunes one checkpoint") for o in swept}
+    if arguments.multirun:
+        composer.problems["-m"] = "-m: one command tunes one checkpoint; leave it out, and loop in the shell"
+    lines = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
+    config = composer.compose(lines)
+    if config is None:
+        raise ConfigurationError(*composer.problems.values())
+    set_before_imports(offline=config.get("offline") is True)
+    settings = _settings(composer, lines, config)
+    if settings is None:
+        raise ConfigurationError(*dict.fromkeys(composer.problems.values()))
+    HydraConfig.instance().set_config(config)  # ${hydra:...} looks there
+    folder = Path(config.hydra.run.dir).expanduser()
+    done = is_done(folder) and not settings.overwrite
+    problems = preflight_tuning(settings, folder, unknown, done)
+    if composer.problems or problems:
+        raise ConfigurationError(*dict.fromkeys([*composer.problems.values(), *problems]))
+    return _Asked(settings, folder, done)
+
+
+def _settings(composer: Composer, lines: Sequence[str], config: DictConfig) -> TuneSettings | None:
+    """None: values that cannot be read; they and what is wrong with the others are noted."""
+    try:
+        return read_tuning(config)
+    except Unreadable as error:
+        composer.problems |= error.by_key
+        rest = [line for line in lines if not sets_one_of(composer, line, error.by_key)]
+        again = composer.compose(rest) if len(rest) < len(lines) else None
+        if again is not None:
+            _settings(composer, rest, again)
+        return None

@@ -1,0 +1,109 @@
+"""From the settings of a recovery to what the tuning loop takes, and all that speaks against them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from besa_exp.errors import did_you_mean
+from besa_exp.recovery.descent import Adam
+from besa_exp.recovery.full import Full
+from besa_exp.recovery.lora import Lora
+from besa_exp.recovery.mezo import Mezo
+from besa_exp.recovery.norms import Norms
+from besa_exp.recovery.objective import Distillation
+from besa_exp.recovery.scale import Scale
+from besa_exp.recovery.schedule import Schedule
+from besa_exp.recovery.sketch import Sketch
+from besa_exp.recovery.sparsegrad import SparseGrad
+from besa_exp.recovery.spiel import Spiel
+from besa_exp.recovery.tuner import Method
+from besa_exp.recovery.tuning import Plan
+from besa_exp.settings import RecoverySettings
+from besa_exp.texts.sources import check_source
+
+WITHOUT_ADAM = {"mezo": Mezo, "spiel": Spiel}
+BY_ADAM = {
+    "full": Full, "lora": Lora, "scale": Scale, "norms": Norms, "sketch": Sketch, "sparsegrad": SparseGrad,
+}  # fmt: skip
+OWN_KEYS = {
+    "full": ("embeddings",),
+    "lora": ("rank", "alpha", "norms"),
+    "scale": ("rank", "norms"),
+    "norms": (),
+    "sketch": ("bits", "norms"),
+    "sparsegrad": ("share", "gather", "kinds"),
+    "mezo": ("lr", "decay", "eps"),
+    "spiel": ("lr", "decay", "selection", "density", "reselect", "gather", "first"),
+}  # what each takes beside AdamW's
+
+
+def steps_of(asked: RecoverySettings, seq_len: int) -> int:
+    """How many there are: those that see `tokens`, where that is said."""
+    if asked.tokens is None:
+        return asked.steps
+    return max(1, math.ceil(asked.tokens / (asked.batch_size * seq_len)))
+
+
+def method_of(asked: RecoverySettings, steps: int) -> Method:
+    """The method. ValueError: there is none of this name, or it refuses a value."""
+    if asked.name not in OWN_KEYS:
+        near = did_you_mean(asked.name, OWN_KEYS)
+        raise ValueError(f"recovery.name={asked.name}: must be one of {', '.join(OWN_KEYS)}{near}")
+    own: dict[str, Any] = {key: getattr(asked, key) for key in OWN_KEYS[asked.name] if getattr(asked, key) is not None}
+    if asked.name in BY_ADAM:
+        return BY_ADAM[asked.name](adam=Adam(asked.lr, decay=asked.decay, clip=asked.clip), **own)
+    if asked.clip is not None:
+        raise ValueError(f"recovery.clip={asked.clip:g}: recovery={asked.name} clips no gradient; set it to null")
+    if asked.name == "mezo":
+        return Mezo(together=asked.micro_batch, **own)
+    return Spiel(steps=steps, **own)
+
+
+def plan_of(asked: RecoverySettings, steps: int) -> Plan:
+    """The plan of so many steps. ValueError: a value that it refuses."""
+    if not 0 <= asked.warm_up < 1:
+        raise ValueError(f"recovery.warm_up={asked.warm_up:g}: is the share of the steps, from 0 to below 1")
+    if asked.checks < 1:
+        raise ValueError(f"recovery.checks={asked.checks}: must be at least 1")
+    schedule = Schedule(steps, int(asked.warm_up * steps), asked.schedule)
+    return Plan(schedule, asked.batch_size, math.ceil(steps / asked.checks), asked.micro_batch, asked.seed)
+
+
+def distillation_of(asked: RecoverySettings) -> Distillation:
+    """What of the dense model's is followed. ValueError: a value that it refuses."""
+    return Distillation(asked.distill, asked.distill_weight, asked.task_weight, asked.temperature)
+
+
+def check_recovery(
+    asked: RecoverySettings, sparsity: float, pattern: str, seq_len: int, context: int | None, quantised: bool = False
+) -> list[str]:
+    """All that speaks against tuning a model of this sparsity, pattern and context so, in complete sentences."""
+    problems = check_source(asked.path, "recovery.path", "calibration", asked.column) if asked.path else []
+    for name in ("batch_size", "micro_batch", "held_out", "steps", "tokens"):
+        if (value := getattr(asked, name)) is not None and value < 1:
+            problems.append(f"recovery.{name}={value}: must be at least 1")
+    if seq_len < 2 or (context is not None and seq_len > context):
+        problems.append(f"recovery.seq_len={seq_len}: must be from 2 to the model's context, {context or 'as it is'}")
+    if asked.name == "mezo" and asked.distill == "squarehead":
+        problems.append("recovery.distill=squarehead: needs hidden states, which mezo has not; use logits")
+    if quantised and asked.name != "norms":
+        problems.append(
+            f"recovery={asked.name}: moves weights off the few values that they are rounded to; use recovery=norms"
+        )
+    if problems:
+        return problems
+    steps = steps_of(asked, seq_len)
+    found = [_refused(lambda: plan_of(asked, steps)), _refused(lambda: distillation_of(asked))]
+    refused = _refused(lambda: method_of(asked, steps))
+    found += [refused] if refused else [method_of(asked, steps).check(sparsity, pattern)]
+    return [problem for problems in found for problem in problems]
+
+
+def _refused(make: Callable[[], object]) -> list[str]:
+    try:
+        make()
+    except ValueError as error:
+        return [str(error)]
+    return []

@@ -1,0 +1,183 @@
+"""The stage that tunes the whole pruned model under its zeros, and keeps the state that held-out text likes best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import nn
+
+from besa_exp.blocks.block import Block
+from besa_exp.blocks.reports import RecoveryReport
+from besa_exp.checkpoints.files import load_masks
+from besa_exp.checkpoints.load import LoadedModel, load_model, vocabulary_size
+from besa_exp.errors import ConfigurationError
+from besa_exp.machine import distributed
+from besa_exp.recovery.keep_bits import KeepBits, keep_of_masks, sparsity_of
+from besa_exp.recovery.objective import NextToken, mean_loss
+from besa_exp.recovery.recipe import check_recovery, distillation_of, method_of, plan_of, steps_of
+from besa_exp.recovery.saved_states import SavedStates
+from besa_exp.recovery.tuning import Point, Recovery, tune
+from besa_exp.run_folder.identity import as_plain, request_identity
+from besa_exp.runs.cpu_units import in_a_fast_dtype
+from besa_exp.runs.rewrite import rewritten
+from besa_exp.runs.run import Run, Work
+from besa_exp.settings import CalibrationSettings, RecoverySettings
+from besa_exp.texts.calibration import Calibration
+from besa_exp.texts.sources import SET_NAMES
+from besa_exp.texts.token_stream import TokenStream, Windows
+from besa_exp.texts.tuning_text import tuning_tokens
+
+
+def recover(run: Run, work: Work) -> Work:
+    """The stage: kept weights are tuned, zeros stay. What an earlier attempt did is gone on with after its last
+    checkpoint."""
+    asked = run.settings.recovery
+    if asked is None:
+        return work
+    loaded = work.loaded
+    check_whole(loaded)
+    with run.spent.timed("recover"):
+        keep = _keep(work)
+        run.console.stage(f"recovery: {asked.name}, {sparsity_of(loaded.model, keep):.2%} of the weights stay zero")
+        found, seen = _tuned(run, work, asked, keep)
+        work = rewritten(work, _unchanged)
+    report = RecoveryReport(
+        method=asked.name,
+        loss_before=found.before,
+        loss_after=found.after,
+        steps=len(found.points),
+        best_step=found.best_step,
+        tokens=seen,
+        stopped=found.stopped,
+    )
+    run.console.stage(
+        f"recovery: held-out loss {report.loss_before:.4f} before, {report.loss_after:.4f} after step "
+        f"{report.best_step} of {report.steps}" + (f"; stopped: {report.stopped}" if report.stopped else "")
+    )
+    run.tracker.log_summary({"recovery/loss_before": report.loss_before, "recovery/loss_after": report.loss_after})
+    return replace(work, recovery=report)
+
+
+def check_whole(loaded: LoadedModel) -> None:
+    """ConfigurationError: the model is streamed."""
+    if loaded.weights is not None:
+        raise ConfigurationError(
+            f"recovery: {loaded.folder.name} is streamed, one block in memory at a time, and tuning needs all of them; "
+            "set model.load=whole, or take a machine with more memory"
+        )
+
+
+def _unchanged(block: Block) -> None:
+    """The blocks hold the tuned weights already."""
+
+
+def _keep(work: Work) -> dict[str, KeepBits]:
+    """The masks as they were made; a tensor of which all is kept is not named."""
+    files = work.finished.mask_files(len(work.reports))
+    masks = {name: mask for file in files for name, mask in load_masks(file).items()}
+    keep = keep_of_masks(work.loaded.model, masks)
+    return {name: bits for name, bits in keep.items() if bits.count < bits.numel}
+
+
+def _tuned(run: Run, work: Work, asked: RecoverySettings, keep: Mapping[str, KeepBits]) -> tuple[Recovery, int]:
+    """What became of it, and the number of tokens that were learned from; the model holds the best weights."""
+    loaded, seq_len = work.loaded, length_of(asked, run.settings.calibration, work.calibration)
+    steps = steps_of(asked, seq_len)
+    plan, method, distillation = plan_of(asked, steps), method_of(asked, steps), distillation_of(asked)
+    stream, (learned, held_out) = _text(run, work, asked, seq_len, steps)
+    teacher = None if distillation.kind == "none" else _dense(run)
+    objective = NextToken(loaded.model, distillation, teacher, asked.micro_batch, asked.checkpointing)
+    identity = as_plain(request_identity(run.config, work.calibration.tokens_sha256))
+    states = SavedStates(run.folder.recovery, identity | {"text_sha256": stream.sha256})
+    windows = held_out.all()
+    with run.console.tuning(steps) as progress:
+
+        def on_point(point: Point) -> None:
+            step = _finite(asdict(point))
+            run.folder.log_recovery_step(step)
+            run.tracker.log_recovery_step(step)
+            progress(point.step + 1, point.loss, point.held_out)
+            if point.held_out is not None:
+                run.spent.keep()
+
+        found = tune(loaded.model, keep, method, objective, learned, windows, plan, states, on_point)
+    if loaded.stored is not None:
+        _round(loaded.model, loaded.stored)
+        found = replace(found, after=mean_loss(loaded.model, windows, plan.judged))
+    return found, sum(point.tokens for point in found.points)
+
+
+def _text(
+    run: Run, work: Work, asked: RecoverySettings, seq_len: int, steps: int
+) -> tuple[TokenStream, tuple[Windows, Windows]]:
+    """The tokens, and the windows that are learned from and held out."""
+    settings, loaded = run.settings, work.loaded
+    source = asked.path or source_of(settings.calibration)
+    read = partial(
+        tuning_tokens,
+        work.calibration.input_ids if source is None else source,
+        run.folder.recovery / "tokens.safetensors",
+        tokenizer=loaded.tokenizer,
+        vocabulary=vocabulary_size(loaded.model),
+        most=(steps * asked.batch_size + asked.held_out) * seq_len,
+        seed=asked.seed,
+        offline=settings.offline,
+        column=asked.column if asked.path else settings.calibration.column,
+    )
+    if distributed.is_first():
+        read()
+    distributed.barrier()
+    stream = read()
+    try:
+        return stream, stream.windows(seq_len).split(asked.held_out)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def source_of(calibration: CalibrationSettings) -> str | None:
+    """The set or file that the calibration is drawn from; None: it was given as values."""
+    return calibration.path or (calibration.name if calibration.name in SET_NAMES else None)
+
+
+def length_of(asked: RecoverySettings, settings: CalibrationSettings, calibration: Calibration | None = None) -> int:
+    """The tokens of a window: what is said, else the calibration's."""
+    return asked.seq_len or (settings.seq_len if calibration is None else calibration.input_ids.shape[1])
+
+
+def check_recovery_of(settings: Any, sparsity: float, context: int | None) -> list[str]:
+    """What speaks against the recovery of a run, in complete sentences."""
+    quantised = settings.pruner.traits.quantiser is not None
+    length = length_of(settings.recovery, settings.calibration)
+    if settings.recovery.seq_len is None and context is not None:
+        length = min(length, context)  # a calibration that is too long is told as such
+    problems = check_recovery(settings.recovery, sparsity, settings.pattern, length, context, quantised)
+    if settings.model.load == "streamed":
+        problems.append(
+            "recovery with model.load=streamed: one block is in memory at a time, and tuning needs all of them; set "
+            "model.load=whole"
+        )
+    return problems
+
+
+def _dense(run: Run) -> nn.Module:
+    """The dense model, read again."""
+    settings = run.settings.model
+    run.console.stage(f"recovery: loading {settings.path} a second time, to be followed")
+    return in_a_fast_dtype(load_model(settings, run.device, run.settings.offline), settings.dtype).model
+
+
+def _finite(point: Mapping[str, Any]) -> dict[str, Any]:
+    """A number that is not finite is null: it ended the course, and results.json says so."""
+    return {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in point.items()}
+
+
+@torch.no_grad()
+def _round(model: nn.Module, stored: torch.dtype) -> None:
+    """Weights become what will be saved."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(stored))

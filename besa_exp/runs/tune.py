@@ -1,0 +1,157 @@
+"""A tuning of any checkpoint under its own zeros: what `runs.recover` does after pruning, entered later.
+
+load -> its zeros are the masks -> scores -> recovery -> save -> scores -> results.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from besa_exp.blocks.block import capture_blocks
+from besa_exp.blocks.reports import BlockReport, LinearReport, Size
+from besa_exp.checkpoints.files import weights_sha256, write_card
+from besa_exp.checkpoints.finite_weights import check_finite_weights
+from besa_exp.checkpoints.load import LoadedModel, load_model, model_context, vocabulary_size
+from besa_exp.display.console import RunConsole
+from besa_exp.errors import ConfigurationError
+from besa_exp.machine import distributed
+from besa_exp.machine.device import peak_memory, prepared_device
+from besa_exp.machine.environment import environment
+from besa_exp.machine.process import imports_are_done
+from besa_exp.methods.pruners.dense import Dense
+from besa_exp.run_folder.finished_blocks import FinishedBlocks, block_tensors
+from besa_exp.run_folder.folder import read_results
+from besa_exp.run_folder.identity import check_identity, config_of, request_identity
+from besa_exp.run_folder.inputs import fingerprint, write_inputs
+from besa_exp.run_folder.lookup import run_and_model
+from besa_exp.run_folder.spent import Spent
+from besa_exp.runs.cpu_units import in_a_fast_dtype
+from besa_exp.runs.recover import check_recovery_of, check_whole, recover
+from besa_exp.runs.results import results_of
+from besa_exp.runs.run import Run, Work, model_facts, opened, parameters, tracking
+from besa_exp.runs.save import card, save
+from besa_exp.runs.score import score, score_pruned
+from besa_exp.settings import RunSettings, TuneSettings
+from besa_exp.texts.calibration import load_calibration
+
+DENSE = 0.001  # a smaller share of zeros is a dense model's own
+
+
+def as_run(settings: TuneSettings) -> RunSettings:
+    """The same as a run's settings: the method is what made the checkpoint, where its run tells, and the recovery."""
+    run = run_and_model(settings.checkpoint)[0]
+    made = read_results(run).get("pruner") if run is not None and (run / "results.json").is_file() else None
+    return RunSettings(
+        model=settings.model,
+        calibration=settings.calibration,
+        pruner=Dense(),
+        pruner_name=f"{made or 'checkpoint'}+{settings.recovery.name}",
+        evaluator=settings.evaluator,
+        tracker=settings.tracker,
+        recovery=settings.recovery,
+        sparsity=0.0,
+        seed=settings.seed,
+        device=settings.device,
+        deterministic=settings.deterministic,
+        offline=settings.offline,
+        resume=settings.resume,
+        overwrite=settings.overwrite,
+        save=settings.save,
+    )
+
+
+def tune_checkpoint(settings: TuneSettings, path: Path) -> dict[str, Any]:
+    """Tune one checkpoint into the run folder `path` and return its results.json, `before` being the scores it had.
+
+    An unfinished tuning of the same request goes on after its last checkpoint. ConfigurationError: the request cannot
+    be carried out; RunError: it failed on the way."""
+    imports_are_done()
+    asked = as_run(settings)
+    config = config_of(asked) | {"checkpoint": settings.checkpoint, "dense": settings.dense}
+    device = prepared_device(asked)
+    resume = request_identity(config) if settings.resume else None
+    with distributed.joined(device), opened(path, settings.overwrite, resume) as folder, RunConsole() as console:
+        run = Run(asked, config, device, folder, console, Spent(folder.spent, partial(peak_memory, device)))
+        folder.write_config(config)
+        folder.write_environment(environment(device))
+        if distributed.is_first():
+            write_inputs(path, fingerprint(asked))
+        console.stage(f"loading {settings.checkpoint}")
+        with run.spent.timed("load"):
+            loaded = in_a_fast_dtype(load_model(settings.model, device, settings.offline), settings.model.dtype)
+        run, work = _begun(run, loaded, settings.dense)
+        results = _tuned(run, work) | {"checkpoint": settings.checkpoint}
+        results |= {"seconds": run.spent.seconds(), "peak_memory_bytes": run.spent.peak_memory()}
+        folder.write_results(results)
+        if settings.save.model and distributed.is_first():
+            write_card(folder.model, card(run, loaded, results))
+        console.summary(results, path)
+    return results
+
+
+def _begun(run: Run, loaded: LoadedModel, dense: bool) -> tuple[Run, Work]:
+    """The checkpoint, checked, and the run that aims at the zeros it has."""
+    settings = run.settings
+    check_whole(loaded)
+    check_finite_weights(loaded.model, settings.model.path)
+    with run.spent.timed("calibrate"):
+        vocabulary, context = vocabulary_size(loaded.model), model_context(loaded.model)
+        calibration = distributed.from_first(
+            lambda: load_calibration(
+                settings.calibration, loaded.tokenizer, context, settings.offline, vocabulary=vocabulary
+            )
+        )
+    finished = FinishedBlocks(run.folder.blocks, run.spent.keep)
+    identity = request_identity(run.config, calibration.tokens_sha256)
+    distributed.from_first(lambda: check_identity(finished.folder, identity))
+    size = parameters(loaded)
+    work = _adopted(run, Work(loaded, calibration, Size(size, size), finished), identity)
+    linears = [linear for report in work.reports for linear in report.linears]
+    sparsity = sum(linear.pruned for linear in linears) / sum(linear.weights for linear in linears)
+    if sparsity < DENSE and not dense:
+        raise ConfigurationError(
+            f"checkpoint={run.config['checkpoint']}: has no zeros ({sparsity:.2%}), so that nothing would be kept; "
+            "name a pruned model, or tune it as it is with dense=true"
+        )
+    if problems := check_recovery_of(settings, 0.0 if sparsity < DENSE else sparsity, context):
+        raise ConfigurationError(*problems)
+    run = replace(run, settings=replace(settings, sparsity=sparsity))
+    run.console.plan(run.settings, model_facts(loaded))
+    return run, work
+
+
+def _adopted(run: Run, work: Work, identity: Mapping[str, Any]) -> Work:
+    """What is zero counts as pruned: masks and reports of each block, as pruning would have left them."""
+    distributed.from_first(lambda: work.finished.begin(identity))
+    reports = []
+    for block in capture_blocks(work.loaded.model, torch.zeros(1, 1, dtype=torch.long)):
+        masks = {name: linear.weight.detach() != 0 for name, linear in block.linears.items()}
+        linears = []
+        for name, mask in masks.items():
+            weights, kept = mask.numel(), int(mask.count_nonzero())
+            linears.append(LinearReport(name, weights, weights - kept, 1 - kept / weights))
+        report = BlockReport(block.index, tuple(linears), 0.0, 0.0, 0.0)
+        if distributed.is_first():
+            sha256 = weights_sha256(block_tensors(block.module, block.name))
+            named = {f"{block.name}.{name}.weight": mask for name, mask in masks.items()}
+            work.finished.write(report, {}, named, sha256, weights_updated=True)
+        reports.append(report)
+    run.folder.rewind(reports)
+    distributed.barrier()  # the first rank has written the masks
+    return replace(work, reports=tuple(reports))
+
+
+def _tuned(run: Run, work: Work) -> dict[str, Any]:
+    """results.json but for times and memory."""
+    with tracking(run) as tracker:
+        run = replace(run, tracker=tracker)
+        before = score(run, "before", work.loaded)
+        work = score_pruned(run, save(run, recover(run, work)))
+    results = results_of(run.settings, work, environment(run.device))
+    return results | {"before": before.to_dict(), "calibration": None}

@@ -1,0 +1,92 @@
+"""The Python API of recovery: a model object is tuned in place under its own zeros."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from besa_exp.blocks.reports import RecoveryReport
+from besa_exp.checkpoints.finite_weights import check_finite_weights
+from besa_exp.checkpoints.load import model_context, vocabulary_size
+from besa_exp.errors import ConfigurationError
+from besa_exp.presets import preset
+from besa_exp.recovery.keep_bits import keep_of_zeros, sparsity_of
+from besa_exp.recovery.objective import NextToken
+from besa_exp.recovery.recipe import check_recovery, distillation_of, method_of, plan_of, steps_of
+from besa_exp.recovery.tuning import Point
+from besa_exp.recovery.tuning import tune as tune_model
+from besa_exp.runs.api import SEQ_LEN, as_a_run
+from besa_exp.settings import RecoverySettings
+from besa_exp.texts.token_stream import TokenStream
+from besa_exp.texts.tuning_text import tuning_tokens
+
+
+def tune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    texts_or_tokens: str | Sequence[str] | Int[Tensor, "sample seq"] = "embedded",
+    *,
+    recovery: str | RecoverySettings = "full",
+    dense: bool = False,
+    teacher: PreTrainedModel | None = None,
+    seed: int = 0,
+    on_step: Callable[[Point], None] = lambda point: None,
+) -> RecoveryReport:
+    """Tune a model object in place; its zeros stay, and the weights that held-out text likes best are kept.
+
+    `recovery` is the name of a preset or `replace(besa_exp.preset("recovery", "lora"), steps=500)`, `texts_or_tokens`
+    the name of a set, a path, texts, or token ids [sample, seq]. `teacher`: the dense model, where `distill` follows
+    one. `dense`: a model without zeros is tuned too. `on_step` is given each step as it is taken.
+
+    ConfigurationError (a ValueError): the request cannot be carried out; all problems are named."""
+    asked = preset("recovery", recovery, seed=seed) if isinstance(recovery, str) else recovery
+    context = model_context(model)
+    asked = replace(asked, seq_len=asked.seq_len or min(SEQ_LEN, context))
+    keep = keep_of_zeros(model)
+    problems = check_recovery(asked, sparsity_of(model, keep), "unstructured", asked.seq_len or 0, context)
+    if not (keep or dense):
+        problems.append("the model has no zeros, so that nothing would be kept; prune it first, or give dense=True")
+    if problems:
+        raise ConfigurationError(*problems)
+    assert asked.seq_len is not None
+    steps = steps_of(asked, asked.seq_len)
+    with as_a_run(model, asked.seed), tempfile.TemporaryDirectory(prefix="besa-") as folder:
+        check_finite_weights(model, type(model).__name__)
+        stream = _stream(model, tokenizer, texts_or_tokens, asked, steps, Path(folder))
+        try:
+            learned, held_out = stream.windows(asked.seq_len).split(asked.held_out)
+            objective = NextToken(model, distillation_of(asked), teacher, asked.micro_batch, asked.checkpointing)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
+        method, plan = method_of(asked, steps), plan_of(asked, steps)
+        found = tune_model(model, keep, method, objective, learned, held_out.all(), plan, on_point=on_step)
+    seen = sum(point.tokens for point in found.points)
+    taken = len(found.points)
+    return RecoveryReport(asked.name, found.before, found.after, taken, found.best_step, seen, found.stopped)
+
+
+def _stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    given: str | Sequence[str] | Tensor,
+    asked: RecoverySettings,
+    steps: int,
+    folder: Path,
+) -> TokenStream:
+    assert asked.seq_len is not None
+    return tuning_tokens(
+        asked.path or given,
+        folder / "tokens.safetensors",
+        tokenizer=tokenizer,
+        vocabulary=vocabulary_size(model),
+        most=(steps * asked.batch_size + asked.held_out) * asked.seq_len,
+        seed=asked.seed,
+        offline=False,
+        column=asked.column,
+    )

@@ -1,0 +1,141 @@
+"""Recovery through the real command: zeros stay in the files, held-out text decides, a kill costs nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from resumed_runs import killed
+from safetensors.torch import load_file, save_file
+
+from besa_exp.checkpoints.files import load_masks
+from besa_exp.cli.main import main
+
+NO_NEGATIVE_ZERO = "a -0.0 stands in the file"
+
+
+@pytest.fixture
+def tuned(given: list[str], tmp_path: Path) -> list[str]:
+    """Arguments of a run that tunes for some steps on tokens that follow a rule, which a random model does not know."""
+    rule = torch.arange(60 * 16).view(60, 16) % 7
+    save_file({"input_ids": rule}, tmp_path / "rule.safetensors")
+    text = [f"recovery.path={tmp_path / 'rule.safetensors'}", "recovery.held_out=4", "recovery.batch_size=4"]
+    return ["prune", *given, *text, "recovery.steps=8", "recovery.checks=4", "recovery.lr=0.01"]
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def results_in(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def assert_zeros_are_the_masks(folder: Path) -> None:
+    """In the saved file each pruned weight is +0.0."""
+    weights, masks = weights_in(folder), load_masks(folder / "masks.safetensors")
+    assert masks
+    for name, keep_mask in masks.items():
+        pruned = weights[name][~keep_mask]
+        assert torch.equal(pruned, torch.zeros_like(pruned)), name
+        assert not torch.signbit(pruned).any(), NO_NEGATIVE_ZERO
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "scale", "norms", "spiel", "sketch", "mezo"])
+def test_a_recovery_keeps_every_zero_and_is_not_worse_on_held_out_text(method: str, tuned: list[str]) -> None:
+    assert main([*tuned, f"recovery={method}", "hydra.run.dir=run"]) == 0
+    results = results_in(Path("run"))
+    recovery = results["recovery"]
+    assert recovery["method"] == method
+    assert recovery["loss"]["after"] <= recovery["loss"]["before"]
+    assert recovery["loss"]["after"] < recovery["loss"]["before"] or method in ("sketch", "mezo")
+    assert (recovery["steps"], recovery["tokens"]) == (8, 8 * 4 * 16)
+    assert_zeros_are_the_masks(Path("run"))
+    counted = sum(int((weights_in(Path("run"))[name] == 0).sum()) for name in load_masks(Path("run/masks.safetensors")))
+    assert counted == sum(linear["pruned"] for block in results["blocks"] for linear in block["linears"].values())
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "recovery_step"]
+    assert [step["step"] for step in steps] == list(range(8))
+    assert min(step["held_out"] for step in steps if step["held_out"] is not None) >= recovery["loss"]["after"]
+    assert not Path("run/recovery").exists()
+    card = Path("run/model/README.md").read_text()
+    assert f"Recovery: {method}, 8 steps" in card.replace("\\", "")
+
+
+def test_the_weights_move_as_the_method_says(tuned: list[str]) -> None:
+    for method in ("null", "full", "norms"):
+        chosen = [] if method == "null" else [f"recovery={method}"]
+        arguments = [word for word in tuned if chosen or not word.startswith("recovery.")]
+        assert main([*arguments, *chosen, f"hydra.run.dir=of_{method}"]) == 0
+    pruned, full, norms = (weights_in(Path(name)) for name in ("of_null", "of_full", "of_norms"))
+    moved = {name: not torch.equal(pruned[name], full[name]) for name in pruned}
+    assert all(moved.values()), moved
+    assert {name for name in pruned if not torch.equal(pruned[name], norms[name])} == {
+        name for name, weight in pruned.items() if weight.dim() == 1
+    }
+
+
+def test_2_of_4_stays_2_of_4(tuned: list[str]) -> None:
+    assert main([*tuned, "recovery=full", "pattern='2:4'", "hydra.run.dir=run"]) == 0
+    for name, keep_mask in load_masks(Path("run/masks.safetensors")).items():
+        zeros = (weights_in(Path("run"))[name].view(-1, 4) == 0).sum(dim=1)
+        assert (zeros == 2).all(), name
+        assert (keep_mask.view(-1, 4).sum(dim=1) == 2).all()
+
+
+def test_a_killed_recovery_goes_on_to_the_same_bytes(tuned: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = [*tuned, "recovery=full", "recovery.steps=40", "recovery.checks=20"]
+    unbroken, folder = Path("unbroken"), Path("killed")
+    assert main([*arguments, f"hydra.run.dir={unbroken}"]) == 0
+    seen = killed(arguments, folder, [{"recovery": 3}, {"recovery": 6}])
+    assert len(seen) == 2
+    kept = [json.loads(file.read_text()) for file in (folder / "recovery").glob("state-?.json")]
+    points = max(kept, key=lambda state: state["number"])["record"]["points"]
+    assert points
+    assert not (folder / "results.json").exists()
+    assert main([*arguments, f"hydra.run.dir={folder}"]) == 0
+    assert (folder / "model/model.safetensors").read_bytes() == (unbroken / "model/model.safetensors").read_bytes()
+    assert results_in(folder)["recovery"] == results_in(unbroken)["recovery"]
+    courses = [
+        [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+        for place in (folder, unbroken)
+    ]
+    killed_course, whole = (
+        [(line["step"], line["loss"], line["held_out"]) for line in course if line["kind"] == "recovery_step"]
+        for course in courses
+    )
+    assert killed_course == whole
+    seconds = [line["seconds"] for line in courses[0] if line["kind"] == "recovery_step"]
+    assert seconds[: len(points)] == [point["seconds"] for point in points], "steps before the kill were taken again"
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (["recovery=sparsegrad"], "none of the 50% zeros"),
+        (["recovery=full", "model.load=streamed"], "model.load=whole"),
+        (["recovery=full", "recovery.lr=-1"], "recovery.lr=-1"),
+        (["recovery=full", "recovery.distill=some"], "none, logits, squarehead"),
+        (["recovery=mezo", "recovery.clip=1.0"], "clips no gradient"),
+        (["recovery=mezo", "recovery.distill=squarehead"], "use logits"),
+        (["recovery=full", "recovery.path=gone.txt"], "recovery.path=gone.txt"),
+        (["recovery=full", "recovery.seq_len=64"], "model's context"),
+        (["recovery=ful"], "full"),
+        (["recovery=full", "recovery.rank=4"], "recovery.rank: no such key"),
+        (["recovery=full", "pruner=wanda_then_quantise"], "recovery=norms"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_tuned_is_refused_before_anything_is_read(
+    asked: list[str], told: str, given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prune", *given, *asked, "hydra.run.dir=run"]) == 2
+    assert told in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
+def test_too_little_text_is_told(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prune", *given, "recovery=norms", "recovery.steps=2", "hydra.run.dir=run"]) != 0
+    assert "more text or a smaller recovery.seq_len" in capsys.readouterr().err

@@ -1,0 +1,127 @@
+"""`besa tune`: any folder is tuned under its own zeros, into a run folder of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from resumed_runs import killed
+from safetensors.torch import load_file, save_file
+
+from besa_exp.cli.main import main
+
+Ask = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def pruned(given: list[str]) -> Path:
+    """A finished run by magnitude, half of the weights zero."""
+    assert main(["prune", *given, "hydra.run.dir=run"]) == 0
+    return Path("run")
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    """A tuning for some steps on tokens that follow a rule, and a score on others of them."""
+    save_file({"input_ids": torch.arange(60 * 16).view(60, 16) % 7}, tmp_path / "rule.safetensors")
+    save_file({"input_ids": torch.arange(3, 3 + 4 * 16).view(4, 16) % 7}, tmp_path / "scored.safetensors")
+    text = [f"calibration.path={tmp_path / 'rule.safetensors'}", "recovery.held_out=4", "recovery.batch_size=4"]
+    scored = ["evaluator=perplexity", f"evaluator.perplexity_sets=[{tmp_path / 'scored.safetensors'}]"]
+    course = ["recovery.steps=8", "recovery.checks=4", "recovery.lr=0.01", "hydra.run.dir=tuned"]
+    return ["tune", "device=cpu", "save.verify=false", *text, *scored, *course]
+
+
+@pytest.fixture
+def ask(capsys: pytest.CaptureFixture[str], words: list[str]) -> Ask:
+    """Runs `besa tune`; its exit code and all it printed."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        code = main([*words, *arguments])
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        return code, said.out + said.err
+
+    return run
+
+
+def results_in(folder: str) -> dict[str, Any]:
+    return json.loads((Path(folder) / "results.json").read_text())
+
+
+def test_a_run_is_tuned_under_its_zeros_and_scored_before_and_after(pruned: Path, ask: Ask) -> None:
+    code, said = ask("checkpoint=run")
+    assert code == 0
+    results, before = results_in("tuned"), load_file("run/model/model.safetensors")
+    (earlier,), (later,) = results["before"]["perplexity"].values(), results["perplexity"].values()
+    assert later < earlier / 2
+    assert f"{earlier:.4f} -> {later:.4f}" in said
+    assert results["pruner"] == "magnitude+full"
+    assert results["measured_sparsity"] == results["target_sparsity"] == results_in("run")["measured_sparsity"]
+    after = load_file("tuned/model/model.safetensors")
+    zeros = {name: weight == 0 for name, weight in before.items() if "proj" in name}
+    assert sum(int(mask.sum()) for mask in zeros.values()) > 1000
+    for name, mask in zeros.items():
+        assert torch.equal(after[name] == 0, mask)
+        assert not torch.signbit(after[name][mask]).any()
+        assert not torch.equal(after[name], before[name])
+    assert (Path("run/model/model.safetensors")).is_file()
+    code, said = ask("checkpoint=run")
+    assert code == 0
+    assert "finished before" in said
+
+
+def test_a_plain_folder_and_a_tuned_one_are_tuned_too(pruned: Path, ask: Ask) -> None:
+    shutil.copytree("run/model", "plain")
+    assert ask("checkpoint=plain", "recovery=norms")[0] == 0
+    assert results_in("tuned")["pruner"] == "checkpoint+norms"
+    assert ask("checkpoint=tuned", "recovery=lora", "hydra.run.dir=again")[0] == 0
+    assert results_in("again")["pruner"] == "checkpoint+norms+lora"
+
+
+def test_a_dense_model_is_tuned_on_request_alone(model_dir: Path, ask: Ask) -> None:
+    code, said = ask(f"checkpoint={model_dir}", "recovery=sparsegrad", "recovery.gather=2")
+    assert code == 2
+    assert "dense=true" in said
+    assert not Path("tuned/results.json").exists()
+    assert ask(f"checkpoint={model_dir}", "recovery=sparsegrad", "recovery.gather=2", "dense=true")[0] == 0
+    assert results_in("tuned")["recovery"]["loss"]["after"] < results_in("tuned")["recovery"]["loss"]["before"]
+
+
+def test_a_killed_tuning_goes_on_to_the_same_bytes(pruned: Path, words: list[str]) -> None:
+    arguments = [*words[:-1], "checkpoint=run", "recovery.steps=40", "recovery.checks=20"]
+    assert main([*arguments, "hydra.run.dir=unbroken"]) == 0
+    assert len(killed(arguments, Path("killed"), [{"recovery": 4}])) == 1
+    assert not Path("killed/results.json").exists()
+    assert main([*arguments, "hydra.run.dir=killed"]) == 0
+    one, other = (Path(folder) / "model/model.safetensors" for folder in ("killed", "unbroken"))
+    assert one.read_bytes() == other.read_bytes()
+    assert results_in("killed")["recovery"] == results_in("unbroken")["recovery"]
+    assert results_in("killed")["perplexity"] == results_in("unbroken")["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (["checkpoint=gone"], "checkpoint=gone"),
+        ([], "checkpoint: no value given"),
+        (["checkpoint=run", "recovery=sparsegrad"], "zeros of this model would stay"),
+        (["checkpoint=run", "model.load=streamed"], "model.load=whole"),
+        (["checkpoint=run", "recovery.steps=0"], "recovery.steps=0"),
+        (["checkpoint=run", "recovery=none"], "recovery=none: no such preset"),
+        (["checkpoint=run", "recovery=full,lora"], "one command tunes one checkpoint"),
+        (["checkpoint=run", "hydra.run.dir=run"], "name another folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_tuned_is_refused(asked: list[str], told: str, pruned: Path, ask: Ask) -> None:
+    before = (pruned / "model/model.safetensors").read_bytes()
+    code, said = ask(*asked)
+    assert code == 2
+    assert told in said
+    assert (pruned / "model/model.safetensors").read_bytes() == before
+    assert not Path("tuned/results.json").exists()

@@ -1,0 +1,85 @@
+"""The presets of recovery become methods and plans, and all that speaks against them is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from besa_exp.presets import preset, presets
+from besa_exp.recovery.mezo import Mezo
+from besa_exp.recovery.recipe import check_recovery, method_of, plan_of, steps_of
+from besa_exp.recovery.spiel import Spiel
+from besa_exp.recovery.tuner import Method
+from besa_exp.settings import RecoverySettings
+
+NAMES = sorted(presets("recovery"))
+
+
+def asked(name: str = "full", **changes) -> RecoverySettings:
+    return replace(preset("recovery", name), **changes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_preset_is_the_method_of_its_name(name: str) -> None:
+    method = method_of(asked(name), 200)
+    assert isinstance(method, Method)
+    assert type(method).__name__.lower() == name
+    assert check_recovery(asked(name), 0.0, "unstructured", 256, 512) == []
+
+
+def test_values_reach_the_method() -> None:
+    lora = method_of(asked("lora", rank=3, alpha=5.0, lr=0.5, decay=0.1, clip=None), 9)
+    assert (lora.rank, lora.alpha, lora.adam.lr, lora.adam.decay, lora.adam.clip) == (3, 5.0, 0.5, 0.1, None)
+    assert method_of(asked("mezo", micro_batch=3, eps=0.5), 9) == Mezo(lr=1e-5, eps=0.5, together=3)
+    spiel = method_of(asked("spiel", density=0.25), 77)
+    assert isinstance(spiel, Spiel)
+    assert (spiel.steps, spiel.density, spiel.exchange) == (77, 0.25, False)
+
+
+def test_tokens_stand_for_the_steps_that_see_them() -> None:
+    assert steps_of(asked(steps=7), 16) == 7
+    assert steps_of(asked(tokens=1000, batch_size=4), 16) == 16  # 64 a step: 15.6
+    assert steps_of(asked(tokens=1, batch_size=4), 16) == 1
+
+
+def test_the_plan_warms_up_and_judges_as_asked() -> None:
+    plan = plan_of(asked(warm_up=0.25, checks=4, batch_size=3, micro_batch=2, seed=5), 20)
+    assert [step for step in range(1, 21) if plan.judges_after(step)] == [5, 10, 15, 20]
+    assert (plan.schedule.warm_up, plan.schedule.steps, plan.batch_size, plan.judged, plan.seed) == (5, 20, 3, 2, 5)
+    assert [plan.schedule.scale(step) for step in range(5)] == [0.2, 0.4, 0.6, 0.8, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"name": "lara"}, "did you mean lora"),
+        ({"lr": 0.0}, "recovery.lr=0.0"),
+        ({"clip": -1.0}, "recovery.clip=-1.0"),
+        ({"schedule": "step"}, "recovery.schedule=step"),
+        ({"warm_up": 1.0}, "recovery.warm_up=1"),
+        ({"checks": 0}, "recovery.checks=0"),
+        ({"held_out": 0}, "recovery.held_out=0"),
+        ({"distill": "all"}, "recovery.distill=all"),
+        ({"temperature": 0.0}, "recovery.temperature"),
+        ({"path": "nowhere.txt"}, "recovery.path=nowhere.txt"),
+        ({"name": "mezo"}, "clips no gradient"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_what_is_wrong_is_told_with_its_key(changes: dict, told: str) -> None:
+    problems = check_recovery(replace(asked(), **changes), 0.5, "unstructured", 256, 512)
+    assert len(problems) == 1
+    assert told in problems[0]
+
+
+def test_all_problems_are_told_together() -> None:
+    problems = check_recovery(asked(lr=-1.0, distill="all", schedule="step"), 0.5, "unstructured", 256, 512)
+    assert len(problems) == 3
+
+
+def test_a_window_longer_than_the_context_and_a_rounded_model_are_refused() -> None:
+    assert "recovery.seq_len=513" in check_recovery(asked(), 0.5, "unstructured", 513, 512)[0]
+    assert "recovery=norms" in check_recovery(asked(), 0.5, "unstructured", 256, 512, quantised=True)[0]
+    assert check_recovery(asked("norms"), 0.5, "unstructured", 256, 512, quantised=True) == []
+    assert "none of the 50% zeros" in check_recovery(asked("sparsegrad"), 0.5, "unstructured", 256, 512)[0]

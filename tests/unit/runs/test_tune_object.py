@@ -1,0 +1,53 @@
+"""`besa_exp.tune`: a model object is tuned in place under its own zeros."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_llama import tiny_llama
+
+import besa_exp
+from besa_exp.errors import ConfigurationError
+
+RULE = torch.arange(60 * 16).view(60, 16) % 7
+ASKED = replace(besa_exp.preset("recovery", "full"), steps=6, batch_size=4, held_out=4, checks=3, lr=0.01, seq_len=16)
+
+
+def pruned():
+    model = tiny_llama(context=32)
+    besa_exp.prune(model, None, RULE, pruner="magnitude", sparsity=0.5)
+    return model
+
+
+def test_zeros_stay_and_the_held_out_loss_falls() -> None:
+    model, points = pruned(), []
+    zeros = {name: weight == 0 for name, weight in model.state_dict().items()}
+    report = besa_exp.tune(model, None, RULE, recovery=ASKED, on_step=points.append)
+    assert report.loss_after < report.loss_before
+    assert (report.method, report.steps, report.tokens, len(points)) == ("full", 6, 6 * 4 * 16, 6)
+    after = model.state_dict()
+    assert all(torch.equal(after[name] == 0, mask) for name, mask in zeros.items())
+    assert not any(parameter.requires_grad and parameter.grad is not None for parameter in model.parameters())
+
+
+def test_two_calls_give_the_same_bits() -> None:
+    one, other = pruned(), pruned()
+    for model in (one, other):
+        besa_exp.tune(model, None, RULE, recovery=ASKED)
+    assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in one.state_dict().items())
+
+
+def test_what_cannot_be_tuned_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="dense=True"):
+        besa_exp.tune(tiny_llama(context=32), None, RULE, recovery=ASKED)
+    with pytest.raises(ConfigurationError, match="of this model would stay"):
+        besa_exp.tune(pruned(), None, RULE, recovery=replace(ASKED, name="sparsegrad"))
+    with pytest.raises(ConfigurationError, match="given exactly where one is followed"):
+        besa_exp.tune(pruned(), None, RULE, recovery=replace(ASKED, distill="logits"))
+
+
+def test_the_dense_model_can_be_followed() -> None:
+    asked = replace(ASKED, distill="logits", steps=2, lr=1e-3)
+    assert besa_exp.tune(pruned(), None, RULE, recovery=asked, teacher=tiny_llama(context=32)).steps == 2
