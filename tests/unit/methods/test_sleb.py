@@ -10,7 +10,7 @@ from tiny_llama import tiny_llama
 
 from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.blocks.head import divergence, head_of
-from besa_exp.checkpoints.narrowed_model import costs_of_model, narrowed_model
+from besa_exp.checkpoints.narrowed_model import costs_of_model, dimensions_of_model, narrowed_model
 from besa_exp.checkpoints.structure import Structure
 from besa_exp.errors import RunError
 from besa_exp.evaluation.perplexity import sum_of_losses
@@ -131,6 +131,6 @@ def test_bad_settings_are_refused(changes, reason):
 
 
 def test_more_blocks_than_are_free_are_a_problem():
-    costs = costs_of_model(parts()[0])
-    assert Sleb(4).check(costs) == []
-    assert "would remove 5 blocks, and 4 of the 6 are not protected" in Sleb(5).check(costs)[0]
+    costs, dimensions = costs_of_model(parts()[0]), dimensions_of_model(parts()[0])
+    assert Sleb(4).check(costs, dimensions) == []
+    assert "would remove 5 blocks, and 4 of the 6 are not protected" in Sleb(5).check(costs, dimensions)[0]
