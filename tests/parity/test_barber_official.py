@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from neighbours import recorded, recorded_model, recorded_tokens, unpacked
@@ -39,7 +41,7 @@ def rebuilt(runs, case):
     """Block by block and part by part as the authors' code does: yields each part's metrics, masks before and found."""
     cases, tensors, model, ids = runs
     args, group = cases[case]["args"], cases[case]["prune_m"] or None
-    blocks = capture_blocks(model, ids)
+    blocks: Any = capture_blocks(model, ids)
     hidden = embed(model, blocks, ids, len(ids))
     for block in blocks:
         dense = {name: linear.weight.clone() for name, linear in block.linears.items()}
@@ -52,7 +54,9 @@ def rebuilt(runs, case):
             names = [name for name in masks if name.startswith(part)]
             module, keywords = getattr(block.module, part), arguments if part == "self_attn" else {}
 
-            def outputs_of(state, weights, module=module, keywords=keywords, part=part):
+            def outputs_of(
+                state: Any, weights: Any, module: Any = module, keywords: Any = keywords, part: str = part
+            ) -> Any:
                 own = {f"{name.removeprefix(part + '.')}.weight": weight for name, weight in weights.items()}
                 return hidden_of(torch.func.functional_call(module, own, (state,), keywords))
 

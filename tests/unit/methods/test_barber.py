@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +116,7 @@ def test_squared_gradients_are_means_of_each_samples_own_square():
 @pytest.mark.parametrize("granularity", ["row", "column", "linear", "part"])
 def test_the_probe_loss_falls_and_no_zero_is_gained(granularity):
     _, pruned, found, loss = updated(Barber(granularity=granularity), MAGNITUDE)
+    assert found.loss_before is not None
     assert loss < found.loss_before
     before, after = (sum(int(mask.sum()) for mask in one.keep_masks.values()) for one in (pruned, found))
     assert before == after
@@ -128,6 +130,7 @@ def test_the_probe_loss_falls_and_no_zero_is_gained(granularity):
 def test_the_best_of_several_ratios_is_taken_and_a_harmful_one_is_not():
     losses = {ratio: updated(Barber((ratio,), accept=False), MAGNITUDE)[3] for ratio in (0.01, 1.0)}
     _, _, found, best = updated(Barber((0.01, 0.05, 0.2, 1.0)), MAGNITUDE)
+    assert found.loss_before is not None
     assert best <= min(*losses.values(), found.loss_before)
 
 
@@ -176,6 +179,9 @@ def test_weights_that_the_pruner_moved_stay_where_they_stay_kept():
     block, pruned, found, _ = updated(Barber((0.2,), accept=False), SparseGPT(group_size=32))
     _, _, without, _ = updated(Barber((0.2,), accept=False, retain=False), SparseGPT(group_size=32))
     moved = False
+    assert found.weights is not None
+    assert pruned.weights is not None
+    assert without.weights is not None
     for name, mask in found.keep_masks.items():
         both, came = mask & pruned.keep_masks[name], mask & ~pruned.keep_masks[name]
         dense = block.linears[name].weight
@@ -203,10 +209,11 @@ def test_families_without_parts_and_with_experts_are_served(family):
 
 def test_barber_is_an_update_and_bad_settings_are_refused():
     assert isinstance(Barber(), Update)
-    for changes, reason in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"granularity": "block"}, "must be one of row, column, linear, part"),
         ({"ratios": (0.0,)}, "must be numbers above 0 and at most 1"),
         ({"ratios": (0.1, 0.2), "accept": False}, "nothing chooses between several ratios"),
-    ):
+    ]
+    for changes, reason in refused:
         with pytest.raises(ValueError, match=reason):
             Barber(**changes)

@@ -147,10 +147,12 @@ def test_what_stays_is_just_below_the_budget_and_is_the_masked_model(shape, rati
         sum(costs.groups) + 8 * sum(costs.channels) if shape == "uniform" else max(*costs.groups, 8 * costs.channels[0])
     )
     assert budget - step < left <= budget
+    assert structure.groups is not None
+    assert structure.channels is not None
     assert all(len(kept) >= 1 for kept in structure.groups)
     assert all(len(kept) % 8 == 0 for kept in structure.channels)
     assert structure.is_uniform or shape == "uneven"
-    masks = [torch.zeros(3, 2).bool(), torch.zeros(3, 96).bool()]
+    masks = torch.zeros(3, 2).bool(), torch.zeros(3, 96).bool()
     for mask, units in zip(masks, (structure.groups, structure.channels), strict=True):
         for block, kept in enumerate(units):
             mask[block, list(kept)] = True
@@ -168,6 +170,7 @@ def test_without_a_step_the_order_is_that_of_the_start():
     (state,) = method.search(lambda *_: 1.0, method.begin(importances, costs, dimensions), costs, dimensions)
     scores = starting_scores(importances, 0.7)
     kept = method.decide(state, costs, dimensions)
+    assert kept.channels is not None
     for block, channels in enumerate(kept.channels):
         order = scores.channels[block].argsort(descending=True, stable=True)[: len(channels)]
         assert sorted(order.tolist()) == [*channels]

@@ -52,8 +52,8 @@ def test_an_fp16_state_with_a_massive_activation_has_the_influence_that_fp32_giv
 def test_a_block_that_adds_nothing_has_no_influence_and_its_removal_changes_no_logit():
     model = tiny_llama(num_hidden_layers=3, seed=1)
     model.requires_grad_(False)
-    for linear in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
-        linear.weight.zero_()
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        model.get_parameter(f"model.layers.1.{name}.weight").zero_()
     ids = torch.randint(0, 256, (4, 9), generator=GENERATOR)
     blocks = capture_blocks(model, ids)
     found = passage(blocks, embed(model, blocks, ids, 4), 3)
