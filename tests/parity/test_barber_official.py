@@ -42,16 +42,17 @@ def rebuilt(runs, case):
     cases, tensors, model, ids = runs
     args, group = cases[case]["args"], cases[case]["prune_m"] or None
     blocks: Any = capture_blocks(model, ids)
-    hidden = embed(model, blocks, ids, len(ids))
+    hidden: Any = embed(model, blocks, ids, len(ids))
     for block in blocks:
         dense = {name: linear.weight.clone() for name, linear in block.linears.items()}
-        masks = {
+        masks: dict[str, Any] = {
             name: unpacked(tensors[f"{case}.keep_before.block{block.index}.{name}"], weight.shape)
             for name, weight in dense.items()
         }
         arguments = block.arguments(1)[1]
         for part, norm in (("self_attn", "input_layernorm"), ("mlp", "post_attention_layernorm")):
             names = [name for name in masks if name.startswith(part)]
+            module: Any
             module, keywords = getattr(block.module, part), arguments if part == "self_attn" else {}
 
             def outputs_of(
@@ -72,7 +73,7 @@ def rebuilt(runs, case):
                     )
             given = {name: dense[name] for name in names}
             sparse = {name: dense[name] * masks[name] for name in names}
-            scores = squared_gradients(outputs_of, given, sparse, getattr(block.module, norm)(state))
+            scores: Any = squared_gradients(outputs_of, given, sparse, getattr(block.module, norm)(state))
             metrics = {name: barber_metric(dense[name], scores[name]) for name in names}
             if args["prune_metric"] == "D":
                 metrics = {name: scores[name].sqrt() for name in names}
