@@ -11,7 +11,14 @@ from pathlib import Path
 
 from besa_exp.cli.main import main
 
-SHARED = ["evaluator=perplexity", "tracker=none", "save.verify=false", "save.model=false", "save.masks=false"]
+SHARED = [
+    "evaluator=perplexity",
+    "evaluator.perplexity_sets=[embedded]",
+    "tracker=none",
+    "save.verify=false",
+    "save.model=false",
+    "save.masks=false",
+]
 SHARED += ["calibration.num_samples=32", "calibration.seq_len=256"]
 RATIOS = ("0.1667", "0.3333")  # one block of five, and two
 METHODS = {

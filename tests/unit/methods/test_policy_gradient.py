@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from functools import cache
 
@@ -133,6 +134,15 @@ def test_a_search_keeps_its_budget_and_is_the_same_after_a_kill():
         assert torch.equal(resumed[-1].scores, states[-1].scores)
     other = [*PolicyGradient(0.2, steps=6, rate=0.1, seed=1).search(model_loss, start_of(method), costs, dimensions)]
     assert not torch.equal(other[-1].scores, states[-1].scores)
+
+
+def test_a_state_is_read_as_it_was_written():
+    state = State(3, torch.rand(50, generator=torch.Generator().manual_seed(3)), 0.1, (1.5, math.inf))
+    again = State.from_dict(json.loads(json.dumps(state.to_dict())))
+    assert torch.equal(again.scores, state.scores)
+    assert (again.step, again.baseline, again.losses[0]) == (3, 0.1, 1.5)
+    assert math.isnan(again.losses[1])  # JSON has no infinity
+    assert State.from_dict({"step": 0, "scores": [0.5], "baseline": None, "losses": []}).baseline is None
 
 
 @pytest.mark.parametrize("shape", ["uniform", "uneven"])

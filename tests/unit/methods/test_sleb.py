@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -15,6 +18,7 @@ from besa_exp.checkpoints.structure import Structure
 from besa_exp.errors import RunError
 from besa_exp.evaluation.perplexity import sum_of_losses
 from besa_exp.methods.structure.sleb import (
+    Removal,
     Sleb,
     cross_entropy_of,
     divergence_of,
@@ -91,6 +95,14 @@ def test_each_step_removes_the_block_of_least_loss_and_a_resumed_search_goes_on_
     assert float(sum_of_losses(small(IDS).logits, IDS)) / 55 == pytest.approx(
         found[-1].losses[found[-1].block], rel=1e-6
     )
+
+
+def test_a_removal_is_read_as_it_was_written():
+    found = searched(Sleb(1))[0]
+    assert Removal.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    told = replace(found, losses={1: math.nan, 2: 3.5}).to_dict()
+    assert told["losses"] == {"1": None, "2": 3.5}  # JSON has no NaN
+    assert math.isnan(Removal.from_dict(told).losses[1])
 
 
 def test_barriers_are_counted_among_the_blocks_that_are_alive():
