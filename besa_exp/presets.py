@@ -19,7 +19,7 @@ from besa_exp.errors import ConfigurationError, did_you_mean
 # What a method is made of, in the order in which it is named. The groups of this list, and of no other, make up a run's
 # name, identity and folder and are handed to it as objects: a new one is a word here, a line in conf/prune.yaml and a
 # field of RunSettings, None where the group is not chosen.
-METHOD_GROUPS = ("budget", "pruner", "update", "recovery")
+METHOD_GROUPS = ("structure", "budget", "pruner", "update", "recovery")
 
 # conf/ stands at the top of a checkout and inside the package in a wheel.
 CONF_DIR = next(

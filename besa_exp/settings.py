@@ -122,8 +122,8 @@ class RecoverySettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """One prune. `pruner` is the pruner object itself, `pruner_name` the preset it came from, those of `update` and
-    `budget` added where they are given."""
+    """One prune. `pruner` is the pruner object itself, `pruner_name` the preset it came from, those of `structure`,
+    `budget` and `update` added where they are given."""
 
     model: ModelSettings
     calibration: CalibrationSettings
@@ -134,6 +134,7 @@ class RunSettings:
     update: Any = None  # what the kept weights do, after the pruner; None: what the pruner says
     budget: Any = None  # how much each block gives up; None: all the same
     recovery: RecoverySettings | None = None  # how the whole pruned model is tuned; None: not at all
+    structure: Any = None  # what is taken out whole before all else; None: nothing
     sparsity: float = 0.5
     pattern: str = "unstructured"  # or "2:4": 2 kept of every 4 inputs; or "N:8": N chosen by row
     seed: int = 0
@@ -153,6 +154,11 @@ class RunSettings:
     def is_dense(self) -> bool:
         """Whether nothing is to be pruned or updated: the model is only scored, and kept nowhere."""
         return self.pruner_name == "dense"
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether no weight is to become zero: the pruner is dense, with whatever else."""
+        return "dense" in self.pruner_name.split("+")
 
     @property
     def keeps_model(self) -> bool:

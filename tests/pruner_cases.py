@@ -20,6 +20,7 @@ from besa_exp.methods.pruners.sparsegpt import SparseGPT
 from besa_exp.methods.pruners.uniform import Uniform
 from besa_exp.methods.tuning import Tuning
 from besa_exp.methods.updates.admm import Admm
+from besa_exp.methods.updates.barber import Barber
 from besa_exp.methods.updates.dsnot import Dsnot
 from besa_exp.methods.updates.obs import Obs
 from besa_exp.methods.updates.reconstruct import Reconstruct
@@ -40,6 +41,7 @@ PRUNERS = {  # name: (pruner, how far from a 50 % target its measured sparsity m
     "wanda+obs": (Updated(Uniform(), Obs()), 0.0005, True),
     "wanda+admm": (Updated(Uniform(), Admm()), 0.0005, True),
     "wanda+dsnot": (Updated(Uniform(), Dsnot()), 0.0005, True),
+    "wanda+barber": (Updated(Uniform(), Barber()), 0.0005, True),
     "ria": (Uniform("ria"), 0.0005, True),
     "wanda_plus": (Uniform("wanda_plus"), 0.0005, True),
     "besa by magnitude": (Besa(importance="magnitude"), 0.0005, False),

@@ -59,6 +59,7 @@ LATER_KEYS = (
     ("evaluator", "column", "text"),
     ("evaluator", "include_path", None),
 )
+LATER_GROUPS = ("structure",)  # that make no part of a name where none is chosen, for the same reason
 WANDB_MODES_ONCE = {"dryrun": "offline", "run": "online"}  # as its older versions called them
 HASH_LENGTH = 8
 NAME_LENGTH = 24  # of each part of a run's name
@@ -154,6 +155,7 @@ def run_name(config: DictConfig) -> str:
     `config` is composed with Hydra's own node, which knows the presets chosen. The hash is over their names and the
     values of their fields, never over where a class lies; it alone identifies a run."""
     values = {key: value for key, value in as_values(config).items() if key in DETERMINING_KEYS}
+    values = {key: value for key, value in values.items() if key not in LATER_GROUPS or value is not None}
     if isinstance(values.get("model"), dict):
         values["model"] = {key: value for key, value in values["model"].items() if key not in NOT_DECIDING}
     if isinstance(values.get("save"), dict):

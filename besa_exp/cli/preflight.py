@@ -204,6 +204,7 @@ def _check_target(settings: RunSettings, facts: ModelFolder | None, with_pruner:
         problems += with_update(settings.pruner, settings.update).check(sparsity, settings.pattern)
         problems += settings.budget.check(sparsity, settings.pattern) if settings.budget else []
         problems += _check_recovery(settings, sparsity, facts) if settings.recovery else []
+        problems += _check_structure(settings) if settings.structure and facts else []
     return problems
 
 
@@ -213,6 +214,32 @@ def _check_recovery(settings: RunSettings, sparsity: float, facts: ModelFolder |
     pruned = "dense" not in settings.pruner_name.split("+")
     context = facts.context if facts else settings.model.context
     return check_recovery_of(settings, sparsity if pruned else 0.0, context)
+
+
+def _check_structure(settings: RunSettings) -> list[str]:
+    """What of the model cannot go, where its folder is known: of another one the run itself says so."""
+    folder = _known_folder(settings.model)
+    if folder is None or not (folder / "config.json").is_file():
+        return []
+    from besa_exp.checkpoints.narrowed_facts import facts_of, family_problems  # torch
+
+    try:
+        facts = facts_of(folder)
+    except ValueError as error:
+        return [str(error)]
+    method = settings.structure
+    return family_problems(facts.config, method.narrows) or method.check(facts.costs, facts.dimensions)
+
+
+def _known_folder(settings: ModelSettings) -> Path | None:
+    """The local folder, or that of the hub's cache; None: there is none yet."""
+    folder = model_folder(settings)
+    if folder is not None or not is_hub_id(settings.path):
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(settings.path, "config.json", revision=settings.revision)
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def _indivisible(pattern: str, group: int, facts: ModelFolder) -> list[str]:

@@ -34,6 +34,7 @@ def plan_table(settings: RunSettings, facts: Mapping[str, Any]) -> Table:
     scored += ["measured speed"] if evaluator.speed else []
     rows = {
         "model": f"{settings.model.name} ({settings.model.path})",
+        **({"structure": type(settings.structure).__name__ + _keys(settings.structure)} if settings.structure else {}),
         "pruner": settings.pruner_name + _keys(settings.pruner),
         **({"update": type(settings.update).__name__ + _keys(settings.update)} if settings.update else {}),
         **({"budget": type(settings.budget).__name__ + _keys(settings.budget)} if settings.budget else {}),
@@ -48,6 +49,8 @@ def plan_table(settings: RunSettings, facts: Mapping[str, Any]) -> Table:
     }
     if settings.is_dense:
         rows = {name: value for name, value in rows.items() if name not in ("target", "calibration", "keeps")}
+    elif settings.keeps_weights:
+        rows.pop("target")
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
@@ -57,7 +60,7 @@ def plan_table(settings: RunSettings, facts: Mapping[str, Any]) -> Table:
 
 
 def _keys(part: Any) -> str:
-    """The values of a pruner, update or budget in brackets."""
+    """The values of a method's part in brackets."""
     values = ", ".join(f"{field.name}={getattr(part, field.name)}" for field in fields(part))
     return f" ({values})" if values else ""
 

@@ -168,6 +168,8 @@ def estimate(settings: RunSettings, folder: Path, tell: Callable[[str], None] = 
 def _not_estimated(settings: RunSettings, found: Measured) -> list[str]:
     over_depth = isinstance(settings.budget, DepthSearch | Budget)
     notes = ["the memory of a budget over depth is not estimated"] if over_depth else []
+    if settings.structure is not None:
+        notes.append("the structure is not estimated: time and memory are those of the dense model's blocks")
     if settings.pruner.traits.refinements:
         notes.append("time and memory of the search over the whole model that follows the block loop are not estimated")
     if settings.recovery:

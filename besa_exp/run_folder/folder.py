@@ -46,6 +46,9 @@ WRITTEN = (  # what a run leaves besides .lock and status.json; nothing else in 
     "scores.json",
     "spent.json",
     "inputs.json",
+    "structure.json",
+    "structure_search.json",
+    "narrowed",
     "wandb",
 )
 KEPT = (
@@ -56,6 +59,9 @@ KEPT = (
     "scores.json",
     "spent.json",
     "inputs.json",
+    "structure.json",
+    "structure_search.json",
+    "narrowed",
     "wandb",
 )  # of these an unfinished run goes on
 LEFTOVERS = tuple(f".{name}.{state}" for name in (*WRITTEN, "status.json") for state in ("partial", "replaced"))
@@ -82,6 +88,9 @@ class RunFolder:
         self.recovery = path / "recovery"
         self.scores = path / "scores.json"
         self.spent = path / "spent.json"
+        self.structure = path / "structure.json"
+        self.structure_search = path / "structure_search.json"
+        self.narrowed = path / "narrowed"
 
     @classmethod
     @contextmanager
@@ -116,7 +125,7 @@ class RunFolder:
                     write_status(path, status, started, error)
                 raise
             write_status(path, "done", started)
-            for name in ("blocks", "recovery", "scores.json", "spent.json"):
+            for name in ("blocks", "narrowed", "recovery", "scores.json", "spent.json"):
                 atomic.remove(path / name)
 
     @staticmethod

@@ -109,6 +109,7 @@ def prune(
     update: Any = None,
     budget: Any = None,
     recovery: str | RecoverySettings | None = None,
+    structure: Any = None,
     seed: int = 0,
     num_samples: int | None = None,
     seq_len: int | None = None,
@@ -126,19 +127,23 @@ def prune(
     texts, `batch_size` of them pass through a block together; None: what the set's preset says, 128 windows of 2,048
     tokens (or the model's context) for given texts.
 
-    `pruner`, `update`, `budget` and `recovery` are names of presets or objects; `besa_exp.preset(group, name)` makes
-    the object of a preset. `on_block` is given the report of each block as it is finished. `evaluator` scores the model
-    in `out`.
+    `pruner`, `update`, `budget`, `recovery` and, for a path, `structure` are names of presets or objects;
+    `besa_exp.preset(group, name)` makes the object of a preset. `on_block` is given the report of each block as
+    it is finished. `evaluator` scores the model in `out`.
 
     ConfigurationError (a ValueError): the request cannot be carried out as it is written; all problems are named."""
     settings = _settings(
         model_or_path, _calibration(texts_or_tokens, seed, num_samples, seq_len, batch_size), seed,
-        pruner=pruner, update=update, budget=budget, recovery=recovery, sparsity=sparsity, pattern=pattern,
-        compute_dtype=compute_dtype, evaluator=evaluator, overwrite=overwrite,
+        pruner=pruner, update=update, budget=budget, structure=structure, recovery=recovery,
+        sparsity=sparsity, pattern=pattern, compute_dtype=compute_dtype, evaluator=evaluator, overwrite=overwrite,
     )  # fmt: skip
     read = partial(_read_calibration, texts_or_tokens, settings, seq_len)
     if isinstance(model_or_path, (str, Path)):
         return _pruned_into(settings, out, tokenizer, read, on_block)
+    if structure is not None:
+        raise ConfigurationError(
+            "structure= is for a path: what is left of a model is another model, which is written to out="
+        )
     if out is not None or settings.evaluator.name != "none":
         raise ConfigurationError(
             "out= and evaluator= are for a path; a model object is pruned in place: "
@@ -156,8 +161,7 @@ def _settings(
     model_or_path: Any, calibration: CalibrationSettings, seed: int, *, pruner: Any, evaluator: Any, **more: Any
 ) -> RunSettings:
     """ConfigurationError: a preset that there is not, or a target that this method cannot meet."""
-    chosen = {"pruner": pruner, "update": more.pop("update"), "budget": more.pop("budget")}
-    chosen["recovery"] = more.pop("recovery")
+    chosen = {"pruner": pruner} | {group: more.pop(group) for group in METHOD_GROUPS if group != "pruner"}
     is_path = isinstance(model_or_path, (str, Path))
     problems = [] if is_path else _check_model(model_or_path)
     methods = {}

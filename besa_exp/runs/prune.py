@@ -2,8 +2,8 @@
 
     load -> calibration tokens -> STAGES -> results.json
 
-A structure (whole blocks, heads or channels taken out) belongs between the dense scores and the pruning: it returns
-the work with the narrower model as `loaded` and with its report. A recovery belongs between the pruning and the saving:
+The structure (whole blocks, heads or channels taken out) comes first: it returns the work with the narrower model as
+`loaded` and with its report. A recovery belongs between the pruning and the saving:
 it moves the kept weights of `loaded` and returns what `rewrite.rewritten` gives, with its report.
 """
 
@@ -35,6 +35,7 @@ from besa_exp.run_folder.spent import Spent
 from besa_exp.runs.block_loop import check_blocks
 from besa_exp.runs.cpu_units import in_a_fast_dtype
 from besa_exp.runs.dense import dense_results
+from besa_exp.runs.narrow import narrow
 from besa_exp.runs.prune_model import prune_model
 from besa_exp.runs.recover import check_whole, recover
 from besa_exp.runs.results import results_of
@@ -44,7 +45,7 @@ from besa_exp.runs.score import score_dense, score_pruned
 from besa_exp.settings import RunSettings
 from besa_exp.texts.calibration import Calibration, load_calibration, save_tokens
 
-STAGES: tuple[Callable[[Run, Work], Work], ...] = (score_dense, prune_model, recover, save, score_pruned)
+STAGES: tuple[Callable[[Run, Work], Work], ...] = (score_dense, narrow, prune_model, recover, save, score_pruned)
 logger = logging.getLogger(__name__)
 
 

@@ -19,7 +19,7 @@ def results_of(settings: RunSettings, work: Work, environment: Mapping[str, Any]
     model. `structure` and `recovery` stand in it where there were such stages."""
     values = counts_of(settings, work.numbered(work.reports), work.parameters, environment)
     values |= {
-        "target_sparsity": Goal.parse(settings.sparsity, settings.pattern).sparsity,
+        "target_sparsity": 0.0 if settings.keeps_weights else Goal.parse(settings.sparsity, settings.pattern).sparsity,
         "calibration": _calibration(work.calibration),
     }
     values |= {"model_notes": [*work.loaded.notes]} if work.loaded.notes else {}
@@ -29,7 +29,8 @@ def results_of(settings: RunSettings, work: Work, environment: Mapping[str, Any]
     values |= {"dense": dense.to_dict()} if dense else {}
     if scores:
         values |= {**scores.to_dict(), "provenance": scores.provenance, **work.reloaded}
-        values |= published(settings, dense or (scores if values["measured_sparsity"] == 0 else None))
+        is_dense = values["measured_sparsity"] == 0 and not work.structure
+        values |= published(settings, dense or (scores if is_dense else None))
     return values
 
 

@@ -5,7 +5,8 @@ anything.
 
 Each child is a `besa` process of its own, killed (SIGKILL) at its moment: MOMENTS is a JSON list of {after: seconds,
 blocks: that many finished, scores: that many finished, generations: that many of a search finished, recovery: that many
-states of a tuning kept after the first, in_a_write: seen writing a file}, of which all given must hold.
+states of a tuning kept after the first, structure: steps of a search for a structure, in_a_write: seen writing a
+file}, of which all given must hold.
 Prints a JSON list of what was there at each kill. The run is left unfinished.
 """
 
@@ -39,6 +40,7 @@ def kill(child: int, folder: Path, moment: dict) -> dict | None:
             "scores": finished_scores(folder),
             "generations": finished_generations(folder),
             "recovery": kept_states(folder),
+            "structure": steps_of_structure(folder),
         }
         if (
             time.monotonic() - began >= moment.get("after", 0)
@@ -46,6 +48,7 @@ def kill(child: int, folder: Path, moment: dict) -> dict | None:
             and len(seen["scores"]) >= moment.get("scores", 0)
             and seen["generations"] >= moment.get("generations", 0)
             and seen["recovery"] >= moment.get("recovery", 0)
+            and seen["structure"] >= moment.get("structure", 0)
             and (seen["writing"] or not moment.get("in_a_write"))
         ):
             break
@@ -88,6 +91,15 @@ def finished_generations(folder: Path) -> int:
         return json.loads((folder / "blocks" / "budget_search.json").read_text())["generations"]
     except FileNotFoundError:
         return 0
+
+
+def steps_of_structure(folder: Path) -> int:
+    """Blocks that were removed, or steps of a policy gradient that were kept."""
+    try:
+        found = json.loads((folder / "structure_search.json").read_text())
+    except FileNotFoundError:
+        return 0
+    return len(found["removals"]) if "removals" in found else found.get("step", 0)
 
 
 def all_kills(folder: Path, moments: list[dict], arguments: list[str]) -> list[dict]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from neighbours import recorded, recorded_model, recorded_tokens, unpacked
@@ -39,20 +41,23 @@ def rebuilt(runs, case):
     """Block by block and part by part as the authors' code does: yields each part's metrics, masks before and found."""
     cases, tensors, model, ids = runs
     args, group = cases[case]["args"], cases[case]["prune_m"] or None
-    blocks = capture_blocks(model, ids)
-    hidden = embed(model, blocks, ids, len(ids))
+    blocks: Any = capture_blocks(model, ids)
+    hidden: Any = embed(model, blocks, ids, len(ids))
     for block in blocks:
         dense = {name: linear.weight.clone() for name, linear in block.linears.items()}
-        masks = {
+        masks: dict[str, Any] = {
             name: unpacked(tensors[f"{case}.keep_before.block{block.index}.{name}"], weight.shape)
             for name, weight in dense.items()
         }
         arguments = block.arguments(1)[1]
         for part, norm in (("self_attn", "input_layernorm"), ("mlp", "post_attention_layernorm")):
             names = [name for name in masks if name.startswith(part)]
+            module: Any
             module, keywords = getattr(block.module, part), arguments if part == "self_attn" else {}
 
-            def outputs_of(state, weights, module=module, keywords=keywords, part=part):
+            def outputs_of(
+                state: Any, weights: Any, module: Any = module, keywords: Any = keywords, part: str = part
+            ) -> Any:
                 own = {f"{name.removeprefix(part + '.')}.weight": weight for name, weight in weights.items()}
                 return hidden_of(torch.func.functional_call(module, own, (state,), keywords))
 
@@ -68,7 +73,7 @@ def rebuilt(runs, case):
                     )
             given = {name: dense[name] for name in names}
             sparse = {name: dense[name] * masks[name] for name in names}
-            scores = squared_gradients(outputs_of, given, sparse, getattr(block.module, norm)(state))
+            scores: Any = squared_gradients(outputs_of, given, sparse, getattr(block.module, norm)(state))
             metrics = {name: barber_metric(dense[name], scores[name]) for name in names}
             if args["prune_metric"] == "D":
                 metrics = {name: scores[name].sqrt() for name in names}

@@ -21,8 +21,9 @@ on from a state alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,15 +31,22 @@ from torch import Tensor
 
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
 from besa_exp.errors import RunError
+from besa_exp.machine import distributed
+from besa_exp.methods.budgets.progress import Progress
+from besa_exp.methods.structure.method import DenseModel
+from besa_exp.methods.structure.sleb import cross_entropy_of
 from besa_exp.methods.structure.widths import (
     IMPORTANCES,
     SHAPES,
     Importances,
     chosen,
+    importances_by_name,
     kept_parameters,
+    masked,
     width_amount_problems,
 )
 
+KEPT_EVERY = 10  # steps
 NEAR_ZERO = 1e-7  # the authors', beside s and 1 - s
 BASELINES = ("leave_one_out", "moving")
 
@@ -122,6 +130,17 @@ class State:
     baseline: float | None = None
     losses: tuple[float, ...] = ()
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it: every fp32 score exactly."""
+        losses = [loss if math.isfinite(loss) else None for loss in self.losses]
+        return {"step": self.step, "scores": self.scores.tolist(), "baseline": self.baseline, "losses": losses}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> State:
+        """The inverse."""
+        losses = tuple(math.nan if loss is None else loss for loss in values["losses"])
+        return State(values["step"], torch.tensor(values["scores"]), values["baseline"], losses)
+
 
 LossOf = Callable[[Bool[Tensor, "block group"], Bool[Tensor, "block channel"], int], float]
 """Groups and channels that stay, and the step, which says the batch, to the mean loss of the batch's tokens."""
@@ -144,6 +163,8 @@ class PolicyGradient:
     shape: str = "uniform"
     seed: int = 0
 
+    narrows = True
+
     def __post_init__(self) -> None:
         for key, least in (("steps", 1), ("draws", 2), ("window", 1), ("multiple", 1)):
             if getattr(self, key) < least:
@@ -158,7 +179,31 @@ class PolicyGradient:
 
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
         """Problems with a model of these costs, in complete sentences, before any weight is read."""
-        return width_amount_problems(costs, dimensions, self.ratio, self.multiple)
+        problems = width_amount_problems(costs, dimensions, self.ratio, self.multiple)
+        if self.shape != "uniform":
+            problems.append(
+                f"structure.shape={self.shape}: a run saves blocks of even widths alone; set structure.shape=uniform "
+                "(besa_exp.checkpoints.narrowed_model writes uneven ones)"
+            )
+        return problems
+
+    def choose(self, dense: DenseModel, progress: Progress, tell: Callable[[str], None]) -> Structure:
+        """Every KEPT_EVERY steps are kept. A step's batch are the next `batch_size` samples, in turn."""
+        costs, dimensions = dense.costs, dense.dimensions
+        if found := progress.read():
+            state = State.from_dict(found)
+            tell(f"going on after step {state.step}")
+        else:
+            tell(f"importances of {self.start}")
+            importances = importances_by_name(self.start, dense, 1 - self.ratio, self.seed)
+            state = self.begin(importances, costs, dimensions)
+        for reached in self.search(loss_on(dense), state, costs, dimensions):
+            state = reached
+            if state.step % KEPT_EVERY == 0 or state.step == self.steps:
+                progress.write(state.to_dict())
+                mean = sum(state.losses) / len(state.losses)
+                tell(f"step {state.step} of {self.steps}, mean loss {mean:.4g}")
+        return self.decide(state, costs, dimensions)
 
     def begin(self, importances: Importances, costs: Costs, dimensions: Dimensions) -> State:
         """From the importances that `start` names; within the budget."""
@@ -203,6 +248,26 @@ class PolicyGradient:
         """Parameters for units: the budget less what no unit holds."""
         all_units = float(unit_costs(costs, dimensions).sum())
         return kept_parameters(costs, self.ratio) - (costs.total - all_units)
+
+
+def loss_on(dense: DenseModel) -> LossOf:
+    """Of the tokens of a step's batch, which the ranks share, block by block under the masks."""
+    inputs, head, length = dense.inputs(), dense.head(), dense.input_ids.shape[1]
+    samples = dense.num_samples
+
+    @torch.no_grad()
+    def loss(groups: Bool[Tensor, "block group"], channels: Bool[Tensor, "block channel"], step: int) -> float:
+        numbers = (torch.arange(dense.batch_size) + step * dense.batch_size) % samples
+        numbers = numbers.unique()
+        own = distributed.own_places(numbers)
+        states = inputs[own.to(inputs.device)]
+        for place, block in enumerate(dense.blocks()):
+            with masked([block], groups[place : place + 1], channels[place : place + 1], dense.dimensions):
+                states = block.outputs(states, dense.batch_size)
+        total = cross_entropy_of(head, dense.input_ids[own])(states)
+        return float(distributed.all_sum(total)) / (len(numbers) * (length - 1))
+
+    return loss
 
 
 def unit_costs(costs: Costs, dimensions: Dimensions) -> Float[Tensor, " unit"]:

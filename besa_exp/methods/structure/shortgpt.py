@@ -13,7 +13,8 @@ block's output after the final norm, where that block's own output is taken here
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
-from besa_exp.checkpoints.structure import Costs, Structure
+from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
 from besa_exp.machine import distributed
+from besa_exp.methods.budgets.progress import Progress
+from besa_exp.methods.structure.method import DenseModel
 
 METRICS = ("influence", "angular")
 SMALLEST = 1e-30  # of a product of norms
@@ -98,14 +101,16 @@ def least_turning_run(
 
 @dataclass(frozen=True)
 class ShortGPT:
-    """`blocks` are removed, or as many as come nearest to `ratio` of all parameters. `metric`: `influence`, each block
-    by itself, or `angular`, a run. `protect_first`, `protect_last`: so many blocks stay at each end."""
+    """`blocks` are removed; None: as many as come nearest to `ratio` of all parameters. `metric`: `influence`, each
+    block by itself, or `angular`, a run. `protect_first`, `protect_last`: so many blocks stay at each end."""
 
     blocks: int | None = None
     ratio: float | None = None
     metric: str = "influence"
     protect_first: int = 0
     protect_last: int = 0
+
+    narrows = False
 
     def __post_init__(self) -> None:
         check_amount(self.blocks, self.ratio)
@@ -115,15 +120,33 @@ class ShortGPT:
             if getattr(self, key) < 0:
                 raise ValueError(f"structure.{key}={getattr(self, key)}: must not be negative")
 
-    def check(self, costs: Costs) -> list[str]:
+    def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
         """Problems with a model of these costs, in complete sentences, before any weight is read."""
         return amount_problems(self.blocks, self.ratio, costs, self.protect_first, self.protect_last)
+
+    def choose(self, dense: DenseModel, progress: Progress, tell: Callable[[str], None]) -> Structure:
+        """From one pass of the dense model. What was measured of each block, or run of blocks, is kept."""
+        tell("one pass of the dense model")
+        found = passage(dense.blocks(), dense.inputs(), dense.batch_size)
+        progress.write(self._told(found, dense.costs))
+        return self.decide(found, dense.costs)
+
+    def _told(self, found: Passage, costs: Costs) -> dict[str, list[float | None]]:
+        """Of each block its influence, or of each first block of a run the distance across it; None: protected."""
+        if self.metric == "influence":
+            return {"influence": found.influence.tolist()}
+        count = amount(self.blocks, self.ratio, costs)
+        _, distances = least_turning_run(found.last_tokens, count, self._protected(len(found.influence)))
+        return {"angular_distance": [one if math.isfinite(one) else None for one in distances.tolist()]}
+
+    def _protected(self, number: int) -> list[int]:
+        return [*range(self.protect_first), *range(number - self.protect_last, number)]
 
     def decide(self, found: Passage, costs: Costs) -> Structure:
         """What stays."""
         count = amount(self.blocks, self.ratio, costs)
         number = len(found.influence)
-        protected = [*range(self.protect_first), *range(number - self.protect_last, number)]
+        protected = self._protected(number)
         if self.metric == "influence":
             removed = least_influential(found.influence, count, protected)
         else:
@@ -132,14 +155,14 @@ class ShortGPT:
 
 
 def check_amount(blocks: int | None, ratio: float | None) -> None:
-    """ValueError: not one of the two is given, or what is given is no amount."""
-    if (blocks is None) == (ratio is None):
+    """ValueError: neither is given, or what is given is no amount."""
+    if blocks is None and ratio is None:
         raise ValueError(
-            f"structure.blocks={blocks} and structure.ratio={ratio}: give one of the two, the number of blocks to "
-            "remove or the share of all parameters"
+            "structure.blocks=null and structure.ratio=null: give one of the two, the number of blocks to remove or "
+            "the share of all parameters"
         )
-    if blocks is not None and blocks < 0:
-        raise ValueError(f"structure.blocks={blocks}: must not be negative")
+    if blocks is not None and blocks < 1:
+        raise ValueError(f"structure.blocks={blocks}: must be at least 1; structure=null removes none")
     if ratio is not None and not 0 < ratio < 1:
         raise ValueError(f"structure.ratio={ratio}: must be above 0 and below 1, as 0.2 for a fifth of the parameters")
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -24,9 +25,11 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.head import Head, divergence
-from besa_exp.checkpoints.structure import Costs, Structure
+from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
+from besa_exp.methods.budgets.progress import Progress
+from besa_exp.methods.structure.method import DenseModel
 from besa_exp.methods.structure.shortgpt import amount, amount_problems, check_amount
 
 LOSSES = ("kl", "cross_entropy")
@@ -43,6 +46,17 @@ class Removal:
     block: int
     losses: Mapping[int, float]
     passes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it; a loss that is not finite is None there."""
+        losses = {str(block): loss if math.isfinite(loss) else None for block, loss in self.losses.items()}
+        return {"block": self.block, "losses": losses, "passes": self.passes}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Removal:
+        """The inverse."""
+        losses = {int(block): math.nan if loss is None else loss for block, loss in values["losses"].items()}
+        return Removal(values["block"], losses, values["passes"])
 
 
 def cross_entropy_of(head: Head, input_ids: Int[Tensor, "sample seq"]) -> LossOf:
@@ -110,14 +124,16 @@ def losses_without(
 
 @dataclass(frozen=True)
 class Sleb:
-    """`blocks` are removed, or as many as come nearest to `ratio` of all parameters. Of the blocks that are alive the
-    first `early_barrier` and the last `latter_barrier` cannot go."""
+    """`blocks` are removed; None: as many as come nearest to `ratio` of all parameters. Of the blocks that are alive
+    the first `early_barrier` and the last `latter_barrier` cannot go."""
 
     blocks: int | None = None
     ratio: float | None = None
     early_barrier: int = 1
     latter_barrier: int = 1
     loss: str = "kl"
+
+    narrows = False
 
     def __post_init__(self) -> None:
         check_amount(self.blocks, self.ratio)
@@ -127,9 +143,26 @@ class Sleb:
         if self.loss not in LOSSES:
             raise ValueError(f"structure.loss={self.loss}: must be one of {', '.join(LOSSES)}")
 
-    def check(self, costs: Costs) -> list[str]:
+    def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
         """Problems with a model of these costs, in complete sentences, before any weight is read."""
         return amount_problems(self.blocks, self.ratio, costs, self.early_barrier, self.latter_barrier)
+
+    def choose(self, dense: DenseModel, progress: Progress, tell: Callable[[str], None]) -> Structure:
+        """Each removal is kept before the next is looked for."""
+        head, samples, length = dense.head(), dense.num_samples, dense.input_ids.shape[1]
+        if self.loss == "kl":
+            loss_of, tokens = divergence_of(head, dense.outputs()), samples * length
+        else:
+            loss_of, tokens = cross_entropy_of(head, dense.input_ids), samples * (length - 1)
+        removals = [Removal.from_dict(values) for values in progress.read().get("removals", [])]
+        if removals:
+            tell(f"going on after {len(removals)} removals")
+        count, done = amount(self.blocks, self.ratio, dense.costs), [*removals]
+        for removal in self.search(dense.blocks, dense.inputs(), dense.costs, dense.batch_size, loss_of, tokens, done):
+            removals.append(removal)
+            progress.write({"removals": [one.to_dict() for one in removals]})
+            tell(f"{len(removals)} of {count}: block {removal.block}, {self.loss} {removal.losses[removal.block]:.4g}")
+        return structure_of(removals, len(dense.costs.blocks))
 
     def candidates(self, num_blocks: int, removed: Sequence[int]) -> list[int]:
         """The blocks that can go next."""

@@ -12,7 +12,7 @@ multiple of channels: a block without heads cannot run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,8 @@ from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.linears import Linear
 from besa_exp.blocks.observation import observe
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
+from besa_exp.methods.budgets.progress import Progress
+from besa_exp.methods.structure.method import DenseModel
 from besa_exp.tensors.statistics import InputNorm
 
 OF_HEADS = ("self_attn.o_proj",)
@@ -111,6 +113,43 @@ def importances_of(
             with masked([block], masks[0][None], masks[1][None], dimensions):
                 block.outputs(inputs, batch_size, out=inputs)
     return Importances(torch.stack(groups), torch.stack(channels))
+
+
+def importances_by_name(name: str, dense: DenseModel, keep: float, seed: int) -> Importances:
+    """Of one of IMPORTANCES; `keep`: see `importances_of`."""
+    if name == "random":
+        return random_importances(dense.dimensions, seed)
+    norms = name == "wanda_sp"
+    return importances_of(dense.blocks(), dense.inputs(), dense.dimensions, keep, dense.batch_size, norms)
+
+
+@dataclass(frozen=True)
+class Widths:
+    """`ratio` of all parameters go: of every block as many groups and as many channels, those of least `importance`,
+    channels in multiples of `multiple`."""
+
+    ratio: float
+    importance: str = "wanda_sp"
+    multiple: int = 1
+    seed: int = 0
+
+    narrows = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise ValueError(f"structure.ratio={self.ratio}: must be above 0 and below 1, as 0.2 for a fifth")
+        if self.importance not in IMPORTANCES:
+            raise ValueError(f"structure.importance={self.importance}: must be one of {', '.join(IMPORTANCES)}")
+
+    def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
+        """Problems with a model of these costs, in complete sentences, before any weight is read."""
+        return width_amount_problems(costs, dimensions, self.ratio, self.multiple)
+
+    def choose(self, dense: DenseModel, progress: Progress, tell: Callable[[str], None]) -> Structure:
+        """In one walk through the blocks; nothing is kept on the way."""
+        tell(f"importances of {self.importance}")
+        importances = importances_by_name(self.importance, dense, 1 - self.ratio, self.seed)
+        return proportional(importances, dense.costs, dense.dimensions, self.ratio, self.multiple)
 
 
 @contextmanager

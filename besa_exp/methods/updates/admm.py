@@ -85,6 +85,10 @@ class Admm:
             if getattr(self, name) < 0:
                 raise ValueError(f"update.{name}={getattr(self, name)}: must not be negative")
 
+    def check(self, pattern: str) -> list[str]:
+        """Any pattern."""
+        return []
+
     def update_block(self, task: Task, pruned: PrunedBlock) -> PrunedBlock:
         """From the dense weights, one factor for each shared input. RunError: G is not positive definite."""
         weights = {}

@@ -27,13 +27,11 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.probe import own_probe, probe_loss
-from besa_exp.blocks.pruner import PrunedBlock
-from besa_exp.blocks.reports import Step
+from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
 from besa_exp.blocks.units import sub_blocks
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
 from besa_exp.tensors.losses import differentiate
-from besa_exp.tensors.masks import Goal
 
 GRANULARITIES = ("row", "column", "linear", "part")
 Weights = Mapping[str, Float[Tensor, "_out _in"]]
@@ -141,8 +139,7 @@ class Barber:
     accept: bool = True
     retain: bool = True
 
-    statistic = None
-    dense_targets = False
+    traits = Traits()
 
     def __post_init__(self) -> None:
         if self.granularity not in GRANULARITIES:
@@ -156,7 +153,7 @@ class Barber:
             )
 
     def check(self, pattern: str) -> list[str]:
-        """Problems with a pattern."""
+        """Problems with a pattern, in complete sentences."""
         if pattern == "unstructured" or self.granularity == "row":
             return []
         return [
@@ -164,18 +161,10 @@ class Barber:
             "update.granularity=row"
         ]
 
-    def update_block(
-        self,
-        block: Block,
-        inputs: Hidden,
-        targets: Hidden,
-        statistics: Mapping[str, object],
-        pruned: PrunedBlock,
-        target: Goal,
-        on_step: Callable[[Step], None],
-    ) -> PrunedBlock:
+    def update_block(self, task: Task, pruned: PrunedBlock) -> PrunedBlock:
         """Attention first, then the MLP under attention's new masks; blocks that have no such parts as a whole."""
-        group = target.pattern[1] if target.pattern else target.group
+        block, inputs, targets = task.block, task.inputs, task.targets
+        group = task.goal.pattern[1] if task.goal.pattern else task.goal.group
         state = _State.of(block, pruned, self.retain)
         before = probe_loss(block, inputs, targets, state.weights())
         learned = inputs[: len(inputs) - len(own_probe(inputs))]

@@ -84,6 +84,10 @@ class Dsnot:
         if self.threshold < 0:
             raise ValueError(f"update.threshold={self.threshold}: must not be negative; the paper uses 0.1")
 
+    def check(self, pattern: str) -> list[str]:
+        """Any pattern."""
+        return []
+
     def update_block(self, task: Task, pruned: PrunedBlock) -> PrunedBlock:
         """From the dense weights, which stay as they are."""
         group = task.goal.pattern[1] if task.goal.pattern else task.goal.group

@@ -26,6 +26,10 @@ class Obs:
         if not self.damping > 0:
             raise ValueError(f"update.damping={self.damping}: must be above 0; SparseGPT uses 0.01")
 
+    def check(self, pattern: str) -> list[str]:
+        """Any pattern."""
+        return []
+
     def update_block(self, task: Task, pruned: PrunedBlock) -> PrunedBlock:
         """From the dense weights, one factor for each shared input."""
         sparsegpt = SparseGPT(damping=self.damping)

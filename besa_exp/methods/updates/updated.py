@@ -20,6 +20,10 @@ class Update(Protocol):
         as `InputNorm` has it, so that pruners which ask for that take it too."""
         ...
 
+    def check(self, pattern: str) -> list[str]:
+        """Problems with this pattern, in complete sentences."""
+        ...
+
     def update_block(self, task: Task, pruned: PrunedBlock) -> PrunedBlock:
         """Decide the weights, or exchange kept ones for pruned ones within the goal. Must not change the block."""
         ...
@@ -40,8 +44,10 @@ class Updated:
         return replace(own, statistic=update.statistic or own.statistic, dense_targets=dense_targets)
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
-        """The pruner's problems, and a pruner that rounds, or needs another statistic than the update observes."""
-        problems, own = self.pruner.check(sparsity, pattern), self.pruner.traits
+        """The pruner's problems and the update's, and a pruner that rounds, or needs another statistic than the update
+        observes."""
+        problems = [*self.pruner.check(sparsity, pattern), *self.update.check(pattern)]
+        own = self.pruner.traits
         update = f"update={type(self.update).__name__.lower()}"
         if own.quantiser:
             problems = [*problems, f"{update}: moves the weights that the pruner rounds; leave the update out"]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
-from besa_exp.methods.pruners.magnitude import Magnitude
 from families import FAMILIES, tiny
 from tiny_llama import tiny_llama
 
-from besa_exp.blocks.block import capture_blocks, embed
+from besa_exp.blocks.block import Block, capture_blocks, embed
 from besa_exp.blocks.observation import observe
 from besa_exp.blocks.probe import probe_loss
+from besa_exp.blocks.pruner import PrunedBlock, Pruner, Task
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
+from besa_exp.methods.pruners.uniform import Uniform
 from besa_exp.methods.updates.barber import Barber, barber_metric, exchanged, parts_of, squared_gradients
 from besa_exp.methods.updates.updated import Update
-from besa_exp.tensors.masks import Target
+from besa_exp.tensors.masks import Goal
 
 INPUT_IDS = torch.randint(0, 258, (10, 16), generator=torch.Generator().manual_seed(4))
 GENERATOR = torch.Generator().manual_seed(5)
@@ -25,25 +28,29 @@ MASKS = {name: torch.rand(6, 8, generator=GENERATOR) > 0.5 for name in "ab"}
 SETS = {"row": lambda mask: mask.sum(1), "column": lambda mask: mask.sum(0), "linear": lambda mask: mask.sum()}
 
 
+MAGNITUDE = Uniform("magnitude", "linear")
+
+
 @cache
-def pruned_block(pruner, sparsity=0.5, pattern="unstructured"):
+def pruned_block(pruner: Pruner, sparsity: float = 0.5, pattern: str = "unstructured") -> tuple[Task, PrunedBlock]:
     model = tiny_llama(seed=3)
     model.requires_grad_(False)
     blocks = capture_blocks(model, INPUT_IDS)
     block, inputs = blocks[0], embed(model, blocks, INPUT_IDS, 10)
-    target = Target.parse(sparsity, pattern)
-    statistics, targets = observe(block, inputs, pruner.statistic, 10, torch.empty_like(inputs))
-    return block, inputs, targets, pruner.prune_block(block, inputs, targets, statistics, target, print), target
+    statistics, targets = observe(block, inputs, pruner.traits.statistic, 10, torch.empty_like(inputs))
+    task = Task(block, inputs, targets, statistics, Goal.parse(sparsity, pattern))
+    return task, pruner.prune_block(task)
 
 
-def updated(method, pruner, pattern="unstructured"):
-    block, inputs, targets, pruned, target = pruned_block(pruner, 0.5, pattern)
-    found = method.update_block(block, inputs, targets, {}, pruned, target, print)
+def updated(
+    method: Barber, pruner: Pruner, pattern: str = "unstructured"
+) -> tuple[Block, PrunedBlock, PrunedBlock, float]:
+    task, pruned = pruned_block(pruner, 0.5, pattern)
+    found = method.update_block(task, pruned)
     masks = found.keep_masks
-    weights = {name: linear.weight * masks[name] for name, linear in block.linears.items()}
-    if found.weights is not None:
-        weights = {name: found.weights[name] * mask for name, mask in masks.items()}
-    return block, pruned, found, probe_loss(block, inputs, targets, weights)
+    given = task.weights if found.weights is None else found.weights
+    weights = {name: given[name] * mask for name, mask in masks.items()}
+    return task.block, pruned, found, probe_loss(task.block, task.inputs, task.targets, weights)
 
 
 @pytest.mark.parametrize("granularity", ["row", "column", "linear", "part"])
@@ -108,7 +115,8 @@ def test_squared_gradients_are_means_of_each_samples_own_square():
 
 @pytest.mark.parametrize("granularity", ["row", "column", "linear", "part"])
 def test_the_probe_loss_falls_and_no_zero_is_gained(granularity):
-    _, pruned, found, loss = updated(Barber(granularity=granularity), Magnitude())
+    _, pruned, found, loss = updated(Barber(granularity=granularity), MAGNITUDE)
+    assert found.loss_before is not None
     assert loss < found.loss_before
     before, after = (sum(int(mask.sum()) for mask in one.keep_masks.values()) for one in (pruned, found))
     assert before == after
@@ -120,26 +128,30 @@ def test_the_probe_loss_falls_and_no_zero_is_gained(granularity):
 
 
 def test_the_best_of_several_ratios_is_taken_and_a_harmful_one_is_not():
-    losses = {ratio: updated(Barber((ratio,), accept=False), Magnitude())[3] for ratio in (0.01, 1.0)}
-    _, _, found, best = updated(Barber((0.01, 0.05, 0.2, 1.0)), Magnitude())
+    losses = {ratio: updated(Barber((ratio,), accept=False), MAGNITUDE)[3] for ratio in (0.01, 1.0)}
+    _, _, found, best = updated(Barber((0.01, 0.05, 0.2, 1.0)), MAGNITUDE)
+    assert found.loss_before is not None
     assert best <= min(*losses.values(), found.loss_before)
 
 
 def test_an_exchange_under_which_the_probe_loss_rises_is_not_made():
-    block, inputs, _, pruned, target = pruned_block(Magnitude())
+    task, pruned = pruned_block(MAGNITUDE)
+    block, inputs = task.block, task.inputs
     weights = {name: linear.weight * pruned.keep_masks[name] for name, linear in block.linears.items()}
     reached = block.outputs(inputs, 10, weights)  # the pruned block's own outputs as targets: nothing can be better
-    found = Barber((0.2,)).update_block(block, inputs, reached, {}, pruned, target, print)
+    task = replace(task, targets=reached)
+    found = Barber((0.2,)).update_block(task, pruned)
     assert all(torch.equal(found.keep_masks[name], mask) for name, mask in pruned.keep_masks.items())
-    forced = Barber((0.2,), accept=False).update_block(block, inputs, reached, {}, pruned, target, print)
+    forced = Barber((0.2,), accept=False).update_block(task, pruned)
     assert any(not torch.equal(forced.keep_masks[name], mask) for name, mask in pruned.keep_masks.items())
 
 
 def test_attention_is_rebuilt_before_the_mlp_is_scored():
-    block, inputs, _, pruned, _ = pruned_block(Magnitude())
+    task, pruned = pruned_block(MAGNITUDE)
+    block, inputs = task.block, task.inputs
     parts = parts_of(block, inputs)
     assert [[name.split(".")[0] for name in names] for _, names in parts] == [["self_attn"] * 4, ["mlp"] * 3]
-    _, _, found, _ = updated(Barber((0.3,), accept=False), Magnitude())
+    _, _, found, _ = updated(Barber((0.3,), accept=False), MAGNITUDE)
     dense = {name: linear.weight for name, linear in block.linears.items()}
 
     def masks_under(attention):
@@ -157,7 +169,7 @@ def test_attention_is_rebuilt_before_the_mlp_is_scored():
 
 
 def test_two_of_four_is_kept_and_other_granularities_are_refused():
-    _, _, found, _ = updated(Barber((0.3,), accept=False), Magnitude(), "2:4")
+    _, _, found, _ = updated(Barber((0.3,), accept=False), MAGNITUDE, "2:4")
     assert all(mask.view(len(mask), -1, 4).sum(-1).eq(2).all() for mask in found.keep_masks.values())
     assert Barber().check("2:4") == []
     assert "exchanges between rows break N:M" in Barber(granularity="part").check("2:4")[0]
@@ -167,6 +179,9 @@ def test_weights_that_the_pruner_moved_stay_where_they_stay_kept():
     block, pruned, found, _ = updated(Barber((0.2,), accept=False), SparseGPT(group_size=32))
     _, _, without, _ = updated(Barber((0.2,), accept=False, retain=False), SparseGPT(group_size=32))
     moved = False
+    assert found.weights is not None
+    assert pruned.weights is not None
+    assert without.weights is not None
     for name, mask in found.keep_masks.items():
         both, came = mask & pruned.keep_masks[name], mask & ~pruned.keep_masks[name]
         dense = block.linears[name].weight
@@ -185,18 +200,20 @@ def test_families_without_parts_and_with_experts_are_served(family):
     blocks = capture_blocks(model, ids)
     block, inputs = blocks[0], embed(model, blocks, ids, 6)
     statistics, targets = observe(block, inputs, None, 6, torch.empty_like(inputs))
-    pruned = Magnitude().prune_block(block, inputs, targets, statistics, Target(0.5), print)
-    found = Barber((0.3,), accept=False).update_block(block, inputs, targets, {}, pruned, Target(0.5), print)
+    task = Task(block, inputs, targets, statistics, Goal(0.5))
+    pruned = MAGNITUDE.prune_block(task)
+    found = Barber((0.3,), accept=False).update_block(task, pruned)
     assert any(not torch.equal(found.keep_masks[name], mask) for name, mask in pruned.keep_masks.items())
     assert family in FAMILIES or any("experts" in name for name in found.keep_masks)
 
 
 def test_barber_is_an_update_and_bad_settings_are_refused():
     assert isinstance(Barber(), Update)
-    for changes, reason in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"granularity": "block"}, "must be one of row, column, linear, part"),
         ({"ratios": (0.0,)}, "must be numbers above 0 and at most 1"),
         ({"ratios": (0.1, 0.2), "accept": False}, "nothing chooses between several ratios"),
-    ):
+    ]
+    for changes, reason in refused:
         with pytest.raises(ValueError, match=reason):
             Barber(**changes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from functools import cache
 
@@ -135,6 +136,15 @@ def test_a_search_keeps_its_budget_and_is_the_same_after_a_kill():
     assert not torch.equal(other[-1].scores, states[-1].scores)
 
 
+def test_a_state_is_read_as_it_was_written():
+    state = State(3, torch.rand(50, generator=torch.Generator().manual_seed(3)), 0.1, (1.5, math.inf))
+    again = State.from_dict(json.loads(json.dumps(state.to_dict())))
+    assert torch.equal(again.scores, state.scores)
+    assert (again.step, again.baseline, again.losses[0]) == (3, 0.1, 1.5)
+    assert math.isnan(again.losses[1])  # JSON has no infinity
+    assert State.from_dict({"step": 0, "scores": [0.5], "baseline": None, "losses": []}).baseline is None
+
+
 @pytest.mark.parametrize("shape", ["uniform", "uneven"])
 @pytest.mark.parametrize("ratio", [0.1, 0.2, 0.3])
 def test_what_stays_is_just_below_the_budget_and_is_the_masked_model(shape, ratio):
@@ -147,10 +157,12 @@ def test_what_stays_is_just_below_the_budget_and_is_the_masked_model(shape, rati
         sum(costs.groups) + 8 * sum(costs.channels) if shape == "uniform" else max(*costs.groups, 8 * costs.channels[0])
     )
     assert budget - step < left <= budget
+    assert structure.groups is not None
+    assert structure.channels is not None
     assert all(len(kept) >= 1 for kept in structure.groups)
     assert all(len(kept) % 8 == 0 for kept in structure.channels)
     assert structure.is_uniform or shape == "uneven"
-    masks = [torch.zeros(3, 2).bool(), torch.zeros(3, 96).bool()]
+    masks = torch.zeros(3, 2).bool(), torch.zeros(3, 96).bool()
     for mask, units in zip(masks, (structure.groups, structure.channels), strict=True):
         for block, kept in enumerate(units):
             mask[block, list(kept)] = True
@@ -168,6 +180,7 @@ def test_without_a_step_the_order_is_that_of_the_start():
     (state,) = method.search(lambda *_: 1.0, method.begin(importances, costs, dimensions), costs, dimensions)
     scores = starting_scores(importances, 0.7)
     kept = method.decide(state, costs, dimensions)
+    assert kept.channels is not None
     for block, channels in enumerate(kept.channels):
         order = scores.channels[block].argsort(descending=True, stable=True)[: len(channels)]
         assert sorted(order.tolist()) == [*channels]

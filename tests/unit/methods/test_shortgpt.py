@@ -11,7 +11,7 @@ from tiny_llama import tiny_llama
 
 from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.checkpoints.narrowed_model import costs_of_model, narrowed_model
-from besa_exp.checkpoints.structure import Costs, Structure
+from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
 from besa_exp.methods.structure.shortgpt import (
     Passage,
     ShortGPT,
@@ -25,6 +25,7 @@ from besa_exp.methods.structure.shortgpt import (
 )
 
 GENERATOR = torch.Generator().manual_seed(6)
+DIMENSIONS = Dimensions(6, 8, 2, 4, 2, 16)
 COSTS = Costs(100, (50, 50, 50, 50, 50, 50), (0,) * 6, (0,) * 6)
 
 
@@ -51,8 +52,8 @@ def test_an_fp16_state_with_a_massive_activation_has_the_influence_that_fp32_giv
 def test_a_block_that_adds_nothing_has_no_influence_and_its_removal_changes_no_logit():
     model = tiny_llama(num_hidden_layers=3, seed=1)
     model.requires_grad_(False)
-    for linear in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
-        linear.weight.zero_()
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        model.get_parameter(f"model.layers.1.{name}.weight").zero_()
     ids = torch.randint(0, 256, (4, 9), generator=GENERATOR)
     blocks = capture_blocks(model, ids)
     found = passage(blocks, embed(model, blocks, ids, 4), 3)
@@ -87,7 +88,7 @@ def test_the_earlier_of_equal_blocks_goes_first_and_protected_ones_stay():
 
 def test_a_ratio_becomes_the_nearest_number_of_blocks():
     assert [amount(None, ratio, COSTS) for ratio in (0.1, 0.25, 0.3, 0.5)] == [1, 2, 2, 4]
-    assert amount(3, None, COSTS) == 3
+    assert amount(3, None, COSTS) == amount(3, 0.1, COSTS) == 3
 
 
 @pytest.mark.parametrize(
@@ -102,18 +103,17 @@ def test_a_ratio_becomes_the_nearest_number_of_blocks():
     ],
 )
 def test_what_cannot_be_removed_is_a_problem_before_anything_is_read(method, reason):
-    problems = method.check(COSTS)
+    problems = method.check(COSTS, DIMENSIONS)
     assert len(problems) == 1
     assert re.search(reason, problems[0])
-    assert ShortGPT(blocks=3).check(COSTS) == []
+    assert ShortGPT(blocks=3).check(COSTS, DIMENSIONS) == []
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({}, "give one of the two"),
-        ({"blocks": 1, "ratio": 0.1}, "give one of the two"),
-        ({"blocks": -1}, "must not be negative"),
+        ({"blocks": 0}, "must be at least 1; structure=null removes none"),
         ({"ratio": 1.0}, "must be above 0 and below 1"),
         ({"blocks": 1, "metric": "cosine"}, "must be one of influence, angular"),
         ({"blocks": 1, "protect_last": -1}, "must not be negative"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -10,11 +13,12 @@ from tiny_llama import tiny_llama
 
 from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.blocks.head import divergence, head_of
-from besa_exp.checkpoints.narrowed_model import costs_of_model, narrowed_model
+from besa_exp.checkpoints.narrowed_model import costs_of_model, dimensions_of_model, narrowed_model
 from besa_exp.checkpoints.structure import Structure
 from besa_exp.errors import RunError
 from besa_exp.evaluation.perplexity import sum_of_losses
 from besa_exp.methods.structure.sleb import (
+    Removal,
     Sleb,
     cross_entropy_of,
     divergence_of,
@@ -93,6 +97,14 @@ def test_each_step_removes_the_block_of_least_loss_and_a_resumed_search_goes_on_
     )
 
 
+def test_a_removal_is_read_as_it_was_written():
+    found = searched(Sleb(1))[0]
+    assert Removal.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    told = replace(found, losses={1: math.nan, 2: 3.5}).to_dict()
+    assert told["losses"] == {"1": None, "2": 3.5}  # JSON has no NaN
+    assert math.isnan(Removal.from_dict(told).losses[1])
+
+
 def test_barriers_are_counted_among_the_blocks_that_are_alive():
     assert Sleb(2, early_barrier=1, latter_barrier=2).candidates(6, [1]) == [2, 3]
     assert all(0 not in removal.losses and 5 not in removal.losses for removal in searched(Sleb(3)))
@@ -131,6 +143,6 @@ def test_bad_settings_are_refused(changes, reason):
 
 
 def test_more_blocks_than_are_free_are_a_problem():
-    costs = costs_of_model(parts()[0])
-    assert Sleb(4).check(costs) == []
-    assert "would remove 5 blocks, and 4 of the 6 are not protected" in Sleb(5).check(costs)[0]
+    costs, dimensions = costs_of_model(parts()[0]), dimensions_of_model(parts()[0])
+    assert Sleb(4).check(costs, dimensions) == []
+    assert "would remove 5 blocks, and 4 of the 6 are not protected" in Sleb(5).check(costs, dimensions)[0]

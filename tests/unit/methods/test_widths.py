@@ -87,6 +87,9 @@ def test_uniform_widths_are_the_best_pair_of_numbers_that_fits(ratio, multiple):
         worth += 24 * float(SCORES.channels.sort(descending=True).values[:, :channels].sum())
         if size <= budget and (best is None or worth > best[0]):
             best = worth, groups, channels
+    assert best is not None
+    assert found.groups is not None
+    assert found.channels is not None
     assert best[1:] == (len(found.groups[0]), len(found.channels[0]))
     assert found.is_uniform
     assert found.parameters_left(COSTS, DIMENSIONS) <= budget
@@ -95,6 +98,8 @@ def test_uniform_widths_are_the_best_pair_of_numbers_that_fits(ratio, multiple):
 def test_uneven_widths_go_by_score_and_leave_at_least_one_of_each():
     scores = Importances(torch.tensor([[0.1, 0.9, 0.8], [0.2, 0.15, 0.1]]), SCORES.channels)
     found = chosen(scores, COSTS, DIMENSIONS, 0.55, 2, "uneven")
+    assert found.groups is not None
+    assert found.channels is not None
     assert found.groups[1] == (0,)  # the only one there though others score more
     assert all(len(kept) % 2 == 0 and kept for kept in found.channels)
     kept = {(block, channel) for block, one in enumerate(found.channels) for channel in one}
@@ -110,6 +115,8 @@ def test_proportional_widths_keep_like_shares_of_heads_and_channels():
     dimensions = Dimensions(blocks=2, hidden=8, groups=8, heads=8, head_dim=2, channels=64)
     costs = Costs(0, (8 * 64 + 64 * 24,) * 2, (64, 64), (24, 24))
     found = proportional(random_importances(dimensions, 1), costs, dimensions, 0.25, 4)
+    assert found.groups is not None
+    assert found.channels is not None
     assert len(found.groups[0]) == 6
     assert len(found.channels[0]) == 48
     assert random_importances(dimensions, 1).flat.tolist() == random_importances(dimensions, 1).flat.tolist()

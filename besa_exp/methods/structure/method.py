@@ -1,0 +1,62 @@
+"""What a structure method is: it is shown the dense model and says which whole parts of it stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Int
+from torch import Tensor
+
+from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.head import Head
+from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
+from besa_exp.machine import distributed
+from besa_exp.methods.budgets.progress import Progress
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """`blocks` gives the dense blocks in order, as often as it is called, each with its weights while it is out;
+    `inputs` a copy of what enters the first, which may be overwritten; `input_ids`: the calibration tokens, of the
+    samples that this rank owns."""
+
+    blocks: Callable[[], Iterable[Block]]
+    inputs: Callable[[], Hidden]
+    head: Callable[[], Head]
+    input_ids: Int[Tensor, "sample seq"]
+    costs: Costs
+    dimensions: Dimensions
+    batch_size: int
+
+    @property
+    def num_samples(self) -> int:
+        """Of all ranks."""
+        return distributed.total(len(self.input_ids))
+
+    def outputs(self) -> Hidden:
+        """Of the last block."""
+        states = self.inputs()
+        for block in self.blocks():
+            block.outputs(states, self.batch_size, out=states)
+        return states
+
+
+@runtime_checkable
+class StructureMethod(Protocol):
+    """A method that removes blocks, or narrows them (`narrows`); it changes no weight."""
+
+    @property
+    def narrows(self) -> bool:
+        """Whether groups of heads and channels go, and no block."""
+        ...
+
+    def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
+        """Problems with a model of these costs, in complete sentences, before any weight is read."""
+        ...
+
+    def choose(self, dense: DenseModel, progress: Progress, tell: Callable[[str], None]) -> Structure:
+        """What stays. `progress` holds what an attempt that was killed had found, and is kept for the reader; `tell`
+        is told how far it is."""
+        ...

@@ -1,0 +1,199 @@
+"""The stage that takes whole parts out of the dense model: blocks, groups of heads, channels.
+
+What was decided stands in structure.json, what was measured on the way in structure_search.json; a run that was killed
+goes on with either. A model in memory is narrowed there; a streamed one is written to `narrowed/` block by block and
+streamed from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+from besa_exp.blocks.block import capture_blocks, discover_blocks, discover_linears, embed
+from besa_exp.blocks.head import head_of
+from besa_exp.blocks.reports import Narrowed, Removed, Size, StructureReport
+from besa_exp.checkpoints.load import LoadedModel, load_model
+from besa_exp.checkpoints.narrowed_facts import family_problems
+from besa_exp.checkpoints.narrowed_model import (
+    STRUCTURE_FILE,
+    costs_of_model,
+    dimensions_of_model,
+    narrow_folder,
+    narrowed_model,
+)
+from besa_exp.checkpoints.structure import Costs, Dimensions, Structure, from_json, to_json
+from besa_exp.errors import ConfigurationError
+from besa_exp.machine import atomic, distributed
+from besa_exp.machine.device import compute_dtype
+from besa_exp.methods.budgets.progress import Progress
+from besa_exp.methods.structure.method import DenseModel
+from besa_exp.run_folder.identity import request_identity
+from besa_exp.runs.block_loop import resident
+from besa_exp.runs.run import Run, Work, parameters
+from besa_exp.tensors.masks import Goal
+
+T = TypeVar("T")
+
+
+def narrow(run: Run, work: Work) -> Work:
+    """The stage: what is left of the dense model, as a model of its own. ConfigurationError: it cannot be narrowed so;
+    no weight of a block was changed."""
+    if run.settings.structure is None:
+        return work
+    loaded = work.loaded
+    dimensions, costs = _refused(lambda: (dimensions_of_model(loaded.model), costs_of_model(loaded.model)))
+    _check(run, loaded, costs, dimensions)
+    with run.spent.timed("structure"):
+        structure = _structure(run, work, costs, dimensions)
+        narrower = _refused(lambda: _narrowed(run, loaded, structure, dimensions))
+    _check_pattern(run, narrower)
+    report = report_of(_name(run), loaded, narrower, structure, costs, dimensions)
+    assert report.parameters.left == parameters(narrower), "what is left is counted twice"
+    run.console.stage(_told(report))
+    return replace(work, loaded=narrower, structure=report, parameters=report.parameters)
+
+
+def report_of(
+    method: str,
+    dense: LoadedModel,
+    narrower: LoadedModel,
+    structure: Structure,
+    costs: Costs,
+    dimensions: Dimensions,
+) -> StructureReport:
+    """What was taken out of each block, in parameters and by number."""
+    changes = [_change(block, structure, costs, dimensions) for block in range(dimensions.blocks)]
+    return StructureReport(
+        method,
+        dimensions.blocks,
+        tuple(change for change in changes if change is not None),
+        Size(_weights_in_linears(dense), _weights_in_linears(narrower)),
+        Size(costs.total, structure.parameters_left(costs, dimensions)),
+    )
+
+
+def _change(block: int, structure: Structure, costs: Costs, dimensions: Dimensions) -> Narrowed | Removed | None:
+    """None: the block stays whole."""
+    if block not in structure.by_block:
+        return Removed(block, costs.blocks[block])
+    groups = len(structure.kept_groups(block, dimensions))
+    channels = len(structure.kept_channels(block, dimensions))
+    if (groups, channels) == (dimensions.groups, dimensions.channels):
+        return None
+    gone = (dimensions.groups - groups) * costs.groups[block] + (dimensions.channels - channels) * costs.channels[block]
+    return Narrowed(
+        block,
+        Size(dimensions.groups, groups),
+        Size(dimensions.channels, channels),
+        Size(costs.blocks[block], costs.blocks[block] - gone),
+    )
+
+
+def _name(run: Run) -> str:
+    """The preset's, which the method's name begins with."""
+    return run.settings.pruner_name.split("+")[0]
+
+
+def _told(report: StructureReport) -> str:
+    gone = [str(change.index) for change in report.changes if isinstance(change, Removed)]
+    narrowed = len(report.changes) - len(gone)
+    what = [f"{len(gone)} of {report.num_blocks} blocks removed ({', '.join(gone)})"] if gone else []
+    what += [f"{narrowed} of {report.num_blocks} blocks narrowed"] if narrowed else []
+    size = report.parameters
+    left = f"{size.left:,} of {size.dense:,} parameters left ({size.left / size.dense:.1%})"
+    return f"structure: {', '.join(what) or 'nothing goes'}; {left}"
+
+
+def _weights_in_linears(loaded: LoadedModel) -> int:
+    """In the blocks; the weights themselves may be in files."""
+    modules = discover_blocks(loaded.model)[1]
+    return sum(linear.weight.numel() for module in modules for linear in discover_linears(module).values())
+
+
+def _refused(act: Callable[[], T]) -> T:
+    """What `act` returns; what it refuses is a matter of the request."""
+    try:
+        return act()
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def _check(run: Run, loaded: LoadedModel, costs: Costs, dimensions: Dimensions) -> None:
+    method = run.settings.structure
+    problems = family_problems(loaded.model.config.to_dict(), method.narrows)
+    if problems := problems or method.check(costs, dimensions):
+        raise ConfigurationError(*problems)
+
+
+def _check_pattern(run: Run, narrower: LoadedModel) -> None:
+    goal = Goal.parse(run.settings.sparsity, run.settings.pattern)
+    group = goal.pattern[1] if goal.pattern else goal.group
+    if group is None:
+        return
+    linears = discover_linears(discover_blocks(narrower.model)[1][0])
+    inputs = {name: linear.weight.shape[1] for name, linear in linears.items()}
+    odd = [f"{name} ({count})" for name, count in inputs.items() if count % group]
+    if odd:
+        raise ConfigurationError(
+            f"pattern={run.settings.pattern}: after structure={_name(run)} the inputs of {', '.join(odd[:2])} are not "
+            f"divisible by {group}; set structure.multiple={group}"
+        )
+
+
+def _structure(run: Run, work: Work, costs: Costs, dimensions: Dimensions) -> Structure:
+    """What was decided before, or is decided now and kept."""
+    file = run.folder.structure
+    if text := distributed.from_first(lambda: file.read_text(encoding="utf-8") if file.is_file() else ""):
+        run.console.stage(f"structure: as {file.name} has it")
+        return _refused(lambda: from_json(text, str(file)))
+    identity = request_identity(run.config, work.calibration.tokens_sha256)
+    distributed.from_first(lambda: work.finished.begin(identity))  # so that no other request goes on with it
+    name = _name(run)
+    run.console.stage(f"structure by {name}")
+    progress = Progress(run.folder.structure_search, run.spent.keep)
+    dense = _dense(run, work, costs, dimensions)
+    chosen = run.settings.structure.choose(dense, progress, lambda text: run.console.stage(f"{name}: {text}", ""))
+    if distributed.is_first():
+        run.spent.keep()
+        atomic.write_text(file, to_json(chosen, dimensions))
+    return chosen
+
+
+def _dense(run: Run, work: Work, costs: Costs, dimensions: Dimensions) -> DenseModel:
+    """As a method sees it."""
+    loaded, batch_size = work.loaded, run.settings.calibration.batch_size
+    input_ids = distributed.own_samples(work.calibration.input_ids)
+    dtype = compute_dtype(run.settings)
+    blocks = [replace(block, compute_dtype=dtype) for block in capture_blocks(loaded.model, input_ids)]
+    return DenseModel(
+        partial(resident, loaded, blocks),
+        lambda: embed(loaded.model, blocks, input_ids, batch_size),
+        lambda: head_of(loaded.model, blocks, input_ids),
+        input_ids,
+        costs,
+        dimensions,
+        batch_size,
+    )
+
+
+def _narrowed(run: Run, loaded: LoadedModel, structure: Structure, dimensions: Dimensions) -> LoadedModel:
+    """The model of what is left, loaded as the dense one is."""
+    if loaded.weights is None:
+        return replace(loaded, model=narrowed_model(loaded.model, structure))
+    out, settings = run.folder.narrowed, run.settings.model
+    run.console.stage("writing what is left, block by block")
+    distributed.from_first(lambda: _write(run, loaded, structure, dimensions))
+    streamed = replace(settings, path=str(out), revision=None, convert=False, load="streamed")
+    return replace(load_model(streamed, run.device, offline=True), tokenizer=loaded.tokenizer, notes=loaded.notes)
+
+
+def _write(run: Run, loaded: LoadedModel, structure: Structure, dimensions: Dimensions) -> None:
+    """Nothing where an earlier attempt has written the same."""
+    out = run.folder.narrowed
+    beside, text = out / STRUCTURE_FILE, to_json(structure, dimensions)
+    if not beside.is_file() or beside.read_text(encoding="utf-8") != text:
+        trusted = run.settings.model.trust_remote_code
+        narrow_folder(loaded.folder, structure, out, loaded.tokenizer, trust_remote_code=trusted)
