@@ -37,6 +37,7 @@ def plan_table(settings: RunSettings, facts: Mapping[str, Any]) -> Table:
         **({"budget": type(settings.budget).__name__ + _keys(settings.budget)} if settings.budget else {}),
         "target": f"sparsity {settings.sparsity:g}, {settings.pattern}",
         "calibration": f"{calibration.path or calibration.name}, {_windows(calibration)}",
+        **({"skipping": _said(settings.skipping.asked)} if settings.skipping else {}),
         "scores": (", ".join(scored) or "none") + (", dense too" if evaluator.dense and scored else ""),
         "tracker": settings.tracker.name + (f", {settings.tracker.mode}" if settings.tracker.name != "none" else ""),
         "seed": settings.seed,
@@ -51,6 +52,12 @@ def plan_table(settings: RunSettings, facts: Mapping[str, Any]) -> Table:
     for name, value in rows.items():
         table.add_row(Text(str(name)), Text(str(value)))
     return table
+
+
+def _said(values: Mapping[str, Any]) -> str:
+    """`ffn (fraction 0.25, cold_first 1)`."""
+    keys = ", ".join(f"{key} {value}" for key, value in values.items() if key != "name")
+    return f"{values['name']} ({keys})"
 
 
 def _keys(part: Any) -> str:

@@ -128,6 +128,8 @@ class Scores:
     def to_dict(self) -> dict[str, Any]:
         """The part of results.json that they are, but for `provenance`."""
         values = {"perplexity": self.perplexity, "zero_shot": self.zero_shot, "unavailable": dict(self.unavailable)}
+        under = {score.name: score.conditions["skipping"] for score in self.scores if "skipping" in score.conditions}
+        values |= {"skipping": under} if under else {}
         return values | {name: dict(speed) for name in SPEEDS if (speed := getattr(self, name))}
 
     @staticmethod
@@ -135,8 +137,9 @@ class Scores:
         """The inverse, of any results.json or its part `dense`, of which the records stand in the whole's
         `provenance`."""
         known = (results.get("provenance") if provenance is None else provenance) or {}
-        sets, records = known.get("perplexity") or {}, known.get("zero_shot") or {}
-        tasks = records.get(COMMON) or {}
+        records = known.get("zero_shot") or {}
+        under = results.get("skipping") or {}  # of the dense model: what it skipped itself
+        sets, tasks = (_under(found or {}, under) for found in (known.get("perplexity"), records.get(COMMON)))
         found = [
             perplexity_score(name, value, sets.get(name) or {})
             for name, value in (results.get("perplexity") or {}).items()
@@ -146,6 +149,19 @@ class Scores:
         common = {key: value for key, value in records.items() if key != COMMON}
         speeds = {name: results.get(name) or {} for name in SPEEDS}
         return Scores(tuple(found), results.get("unavailable") or {}, common, **speeds)
+
+
+def _under(records: Mapping[str, Any], skipping: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The records with what was skipped."""
+    plain = {
+        name: {key: value for key, value in record.items() if key != "skipping"} for name, record in records.items()
+    }
+    return {name: record | ({"skipping": skipping[name]} if name in skipping else {}) for name, record in plain.items()}
+
+
+def asked_of(skipping: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Of a score's record of what was skipped, what was asked; {}: nothing was skipped."""
+    return {key: value for key, value in (skipping or {}).items() if key not in ("found", "skipped")}
 
 
 PREFERRED = ("acc_norm,none", "acc,none")  # of several metrics the one that stands for the task

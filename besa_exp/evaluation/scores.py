@@ -7,9 +7,9 @@ datasets are imported only when a task is asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from besa_exp.errors import Unavailable, as_unavailable
 from besa_exp.evaluation.checks import perplexity_window
 from besa_exp.evaluation.kept_scores import FinishedScores
 from besa_exp.evaluation.perplexity import cut_windows, perplexity
+from besa_exp.evaluation.policies import Decided, Skipping, decide
 from besa_exp.evaluation.score import Score, Scores, perplexity_score, task_scores
 from besa_exp.evaluation.simulated_speed import simulate_model
 from besa_exp.evaluation.speed import measure_model
@@ -40,6 +41,8 @@ from besa_exp.texts.tokens import (
 if TYPE_CHECKING:
     from besa_exp.checkpoints.load import LoadedModel
 
+PADDING = 0  # lm-eval fills its batches with it, on the right, and gives no mask
+
 
 def evaluate(
     loaded: LoadedModel,
@@ -48,20 +51,58 @@ def evaluate(
     seed: int,
     on_progress: Callable[[str], None],
     finished: FinishedScores | None = None,
+    skipping: Skipping | None = None,
 ) -> Scores:
     """Score a model on every set and task that `settings` names. `on_progress` is told what comes next; what `finished`
-    holds is taken from there.
+    holds is taken from there. Under `skipping` the model skips what that says, decided anew for each model.
 
     The global random states, the tokenizer and the weights are left as they were.
     """
     unavailable: dict[str, str] = {}
-    scores = _score_sets(loaded, settings, offline, on_progress, unavailable, finished)
+    scores: list[Score] = []
     common: Mapping[str, Any] = {}
-    if settings.tasks:
-        common, of_tasks = _score_tasks(loaded, settings, offline, seed, on_progress, unavailable, finished)
-        scores += of_tasks
+    try:
+        decided = _decided(loaded, settings, skipping, on_progress)
+    except Unavailable as error:
+        unavailable |= dict.fromkeys([*settings.perplexity_sets, *scored_names(settings)], str(error))
+        scores += [perplexity_score(name, None, {}) for name in settings.perplexity_sets]
+    else:
+        finished = finished and replace(finished, given={"skipping": skipping.request} if skipping else {})
+        scores += _score_sets(loaded, settings, offline, on_progress, unavailable, finished, decided)
+        if settings.tasks:
+            common, of_tasks = _score_tasks(
+                loaded, settings, offline, seed, on_progress, unavailable, finished, decided
+            )
+            scores += of_tasks
     speeds = _speeds(loaded, settings, on_progress, unavailable)
     return Scores(tuple(scores), unavailable, common, **speeds)
+
+
+def _decided(
+    loaded: LoadedModel, settings: EvaluatorSettings, skipping: Skipping | None, on_progress: Callable[[str], None]
+) -> Decided | None:
+    """What this model skips; None: nothing, or there is nothing to score. Unavailable: it cannot skip."""
+    if skipping is None or not (settings.perplexity_sets or settings.tasks):
+        return None
+    on_progress(f"what skipping={skipping.settings.name} skips")
+    with as_unavailable():
+        decided = decide(loaded, skipping)
+    if decided.found:
+        on_progress(", ".join(f"skipping: {key} {value}" for key, value in decided.found.items()))
+    return decided
+
+
+@contextmanager
+def _recorded(
+    loaded: LoadedModel, decided: Decided | None, record: dict[str, Any], padding: int | None = None
+) -> Iterator[None]:
+    """Under the policy, if there is one; `record` then says which, and what it skipped."""
+    if decided is None:
+        yield
+        return
+    with decided.on(loaded.model, padding) as course:
+        yield
+    record["skipping"] = decided.record(course)
 
 
 def _score_sets(
@@ -71,6 +112,7 @@ def _score_sets(
     on_progress: Callable[[str], None],
     unavailable: dict[str, str],
     finished: FinishedScores | None,
+    decided: Decided | None,
 ) -> list[Score]:
     """The perplexities; `unavailable` receives the reason for each that is None."""
     scores = []
@@ -80,7 +122,7 @@ def _score_sets(
         on_progress(f"perplexity on {source}" + (", scored before" if earlier else ""))
         try:
             with as_unavailable():
-                value, record = earlier or _score_set(loaded, source, settings, offline)
+                value, record = earlier or _score_set(loaded, source, settings, offline, decided)
         except Unavailable as error:
             unavailable[source] = str(error)
             scores.append(perplexity_score(source, None, {}))
@@ -118,7 +160,7 @@ def _speeds(
 
 
 def _score_set(
-    loaded: LoadedModel, source: str, settings: EvaluatorSettings, offline: bool
+    loaded: LoadedModel, source: str, settings: EvaluatorSettings, offline: bool, decided: Decided | None
 ) -> tuple[float, dict[str, Any]]:
     """Perplexity of one set and its record. Raises Unavailable with the reason where there is none."""
     model: Any = loaded.model
@@ -135,7 +177,8 @@ def _score_set(
     if int(windows.max()) >= vocabulary:
         raise Unavailable(f"token id {int(windows.max())} is not in the model's vocabulary of {vocabulary}")
     if loaded.weights is None:
-        result = perplexity(model, windows, window, settings.batch_size)
+        with _recorded(loaded, decided, record):
+            result = perplexity(model, windows, window, settings.batch_size)
     else:
         from besa_exp.evaluation.streamed import streamed_perplexity
 
@@ -185,6 +228,7 @@ def _score_tasks(
     on_progress: Callable[[str], None],
     unavailable: dict[str, str],
     finished: FinishedScores | None,
+    decided: Decided | None,
 ) -> tuple[Mapping[str, Any], list[Score]]:
     """What all tasks have in common, and their scores; `unavailable` receives the reason for each that has none."""
     on_progress("loading lm-eval")
@@ -205,7 +249,10 @@ def _score_tasks(
         on_progress(f"zero-shot {task}" + (", scored before" if earlier else ""))
         try:
             with as_unavailable():
-                metrics, record = earlier or astuple(score_task(task, scored, settings, offline, seed))
+                under: dict[str, Any] = {}
+                with _recorded(loaded, None if earlier else decided, under, PADDING):
+                    metrics, record = earlier or astuple(score_task(task, scored, settings, offline, seed))
+                record = {**record, **under}
         except Unavailable as error:
             unavailable[task] = str(error)
             continue
