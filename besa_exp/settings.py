@@ -54,7 +54,7 @@ class EvaluatorSettings:
     data_dir: str | None = None
     dense: bool = False
     simulated_speed: bool = False  # cycles on a simulated sparse accelerator
-    speed: bool = False  # measured: 2:4 products against dense ones
+    speed: bool = False  # measured: cost, tokens a second, and 2:4 products against dense ones
 
 
 @dataclass(frozen=True)

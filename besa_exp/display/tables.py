@@ -16,10 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from besa_exp.blocks.sparsity_table import block_counts, short_names, type_counts
+from besa_exp.display.cost import COST_HEADS, cost_rows
 from besa_exp.display.model_card import SPEED_HEADS, score_rows, speed_rows
 from besa_exp.display.stages import stage_lines
 from besa_exp.errors import ConfigurationError
-from besa_exp.evaluation.score import Scores, partly_scored
+from besa_exp.evaluation.score import Scores, partly_scored, skipped_parts
 from besa_exp.settings import CalibrationSettings, RunSettings, SaveSettings
 from besa_exp.texts.sources import is_token_file
 from besa_exp.texts.token_files import token_file_shape
@@ -99,6 +100,9 @@ def result_tables(results: Mapping[str, Any], width: int, style: box.Box) -> lis
         tables.append(_score_table(scores, score_rows(results.get("dense") or {}), style, named))
     if rows := speed_rows(results):
         tables.append(_speed_table(rows, results["simulated_speed"]["model"], style))
+    if costs := cost_rows(results):
+        tables.append(_cost_table(costs, bool(results.get("dense")), style))
+    tables += [Text(f"{name}: {part}") for name, part in skipped_parts(Scores.from_dict(results).scores).items()]
     tables += [
         Text(f"{task}: scored on {part}") for task, part in partly_scored(Scores.from_dict(results).scores).items()
     ]
@@ -154,6 +158,15 @@ def _speed_table(rows: Sequence[tuple[str, ...]], model: str, style: box.Box) ->
         table.add_column(head, justify="right" if number else "left", no_wrap=number > 0)
     for row in rows:
         table.add_row(*row)
+    return table
+
+
+def _cost_table(rows: Sequence[tuple[str, str, str]], with_dense: bool, style: box.Box) -> Table:
+    table = _table("cost", style)
+    for number, head in enumerate(COST_HEADS if with_dense else (COST_HEADS[0], COST_HEADS[-1])):
+        table.add_column(head, justify="right" if number else "left")
+    for what, dense, own in rows:
+        table.add_row(*((what, dense, own) if with_dense else (what, own)))
     return table
 
 

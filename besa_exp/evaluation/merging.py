@@ -95,6 +95,8 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
         union = {key: score for key, score in union.items() if key[:2] != (kind, name)}
         union |= {(score.kind, score.name, score.metric): score for score in found}
         unavailable.pop(name, None)
+    if scores.cost:
+        unavailable.pop("cost", None)
     for name, reason in scores.unavailable.items():
         if any(before.named(kind, name) or scores.named(kind, name) for kind in KINDS):
             told.append(f"{name} could not be scored anew ({reason}): its earlier score stays")

@@ -1,4 +1,4 @@
-"""What is asked of skipping (`skipping=ffn`), decided for one model: the threshold, or the blocks, for a wanted fraction.
+"""What is asked of skipping (`skipping=ffn`), decided for one model: a threshold, or blocks, for a wanted fraction.
 
 `ffn`: the threshold by bisection, each try one pass of the calibration tokens through the blocks. `static`: the FFNs
 that turn states least, by mean cosine over decoded tokens. `shortgpt_gen`: the blocks of least influence. A dense and a

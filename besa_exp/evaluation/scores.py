@@ -19,6 +19,7 @@ from torch import Tensor
 from besa_exp.blocks.block import discover_blocks
 from besa_exp.errors import Unavailable, as_unavailable
 from besa_exp.evaluation.checks import perplexity_window
+from besa_exp.evaluation.cost import cost_of
 from besa_exp.evaluation.kept_scores import FinishedScores
 from besa_exp.evaluation.perplexity import cut_windows, perplexity
 from besa_exp.evaluation.policies import Decided, Skipping, decide
@@ -139,7 +140,7 @@ def _speeds(
     on_progress: Callable[[str], None],
     unavailable: dict[str, str],
 ) -> dict[str, dict[str, Any]]:
-    """Simulated and measured speed, where they are asked for."""
+    """Simulated and measured speed, and cost, where they are asked for."""
     speeds: dict[str, dict[str, Any]] = {}
     try:
         if settings.simulated_speed:
@@ -156,6 +157,13 @@ def _speeds(
     except Unavailable as error:
         unavailable["speed"] = str(error)
         speeds["speed"] = {"unavailable": str(error)}
+    try:
+        if settings.speed:
+            on_progress("cost: sizes, prefill and decoding")
+            with as_unavailable():
+                speeds["cost"] = distributed.from_first(lambda: cost_of(loaded, _context(loaded.model)))
+    except Unavailable as error:
+        unavailable["cost"] = str(error)
     return speeds
 
 
