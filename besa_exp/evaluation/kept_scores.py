@@ -105,9 +105,9 @@ def dense_key(
     device: torch.device,
     skipping: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that determines the scores; `skipping`: what a policy is decided from. Files are told by name, size and
-    time of change, as reading them all would take longer than many an evaluation; the seed matters where examples are,
-    or may be, drawn."""
+    """Everything that determines the scores; `skipping`: what a policy is decided from. Files are told by name, size
+    and time of change, as reading them all would take longer than many an evaluation; the seed matters where examples
+    are, or may be, drawn."""
     local = [*settings.perplexity_sets, *(place for place in (settings.data_dir, settings.include_path) if place)]
     paths = [Path(name).expanduser() for name in local]
     drawn = settings.num_fewshot or any(task not in TASK_FOLDERS for task in settings.tasks)

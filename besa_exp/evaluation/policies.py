@@ -92,7 +92,7 @@ def decide(loaded: LoadedModel, wanted: Skipping) -> Decided:
     if loaded.weights is not None:
         raise Unavailable(STREAMED)
     settings, model = wanted.settings, loaded.model
-    device = model.get_input_embeddings().weight.device
+    device = next(model.parameters()).device
     sample = torch.zeros(1, 2, dtype=torch.long, device=device) if wanted.tokens is None else wanted.tokens
     calibrated = _Calibrated.of(model, sample[: settings.num_samples].to(device), settings)
     count = len(calibrated.blocks)

@@ -50,25 +50,20 @@ def test_a_quarter_of_the_ffns_is_skipped_where_a_quarter_is_asked_for(name: str
 
 def test_static_blocks_are_those_whose_ffn_turns_states_least_and_not_cold() -> None:
     one = loaded()
-    turns = []
-    hooks = []
-    for layer in one.model.model.layers:
-        given: list[torch.Tensor] = []
-        hooks.append(
-            layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args, g=given: g.append(args[0]))
-        )
-        hooks.append(
-            layer.register_forward_hook(
-                lambda *a, g=given: turns.append(
-                    torch.nn.functional.cosine_similarity(g[0].double(), a[2].double(), dim=-1)[:, 5:].mean()
-                )
-            )
-        )
-    one.model(IDS, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    expected = sorted(sorted(range(1, 7), key=lambda block: -turns[block])[:2])
-    assert decide(one, wanted("static", fraction=0.25, prompt_tokens=5)).found == {"blocks": expected}
+    between: list[torch.Tensor] = []
+    turning: list[float] = []
+
+    def after(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+        cosines = torch.nn.functional.cosine_similarity(between[-1].double(), output.double(), dim=-1)
+        turning.append(-float(cosines[:, 5:].mean()))
+
+    model: Any = one.model
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: between.append(args[0]))
+        layer.register_forward_hook(after)
+    model(IDS, use_cache=False)
+    expected = sorted(sorted(range(1, 7), key=lambda block: turning[block])[:2])
+    assert decide(loaded(), wanted("static", fraction=0.25, prompt_tokens=5)).found == {"blocks": expected}
 
 
 def test_prompts_that_pass_blocks_in_one_pass_are_prefill_and_decoding() -> None:
@@ -77,9 +72,8 @@ def test_prompts_that_pass_blocks_in_one_pass_are_prefill_and_decoding() -> None
         expected = model(IDS, use_cache=False).logits
     with torch.no_grad(), prefill_skipping(model, (2, 5)):
         found = model(IDS[:, :6], use_cache=True)
-        logits, held = [found.logits], found.past_key_values
-        for place in range(6, IDS.shape[1]):
-            logits.append(model(IDS[:, place : place + 1], past_key_values=held, use_cache=True).logits)
+        held, tokens = found.past_key_values, IDS[:, 6:].split(1, dim=1)
+        logits = [found.logits, *(model(ids, past_key_values=held, use_cache=True).logits for ids in tokens)]
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-4, atol=1e-4)
     assert (course.skipped, course.counted) == (2 * 4 * 6, 8 * 4 * 6)
     assert not torch.allclose(expected, model(IDS).logits, atol=1e-3)
