@@ -75,7 +75,7 @@ def _passed_weights(block: Block, config: Any) -> float:
     text = config.get_text_config()
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
     share = getattr(text, "num_experts_per_tok", 1) / experts if experts else 1.0
-    return sum(linear.weight.numel() * (share if linear.of_mixture else 1) for linear in block.linears.values())
+    return float(sum(linear.weight.numel() * (share if linear.of_mixture else 1) for linear in block.linears.values()))
 
 
 def _query_channels(block: Block, config: Any) -> int:
