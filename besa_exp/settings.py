@@ -5,7 +5,7 @@ Nothing here imports torch or Hydra, so that a configuration is read and checked
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 
@@ -54,7 +54,44 @@ class EvaluatorSettings:
     data_dir: str | None = None
     dense: bool = False
     simulated_speed: bool = False  # cycles on a simulated sparse accelerator
-    speed: bool = False  # measured: 2:4 products against dense ones
+    speed: bool = False  # measured: cost, tokens a second, and 2:4 products against dense ones
+
+
+@dataclass(frozen=True)
+class SkippingSettings:
+    """What the model skips while it is scored: FFNs of decoded tokens, or (`shortgpt_gen`) whole blocks of prompts. Of
+    `fraction`, the threshold, or the blocks, are found on calibration tokens where they are not given."""
+
+    name: Literal["ffn", "static", "random", "shortgpt_gen"]
+    fraction: float | None = None  # of all FFNs (shortgpt_gen: blocks)
+    threshold: float | None = None  # ffn: the cosine from which on the next FFNs are skipped
+    blocks: tuple[int, ...] = ()  # static, shortgpt_gen: which
+    span: int | None = None  # ffn: FFNs skipped after the threshold is reached; None: up to the cold end
+    cold_first: int = 1  # first and last blocks that never skip
+    cold_last: int = 1
+    warm_tokens: int = 0  # first decoded tokens that never skip
+    prompt_tokens: int = 0  # first tokens of each window or question that count as its prompt
+    num_samples: int = 8  # calibration windows on which the threshold or the blocks are found
+    seed: int = 0  # random: of what is drawn
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether something is to be found on calibration tokens."""
+        return self.name != "random" and self.threshold is None and not self.blocks
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """As plain values, without those that say nothing."""
+        of_all, found, ends = ("name", "prompt_tokens"), ("fraction", "num_samples"), ("cold_first", "cold_last")
+        of_policy = {
+            "ffn": ("threshold", "span", "warm_tokens", *ends),
+            "static": ("blocks", "warm_tokens", *(ends if self.is_calibrated else ())),
+            "random": ("fraction", "seed", "warm_tokens"),
+            "shortgpt_gen": ("blocks", *(ends if self.is_calibrated else ())),
+        }
+        said = (*of_all, *of_policy[self.name], *(found if self.is_calibrated else ()))
+        given = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {key: value for key, value in given.items() if key in said and value not in (None, [])}
 
 
 @dataclass(frozen=True)
@@ -135,6 +172,7 @@ class RunSettings:
     budget: Any = None  # how much each block gives up; None: all the same
     recovery: RecoverySettings | None = None  # how the whole pruned model is tuned; None: not at all
     structure: Any = None  # what is taken out whole before all else; None: nothing
+    skipping: SkippingSettings | None = None  # what is skipped while the models are scored
     sparsity: float = 0.5
     pattern: str = "unstructured"  # or "2:4": 2 kept of every 4 inputs; or "N:8": N chosen by row
     seed: int = 0
@@ -174,6 +212,8 @@ class EvaluationSettings:
     model: ModelSettings
     evaluator: EvaluatorSettings
     tracker: TrackerSettings
+    skipping: SkippingSettings | None = None  # what is skipped while it is scored
+    calibration: CalibrationSettings | None = None  # of what skipping.fraction is found on
     seed: int = 0  # of few-shot examples
     device: str = "auto"
     deterministic: bool = True

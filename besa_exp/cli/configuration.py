@@ -44,6 +44,7 @@ DETERMINING_KEYS = (
     "calibration",
     *METHOD_GROUPS,
     "evaluator",
+    "skipping",
     "sparsity",
     "pattern",
     "seed",
@@ -174,7 +175,8 @@ def run_name(config: DictConfig) -> str:
         amount = f"{pattern}-{amount}"
     content = _canonical(without_places(values) | {"method": method})
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    parts = [_model_name(values), method, *differing, amount, f"s{values.get('seed')}", digest[:HASH_LENGTH]]
+    skipping = [f"skipping_{under['name']}"] if isinstance(under := values.get("skipping"), dict) else []
+    parts = [_model_name(values), method, *differing, amount, *skipping, f"s{values.get('seed')}", digest[:HASH_LENGTH]]
     return "-".join(_slug(part) for part in parts)
 
 
@@ -188,17 +190,31 @@ def _told_differences(method: str, values: Mapping[str, Any], calibration: str) 
 
 def evaluation_folder(config: DictConfig) -> str:
     """Where scores of `config.checkpoint` are kept: beside the run that made it, else `outputs/<name>-scores-<hash>`,
-    the hash over the checkpoint and how it is loaded, so that further scores of it join those that are there."""
+    the hash over the checkpoint and how it is loaded, so that further scores of it join those that are there. Scores
+    under a skipping policy are others: they stand in `outputs/<name>-skipping_ffn-<hash>`, one folder a policy."""
     values = as_values(config)
     run, path = run_and_model(str(values.get("checkpoint")))
-    if run is not None:
+    under = _skipping_asked(values)
+    if run is not None and not under:
         return str(run)
     model = values.get("model")
     deciding = {key: value for key, value in (model or {}).items() if key not in (*NOT_DECIDING, "path")}
     place = str(Path(path).expanduser().resolve()) if Path(path).expanduser().is_dir() else path
-    content = json.dumps(_canonical([place, deciding]), sort_keys=True)
+    content = json.dumps(_canonical([place, deciding, *under]), sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()
-    return f"outputs/{_slug(Path(path).name)}-scores-{digest[:HASH_LENGTH]}"
+    kind = f"skipping_{under[0]['name']}" if under else "scores"
+    return f"outputs/{_slug(run.name if run else Path(path).name)}-{kind}-{digest[:HASH_LENGTH]}"
+
+
+def _skipping_asked(values: Mapping[str, Any]) -> list[Any]:
+    """What decides a policy besides the model; [] where nothing is skipped."""
+    skipping = values.get("skipping")
+    if not isinstance(skipping, Mapping):
+        return []
+    calibration = values.get("calibration")
+    return [
+        without_places({"skipping": skipping, "calibration": calibration})[key] for key in ("skipping", "calibration")
+    ]
 
 
 def tuning_folder(config: DictConfig) -> str:

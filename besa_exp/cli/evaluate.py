@@ -116,7 +116,8 @@ def _checked(
     except (OSError, ValueError) as error:
         composer.problems[str(folder)] = f"{folder / 'results.json'} cannot be read ({error}); remove it"
         return settings, None
-    left = remaining(settings.evaluator, settings.seed, facts.context if facts else None, results, settings.overwrite)
+    context = facts.context if facts else None
+    left = remaining(settings.evaluator, settings.seed, context, results, settings.overwrite, settings.skipping)
     composer.problems |= {conflict: conflict for conflict in left.conflicts}
     asked = left.settings
     nothing = not (asked.perplexity_sets or asked.tasks or asked.simulated_speed or asked.speed)

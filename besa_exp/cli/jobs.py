@@ -210,7 +210,7 @@ def summary_line(results: Mapping[str, Any]) -> str:
     for score in scores:
         if score.kind == "perplexity":
             before = f" (dense {value:.3f})" if (value := dense.get(score.path)) else ""
-            parts.append(f"perplexity {Path(score.name).name} {_number(score.value, 3)}{before}")
+            parts.append(f"perplexity {Path(score.name).name}{score.under} {_number(score.value, 3)}{before}")
     partly = partly_scored(scores)
     for score in main_scores(scores):
         beside = [partly[score.name]] if score.name in partly else []

@@ -15,7 +15,7 @@ from besa_exp.checkpoints.gguf_file import inspect_gguf, is_gguf
 from besa_exp.checkpoints.inspect import ModelFolder, inspect_config, inspect_model_folder, saved_dtype
 from besa_exp.cli.hub_needs import missing_offline, needs_of
 from besa_exp.errors import did_you_mean
-from besa_exp.evaluation.checks import check_evaluator
+from besa_exp.evaluation.checks import check_evaluator, check_skipping
 from besa_exp.hub.client import is_hub_id
 from besa_exp.hub.publish import check_push
 from besa_exp.machine.disk import check_disk, required_bytes
@@ -51,11 +51,13 @@ def preflight(
     facts, problems = _check_shared(settings, unknown, here, "model.path")
     context = facts.context if facts else settings.model.context
     problems += _check_target(settings, facts, "pruner" not in unknown)
-    if "calibration" not in unknown and not settings.is_dense:
+    calibrated = settings.skipping is not None and settings.skipping.is_calibrated
+    if "calibration" not in unknown and (calibrated or not settings.is_dense):
         length = None if "calibration.path" in unknown else context
         problems += check_calibration(settings.calibration, length)
     if settings.offline and here:
-        left_out = settings.is_dense or {"calibration", "calibration.path"} & {*unknown}
+        not_read = settings.is_dense and not calibrated
+        left_out = not_read or {"calibration", "calibration.path"} & {*unknown}
         calibration = None if left_out else settings.calibration
         problems += missing_offline(needs_of(*_known(settings, unknown, calibration)))
     problems += check_push(settings.save, settings.offline) if here else []
@@ -79,8 +81,12 @@ def preflight_evaluation(
             f"model.dtype={settings.model.dtype}: the scores of {run} are those of its model as saved, {saved}; leave "
             "model.dtype out, or name another folder with hydra.run.dir="
         )
+    skipping = settings.skipping
+    read = settings.calibration if skipping and skipping.is_calibrated and "calibration" not in unknown else None
+    if read:
+        problems += check_calibration(read, facts.context if facts else settings.model.context)
     if settings.offline:
-        problems += missing_offline(needs_of(*_known(settings, unknown, None)))
+        problems += missing_offline(needs_of(*_known(settings, unknown, read)))
     return facts, [*of_run, *problems]
 
 
@@ -134,6 +140,8 @@ def _check_shared(
         problems += of_model
     if "evaluator" not in unknown:
         problems += check_evaluator(settings.evaluator, facts.context if facts else settings.model.context)
+    if settings.skipping and "skipping" not in unknown:
+        problems += check_skipping(settings.skipping, settings.model.load)
     if "tracker" not in unknown:
         problems += _check_tracker(settings.tracker, settings.offline)
     problems += _check_seed(settings.seed)

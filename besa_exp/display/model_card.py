@@ -12,10 +12,11 @@ from typing import Any
 import yaml
 
 from besa_exp.blocks.sparsity_table import type_counts
+from besa_exp.display.cost import COST_HEADS, cost_rows
 from besa_exp.display.markdown import escaped, markdown_table
 from besa_exp.display.missed_target import told_miss
 from besa_exp.display.stages import stage_lines
-from besa_exp.evaluation.score import Scores, partly_scored
+from besa_exp.evaluation.score import Scores, partly_scored, skipped_parts
 from besa_exp.machine.environment import masked_command
 
 HONESTY = (
@@ -75,7 +76,18 @@ def model_card(
     lines += ["", honesty, "", "## Sparsity by linear type", ""]
     lines += markdown_table(["linear", "weights", "zeros", "sparsity"], rows, numbers=True)
     shown = shlex.join(["besa", *masked_command(command[1:])])
-    lines += ["", *_scores(results), *_simulated_speed(results), "## Command", "", "```", shown, "```", ""]
+    lines += [
+        "",
+        *_scores(results),
+        *_simulated_speed(results),
+        *_cost(results),
+        "## Command",
+        "",
+        "```",
+        shown,
+        "```",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -111,6 +123,7 @@ def _scores(results: Mapping[str, Any]) -> list[str]:
     reasons += [
         f"- {escaped(task)}: scored on {part}" for task, part in partly_scored(Scores.from_dict(results).scores).items()
     ]
+    reasons += [f"- {escaped(name)}: {part}" for name, part in skipped_parts(Scores.from_dict(results).scores).items()]
     return [*lines, "", *reasons, *([""] if reasons else [])]
 
 
@@ -129,6 +142,12 @@ def _simulated_speed(results: Mapping[str, Any]) -> list[str]:
         return []
     head = f"## Speed, {results['simulated_speed']['model']}"
     return [head, "", *markdown_table(SPEED_HEADS, rows, numbers=True), ""]
+
+
+def _cost(results: Mapping[str, Any]) -> list[str]:
+    """A table where it was asked for."""
+    rows = cost_rows(results)
+    return ["## Cost", "", *markdown_table(COST_HEADS, rows, numbers=True), ""] if rows else []
 
 
 def speed_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -17,11 +17,12 @@ from rich.text import Text
 
 from besa_exp import __version__
 from besa_exp.blocks.sparsity_table import block_counts, short_names, type_counts
+from besa_exp.display.cost import COST_HEADS, cost_rows
 from besa_exp.display.loss_colour import colour_of_loss
 from besa_exp.display.model_card import SPEED_HEADS, score_rows, speed_rows
 from besa_exp.display.stages import stage_lines
 from besa_exp.errors import ConfigurationError
-from besa_exp.evaluation.score import Scores, metric_name, partly_scored
+from besa_exp.evaluation.score import Scores, metric_name, partly_scored, skipped_parts
 from besa_exp.settings import CalibrationSettings, RunSettings, SaveSettings
 from besa_exp.texts.sources import is_token_file
 from besa_exp.texts.token_files import token_file_shape
@@ -41,6 +42,7 @@ def plan_table(settings: RunSettings, facts: Mapping[str, Any]) -> Table:
         **({"recovery": settings.recovery.name + _said(settings.recovery)} if settings.recovery else {}),
         "target": f"sparsity {settings.sparsity:g}, {settings.pattern}",
         "calibration": f"{calibration.path or calibration.name}, {_windows(calibration)}",
+        **({"skipping": _said(settings.skipping.asked)} if settings.skipping else {}),
         "scores": (", ".join(scored) or "none") + (", dense too" if evaluator.dense and scored else ""),
         "tracker": settings.tracker.name + (f", {settings.tracker.mode}" if settings.tracker.name != "none" else ""),
         "seed": settings.seed,
@@ -57,6 +59,12 @@ def plan_table(settings: RunSettings, facts: Mapping[str, Any]) -> Table:
     for name, value in rows.items():
         table.add_row(Text(str(name)), Text(str(value)))
     return table
+
+
+def _said(values: Mapping[str, Any]) -> str:
+    """`ffn (fraction 0.25, cold_first 1)`."""
+    keys = ", ".join(f"{key} {value}" for key, value in values.items() if key != "name")
+    return f"{values['name']} ({keys})"
 
 
 def _keys(part: Any) -> str:
@@ -126,6 +134,9 @@ def result_tables(results: Mapping[str, Any], style: box.Box) -> list[Renderable
     tables += [_score_table(results, style)] if score_rows(results) else []
     if rows := speed_rows(results):
         tables.append(_speed_table(rows, results["simulated_speed"]["model"], style))
+    if costs := cost_rows(results):
+        tables.append(_cost_table(costs, bool(results.get("dense")), style))
+    tables += [Text(f"{name}: {part}") for name, part in skipped_parts(Scores.from_dict(results).scores).items()]
     tables += [Text(f"n/a {name}: {reason}") for name, reason in sorted((results.get("unavailable") or {}).items())]
     return tables
 
@@ -214,6 +225,15 @@ def _speed_table(rows: Sequence[tuple[str, ...]], model: str, style: box.Box) ->
         table.add_column(head, justify="right" if number else "left", no_wrap=number > 0)
     for row in rows:
         table.add_row(*row)
+    return table
+
+
+def _cost_table(rows: Sequence[tuple[str, str, str]], with_dense: bool, style: box.Box) -> Table:
+    table = _table("cost", style)
+    for number, head in enumerate(COST_HEADS if with_dense else (COST_HEADS[0], COST_HEADS[-1])):
+        table.add_column(head, justify="right" if number else "left")
+    for what, dense, own in rows:
+        table.add_row(*((what, dense, own) if with_dense else (what, own)))
     return table
 
 

@@ -211,6 +211,9 @@ def _summary(scores: Scores) -> dict[str, float | str]:
     for name, speed in (("simulated_speed", scores.simulated_speed), ("speed", scores.speed)):
         for kind, row in speed.get("linears", {}).items():
             values |= {f"{name}/{kind}/{key}": value for key, value in row.items() if value is not None}
+    for key, value in scores.cost.items():
+        rows = value if isinstance(value, Mapping) else {"": value}
+        values |= {f"cost/{key}/{batch}".rstrip("/"): number for batch, number in rows.items()}
     return values | {f"unavailable/{name}": reason for name, reason in scores.unavailable.items()}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from besa_exp.errors import ConfigurationError, did_you_mean_one_of
 from besa_exp.evaluation.task_definitions import TASK_FOLDERS, all_names, find, read_definitions, tasks_root, unreadable
-from besa_exp.settings import EvaluatorSettings
+from besa_exp.settings import EvaluatorSettings, SkippingSettings
 from besa_exp.texts.sources import check_source, is_token_file
 from besa_exp.texts.token_files import token_file_shape
 
@@ -98,6 +98,34 @@ def _unknown_task(task: str, include_path: str | None) -> list[str]:
         f"evaluator.tasks={task}: lm-eval knows no such task, group or tag{near}; `lm_eval ls tasks` lists them, and "
         f"evaluator.include_path adds your own{broken}"
     ]
+
+
+def check_skipping(settings: SkippingSettings, load: str = "auto") -> list[str]:
+    """What is wrong with a policy, in complete sentences; `load` is model.load."""
+    of, problems = settings, []
+    needs = {"ffn": "skipping.threshold or ", "static": "skipping.blocks or ", "shortgpt_gen": "skipping.blocks or "}
+    if of.fraction is None and (of.is_calibrated or of.name == "random"):
+        problems.append(f"skipping={of.name}: says not how much; give {needs.get(of.name, '')}skipping.fraction")
+    if of.fraction is not None and not 0 <= of.fraction <= 1:
+        problems.append(
+            f"skipping.fraction={of.fraction:g}: must be in [0, 1]; write for example skipping.fraction=0.25"
+        )
+    if of.threshold is not None and not -1 <= of.threshold <= 2:
+        problems.append(
+            f"skipping.threshold={of.threshold:g}: a cosine is in [-1, 1], and 2 never skips; give such a one"
+        )
+    lower = {"span": 1, "cold_first": 0, "cold_last": 0, "warm_tokens": 0, "prompt_tokens": 0, "num_samples": 1}
+    lower |= {"prompt_tokens": 1} if of.name == "shortgpt_gen" else {}
+    problems += [
+        f"skipping.{key}={given}: must be at least {least}; set skipping.{key}={least} or more"
+        for key, least in lower.items()
+        if (given := getattr(of, key)) is not None and given < least
+    ]
+    if negative := [block for block in of.blocks if block < 0]:
+        problems.append(f"skipping.blocks: {negative[0]} is no block; they are counted from 0")
+    if load == "streamed":
+        problems.append("model.load=streamed: skipping needs the whole model in memory; set model.load=whole")
+    return problems
 
 
 def _repeated(names: tuple[str, ...], key: str) -> list[str]:

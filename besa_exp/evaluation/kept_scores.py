@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,23 +38,28 @@ MEASURED_BY = ("besa-exp", "torch", "transformers", "tokenizers", "datasets", "l
 @dataclass(frozen=True)
 class FinishedScores:
     """scores.json of a run folder: {which model: {kind: {set or task: request and result}}}. Of several ranks the first
-    reads it for all, and writes it. `keep_spent` is called before each score is kept."""
+    reads it for all, and writes it. `keep_spent` is called before each score is kept. `given` joins each request."""
 
     path: Path
     which: str
     keep_spent: Callable[[], None] = lambda: None
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     def find(self, kind: str, name: str, request: dict[str, Any]) -> Any | None:
         """What was measured under the same `request`; None: nothing."""
         found = distributed.from_first(lambda: self._read().get(self.which, {}).get(kind, {}).get(name))
-        return found["result"] if found and found["request"] == json.loads(json.dumps(request)) else None
+        asked = json.loads(json.dumps({**request, **self.given}))
+        return found["result"] if found and found["request"] == asked else None
 
     def keep(self, kind: str, name: str, request: dict[str, Any], result: Any) -> None:
         """Remember one set's or task's result."""
         if not distributed.is_first():
             return
         content = self._read()
-        content.setdefault(self.which, {}).setdefault(kind, {})[name] = {"request": request, "result": result}
+        content.setdefault(self.which, {}).setdefault(kind, {})[name] = {
+            "request": {**request, **self.given},
+            "result": result,
+        }
         self.keep_spent()
         atomic.write_text(self.path, json.dumps(content) + "\n")
 
@@ -93,10 +98,16 @@ def shared_dense_scores(
 
 
 def dense_key(
-    loaded: LoadedModel, settings: EvaluatorSettings, seed: int, deterministic: bool, device: torch.device
+    loaded: LoadedModel,
+    settings: EvaluatorSettings,
+    seed: int,
+    deterministic: bool,
+    device: torch.device,
+    skipping: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that determines the scores. Files are told by name, size and time of change, as reading them all would
-    take longer than many an evaluation; the seed matters where examples are, or may be, drawn."""
+    """Everything that determines the scores; `skipping`: what a policy is decided from. Files are told by name, size
+    and time of change, as reading them all would take longer than many an evaluation; the seed matters where examples
+    are, or may be, drawn."""
     local = [*settings.perplexity_sets, *(place for place in (settings.data_dir, settings.include_path) if place)]
     paths = [Path(name).expanduser() for name in local]
     drawn = settings.num_fewshot or any(task not in TASK_FOLDERS for task in settings.tasks)
@@ -111,6 +122,7 @@ def dense_key(
         "deterministic": deterministic,
         "versions": {name: _version(name) for name in MEASURED_BY},
         "code": files_of(Path(__file__).parent),
+        **({"skipping": dict(skipping)} if skipping else {}),
     }
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.checks import perplexity_window
-from besa_exp.evaluation.score import SPEEDS, Score, Scores, perplexity_score
+from besa_exp.evaluation.score import SPEEDS, Score, Scores, asked_of, perplexity_score
 from besa_exp.evaluation.task_definitions import TASK_FOLDERS, scored_names
-from besa_exp.settings import EvaluatorSettings
+from besa_exp.settings import EvaluatorSettings, SkippingSettings
 from besa_exp.texts.sources import file_sha256, is_token_file
 from besa_exp.texts.token_files import token_file_shape
 
@@ -36,9 +36,15 @@ class Remaining:
 
 
 def remaining(
-    settings: EvaluatorSettings, seed: int, context: int | None, results: Mapping[str, Any], overwrite: bool = False
+    settings: EvaluatorSettings,
+    seed: int,
+    context: int | None,
+    results: Mapping[str, Any],
+    overwrite: bool = False,
+    skipping: SkippingSettings | None = None,
 ) -> Remaining:
     """What `results` (a results.json, or {}) leaves to be scored. `context` None: the model's is not known."""
+    under = skipping.asked if skipping else {}
     if overwrite:
         return Remaining(settings, (), ())
     known, conflicts, sets, tasks = [], [], [], []
@@ -47,7 +53,10 @@ def remaining(
         found = scores.named("perplexity", name)
         if not found:
             sets.append(name)
-        elif differs := _set_difference(name, settings, context, found[0].conditions):
+        elif differs := [
+            *_set_difference(name, settings, context, found[0].conditions),
+            *_skipping_difference(under, found[0].conditions),
+        ]:
             conflicts.append(_conflict(f"perplexity on {name}", differs))
         else:
             known.append(f"perplexity on {name} is known: {found[0].value:.4f}")
@@ -56,7 +65,7 @@ def remaining(
         record = scores.conditions(found[0]) if found else {}
         if not found:
             tasks.append(name)
-        elif differs := _task_difference(name, settings, seed, record):
+        elif differs := [*_task_difference(name, settings, seed, record), *_skipping_difference(under, record)]:
             conflicts.append(_conflict(f"zero-shot {name}", differs))
         else:
             known.append(f"zero-shot {name} is known{_older(record)}")
@@ -86,6 +95,8 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
         union = {key: score for key, score in union.items() if key[:2] != (kind, name)}
         union |= {(score.kind, score.name, score.metric): score for score in found}
         unavailable.pop(name, None)
+    if scores.cost:
+        unavailable.pop("cost", None)
     for name, reason in scores.unavailable.items():
         if any(before.named(kind, name) or scores.named(kind, name) for kind in KINDS):
             told.append(f"{name} could not be scored anew ({reason}): its earlier score stays")
@@ -139,6 +150,12 @@ def _set_difference(
     if window is not None and not _has_own_windows(name) and record.get("seq_len") not in (None, window):
         differs.append(f"windows of {record['seq_len']} tokens then, {window} now")
     return differs
+
+
+def _skipping_difference(under: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    """A score under a policy is another one than without."""
+    then = asked_of(record.get("skipping"))
+    return [] if then == under else [f"skipping {then or 'nothing'} then, {under or 'nothing'} now"]
 
 
 def _has_own_windows(name: str) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 COMMON = "tasks"  # in the record of zero-shot scores; fields next to this key are defaults for all tasks
-SPEEDS = ("simulated_speed", "speed")
+SPEEDS = ("simulated_speed", "speed", "cost")
 Kind = Literal["perplexity", "zero_shot"]
 
 
@@ -40,7 +40,14 @@ class Score:
     @property
     def label(self) -> str:
         """`perplexity wikitext2`, `piqa acc`, or `gsm8k exact_match (strict-match)` where answers are filtered."""
-        return f"perplexity {self.name}" if self.kind == "perplexity" else f"{self.name} {metric_name(self.metric)}"
+        of = f"perplexity {self.name}" if self.kind == "perplexity" else f"{self.name} {metric_name(self.metric)}"
+        return of + self.under
+
+    @property
+    def under(self) -> str:
+        """` (skipping=ffn)` where the model skipped something."""
+        skipping = self.conditions.get("skipping")
+        return f" (skipping={skipping['name']})" if skipping else ""
 
     @property
     def path(self) -> str:
@@ -84,13 +91,15 @@ def task_scores(name: str, metrics: Mapping[str, Any], record: Mapping[str, Any]
 @dataclass(frozen=True)
 class Scores:
     """All of one model. `unavailable` {set, task or speed: reason}; `common`: what all tasks' records have in common;
-    `simulated_speed` and `speed` as `simulate_model` and `measure_model` give them, where they were asked for."""
+    `simulated_speed`, `speed` and `cost` as `simulate_model`, `measure_model` and `cost_of` give them, where they were
+    asked for."""
 
     scores: tuple[Score, ...] = ()
     unavailable: Mapping[str, str] = field(default_factory=dict)
     common: Mapping[str, Any] = field(default_factory=dict)
     simulated_speed: Mapping[str, Any] = field(default_factory=dict)
     speed: Mapping[str, Any] = field(default_factory=dict)
+    cost: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> dict[str, float | None]:
@@ -128,6 +137,8 @@ class Scores:
     def to_dict(self) -> dict[str, Any]:
         """The part of results.json that they are, but for `provenance`."""
         values = {"perplexity": self.perplexity, "zero_shot": self.zero_shot, "unavailable": dict(self.unavailable)}
+        under = {score.name: score.conditions["skipping"] for score in self.scores if "skipping" in score.conditions}
+        values |= {"skipping": under} if under else {}
         return values | {name: dict(speed) for name in SPEEDS if (speed := getattr(self, name))}
 
     @staticmethod
@@ -135,8 +146,9 @@ class Scores:
         """The inverse, of any results.json or its part `dense`, of which the records stand in the whole's
         `provenance`."""
         known = (results.get("provenance") if provenance is None else provenance) or {}
-        sets, records = known.get("perplexity") or {}, known.get("zero_shot") or {}
-        tasks = records.get(COMMON) or {}
+        records = known.get("zero_shot") or {}
+        under = results.get("skipping") or {}  # of the dense model: what it skipped itself
+        sets, tasks = (_under(found or {}, under) for found in (known.get("perplexity"), records.get(COMMON)))
         found = [
             perplexity_score(name, value, sets.get(name) or {})
             for name, value in (results.get("perplexity") or {}).items()
@@ -146,6 +158,34 @@ class Scores:
         common = {key: value for key, value in records.items() if key != COMMON}
         speeds = {name: results.get(name) or {} for name in SPEEDS}
         return Scores(tuple(found), results.get("unavailable") or {}, common, **speeds)
+
+
+def _under(records: Mapping[str, Any], skipping: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The records, also of what has none else, with what was skipped."""
+    plain = {name: {key: record[key] for key in record if key != "skipping"} for name, record in records.items()}
+    return {name: dict(plain.get(name, {})) for name in [*plain, *skipping]} | {
+        name: plain.get(name, {}) | {"skipping": skipped} for name, skipped in skipping.items()
+    }
+
+
+def skipped_parts(scores: Iterable[Score]) -> dict[str, str]:
+    """{set or task: `24.6 % of FFNs skipped`} of the scores under a policy."""
+    found = {}
+    for score in scores:
+        if under := score.conditions.get("skipping"):
+            what = "prompts' blocks" if under["name"] == "shortgpt_gen" else "FFNs"
+            at = f", threshold {bound:.4f}" if (bound := _threshold(under)) is not None else ""
+            found[score.name] = f"{100 * under['skipped']:.1f} % of {what} skipped ({under['name']}{at})"
+    return found
+
+
+def _threshold(under: Mapping[str, Any]) -> float | None:
+    return under.get("threshold", (under.get("found") or {}).get("threshold"))
+
+
+def asked_of(skipping: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Of a score's record of what was skipped, what was asked; {}: nothing was skipped."""
+    return {key: value for key, value in (skipping or {}).items() if key not in ("found", "skipped")}
 
 
 PREFERRED = ("acc_norm,none", "acc,none")  # of several metrics the one that stands for the task

@@ -7,9 +7,9 @@ datasets are imported only when a task is asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,10 @@ from torch import Tensor
 from besa_exp.blocks.block import discover_blocks
 from besa_exp.errors import Unavailable, as_unavailable
 from besa_exp.evaluation.checks import perplexity_window
+from besa_exp.evaluation.cost import cost_of
 from besa_exp.evaluation.kept_scores import FinishedScores
 from besa_exp.evaluation.perplexity import OnCount, cut_windows, perplexity, uncounted
+from besa_exp.evaluation.policies import Decided, Skipping, decide
 from besa_exp.evaluation.score import Score, Scores, perplexity_score, task_scores
 from besa_exp.evaluation.simulated_speed import simulate_model
 from besa_exp.evaluation.speed import measure_model
@@ -40,6 +42,8 @@ from besa_exp.texts.tokens import (
 if TYPE_CHECKING:
     from besa_exp.checkpoints.load import LoadedModel
 
+PADDING = 0  # lm-eval fills its batches with it, on the right, and gives no mask
+
 
 def evaluate(
     loaded: LoadedModel,
@@ -49,20 +53,59 @@ def evaluate(
     on_progress: Callable[[str], None],
     finished: FinishedScores | None = None,
     on_count: OnCount = uncounted,
+    skipping: Skipping | None = None,
 ) -> Scores:
     """Score a model on every set and task that `settings` names. `on_progress` is told what comes next, `on_count` how
-    far that is; what `finished` holds is taken from there.
+    far that is; what `finished` holds is taken from there. Under `skipping` the model skips what that says, decided
+    again for each model.
 
     The global random states, the tokenizer and the weights are left as they were.
     """
     unavailable: dict[str, str] = {}
-    scores = _score_sets(loaded, settings, offline, on_progress, unavailable, finished, on_count)
+    scores: list[Score] = []
     common: Mapping[str, Any] = {}
-    if settings.tasks:
-        common, of_tasks = _score_tasks(loaded, settings, offline, seed, on_progress, unavailable, finished, on_count)
-        scores += of_tasks
+    try:
+        decided = _decided(loaded, settings, skipping, on_progress)
+    except Unavailable as error:
+        unavailable |= dict.fromkeys([*settings.perplexity_sets, *scored_names(settings)], str(error))
+        scores += [perplexity_score(name, None, {}) for name in settings.perplexity_sets]
+    else:
+        finished = finished and replace(finished, given={"skipping": skipping.request} if skipping else {})
+        scores += _score_sets(loaded, settings, offline, on_progress, unavailable, finished, on_count, decided)
+        if settings.tasks:
+            common, of_tasks = _score_tasks(
+                loaded, settings, offline, seed, on_progress, unavailable, finished, on_count, decided
+            )
+            scores += of_tasks
     speeds = _speeds(loaded, settings, on_progress, unavailable)
     return Scores(tuple(scores), unavailable, common, **speeds)
+
+
+def _decided(
+    loaded: LoadedModel, settings: EvaluatorSettings, skipping: Skipping | None, on_progress: Callable[[str], None]
+) -> Decided | None:
+    """What this model skips; None: nothing, or there is nothing to score. Unavailable: it cannot skip."""
+    if skipping is None or not (settings.perplexity_sets or settings.tasks):
+        return None
+    on_progress(f"what skipping={skipping.settings.name} skips")
+    with as_unavailable():
+        decided = decide(loaded, skipping)
+    if decided.found:
+        on_progress(", ".join(f"skipping: {key} {value}" for key, value in decided.found.items()))
+    return decided
+
+
+@contextmanager
+def _recorded(
+    loaded: LoadedModel, decided: Decided | None, record: dict[str, Any], padding: int | None = None
+) -> Iterator[None]:
+    """Under the policy, if there is one; `record` then says which, and what it skipped."""
+    if decided is None:
+        yield
+        return
+    with decided.on(loaded.model, padding) as course:
+        yield
+    record["skipping"] = decided.record(course)
 
 
 def _score_sets(
@@ -73,6 +116,7 @@ def _score_sets(
     unavailable: dict[str, str],
     finished: FinishedScores | None,
     on_count: OnCount,
+    decided: Decided | None,
 ) -> list[Score]:
     """The perplexities; `unavailable` receives the reason for each that is None."""
     scores = []
@@ -82,7 +126,7 @@ def _score_sets(
         on_progress(f"perplexity on {source}" + (", scored before" if earlier else ""))
         try:
             with as_unavailable():
-                value, record = earlier or _score_set(loaded, source, settings, offline, on_count)
+                value, record = earlier or _score_set(loaded, source, settings, offline, on_count, decided)
         except Unavailable as error:
             unavailable[source] = str(error)
             scores.append(perplexity_score(source, None, {}))
@@ -99,7 +143,7 @@ def _speeds(
     on_progress: Callable[[str], None],
     unavailable: dict[str, str],
 ) -> dict[str, dict[str, Any]]:
-    """Simulated and measured speed, where they are asked for."""
+    """Simulated and measured speed, and cost, where they are asked for."""
     speeds: dict[str, dict[str, Any]] = {}
     try:
         if settings.simulated_speed:
@@ -116,11 +160,23 @@ def _speeds(
     except Unavailable as error:
         unavailable["speed"] = str(error)
         speeds["speed"] = {"unavailable": str(error)}
+    try:
+        if settings.speed:
+            on_progress("cost: sizes, prefill and decoding")
+            with as_unavailable():
+                speeds["cost"] = distributed.from_first(lambda: cost_of(loaded, _context(loaded.model)))
+    except Unavailable as error:
+        unavailable["cost"] = str(error)
     return speeds
 
 
 def _score_set(
-    loaded: LoadedModel, source: str, settings: EvaluatorSettings, offline: bool, on_count: OnCount
+    loaded: LoadedModel,
+    source: str,
+    settings: EvaluatorSettings,
+    offline: bool,
+    on_count: OnCount,
+    decided: Decided | None,
 ) -> tuple[float, dict[str, Any]]:
     """Perplexity of one set and its record. Raises Unavailable with the reason where there is none."""
     model: Any = loaded.model
@@ -137,7 +193,8 @@ def _score_set(
     if int(windows.max()) >= vocabulary:
         raise Unavailable(f"token id {int(windows.max())} is not in the model's vocabulary of {vocabulary}")
     if loaded.weights is None:
-        result = perplexity(model, windows, window, settings.batch_size, on_count)
+        with _recorded(loaded, decided, record):
+            result = perplexity(model, windows, window, settings.batch_size, on_count)
     else:
         from besa_exp.evaluation.streamed import streamed_perplexity
 
@@ -188,6 +245,7 @@ def _score_tasks(
     unavailable: dict[str, str],
     finished: FinishedScores | None,
     on_count: OnCount,
+    decided: Decided | None,
 ) -> tuple[Mapping[str, Any], list[Score]]:
     """What all tasks have in common, and their scores; `unavailable` receives the reason for each that has none."""
     on_progress("loading lm-eval")
@@ -209,7 +267,10 @@ def _score_tasks(
         on_progress(f"zero-shot {task}" + (", scored before" if earlier else ""))
         try:
             with as_unavailable():
-                metrics, record = earlier or astuple(score_task(task, scored, settings, offline, seed))
+                under: dict[str, Any] = {}
+                with _recorded(loaded, None if earlier else decided, under, PADDING):
+                    metrics, record = earlier or astuple(score_task(task, scored, settings, offline, seed))
+                record = {**record, **under}
         except Unavailable as error:
             unavailable[task] = str(error)
             continue

@@ -255,13 +255,19 @@ class Course:
 
 @contextmanager
 def skipping(
-    model: nn.Module, policy: Policy, middle: str, prompt_tokens: int | None = None, keep: bool = False
+    model: nn.Module,
+    policy: Policy,
+    middle: str,
+    prompt_tokens: int | None = None,
+    keep: bool = False,
+    padding: int | None = None,
 ) -> Iterator[Course]:
     """The model computes under a policy for as long as this lasts, called as it is, with a cache or without, by
     perplexity, lm-eval or `generate`. `prompt_tokens`: so many first tokens of each sequence are its prompt; None: all
-    tokens that a call without a filled cache is given, as in generation. Paddings are nobody's tokens."""
+    tokens that a call without a filled cache is given, as in generation. Paddings are nobody's tokens: those that the
+    attention mask leaves out, and, where there is no mask, ids at the end that are `padding`."""
     _, modules = discover_blocks(model)
-    course, state = Course(keep=keep), _Call(prompt_tokens)
+    course, state = Course(keep=keep), _Call(prompt_tokens, padding)
     forwards = [
         _under(module, module.forward, module.get_submodule(middle), place, len(modules), policy, state, course)
         for place, module in enumerate(modules)
@@ -279,6 +285,7 @@ class _Call:
     """One forward pass of the model: its tokens' numbers, and what they still skip."""
 
     prompt_tokens: int | None
+    padding: int | None = None
     given: Tensor | None = None  # tokens of each row's prompt, as the first call of a generation showed them
     numbers: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
     left: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
@@ -293,6 +300,8 @@ class _Call:
         mask = kwargs.get("attention_mask")
         if mask is None:
             mask = torch.ones(len(ids), past + ids.shape[1], dtype=torch.long, device=ids.device)
+            if self.padding is not None and past == 0:
+                mask = (ids != self.padding).long().flip(1).cummax(dim=1).values.flip(1)
         if mask.dim() != 2:
             raise RunError("skipping: the model was called with an attention mask that does not name single tokens")
         if self.prompt_tokens is not None:
@@ -362,6 +371,37 @@ def threshold_for(
         low, high = (between, high) if tried[between] > wanted else (low, between)
     best = min(tried, key=lambda bound: (abs(tried[bound] - wanted), -bound))
     return best, tried[best]
+
+
+@contextmanager
+def passing_prompts(
+    model: nn.Module, blocks: Sequence[int], prompt_tokens: int, padding: int | None = None
+) -> Iterator[Course]:
+    """ShortGPT-gen in one pass over whole sequences: the states of the first `prompt_tokens` tokens pass `blocks` by,
+    and these blocks give later tokens the keys and values that they make of them. The course counts the blocks that
+    prompt tokens passed by, of all theirs."""
+    _, modules = discover_blocks(model)
+    course, state = Course(), _Call(prompt_tokens, padding)
+
+    def passed_by(place: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(hidden: Hidden, *args: Any, **kwargs: Any) -> Any:
+            output = forward(hidden, *args, **kwargs)
+            in_prompt = state.numbers < 0
+            course.counted += int(in_prompt.sum())
+            if place not in blocks:
+                return output
+            course.skipped += int(in_prompt.sum())
+            after = torch.where(in_prompt[..., None], hidden, hidden_of(output))
+            return (after, *output[1:]) if isinstance(output, tuple) else after
+
+        return run
+
+    hook = model.register_forward_pre_hook(state.begin, with_kwargs=True)
+    try:
+        with replaced_forwards(modules, [passed_by(place, module.forward) for place, module in enumerate(modules)]):
+            yield course
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import yaml
 
 from besa_exp.blocks.reports import BlockReport, RecoveryReport, Size, StructureReport
 from besa_exp.display.missed_target import missed_by
-from besa_exp.evaluation.score import Score, Scores
+from besa_exp.evaluation.score import Score, Scores, asked_of
 from besa_exp.report.methods import Method, method_of
 from besa_exp.run_folder.status import KILLED, read_status, seen_status
 
@@ -183,13 +183,15 @@ def _records(scores: Scores) -> Iterator[ScoreRecord]:
 
 def _facets(scores: Scores, score: Score) -> dict[str, str]:
     record = score.conditions
+    under = asked_of(record.get("skipping"))
+    skipped = {"skipping": ", ".join(f"{key} {value}" for key, value in under.items())} if under else {}
     if score.kind == "perplexity":
-        return {
+        return skipped | {
             "evaluation tokens": str(record.get("tokens_sha256", "unknown"))[:12],
             "evaluation window": f"{record.get('seq_len', 'unknown')} tokens",
         }
     data = str(record.get("data", "unknown"))
-    return {
+    return skipped | {
         "task version": str(record.get("version", "unknown")),
         "num_fewshot": str(record.get("num_fewshot", "unknown")),
         "questions": str(record.get("documents", scores.common.get("limit") or "all")),

@@ -33,7 +33,8 @@ WEIGHTS = (".safetensors", ".bin", ".index.json")  # a further one of these chan
 def inputs_of(settings: RunSettings | EvaluationSettings) -> dict[str, dict[str, Path]]:
     """Key to the files by name that it means on this machine; a key that means none here is left out."""
     places = {"model.path" if isinstance(settings, RunSettings) else "checkpoint": _model_files(settings.model)}
-    if isinstance(settings, RunSettings) and (given := settings.calibration.path):
+    read = isinstance(settings, RunSettings) or (settings.skipping and settings.skipping.is_calibrated)
+    if read and settings.calibration and (given := settings.calibration.path):
         places["calibration.path"] = _one(given)
     if isinstance(settings, RunSettings) and (given := _tuned_on(settings.recovery)):
         places["recovery.path"] = _one(given)
@@ -170,7 +171,7 @@ def _named(settings: RunSettings | EvaluationSettings, key: str) -> str:
     """The key with what a person gave for it."""
     if isinstance(settings, EvaluationSettings) and key == "checkpoint":
         return f"checkpoint={settings.checkpoint}"
-    if isinstance(settings, RunSettings) and key == "calibration.path":
+    if settings.calibration and key == "calibration.path":
         return f"{key}={settings.calibration.path}"
     if isinstance(settings, RunSettings) and key == "recovery.path":
         return f"{key}={_tuned_on(settings.recovery)}"

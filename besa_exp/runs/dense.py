@@ -8,15 +8,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from besa_exp.blocks.block import capture_blocks
 from besa_exp.blocks.reports import BlockReport, LinearReport, Size
-from besa_exp.checkpoints.load import LoadedModel
+from besa_exp.checkpoints.load import LoadedModel, model_context, vocabulary_size
+from besa_exp.evaluation.policies import check_skips, skipping_of
+from besa_exp.machine import distributed
 from besa_exp.machine.environment import environment
 from besa_exp.runs.published import published
 from besa_exp.runs.results import counts_of
 from besa_exp.runs.run import Run, model_facts, parameters, tracking
 from besa_exp.runs.score import dense_scores, score
+from besa_exp.texts.calibration import load_calibration
 
 
 def dense_results(run: Run, loaded: LoadedModel) -> dict[str, Any]:
@@ -27,16 +32,34 @@ def dense_results(run: Run, loaded: LoadedModel) -> dict[str, Any]:
     run.console.plan(settings, model_facts(loaded))
     results = counts_of(settings, reports, Size(size, size), environment(run.device))
     results |= {"model_notes": [*loaded.notes]} if loaded.notes else {}
+    check_skips(loaded, settings.skipping)
+    skipping = skipping_of(settings.skipping, lambda: _calibration_tokens(run, loaded))
     with tracking(run) as tracker:
         if settings.evaluator.dense:
-            scores = dense_scores(run, loaded)
+            scores = dense_scores(run, loaded, skipping)
             run.folder.log_scores("pruned", scores)
         else:
-            scores = score(run, "pruned", loaded)
+            scores = score(run, "pruned", loaded, skipping)
         tracker.log_scores(scores, scores if settings.evaluator.dense else None)
     results |= scores.to_dict() | {"provenance": scores.provenance}
     results |= {"dense": scores.to_dict()} if settings.evaluator.dense else {}
     return results | published(settings, scores)
+
+
+def _calibration_tokens(run: Run, loaded: LoadedModel) -> Int[Tensor, "sample seq"]:
+    """What a skipping policy is decided on."""
+    settings = run.settings
+    return distributed.from_first(
+        lambda: (
+            load_calibration(
+                settings.calibration,
+                loaded.tokenizer,
+                model_context(loaded.model),
+                settings.offline,
+                vocabulary=vocabulary_size(loaded.model),
+            ).input_ids
+        )
+    )
 
 
 def counted(loaded: LoadedModel) -> list[BlockReport]:

@@ -18,16 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from besa_exp.checkpoints.files import count_zeros
 from besa_exp.checkpoints.gguf_file import dequantised
 from besa_exp.checkpoints.inspect import inspect_model_folder
-from besa_exp.checkpoints.load import LoadedModel, load_model, model_context
+from besa_exp.checkpoints.load import LoadedModel, load_model, model_context, vocabulary_size
 from besa_exp.display.console import RunConsole
 from besa_exp.display.tracker import start_tracker
 from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.kept_scores import FinishedScores, files_of
 from besa_exp.evaluation.merging import merged, remaining
+from besa_exp.evaluation.policies import skipping_of
 from besa_exp.evaluation.score import Scores
 from besa_exp.evaluation.scores import evaluate
 from besa_exp.machine import atomic, distributed
@@ -43,6 +46,7 @@ from besa_exp.run_folder.spent import Spent
 from besa_exp.runs.cpu_units import in_a_fast_dtype
 from besa_exp.runs.published import compared_with_published
 from besa_exp.settings import EvaluationSettings, TrackerSettings
+from besa_exp.texts.calibration import load_calibration
 
 BLOCK_AND_LINEAR = re.compile(r"\.(\d+)\.(.+)\.weight$")  # model.layers.3.mlp.down_proj.weight
 DENSE = 0.001  # a smaller share of zeros is a dense model's own
@@ -107,7 +111,8 @@ def _scored(evaluation: _Evaluation, loaded: LoadedModel, config: Mapping[str, A
     settings, folder = evaluation.settings, evaluation.folder
     digest = _files_digest(loaded.folder)
     results = distributed.from_first(lambda: _base(evaluation, loaded, digest))
-    left = remaining(settings.evaluator, settings.seed, model_context(loaded.model), results, settings.overwrite)
+    context = model_context(loaded.model)
+    left = remaining(settings.evaluator, settings.seed, context, results, settings.overwrite, settings.skipping)
     if left.conflicts:
         raise ConfigurationError(*left.conflicts)
     for line in left.known:
@@ -141,11 +146,23 @@ def _measured(evaluation: _Evaluation, loaded: LoadedModel, digest: str, left: A
     """The scores that were not known; those of an evaluation that was cut off are taken from it."""
     settings, folder = evaluation.settings, evaluation.folder
     finished = FinishedScores(folder.scores, f"checkpoint {digest}", evaluation.spent.keep)
+    skipping = skipping_of(settings.skipping, lambda: _calibration_tokens(settings, loaded))
     console = evaluation.console
-    scores = evaluate(loaded, left, settings.offline, settings.seed, console.stage, finished, console.count)
+    scores = evaluate(loaded, left, settings.offline, settings.seed, console.stage, finished, console.count, skipping)
     if (scores.perplexity or scores.zero_shot) and (folder.path / "metrics.jsonl").is_file():
         folder.log_scores("pruned", scores)
     return scores
+
+
+def _calibration_tokens(settings: EvaluationSettings, loaded: LoadedModel) -> Int[Tensor, "sample seq"]:
+    """What a skipping policy is decided on."""
+    calibration, context, vocabulary = settings.calibration, model_context(loaded.model), vocabulary_size(loaded.model)
+    assert calibration is not None
+    return distributed.from_first(
+        lambda: (
+            load_calibration(calibration, loaded.tokenizer, context, settings.offline, vocabulary=vocabulary).input_ids
+        )
+    )
 
 
 def _base(evaluation: _Evaluation, loaded: LoadedModel, digest: str) -> dict[str, Any]:

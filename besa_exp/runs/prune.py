@@ -24,6 +24,7 @@ from besa_exp.checkpoints.load import LoadedModel, load_model, model_context, vo
 from besa_exp.display.console import RunConsole
 from besa_exp.display.missed_target import miss_of, out_of_reach
 from besa_exp.errors import ConfigurationError
+from besa_exp.evaluation.policies import check_skips
 from besa_exp.machine import distributed
 from besa_exp.machine.device import peak_memory, prepared_device
 from besa_exp.machine.environment import environment
@@ -107,6 +108,7 @@ def _begun(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Cal
     check_finite_weights(loaded.model, settings.model.path)
     if settings.recovery:
         check_whole(loaded)
+    check_skips(loaded, settings.skipping)
     with run.spent.timed("calibrate"):
         calibration = _calibrate(run, loaded, calibrate or partial(_calibration_of, settings))
         check_blocks(loaded, distributed.own_samples(calibration.input_ids), settings.calibration.batch_size)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.evaluation.kept_scores import FOLDER as DENSE_SCORES
 from besa_exp.evaluation.kept_scores import FinishedScores, dense_key, shared_dense_scores
+from besa_exp.evaluation.policies import Skipping, skipping_of
 from besa_exp.evaluation.score import Scores
 from besa_exp.evaluation.scores import evaluate
 from besa_exp.machine import distributed
@@ -18,29 +19,34 @@ def score_dense(run: Run, work: Work) -> Work:
     """The stage: the dense model's scores, where they are asked for."""
     if not run.settings.evaluator.dense:
         return work
-    return replace(work, dense_scores=dense_scores(run, work.loaded))
+    return replace(work, dense_scores=dense_scores(run, work.loaded, _skipping(run, work)))
 
 
 def score_pruned(run: Run, work: Work) -> Work:
     """The stage: the scores of the model as it was saved, while a fresh process reads it too."""
     assert work.saved is not None
     with reread(run, work) as reloaded:
-        scores = score(run, "pruned", work.saved)
+        scores = score(run, "pruned", work.saved, _skipping(run, work))
         told = reloaded()
     run.tracker.log_scores(scores, work.dense_scores)
     return replace(work, scores=scores, reloaded=told)
 
 
-def dense_scores(run: Run, loaded: LoadedModel) -> Scores:
+def _skipping(run: Run, work: Work) -> Skipping | None:
+    return skipping_of(run.settings.skipping, lambda: work.calibration.input_ids)
+
+
+def dense_scores(run: Run, loaded: LoadedModel, skipping: Skipping | None = None) -> Scores:
     """The dense model's scores, measured once for all runs beside this one."""
     if distributed.num_ranks() > 1:  # one process locks the shared scores, and all ranks are needed to measure them
-        return score(run, "dense", loaded)
+        return score(run, "dense", loaded, skipping)
     settings, console = run.settings, run.console
-    key = dense_key(loaded, settings.evaluator, settings.seed, settings.deterministic, run.device)
+    under = skipping.request if skipping else None
+    key = dense_key(loaded, settings.evaluator, settings.seed, settings.deterministic, run.device, under)
     scores, known = shared_dense_scores(
         run.folder.path.parent / DENSE_SCORES,
         key,
-        lambda: score(run, "dense", loaded),
+        lambda: score(run, "dense", loaded, skipping),
         lambda: console.stage("dense model: waiting for another run that scores it"),
     )
     if known:
@@ -49,7 +55,7 @@ def dense_scores(run: Run, loaded: LoadedModel) -> Scores:
     return scores
 
 
-def score(run: Run, which: str, loaded: LoadedModel) -> Scores:
+def score(run: Run, which: str, loaded: LoadedModel, skipping: Skipping | None = None) -> Scores:
     """Scores of the dense or the pruned model, recorded in metrics.jsonl as soon as they are known."""
     settings, console = run.settings, run.console
     earlier = FinishedScores(run.folder.scores, which, run.spent.keep)
@@ -59,7 +65,7 @@ def score(run: Run, which: str, loaded: LoadedModel) -> Scores:
 
     with run.spent.timed("evaluate"):
         scores = evaluate(
-            loaded, settings.evaluator, settings.offline, settings.seed, on_progress, earlier, console.count
+            loaded, settings.evaluator, settings.offline, settings.seed, on_progress, earlier, console.count, skipping
         )
     run.folder.log_scores(which, scores)
     return scores

@@ -113,9 +113,8 @@ def test_experiment_testbed_and_debug_presets_add_no_key_of_their_own(group: str
 
 def test_every_key_of_the_settings_stands_in_the_configuration() -> None:
     config = composed()
-    assert set(config) - {"hydra"} == set(RunSettings.__dataclass_fields__) - {"pruner_name", *METHOD_GROUPS} | {
-        "pruner"
-    }
+    unchosen = {"pruner_name", "skipping", *METHOD_GROUPS}
+    assert set(config) - {"hydra"} == set(RunSettings.__dataclass_fields__) - unchosen | {"pruner"}
     for group, cls in SETTINGS.items():
         assert set(config[group]) - {"_target_"} == set(cls.__dataclass_fields__) - (
             {"name"} if group == "model" else set()

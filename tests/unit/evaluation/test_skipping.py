@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ POLICIES = [GREEDY, FfnSkipping(0.3, None, 0, 0, 0), StaticSkipping((1, 3)), Ran
 
 
 @cache
-def model_of(blocks=5):
+def model_of(blocks=5) -> tuple[Any, str]:
     model = tiny_llama(num_hidden_layers=blocks, seed=4)
     return model.requires_grad_(False), middle_of_model(model, IDS)
 

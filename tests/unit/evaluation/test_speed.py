@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from families import tiny
 from tiny_llama import tiny_llama
 
 from besa_exp.blocks.block import capture_blocks
 from besa_exp.checkpoints.load import LoadedModel
+from besa_exp.display.cost import cost_rows
 from besa_exp.errors import Unavailable
+from besa_exp.evaluation.cost import cache_bytes, counts_of
 from besa_exp.evaluation.scores import evaluate
 from besa_exp.evaluation.speed import check_device, is_two_of_four, measure_model
 from besa_exp.settings import EvaluatorSettings
@@ -54,3 +58,48 @@ def test_on_a_device_with_2_of_4_products_both_are_timed_for_each_kind_of_linear
     for row in measured["linears"].values():
         assert row["speed_up"] == pytest.approx(row["dense_seconds"] / row["sparse_seconds"])
         assert row["sparse_seconds"] > 0
+
+
+def test_what_a_model_costs_is_counted_in_the_literal_numbers_of_its_shapes():
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
+    model = tiny_llama(num_hidden_layers=3, **sizes)
+    linears = 3 * (32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 32 * 40)
+    norms = 3 * 2 * 32 + 32
+    tied = model.config.tie_word_embeddings
+    parameters = linears + norms + 64 * 32 * (1 if tied else 2)
+    counts = counts_of(model, 10)
+    assert counts == {
+        "parameters": parameters,
+        "bytes": 4 * parameters,
+        "flops_per_token": 2 * (linears + 64 * 32) + 4 * 10 * 3 * 32,
+    }
+    assert counts_of(model.half(), 10)["bytes"] == 2 * parameters
+    assert cache_bytes(model.float(), 9) == 3 * 2 * 16 * 4
+
+
+def test_of_a_mixtures_experts_those_that_run_are_counted():
+    model = tiny("mixtral")
+    config: Any = model.config
+    (block, *_) = blocks = capture_blocks(model, torch.empty(0, 0, dtype=torch.long))
+    kept = {name: linear.weight.numel() for name, linear in block.linears.items()}
+    experts = sum(numel for name, numel in kept.items() if "experts" in name)
+    passed = sum(kept.values()) - experts + experts * config.num_experts_per_tok // config.num_local_experts
+    head = config.vocab_size * config.hidden_size
+    width = config.hidden_size  # heads times the size of a head
+    assert 0 < passed < sum(kept.values())
+    assert counts_of(model, 0)["flops_per_token"] == 2 * (len(blocks) * passed + head)
+    assert counts_of(model, 1)["flops_per_token"] - counts_of(model, 0)["flops_per_token"] == 4 * len(blocks) * width
+
+
+def test_prefill_and_decoding_are_timed_for_one_and_eight_sequences_and_shown():
+    settings = EvaluatorSettings("speed", speed=True)
+    cost = evaluate(loaded(tiny_llama()), settings, True, 0, lambda text: None).to_dict()["cost"]
+    assert cost["prompt_tokens"] + cost["decoded_tokens"] <= tiny_llama().config.max_position_embeddings
+    for kind in ("prefill", "decode"):
+        speeds = cost[f"{kind}_tokens_per_second"]
+        assert set(speeds) == {"1", "8"}
+        assert min(speeds.values()) > 0
+    rows = cost_rows({"cost": cost, "dense": {"cost": cost | {"parameters": 7}}})
+    assert rows[1] == ("parameters", "7", f"{cost['parameters']:,}")
+    assert [row[0] for row in rows[-2:]] == ["decode tokens/s, batch 1", "decode tokens/s, batch 8"]
+    assert cost_rows({}) == []
