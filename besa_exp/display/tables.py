@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import asdict, fields
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def plan_table(settings: RunSettings, facts: Mapping[str, Any]) -> Table:
         "pruner": settings.pruner_name + _keys(settings.pruner),
         **({"update": type(settings.update).__name__ + _keys(settings.update)} if settings.update else {}),
         **({"budget": type(settings.budget).__name__ + _keys(settings.budget)} if settings.budget else {}),
-        **({"recovery": settings.recovery.name + _said(settings.recovery)} if settings.recovery else {}),
+        **({"recovery": _said(asdict(settings.recovery))} if settings.recovery else {}),
         "target": f"sparsity {settings.sparsity:g}, {settings.pattern}",
         "calibration": f"{calibration.path or calibration.name}, {_windows(calibration)}",
         **({"skipping": _said(settings.skipping.asked)} if settings.skipping else {}),
@@ -63,7 +63,7 @@ def plan_table(settings: RunSettings, facts: Mapping[str, Any]) -> Table:
 
 def _said(values: Mapping[str, Any]) -> str:
     """`ffn (fraction 0.25, cold_first 1)`."""
-    keys = ", ".join(f"{key} {value}" for key, value in values.items() if key != "name")
+    keys = ", ".join(f"{key} {value}" for key, value in values.items() if key != "name" and value is not None)
     return f"{values['name']} ({keys})"
 
 
@@ -71,12 +71,6 @@ def _keys(part: Any) -> str:
     """The values of a method's part in brackets."""
     values = ", ".join(f"{field.name}={getattr(part, field.name)}" for field in fields(part))
     return f" ({values})" if values else ""
-
-
-def _said(part: Any) -> str:
-    """The values that are there, in brackets."""
-    values = {field.name: getattr(part, field.name) for field in fields(part) if field.name != "name"}
-    return f" ({', '.join(f'{name}={value}' for name, value in values.items() if value is not None)})"
 
 
 def _kept(save: SaveSettings) -> str:

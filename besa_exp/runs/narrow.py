@@ -155,7 +155,7 @@ def _structure(run: Run, work: Work, costs: Costs, dimensions: Dimensions) -> St
     run.console.stage(f"structure by {name}")
     progress = Progress(run.folder.structure_search, run.spent.keep)
     dense = _dense(run, work, costs, dimensions)
-    chosen = run.settings.structure.choose(dense, progress, lambda text: run.console.stage(f"{name}: {text}", ""))
+    chosen = run.settings.structure.choose(dense, progress, lambda text: run.console.stage(f"{name}: {text}"))
     if distributed.is_first():
         run.spent.keep()
         atomic.write_text(file, to_json(chosen, dimensions))
