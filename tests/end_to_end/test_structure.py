@@ -120,14 +120,19 @@ def test_widths_shrink_evenly_and_what_is_left_is_the_masked_model(
 
 
 @pytest.mark.parametrize(
-    ("method", "steps"),
+    ("method", "steps", "total"),
     [
-        (["structure=sleb", "structure.blocks=3"], [1, 2]),
-        (["structure=policy_gradient", "structure.steps=40", "structure.ratio=0.3"], [10, 30]),
+        (["structure=sleb", "structure.blocks=3"], [1, 2], 3),
+        (["structure=policy_gradient", "structure.steps=40", "structure.ratio=0.3"], [10, 30], 40),
     ],
 )
 def test_a_search_that_is_killed_goes_on_and_ends_the_same(
-    method: list[str], steps: list[int], asked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    method: list[str],
+    steps: list[int],
+    total: int,
+    asked: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = [*method, "pruner=wanda"]
     run(asked, tmp_path / "unbroken", *arguments)
@@ -138,6 +143,8 @@ def test_a_search_that_is_killed_goes_on_and_ends_the_same(
     capsys.readouterr()
     run(asked, folder, *arguments)
     assert "structure: as structure.json has it" in capsys.readouterr().out
+    if seen[0]["structure"] < total:  # it was not over yet
+        assert "going on after" in (folder / "run.log").read_text()
     for name in ("structure.json", "structure_search.json"):
         assert (folder / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
     assert_equal_runs(folder, tmp_path / "unbroken")
