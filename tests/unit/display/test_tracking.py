@@ -116,7 +116,8 @@ def test_experts_of_a_mixture_are_one_curve_their_mean_weighted_by_weights(tmp_p
 
 def test_curves_are_drawn_over_block_and_step_counter(tracked: Path) -> None:
     over_blocks = dict.fromkeys(("block/*", "allocated/*", "rows/*"), "block")
-    assert step_metrics(tracked) == {"step/*": "optimisation_step", **over_blocks}
+    over_steps = {"step/*": "optimisation_step", "recovery/*": "recovery_step"}
+    assert step_metrics(tracked) == over_steps | over_blocks
 
 
 def test_scores_are_summary_values_with_reasons_for_what_is_missing(tracked: Path) -> None:

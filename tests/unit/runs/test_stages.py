@@ -202,7 +202,7 @@ def test_a_recovery_that_was_interrupted_goes_on_after_its_last_block(request_of
         run_with(monkeypatch, settings, folder, prune_model, recovery_by(interrupted))
     again = run_with(monkeypatch, settings, folder, prune_model, recovery_by(noted))
     assert changed == [0, 1, 2]
-    assert "going on after 3 finished blocks" in (folder / "run.log").read_text()
+    assert "resuming: 3 of 3 blocks are already pruned" in (folder / "run.log").read_text()
     unbroken = run_with(monkeypatch, settings, tmp_path / "unbroken", prune_model, recovery_by(half_as_large))
     found, expected = saved(folder), saved(tmp_path / "unbroken")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
