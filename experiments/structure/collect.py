@@ -21,7 +21,7 @@ def read_runs(folder: Path) -> list[dict]:
     """What the study keeps of every finished run."""
     return [
         {
-            "run": path.parent.name.partition("-")[2],
+            "run": path.parent.name,
             "structure": results.get("structure"),
             "parameters": results["parameters"],
             "measured_sparsity": results["measured_sparsity"],

@@ -20,39 +20,24 @@ SHARED = [
     "save.masks=false",
 ]
 SHARED += ["calibration.num_samples=32", "calibration.seq_len=256"]
-RATIOS = ("0.1667", "0.3333")  # one block of five, and two
-METHODS = {
-    "shortgpt": (["structure=shortgpt", "structure.ratio={ratio}"], True),
-    "angular": (["structure=angular", "structure.ratio={ratio}"], True),
-    "sleb": (["structure=sleb", "structure.ratio={ratio}"], True),
-    "magnitude_sp": (["structure=magnitude_sp", "structure.ratio={ratio}"], True),
-    "wanda_sp": (["structure=wanda_sp", "structure.ratio={ratio}"], True),
-    "random_sp": (["structure=random_sp", "structure.ratio={ratio}"], True),
-    "policy_gradient": (
-        ["structure=policy_gradient", "structure.ratio={ratio}", "structure.steps=100", "structure.rate=0.02"],
-        False,
-    ),
-}
+ONE, TWO = "0.1667", "0.3333"  # of five blocks
+ALONE = [(name, ONE) for name in ("shortgpt", "angular", "sleb", "magnitude_sp", "wanda_sp", "random_sp")]
+ALONE += [(name, TWO) for name in ("shortgpt", "angular", "sleb", "wanda_sp")]
 
 
 def commands() -> list[list[str]]:
-    """The arguments of each run; the searches that take longest come last, at the smaller ratio alone."""
-    alone = [
-        [*(word.format(ratio=ratio) for word in words), "pruner=dense"]
-        for ratio in RATIOS
-        for words, both in METHODS.values()
-        if both or ratio == RATIOS[0]
-    ]
-    after = [["structure=sleb", "structure.ratio=0.1667", "pruner=wanda"], ["pruner=wanda"]]
-    return [["pruner=dense"], *alone, *after]
+    """The arguments of each run."""
+    alone = [[f"structure={name}", f"structure.ratio={ratio}", "pruner=dense"] for name, ratio in ALONE]
+    search = ["structure=policy_gradient", f"structure.ratio={ONE}", "pruner=dense", "structure.steps=100"]
+    return [["pruner=dense"], *alone, [*search, "structure.rate=0.02"]]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("outputs/structure"))
     folder = parser.parse_args().runs
-    for number, words in enumerate(commands()):
-        name = "-".join(word.partition("=")[2] for word in words)
-        code = main(["prune", *SHARED, *words, f"hydra.run.dir={folder / f'{number:02d}-{name}'}"])
+    for words in commands():
+        name = "-".join(word.partition("=")[2] for word in words[:3])
+        code = main(["prune", *SHARED, *words, f"hydra.run.dir={folder / name}"])
         if code:
             sys.exit(code)

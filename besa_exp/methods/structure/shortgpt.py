@@ -64,7 +64,7 @@ class Passage:
 @torch.no_grad()
 def passage(blocks: Iterable[Block], inputs: Hidden, batch_size: int) -> Passage:
     """`inputs`, those of the first block, are overwritten; each block is read once."""
-    influence, last = [], [inputs[:, -1].float().cpu()]
+    influence, last = [], [inputs[:, -1].float().cpu().clone()]
     for block in blocks:
         total = torch.zeros((), dtype=torch.float64)
         for start in range(0, len(inputs), batch_size):
@@ -74,7 +74,7 @@ def passage(blocks: Iterable[Block], inputs: Hidden, batch_size: int) -> Passage
             inputs[batch] = after
         tokens = distributed.total(len(inputs)) * inputs.shape[1]
         influence.append(distributed.all_sum(total) / tokens)
-        last.append(inputs[:, -1].float().cpu())
+        last.append(inputs[:, -1].float().cpu().clone())
     return Passage(torch.stack(influence), torch.stack(last))
 
 

@@ -116,10 +116,14 @@ def _pairs(metric: Tensor, keep_mask: Tensor, ratio: float) -> tuple[Tensor, Ten
 
 
 def _within_groups(metric: Tensor, keep_mask: Tensor, ratio: float, group: int) -> Tensor:
-    """The weights that come back are chosen by row; in each group as many kept ones go, those of least metric."""
+    """The weights that come back are chosen by row, of a group at most as many as it keeps; in each group as many kept
+    ones go, those of least metric."""
     back, _, count = _pairs(metric, keep_mask, ratio)
     chosen = torch.arange(metric.shape[1], device=metric.device) < count
     grown = torch.zeros_like(keep_mask).scatter(1, back, chosen)
+    kept = keep_mask.unflatten(1, (-1, group)).sum(dim=2, keepdim=True)
+    rank = metric.masked_fill(~grown, -torch.inf).unflatten(1, (-1, group)).argsort(dim=2, descending=True, stable=True)
+    grown = grown & (rank.argsort(dim=2) < kept).flatten(1)
     each = grown.unflatten(1, (-1, group)).sum(dim=2, keepdim=True)
     cost = metric.masked_fill(~keep_mask, torch.inf).unflatten(1, (-1, group))
     order = cost.argsort(dim=2, stable=True)

@@ -171,6 +171,9 @@ def test_attention_is_rebuilt_before_the_mlp_is_scored():
 def test_two_of_four_is_kept_and_other_granularities_are_refused():
     _, _, found, _ = updated(Barber((0.3,), accept=False), MAGNITUDE, "2:4")
     assert all(mask.view(len(mask), -1, 4).sum(-1).eq(2).all() for mask in found.keep_masks.values())
+    metric, mask = torch.tensor([[1.0, 5.0, 7.0, 6.0, 2.0, 3.0, 1.0, 1.0]]), torch.tensor([[1, 0, 0, 0, 1, 0, 0, 0]])
+    found = exchanged({"a": metric}, {"a": mask.bool()}, "row", 1.0, 4)  # two would come back to a group that keeps one
+    assert found["a"].int().tolist() == [[0, 0, 1, 0, 1, 0, 0, 0]]
     assert Barber().check("2:4") == []
     (told,) = Updated(Uniform(), Barber(granularity="part")).check(0.5, "2:4")
     assert "exchanges between rows break N:M" in told

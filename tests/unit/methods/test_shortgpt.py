@@ -63,6 +63,19 @@ def test_a_block_that_adds_nothing_has_no_influence_and_its_removal_changes_no_l
     assert torch.equal(narrowed_model(model, structure)(ids).logits, model(ids).logits)
 
 
+def test_the_states_of_the_last_tokens_are_those_of_their_depth_after_the_inputs_are_overwritten():
+    model = tiny_llama(num_hidden_layers=3, seed=1)
+    model.requires_grad_(False)
+    ids = torch.randint(0, 256, (4, 9), generator=GENERATOR)
+    blocks = capture_blocks(model, ids)
+    inputs = embed(model, blocks, ids, 4)
+    found = passage(blocks, inputs.clone(), 3).last_tokens
+    states = [inputs]
+    for block in blocks:
+        states.append(block.outputs(states[-1], 4))
+    torch.testing.assert_close(found, torch.stack([state[:, -1] for state in states]), rtol=1e-5, atol=1e-5)
+
+
 def test_the_angular_run_is_the_one_across_which_the_last_tokens_turn_least():
     """Angles of 0, 60, 70, 75 and 180 degrees: across two blocks the least turn is from 60 to 75."""
     angles = [math.radians(angle) for angle in (0, 60, 70, 75, 180)]
