@@ -1,9 +1,9 @@
 """What a run sends to Weights & Biases besides its own folder; offline by default, and never able to end a run.
 
 `step/*` is drawn over `optimisation_step` (which counts on from block to block), `block/*` and `allocated/<linear>`
-over `block`, a mixture's experts as one, `recovery/*` over `recovery_step`; scores are summary values. Any failure of W&B is one warning: metrics.jsonl
-holds the same numbers. The network is touched in mode `online` alone; a server that does not answer costs INIT_TIMEOUT,
-then the run is offline.
+over `block`, a mixture's experts as one, `recovery/*` over `recovery_step`; scores are summary values. Any failure of
+W&B is one warning: metrics.jsonl holds the same numbers. The network is touched in mode `online` alone; a server that
+does not answer costs INIT_TIMEOUT, then the run is offline.
 """
 
 from __future__ import annotations
