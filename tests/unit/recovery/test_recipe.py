@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from besa_exp.presets import preset, presets
+from besa_exp.recovery.lora import Lora
 from besa_exp.recovery.mezo import Mezo
 from besa_exp.recovery.recipe import check_recovery, method_of, plan_of, steps_of
 from besa_exp.recovery.spiel import Spiel
@@ -30,6 +31,7 @@ def test_each_preset_is_the_method_of_its_name(name: str) -> None:
 
 def test_values_reach_the_method() -> None:
     lora = method_of(asked("lora", rank=3, alpha=5.0, lr=0.5, decay=0.1, clip=None), 9)
+    assert isinstance(lora, Lora)
     assert (lora.rank, lora.alpha, lora.adam.lr, lora.adam.decay, lora.adam.clip) == (3, 5.0, 0.5, 0.1, None)
     assert method_of(asked("mezo", micro_batch=3, eps=0.5), 9) == Mezo(lr=1e-5, eps=0.5, together=3)
     spiel = method_of(asked("spiel", density=0.25), 77)
