@@ -41,6 +41,7 @@ def recover(run: Run, work: Work) -> Work:
         return work
     loaded = work.loaded
     check_whole(loaded)
+    _check_distillation(asked, work)
     with run.spent.timed("recover"):
         keep = _keep(work)
         run.console.stage(f"recovery: {asked.name}, {sparsity_of(loaded.model, keep):.2%} of the weights stay zero")
@@ -69,6 +70,15 @@ def check_whole(loaded: LoadedModel) -> None:
         raise ConfigurationError(
             f"recovery: {loaded.folder.name} is streamed, one block in memory at a time, and tuning needs all of them; "
             "set model.load=whole, or take a machine with more memory"
+        )
+
+
+def _check_distillation(asked: RecoverySettings, work: Work) -> None:
+    """ConfigurationError: hidden states are to be followed block by block, and blocks are gone."""
+    if asked.distill == "squarehead" and work.structure and len(work.structure.kept) < work.structure.num_blocks:
+        raise ConfigurationError(
+            "recovery.distill=squarehead: compares hidden states block by block, and this model has lost blocks; use "
+            "recovery.distill=logits"
         )
 
 

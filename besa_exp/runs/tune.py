@@ -43,19 +43,26 @@ from besa_exp.texts.calibration import load_calibration
 DENSE = 0.001  # a smaller share of zeros is a dense model's own
 
 
-def as_run(settings: TuneSettings) -> RunSettings:
-    """The same as a run's settings: the method is what made the checkpoint, where its run tells, and the recovery."""
+def made_by(settings: TuneSettings) -> Mapping[str, Any]:
+    """The results of the run that made the checkpoint; {} where none did."""
     run = run_and_model(settings.checkpoint)[0]
-    made = read_results(run).get("pruner") if run is not None and (run / "results.json").is_file() else None
+    return read_results(run) if run is not None and (run / "results.json").is_file() else {}
+
+
+def as_run(settings: TuneSettings) -> RunSettings:
+    """The same as a run's settings: method, pattern and target are those of the run that made the checkpoint, the
+    recovery added; without one the target is what is there."""
+    made = made_by(settings)
     return RunSettings(
         model=settings.model,
         calibration=settings.calibration,
         pruner=Dense(),
-        pruner_name=f"{made or 'checkpoint'}+{settings.recovery.name}",
+        pruner_name=f"{made.get('pruner', 'checkpoint')}+{settings.recovery.name}",
         evaluator=settings.evaluator,
         tracker=settings.tracker,
         recovery=settings.recovery,
-        sparsity=0.0,
+        sparsity=made.get("target_sparsity", 0.0),
+        pattern=made.get("pattern", "unstructured"),
         seed=settings.seed,
         device=settings.device,
         deterministic=settings.deterministic,
@@ -87,6 +94,7 @@ def tune_checkpoint(settings: TuneSettings, path: Path) -> dict[str, Any]:
             loaded = in_a_fast_dtype(load_model(settings.model, device, settings.offline), settings.model.dtype)
         run, work = _begun(run, loaded, settings.dense)
         results = _tuned(run, work) | {"checkpoint": settings.checkpoint}
+        results["model"] = made_by(settings).get("model", results["model"])
         results |= {"seconds": run.spent.seconds(), "peak_memory_bytes": run.spent.peak_memory()}
         folder.write_results(results)
         if settings.save.model and distributed.is_first():
@@ -121,7 +129,7 @@ def _begun(run: Run, loaded: LoadedModel, dense: bool) -> tuple[Run, Work]:
         )
     if problems := check_recovery_of(settings, 0.0 if sparsity < DENSE else sparsity, context):
         raise ConfigurationError(*problems)
-    run = replace(run, settings=replace(settings, sparsity=sparsity))
+    run = replace(run, settings=replace(settings, sparsity=settings.sparsity or sparsity))
     run.console.plan(run.settings, model_facts(loaded))
     return run, work
 

@@ -55,7 +55,7 @@ def _documents(
             "folder, or set recovery.path to a .safetensors file of input_ids"
         )
     else:
-        documents = _read(source, offline, column) if isinstance(source, str) else source
+        documents: Sequence[str] = _read(source, offline, column) if isinstance(source, str) else source
         order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
         for index in order.tolist():
             yield encode_document(tokenizer, documents[index], len(documents) == 1)

@@ -26,8 +26,9 @@ def pruned(given: list[str]) -> Path:
 
 
 @pytest.fixture
-def words(tmp_path: Path) -> list[str]:
-    """A tuning for some steps on tokens that follow a rule, and a score on others of them."""
+def words(tmp_path: Path, given: list[str]) -> list[str]:
+    """A tuning for some steps on tokens that follow a rule, and a score on others of them; `given` has left the working
+    folder empty."""
     save_file({"input_ids": torch.arange(60 * 16).view(60, 16) % 7}, tmp_path / "rule.safetensors")
     save_file({"input_ids": torch.arange(3, 3 + 4 * 16).view(4, 16) % 7}, tmp_path / "scored.safetensors")
     text = [f"calibration.path={tmp_path / 'rule.safetensors'}", "recovery.held_out=4", "recovery.batch_size=4"]
@@ -61,6 +62,7 @@ def test_a_run_is_tuned_under_its_zeros_and_scored_before_and_after(pruned: Path
     assert later < earlier / 2
     assert f"{earlier:.4f} -> {later:.4f}" in said
     assert results["pruner"] == "magnitude+full"
+    assert results["model"] == results_in("run")["model"]
     assert results["measured_sparsity"] == results["target_sparsity"] == results_in("run")["measured_sparsity"]
     after = load_file("tuned/model/model.safetensors")
     zeros = {name: weight == 0 for name, weight in before.items() if "proj" in name}
@@ -73,6 +75,14 @@ def test_a_run_is_tuned_under_its_zeros_and_scored_before_and_after(pruned: Path
     code, said = ask("checkpoint=run")
     assert code == 0
     assert "finished before" in said
+
+
+def test_the_pattern_of_the_run_stays(given: list[str], ask: Ask) -> None:
+    assert main(["prune", *given, "pattern='2:4'", "hydra.run.dir=run"]) == 0
+    assert ask("checkpoint=run")[0] == 0
+    assert results_in("tuned")["pattern"] == "2:4"
+    for name, weight in load_file("tuned/model/model.safetensors").items():
+        assert "proj" not in name or ((weight.view(-1, 4) == 0).sum(dim=1) == 2).all()
 
 
 def test_a_plain_folder_and_a_tuned_one_are_tuned_too(pruned: Path, ask: Ask) -> None:
