@@ -3,8 +3,8 @@
     minimise over W:  L(block(X; W * keep_mask), Y),   L the reconstruction loss (BESA, arXiv 2402.16880, Eq. 1),
 
 with X what the pruned prefix gives and Y the targets. Block-wise tuning of the kept weights is known from EBFT (Guo et
-al., arXiv 2402.12419). Here Adam works on fp32 copies, its step is a fraction of the weights' own size, so that it fits
-every linear and model, and samples that are not learned from (the probe) choose between the states.
+al., arXiv 2402.12419). Here Adam works on fp32 copies, its step is a fraction of the weights' own size, and samples
+that are not learned from (the probe) choose that fraction, by trying, and between the states.
 
 On request the block's norms are tuned along with the weights, under the same loss, and chosen together with them.
 
@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -41,17 +42,22 @@ Norms = Mapping[str, Float[Tensor, " _size"]]
 NORM_STEP = 0.1  # of a norm's first step size to that of weights: it holds few values, which all tokens share
 WARM_UP = 10  # steps in which the step size rises to its full value
 SHRINK = 0.4  # of the step size, where the steps that were taken with it did not help
+STEP_SIZES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
+FIRST_TRIED = 0.01  # of these
+TRIED = 2  # steps with each that is tried
+LONGER = 3  # times the size that is best in a few steps is best in many (experiments/real_model)
 
 
 @dataclass(frozen=True)
 class Tuning:
     """`lr`: the first step, as a fraction of the root mean square of a linear's kept weights; it falls to 0 along a
-    cosine, and shrinks where it does not help. `checks`: how often the probe samples judge once the mask is fixed.
-    `norms`: whether they are tuned too."""
+    cosine, and shrinks where it does not help. None: LONGER times the one of STEP_SIZES whose first steps lower the
+    probe's loss most. `checks`: how often the probe samples judge once the mask is fixed. `norms`: whether they are
+    tuned too."""
 
-    epochs: int = 8
-    batch_size: int = 8
-    lr: float = 0.1
+    epochs: int = 4
+    batch_size: int = 4
+    lr: float | None = None
     checks: int = 4
     seed: int = 0
     norms: bool = False
@@ -60,8 +66,10 @@ class Tuning:
         for field in ("epochs", "batch_size", "checks"):
             if getattr(self, field) < 1:
                 raise ValueError(f"tuning.{field}={getattr(self, field)}: must be at least 1")
-        if not 0 < self.lr <= 1:
-            raise ValueError(f"tuning.lr={self.lr}: must be above 0 and at most 1, in units of the weights' size")
+        if self.lr is not None and not 0 < self.lr <= 1:
+            raise ValueError(
+                f"tuning.lr={self.lr}: must be above 0 and at most 1, in units of the weights' size, or null"
+            )
 
     def num_steps(self, learn: int) -> int:
         """Steps over `learn` samples."""
@@ -141,7 +149,9 @@ def tune(
     num_steps = tuning.num_steps(learn)
     settles = ramp.settles(num_steps) if ramp else 0
     judged = {num_steps - 1 - (num_steps - settles) * number // tuning.checks for number in range(tuning.checks)}
-    state = _State.of(block, weights, keep_masks, tuning)
+    begin = partial(_State.of, block, weights, keep_masks, tuning.norms)
+    lr = tuning.lr or _first_step_size(begin, inputs, targets, tuning, learn)
+    state = begin(lr)
     best, before = state.copy(), state.probe_loss(inputs, targets)
     best_loss, shrunk = before, 1.0
     steps: list[Step] = []
@@ -162,11 +172,40 @@ def tune(
         if sparsity is not None:
             state.prune_to(sparsity)
             best, best_loss = state.copy(), state.probe_loss(inputs, targets)
-    if shrunk < 1:
-        logger.info("%s: the step size of %g shrank to %.2g", block.name, tuning.lr, tuning.lr * shrunk)
+    logger.info("%s: a first step size of %g, %.2g at the end", block.name, lr, lr * shrunk)
     found = state.found()
     weights, norms = ({name: found[name] for name in names} for names in (state.latent, state.norms))
     return Tuned(weights, norms, state.keep_masks, before, tuple(steps))
+
+
+def _first_step_size(
+    begin: Callable[[float], _State], inputs: Hidden, targets: Hidden, tuning: Tuning, learn: int
+) -> float:
+    def loss_after(lr: float) -> float:
+        state = begin(lr)
+        for number, samples in zip(range(TRIED), _batches(learn, tuning), strict=False):
+            own = distributed.own_places(samples.to(inputs.device))
+            state.step(inputs[own], targets[own], 1.0, number)
+        return state.probe_loss(inputs, targets)
+
+    return min(1.0, LONGER * downhill(STEP_SIZES, FIRST_TRIED, loss_after))
+
+
+def downhill(sizes: Sequence[float], start: float, loss_after: Callable[[float], float]) -> float:
+    """The size of least loss, if losses along `sizes` fall and then rise: from `start`, one of them, to the next and on
+    while it gets better, else to the one before and on. `loss_after` is asked once for each that is tried."""
+    begun = sizes.index(start)
+    losses = {begun: loss_after(start)}
+    for direction in (1, -1):
+        best = begun
+        while 0 <= best + direction < len(sizes):
+            losses[best + direction] = loss_after(sizes[best + direction])
+            if losses[best + direction] >= losses[best]:
+                break
+            best += direction
+        if best != begun:
+            return sizes[best]
+    return start
 
 
 def _batches(learn: int, tuning: Tuning) -> Iterator[Tensor]:
@@ -189,21 +228,21 @@ class _State:
     optimizer: torch.optim.Adam
 
     @staticmethod
-    def of(block: Block, weights: Weights, keep_masks: KeepMasks, tuning: Tuning) -> _State:
+    def of(block: Block, weights: Weights, keep_masks: KeepMasks, with_norms: bool, lr: float) -> _State:
         latent = {name: weight.detach().float() * keep_masks[name] for name, weight in weights.items()}
         masked = {name: torch.empty_like(block.linears[name].weight).requires_grad_() for name in latent}
         groups = [
             {
                 "params": [weight],
-                "full_lr": tuning.lr * float(weight.norm() / keep_masks[name].sum().clamp(min=1).sqrt()),
+                "full_lr": lr * float(weight.norm() / keep_masks[name].sum().clamp(min=1).sqrt()),
             }
             for name, weight in latent.items()
         ]
         norms: dict[str, Tensor] = {}
-        for parameters in find_norms(block.module) if tuning.norms else ():
+        for parameters in find_norms(block.module) if with_norms else ():
             own = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
             size = max(float(value.square().mean().sqrt()) for value in own.values())
-            groups.append({"params": [*own.values()], "full_lr": NORM_STEP * tuning.lr * size})
+            groups.append({"params": [*own.values()], "full_lr": NORM_STEP * lr * size})
             masked |= {name: torch.empty_like(parameter).requires_grad_() for name, parameter in parameters.items()}
             norms |= own
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-16)

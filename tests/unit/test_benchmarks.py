@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_llama import tiny_llama
+
+from besa_exp.blocks.block import capture_blocks, embed
 
 BENCHMARKS = Path(__file__).parents[2] / "experiments" / "benchmarks"
 
@@ -18,6 +21,14 @@ def blocks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module("blocks")
     for name in ("blocks", "authors_way", "machine"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def real_block(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module("real_block")
+    for name in ("real_block", "machine"):
         sys.modules.pop(name, None)
 
 
@@ -48,3 +59,17 @@ def test_a_model_of_many_blocks_is_one_block_filled_again_and_again(blocks) -> N
         block.linears["mlp.up_proj"].weight.detach().zero_()  # as if it had been pruned
         seen += 1
     assert seen == 3
+
+
+def test_each_method_is_measured_on_a_block_and_prunes_it(real_block) -> None:
+    model = tiny_llama(context=32).requires_grad_(False)
+    tokens = torch.randint(0, 258, (16, 24), generator=torch.Generator().manual_seed(1))
+    block = capture_blocks(model, tokens)[0]
+    inputs = embed(model, [block], tokens, 4)
+    assert [*real_block.METHODS] == ["two passes", "wanda", "sparsegpt", "besa", "best"]
+    for method in real_block.METHODS:
+        found = real_block.measured(method, block, inputs)
+        assert found["seconds"] > 0
+        assert found["block_bytes"] == sum(linear.weight.nbytes for linear in block.linears.values())
+        zeros = sum(int((linear.weight == 0).sum()) for linear in block.linears.values())
+        assert (zeros > 0.49 * found["block_bytes"] / 4) == (method != "two passes")

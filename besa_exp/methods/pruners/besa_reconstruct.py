@@ -1,16 +1,18 @@
 """BESA with weights that move: the sparsity of every row and the kept weights are learned together, block by block.
 
-BESA (Xu et al., arXiv 2402.16880) learns how much each row gives up while the weights stay as they are. But what a row
-can give up depends on what the kept weights then do about it: a mask learned for fixed weights and updated afterwards
-is worse than SparseGPT alone. So here
+BESA (Xu et al., arXiv 2402.16880) learns how much each row gives up while the weights stay as they are. Here the kept
+weights then make up for what went:
 
-1. SparseGPT (arXiv 2301.00774) prunes the block to the share `start` of the target, updating what it keeps;
-2. the rest goes while the kept weights are tuned under the block's reconstruction loss (`besa_exp.methods.tuning`):
-   every few steps the weights of the whole block whose removal costs that loss least. This is BESA's learned
-   allocation, a gradient of the block's loss for every row, under an exact budget;
-3. with the mask fixed, tuning goes on, and the probe samples choose the best state.
+1. `besa` learns the sparsity of every row, and prunes the block to the share `start` of the target: all of it, unless
+   told otherwise;
+2. the kept weights are tuned under the block's reconstruction loss (`besa_exp.methods.tuning`), and the probe samples
+   choose the best state;
+3. a rest that `start` left goes while they are tuned: every few steps the weights of the whole block whose removal
+   costs that loss least. That is an allocation learned along with the weights, under an exact budget;
+4. on request (`model`) the kept weights of all blocks are tuned together at the end, under the model's own loss.
 
-4. On request (`model`) the kept weights of all blocks are tuned together at the end, under the model's own loss.
+`begin=sparsegpt` takes SparseGPT's mask and weights (arXiv 2301.00774) in the place of `besa`'s mask. Small models gain
+from that with `start=0.7` and many epochs; a real one at 50 % loses (`experiments/real_model`).
 
 Targets come from the dense model, so that a block also makes up for the error of those before it. With N:M every row's
 sparsity is fixed: SparseGPT's mask, and its kept weights are tuned.
@@ -21,22 +23,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits, pruned_by_masks
+from besa_exp.methods.pruners.besa import Besa
 from besa_exp.methods.pruners.model_tuning import ModelTuning
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
-from besa_exp.methods.tuning import Ramp, Tuning, tune
+from besa_exp.methods.tuning import Ramp, Tuning, Weights, tune
 from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.statistics import Hessian
 
 
 @dataclass(frozen=True)
 class BesaReconstruct:
-    """`start`: the share of the target that SparseGPT takes at once; `until`: the share of the steps after which the
-    mask is fixed; `every`: steps between two changes of the mask. `dense_targets` off: targets are what the dense block
-    makes of the pruned prefix, and what was lost before it stays lost. `model`: how the kept weights of all blocks are
-    tuned after the last; None: they are not."""
+    """`begin`: besa or sparsegpt, which takes the share `start` of the target at once; `until`: the share of the steps
+    after which the mask is fixed; `every`: steps between two changes of the mask. `dense_targets` off: targets are
+    what the dense block makes of the pruned prefix, and what was lost before it stays lost. `model`: how the kept
+    weights of all blocks are tuned after the last; None: they are not."""
 
     tuning: Tuning = field(default_factory=Tuning)
-    start: float = 0.7
+    begin: str = "besa"
+    start: float = 1.0
     until: float = 0.6
     every: int = 4
     group_size: int = 128
@@ -46,6 +50,8 @@ class BesaReconstruct:
 
     def __post_init__(self) -> None:
         SparseGPT(self.group_size, self.damping)  # which refuses what it cannot use
+        if self.begin not in ("besa", "sparsegpt"):
+            raise ValueError(f"pruner.begin={self.begin}: must be besa or sparsegpt")
         for name in ("start", "until"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"pruner.{name}={getattr(self, name)}: must be in [0, 1]")
@@ -62,11 +68,21 @@ class BesaReconstruct:
         return SparseGPT(self.group_size, self.damping).check(sparsity, pattern)
 
     def prune_block(self, task: Task) -> PrunedBlock:
-        """SparseGPT, then mask and weights together."""
+        """The first share of the zeros, then mask and weights together."""
         goal = task.goal
-        ramp = None if goal.pattern else Ramp(self.start * goal.sparsity, goal.sparsity, self.until, self.every)
-        first = goal if ramp is None else Goal(ramp.first)
-        begun = SparseGPT(self.group_size, self.damping).masks_and_weights(replace(task, goal=first))
-        tuned = tune(task.block, task.inputs, task.targets, begun[1], begun[0], self.tuning, task.on_step, ramp)
+        ramped = self.start < 1 and not goal.pattern
+        ramp = Ramp(self.start * goal.sparsity, goal.sparsity, self.until, self.every) if ramped else None
+        begun, weights = self._begun(replace(task, goal=goal if ramp is None else Goal(ramp.first)))
+        done = len(begun.steps)
+        on_step = task.after(done).on_step
+        tuned = tune(task.block, task.inputs, task.targets, weights, begun.keep_masks, self.tuning, on_step, ramp)
         masked = replace(pruned_by_masks(tuned.keep_masks), norms=tuned.norms)
-        return replace(masked, weights=tuned.weights, loss_before=tuned.loss_before, steps=tuned.steps)
+        found = replace(masked, weights=tuned.weights, loss_before=tuned.loss_before, steps=tuned.steps)
+        return replace(found, steps=(*begun.steps, *found.after(done).steps))
+
+    def _begun(self, task: Task) -> tuple[PrunedBlock, Weights]:
+        if self.begin == "besa" and not task.goal.pattern:
+            besa = Besa(seed=self.tuning.seed).prune_block(task)
+            return besa, task.weights
+        masks, weights = SparseGPT(self.group_size, self.damping).masks_and_weights(task)
+        return pruned_by_masks(masks), weights

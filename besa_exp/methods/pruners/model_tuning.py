@@ -27,19 +27,18 @@ from besa_exp.machine import distributed
 logger = logging.getLogger(__name__)
 
 WARM_UP = 5  # steps in which the step size rises to its full value
-STEP_SIZES = (0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)  # that are tried, the largest first
-TRIED = 4  # steps with each
+SHRINK = 0.4  # of the step size, where the steps that were taken with it did not help
 
 
 @dataclass(frozen=True)
 class ModelTuning:
     """`lr`: the first step, as a fraction of the root mean square of a linear's kept weights; it falls to 0 along a
-    cosine. None: of STEP_SIZES the one whose first TRIED steps lower the probe's divergence most; smaller ones are
-    tried until that gets no better. `checks`: how often the probe samples judge."""
+    cosine. `checks`: how often the probe samples judge: steps that did not help are undone, and the step size
+    shrinks."""
 
-    steps: int = 28
+    steps: int = 14
     batch_size: int = 2
-    lr: float | None = None
+    lr: float = 0.001
     checks: int = 4
     seed: int = 0
 
@@ -47,10 +46,8 @@ class ModelTuning:
         for field in ("steps", "batch_size", "checks"):
             if getattr(self, field) < 1:
                 raise ValueError(f"pruner.model.{field}={getattr(self, field)}: must be at least 1")
-        if self.lr is not None and not 0 < self.lr <= 1:
-            raise ValueError(
-                f"pruner.model.lr={self.lr}: must be above 0 and at most 1, in units of the weights' size, or null"
-            )
+        if not 0 < self.lr <= 1:
+            raise ValueError(f"pruner.model.lr={self.lr}: must be above 0 and at most 1, in units of the weights' size")
 
     def refine(
         self,
@@ -61,39 +58,23 @@ class ModelTuning:
     ) -> tuple[Sequence[KeepMasks], list[Weights]]:
         """The same masks, and the kept weights in fp32. `weights`: where they begin, the dense ones where None."""
         learn, probe = whole.samples()
-        lr = self.lr or self._step_size(whole, keep_masks, weights, learn, probe)
-        state = _Tuned.of(whole, keep_masks, weights, lr)
-        best, best_loss = state.copy(), whole.divergence(probe, state.weights)
+        state = _Tuned.of(whole, keep_masks, weights, self.lr)
+        best, best_loss, shrunk = state.copy(), whole.divergence(probe, state.weights), 1.0
         every = math.ceil(self.steps / self.checks)
         for number, samples in zip(range(self.steps), batches(learn, self.batch_size, self.seed), strict=False):
             scale = min(1.0, (number + 1) / WARM_UP) * (1 + math.cos(math.pi * number / self.steps)) / 2
-            loss = state.step(samples, scale)
+            loss = state.step(samples, shrunk * scale)
             on_step(ModelStep(number, loss, best_loss))
-            if (number + 1) % every == 0 or number + 1 == self.steps:
-                found = whole.divergence(probe, state.weights)
-                if found < best_loss:
-                    best, best_loss = state.copy(), found
+            if (number + 1) % every and number + 1 < self.steps:
+                continue
+            found = whole.divergence(probe, state.weights)
+            logger.info("divergence %.4g on the probe after %d steps, %.4g before", found, number + 1, best_loss)
+            if found < best_loss:
+                best, best_loss = state.copy(), found
+            else:
+                state.go_back(best)
+                shrunk *= SHRINK
         return keep_masks, best
-
-    def _step_size(
-        self,
-        whole: Whole,
-        keep_masks: Sequence[KeepMasks],
-        weights: Sequence[Weights] | None,
-        learn: int,
-        probe: Tensor,
-    ) -> float:
-        best, best_loss = STEP_SIZES[-1], math.inf
-        for lr in STEP_SIZES:
-            state = _Tuned.of(whole, keep_masks, weights, lr)
-            for number, samples in zip(range(TRIED), batches(learn, self.batch_size, self.seed), strict=False):
-                state.step(samples, min(1.0, (number + 1) / WARM_UP))
-            loss = whole.divergence(probe, state.weights)
-            logger.info("step size %g: divergence %.4g on the probe after %d steps", lr, loss, TRIED)
-            if loss >= best_loss:
-                break
-            best, best_loss = lr, loss
-        return best
 
 
 @dataclass(frozen=True)
@@ -127,6 +108,14 @@ class _Tuned:
     def copy(self) -> list[Weights]:
         """As they are now."""
         return [{name: weight.clone() for name, weight in own.items()} for own in self.latent]
+
+    @torch.no_grad()
+    def go_back(self, to: Sequence[Weights]) -> None:
+        """Become what `copy` gave before, and stand still."""
+        for own, before, optimizer in zip(self.latent, to, self.optimizers, strict=True):
+            for name, weight in own.items():
+                weight.copy_(before[name])
+                optimizer.state[weight]["exp_avg"].zero_()
 
     def step(self, samples: Tensor, scale: float) -> float:
         """One step of Adam on the samples of these numbers; D before it."""

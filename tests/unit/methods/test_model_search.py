@@ -248,6 +248,22 @@ def test_tuning_keeps_every_zero_and_is_better_on_the_probe():
     assert whole.divergence(probe, lambda number, block: weights[number]) < 0.8 * whole.divergence(probe, dense)
 
 
+def test_steps_of_tuning_that_did_not_help_are_undone_and_the_step_size_shrinks():
+    model = dense_model()
+    whole, masks = whole_of(model), uniform_masks(model)
+    probe = whole.samples()[1]
+
+    def divergence_after(checks):
+        _, weights = ModelTuning(steps=12, lr=0.1, checks=checks).refine(whole, masks, None, lambda step: None)
+        return whole.divergence(probe, lambda number, block: weights[number])
+
+    start = whole.divergence(
+        probe, lambda number, block: {name: block.linears[name].weight * mask for name, mask in masks[number].items()}
+    )
+    assert divergence_after(checks=1) == pytest.approx(start)
+    assert divergence_after(checks=12) < 0.995 * start
+
+
 def test_tuning_that_only_makes_it_worse_gives_back_its_start():
     model = dense_model()
     whole, masks = whole_of(model), uniform_masks(model)

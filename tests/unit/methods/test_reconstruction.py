@@ -16,7 +16,7 @@ from besa_exp.blocks.pruner import Task
 from besa_exp.methods.pruners.besa_reconstruct import BesaReconstruct
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
 from besa_exp.methods.pruners.uniform import Uniform
-from besa_exp.methods.tuning import Ramp, Tuning, keep_valuable, tune
+from besa_exp.methods.tuning import Ramp, Tuning, downhill, keep_valuable, tune
 from besa_exp.methods.updates.obs import Obs
 from besa_exp.methods.updates.reconstruct import Reconstruct
 from besa_exp.methods.updates.updated import Updated
@@ -51,7 +51,7 @@ def reports_of(pruner, sparsity=0.6, pattern="unstructured"):
 def test_tuning_lowers_the_probe_loss_and_keeps_the_mask() -> None:
     block, inputs, targets = first_block()
     masks = uniform_masks(block)
-    tuned = tune(block, inputs, targets, weights_of(block), masks, Tuning(epochs=10, batch_size=4), lambda step: None)
+    tuned = tune(block, inputs, targets, weights_of(block), masks, Tuning(10, 4, lr=0.1), lambda step: None)
     after = probe_loss(block, inputs, targets, tuned.weights)
     assert after < 0.95 * tuned.loss_before
     assert tuned.steps[-1].loss < 0.5 * tuned.steps[0].loss
@@ -94,6 +94,27 @@ def test_what_is_tuned_between_two_changes_of_the_mask_is_undone_where_it_does_n
     assert losses[0] < 1.2 * losses[1]
 
 
+@pytest.mark.parametrize(("least", "asked"), [(4, 3), (2, 4), (0, 5), (6, 4)])
+def test_a_step_size_is_sought_downhill_from_the_middle(least: int, asked: int) -> None:
+    sizes, tried = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003), []
+
+    def loss_after(size: float) -> float:
+        tried.append(size)
+        return abs(sizes.index(size) - least)
+
+    assert downhill(sizes, 0.01, loss_after) == sizes[least]
+    assert len(tried) == len(set(tried)) == asked
+
+
+def test_a_step_size_that_nobody_gave_is_one_that_helps_on_models_of_any_scale() -> None:
+    block, inputs, targets = first_block()
+    masks = uniform_masks(block, 0.5)
+    for found in (Tuning(epochs=4, batch_size=4), Tuning(epochs=4, batch_size=4, lr=1e-4)):
+        tuned = tune(block, inputs, targets, weights_of(block), masks, found, lambda step: None)
+        gain = probe_loss(block, inputs, targets, tuned.weights) / tuned.loss_before
+        assert gain < 0.9 if found.lr is None else gain > 0.9
+
+
 def test_the_block_itself_is_not_changed() -> None:
     block, inputs, targets = first_block()
     before = weights_of(block)
@@ -129,8 +150,9 @@ def test_the_ramp_rises_to_exactly_its_end_and_then_stays(num_steps: int) -> Non
 
 
 @pytest.mark.parametrize("sparsity", [0.05, 0.5, 0.95])
-def test_besa_reconstruct_meets_the_budget_of_each_block_exactly(sparsity: float) -> None:
-    for report in reports_of(BesaReconstruct(Tuning(epochs=2, batch_size=4)), sparsity):
+@pytest.mark.parametrize(("begin", "start"), [("besa", 1.0), ("besa", 0.7), ("sparsegpt", 0.7)])
+def test_besa_reconstruct_meets_the_budget_of_each_block_exactly(begin: str, start: float, sparsity: float) -> None:
+    for report in reports_of(BesaReconstruct(Tuning(epochs=2, batch_size=4), begin, start), sparsity):
         weights = sum(linear.weights for linear in report.linears)
         assert sum(linear.pruned for linear in report.linears) == round(sparsity * weights)
 
@@ -142,6 +164,28 @@ def test_besa_reconstruct_gives_rows_different_sparsities_and_beats_sparsegpt_on
     plain = reports_of(SparseGPT(), 0.7)
     assert ours[0].loss_after < plain[0].loss_after
     assert theirs[0].loss_after < plain[0].loss_after
+
+
+def test_besa_reconstruct_begins_with_the_masks_of_besa_and_numbers_its_steps_on() -> None:
+    from besa_exp.methods.pruners.besa import Besa
+
+    masks = {}
+    for pruner in (Besa(), BesaReconstruct(Tuning(epochs=1, batch_size=4))):
+        model = copy.deepcopy(DENSE)
+        blocks = capture_blocks(model, INPUT_IDS)[:1]
+        inputs = embed(model, blocks, INPUT_IDS, 4)
+        seen = []
+        ((report, pruned),) = prune_blocks(blocks, inputs, pruner, Goal(0.6), 4, seen.append)
+        masks[type(pruner).__name__] = pruned.keep_masks
+        assert [step.step for step in report.steps] == list(range(len(report.steps)))
+        assert tuple(seen) == report.steps
+    for name, mask in masks["Besa"].items():
+        assert torch.equal(mask, masks["BesaReconstruct"][name])
+
+
+def test_besa_reconstruct_refuses_to_begin_with_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match=r"pruner\.begin=wanda: must be besa or sparsegpt"):
+        BesaReconstruct(begin="wanda")
 
 
 def test_besa_reconstruct_keeps_an_n_m_pattern() -> None:
