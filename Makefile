@@ -7,7 +7,7 @@
 # make best   run the study of experiments/best (an hour to an hour and a half on 2 cores with JOBS=2; done runs are skipped)
 # make budgets  run the study of budgets over depth (some hours on 2 cores; done runs are skipped)
 # make paper  run the study of experiments/paper: the paper's claims on three small models (half an hour on 2 cores with JOBS=2; done runs are skipped)
-# make real-study  run the study of experiments/real_model (hours on 2 cores; done runs are skipped; makes the model first)
+# make real-study  run the study of experiments/real_model (about six hours on 2 cores; done runs are skipped; makes the model first)
 # make first-results  run the study of experiments/first_results (about an hour on 2 cores; done runs are skipped)
 
 VENV := .venv
@@ -88,8 +88,8 @@ first-results: $(STAMP)
 	$(foreach bed,$(TESTBEDS),$(ON_BED) pruner=dense sparsity=0 seed=0 && $(ON_BED) pruner=magnitude seed=0 && $(ON_BED) &&) true
 	$(BIN)/python experiments/first_results/collect.py
 
-# Ablation: best without one of its pieces (SparseGPT's start, closing bit by bit, dense targets, choice by the probe).
-WITHOUT := pruner.start=0 pruner.until=0 pruner.dense_targets=false pruner.tuning.checks=1
+# Ablation: best with one of its pieces otherwise (SparseGPT's mask, closing bit by bit, targets of the pruned prefix, one look at the probe).
+WITHOUT := pruner.begin=sparsegpt pruner.start=0.7 pruner.dense_targets=false pruner.tuning.checks=1
 
 best: $(STAMP)
 	$(if $(wildcard $(SHARED)/models),$(BIN)/python experiments/tokens.py first_results --shared $(SHARED))
@@ -105,11 +105,27 @@ budgets: $(STAMP)
 	$(BIN)/python experiments/best/collect.py
 	$(BIN)/besa report outputs/budgets --out outputs/budgets/report
 
+# Every method once at all targets and at 2:4; C4 and zero-shot accuracy, and three seeds, for the main ones at 50 %.
+REAL_RUN = $(BIN)/besa prune experiment=real_model
+REAL_MAIN := sparsegpt,besa_paper,besa,best
+REAL_TOKENS := outputs/real_model/tokens
+REAL_SCORES := 'evaluator.perplexity_sets=[$(REAL_TOKENS)/wikitext2.safetensors,$(REAL_TOKENS)/c4.safetensors]' \
+	'evaluator.tasks=[piqa,boolq,arc_easy,arc_challenge,winogrande,hellaswag]'
+
 real-study: real-model
 	$(BIN)/python experiments/tokens.py real_model --shared $(SHARED)
-	$(BIN)/besa prune experiment=real_model pruner=dense sparsity=0 seed=0
-	$(BIN)/besa prune experiment=real_model
-	$(BIN)/besa prune experiment=real_model pruner=besa pruner.scope=model
+	$(REAL_RUN) pruner=dense sparsity=0 $(REAL_SCORES)
+	$(REAL_RUN) pruner=$(REAL_MAIN) sparsity=0.5 $(REAL_SCORES)
+	$(REAL_RUN) pruner=$(REAL_MAIN) sparsity=0.6,0.7
+	$(REAL_RUN) pruner=$(REAL_MAIN) sparsity=0.5 seed=1,2
+	$(REAL_RUN) pruner=magnitude,wanda,ria,besa_linear
+	$(REAL_RUN) pruner=besa pruner.scope=model
+	$(REAL_RUN) pruner=wanda update=admm
+	$(REAL_RUN) pruner=sparsegpt update=reconstruct
+	$(REAL_RUN) pruner=magnitude,wanda,ria,sparsegpt,best sparsity=0.5 pattern=2:4
+	$(REAL_RUN) pruner=besa sparsity=0.5 pattern=N:4
+	$(REAL_RUN) pruner=wanda sparsity=0.6,0.7 budget=owl,alpha,dlp,atp,learned,evopress
+	$(REAL_RUN) pruner=sparsegpt,best sparsity=0.7 budget=owl,alpha,dlp
 	$(BIN)/python experiments/real_model/collect.py
 
 # The paper's claims; its models and text are not part of the repository, so that without BESA_SHARED there is nothing to run.

@@ -28,6 +28,8 @@ METHODS = ("wanda", "wanda+dsnot", "wanda+obs", "wanda+admm", "ria", "ria, permu
 METHODS += ("sparsegpt+reconstruct", "besa+reconstruct", "best")
 PIECES = {
     "best": "all of it",
+    "best, begin=sparsegpt": "SparseGPT's mask and weights at the start",
+    "best, start=0.7": "the last 30 % closed bit by bit while weights are tuned",
     "best, start=0": "no start from SparseGPT",
     "best, until=0": "the mask fixed at once, not closed bit by bit",
     "best, dense_targets=false": "targets from the pruned prefix",
