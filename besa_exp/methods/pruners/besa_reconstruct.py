@@ -1,4 +1,4 @@
-"""BESA with weights that move: the sparsity of every row and the kept weights are learned together, block by block.
+"""BESA with weights that move: the sparsity of every row is learned, then the kept weights are tuned, block by block.
 
 BESA (Xu et al., arXiv 2402.16880) learns how much each row gives up while the weights stay as they are. Here the kept
 weights then make up for what went:
