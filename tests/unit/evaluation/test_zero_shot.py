@@ -160,9 +160,24 @@ def test_equal_runs_give_equal_scores_print_nothing_and_leave_all_global_states_
 
 
 def global_states() -> list[Any]:
-    """Everything of the process that lm-eval and datasets change while they run."""
-    states = [random.getstate(), repr(numpy.random.get_state()), torch.get_rng_state().tolist()]  # noqa: NPY002
+    """What lm-eval and datasets change while they run; Python's own random state is drawn from by the checks of types
+    that tests add, and has a test of its own."""
+    states = [repr(numpy.random.get_state()), torch.get_rng_state().tolist()]  # noqa: NPY002
     return [*states, logging.getLogger("lm_eval").level, datasets.is_progress_bar_enabled()]
+
+
+def test_what_is_drawn_with_a_seed_leaves_all_random_states_as_they_were() -> None:
+    from besa_exp.evaluation.zero_shot import seeded
+
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(numpy.random.random()), float(torch.rand(()))  # noqa: NPY002
+
+    with seeded(3):
+        expected = draw()
+    before = [random.getstate(), *global_states()]
+    with seeded(3):
+        assert draw() == expected
+    assert [random.getstate(), *global_states()] == before
 
 
 def test_the_record_says_what_makes_two_scores_comparable(model, mirror):
