@@ -55,9 +55,9 @@ def _documents(
             "folder, or set recovery.path to a .safetensors file of input_ids"
         )
     else:
-        documents: Sequence[str] = _read(source, offline, column) if isinstance(source, str) else source
-        order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
-        for index in order.tolist():
+        documents = _read(source, offline, column) if isinstance(source, str) else source
+        order: list[int] = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
+        for index in order:
             yield encode_document(tokenizer, documents[index], len(documents) == 1)
 
 
