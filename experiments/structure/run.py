@@ -20,16 +20,14 @@ SHARED = [
     "save.masks=false",
 ]
 SHARED += ["calibration.num_samples=32", "calibration.seq_len=256"]
-ONE, TWO = "0.1667", "0.3333"  # of five blocks
-ALONE = [(name, ONE) for name in ("shortgpt", "angular", "sleb", "magnitude_sp", "wanda_sp", "random_sp")]
-ALONE += [(name, TWO) for name in ("shortgpt", "angular", "sleb", "wanda_sp")]
+METHODS = ("shortgpt", "angular", "sleb", "magnitude_sp", "wanda_sp", "random_sp")
+RATIO = "0.1667"  # one of five blocks
 
 
 def commands() -> list[list[str]]:
     """The arguments of each run."""
-    alone = [[f"structure={name}", f"structure.ratio={ratio}", "pruner=dense"] for name, ratio in ALONE]
-    search = ["structure=policy_gradient", f"structure.ratio={ONE}", "pruner=dense", "structure.steps=100"]
-    return [["pruner=dense"], *alone, [*search, "structure.rate=0.02"]]
+    alone = [[f"structure={name}", f"structure.ratio={RATIO}", "pruner=dense"] for name in METHODS]
+    return [["pruner=dense"], *alone]
 
 
 if __name__ == "__main__":
@@ -37,7 +35,7 @@ if __name__ == "__main__":
     parser.add_argument("--runs", type=Path, default=Path("outputs/structure"))
     folder = parser.parse_args().runs
     for words in commands():
-        name = "-".join(word.partition("=")[2] for word in words[:3])
+        name = "-".join(word.partition("=")[2] for word in words)
         code = main(["prune", *SHARED, *words, f"hydra.run.dir={folder / name}"])
         if code:
             sys.exit(code)
