@@ -2,8 +2,8 @@
 
 Block 15 of SmolLM2-135M (make real-model) on the real inputs that the dense blocks before it give, in fp32. `best` is
 what it does in a block; its tuning of the whole model is not part of it. Each method runs in a process of its own:
-memory is what its peak adds to that of the two passes, in units of the block's weights. Processor time, so that other
-work on the machine does not lengthen it much.
+memory is what its peak adds to that of loading the model and two passes, in units of the block's weights. Processor
+time, so that other work on the machine does not lengthen it much.
 
     python experiments/benchmarks/real_block.py [--samples 32]
 """
