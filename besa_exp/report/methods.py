@@ -163,10 +163,9 @@ def differences(settings: Mapping[str, Any], group: str, name: str) -> list[str]
 @cache
 def _preset(group: str, name: str) -> Mapping[str, Any]:
     """conf/GROUP/NAME.yaml with the presets of the group that it builds on; {} for what is not the package's."""
-    path = CONF_DIR / group / f"{name}.yaml"
-    if not (path.parent == CONF_DIR / group and path.stem == name and path.is_file()):
+    if name not in presets(group):
         return {}
-    own = yaml.safe_load(path.read_text(encoding="utf-8"))
+    own = yaml.safe_load((CONF_DIR / group / f"{name}.yaml").read_text(encoding="utf-8"))
     under: dict[str, Any] = {}
     for base in own.pop("defaults", []):
         under |= _preset(group, base) if isinstance(base, str) else {}

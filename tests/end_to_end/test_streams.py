@@ -37,7 +37,7 @@ def head(command: list[str]) -> tuple[int, str, str]:
 def test_a_run_whose_reader_has_gone_is_finished_without_a_word(given: list[str]) -> None:
     code, line, errors = head([*BESA, "prune", *given])
     assert (code, status_of_the_run()) == (0, "done")
-    assert line.startswith("loading ")
+    assert line.startswith("besa ")
     assert not [word for word in TRACES if word in errors]
 
 
