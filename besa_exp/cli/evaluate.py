@@ -15,15 +15,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from besa_exp.cli.compose import Composer, told_sweep
+from besa_exp.cli.compose import Composer
 from besa_exp.cli.configuration import Unreadable, as_values, read_evaluation
 from besa_exp.cli.jobs import full_errors, summary_line
 from besa_exp.cli.preflight import preflight_evaluation
 from besa_exp.cli.prune import composed
-from besa_exp.cli.request import composer_of, sets_one_of
+from besa_exp.cli.request import composed_for_one, sets_one_of
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.evaluation.merging import remaining
-from besa_exp.machine.environment_variables import set_before_imports
 from besa_exp.run_folder.folder import read_results
 from besa_exp.run_folder.inputs import check_scored_inputs
 from besa_exp.settings import EvaluationSettings
@@ -69,18 +68,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def read_asked(arguments: argparse.Namespace) -> _Asked:
     """The checked request; Hydra must be initialized. ConfigurationError: every problem there is."""
-    composer = composer_of(arguments, CONFIG_NAME)
-    overrides = composer.parse(arguments.overrides)
-    unknown = set(composer.problems)
-    swept = [override for override in overrides if override.is_sweep_override()]
-    composer.problems |= {o.key_or_group: told_sweep(o, "one command scores one checkpoint") for o in swept}
-    if arguments.multirun:
-        composer.problems["-m"] = "-m: one command scores one checkpoint; leave it out, and loop in the shell"
-    lines = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
-    config = composer.compose(lines)
-    if config is None:
-        raise ConfigurationError(*composer.problems.values())
-    set_before_imports(offline=config.get("offline") is True)
+    composer, lines, config, unknown = composed_for_one(arguments, CONFIG_NAME, "scores")
     settings, known = _checked(composer, lines, config, unknown)
     if composer.problems or settings is None:
         raise ConfigurationError(*dict.fromkeys(composer.problems.values()))

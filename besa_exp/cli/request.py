@@ -105,6 +105,27 @@ def composer_of(arguments: argparse.Namespace, config_name: str = CONFIG_NAME) -
     return Composer(name, (f"hydra.searchpath=['file://{Path(folder).absolute()}']",))
 
 
+def composed_for_one(
+    arguments: argparse.Namespace, config_name: str, does: str
+) -> tuple[Composer, list[str], DictConfig, set[str]]:
+    """What a command that takes one checkpoint is asked, sweeps noted as problems: the composer, the lines, the
+    configuration, and the keys that are unknown. `does`: `scores` or `tunes`. ConfigurationError: it does not
+    compose."""
+    composer = composer_of(arguments, config_name)
+    overrides = composer.parse(arguments.overrides)
+    unknown = set(composer.problems)
+    swept = [override for override in overrides if override.is_sweep_override()]
+    composer.problems |= {o.key_or_group: told_sweep(o, f"one command {does} one checkpoint") for o in swept}
+    if arguments.multirun:
+        composer.problems["-m"] = f"-m: one command {does} one checkpoint; leave it out, and loop in the shell"
+    lines = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
+    config = composer.compose(lines)
+    if config is None:
+        raise ConfigurationError(*composer.problems.values())
+    set_before_imports(offline=config.get("offline") is True)
+    return composer, lines, config, unknown
+
+
 def _jobs(composer: Composer, lines_of_jobs: Sequence[Sequence[str]], unknown: set[str]) -> list[Job]:
     """The jobs of a sweep. Those that differ from the first in one line come first: they show nearly all that can be
     wrong with a large sweep, and where something is, the others are not looked at."""

@@ -13,16 +13,15 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from besa_exp.cli.compose import Composer, told_sweep
+from besa_exp.cli.compose import Composer
 from besa_exp.cli.configuration import Unreadable, read_tuning
 from besa_exp.cli.jobs import full_errors
 from besa_exp.cli.preflight import preflight_tuning
 from besa_exp.cli.prune import composed
-from besa_exp.cli.request import composer_of, sets_one_of
+from besa_exp.cli.request import composed_for_one, sets_one_of
 from besa_exp.display.model_card import score_rows
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.hub.publish import publish
-from besa_exp.machine.environment_variables import set_before_imports
 from besa_exp.run_folder.folder import read_results
 from besa_exp.run_folder.status import is_done
 from besa_exp.settings import TuneSettings
@@ -78,18 +77,7 @@ def told(results: Mapping[str, Any]) -> str:
 
 def read_asked(arguments: argparse.Namespace) -> _Asked:
     """The checked request; Hydra must be initialized. ConfigurationError: every problem there is."""
-    composer = composer_of(arguments, CONFIG_NAME)
-    overrides = composer.parse(arguments.overrides)
-    unknown = set(composer.problems)
-    swept = [override for override in overrides if override.is_sweep_override()]
-    composer.problems |= {o.key_or_group: told_sweep(o, "one command tunes one checkpoint") for o in swept}
-    if arguments.multirun:
-        composer.problems["-m"] = "-m: one command tunes one checkpoint; leave it out, and loop in the shell"
-    lines = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
-    config = composer.compose(lines)
-    if config is None:
-        raise ConfigurationError(*composer.problems.values())
-    set_before_imports(offline=config.get("offline") is True)
+    composer, lines, config, unknown = composed_for_one(arguments, CONFIG_NAME, "tunes")
     settings = _settings(composer, lines, config)
     if settings is None:
         raise ConfigurationError(*dict.fromkeys(composer.problems.values()))

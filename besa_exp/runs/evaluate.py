@@ -24,7 +24,7 @@ from torch import Tensor
 from besa_exp.checkpoints.files import count_zeros
 from besa_exp.checkpoints.gguf_file import dequantised
 from besa_exp.checkpoints.inspect import inspect_model_folder
-from besa_exp.checkpoints.load import LoadedModel, load_model, model_context, vocabulary_size
+from besa_exp.checkpoints.load import LoadedModel, load_model, model_context
 from besa_exp.display.console import RunConsole
 from besa_exp.display.tracker import start_tracker
 from besa_exp.errors import ConfigurationError
@@ -45,8 +45,8 @@ from besa_exp.run_folder.lookup import run_and_model
 from besa_exp.run_folder.spent import Spent
 from besa_exp.runs.cpu_units import in_a_fast_dtype
 from besa_exp.runs.published import compared_with_published
+from besa_exp.runs.run import calibration_of
 from besa_exp.settings import EvaluationSettings, TrackerSettings
-from besa_exp.texts.calibration import load_calibration
 
 BLOCK_AND_LINEAR = re.compile(r"\.(\d+)\.(.+)\.weight$")  # model.layers.3.mlp.down_proj.weight
 DENSE = 0.001  # a smaller share of zeros is a dense model's own
@@ -156,13 +156,9 @@ def _measured(evaluation: _Evaluation, loaded: LoadedModel, digest: str, left: A
 
 def _calibration_tokens(settings: EvaluationSettings, loaded: LoadedModel) -> Int[Tensor, "sample seq"]:
     """What a skipping policy is decided on."""
-    calibration, context, vocabulary = settings.calibration, model_context(loaded.model), vocabulary_size(loaded.model)
+    calibration = settings.calibration
     assert calibration is not None
-    return distributed.from_first(
-        lambda: (
-            load_calibration(calibration, loaded.tokenizer, context, settings.offline, vocabulary=vocabulary).input_ids
-        )
-    )
+    return distributed.from_first(lambda: calibration_of(calibration, settings.offline, loaded).input_ids)
 
 
 def _base(evaluation: _Evaluation, loaded: LoadedModel, digest: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from besa_exp.blocks.reports import Size
 from besa_exp.checkpoints.files import write_card
 from besa_exp.checkpoints.finite_weights import check_finite_weights
 from besa_exp.checkpoints.gguf_file import dequantised
-from besa_exp.checkpoints.load import LoadedModel, load_model, model_context, vocabulary_size
+from besa_exp.checkpoints.load import LoadedModel, load_model
 from besa_exp.display.console import RunConsole
 from besa_exp.display.missed_target import miss_of, out_of_reach
 from besa_exp.errors import ConfigurationError
@@ -40,11 +40,11 @@ from besa_exp.runs.narrow import narrow
 from besa_exp.runs.prune_model import prune_model
 from besa_exp.runs.recover import check_whole, recover
 from besa_exp.runs.results import results_of
-from besa_exp.runs.run import Run, Work, model_facts, opened, parameters, tracking
+from besa_exp.runs.run import Run, Work, calibration_of, model_facts, opened, parameters, tracking
 from besa_exp.runs.save import card, save
 from besa_exp.runs.score import score_dense, score_pruned
 from besa_exp.settings import RunSettings
-from besa_exp.texts.calibration import Calibration, load_calibration, save_tokens
+from besa_exp.texts.calibration import Calibration, save_tokens
 
 STAGES: tuple[Callable[[Run, Work], Work], ...] = (score_dense, narrow, prune_model, recover, save, score_pruned)
 logger = logging.getLogger(__name__)
@@ -110,7 +110,9 @@ def _begun(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Cal
         check_whole(loaded)
     check_skips(loaded, settings.skipping)
     with run.spent.timed("calibrate"):
-        calibration = _calibrate(run, loaded, calibrate or partial(_calibration_of, settings))
+        calibration = _calibrate(
+            run, loaded, calibrate or partial(calibration_of, settings.calibration, settings.offline)
+        )
         check_blocks(loaded, distributed.own_samples(calibration.input_ids), settings.calibration.batch_size)
     finished = FinishedBlocks(run.folder.blocks, run.spent.keep)
     identity = request_identity(run.config, calibration.tokens_sha256)
@@ -120,11 +122,6 @@ def _begun(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Cal
     run.console.plan(settings, model_facts(loaded) | {"calibration tokens": tokens})
     size = parameters(loaded)
     return Work(loaded, calibration, Size(size, size), finished)
-
-
-def _calibration_of(settings: RunSettings, loaded: LoadedModel) -> Calibration:
-    vocabulary, context = vocabulary_size(loaded.model), model_context(loaded.model)
-    return load_calibration(settings.calibration, loaded.tokenizer, context, settings.offline, vocabulary=vocabulary)
 
 
 def _calibrate(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Calibration]) -> Calibration:

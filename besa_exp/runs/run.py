@@ -17,7 +17,7 @@ import torch
 
 from besa_exp.blocks.block import discover_blocks
 from besa_exp.blocks.reports import BlockReport, RecoveryReport, Size, StructureReport
-from besa_exp.checkpoints.load import LoadedModel
+from besa_exp.checkpoints.load import LoadedModel, model_context, vocabulary_size
 from besa_exp.display.console import RunConsole
 from besa_exp.display.tracker import NoTracker, Tracker, start_tracker
 from besa_exp.evaluation.score import Scores
@@ -25,8 +25,8 @@ from besa_exp.machine import distributed
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.run_folder.folder import RunFolder
 from besa_exp.run_folder.spent import Spent
-from besa_exp.settings import RunSettings, TrackerSettings
-from besa_exp.texts.calibration import Calibration
+from besa_exp.settings import CalibrationSettings, RunSettings, TrackerSettings
+from besa_exp.texts.calibration import Calibration, load_calibration
 
 
 @dataclass(frozen=True)
@@ -112,3 +112,9 @@ def tracking(run: Run) -> Iterator[Tracker]:
         failed = False
     finally:
         tracker.finish(failed)
+
+
+def calibration_of(settings: CalibrationSettings, offline: bool, loaded: LoadedModel) -> Calibration:
+    """The calibration tokens for a model: its tokenizer's, within its context and vocabulary."""
+    vocabulary, context = vocabulary_size(loaded.model), model_context(loaded.model)
+    return load_calibration(settings, loaded.tokenizer, context, offline, vocabulary=vocabulary)

@@ -17,7 +17,7 @@ from besa_exp.blocks.block import capture_blocks
 from besa_exp.blocks.reports import BlockReport, LinearReport, Size
 from besa_exp.checkpoints.files import weights_sha256, write_card
 from besa_exp.checkpoints.finite_weights import check_finite_weights
-from besa_exp.checkpoints.load import LoadedModel, load_model, model_context, vocabulary_size
+from besa_exp.checkpoints.load import LoadedModel, load_model, model_context
 from besa_exp.display.console import RunConsole
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
@@ -34,11 +34,10 @@ from besa_exp.run_folder.spent import Spent
 from besa_exp.runs.cpu_units import in_a_fast_dtype
 from besa_exp.runs.recover import check_recovery_of, check_whole, recover
 from besa_exp.runs.results import results_of
-from besa_exp.runs.run import Run, Work, model_facts, opened, parameters, tracking
+from besa_exp.runs.run import Run, Work, calibration_of, model_facts, opened, parameters, tracking
 from besa_exp.runs.save import card, save
 from besa_exp.runs.score import score, score_pruned
 from besa_exp.settings import RunSettings, TuneSettings
-from besa_exp.texts.calibration import load_calibration
 
 DENSE = 0.001  # a smaller share of zeros is a dense model's own
 
@@ -109,12 +108,7 @@ def _begun(run: Run, loaded: LoadedModel, dense: bool) -> tuple[Run, Work]:
     check_whole(loaded)
     check_finite_weights(loaded.model, settings.model.path)
     with run.spent.timed("calibrate"):
-        vocabulary, context = vocabulary_size(loaded.model), model_context(loaded.model)
-        calibration = distributed.from_first(
-            lambda: load_calibration(
-                settings.calibration, loaded.tokenizer, context, settings.offline, vocabulary=vocabulary
-            )
-        )
+        calibration = distributed.from_first(lambda: calibration_of(settings.calibration, settings.offline, loaded))
     finished = FinishedBlocks(run.folder.blocks, run.spent.keep)
     identity = request_identity(run.config, calibration.tokens_sha256)
     distributed.from_first(lambda: check_identity(finished.folder, identity))
@@ -127,7 +121,7 @@ def _begun(run: Run, loaded: LoadedModel, dense: bool) -> tuple[Run, Work]:
             f"checkpoint={run.config['checkpoint']}: has no zeros ({sparsity:.2%}), so that nothing would be kept; "
             "name a pruned model, or tune it as it is with dense=true"
         )
-    if problems := check_recovery_of(settings, 0.0 if sparsity < DENSE else sparsity, context):
+    if problems := check_recovery_of(settings, 0.0 if sparsity < DENSE else sparsity, model_context(loaded.model)):
         raise ConfigurationError(*problems)
     run = replace(run, settings=replace(settings, sparsity=settings.sparsity or sparsity))
     run.console.plan(run.settings, model_facts(loaded))
