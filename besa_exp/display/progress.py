@@ -82,7 +82,7 @@ class PruningProgress:
     """Follows the blocks of one walk: `num_blocks` in all, of which `seconds_before` lists those pruned before.
 
     The time left is known from the first step on where a block's steps are, else from the second block on; right away
-    where an earlier attempt has told how long a block takes."""
+    where an earlier attempt has measured how long a block takes."""
 
     num_blocks: int
     seconds_before: Sequence[float]
@@ -122,7 +122,7 @@ class PruningProgress:
         self._show(f" · loss {report.loss_after:.3g}")
 
     def time_left(self) -> float | None:
-        """Seconds; None where nothing tells yet, or nothing is left."""
+        """Seconds; None where nothing is known yet, or nothing is left."""
         elapsed, within = time.monotonic() - self._began, self._within()
         left = self.num_blocks - len(self._seconds)
         if self._seconds:

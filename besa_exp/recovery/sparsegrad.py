@@ -93,20 +93,20 @@ class SparseGradTuner:
     """A tuner (`tuner.Tuner`): it gathers gradients over the first steps, then descends in the coordinates that they
     give."""
 
-    def __init__(self, model: nn.Module, told: SparseGrad) -> None:
-        self.model, self.told, self.keep = model, told, {}
+    def __init__(self, model: nn.Module, settings: SparseGrad) -> None:
+        self.model, self.settings, self.keep = model, settings, {}
         found = parameters_of_linears(model).items()
         self.parameters = {
             name: parameter for name, parameter in found if parameter.dim() == 2 and self._kind(name) is not None
         }
         if not self.parameters:
-            raise ValueError(f"recovery.kinds={','.join(told.kinds)}: the model has no linear of these names")
+            raise ValueError(f"recovery.kinds={','.join(settings.kinds)}: the model has no linear of these names")
         self.products: dict[str, tuple[Tensor, Tensor]] = {}
         self.descent: Descent | None = None
 
     def step(self, objective: Objective, windows: Windows, number: int, scale: float) -> Taken:
         """One step; the first only look."""
-        if number < self.told.gather:
+        if number < self.settings.gather:
             with taking_gradients(self.parameters, self._gather):
                 loss, _ = objective.differentiate(windows)
             return Taken(loss)
@@ -133,7 +133,7 @@ class SparseGradTuner:
             self.descent.load(state)
 
     def _kind(self, name: str) -> str | None:
-        return next((kind for kind in self.told.kinds if name.endswith(f"{kind}.weight")), None)
+        return next((kind for kind in self.settings.kinds if name.endswith(f"{kind}.weight")), None)
 
     def _gather(self, name: str, gradient: Tensor) -> None:
         kind, found = self._kind(name), gradient.float()
@@ -151,8 +151,8 @@ class SparseGradTuner:
             assert kind is not None
             P, Q = bases[kind]
             rotated = P.T @ parameter.detach().float() @ Q
-            forms[name] = Rotated(rotated, P, Q, max(1, math.floor(self.told.share * rotated.numel())))
-        return Descent(self.model, forms, self.told.adam, {})
+            forms[name] = Rotated(rotated, P, Q, max(1, math.floor(self.settings.share * rotated.numel())))
+        return Descent(self.model, forms, self.settings.adam, {})
 
 
 def basis(products: Float[Tensor, "side side"]) -> Float[Tensor, "side side"]:

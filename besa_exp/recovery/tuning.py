@@ -121,8 +121,8 @@ def tune(
 ) -> Recovery:
     """Tune `model`, which holds the pruned weights, in place; `keep` names its zeros. It ends with the best weights.
 
-    `on_point` is told of each step once, also of those that an earlier attempt did; what that did after its last
-    checkpoint is done again and told again."""
+    `on_point` is called with each step once, also of those that an earlier attempt did; what that did after its last
+    checkpoint is done again and reported again."""
     clear_pruned(model, keep)
     tuner = method.begin(model, keep, plan.seed)
     keeper = _Best(model, tuner, states)
@@ -186,8 +186,8 @@ def _judged(point: Point, held_out: float) -> Point:
 
 def _reason(point: Point) -> str | None:
     """Why the course ends with this point."""
-    told = {"loss": point.loss, "norm of the gradient": point.gradient_norm, "held-out loss": point.held_out}
-    for name, value in told.items():
+    facts = {"loss": point.loss, "norm of the gradient": point.gradient_norm, "held-out loss": point.held_out}
+    for name, value in facts.items():
         if value is not None and not math.isfinite(value):
             return (
                 f"the {name} is {value} at step {point.step}; the best weights before are kept: use a smaller "

@@ -4,7 +4,7 @@ BESA (Xu et al., arXiv 2402.16880) learns how much each row gives up while the w
 weights then make up for what went:
 
 1. `besa` learns the sparsity of every row, and prunes the block to the share `start` of the target: all of it, unless
-   told otherwise;
+   said otherwise;
 2. the kept weights are tuned under the block's reconstruction loss (`besa_exp.methods.tuning`), and the probe samples
    choose the best state;
 3. a rest that `start` left goes while they are tuned: every few steps the weights of the whole block whose removal

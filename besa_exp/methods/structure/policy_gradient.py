@@ -187,14 +187,14 @@ class PolicyGradient:
             )
         return problems
 
-    def choose(self, dense: DenseModel, progress: Progress, tell: Callable[[str], None]) -> Structure:
+    def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:
         """Every KEPT_EVERY steps are kept. A step's batch are the next `batch_size` samples, in turn."""
         costs, dimensions = dense.costs, dense.dimensions
         if found := progress.read():
             state = State.from_dict(found)
-            tell(f"going on after step {state.step}")
+            on_progress(f"going on after step {state.step}")
         else:
-            tell(f"importances of {self.start}")
+            on_progress(f"importances of {self.start}")
             importances = importances_by_name(self.start, dense, 1 - self.ratio, self.seed)
             state = self.begin(importances, costs, dimensions)
         for reached in self.search(loss_on(dense), state, costs, dimensions):
@@ -202,7 +202,7 @@ class PolicyGradient:
             if state.step % KEPT_EVERY == 0 or state.step == self.steps:
                 progress.write(state.to_dict())
                 mean = sum(state.losses) / len(state.losses)
-                tell(f"step {state.step} of {self.steps}, mean loss {mean:.4g}")
+                on_progress(f"step {state.step} of {self.steps}, mean loss {mean:.4g}")
         return self.decide(state, costs, dimensions)
 
     def begin(self, importances: Importances, costs: Costs, dimensions: Dimensions) -> State:

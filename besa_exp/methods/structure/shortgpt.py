@@ -124,9 +124,9 @@ class ShortGPT:
         """Problems with a model of these costs, in complete sentences, before any weight is read."""
         return amount_problems(self.blocks, self.ratio, costs, self.protect_first, self.protect_last)
 
-    def choose(self, dense: DenseModel, progress: Progress, tell: Callable[[str], None]) -> Structure:
+    def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:
         """From one pass of the dense model. What was measured of each block, or run of blocks, is kept."""
-        tell("one pass of the dense model")
+        on_progress("one pass of the dense model")
         found = passage(dense.blocks(), dense.inputs(), dense.batch_size)
         progress.write(self._told(found, dense.costs))
         return self.decide(found, dense.costs)

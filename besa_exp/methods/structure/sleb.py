@@ -147,7 +147,7 @@ class Sleb:
         """Problems with a model of these costs, in complete sentences, before any weight is read."""
         return amount_problems(self.blocks, self.ratio, costs, self.early_barrier, self.latter_barrier)
 
-    def choose(self, dense: DenseModel, progress: Progress, tell: Callable[[str], None]) -> Structure:
+    def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:
         """Each removal is kept before the next is looked for."""
         head, samples, length = dense.head(), dense.num_samples, dense.input_ids.shape[1]
         if self.loss == "kl":
@@ -156,12 +156,14 @@ class Sleb:
             loss_of, tokens = cross_entropy_of(head, dense.input_ids), samples * (length - 1)
         removals = [Removal.from_dict(values) for values in progress.read().get("removals", [])]
         if removals:
-            tell(f"going on after {len(removals)} removals")
+            on_progress(f"going on after {len(removals)} removals")
         count, done = amount(self.blocks, self.ratio, dense.costs), [*removals]
         for removal in self.search(dense.blocks, dense.inputs(), dense.costs, dense.batch_size, loss_of, tokens, done):
             removals.append(removal)
             progress.write({"removals": [one.to_dict() for one in removals]})
-            tell(f"{len(removals)} of {count}: block {removal.block}, {self.loss} {removal.losses[removal.block]:.4g}")
+            on_progress(
+                f"{len(removals)} of {count}: block {removal.block}, {self.loss} {removal.losses[removal.block]:.4g}"
+            )
         return structure_of(removals, len(dense.costs.blocks))
 
     def candidates(self, num_blocks: int, removed: Sequence[int]) -> list[int]:
@@ -181,7 +183,7 @@ class Sleb:
     ) -> Iterator[Removal]:
         """The removals that are left after those that are `done`, each as soon as it is found. `blocks` gives the dense
         blocks, as often as it is called, each with its weights while it is out; `inputs` are those of the first and are
-        kept; losses are told divided by `tokens`, of all ranks. RunError: no model has a finite loss."""
+        kept; losses are returned divided by `tokens`, of all ranks. RunError: no model has a finite loss."""
         removed = [removal.block for removal in done]
         while len(removed) < amount(self.blocks, self.ratio, costs):
             candidates = self.candidates(len(costs.blocks), removed)

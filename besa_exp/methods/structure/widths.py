@@ -145,9 +145,9 @@ class Widths:
         """Problems with a model of these costs, in complete sentences, before any weight is read."""
         return width_amount_problems(costs, dimensions, self.ratio, self.multiple)
 
-    def choose(self, dense: DenseModel, progress: Progress, tell: Callable[[str], None]) -> Structure:
+    def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:
         """In one walk through the blocks; nothing is kept on the way."""
-        tell(f"importances of {self.importance}")
+        on_progress(f"importances of {self.importance}")
         importances = importances_by_name(self.importance, dense, 1 - self.ratio, self.seed)
         return proportional(importances, dense.costs, dense.dimensions, self.ratio, self.multiple)
 
