@@ -95,4 +95,5 @@ def test_a_run_says_what_it_ignored_and_its_masks_rebuild_it(tmp_path: Path) -> 
     assert saved.read_bytes() == again.read_bytes()
     (read,) = read_report([str(tmp_path / "runs")]).runs
     assert read.method.label == "wanda, ignore=0.*"
+    assert read.weights == sum(w.numel() for name, w in model.state_dict().items() if "_proj" in name)
     assert allocation(read).counts[0] == (None,) * 7
