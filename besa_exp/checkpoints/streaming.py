@@ -98,8 +98,9 @@ class StreamedWeights:
 
         def read(block: Block) -> tuple[Block, list[dict[str, Tensor]]]:
             tensors = [self.read(f"{layer.name}.") for layer in block.layers]
-            for layer, own in zip(block.layers if see else (), tensors, strict=False):
-                see(layer, own)
+            if see is not None:
+                for layer, own in zip(block.layers, tensors, strict=True):
+                    see(layer, own)
             return block, [self._pinned(own) for own in tensors]
 
         for block, tensors in ahead(read, blocks):

@@ -121,12 +121,12 @@ def keep_valuable(
 ) -> dict[str, Tensor]:
     """Keep masks under which exactly round(sparsity * weights) weights of the whole block go, the least
     W^2 E[(dL/dW)^2] first. What was pruned before stays so."""
-    costs = [
-        (weight.square() * squared_gradients[name]).masked_fill_(~keep_masks[name], -1).flatten()
-        for name, weight in weights.items()
-    ]
-    pruned = round(sparsity * sum(len(cost) for cost in costs))
-    kept = keep_largest(torch.cat(costs)[None], pruned)[0].split([len(cost) for cost in costs])
+    sizes = [weight.numel() for weight in weights.values()]
+    costs = next(iter(weights.values())).new_empty(sum(sizes))  # as large as the block: no second copy of it
+    for cost, (name, weight) in zip(costs.split(sizes), weights.items(), strict=True):
+        torch.mul(weight.square(), squared_gradients[name], out=cost.view_as(weight))
+        cost.masked_fill_(~keep_masks[name].flatten(), -1)
+    kept = keep_largest(costs[None], round(sparsity * len(costs)))[0].split(sizes)
     return {name: mask.view_as(weights[name]) for name, mask in zip(weights, kept, strict=True)}
 
 

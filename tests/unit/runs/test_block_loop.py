@@ -16,6 +16,7 @@ from besa_exp.errors import RunError
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
 from besa_exp.run_folder.finished_blocks import FinishedBlocks, block_tensors
 from besa_exp.runs.block_loop import BlockLoop
+from besa_exp.runs.run import slow_work
 from besa_exp.settings import ModelSettings
 from besa_exp.tensors.masks import Goal
 
@@ -55,3 +56,11 @@ def test_a_block_that_cannot_be_written_ends_the_loop_with_the_reason_and_keeps_
         run()
     assert [report.index for report in reported] == [0, 1]
     assert sorted(file.name for file in (tmp_path / "blocks").glob("*.json")) == ["000000.json", "identity.json"]
+
+
+def test_the_plan_says_what_of_the_work_is_slow():
+    assert slow_work("cuda", torch.bfloat16, "auto", 8, 8) == {}
+    assert slow_work("cpu", torch.float32, "auto") == {}
+    assert slow_work("cuda", torch.float32, "bfloat16") == {}
+    assert "compute_dtype=bfloat16" in slow_work("cuda", torch.float32, "auto")["products"]
+    assert slow_work("cpu", torch.float32, "auto", 8, 1)["ranks"].startswith("8: a step of pruner.batch_size=1 keeps 1")
