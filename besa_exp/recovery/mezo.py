@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from besa_exp.blocks.block import Block, Hidden, capture_blocks, embed
 from besa_exp.blocks.head import head_logits
+from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
 from besa_exp.recovery.keep_bits import KeepBits, without_negative_zeros
 from besa_exp.recovery.schedule import key_of
@@ -50,9 +51,7 @@ class Mezo:
     together: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"recovery.{name}={getattr(self, name)}: must be above 0")
+        check_fields(self, "recovery", within(above=0), "lr", "eps")
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """Any model."""

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from besa_exp.errors import check_fields, within
 from besa_exp.recovery.descent import Adam, Descent
 from besa_exp.recovery.gradients import taking_gradients
 from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears, without_negative_zeros
@@ -41,10 +42,8 @@ class SparseGrad:
     kinds: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"recovery.share={self.share}: must be above 0 and at most 1")
-        if self.gather < 1:
-            raise ValueError(f"recovery.gather={self.gather}: must be at least 1")
+        check_fields(self, "recovery", within(above=0, most=1), "share")
+        check_fields(self, "recovery", within(least=1), "gather")
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """Dense models alone."""

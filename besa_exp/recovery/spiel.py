@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from besa_exp.errors import check_fields, one_of, within
 from besa_exp.machine import distributed
 from besa_exp.recovery.gradients import taking_gradients
 from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears, without_negative_zeros
@@ -58,15 +59,9 @@ class Spiel:
     exchange: bool = False
 
     def __post_init__(self) -> None:
-        if self.selection not in SELECTIONS:
-            raise ValueError(f"recovery.selection={self.selection}: must be one of {', '.join(SELECTIONS)}")
-        if not 0 < self.density < 1:
-            raise ValueError(f"recovery.density={self.density}: must be above 0 and below 1")
-        if not 1 <= self.gather <= self.reselect - 2:
-            raise ValueError(
-                f"recovery.gather={self.gather}: must be at least 1 and at most recovery.reselect - 2, which is "
-                f"{self.reselect - 2}"
-            )
+        check_fields(self, "recovery", one_of(*SELECTIONS), "selection")
+        check_fields(self, "recovery", within(above=0, below=1), "density")
+        check_fields(self, "recovery", within(least=1, most=self.reselect - 2, note="recovery.reselect - 2"), "gather")
         if self.exchange and self.selection == "sm3":
             raise ValueError("recovery.exchange=true: needs recovery.selection=ag; sm3 knows nothing of pruned places")
 

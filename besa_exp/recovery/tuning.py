@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from besa_exp.errors import check_fields, within
 from besa_exp.recovery.keep_bits import KeepBits
 from besa_exp.recovery.objective import mean_loss
 from besa_exp.recovery.saved_states import SavedStates
@@ -49,9 +50,7 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "judge_every", "judged"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"recovery.{name}={getattr(self, name)}: must be at least 1")
+        check_fields(self, "recovery", within(least=1), "batch_size", "judge_every", "judged")
 
     def judges_after(self, steps: int) -> bool:
         """Whether held-out windows judge once so many steps are done."""

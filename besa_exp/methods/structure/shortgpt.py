@@ -23,6 +23,7 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
+from besa_exp.errors import check_fields, one_of, within
 from besa_exp.machine import distributed
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel
@@ -114,11 +115,8 @@ class ShortGPT:
 
     def __post_init__(self) -> None:
         check_amount(self.blocks, self.ratio)
-        if self.metric not in METRICS:
-            raise ValueError(f"structure.metric={self.metric}: must be one of {', '.join(METRICS)}")
-        for key in ("protect_first", "protect_last"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"structure.{key}={getattr(self, key)}: must not be negative")
+        check_fields(self, "structure", one_of(*METRICS), "metric")
+        check_fields(self, "structure", within(least=0), "protect_first", "protect_last")
 
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
         """Problems with a model of these costs, in complete sentences, before any weight is read."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.head import Head, divergence
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
-from besa_exp.errors import RunError
+from besa_exp.errors import RunError, check_fields, one_of, within
 from besa_exp.machine import distributed
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel
@@ -137,11 +137,9 @@ class Sleb:
 
     def __post_init__(self) -> None:
         check_amount(self.blocks, self.ratio)
-        for key in ("early_barrier", "latter_barrier"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"structure.{key}={getattr(self, key)}: must not be negative; the authors use 1")
-        if self.loss not in LOSSES:
-            raise ValueError(f"structure.loss={self.loss}: must be one of {', '.join(LOSSES)}")
+        barrier = within(least=0, note="the authors use 1")
+        check_fields(self, "structure", barrier, "early_barrier", "latter_barrier")
+        check_fields(self, "structure", one_of(*LOSSES), "loss")
 
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
         """Problems with a model of these costs, in complete sentences, before any weight is read."""
