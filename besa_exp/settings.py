@@ -191,6 +191,7 @@ class RunSettings:
     verbose: bool = False  # show every choice and the zeros of each block
     profile: bool = False  # write profile.txt into the run folder
     dry_run: bool = False  # show what the run will need, and run nothing
+    device_name: Literal["here", "h200", "a100"] = "here"  # of what a dry run tells: this machine's, or a GPU by name
     save: SaveSettings = field(default_factory=SaveSettings)
 
     @property

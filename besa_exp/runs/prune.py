@@ -41,7 +41,7 @@ from besa_exp.runs.narrow import narrow
 from besa_exp.runs.prune_model import prune_model
 from besa_exp.runs.recover import check_whole, recover
 from besa_exp.runs.results import attempt_of, results_of
-from besa_exp.runs.run import Run, Work, calibration_of, model_facts, opened, parameters, tracking
+from besa_exp.runs.run import Run, Work, calibration_of, model_facts, opened, parameters, slow_work, tracking
 from besa_exp.runs.save import card, save
 from besa_exp.runs.score import score_dense, score_pruned
 from besa_exp.settings import RunSettings
@@ -121,7 +121,9 @@ def _begun(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Cal
     distributed.from_first(lambda: check_identity(finished.folder, identity))
     samples, length = calibration.input_ids.shape
     tokens = f"{samples} x {length}, sha256 {calibration.tokens_sha256[:12]}"
-    run.console.plan(settings, model_facts(loaded) | {"calibration tokens": tokens})
+    kind, batch_size = run.device.type, getattr(settings.pruner, "batch_size", None)
+    slow = slow_work(kind, loaded.model.dtype, settings.compute_dtype, distributed.num_ranks(), batch_size)
+    run.console.plan(settings, model_facts(loaded) | slow | {"calibration tokens": tokens})
     size = parameters(loaded)
     return Work(loaded, calibration, Size(size, size), finished)
 
