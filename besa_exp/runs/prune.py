@@ -3,8 +3,8 @@
     load -> calibration tokens -> STAGES -> results.json
 
 The structure (whole blocks, heads or channels taken out) comes first: it returns the work with the narrower model as
-`loaded` and with its report. A recovery belongs between the pruning and the saving:
-it moves the kept weights of `loaded` and returns what `rewrite.rewritten` gives, with its report.
+`loaded` and with its report. A recovery belongs between the pruning and the saving: it moves the kept weights of
+`loaded` and returns what `rewrite.rewritten` gives, with its report.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from besa_exp.runs.cpu_units import in_a_fast_dtype
 from besa_exp.runs.dense import dense_results
 from besa_exp.runs.narrow import narrow
 from besa_exp.runs.prune_model import prune_model
-from besa_exp.runs.recover import check_whole, recover
+from besa_exp.runs.recover import check_recoverable, recover
 from besa_exp.runs.results import results_of
 from besa_exp.runs.run import Run, Work, calibration_of, model_facts, opened, parameters, tracking
 from besa_exp.runs.save import card, save
@@ -106,14 +106,13 @@ def _begun(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Cal
     """The dense model and its calibration tokens, checked."""
     settings = run.settings
     check_finite_weights(loaded.model, settings.model.path)
-    if settings.recovery:
-        check_whole(loaded)
     check_skips(loaded, settings.skipping)
     with run.spent.timed("calibrate"):
         calibration = _calibrate(
             run, loaded, calibrate or partial(calibration_of, settings.calibration, settings.offline)
         )
         check_blocks(loaded, distributed.own_samples(calibration.input_ids), settings.calibration.batch_size)
+    check_recoverable(run, loaded, calibration)
     finished = FinishedBlocks(run.folder.blocks, run.spent.keep)
     identity = request_identity(run.config, calibration.tokens_sha256)
     distributed.from_first(lambda: check_identity(finished.folder, identity))
