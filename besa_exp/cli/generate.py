@@ -40,13 +40,13 @@ def generate(arguments: Sequence[str]) -> int:
         raise ConfigurationError("--tokens must be at least 1, and a --prompt must have a character")
     models = _models(asked.place, asked.no_dense)
     set_before_imports(offline=asked.offline)
-    told = {which: _texts(settings, prompts, asked.tokens, asked.offline) for which, settings in models.items()}
+    said = {which: _texts(settings, prompts, asked.tokens, asked.offline) for which, settings in models.items()}
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, emoji=False)
     for number, prompt in enumerate(prompts):
         table = Table(box=box.SIMPLE, title=Text(prompt, style="bold"), title_justify="left", show_edge=False)
-        for which in told:
+        for which in said:
             table.add_column(which, ratio=1, overflow="fold")
-        table.add_row(*(Text(texts[number]) for texts in told.values()))
+        table.add_row(*(Text(texts[number]) for texts in said.values()))
         console.print(table)
     return 0
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from besa_exp.blocks.block import Block, Hidden, capture_blocks, discover_blocks, embed
 from besa_exp.blocks.units import sub_blocks, units
+from besa_exp.errors import check_fields, one_of
 from besa_exp.machine import distributed
 from besa_exp.recovery.descent import Adam, Descent
 from besa_exp.recovery.full import Kept
@@ -42,8 +43,7 @@ class Blocks:
     scope: str = "block"
 
     def __post_init__(self) -> None:
-        if self.scope not in BLOCKS_OF:
-            raise ValueError(f"recovery.scope={self.scope}: must be one of {', '.join(BLOCKS_OF)}")
+        check_fields(self, "recovery", one_of(*BLOCKS_OF), "scope")
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """Any model."""
