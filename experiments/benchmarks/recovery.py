@@ -5,9 +5,9 @@
 The plain step: dense AdamW (fused), its gradient's norm clipped, every pruned weight multiplied by its mask's 0 after
 it. Llamas of two random blocks, half of each linear's weights zero, next-token loss on random tokens. A round is one
 step of each, one after the other, in an order that turns; seconds are processor time of one thread, a cell is the
-median over rounds, a ratio the median of the rounds' ratios. Memory: in a process of its own, what the peak of three
-steps adds to that of a forward and backward pass without any optimiser, beside the bytes that are counted in the
-methods' own descriptions. Needs torch, transformers, safetensors and jaxtyping alone.
+median over rounds, a ratio the median of the rounds' ratios. Memory: in a process of its own, what the peak of two
+steps on few tokens adds to a process that has taken a small step before, the model among it, in bytes a parameter.
+Needs torch, transformers, safetensors, jaxtyping and psutil alone.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import psutil
 import torch
@@ -150,7 +151,7 @@ def held_bytes(method: str, case: Case) -> float:
     return (peak() - before) / sum(parameter.numel() for parameter in model.parameters())
 
 
-def row_of(case: Case, seconds: dict[str, list[float]]) -> dict[str, object]:
+def row_of(case: Case, seconds: dict[str, list[float]]) -> dict[str, Any]:
     """Medians, and medians of the rounds' ratios to the plain step."""
     ratios = {
         method: [own / plain for own, plain in zip(seconds[method], seconds["plain"], strict=True)]
@@ -172,11 +173,11 @@ def main() -> None:
     if given.only:
         print(held_bytes(given.only, CASES[-1]))
         return
-    rows = [row_of(case, seconds_of(case, given.rounds)) for case in CASES]
-    held = {}
+    held = {}  # first, while this process is small: a child's peak begins with what its parent holds
     for method in METHODS:
         command = [sys.executable, __file__, "--only", method]
         held[method] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    rows = [row_of(case, seconds_of(case, given.rounds)) for case in CASES]
     for row in rows:
         seconds, ratio = row["seconds"], row["ratio"]
         cells = [[method, f"{seconds[method]:.3f}", f"{ratio[method]:.2f}"] for method in METHODS]

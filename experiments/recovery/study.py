@@ -2,8 +2,8 @@
 
     python experiments/recovery/study.py stories260K|babyllama-105|embedded [--steps 60] [--shared ../shared]
 
-Each start is pruned once. Step sizes are searched alike for all methods on the first start: a third, once and three
-times the preset's, and the one of least held-out loss is taken everywhere. Writes outputs/recovery/<model>.json, which
+Each start is pruned once. Step sizes are searched alike for all methods on the first start: once the preset's, three
+times and, where that is no better, a third of it; the one of least held-out loss is taken everywhere. Writes outputs/recovery/<model>.json, which
 `collect.py` reads: perplexity of windows that neither pruning nor tuning has seen, tokens and processor seconds.
 """
 
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import besa_exp
 from besa_exp.evaluation.perplexity import perplexity
+from besa_exp.methods.tuning import downhill
 from besa_exp.texts.embedded.text import MODEL_DIR, calibration_documents, perplexity_documents
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -132,8 +134,7 @@ class Study:
                 self.keep(start, {"start": start, "method": None, "perplexity": self.perplexity(model)})
             for method in self._methods(start):
                 if method not in factors:
-                    found = {factor: self.tuned(start, model, method, factor) for factor in SEARCHED}
-                    factors[method] = min(found, key=lambda factor: found[factor])
+                    factors[method] = downhill(SEARCHED, 1.0, partial(self.tuned, start, model, method))
                 self.tuned(start, model, method, factors[method])
 
     def _methods(self, start: str) -> Iterator[str]:
@@ -142,7 +143,7 @@ class Study:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=("stories260K", "babyllama-105", "embedded"))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--shared", type=Path, default=Path(os.environ.get("BESA_SHARED", "../shared")))

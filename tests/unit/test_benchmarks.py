@@ -32,6 +32,14 @@ def real_block(monkeypatch: pytest.MonkeyPatch):
         sys.modules.pop(name, None)
 
 
+@pytest.fixture
+def recovery(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module("recovery")
+    for name in ("recovery", "real_block", "machine"):
+        sys.modules.pop(name, None)
+
+
 def test_every_line_of_a_block_is_measured_against_its_floor_and_the_authors_way(blocks) -> None:
     case = blocks.Case("tiny", 32, 48, 2, 1, samples=8, seq_len=16)
     make = partial(blocks.make_work, case, torch.device("cpu"), torch.float32)
@@ -73,3 +81,14 @@ def test_each_method_is_measured_on_a_block_and_prunes_it(real_block) -> None:
         assert found["block_bytes"] == sum(linear.weight.nbytes for linear in block.linears.values())
         zeros = sum(int((linear.weight == 0).sum()) for linear in block.linears.values())
         assert (zeros > 0.49 * found["block_bytes"] / 4) == (method != "two passes")
+
+
+def test_a_step_of_recovery_is_timed_beside_a_plain_one_that_keeps_the_same_zeros(recovery) -> None:
+    seconds = recovery.seconds_of(recovery.TINY, rounds=1)
+    row = recovery.row_of(recovery.TINY, seconds)
+    assert [*row["ratio"]] == ["plain", "full", "lora"]
+    assert row["ratio"]["plain"] == 1.0
+    model, keep = recovery.pruned_model(recovery.TINY)
+    recovery.plain(model, keep)(recovery.windows_of(recovery.TINY, 0), 0)
+    for name, bits in keep.items():
+        assert not model.get_parameter(name)[~bits.mask()].any()
