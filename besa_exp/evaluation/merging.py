@@ -95,7 +95,7 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
         union = {key: score for key, score in union.items() if key[:2] != (kind, name)}
         union |= {(score.kind, score.name, score.metric): score for score in found}
         unavailable.pop(name, None)
-    if scores.cost:
+    if "decode_tokens_per_second" in scores.cost:
         unavailable.pop("cost", None)
     for name, reason in scores.unavailable.items():
         if any(before.named(kind, name) or scores.named(kind, name) for kind in KINDS):
@@ -105,6 +105,7 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
         if name in scores.perplexity:
             union["perplexity", name, ""] = perplexity_score(name, None, {})
     speeds = {name: getattr(scores, name) or getattr(before, name) for name in SPEEDS}  # another device, it may be
+    speeds["cost"] = {**before.cost, **scores.cost}
     if scores.simulated_speed:
         unavailable.pop("simulated speed", None)
     if scores.speed and "unavailable" not in scores.speed:

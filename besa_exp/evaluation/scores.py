@@ -19,7 +19,7 @@ from torch import Tensor
 from besa_exp.blocks.block import discover_blocks
 from besa_exp.errors import Unavailable, as_unavailable
 from besa_exp.evaluation.checks import perplexity_window
-from besa_exp.evaluation.cost import cost_of
+from besa_exp.evaluation.cost import counts_of, speeds_of
 from besa_exp.evaluation.kept_scores import FinishedScores
 from besa_exp.evaluation.perplexity import OnCount, cut_windows, perplexity, uncounted
 from besa_exp.evaluation.policies import Decided, Skipping, decide
@@ -143,7 +143,7 @@ def _speeds(
     on_progress: Callable[[str], None],
     unavailable: dict[str, str],
 ) -> dict[str, dict[str, Any]]:
-    """Simulated and measured speed, and cost, where they are asked for."""
+    """Simulated and measured speed where they are asked for; cost, which is counted always."""
     speeds: dict[str, dict[str, Any]] = {}
     try:
         if settings.simulated_speed:
@@ -161,10 +161,12 @@ def _speeds(
         unavailable["speed"] = str(error)
         speeds["speed"] = {"unavailable": str(error)}
     try:
-        if settings.speed:
-            on_progress("cost: sizes, prefill and decoding")
-            with as_unavailable():
-                speeds["cost"] = distributed.from_first(lambda: cost_of(loaded, _context(loaded.model)))
+        with as_unavailable():
+            context = _context(loaded.model)
+            speeds["cost"] = counts_of(loaded.model, context)
+            if settings.speed:
+                on_progress("cost: prefill and decoding")
+                speeds["cost"] |= distributed.from_first(lambda: speeds_of(loaded, context))
     except Unavailable as error:
         unavailable["cost"] = str(error)
     return speeds

@@ -15,7 +15,7 @@ from typing import TypeVar
 from besa_exp.blocks.block import capture_blocks, discover_blocks, discover_linears, embed
 from besa_exp.blocks.head import head_of
 from besa_exp.blocks.reports import Narrowed, Removed, Size, StructureReport
-from besa_exp.checkpoints.load import LoadedModel, load_model
+from besa_exp.checkpoints.load import LoadedModel, load_model, model_context
 from besa_exp.checkpoints.narrowed_facts import family_problems
 from besa_exp.checkpoints.narrowed_model import (
     STRUCTURE_FILE,
@@ -26,6 +26,7 @@ from besa_exp.checkpoints.narrowed_model import (
 )
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure, from_json, to_json
 from besa_exp.errors import ConfigurationError
+from besa_exp.evaluation.cost import counts_of as cost_counts
 from besa_exp.machine import atomic, distributed
 from besa_exp.machine.device import compute_dtype
 from besa_exp.methods.budgets.progress import Progress
@@ -53,7 +54,8 @@ def narrow(run: Run, work: Work) -> Work:
     report = report_of(_name(run), loaded, narrower, structure, costs, dimensions)
     assert report.parameters.left == parameters(narrower), "what is left is counted twice"
     run.console.stage(_told(report))
-    return replace(work, loaded=narrower, structure=report, parameters=report.parameters)
+    cost = cost_counts(loaded.model, model_context(loaded.model))
+    return replace(work, loaded=narrower, structure=report, parameters=report.parameters, dense_cost=cost)
 
 
 def report_of(
