@@ -185,7 +185,7 @@ class RunSettings:
     activations: Literal["auto", "device", "host", "disk"] = "auto"  # where hidden states lie between blocks
     verbose: bool = False  # show every choice and the zeros of each block
     profile: bool = False  # write profile.txt into the run folder
-    dry_run: bool = False  # tell what the run will need, and run nothing
+    dry_run: bool = False  # show what the run will need, and run nothing
     save: SaveSettings = field(default_factory=SaveSettings)
 
     @property

@@ -107,9 +107,9 @@ def _main() -> int:
         output_loading_info=True,
         trust_remote_code=request["trust_remote_code"],
     )
-    model, told = loaded  # transformers' types do not know what output_loading_info does
+    model, loading_info = loaded  # transformers' types do not know what output_loading_info does
     loss = token_loss(model.eval(), torch.tensor(request["input_ids"]))
-    lacking, left = (sorted(map(str, told[key])) for key in ("missing_keys", "unexpected_keys"))
+    lacking, left = (sorted(map(str, loading_info[key])) for key in ("missing_keys", "unexpected_keys"))
     sys.stdout.write(json.dumps({"token_loss": loss, "lacking": lacking, "left": left}) + "\n")
     return 0
 

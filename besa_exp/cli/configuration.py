@@ -64,7 +64,7 @@ LATER_GROUPS = ("structure",)  # that make no part of a name where none is chose
 WANDB_MODES_ONCE = {"dryrun": "offline", "run": "online"}  # as its older versions called them
 HASH_LENGTH = 8
 NAME_LENGTH = 24  # of each part of a run's name
-SIZES = ("num_samples", "seq_len")  # of the calibration set, told in a run's name where they are not the preset's
+SIZES = ("num_samples", "seq_len")  # of the calibration set, part of a run's name where they are not the preset's
 MOST_TOLD = 3  # differences from the presets in a run's name
 
 

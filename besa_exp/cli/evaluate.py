@@ -1,4 +1,4 @@
-"""`besa evaluate`: checks the request, all its problems told together, then scores one checkpoint."""
+"""`besa evaluate`: checks the request, all its problems reported together, then scores one checkpoint."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from besa_exp.checkpoints.load import LoadedModel
+    from besa_exp.evaluation.cost import Paired
 
 PROMPTS = ("Once upon a time", "The little girl wanted to", "One day, a dog")
 PLAIN_WIDTH = 120
@@ -51,8 +52,8 @@ def generate(arguments: Sequence[str]) -> int:
         return _generate_skipping(asked.place, asked.keys, prompts, asked.tokens, asked.offline)
     models = _models(asked.place, asked.no_dense)
     set_before_imports(offline=asked.offline)
-    told = {which: _texts(settings, prompts, asked.tokens, asked.offline) for which, settings in models.items()}
-    _print_texts(_console(), prompts, told)
+    said = {which: _texts(settings, prompts, asked.tokens, asked.offline) for which, settings in models.items()}
+    _print_texts(_console(), prompts, said)
     return 0
 
 
@@ -79,24 +80,27 @@ def _generate_skipping(place: str, keys: Sequence[str], prompts: Sequence[str], 
     except Unavailable as error:
         raise RunError(str(error)) from error
     name = f"skipping={decided.settings.name}"
-    told = {"without skipping": continuations(model, loaded.tokenizer, prompts, tokens)}
+    said = {"without skipping": continuations(model, loaded.tokenizer, prompts, tokens)}
     with decided.generating(model) as course:
-        told[name] = continuations(model, loaded.tokenizer, prompts, tokens)
+        said[name] = continuations(model, loaded.tokenizer, prompts, tokens)
     console = _console()
-    _print_texts(console, prompts, told)
+    _print_texts(console, prompts, said)
     ids = prompt_ids(loaded.tokenizer, prompts[0], model.device)
     decoded = max(1, min(tokens, model_context(model) - ids.shape[1]))
-    pairs = paired_speeds(model, lambda: decided.generating(model), ids, decoded)
+    _print_speeds(console, name, paired_speeds(model, lambda: decided.generating(model), ids, decoded))
+    what = "blocks of prompt tokens" if decided.policy is None else "FFNs of decoded tokens"
+    found = "".join(f"; {key} {value} found" for key, value in decided.found.items() if key != "skipped")
+    console.print(f"{100 * course.fraction:.1f} % of the {what} skipped; {torch.get_num_threads()} threads{found}")
+    return 0
+
+
+def _print_speeds(console: Console, name: str, pairs: tuple[Paired, Paired]) -> None:
     table = Table(box=box.SIMPLE, title="tokens a second, one sequence", title_justify="left", show_edge=False)
     for column in ("", "without", name, "quotient"):
         table.add_column(column, justify="right" if column else "left")
     for what, pair in zip(("prefill", "decode"), pairs, strict=True):
         table.add_row(what, f"{pair.plain:,.1f}", f"{pair.under:,.1f}", f"{pair.quotient:.3f}")
     console.print(table)
-    what = "blocks of prompt tokens" if decided.policy is None else "FFNs of decoded tokens"
-    found = "".join(f"; {key} {value} found" for key, value in decided.found.items() if key != "skipped")
-    console.print(f"{100 * course.fraction:.1f} % of the {what} skipped; {torch.get_num_threads()} threads{found}")
-    return 0
 
 
 def _asked(place: str, keys: Sequence[str], offline: bool) -> EvaluationSettings:
@@ -123,12 +127,12 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, emoji=False)
 
 
-def _print_texts(console: Console, prompts: Sequence[str], told: Mapping[str, Sequence[str]]) -> None:
+def _print_texts(console: Console, prompts: Sequence[str], said: Mapping[str, Sequence[str]]) -> None:
     for number, prompt in enumerate(prompts):
         table = Table(box=box.SIMPLE, title=Text(prompt, style="bold"), title_justify="left", show_edge=False)
-        for which in told:
+        for which in said:
             table.add_column(which, ratio=1, overflow="fold")
-        table.add_row(*(Text(texts[number]) for texts in told.values()))
+        table.add_row(*(Text(texts[number]) for texts in said.values()))
         console.print(table)
 
 

@@ -56,18 +56,18 @@ def run_job(config: DictConfig, course: Course | None = None) -> Outcome:
         return carry_out(config, pruner_name, folder, single=True)
     keep_streams()  # of a launcher's process
     number, lines = hydra_config.job.num, list(hydra_config.overrides.task)
-    print(course.told(number, lines, folder) if course else f"job {number + 1}: {' '.join(lines)}", flush=True)
+    print(course.line(number, lines, folder) if course else f"job {number + 1}: {' '.join(lines)}", flush=True)
     alone = str(hydra_config.launcher._target_).endswith("BasicLauncher")
     label = "" if alone else f"job {number + 1}: "
     gpus = visible_gpus() if "Joblib" in str(hydra_config.launcher._target_) and config.device == "auto" else []
     gpu = gpus[number % len(gpus)] if len(gpus) > 1 else None
     words, before = _alone(hydra_config), read_status(folder)
     try:
-        told = run_apart(as_values(config), pruner_name, folder, words, label, gpu)
-        return Outcome(folder, cast(Status, told["status"]), told["text"], told["missed"])
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure alone, and told as such
+        answer = run_apart(as_values(config), pruner_name, folder, words, label, gpu)
+        return Outcome(folder, cast(Status, answer["status"]), answer["text"], answer["missed"])
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure alone, and reported as such
         status = read_status(folder)
-        if status is None or status == before or status["status"] == "running":  # it could not tell itself
+        if status is None or status == before or status["status"] == "running":  # it could not say so itself
             _record(folder, error, words)
         return Outcome(folder, "failed", _named(error))
 
@@ -86,7 +86,7 @@ def carry_out(config: DictConfig, pruner_name: str, folder: Path, single: bool =
     try:
         set_before_imports(offline=config.offline)
         return finished("done", folder, _prune(config, pruner_name, folder))
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure alone, and told as such
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure alone, and reported as such
         if full_errors():
             traceback.print_exc()
         refused = isinstance(error, ConfigurationError)
@@ -102,7 +102,7 @@ def _named(error: Exception) -> str:
 
 
 def _record(folder: Path, error: Exception, words: Sequence[str] | None = None) -> None:
-    """Tells the failure in the folder, where that can be."""
+    """Writes the failure into the folder, where that is possible."""
     with suppress(ConfigurationError, OSError):
         RunFolder.record_failure(folder, error, words)
 
@@ -112,7 +112,7 @@ def _prune(config: DictConfig, pruner_name: str, folder: Path) -> dict[str, Any]
     from besa_exp.runs.prune import prune  # imports torch
 
     settings = read_settings(config, pruner_name)
-    if problems := preflight(settings, folder):  # anew: this may be another machine than the one that asked
+    if problems := preflight(settings, folder):  # again: this may be another machine than the one that asked
         raise ConfigurationError(*problems)
     with interruptible(), profiling(folder) if settings.profile else nullcontext():
         results = prune(settings, folder, as_values(config))
@@ -157,7 +157,7 @@ def launch(request: Request) -> list[Outcome]:
 
 
 def _sweep(hydra: Hydra, request: Request) -> list[Outcome]:
-    """The outcomes in the order of the jobs. Where the launcher itself fails, what the folders tell."""
+    """The outcomes in the order of the jobs. Where the launcher itself fails, what the folders say."""
     jobs = sorted(request.jobs, key=lambda job: job.number)
     if all(job.finished for job in jobs):
         return [finished_before(job.folder, job.config) for job in jobs]
@@ -166,7 +166,7 @@ def _sweep(hydra: Hydra, request: Request) -> list[Outcome]:
             job_of_sweep = partial(run_job, course=Course.of(jobs))
             batches = hydra.multirun(request.config_name, job_of_sweep, [*request.lines, "hydra.mode=MULTIRUN"])
             returned = [job.return_value for batch in batches for job in batch]
-    except Exception as error:  # noqa: BLE001 - the jobs that did end are told nevertheless
+    except Exception as error:  # noqa: BLE001 - the jobs that did end are shown nevertheless
         if full_errors():
             traceback.print_exc()
         returned = [first_line(error)] * len(jobs)

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tell_refusal(text: str) -> None:
-    """On stderr; of several processes that refuse for the same reasons the first to come here tells them."""
+    """On stderr; of several processes that refuse for the same reasons the first to come here prints them."""
     if is_launched():
         from besa_exp.machine.distributed import is_first_to_say  # imports torch
 

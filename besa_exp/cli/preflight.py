@@ -93,7 +93,7 @@ def preflight_evaluation(
 def preflight_tuning(
     settings: TuneSettings, folder: Path, unknown: Collection[str] = (), finished: bool = False
 ) -> list[str]:
-    """The problems of a tuning that would write to `folder`; what only the weights can tell is found when they are
+    """The problems of a tuning that would write to `folder`; what only the weights show is found when they are
     read. Of a `finished` one that is only shown those of its inputs alone."""
     run, model = run_and_model(settings.checkpoint)
     of_run = check_run(run) if run else []
@@ -164,7 +164,7 @@ def _check_dtype(dtype: str) -> list[str]:
 
 
 def check_model(settings: ModelSettings, key: str = "model.path") -> tuple[ModelFolder | None, list[str]]:
-    """What can be told of the model and its problems, without loading it; `key` is what a person set to name it."""
+    """What is known of the model and its problems, without loading it; `key` is what a person set to name it."""
     if not settings.path.strip():
         return None, [f"{key}=: is empty; give a model's folder, a hub id (owner/name), or embedded"]
     if is_gguf(settings.path):

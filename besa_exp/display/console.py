@@ -102,18 +102,18 @@ class RunConsole:
             left = f", about {duration(rate * (num_steps - done))} left" if done < num_steps else ""
             logger.info(f"step {done}/{num_steps}: held-out loss {held_out:.4f}{left}")
 
-        def told(done: int, loss: float, held_out: float | None) -> None:
+        def show(done: int, loss: float, held_out: float | None) -> None:
             first[:] = first or [done]
             self._line.count(done, num_steps, f"steps, loss {loss:.4f}")
             if held_out is not None:
                 log(done, held_out)
 
         self._line.begin("recovery")
-        yield told
+        yield show
         self._line.end()
 
     def summary(self, results: Mapping[str, Any], folder: Path) -> None:
-        """The content of results.json as tables; a missed target is told again. The command's last lines follow."""
+        """The content of results.json as tables; a missed target is shown again. The command's last lines follow."""
         self._line.close()
         if not self._brief:
             self.tables(results)

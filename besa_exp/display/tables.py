@@ -175,8 +175,8 @@ def _score_table(results: Mapping[str, Any], style: box.Box) -> Table:
     """Perplexities (difference in percent) and tasks (plain difference) with standard error, questions and direction;
     the colour of the difference says how much was lost."""
     dense = results.get("dense") or {}
-    after, before, told = score_rows(results), score_rows(dense), dict(_tasks(results))
-    counted = {name: questions for name, (_, _, questions) in told.items() if questions}
+    after, before, tasks = score_rows(results), score_rows(dense), dict(_tasks(results))
+    counted = {name: questions for name, (_, _, questions) in tasks.items() if questions}
     table = _table("", style)
     table.add_column("measure", overflow="fold")
     named = "pruned" if "pruner" in results else "score"
@@ -186,7 +186,7 @@ def _score_table(results: Mapping[str, Any], style: box.Box) -> Table:
         {name: error for name, (error, _, _) in dict(_tasks(one)).items()} for one in (results, dense)
     )
     for name in dict.fromkeys([*after, *before]):
-        rises = told.get(name, ("", not name.startswith("perplexity "), ""))[1]
+        rises = tasks.get(name, ("", not name.startswith("perplexity "), ""))[1]
         pruned = f"{_score(after.get(name))}{errors.get(name, '')}"
         cells: list[str | Text] = [pruned]
         if before:

@@ -135,11 +135,11 @@ class DiskSpeed:
     hash: float
 
 
-def estimate(settings: RunSettings, folder: Path, tell: Callable[[str], None] = lambda text: None) -> Estimate:
-    """What the run in `folder` would need. `tell` is told what is done next. ConfigurationError: the run would be
-    refused."""
+def estimate(settings: RunSettings, folder: Path, on_progress: Callable[[str], None] = lambda text: None) -> Estimate:
+    """What the run in `folder` would need. `on_progress` is called with what is done next. ConfigurationError: the run
+    would be refused."""
     device = prepared_device(settings)
-    tell("building the model without weights, reading the texts")
+    on_progress("building the model without weights, reading the texts")
     models: list[PreTrainedModel] = []
     build = seconds_of(device, lambda: models.append(model_without_weights(settings.model, settings.offline)))
     (model,), links = models, not saves_blocks_anew(models[0])
@@ -149,9 +149,9 @@ def estimate(settings: RunSettings, folder: Path, tell: Callable[[str], None] = 
     place = _existing(folder)
     free: dict[Place, int] = {"host": free_memory(), "disk": shutil.disk_usage(place).free}
     free |= {"device": torch.cuda.mem_get_info(device)[0]} if device.type == "cuda" else {}
-    tell("writing a file and reading it again")
+    on_progress("writing a file and reading it again")
     disk = disk_speed(place)
-    tell(f"pruning one block of random weights on {device}")
+    on_progress(f"pruning one block of random weights on {device}")
     found = _measured(settings, model, size, texts, place, device)
     saved_anew = 0 if not settings.keeps_model else size.outside if streamed and links else size.total
     parts = [
@@ -312,7 +312,7 @@ def _memory_parts(
         parts += [Part("weights on their way", "host", size.total, ("load", "save"), "model.load=streamed")] * on_cuda
     if settings.keeps_model:
         phases: tuple[Phase, ...] = ("save", "evaluate") if on_cuda or streamed else ("evaluate",)  # a CPU maps files
-        parts.append(Part("saved model, loaded anew", memory, size.outside if streamed else size.total, phases))
+        parts.append(Part("saved model, loaded again", memory, size.outside if streamed else size.total, phases))
     if settings.is_dense:
         parts = [part for part in parts if "load" in part.phases or "evaluate" in part.phases]
     else:

@@ -44,7 +44,7 @@ class Texts:
 
 
 def model_without_weights(settings: ModelSettings, offline: bool) -> PreTrainedModel:
-    """The whole model on the meta device. ConfigurationError: its config cannot be had or is not known."""
+    """The whole model on the meta device. ConfigurationError: its config cannot be loaded or is not known."""
     options = {"trust_remote_code": settings.trust_remote_code}
     folder = config_folder(settings, offline)
     try:

@@ -1,4 +1,4 @@
-"""What can be told about an evaluation before any text, model or library is loaded."""
+"""What can be checked of an evaluation before any text, model or library is loaded."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _set_problems(settings: EvaluatorSettings, context: int | None) -> list[str]
 
 def _task_problems(settings: EvaluatorSettings) -> list[str]:
     problems = _include_problems(settings)
-    if not problems and tasks_root() is not None:  # without lm-eval no task can be scored, which is told with each
+    if not problems and tasks_root() is not None:  # without lm-eval no task can be scored, and each says so
         tasks = dict.fromkeys(settings.tasks)
         problems += [problem for task in tasks for problem in _unknown_task(task, settings.include_path)]
     problems += _repeated(settings.tasks, "evaluator.tasks")

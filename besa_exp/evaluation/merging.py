@@ -27,7 +27,7 @@ KINDS = ("perplexity", "zero_shot")
 
 @dataclass(frozen=True)
 class Remaining:
-    """`settings` name what is still to be scored; `known` tells in lines what is there; `conflicts` what is there under
+    """`settings` name what is still to be scored; `known` says in lines what is there; `conflicts` what is there under
     other conditions than are asked for."""
 
     settings: EvaluatorSettings
@@ -78,7 +78,7 @@ def remaining(
 
 def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], list[str]]:
     """`results` with the scores, and lines about every score that changed or could not be measured again."""
-    before, told = Scores.from_dict(results), []
+    before, notes = Scores.from_dict(results), []
     common = before.common or scores.common
     own = {key: value for key, value in scores.common.items() if common.get(key) != value}
     union = {(score.kind, score.name, score.metric): score for score in before.scores}
@@ -90,7 +90,7 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
         if kind == "zero_shot":
             found = tuple(replace(score, conditions={**own, **score.conditions}) for score in found)
         lines, kept = _replaced(before, before.named(kind, name), replace(scores, scores=found, common=common))
-        told += lines
+        notes += lines
         replaced += kept
         union = {key: score for key, score in union.items() if key[:2] != (kind, name)}
         union |= {(score.kind, score.name, score.metric): score for score in found}
@@ -99,7 +99,7 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
         unavailable.pop("cost", None)
     for name, reason in scores.unavailable.items():
         if any(before.named(kind, name) or scores.named(kind, name) for kind in KINDS):
-            told.append(f"{name} could not be scored anew ({reason}): its earlier score stays")
+            notes.append(f"{name} could not be scored again ({reason}): its earlier score stays")
             continue
         unavailable[name] = reason
         if name in scores.perplexity:
@@ -114,7 +114,7 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
     provenance = {**(results.get("provenance") or {}), **joined.provenance}
     if replaced:
         provenance["replaced"] = [*provenance.get("replaced", []), *replaced]
-    return {**copy.deepcopy(dict(results)), **joined.to_dict(), "provenance": provenance}, told
+    return {**copy.deepcopy(dict(results)), **joined.to_dict(), "provenance": provenance}, notes
 
 
 def _replaced(before: Scores, old: Sequence[Score], now: Scores) -> tuple[list[str], list[dict[str, Any]]]:
@@ -140,7 +140,7 @@ def _value(scores: Scores, kind: str, name: str) -> Any:
 def _set_difference(
     name: str, settings: EvaluatorSettings, context: int | None, record: Mapping[str, Any]
 ) -> list[str]:
-    """How the tokens that were scored differ from those asked for, as far as it can be told without a tokenizer."""
+    """How the tokens that were scored differ from those asked for, as far as this can be known without a tokenizer."""
     path = Path(name).expanduser()
     differs = []
     if path.is_file() and record.get("file_sha256") not in (None, file_sha256(path)):
@@ -164,7 +164,7 @@ def _has_own_windows(name: str) -> bool:
         return False
     try:
         return len(token_file_shape(Path(name).expanduser())) == 2
-    except ConfigurationError:  # told where the file is checked
+    except ConfigurationError:  # reported where the file is checked
         return True
 
 

@@ -1,6 +1,6 @@
 """Scores of a model: perplexity on text or token files, and zero-shot accuracy through lm-eval.
 
-Every set and task stands alone: one that cannot be had is recorded with its reason and the rest is kept. lm-eval and
+Every set and task stands alone: one that cannot be loaded is recorded with its reason and the rest is kept. lm-eval and
 datasets are imported only when a task is asked for.
 """
 
@@ -55,7 +55,7 @@ def evaluate(
     on_count: OnCount = uncounted,
     skipping: Skipping | None = None,
 ) -> Scores:
-    """Score a model on every set and task that `settings` names. `on_progress` is told what comes next, `on_count` how
+    """Score a model on every set and task that `settings` names. `on_progress` is given what comes next, `on_count` how
     far that is; what `finished` holds is taken from there. Under `skipping` the model skips what that says, decided
     again for each model.
 

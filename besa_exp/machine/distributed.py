@@ -27,11 +27,11 @@ from torch.distributed.rendezvous import rendezvous
 from besa_exp.errors import ConfigurationError, Interrupted, RunError, Unavailable
 
 T = TypeVar("T")
-# The longest that ranks wait for one of them, which may save a model meanwhile. Failures need no time-out: torchrun
+# The longest that ranks wait for one of them, which may be saving a model. Failures need no time-out: torchrun
 # ends all processes when one has failed.
 TIMEOUT = timedelta(hours=6)
 FAILURE = "besa_failure"  # the key under which the first rank to fail leaves its error
-SAID = "besa_said_"  # begins the keys that count who wants to tell a text
+SAID = "besa_said_"  # begins the keys that count who wants to say a text
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.linears import find_norms
 from besa_exp.blocks.probe import finite_step, num_probe_samples, probe_loss
 from besa_exp.blocks.reports import Step
+from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
 from besa_exp.tensors.losses import differentiate, token_loss
 from besa_exp.tensors.masks import keep_largest
@@ -63,13 +64,8 @@ class Tuning:
     norms: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("epochs", "batch_size", "checks"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"tuning.{field}={getattr(self, field)}: must be at least 1")
-        if self.lr is not None and not 0 < self.lr <= 1:
-            raise ValueError(
-                f"tuning.lr={self.lr}: must be above 0 and at most 1, in units of the weights' size, or null"
-            )
+        check_fields(self, "tuning", within(least=1), "epochs", "batch_size", "checks")
+        check_fields(self, "tuning", within(above=0, most=1, note="in units of the weights' size", or_null=True), "lr")
 
     def num_steps(self, learn: int) -> int:
         """Steps over `learn` samples."""

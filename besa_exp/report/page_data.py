@@ -30,7 +30,7 @@ def page_data(
     errors: Sequence[ErrorAlongDepth],
     tables: Sequence[PaperTable],
 ) -> dict[str, Any]:
-    """Methods, measures and environments are told once and meant by their number."""
+    """Methods, measures and environments are listed once and referred to by their number."""
     done = [run for run in runs if run.status == "done"]
     methods = sorted({run.method for run in done} | {cell.method for cell in found}, key=lambda method: method.order)
     measures = sorted({s.measure for r in done for s in r.scores} | {c.measure for c in found}, key=measure_rank)
@@ -111,10 +111,10 @@ def _run(
     number: int, run: RunRecord, curve: Curve, methods: Sequence[Method], measures: Sequence[Measure]
 ) -> dict[str, Any]:
     """What tables and filters need of a run; the rest is in its details."""
-    told = {"id": number, "folder": run.folder, "status": run.status, "error": run.error}
+    row = {"id": number, "folder": run.folder, "status": run.status, "error": run.error}
     if run.status != "done":
-        return told
-    return told | {
+        return row
+    return row | {
         "model": run.model,
         "method": methods.index(run.method),
         "seed": run.seed,

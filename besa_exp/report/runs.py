@@ -148,7 +148,7 @@ def _run(path: Path, status: Mapping[str, Any], state: str, error: str | None, r
 
 
 def _state(path: Path, status: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The status as a person is told it, and why."""
+    """The status as it is shown to a person, and why."""
     state = seen_status(path) or "done"
     return state, "its process was killed; the same command goes on" if state == KILLED else status.get("error")
 

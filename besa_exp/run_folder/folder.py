@@ -1,4 +1,4 @@
-"""The folder of one run: locked while the run lives, its files whole or line by line, its state always told.
+"""The folder of one run: locked while the run lives, its files whole or line by line, its state always known.
 
 `metrics.jsonl` is the source of truth, one JSON object a line: `step` (one optimisation step), `block` (one pruned
 block), `recovery_step` (one of the whole model's tuning), `scores` (of the pruned or the dense model). W&B and the
@@ -130,7 +130,7 @@ class RunFolder:
 
     @staticmethod
     def record_failure(path: Path, error: Exception, words: Sequence[str] | None = None) -> None:
-        """Has status.json and run.log tell of a failure that the run itself could not tell of; all else stays.
+        """Writes a failure that the run itself could not report into status.json and run.log; all else stays.
         `words`: of the run's command, where that is not this process's. Raises ConfigurationError as `open` does."""
         with locked(path):
             _check_free(path, overwrite=False)
@@ -261,7 +261,7 @@ def _check_free(path: Path, overwrite: bool) -> None:
     if is_done(path) and not overwrite:
         raise ConfigurationError(
             f"{path} holds a finished run, which is left alone; "
-            "overwrite=true starts anew there, hydra.run.dir= names another folder"
+            "overwrite=true starts again there, hydra.run.dir= names another folder"
         )
     # run.log is left out: the command's own logging may have begun it
     foreign = [name for name in (*WRITTEN, "status.json") if name != "run.log" and (path / name).exists()]

@@ -84,7 +84,7 @@ def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
     except (FileNotFoundError, NotADirectoryError):
         return
     except ValueError as error:
-        raise ConfigurationError(f"{path} cannot be read ({error}); start anew with overwrite=true") from error
+        raise ConfigurationError(f"{path} cannot be read ({error}); start again with overwrite=true") from error
     now = as_plain(identity)
     differences = [
         f"{key}: {before[key]!r} before, {now[key]!r} now"
@@ -94,7 +94,7 @@ def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
     if differences:
         raise ConfigurationError(
             f"{folder.parent} holds an unfinished run of another request ({'; '.join(differences)}); ask for the same "
-            "again to go on with it, start anew with overwrite=true, or name another folder with hydra.run.dir="
+            "again to go on with it, start again with overwrite=true, or name another folder with hydra.run.dir="
         )
 
 

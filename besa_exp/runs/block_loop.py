@@ -71,7 +71,7 @@ class BlockLoop:
         on_block: Callable[[BlockReport], None],
     ) -> None:
         """Every block is in `finished` afterwards. `budget` deals `goal` out to the blocks; None: each has the same.
-        `on_block` is told of each new one when it is on the disk."""
+        `on_block` is given the report of each new one when it is on the disk."""
         blocks = capture_blocks(self.loaded.model, self.input_ids)
         blocks = [replace(block, compute_dtype=self.compute_dtype) for block in blocks]
         together = pruner.traits.blocks_together
@@ -168,7 +168,8 @@ class BlockLoop:
         ]
 
     def _measured(self, budget: Budget, blocks: list[Block], sparsity: float) -> tuple[Tensor, list[int]]:
-        """The blocks' wishes and weights: the budget sees the dense blocks and a copy of their inputs."""
+        """The sparsity that each block is to have, and its number of weights: the budget sees the dense blocks and a
+        copy of their inputs."""
         sizes: list[int] = []
 
         def measured() -> Iterable[Block]:
@@ -179,7 +180,8 @@ class BlockLoop:
         return budget.sparsities(measured(), self._embed(blocks), sparsity, self.batch_size), sizes
 
     def _searched(self, budget: DepthSearch, blocks: list[Block], sparsity: float) -> tuple[Tensor, list[int]]:
-        """The blocks' wishes and weights: the budget tries whole models, and goes on where an earlier attempt was."""
+        """The sparsity that each block is to have, and its number of weights: the budget tries whole models, and goes
+        on where an earlier attempt was."""
         head = head_of(self.loaded.model, blocks, self.input_ids)
         inputs, outputs = self._embed(blocks), self._embed(blocks)
         trial = Trial.begin(partial(self._resident, blocks), inputs, outputs, head, self.batch_size, budget.importance)

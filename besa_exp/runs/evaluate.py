@@ -130,9 +130,9 @@ def _scored(evaluation: _Evaluation, loaded: LoadedModel, config: Mapping[str, A
         failed = False
     finally:
         tracker.finish(failed)
-    results, told = merged(results, scores)
+    results, notes = merged(results, scores)
     results |= {"model_notes": [*loaded.notes]} if loaded.notes else {}
-    for line in told:
+    for line in notes:
         logger.warning(line)
     _record(evaluation, results, scores, loaded)
     folder.write_results(results)
@@ -177,7 +177,7 @@ def _base(evaluation: _Evaluation, loaded: LoadedModel, digest: str) -> dict[str
         if not settings.overwrite:
             raise ConfigurationError(
                 f"{folder.path / 'results.json'} holds scores of other files than {settings.checkpoint} has now; "
-                "overwrite=true starts anew, hydra.run.dir= names another folder"
+                "overwrite=true starts again, hydra.run.dir= names another folder"
             )
         logger.warning("the files of %s have changed: its earlier scores are dropped", settings.checkpoint)
         results = {}
@@ -209,7 +209,7 @@ def counted_blocks(folder: Path) -> list[dict[str, Any]]:
 
 
 def check_same_zeros(run: Path, reported: list[dict[str, Any]], counted: list[dict[str, Any]]) -> None:
-    """ConfigurationError: the model is not the one that the run's results.json tells of. What is reported has the
+    """ConfigurationError: the model is not the one that the run's results.json describes. What is reported has the
     numbers of the dense model, and stands in the order of the saved blocks."""
     by_index = {block["index"]: block["linears"] for block in counted}
     for place, block in enumerate(reported):

@@ -53,7 +53,7 @@ def prune_model(run: Run, work: Work) -> Work:
 
 
 def _begin(run: Run, work: Work) -> list[BlockReport]:
-    """The reports of the blocks that are finished; the run's records tell of those alone from here on."""
+    """The reports of the blocks that are finished; the run's records hold those alone from here on."""
     ends = unit_ends(num_blocks(work.loaded), run.settings.pruner.traits.blocks_together)
     identity = request_identity(run.config, work.calibration.tokens_sha256)
     reports = distributed.from_first(lambda: work.finished.begin(identity, ends))
@@ -87,11 +87,11 @@ def _follow(
             progress.step(step)
 
         def on_block(report: BlockReport) -> None:
-            (told,) = work.numbered([report])
-            run.folder.log_block(told)
+            (numbered,) = work.numbered([report])
+            run.folder.log_block(numbered)
             if tracks:
-                run.tracker.log_block(told)
-            progress.block(told)
+                run.tracker.log_block(numbered)
+            progress.block(numbered)
             reports.append(report)
 
         goal = Goal.parse(settings.sparsity, settings.pattern)

@@ -162,9 +162,9 @@ def _then(first: Mapping[str, Tensor], others: Iterator[Mapping[str, Tensor]]) -
 def _card(
     folder: Path, masks: Masks, blocks: Sequence[Block], counts: Mapping[str, tuple[int, int]], command: Sequence[str]
 ) -> str:
-    """The model card that the masks alone can tell: without calibration and scores."""
+    """What a model card can say from the masks alone: without calibration and scores."""
     said, total, zeros = masks.description, *map(sum, zip(*counts.values(), strict=True))
-    told = [
+    blocks_of_card = [
         {
             "index": block.index,
             "linears": {
@@ -181,6 +181,6 @@ def _card(
         "seed": said["seed"],
         "target_sparsity": said["sparsity"],
         "measured_sparsity": zeros / total,
-        "blocks": told,
+        "blocks": blocks_of_card,
     }
     return model_card(results, command, licence=base_licence(folder))

@@ -46,9 +46,9 @@ class Run:
 @dataclass(frozen=True)
 class Work:
     """What the stages hand on. `loaded`: the model as it is now (streamed: it reads the newest files). `parameters`: of
-    the dense model, and what is left of them; zeros are left. `finished` holds the pruned blocks and `reports` tells of
-    them, both by their numbers in the pruned model. `dense_cost`: of the dense model where parts of it went whole.
-    `saved`: what is scored, read again where it was saved.
+    the dense model, and what is left of them; zeros are left. `finished` holds the pruned blocks and `reports`
+    describes them, both by their numbers in the pruned model. `dense_cost`: of the dense
+    model where parts of it went whole. `saved`: what is scored, read again where it was saved.
     `reloaded`: what a fresh process saw of it, as in results.json."""
 
     loaded: LoadedModel
@@ -104,7 +104,7 @@ def opened(path: Path, overwrite: bool, resume: Mapping[str, Any] | None) -> Ite
 
 @contextmanager
 def tracking(run: Run) -> Iterator[Tracker]:
-    """The tracker, finished with what it was told of however the run ends."""
+    """The tracker, finished with what it was given, however the run ends."""
     path = run.folder.path
     tracked = run.settings.tracker if distributed.is_first() else TrackerSettings("none")
     tracker = start_tracker(tracked, path, run.config, path.name, run.settings.pruner_name)

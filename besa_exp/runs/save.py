@@ -91,8 +91,8 @@ def masks_origin(settings: RunSettings, work: Work) -> dict[str, Any]:
     `dtype` is what the model was loaded as, `layout` how its pruned weights are dealt out to files; `structure` and
     `recovery`, where there were any: masks and dense weights do not give such a model."""
     loaded, later = work.loaded, {"structure": work.structure, "recovery": work.recovery}
-    told = {name: report.to_dict() for name, report in later.items() if report}
-    return told | {
+    of_stages = {name: report.to_dict() for name, report in later.items() if report}
+    return of_stages | {
         "model": settings.model.path.rstrip("/").rpartition("/")[2],
         "dtype": settings.model.dtype,
         "layout": "streamed" if loaded.weights else "whole",
@@ -162,7 +162,7 @@ def save(run: Run, work: Work) -> Work:
 
 @contextmanager
 def reread(run: Run, work: Work) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Loads the saved model in a fresh process meanwhile; what is yielded waits for it and gives that part of
+    """Starts to load the saved model in a fresh process; call what is yielded to wait for it and to get its part of
     results.json."""
     save, loaded = run.settings.save, work.loaded
     if not save.model or not distributed.is_first():

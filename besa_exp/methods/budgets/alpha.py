@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
-from besa_exp.errors import RunError
+from besa_exp.errors import RunError, check_fields, within
 from besa_exp.methods.budgets.budget import no_pattern
 from besa_exp.tensors.statistics import is_finite
 
@@ -44,8 +44,7 @@ class Alpha:
     epsilon: float = 0.3
 
     def __post_init__(self) -> None:
-        if not 0 <= self.epsilon < 1:
-            raise ValueError(f"budget.epsilon={self.epsilon}: must be in [0, 1); the paper uses 0.3")
+        check_fields(self, "budget", within(least=0, below=1, note="the paper uses 0.3"), "epsilon")
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """Nothing to deal out under N:M."""

@@ -44,6 +44,7 @@ from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
 from besa_exp.blocks.reports import Step
 from besa_exp.blocks.units import SCOPES
 from besa_exp.blocks.whole_model import batches
+from besa_exp.errors import check_fields, one_of, within
 from besa_exp.machine import distributed
 from besa_exp.methods.allocation import Rows, along_budget, descend, project_to_budget
 from besa_exp.methods.cuts import Buffers, cut_block
@@ -124,15 +125,11 @@ class Besa:
 
     def __post_init__(self) -> None:
         importance_of(self.importance)  # which refuses an unknown name
-        for key, choices in (("granularity", ("row", "linear")), ("scope", SCOPES), ("loss", LOSSES)):
-            if getattr(self, key) not in choices:
-                raise ValueError(f"pruner.{key}={getattr(self, key)}: must be {' or '.join(choices)}")
-        for key in ("epochs", "batch_size", "checks"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"pruner.{key}={getattr(self, key)}: must be at least 1")
-        for key in ("lr", "window"):
-            if not 0 < getattr(self, key) <= 1:
-                raise ValueError(f"pruner.{key}={getattr(self, key)}: must be above 0 and at most 1")
+        check_fields(self, "pruner", one_of("row", "linear"), "granularity")
+        check_fields(self, "pruner", one_of(*SCOPES), "scope")
+        check_fields(self, "pruner", one_of(*LOSSES), "loss")
+        check_fields(self, "pruner", within(least=1), "epochs", "batch_size", "checks")
+        check_fields(self, "pruner", within(above=0, most=1), "lr", "window")
 
     @property
     def traits(self) -> Traits:

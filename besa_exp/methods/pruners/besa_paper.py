@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from besa_exp.blocks.probe import checked_gradient, finite_step, probe_loss
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
 from besa_exp.blocks.reports import Step
+from besa_exp.errors import check_fields, one_of, within
 from besa_exp.machine import distributed
 from besa_exp.methods.pruners.candidates import CandidateAllocation, reach
 from besa_exp.tensors.hessian import dead_inputs, upper_factor
@@ -59,19 +60,11 @@ class BesaPaper:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        choices = {
-            "granularity": ("row", "linear"),
-            "metric": (*IMPORTANCES, "SparseGPT", "SparseGPT-Git"),
-            "optimizer": ("prodigy", "adamw"),
-        }
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"pruner.{field}={getattr(self, field)}: must be one of {', '.join(allowed)}")
-        for field in ("epochs", "batch_size", "lr", "d_coef", "damping", "sparsity_step"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"pruner.{field}={getattr(self, field)}: must be above 0")
-        if self.sparsity_step > 0.5:
-            raise ValueError(f"pruner.sparsity_step={self.sparsity_step}: must be at most 0.5; the paper uses 0.01")
+        check_fields(self, "pruner", one_of("row", "linear"), "granularity")
+        check_fields(self, "pruner", one_of(*IMPORTANCES, "SparseGPT", "SparseGPT-Git"), "metric")
+        check_fields(self, "pruner", one_of("prodigy", "adamw"), "optimizer")
+        check_fields(self, "pruner", within(above=0), "epochs", "batch_size", "lr", "d_coef", "damping")
+        check_fields(self, "pruner", within(above=0, most=0.5, note="the paper uses 0.01"), "sparsity_step")
 
     @property
     def traits(self) -> Traits:

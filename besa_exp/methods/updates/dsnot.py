@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
+from besa_exp.errors import check_fields, within
 from besa_exp.tensors.importance import wanda_importance
 from besa_exp.tensors.statistics import InputMoments
 
@@ -79,10 +80,8 @@ class Dsnot:
     traits = Traits(InputMoments)
 
     def __post_init__(self) -> None:
-        if self.cycles < 1:
-            raise ValueError(f"update.cycles={self.cycles}: must be at least 1; the paper uses 50")
-        if self.threshold < 0:
-            raise ValueError(f"update.threshold={self.threshold}: must not be negative; the paper uses 0.1")
+        check_fields(self, "update", within(least=1, note="the paper uses 50"), "cycles")
+        check_fields(self, "update", within(least=0, note="the paper uses 0.1"), "threshold")
 
     def check(self, pattern: str) -> list[str]:
         """Any pattern."""

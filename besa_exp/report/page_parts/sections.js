@@ -1,4 +1,4 @@
-// The sections: each reads the filters and draws itself anew.
+// The sections: each reads the filters and draws itself again.
 
 const methodName = (method) => element("span", { class: "method" }, glyph(method), data.methods[method].label);
 const comparable = (kind) => data.cells.filter((cell) => !cell.apart && data.measures[cell.measure].kind === kind && passes(cell));

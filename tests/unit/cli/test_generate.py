@@ -63,18 +63,18 @@ def test_the_command_shows_texts_speeds_and_the_skipped_share(capsys: pytest.Cap
     asked = ["generate", "embedded", "skipping=static", "skipping.blocks=[1,3]", "--prompt", "def f(", "--tokens", "3"]
     assert main(asked) == 0
     shown = capsys.readouterr().out
-    for told in ("without skipping", "skipping=static", "prefill", "decode", "40.0 % of the FFNs of decoded tokens"):
-        assert told in shown, shown
+    for said in ("without skipping", "skipping=static", "prefill", "decode", "40.0 % of the FFNs of decoded tokens"):
+        assert said in shown, shown
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "said"),
     [
         (["evaluator=paper"], "evaluator=paper: besa generate takes skipping=NAME"),
         (["skipping.fraction=0.5"], "besa generate takes skipping=NAME"),
         (["skipping=ffn", "skipping.span=0"], r"skipping\.span=0: must be at least 1"),
     ],
 )
-def test_other_keys_are_refused(keys: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_keys_are_refused(keys: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "embedded", *keys]) == 2
-    assert re.search(told, capsys.readouterr().err)
+    assert re.search(said, capsys.readouterr().err)

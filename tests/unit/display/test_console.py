@@ -260,6 +260,13 @@ def test_blocks_are_counted_from_one_after_a_resume_too() -> None:
     assert told[0].startswith("block 4 of 5: sparsity 0.5000, reconstruction loss 0.25, 1.0 s")
 
 
+def test_blocks_are_counted_where_some_were_taken_out_whole() -> None:
+    told: list[str] = []
+    progress = PruningProgress(4, [1.0, 1.0, 1.0], None, StageLine(None), told.append)
+    progress.block(BlockReport(4, (LinearReport("up_proj", 8, 4, 0.5),), 0.25, 0.25, 1.0))
+    assert told[0].startswith("block 4 of 4 (index 4 of the dense model): sparsity 0.5000")
+
+
 def test_a_terminal_of_100_columns_shows_progress_then_whole_tables() -> None:
     shown = seen_on_terminal(100)
     assert max(map(len, shown.splitlines())) <= 100

@@ -117,7 +117,7 @@ def test_the_card_tells_what_was_removed_whole_and_what_was_tuned() -> None:
     recovery = {"method": "full", "loss": {"before": 3.5, "after": 3.25}, "steps": 9, "best_step": 6, "tokens": 4096}
     told = {"structure": structure, "parameters": {"dense": 1000, "left": 880}}
     card = model_card({**RESULTS, **told, "recovery": recovery | {"stopped": None}}, COMMAND)
-    assert "- Removed whole: 1 of 4 blocks (1), 1 groups of heads in 1 blocks by by_hand; 880 of 1,000 param" in card
+    assert "- Removed whole: 1 of 4 blocks (index 1), 1 groups of heads in 1 blocks by by_hand; 880 of 1,000" in card
     assert "- Recovery: full, 9 steps on 4,096 tokens, the weights after step 6 kept; held-out loss 3.5000 bef" in card
     assert "does save disk space" in card
     assert "Removed whole" not in model_card(RESULTS, COMMAND)

@@ -40,7 +40,7 @@ PARTS = [
     Part(LIBRARIES, "host", 500),
     Part("weights", "host", 2000, remedy="model.load=streamed"),
     Part("activations and targets", "host", 900, ("prune",), "activations=disk"),
-    Part("saved model, loaded anew", "host", 1000, ("evaluate",)),
+    Part("saved model, loaded again", "host", 1000, ("evaluate",)),
     Part("saved shards", "disk", 800, ("save", "evaluate"), "save.model=false"),
 ]
 
