@@ -74,11 +74,13 @@ class LoadedRun:
         return {
             "model": results.get("model") or (model.get("path") if isinstance(model, Mapping) else None),
             "method": method,
-            **{group: by_group[group] for group in ("pruner", "update", "budget")},
+            **{group: by_group[group] for group in ("structure", "pruner", "update", "budget", "recovery")},
             "pattern": results.get("pattern") or config.get("pattern"),
             "target_sparsity": results.get("target_sparsity", config.get("sparsity")),
             "measured_sparsity": results.get("measured_sparsity"),
             "seed": results.get("seed", config.get("seed")),
+            **{f"parameters_{which}": count for which, count in (results.get("parameters") or {}).items()},
+            **_cost(results.get("cost") or {}),
             **_scores(results, ""),
             **_scores(results.get("dense") or {}, "dense "),
             **{f"{stage}_seconds": value for stage, value in (results.get("seconds") or {}).items()},
@@ -154,6 +156,13 @@ def linear_table(blocks: Iterable[BlockReport]) -> Any:
         for linear in block.linears
     ]
     return _pandas().DataFrame(rows)
+
+
+def _cost(cost: Mapping[str, Any]) -> dict[str, Any]:
+    """`bytes`, `flops_per_token`, ... and, where it was timed, `decode_tokens_per_second_1` by batch size."""
+    counts = {key: value for key, value in cost.items() if isinstance(value, int | float) and key != "parameters"}
+    timed = {key: value for key, value in cost.items() if key.endswith("_per_second")}
+    return counts | {f"{key}_{batch}": value for key, by_batch in timed.items() for batch, value in by_batch.items()}
 
 
 def _scores(results: Mapping[str, Any], prefix: str) -> dict[str, float]:

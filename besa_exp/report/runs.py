@@ -84,6 +84,7 @@ class RunRecord:
     memory: Mapping[str, int]
     quantisation: Mapping[str, Any]
     simulated_speed: Mapping[str, Any]  # of a cycle model: nothing is measured
+    cost: Mapping[str, Any]  # counted, and measured where that was asked for
 
     @property
     def missed(self) -> float:
@@ -144,6 +145,7 @@ def _run(path: Path, status: Mapping[str, Any], state: str, error: str | None, r
         memory=results.get("peak_memory_bytes") or {},
         quantisation=results.get("quantisation") or {},
         simulated_speed=results.get("simulated_speed") or {},
+        cost=results.get("cost") or {},
     )
 
 

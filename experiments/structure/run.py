@@ -26,7 +26,6 @@ SIZES = {
 }
 SHARED = ["evaluator=perplexity", "tracker=none", "save.verify=false", "save.model=false", "save.masks=false"]
 SEEDS = (0, 1, 2)
-SEARCH = ["structure.steps=200", "structure.draws=2", "calibration.seq_len=128", "calibration.batch_size=4"]
 CALIBRATED = "calibration.num_samples=32"
 
 
@@ -39,46 +38,35 @@ def study(model: str) -> Iterator[list[str]]:
         for blocks in (1, 2):
             for name in ("sleb", "shortgpt", "angular"):
                 yield [f"structure={name}", f"structure.blocks={blocks}", "pruner=dense", f"seed={seed}"]
-        for share in shares.values():
-            for name in ("wanda_sp", "random_sp", *(["magnitude_sp"] if seed == 0 else [])):
-                yield [f"structure={name}", f"structure.ratio={share:.4f}", "pruner=dense", f"seed={seed}"]
-            sparsity = f"sparsity={share * parameters / linears:.4f}"
+        for size in ("one", "two", "10"):
+            sparsity = f"sparsity={shares[size] * parameters / linears:.4f}"
+            yield ["structure=wanda_sp", f"structure.ratio={shares[size]:.4f}", "pruner=dense", f"seed={seed}"]
             yield ["pruner=wanda", sparsity, f"seed={seed}"]
-            if seed == 0:
-                yield ["pruner=besa", sparsity, f"seed={seed}"]
         for update in ([], ["update=barber"]):
             yield ["pruner=wanda", *update, "sparsity=0.5", f"seed={seed}"]
         for skipping in ("ffn", "static", "random"):
             yield ["pruner=dense", f"skipping={skipping}", f"seed={seed}"]
-
-
-def estimator(model: str) -> Iterator[list[str]]:
-    """At equal forwards, over seeds: both baselines of the policy gradient, and Wanda-sp, which both begin with."""
-    parameters, block, _ = SIZES[model]
-    ratio = f"structure.ratio={block / parameters:.4f}"
-    for seed in SEEDS:
-        for rate in (0.02, 0.1):
-            for baseline in ("leave_one_out", "moving"):
-                words = [f"structure.baseline={baseline}", f"structure.rate={rate}", *SEARCH]
-                yield ["structure=policy_gradient", ratio, *words, "pruner=dense", f"seed={seed}"]
+        for size in ("one", "two", "10"):
+            sparsity = f"sparsity={shares[size] * parameters / linears:.4f}"
+            yield ["pruner=besa", sparsity, f"seed={seed}"]
+            for name in ("random_sp", "magnitude_sp"):
+                yield [f"structure={name}", f"structure.ratio={shares[size]:.4f}", "pruner=dense", f"seed={seed}"]
 
 
 def run(model: str, words: list[str], runs: Path) -> None:
     """Ends the program where a run fails."""
-    given = words if any(word.startswith("calibration") for word in words) else [*words, CALIBRATED]
     name = "-".join(word.partition("=")[2] for word in words)
     where = f"hydra.run.dir={runs / model / name}"
     scored = ["evaluator.perplexity_sets=[embedded]"] if model == "embedded" else []
-    if code := main(["prune", f"testbed={model}", *SHARED, *scored, *given, where]):
+    if code := main(["prune", f"testbed={model}", *SHARED, *scored, *words, CALIBRATED, where]):
         sys.exit(code)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", choices=SIZES)
-    parser.add_argument("--estimator", action="store_true", help="the baselines of the policy gradient alone")
     parser.add_argument("--runs", type=Path, default=Path("outputs/structure"))
     asked = parser.parse_args()
     for model in asked.models:
-        for words in (estimator if asked.estimator else study)(model):
+        for words in study(model):
             run(model, words, asked.runs)

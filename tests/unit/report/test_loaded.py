@@ -27,6 +27,15 @@ def test_each_run_is_a_row(tmp_path: Path) -> None:
     assert table.loc[2].isna()["perplexity wikitext2"]
 
 
+def test_a_row_says_what_went_whole_and_what_is_left_of_the_cost(tmp_path: Path) -> None:
+    cost = {"parameters": 80, "bytes": 160, "dtype": "float16", "decode_tokens_per_second": {"1": 9.0, "8": 50.0}}
+    finished_run(tmp_path / "a", {"pruner": "sleb+wanda+full", "parameters": {"dense": 100, "left": 80}, "cost": cost})
+    table = besa_exp.load_runs(tmp_path).to_pandas()
+    assert table.loc[0, ["structure", "pruner", "recovery"]].tolist() == ["sleb", "wanda", "full"]
+    assert table.loc[0, ["parameters_dense", "parameters_left", "bytes"]].tolist() == [100, 80, 160]
+    assert table.loc[0, "decode_tokens_per_second_8"] == 50.0
+
+
 def test_patterns_and_single_runs_are_found(tmp_path: Path) -> None:
     for name in ("a1", "a2", "b1"):
         finished_run(tmp_path / name)
