@@ -116,7 +116,8 @@ def _windows(
         try:
             if reason := _unread(source, "perplexity"):
                 raise Unavailable(reason)
-            count, length = windows_of(source, tokenizer, window, True, settings.evaluator.column)[0].shape
+            asked = settings.evaluator
+            count, length = windows_of(source, tokenizer, window, True, asked.column, asked.max_windows)[0].shape
         except Unavailable as error:
             notes.append(f"perplexity on {source}: {first_line(error)}")
         else:

@@ -103,8 +103,8 @@ def _row(own: Sequence[Cell], runs: Sequence[RunRecord]) -> Row:
 def _cost(runs: Sequence[RunRecord]) -> dict[str, float]:
     known = {
         "parameters_left": [run.parameters.left / run.parameters.dense for run in runs if run.parameters],
-        **{key: [run.cost[key] for run in runs if key in run.cost] for key in COSTS[1:-1]},
-        COSTS[-1]: [run.cost[COSTS[-1]]["1"] for run in runs if COSTS[-1] in run.cost],
+        **{key: [run.costs[key] for run in runs if key in run.costs] for key in COSTS[1:-1]},
+        COSTS[-1]: [run.costs[COSTS[-1]]["1"] for run in runs if COSTS[-1] in run.costs],
     }
     return {key: statistics.fmean(values) for key, values in known.items() if values}
 

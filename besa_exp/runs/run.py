@@ -111,6 +111,9 @@ def tracking(run: Run) -> Iterator[Tracker]:
     failed = True
     try:
         yield tracker
+        seconds, memory = run.spent.seconds(), run.spent.peak_memory()
+        tracker.log_summary({f"seconds/{stage}": value for stage, value in seconds.items() if value is not None})
+        tracker.log_summary({f"peak_memory_bytes/{where}": value for where, value in memory.items() if value})
         failed = False
     finally:
         tracker.finish(failed)

@@ -27,13 +27,21 @@ def test_each_run_is_a_row(tmp_path: Path) -> None:
     assert table.loc[2].isna()["perplexity wikitext2"]
 
 
-def test_a_row_says_what_went_whole_and_what_is_left_of_the_cost(tmp_path: Path) -> None:
+def test_a_row_has_the_stages_beside_the_block_loop(tmp_path: Path) -> None:
+    stages = {"parameters": {"dense": 100, "left": 75}, "recovery": {"loss": {"before": 3.0, "after": 2.5}}}
+    finished_run(tmp_path / "a", {"pruner": "shortgpt+mine+full", "ignore": ["0.*"], **stages})
+    row = besa_exp.load_run(tmp_path / "a").row()
+    assert (row["structure"], row["pruner"], row["recovery"], row["ignore"]) == (
+        "shortgpt", "shortgpt+mine+full", "full", "0.*"
+    )  # fmt: skip
+    assert (row["parameters_left"], row["recovery_loss_before"], row["recovery_loss_after"]) == (0.75, 3.0, 2.5)
+
+
+def test_a_row_has_what_the_model_costs(tmp_path: Path) -> None:
     cost = {"parameters": 80, "bytes": 160, "dtype": "float16", "decode_tokens_per_second": {"1": 9.0, "8": 50.0}}
-    finished_run(tmp_path / "a", {"pruner": "sleb+wanda+full", "parameters": {"dense": 100, "left": 80}, "cost": cost})
-    table = besa_exp.load_runs(tmp_path).to_pandas()
-    assert table.loc[0, ["structure", "pruner", "recovery"]].tolist() == ["sleb", "wanda", "full"]
-    assert table.loc[0, ["parameters_dense", "parameters_left", "bytes"]].tolist() == [100, 80, 160]
-    assert table.loc[0, "decode_tokens_per_second_8"] == 50.0
+    row = besa_exp.load_run(finished_run(tmp_path / "a", {"cost": cost})).row()
+    assert (row["bytes"], row["decode_tokens_per_second_8"]) == (160, 50.0)
+    assert "dtype" not in row
 
 
 def test_patterns_and_single_runs_are_found(tmp_path: Path) -> None:
