@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,32 +177,27 @@ def _speeds(
     unavailable: dict[str, str],
 ) -> dict[str, dict[str, Any]]:
     """Simulated and measured speed where they are asked for; cost, which is counted always."""
-    speeds: dict[str, dict[str, Any]] = {}
-    try:
-        if settings.simulated_speed:
-            on_progress("simulated speed")
+    context = _context(loaded.model)
+    parts: list[tuple[str, str, Callable[[], dict[str, Any]]]] = [
+        ("cost", "", lambda: counts_of(loaded.model, context))
+    ]
+    if settings.simulated_speed:
+        parts.append(("simulated_speed", "simulated speed", lambda: simulate_model(loaded)))
+    if settings.speed:
+        parts.append(("speed", "speed of 2:4 products", lambda: measure_model(loaded)))
+        on_first = partial(distributed.from_first, lambda: speeds_of(loaded, context))
+        parts.append(("cost", "cost: prefill and decoding", on_first))
+    found: dict[str, dict[str, Any]] = {}
+    for part, doing, measure in parts:
+        if doing:
+            on_progress(doing)
+        try:
             with as_unavailable():
-                speeds["simulated_speed"] = simulate_model(loaded)
-    except Unavailable as error:
-        unavailable["simulated speed"] = str(error)
-    try:
-        if settings.speed:
-            on_progress("speed of 2:4 products")
-            with as_unavailable():
-                speeds["speed"] = measure_model(loaded)
-    except Unavailable as error:
-        unavailable["speed"] = str(error)
-        speeds["speed"] = {"unavailable": str(error)}
-    try:
-        with as_unavailable():
-            context = _context(loaded.model)
-            speeds["cost"] = counts_of(loaded.model, context)
-            if settings.speed:
-                on_progress("cost: prefill and decoding")
-                speeds["cost"] |= distributed.from_first(lambda: speeds_of(loaded, context))
-    except Unavailable as error:
-        unavailable["cost"] = str(error)
-    return speeds
+                found[part] = found.get(part, {}) | measure()
+        except Unavailable as error:
+            unavailable[part.replace("_", " ")] = str(error)
+            found |= {"speed": {"unavailable": str(error)}} if part == "speed" else {}
+    return found
 
 
 def _score_set(
