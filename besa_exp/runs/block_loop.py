@@ -107,12 +107,12 @@ class BlockLoop:
         self, refinements: Sequence[Refinement], before: Sequence[BlockReport], on_step: Callable[[ModelStep], None]
     ) -> Decided:
         """What the refinements, one after the other, make of all blocks together, which are all finished now and of
-        which `before` tells: a pruner for a loop of its own. The model is dense again."""
+        which `before` holds the reports: a pruner for a loop of its own. The model is dense again."""
         blocks = self._blocks()
         shown = with_linears(blocks)
-        masks_found, weights_found = self._found(blocks)
-        keep_masks: Sequence[KeepMasks] = by_unit(shown, masks_found)
-        weights: Sequence[Weights] | None = by_unit(shown, weights_found) if weights_found else None
+        found_masks, found_weights = self._found(blocks)
+        keep_masks: Sequence[KeepMasks] = by_unit(shown, found_masks)
+        weights: Sequence[Weights] | None = by_unit(shown, found_weights) if found_weights else None
         state = self.loaded.model.state_dict()
         for name, weight in self.dense.items():
             state[name].copy_(weight)
@@ -176,8 +176,8 @@ class BlockLoop:
             sparsities, sizes = self._measured(budget, blocks, goal.sparsity)
         own = zip(exact_goals(sparsities, sizes, goal.sparsity), sizes, strict=True)
         counts = [(round(t.sparsity * size), size) for t, size in own]
-        of_blocks = [counts.pop(0) if block.linears else (0, 0) for block in blocks]
-        groups = [of_blocks[start : start + together] for start in range(0, len(blocks), together)]
+        counted = [counts.pop(0) if block.linears else (0, 0) for block in blocks]
+        groups = [counted[start : start + together] for start in range(0, len(blocks), together)]
         totals = [[sum(part) for part in zip(*group, strict=True)] for group in groups]
         return [
             Goal(pruned / max(1, size), exact=True)
