@@ -1,4 +1,5 @@
-"""What goes wrong around a run: the hub, the clock, and the moment of a kill that falls into the evaluation."""
+"""What goes wrong around a run: the hub, the clock, and the moment of a kill that falls into the evaluation. End to end
+because each fault comes from outside the program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`besa tune`: any folder is tuned under its own zeros, into a run folder of its own."""
+"""`besa tune`: any folder is tuned under its own zeros, into a run folder of its own. End to end because the folders
+are those that other commands left."""
 
 from __future__ import annotations
 
