@@ -18,6 +18,7 @@ from wandb_file import history, one
 from besa_exp.cli.main import main
 from besa_exp.display.wandb_run import _run_id
 
+pytestmark = pytest.mark.xdist_group("unbroken run")  # what they share is made once
 NO_HUB = """
 import socket, sys, time
 from besa_exp.cli.main import main

@@ -3,7 +3,6 @@ processes, which are killed here, and what they share are files."""
 
 from __future__ import annotations
 
-import _thread
 import json
 import os
 import re
@@ -114,7 +113,7 @@ def signal_to_the_long_job(number: int) -> Iterator[None]:
         try:
             os.kill(_process_of_the_long_job(), number)
         except BaseException:
-            _thread.interrupt_main()
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # it waits for that job
             raise
 
     sender = threading.Thread(target=send)
@@ -125,7 +124,7 @@ def signal_to_the_long_job(number: int) -> Iterator[None]:
 
 def _process_of_the_long_job() -> int:
     """Once it optimises its first block."""
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 300
     while time.monotonic() < limit:
         for folder in folders("besa"):
             metrics = folder / "metrics.jsonl"
