@@ -3,8 +3,9 @@
     python experiments/recovery/study.py stories260K|babyllama-105|embedded [--steps 60] [--shared ../shared]
 
 Each start is pruned once. Step sizes are searched alike for all methods on the first start: once the preset's, three
-times and, where that is no better, a third of it; the one of least held-out loss is taken everywhere. Writes outputs/recovery/<model>.json, which
-`collect.py` reads: perplexity of windows that neither pruning nor tuning has seen, tokens and processor seconds.
+times and, where that is no better, a third of it; the one of least held-out loss is taken everywhere. Writes
+outputs/recovery/<model>.json, which `collect.py` reads: perplexity of windows that neither pruning nor tuning has seen,
+tokens and processor seconds.
 """
 
 from __future__ import annotations

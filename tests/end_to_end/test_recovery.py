@@ -146,6 +146,22 @@ def test_too_little_text_is_told_before_anything_is_pruned(
     assert not list(Path("run").glob("blocks/*.safetensors"))
 
 
+def test_a_streamed_model_is_tuned_by_mezo_to_the_weights_of_one_in_memory(tuned: list[str]) -> None:
+    found = []
+    for load in ("whole", "streamed"):
+        asked = [*tuned, "recovery=mezo", "recovery.eps=0.01", f"model.load={load}", f"hydra.run.dir={load}"]
+        assert main(asked) == 0
+        files = sorted((Path(load) / "model").glob("*.safetensors"))
+        found.append({name: tensor for file in files for name, tensor in load_file(file).items()})
+    whole, streamed = (results_in(Path(load))["recovery"] for load in ("whole", "streamed"))
+    assert streamed == whole
+    assert whole["best_step"] > 0
+    assert found[0].keys() == found[1].keys()
+    for name, weight in found[0].items():
+        assert torch.equal(weight, found[1][name]), name
+    assert not Path("streamed/recovery").exists()
+
+
 def test_exchanged_zeros_stay_as_many_and_the_saved_masks_are_the_new_ones(tuned: list[str]) -> None:
     course = ["recovery.reselect=4", "recovery.gather=2", "recovery.density=0.2", "recovery.checks=8"]
     for exchange in ("false", "true"):

@@ -17,6 +17,7 @@ from besa_exp.blocks.activations import allocator
 from besa_exp.display.tables import as_text
 from besa_exp.dry_run.estimate import LIBRARIES, Estimate, Part, disk_speed, model_size, peak, remedies
 from besa_exp.dry_run.probe import BlockProbe, cut_down
+from besa_exp.dry_run.recovery import pruned_at_random, recovery_cost
 from besa_exp.dry_run.tables import estimate_tables, sweep_table, verdicts
 from besa_exp.dry_run.texts import model_without_weights
 from besa_exp.methods.budgets.learned import Learned
@@ -24,6 +25,8 @@ from besa_exp.methods.budgets.owl import Owl
 from besa_exp.methods.pruners.besa import Besa
 from besa_exp.methods.pruners.besa_paper import BesaPaper
 from besa_exp.methods.pruners.uniform import Uniform
+from besa_exp.presets import preset
+from besa_exp.recovery.full import Full
 from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings, RunSettings, TrackerSettings
 from besa_exp.tensors.masks import Goal
 
@@ -165,3 +168,19 @@ def test_a_sweep_adds_up_time_and_what_is_kept() -> None:
     last = next(line for line in as_text(sweep_table(jobs), 120).splitlines() if "one after the other" in line)
     assert "4 min 56 s" in last  # the dense model is scored once
     assert "12 kB" in last
+
+
+@pytest.mark.parametrize("method", ["full", "blocks", "mezo"])
+def test_a_recovery_is_priced_by_its_own_steps(method: str) -> None:
+    found = []
+    for steps in (100, 200):
+        asked = preset("recovery", method, steps=steps, held_out=1, checks=1)
+        found.append(recovery_cost(probe(Uniform()), asked, 16, 3))
+    assert found[1].seconds > 1.2 * found[0].seconds > 0
+    assert found[0].checkpoints == 2
+    if method == "full":
+        model = tiny_llama(32, num_hidden_layers=3)
+        keep = pruned_at_random(model, 0.5)
+        state = Full().begin(model, keep, 0).leaves
+        assert found[0].state_bytes == pytest.approx(3 * sum(leaf.nbytes for leaf in state.values()), rel=0.02)
+        assert found[0].moved_bytes == sum(parameter.nbytes for parameter in model.parameters())
