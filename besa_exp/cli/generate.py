@@ -15,11 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.evaluation.checks import PROMPTS
 from besa_exp.machine.environment_variables import set_before_imports
 from besa_exp.run_folder.lookup import check_run, run_and_model
 from besa_exp.settings import ModelSettings
 
-PROMPTS = ("Once upon a time", "The little girl wanted to", "One day, a dog")
 PLAIN_WIDTH = 120
 DESCRIPTION = """\
 Lets the pruned model of a run go on from each prompt, greedily, and the dense model it was made from beside it.

@@ -7,8 +7,9 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from besa_exp.cli.compose import key_of
 from besa_exp.cli.configuration import as_values, method_name, read_settings
@@ -40,6 +41,7 @@ from besa_exp.run_folder.folder import RunFolder, read_results
 from besa_exp.run_folder.status import is_done, read_status, seen_status
 from besa_exp.runs.interruption import interruptible
 
+GROUP = "WANDB_RUN_GROUP"  # read when a job's configuration is composed
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -162,7 +164,7 @@ def _sweep(hydra: Hydra, request: Request) -> list[Outcome]:
     if all(job.finished for job in jobs):
         return [finished_before(job.folder, job.config) for job in jobs]
     try:
-        with lost_jobs_told(request.launcher):
+        with lost_jobs_told(request.launcher), grouped(jobs):
             job_of_sweep = partial(run_job, course=Course.of(jobs))
             batches = hydra.multirun(request.config_name, job_of_sweep, [*request.lines, "hydra.mode=MULTIRUN"])
             returned = [job.return_value for batch in batches for job in batch]
@@ -174,6 +176,21 @@ def _sweep(hydra: Hydra, request: Request) -> list[Outcome]:
         found if isinstance(found, Outcome) else _outcome_of_lost(job, found)
         for job, found in zip(jobs, returned, strict=True)
     ]
+
+
+@contextmanager
+def grouped(jobs: Sequence[Job]) -> Iterator[None]:
+    """W&B shows the jobs as one group, named after what varies and the day, where nothing else gives them one."""
+    common = set.intersection(*(set(job.lines) for job in jobs))
+    varied = dict.fromkeys(key_of(line) for job in jobs for line in job.lines if line not in common)
+    named = GROUP in os.environ or any(OmegaConf.select(job.config, "tracker.group") for job in jobs)
+    if not named:
+        os.environ[GROUP] = f"sweep of {', '.join(varied)}, {datetime.now(UTC):%Y-%m-%d %H:%M}"
+    try:
+        yield
+    finally:
+        if not named:
+            del os.environ[GROUP]
 
 
 def _outcome_of_lost(job: Job, reason: str) -> Outcome:

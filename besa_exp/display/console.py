@@ -143,15 +143,15 @@ class RunConsole:
 
 
 def next_steps(folder: Path, results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(why, command) of what can be done with a finished run."""
+    """(why, command, or where it is said) of what can be done with a finished run."""
     place = shlex.quote(str(folder))
     compared = ("compare", f"besa compare {shlex.quote(str(folder.parent))}")
     if not (folder / "model").is_dir():
         kept = [("rebuild", f"besa masks apply {place}/masks.safetensors ...")] if _rebuilds(folder) else []
         return [compared, *(kept or [("draw", f"besa report {shlex.quote(str(folder.parent))}")])]
-    if results.get("zero_shot"):
-        return [("try it", f"besa generate {place}"), compared]
-    return [("try it", f"besa generate {place}"), ("score it", f"besa evaluate checkpoint={place} evaluator=zero_shot")]
+    score = ("score it", f"besa evaluate checkpoint={place} evaluator=zero_shot")
+    use = ("use it", f"{place}/model/README.md says how: transformers, lm-eval, vLLM, llama.cpp")
+    return [("try it", f"besa generate {place}"), compared if results.get("zero_shot") else score, use]
 
 
 def _rebuilds(folder: Path) -> bool:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from besa_exp.errors import ConfigurationError
-from besa_exp.evaluation.checks import perplexity_window
-from besa_exp.evaluation.score import SPEEDS, Score, Scores, asked_of, perplexity_score
+from besa_exp.evaluation.checks import perplexity_window, prompts_of
+from besa_exp.evaluation.score import PARTS, Score, Scores, asked_of, perplexity_score
 from besa_exp.evaluation.task_definitions import TASK_FOLDERS, scored_names
 from besa_exp.settings import EvaluatorSettings, SkippingSettings
 from besa_exp.texts.sources import file_sha256, is_token_file
@@ -73,6 +73,9 @@ def remaining(
     if settings.simulated_speed and not simulate:
         known.append("simulated speed is known")
     left = replace(settings, perplexity_sets=tuple(sets), tasks=tuple(tasks), simulated_speed=simulate)
+    if settings.prompts and not set(settings.prompts) - scores.texts.keys():
+        known.append("text samples are known")
+    left = replace(left, prompts=tuple(prompt for prompt in prompts_of(left) if prompt not in scores.texts))
     return Remaining(left, tuple(known), tuple(conflicts))
 
 
@@ -95,8 +98,9 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
         union = {key: score for key, score in union.items() if key[:2] != (kind, name)}
         union |= {(score.kind, score.name, score.metric): score for score in found}
         unavailable.pop(name, None)
-    if scores.cost:
-        unavailable.pop("cost", None)
+    for name, there in (("cost", scores.cost), ("text samples", scores.texts)):
+        if there:
+            unavailable.pop(name, None)
     for name, reason in scores.unavailable.items():
         if any(before.named(kind, name) or scores.named(kind, name) for kind in KINDS):
             notes.append(f"{name} could not be scored again ({reason}): its earlier score stays")
@@ -104,12 +108,13 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
         unavailable[name] = reason
         if name in scores.perplexity:
             union["perplexity", name, ""] = perplexity_score(name, None, {})
-    speeds = {name: getattr(scores, name) or getattr(before, name) for name in SPEEDS}  # another device, it may be
+    parts = {name: getattr(scores, name) or getattr(before, name) for name in PARTS}  # another device, it may be
+    parts["texts"] = {**before.texts, **scores.texts}
     if scores.simulated_speed:
         unavailable.pop("simulated speed", None)
     if scores.speed and "unavailable" not in scores.speed:
         unavailable.pop("speed", None)
-    joined = Scores(tuple(union.values()), unavailable, common, **speeds)
+    joined = Scores(tuple(union.values()), unavailable, common, **parts)
     provenance = {**(results.get("provenance") or {}), **joined.provenance}
     if replaced:
         provenance["replaced"] = [*provenance.get("replaced", []), *replaced]
@@ -149,6 +154,9 @@ def _set_difference(
     window = None if context is None and settings.seq_len is None else perplexity_window(settings, context or 0)
     if window is not None and not _has_own_windows(name) and record.get("seq_len") not in (None, window):
         differs.append(f"windows of {record['seq_len']} tokens then, {window} now")
+    most, then = settings.max_windows, record.get("max_windows")
+    if then != most and (then is not None or record.get("num_windows", 0) > (most or 0)):
+        differs.append(f"{then or 'all'} windows then, {most or 'all'} now")
     return differs
 
 

@@ -124,6 +124,7 @@ def _run(
         "scores": [[measures.index(score.measure), score.value] for score in run.scores],
         "seconds": run.seconds.get("prune"),
         "searched": bool(curve.points),
+        "left": run.parameters.left / run.parameters.dense if run.parameters else None,
     }
 
 
@@ -141,9 +142,10 @@ def _details(run: RunRecord, curve: Curve) -> str:
         "seconds": run.seconds,
         "memory": run.memory,
         "quantisation": run.quantisation,
-        "parameters": asdict(run.parameters) if run.parameters else None,
-        "structure": run.structure.to_dict() if run.structure else None,
-        "recovery": run.recovery.to_dict() if run.recovery else None,
+        "stages": run.stages,
+        "texts": run.texts,
+        "cost": run.cost,
+        "recovery_curve": _recovery(curve),
         "simulated_speed": run.simulated_speed,
         "blocks": [[b.index, _rounded(b.loss_before), _rounded(b.loss_after), _rounded(b.seconds)] for b in run.blocks],
         "allocation": asdict(allocation(run)),
@@ -151,6 +153,11 @@ def _details(run: RunRecord, curve: Curve) -> str:
         "curve": {"stride": curve.stride, "blocks": _curve(curve)},
     }
     return json.dumps(details, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=str)
+
+
+def _recovery(curve: Curve) -> dict[str, Any]:
+    steps, losses, held_out = [list(part) for part in zip(*curve.recovery, strict=True)] or ([], [], [])
+    return {"steps": steps, "loss": [*map(_rounded, losses)], "held_out": [v and _rounded(v) for v in held_out]}
 
 
 def _curve(curve: Curve) -> list[dict[str, Any]]:

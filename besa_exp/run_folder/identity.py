@@ -16,7 +16,7 @@ IDENTITY = "identity.json"  # in the folder of the blocks
 # Of a model's keys: where the weights lie, and what is said about them elsewhere. They decide nothing.
 NOT_DECIDING = ("load", "convert", "name", "context", "published_perplexity")
 DECIDING = ("method", "model", "calibration", *METHOD_GROUPS, "sparsity", "pattern", "seed", "deterministic")
-DECIDING += ("compute_dtype",)
+DECIDING += ("compute_dtype", "ignore")
 
 
 def config_of(settings: RunSettings) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from besa_exp.blocks.activations import activation_bytes, allocator
+from besa_exp.blocks.ignored import Ignored
 from besa_exp.blocks.pruner import Pruner, Refinement
 from besa_exp.blocks.reports import BlockReport, Step
 from besa_exp.blocks.units import unit_ends
@@ -39,7 +40,8 @@ def prune_model(run: Run, work: Work) -> Work:
     _, allocate = allocator(settings.activations, run.device, run.folder.path, needed)
     batch_size, dtype = settings.calibration.batch_size, compute_dtype(settings)
     done, keeps_dense = len(reports), bool(later)
-    loop = BlockLoop(loaded, input_ids, batch_size, work.finished, done, allocate, dtype, keeps_dense)
+    ignored = Ignored(settings.ignore, work.structure.kept if work.structure else ())
+    loop = BlockLoop(loaded, input_ids, batch_size, work.finished, done, allocate, dtype, keeps_dense, ignored)
     finished = work.finished
     with run.spent.timed("prune"):
         reports = _follow(run, work, loop, pruner, reports, tracks=not later)

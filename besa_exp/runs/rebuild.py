@@ -43,6 +43,7 @@ class Masks:
     def of(self, block: Block) -> dict[str, Tensor]:
         """The keep_masks of a block's linears by their path."""
         names = {path: f"{block.name}.{path}.weight" for path in block.linears}
+        names = {path: name for path, name in names.items() if name in self.shapes}  # the others stayed dense
         masks = read_masks(self.path, {name: self.shapes[name] for name in names.values()})
         return {path: masks[name] for path, name in names.items()}
 
@@ -127,7 +128,8 @@ def _pruned(
             f"block {block.index}", weights_sha256(block_tensors(block.module, block.name)), hashes[block.index]
         )
         keep_masks = masks.of(block)
-        write_weights(block, PrunedBlock(keep_masks, allocated={}))
+        masked = replace(block, linears={name: block.linears[name] for name in keep_masks})
+        write_weights(masked, PrunedBlock(keep_masks, allocated={}))
         for name, keep_mask in keep_masks.items():
             counts[f"{block.name}.{name}"] = keep_mask.numel(), int((~keep_mask).sum())
         yield block_tensors(block.module, block.name)
@@ -170,6 +172,7 @@ def _card(
             "linears": {
                 name: dict(zip(("weights", "pruned"), counts[f"{block.name}.{name}"], strict=True))
                 for name in block.linears
+                if f"{block.name}.{name}" in counts
             },
         }
         for block in blocks

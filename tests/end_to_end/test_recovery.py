@@ -77,6 +77,14 @@ def test_the_weights_move_as_the_method_says(tuned: list[str]) -> None:
     }
 
 
+def test_linears_that_are_kept_dense_are_tuned_too(tuned: list[str]) -> None:
+    assert main([*tuned, "recovery=full", "ignore=[*.mlp.down_proj]", "hydra.run.dir=run"]) == 0
+    masks = load_masks(Path("run/masks.safetensors"))
+    assert masks
+    assert not [name for name in masks if "down_proj" in name]
+    assert_zeros_are_the_masks(Path("run"))
+
+
 def test_2_of_4_stays_2_of_4(tuned: list[str]) -> None:
     assert main([*tuned, "recovery=full", "pattern='2:4'", "hydra.run.dir=run"]) == 0
     for name, keep_mask in load_masks(Path("run/masks.safetensors")).items():

@@ -229,7 +229,7 @@ def test_two_lines_say_what_is_about_to_be_done() -> None:
 def test_a_score_on_some_questions_says_how_many_and_how_certain() -> None:
     records = {"piqa": {"documents": 8, "questions": 1838, "higher_is_better": {"acc": True}}}
     (row,) = [row for row in rows(plain_lines(provenance={"zero_shot": {"tasks": records}})) if row[0] == "piqa acc ↑"]
-    assert row == ["piqa acc ↑", "0.7500", "0.6250 ± 0.0100", "-0.1250", "8 of 1,838"]
+    assert row == ["piqa acc ↑", "0.7500", "0.6250 ± 0.0100", "-0.1250", "8 of 1,838 questions"]
 
 
 def test_a_task_that_should_fall_points_down() -> None:
