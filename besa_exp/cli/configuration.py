@@ -61,9 +61,9 @@ LATER_KEYS = (
     ("calibration", "chat_template", False),
     ("evaluator", "column", "text"),
     ("evaluator", "include_path", None),
-    ("recovery", "exchange", False),
     ("evaluator", "max_windows", None),
     ("evaluator", "prompts", None),
+    ("recovery", "exchange", False),
 )
 LATER_GROUPS = ("structure", "ignore")  # that make no part of a name where they say nothing, for the same reason
 WANDB_MODES_ONCE = {"dryrun": "offline", "run": "online"}  # as its older versions called them

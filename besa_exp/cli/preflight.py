@@ -248,14 +248,17 @@ def _check_structure(settings: RunSettings) -> list[str]:
     folder = _known_folder(settings.model)
     if folder is None or not (folder / "config.json").is_file():
         return []
-    from besa_exp.checkpoints.narrowed_facts import facts_of, family_problems  # torch
+    from besa_exp.checkpoints.narrowed_facts import NOT_STREAMED, facts_of, family_problems  # torch
 
     try:
         facts = facts_of(folder)
     except ValueError as error:
         return [str(error)]
     method = settings.structure
-    return family_problems(facts.config, method.narrows) or method.check(facts.costs, facts.dimensions)
+    problems = family_problems(facts.config, method.narrows, method.saved_as is not None)
+    if method.saved_as and settings.model.load == "streamed":
+        problems.append(NOT_STREAMED)
+    return problems or method.check(facts.costs, facts.dimensions)
 
 
 def _known_folder(settings: ModelSettings) -> Path | None:
@@ -336,4 +339,5 @@ def _needed_bytes(settings: RunSettings, facts: ModelFolder) -> int:
     whole = settings.model.load == "whole"
     save = SaveSettings(model=False, masks=False) if settings.is_dense else settings.save
     needed = required_bytes(model_bytes, in_linears, facts.weights, save, whole)
-    return needed + (facts.saved_bytes if facts.to_convert else 0)
+    narrowed = model_bytes if settings.structure and settings.model.load == "streamed" else 0  # until the run is done
+    return needed + narrowed + (facts.saved_bytes if facts.to_convert else 0)

@@ -84,17 +84,6 @@ def test_each_method_is_measured_on_a_block_and_prunes_it(real_block) -> None:
         assert (zeros > 0.49 * found["block_bytes"] / 4) == (method != "two passes")
 
 
-def test_a_step_of_recovery_is_timed_beside_a_plain_one_that_keeps_the_same_zeros(recovery) -> None:
-    seconds = recovery.seconds_of(recovery.TINY, rounds=1)
-    row = recovery.row_of(recovery.TINY, seconds)
-    assert [*row["ratio"]] == ["plain", "full", "lora"]
-    assert row["ratio"]["plain"] == 1.0
-    model, keep = recovery.pruned_model(recovery.TINY)
-    recovery.plain(model, keep)(recovery.windows_of(recovery.TINY, 0), 0)
-    for name, bits in keep.items():
-        assert not model.get_parameter(name)[~bits.mask()].any()
-
-
 @pytest.fixture
 def bench_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
@@ -122,3 +111,14 @@ def test_no_case_begins_without_time(bench_gpu, monkeypatch, tmp_path) -> None:
     assert {*map(str, json.loads((tmp_path / "gpu.json").read_text())["cases"].values())} == {
         "{'not run': 'no time was left'}"
     }
+
+
+def test_a_step_of_recovery_is_timed_beside_a_plain_one_that_keeps_the_same_zeros(recovery) -> None:
+    seconds = recovery.seconds_of(recovery.TINY, rounds=1)
+    row = recovery.row_of(recovery.TINY, seconds)
+    assert [*row["ratio"]] == ["plain", "full", "lora"]
+    assert row["ratio"]["plain"] == 1.0
+    model, keep = recovery.pruned_model(recovery.TINY)
+    recovery.plain(model, keep)(recovery.windows_of(recovery.TINY, 0), 0)
+    for name, bits in keep.items():
+        assert not model.get_parameter(name)[~bits.mask()].any()
