@@ -61,7 +61,7 @@ pytest: $(STAMP)
 
 # The columns are tests/matrix/*.txt: what each pins. An environment is made once; remove it to have it made anew.
 MATRIX := oldest newest
-MATRIX_TESTS := tests/unit/test_families.py tests/unit/test_mixtures.py tests/parity
+MATRIX_TESTS := tests/unit/blocks/test_families.py tests/unit/blocks/test_mixtures.py tests/parity
 
 test-matrix: $(MATRIX:%=.venv-%/installed)
 	$(foreach column,$(MATRIX),OMP_NUM_THREADS=1 .venv-$(column)/bin/python -m pytest -n 2 $(MATRIX_TESTS) $(ARGS) &&) true

@@ -10,6 +10,7 @@ from typing import Any
 
 # Read by the libraries when they are imported, so set before any test module is.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+os.environ["OMP_WAIT_POLICY"] = "passive"  # threads that wait for each other sleep: the cores are shared
 os.environ.pop("HYDRA_FULL_ERROR", None)
 
 import jaxtyping

@@ -87,11 +87,15 @@ def _answer(
     process: subprocess.Popen[str], request: dict[str, Any], expected: float, tolerance: float
 ) -> dict[str, Any]:
     said, errors = process.communicate()
-    folder = request["folder"]
     if process.returncode:
         last = (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        raise RunError(f"{folder}: the saved model does not load in a fresh process: {last}")
-    found = json.loads(said.splitlines()[-1])
+        raise RunError(f"{request['folder']}: the saved model does not load in a fresh process: {last}")
+    return checked(json.loads(said.splitlines()[-1]), request, expected, tolerance)
+
+
+def checked(found: dict[str, Any], request: dict[str, Any], expected: float, tolerance: float) -> dict[str, Any]:
+    """What the results record of a reloaded model. RunError: tensors are missing or left over, or its loss differs."""
+    folder = request["folder"]
     if found["lacking"] or found["left"]:
         raise RunError(
             f"{folder}: the saved model does not load as it was: missing tensors {found['lacking']}, unexpected "
@@ -108,8 +112,8 @@ def _answer(
     return {"token_loss": found["token_loss"], "expected": expected, "tokens": len(request["input_ids"][0])}
 
 
-def _main() -> int:
-    request = json.loads(sys.stdin.readline())
+def reloaded(request: dict[str, Any]) -> dict[str, Any]:
+    """The loss of the folder's model, and the tensors that its files lack or have left over."""
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -122,7 +126,12 @@ def _main() -> int:
     model, loading_info = loaded  # transformers' types do not know what output_loading_info does
     loss = token_loss(model.eval(), torch.tensor(request["input_ids"]))
     lacking, left = (sorted(map(str, loading_info[key])) for key in ("missing_keys", "unexpected_keys"))
-    sys.stdout.write(json.dumps({"token_loss": loss, "lacking": lacking, "left": left}) + "\n")
+    return {"token_loss": loss, "lacking": lacking, "left": left}
+
+
+def _main() -> int:
+    found = reloaded(json.loads(sys.stdin.readline()))
+    sys.stdout.write(json.dumps(found) + "\n")
     return 0
 
 

@@ -5,8 +5,8 @@ anything.
 
 Each child is a `besa` process of its own, killed (SIGKILL) at its moment: MOMENTS is a JSON list of {after: seconds,
 blocks: that many finished, scores: that many finished, generations: that many of a search finished, recovery: that many
-states of a tuning kept after the first, structure: steps of a search for a structure, in_a_write: seen writing a
-file}, of which all given must hold.
+states of a tuning kept after the first, structure: steps of a search for a structure, refined: blocks that a search
+over the model has written, in_a_write: seen writing a file}, of which all given must hold.
 Prints a JSON list of what was there at each kill. The run is left unfinished.
 """
 
@@ -41,6 +41,7 @@ def kill(child: int, folder: Path, moment: dict) -> dict | None:
             "generations": finished_generations(folder),
             "recovery": kept_states(folder),
             "structure": steps_of_structure(folder),
+            "refined": len(list(folder.glob("blocks/model/00000?.json"))),
         }
         if (
             time.monotonic() - began >= moment.get("after", 0)
@@ -49,6 +50,7 @@ def kill(child: int, folder: Path, moment: dict) -> dict | None:
             and seen["generations"] >= moment.get("generations", 0)
             and seen["recovery"] >= moment.get("recovery", 0)
             and seen["structure"] >= moment.get("structure", 0)
+            and seen["refined"] >= moment.get("refined", 0)
             and (seen["writing"] or not moment.get("in_a_write"))
         ):
             break

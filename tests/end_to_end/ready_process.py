@@ -1,6 +1,6 @@
-"""Runs scripts in processes that have torch and transformers already: a server imports them once and forks for each.
+"""Runs programs in processes that have torch and transformers already: a server imports them once and forks for each.
 
-A script here must not need what is read when they are imported (environment variables, above all) to differ from the
+A program here must not need what is read when they are imported (environment variables, above all) to differ from the
 server's."""
 
 from __future__ import annotations
@@ -8,60 +8,103 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import besa_exp
+
+BESA = str(Path(besa_exp.__file__).parent / "__main__.py")
 TIMEOUT = 600  # seconds
 # The parent's WANDB_SERVICE is its own: it would outlive killed runs and hold them.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A process that was started; the server starts one at a time."""
+
+    pid: int
+    words: list[str]
+    said: Any  # an open file
+
+    def ended(self) -> bool:
+        """Whether it has."""
+        answer = server().stdout
+        assert answer is not None
+        return bool(select.select([answer], [], [], 0)[0])
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        """How it ended, and all that it said."""
+        answer = server().stdout
+        assert answer is not None
+        assert select.select([answer], [], [], TIMEOUT)[0], f"{self.words} did not end: {self.said.read()}"
+        with self.said:
+            return subprocess.CompletedProcess(self.words, int(answer.readline()), self.said.read())
+
+
 @cache
-def server() -> subprocess.Popen[str]:
+def server() -> subprocess.Popen[bytes]:
     """Ends when this process does: its standard input is then closed."""
     command = [sys.executable, __file__]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=ENVIRONMENT)
 
 
-def run_ready(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python SCRIPT ARGUMENTS...`, a script of this folder, in this working folder; its two streams together."""
-    ready = server()
+def start_ready(program: str, *arguments: str, output: str | None = None) -> Ready:
+    """`python PROGRAM ARGUMENTS...` in this working folder and a session of its own, its two streams together; PROGRAM
+    is `BESA` or a script of this folder. `output`: the file that is its standard output instead."""
+    ready, said = server(), tempfile.NamedTemporaryFile("w+", suffix=".txt")  # noqa: SIM115 - `wait` closes it
     assert ready.stdin is not None
     assert ready.stdout is not None
-    with tempfile.NamedTemporaryFile("w+", suffix=".txt") as said:
-        words = [str(Path(__file__).parent / script), *arguments]
-        request = {"words": words, "folder": str(Path.cwd()), "said": said.name}
-        ready.stdin.write(json.dumps(request) + "\n")
-        ready.stdin.flush()
-        assert select.select([ready.stdout], [], [], TIMEOUT)[0], f"{script} {arguments} did not end: {said.read()}"
-        return subprocess.CompletedProcess(words, int(ready.stdout.readline()), said.read())
+    words = [str(Path(__file__).parent / program), *arguments]
+    request = {"words": words, "folder": str(Path.cwd()), "said": said.name, "output": output}
+    ready.stdin.write(json.dumps(request).encode() + b"\n")
+    return Ready(int(ready.stdout.readline()), words, said)
+
+
+def run_ready(program: str, *arguments: str, output: str | None = None) -> subprocess.CompletedProcess[str]:
+    """The same, when it has ended."""
+    return start_ready(program, *arguments, output=output).wait()
 
 
 def serve() -> int:
-    """Forks for each request; answers with the exit code."""
-    import runpy
-
+    """Forks for each request; answers with the process and then, when it ends, with its exit code."""
+    from besa_exp.cli import jobs, preflight, prune  # noqa: F401
     from besa_exp.machine.process import imports_are_done
-    from besa_exp.runs import evaluate as evaluation_run  # noqa: F401
+    from besa_exp.methods.pruners import besa, uniform  # noqa: F401
+    from besa_exp.runs import evaluate  # noqa: F401
+    from besa_exp.runs import prune as pruning  # noqa: F401
 
     imports_are_done()
     for line in sys.stdin:
         request = json.loads(line)
         if child := os.fork():
-            sys.stdout.write(f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n")
-            sys.stdout.flush()
+            os.write(1, f"{child}\n".encode())
+            os.write(1, f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n".encode())
             continue
-        os.chdir(request["folder"])
-        streams = os.open(request["said"], os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(streams, stream.fileno())
-        sys.argv = request["words"]
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        raise AssertionError("the script ends by itself")
+        become(request)
     return 0
+
+
+def become(request: dict[str, Any]) -> None:
+    """This process is that of the request; ends with its program."""
+    import runpy
+
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    os.chdir(request["folder"])
+    said = os.open(request["said"], os.O_WRONLY | os.O_APPEND)
+    output = os.open(request["output"], os.O_WRONLY) if request["output"] else said
+    os.dup2(said, 2)
+    os.dup2(output, 1)
+    sys.argv = request["words"]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    raise AssertionError("the program ends by itself")
 
 
 if __name__ == "__main__":

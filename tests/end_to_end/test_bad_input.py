@@ -1,5 +1,6 @@
 """What the command line answers to requests that cannot be carried out: exit code 2, one readable message with what,
-where, the rule and the remedy, no traceback, and nothing left behind."""
+where, the rule and the remedy, no traceback, and nothing left behind. End to end because every layer refuses something
+and what is left behind is seen in the working folder alone."""
 
 from __future__ import annotations
 
@@ -291,14 +292,23 @@ def test_folders_of_the_hubs_cache_are_answered_with_the_hub_id(refused: Refusal
 
 
 def test_a_job_that_fails_stops_no_other_and_the_sweep_exits_with_1(
-    given: list[str], broken_model: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
+    given: list[str], broken_model: Path, model_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["prune", "-m", *given, f"model.path={broken_model},{model_dir}", "pruner=wanda"]) == 1
-    said = capsys.readouterr().out
-    states = sorted(json.loads(path.read_text())["status"] for path in Path("outputs").glob("*/status.json"))
-    assert states == ["done", "failed"]
+    asked = ["prune", "-m", *given, f"model.path={broken_model},{model_dir}", "pruner=wanda"]
+    assert main(asked) == 1
+    said = "".join(capfd.readouterr())
+    assert "Traceback" not in said
+    states = {json.loads(path.read_text())["status"]: path.parent for path in Path("outputs").glob("*/status.json")}
+    assert set(states) == {"done", "failed"}
     assert "2 jobs: 1 failed, 1 done" in said
     assert "50.00 %" in said
+    assert "model.layers.1" in json.loads((states["failed"] / "status.json").read_text())["error"]
+    assert "Traceback" in (states["failed"] / "run.log").read_text()
+    assert any("failed" in line and states["failed"].name in line for line in said.splitlines())
+    written = (states["done"] / "results.json").stat().st_mtime_ns
+    assert main(asked) == 1
+    assert "finished before" in capfd.readouterr().out
+    assert (states["done"] / "results.json").stat().st_mtime_ns == written
 
 
 def test_the_same_command_finds_its_finished_run(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -318,7 +328,7 @@ def test_a_finished_run_is_no_answer_where_its_calibration_tokens_have_changed(
     given: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = Path(given[1].partition("=")[2])
-    both = (given, ["-m", *given, "hydra.sweep.dir=outputs", "seed=0"])
+    both = (given := [*given, "save.model=false"], ["-m", *given, "save.model=false", "seed=0"])  # one folder
     for arguments in both:
         assert main(["prune", *arguments]) == 0
     save_file({"input_ids": torch.zeros(4, 16, dtype=torch.long)}, path)
@@ -333,48 +343,47 @@ def test_a_finished_run_is_no_answer_where_its_calibration_tokens_have_changed(
     assert "finished before" in capsys.readouterr().out
 
 
-def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The real command line, in a process of its own."""
-    variables = {**os.environ, **environment}
-    return subprocess.run(
-        [sys.executable, "-m", "besa_exp", *arguments], capture_output=True, text=True, env=variables, timeout=120
-    )
-
-
 def test_the_program_exits_with_2_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    answer = command("prune", "sparsity=abc", "pruner=wandaa")
+    command = [sys.executable, "-m", "besa_exp", "prune", "sparsity=abc", "pruner=wandaa"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert answer.returncode == 2
     assert answer.stdout == ""
     assert answer.stderr.splitlines()[0] == "besa prune: 2 problems, nothing was done"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_errors_show_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_errors_show_the_traceback(given: list[str], monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    assert main(["prune", *given, "pruner=wandaa"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "did you mean wanda?" in said
+
+
+def loaded_after(*commands: list[str]) -> list[set[str]]:
+    """What a process has imported after each of the commands."""
+    program = f"""
+import json, sys
+from besa_exp.cli.main import main
+for arguments in {commands!r}:
+    main(arguments)
+    print("LOADED", json.dumps(sorted(sys.modules)))
+"""
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    lines = [line.partition(" ")[2] for line in answer.stdout.splitlines() if line.startswith("LOADED ")]
+    return [set(json.loads(line)) for line in lines]
+
+
+def test_short_answers_load_neither_torch_nor_hydra() -> None:
+    commands = [[], ["--help"], ["-h"], ["--version"], ["prunne"], ["list", "models"]]
+    heavy = {"torch", "hydra", "omegaconf", "transformers", "wandb", "datasets", "lm_eval", "numpy", "rich"}
+    assert [loaded & heavy for loaded in loaded_after(*commands)] == [set()] * len(commands)
+
+
+def test_a_refusal_loads_no_library_that_takes_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    answer = command("prune", "pruner=wandaa", HYDRA_FULL_ERROR="1")
-    assert answer.returncode == 2
-    assert "Traceback" in answer.stderr
-    assert "did you mean wanda?" in answer.stderr
-
-
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["--version"], ["prunne"], ["list", "models"]])
-def test_short_answers_load_neither_torch_nor_hydra(arguments: list[str]) -> None:
-    loaded = modules_after(*arguments)
-    assert "besa_exp.cli.main" in loaded
-    assert not loaded & {"torch", "hydra", "omegaconf", "transformers", "wandb", "datasets", "lm_eval", "numpy", "rich"}
-
-
-def modules_after(*arguments: str) -> set[str]:
-    """What a process that ran the command has imported."""
-    program = f"import sys; from besa_exp.cli.main import main; main({list(arguments)!r}); print(sorted(sys.modules))"
-    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
-    return set(answer.stdout.splitlines()[-1].strip("[]").replace("'", "").split(", "))
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
+    refused = [
         ["pruner=wandaa", "pruner.nonsense=1"],
         ["sparsity=2", "seed=x", "pruner=wanda"],
         ["sparsity=abc"],
@@ -387,15 +396,11 @@ def modules_after(*arguments: str) -> set[str]:
         ["evaluator.tasks=[piqaa]", "evaluator.perplexity_sets=[wikitex2]"],
         ["device=gpu"],
         ["-m", "seed=1,x", "pruner=wanda,besa"],
-    ],
-)
-def test_a_refusal_loads_no_library_that_takes_seconds(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    loaded = modules_after("prune", *arguments)
-    assert "hydra" in loaded
-    assert not loaded & {"torch", "transformers", "wandb", "datasets", "lm_eval"}
+    ]
+    slow = {"torch", "transformers", "wandb", "datasets", "lm_eval"}
+    loaded = loaded_after(*(["prune", *arguments] for arguments in refused))
+    assert "hydra" in loaded[0]
+    assert [found & slow for found in loaded] == [set()] * len(refused)
 
 
 def test_the_pruner_is_asked_also_when_something_else_is_wrong(refused: Refusal) -> None:

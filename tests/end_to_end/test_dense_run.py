@@ -1,4 +1,5 @@
-"""`pruner=dense` scores the model in a run folder and does nothing else."""
+"""`pruner=dense` scores the model in a run folder and does nothing else. End to end because what it must leave out is a
+whole run's calibration, pruning and copy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`besa evaluate`: any checkpoint, its scores joined to those that are there, and nothing replaced in silence."""
+"""`besa evaluate`: any checkpoint, its scores joined to those that are there, and nothing replaced in silence. End to
+end because they are joined to what a whole run left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The examples run as they stand: the script's parts in small, the notebook cell by cell without Jupyter."""
+"""The examples run as they stand: the script's parts in small, the notebook cell by cell without Jupyter. End to end
+because that is what a reader does with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Every experiment and testbed runs: its first job in miniature, on a random model and tokens, all else as it says."""
+"""Every experiment and testbed runs: its first job in miniature, on a random model and tokens, all else as it says. End
+to end because a preset is right when a run takes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What goes wrong around a run: the hub, the clock, and the moment of a kill that falls into the evaluation."""
+"""What goes wrong around a run: the hub, the clock, and the moment of a kill that falls into the evaluation. End to end
+because each fault comes from outside the program."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from wandb_file import history, one
 from besa_exp.cli.main import main
 from besa_exp.display.wandb_run import _run_id
 
+pytestmark = pytest.mark.xdist_group("unbroken run")  # what they share is made once
 NO_HUB = """
 import socket, sys, time
 from besa_exp.cli.main import main

@@ -1,4 +1,4 @@
-"""What a run leaves can be read by whom the umask lets read it."""
+"""What a run leaves can be read by whom the umask lets read it. End to end because every writer of a run is asked."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Off line: what a run takes from the hub is fetched beforehand, and then no connection is tried. The hub is a stand-in
-server on this machine; the second check is the system's: a network namespace without interfaces."""
+server on this machine; the second check is the system's: a network namespace without interfaces. End to end because
+caches and offline modes are read from the environment when libraries are imported."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from hub_process import hub_of
+from one_process import answers
 from tiny_llama import byte_tokenizer, tiny_llama
 
 from besa_exp.cli.main import main
@@ -114,6 +116,7 @@ def test_a_run_off_line_uses_the_caches_in_a_network_without_interfaces(
     work, environment, _ = fetched
     small = ["calibration.num_samples=2", "calibration.seq_len=32", "evaluator.limit=2", "evaluator.seq_len=32"]
     chosen = ["model.path=stand/in", *KEYS, *small, "pruner=wanda", "device=cpu", "offline=true", "tracker=wandb"]
+    chosen.append("save.verify=false")  # in a process of its own
     command = [*alone, sys.executable, "-c", WATCHED, "prune", *chosen, "hydra.run.dir=run"]
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -224,16 +227,12 @@ def test_prefetch_with_convert_fetches_what_a_run_with_convert_loads_off_line(
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
     environment |= {"HF_HOME": str(tmp_path / "caches"), "HF_ENDPOINT": hub, "OMP_NUM_THREADS": "1"}
 
-    def besa(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "besa_exp", *words, f"model.path={model}", "evaluator=none"]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-
-    refused = besa("prefetch")
-    assert (refused.returncode, "only pickled weights" in refused.stdout) == (
-        (1, True) if held[-3:] == "bin" else (0, False)
+    ours = [f"model.path={model}", "evaluator=none"]
+    (code, said), converted = answers(
+        [(hub, ["prefetch", *ours]), (hub, ["prefetch", *ours, "model.convert=true"])], environment, tmp_path
     )
-    done = besa("prefetch", "model.convert=true")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert (code, "only pickled weights" in said) == ((1, True) if held[-3:] == "bin" else (0, False))
+    assert converted[0] == 0, converted
     (files,) = [
         set(item["files"])
         for path in (tmp_path / "outputs").glob("prefetch-*.json")
@@ -242,5 +241,6 @@ def test_prefetch_with_convert_fetches_what_a_run_with_convert_loads_off_line(
     ]
     assert {name for name in files if name.endswith((".bin", ".safetensors"))} == {held}
     small = ["calibration.num_samples=2", "calibration.seq_len=32", "pruner=magnitude", "tracker=none", "device=cpu"]
-    done = besa("prune", "model.convert=true", "offline=true", *small, "save.model=false", "hydra.run.dir=run")
-    assert done.returncode == 0, done.stdout + done.stderr
+    asked = ["prune", *ours, "model.convert=true", "offline=true", *small, "save.model=false", "hydra.run.dir=run"]
+    ((code, said),) = answers([(hub, asked)], environment, tmp_path)
+    assert code == 0, said

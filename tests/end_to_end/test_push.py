@@ -1,83 +1,58 @@
-"""The model of a finished run on the hub, a stand-in server on this machine."""
+"""The model of a finished run on the hub, a stand-in server on this machine. End to end because the token comes from
+the environment and must reach the server alone."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hub_process import hub_of
 from hub_server import TOKEN
+from one_process import answers
 
 from besa_exp.cli.main import main
-
-Prune = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """What the hub holds."""
-    (tmp_path / "hub").mkdir()
-    return tmp_path / "hub"
-
-
-@pytest.fixture
-def prune(root: Path, given: list[str], tmp_path: Path) -> Iterator[Prune]:
-    """Runs the real command with a token and that hub."""
-    environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
-    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    with hub_of(root) as address:
-
-        def run(*keys: str, **changed: str) -> subprocess.CompletedProcess[str]:
-            command = [sys.executable, "-m", "besa_exp", "prune", *given, "hydra.run.dir=run", *keys]
-            variables = environment | {"HF_ENDPOINT": address} | changed
-            return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
-
-        yield run
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_hub_receives_the_models_bytes_in_a_private_repository_and_nobody_is_told_the_token(
-    prune: Prune, root: Path
+def test_a_run_is_pushed_or_told_how_to_be_pushed_later_and_is_whole_either_way(
+    given: list[str], tmp_path: Path
 ) -> None:
-    done = prune("save.push_to_hub=me/pruned", "tracker=wandb")
-    assert done.returncode == 0, done.stderr
-    assert "pushed run/model to http" in done.stdout
-    assert contents(root / "models" / "me" / "pruned") == contents(Path("run/model"))
-    assert json.loads((root / "visibility.json").read_text()) == {"me/pruned": "private"}
-    assert TOKEN not in done.stdout + done.stderr
-    assert not [name for name, content in contents(Path("run")).items() if TOKEN.encode() in content]
-
-
-def test_a_push_that_fails_is_a_warning_with_the_command_that_pushes_later_and_the_run_is_whole(
-    prune: Prune, root: Path
-) -> None:
-    done = prune("save.push_to_hub=full/pruned")
-    assert done.returncode == 0
-    assert "storage limit reached" in done.stderr
-    assert "hf upload full/pruned run/model . --private" in done.stderr
+    """One process with a token and that hub: a run whose hub is not there, its push where there is no room, then its
+    push that is taken; and a run that is pushed at once."""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"WANDB_MODE": "offline"}
+    root = tmp_path / "hub"
+    root.mkdir()
+    ours, pushed_at_once = ["prune", *given, "hydra.run.dir=run"], ["hydra.run.dir=other", "tracker=wandb"]
+    with hub_of(root) as hub:
+        pushes = [
+            ("http://127.0.0.1:9", [*ours, "save.push_to_hub=me/pruned"]),
+            (hub, [*ours, "save.push_to_hub=full/pruned"]),
+            (hub, [*ours, "save.push_to_hub=me/pruned"]),
+            (hub, ["prune", *given, *pushed_at_once, "save.push_to_hub=me/other"]),
+        ]
+        told = answers(pushes, environment)
+    assert [code for code, _ in told] == [0, 0, 0, 0]
+    absent, full, later, at_once = (said for _, said in told)
+    assert "was not pushed to me/pruned" in absent
+    assert "done: " in absent
+    assert "storage limit reached" in full
+    assert "hf upload full/pruned run/model . --private" in full
+    assert "finished before" in later  # the finished run is pushed, not repeated
     assert json.loads(Path("run/status.json").read_text())["status"] == "done"
-    assert Path("run/results.json").is_file()
-    before = contents(Path("run"))
-    again = prune("save.push_to_hub=me/pruned")  # the finished run is pushed, not repeated
-    assert again.returncode == 0, again.stderr
-    assert contents(Path("run")) == before
-    assert contents(root / "models" / "me" / "pruned") == contents(Path("run/model"))
-
-
-def test_a_hub_that_is_not_there_loses_nothing(prune: Prune) -> None:
-    done = prune("save.push_to_hub=me/pruned", HF_ENDPOINT="http://127.0.0.1:9")
-    assert done.returncode == 0
-    assert "was not pushed to me/pruned" in done.stderr
-    assert Path("run/results.json").is_file()
+    assert "pushed other/model to http" in at_once
+    for name in ("run", "other"):
+        there = root / "models" / "me" / ("pruned" if name == "run" else name)
+        assert contents(there) == contents(Path(name, "model"))
+        assert not [file for file, content in contents(Path(name)).items() if TOKEN.encode() in content]
+    assert json.loads((root / "visibility.json").read_text()) == {"me/pruned": "private", "me/other": "private"}
+    assert not [said for _, said in told if TOKEN in said]
 
 
 def test_what_cannot_be_pushed_is_refused_before_the_run(

@@ -1,4 +1,5 @@
-"""Recovery through the real command: zeros stay in the files, held-out text decides, a kill costs nothing."""
+"""Recovery through the real command: zeros stay in the files, held-out text decides, a kill costs nothing. End to end
+because the zeros are those of the saved files and the kill is one of a process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The saved model in a fresh process: what is amiss with the files is an error, what is too large is said."""
+"""The saved model in a fresh process: what is amiss with the files is an error, what is too large is said. End to end
+because the process is the point."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from besa_exp.checkpoints import fresh_process as reloading
+from besa_exp.checkpoints import fresh_process
 from besa_exp.errors import RunError
 
 TOKENS = torch.arange(16).view(1, 16)
@@ -23,28 +24,33 @@ def saved(model_dir: Path, tmp_path: Path) -> Path:
 
 
 def reload(folder: Path, expected: float) -> dict:
-    with reloading.reloading(folder, TOKENS, expected, torch.float32, trust_remote_code=False) as answer:
+    with fresh_process.reloading(folder, TOKENS, expected, torch.float32, trust_remote_code=False) as answer:
         return answer()
 
 
-@pytest.mark.parametrize("damage", ["a weight is another", "a weight is lacking", "the config is no JSON"])
-def test_files_that_hold_something_else_than_the_pruned_model_are_an_error(saved: Path, damage: str) -> None:
-    expected = reloading.token_loss(AutoModelForCausalLM.from_pretrained(saved), TOKENS)
+@pytest.mark.parametrize(
+    ("damage", "told"), [("another", "computes something else"), ("lacking", f"missing tensors .*{UP}")]
+)
+def test_files_that_hold_something_else_than_the_pruned_model_are_an_error(saved: Path, damage: str, told: str) -> None:
+    expected = fresh_process.token_loss(AutoModelForCausalLM.from_pretrained(saved), TOKENS)
     weights = load_file(saved / "model.safetensors")
-    if damage == "a weight is another":
-        weights[UP] += 1
-    if damage == "a weight is lacking":
+    weights[UP] += 1
+    if damage == "lacking":
         del weights[UP]
     save_file(weights, saved / "model.safetensors", {"format": "pt"})
-    if damage == "the config is no JSON":
-        (saved / "config.json").write_text("{")
-    told = {"a weight is another": "computes something else", "a weight is lacking": f"missing tensors .*{UP}"}
-    with pytest.raises(RunError, match=told.get(damage, "does not load in a fresh process: .*config.json")):
-        reload(saved, expected)
+    request = {"folder": str(saved), "input_ids": TOKENS.tolist(), "trust_remote_code": False, "routes": False}
+    with pytest.raises(RunError, match=told):
+        fresh_process.checked(fresh_process.reloaded(request), request, expected, tolerance=1e-3)
+
+
+def test_what_a_fresh_process_cannot_load_is_an_error_with_its_reason(saved: Path) -> None:
+    (saved / "config.json").write_text("{")
+    with pytest.raises(RunError, match=r"does not load in a fresh process: .*config\.json"):
+        reload(saved, 1.0)
 
 
 def test_another_loss_is_a_warning_where_a_router_chooses_experts(saved: Path, caplog) -> None:
-    with reloading.reloading(saved, TOKENS, 1.0, torch.float32, False, routes=True) as answer:
+    with fresh_process.reloading(saved, TOKENS, 1.0, torch.float32, False, routes=True) as answer:
         assert answer()["expected"] == 1.0
     assert "a router may send tokens to other experts" in caplog.text
 

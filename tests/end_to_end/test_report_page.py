@@ -1,4 +1,5 @@
-"""The report's page in a headless browser: it draws, its filters work, nothing is logged, nothing is fetched."""
+"""The report's page in a headless browser: it draws, its filters work, nothing is logged, nothing is fetched. End to
+end because its JavaScript runs nowhere else."""
 
 from __future__ import annotations
 

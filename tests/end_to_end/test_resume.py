@@ -1,4 +1,5 @@
-"""A run that is cut off at any moment goes on with the same command and ends as if it never had been."""
+"""A run that is cut off at any moment goes on with the same command and ends as if it never had been. End to end
+because it is cut off by signals, full disks and changed files."""
 
 from __future__ import annotations
 
@@ -14,11 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from ready_process import BESA, start_ready
 from resumed_runs import BLOCKS, assert_equal_runs, killed, metrics_of, results_of
 from safetensors.torch import load_file, save_file
 
 from besa_exp.cli.main import main
 
+pytestmark = pytest.mark.xdist_group("unbroken run")  # what they share is made once
 KILLS = 20
 
 
@@ -32,16 +35,12 @@ def assert_equal_tensors(streamed: Path, whole: Path) -> None:
 
 def interrupted(arguments: list[str], folder: Path, number: int, finished: int = 2) -> subprocess.CompletedProcess[str]:
     """A run that is sent a signal once `finished` blocks are on the disk."""
-    command = [sys.executable, "-m", "besa_exp", *arguments, f"hydra.run.dir={folder}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    run = start_ready(BESA, *arguments, f"hydra.run.dir={folder}")
     while len(list(folder.glob("blocks/00000?.json"))) < finished:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
+        assert not run.ended(), run.wait()
         time.sleep(0.001)
-    process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+    os.kill(run.pid, number)
+    return run.wait()
 
 
 def test_a_run_killed_twenty_times_ends_with_the_bytes_of_an_unbroken_one(request_arguments, unbroken, tmp_path):
@@ -65,7 +64,7 @@ def test_a_signal_ends_the_run_as_interrupted_and_the_same_command_goes_on(
     folder = tmp_path / "run"
     ended = interrupted(request_arguments, folder, number)
     assert ended.returncode == 143
-    assert "the same command goes on" in ended.stderr
+    assert "the same command goes on" in ended.stdout
     assert json.loads((folder / "status.json").read_text())["status"] == "interrupted"
     finished = len(list(folder.glob("blocks/00000?.json")))
     assert main([*request_arguments, f"hydra.run.dir={folder}"]) == 0

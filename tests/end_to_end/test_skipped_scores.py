@@ -1,4 +1,5 @@
-"""`skipping=` through the real commands: other scores than without, in folders of their own, told wherever shown."""
+"""`skipping=` through the real commands: other scores than without, in folders of their own, told wherever shown. End
+to end because the folders' names and what is shown come from the commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Standard output that goes away, and Ctrl-C: the work is done or kept, nothing is shown but what a person can use."""
+"""Standard output that goes away, and Ctrl-C: the work is done or kept, nothing is shown but what a person can use. End
+to end because streams and signals are a process's."""
 
 from __future__ import annotations
 
@@ -8,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
+import ready_process
+from ready_process import run_ready, start_ready
 
 BESA = [sys.executable, "-m", "besa_exp"]
 TRACES = ("Traceback", "Logging error", "Exception ignored", "BrokenPipe")
@@ -45,10 +47,16 @@ def test_a_run_whose_reader_has_gone_is_finished_without_a_word(given: list[str]
 def test_a_run_whose_output_cannot_be_written_is_finished(place: str, given: list[str]) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
-    script = 'exec "$@" >&-' if place == "closed" else 'exec "$@" >/dev/full'
-    done = subprocess.run(["sh", "-c", script, "sh", *BESA, "prune", *given], stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, status_of_the_run()) == (0, "done")
-    assert not [word for word in TRACES if word in done.stderr]
+    if place == "closed":  # what an interpreter makes of it when it starts
+        done = subprocess.run(
+            ["sh", "-c", 'exec "$@" >&-', "sh", *BESA, "prune", *given], stderr=subprocess.PIPE, text=True
+        )
+        code, errors = done.returncode, done.stderr
+    else:
+        done = run_ready(ready_process.BESA, "prune", *given, output=place)
+        code, errors = done.returncode, done.stdout
+    assert (code, status_of_the_run()) == (0, "done")
+    assert not [word for word in TRACES if word in errors]
     (log,) = Path("outputs").glob("*/run.log")
     assert "loading" in log.read_text()
 
@@ -67,26 +75,19 @@ def test_a_command_that_only_tells_says_by_its_exit_code_that_nobody_took_it() -
 
 
 def test_ctrl_c_in_a_sweep_ends_it_quietly_and_keeps_what_is_finished(given: list[str]) -> None:
-    command = [*BESA, "prune", "-m", *given, "seed=0,1", "pruner=besa", "pruner.epochs=500"]
-    command.remove("pruner=magnitude")
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 # a background job ignores it
-    )
+    words = ["prune", "-m", *given, "seed=0,1", "pruner=besa", "pruner.epochs=500"]
+    words.remove("pruner=magnitude")
+    sweep = start_ready(ready_process.BESA, *words)
     deadline = time.monotonic() + 300
     while not list(Path("outputs").glob("*/blocks/000000.json")):
-        assert process.poll() is None, process.communicate()
+        assert not sweep.ended(), sweep.wait()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 130
-    assert not [word for word in TRACES if word in output + errors]
-    assert errors.splitlines()[-1] == "besa: interrupted; the same command goes on after what is finished"
+    os.killpg(sweep.pid, signal.SIGINT)  # as a terminal does it
+    ended = sweep.wait()
+    assert ended.returncode == 130
+    assert not [word for word in TRACES if word in ended.stdout]
+    assert "besa: interrupted; the same command goes on after what is finished\n" in ended.stdout
     assert status_of_the_run() == "interrupted"
     (log,) = Path("outputs").glob("*/run.log")
     assert "the run was interrupted" in log.read_text()

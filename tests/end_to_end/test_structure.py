@@ -1,4 +1,5 @@
-"""Runs that take whole blocks, heads or channels out: what is saved loads anywhere, and is what the method decided."""
+"""Runs that take whole blocks, heads or channels out: what is saved loads anywhere, and is what the method decided. End
+to end because a structure passes every stage of a run, saved files and kills among them."""
 
 from __future__ import annotations
 

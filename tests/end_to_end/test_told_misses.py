@@ -1,4 +1,5 @@
-"""`besa prune` tells a target that it cannot meet before it loads a model, and one that it missed in the end."""
+"""`besa prune` tells a target that it cannot meet before it loads a model, and one that it missed in the end. End to
+end because it is told at both ends of a run."""
 
 from __future__ import annotations
 

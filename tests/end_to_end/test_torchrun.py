@@ -1,7 +1,7 @@
 """`torchrun --nproc-per-node 2 -m besa_exp prune`: the results of one process, and one rank's failure ends both.
 
-What the command does is tested by the command itself; of what two ranks compute much is tested by `two_ranks.py`,
-forked from a process that has torch already."""
+End to end because ranks are processes. What torchrun's own command does is tested once; what two ranks compute much of
+is tested by `two_ranks.py`, forked from a process that has torch already."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 from compared_runs import assert_same_but_for_rounding, assert_weights_of_least_score_went, results
-from ready_process import run_ready
+from ready_process import run_ready, start_ready
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from besa_exp.cli.main import main
 from besa_exp.texts.embedded.text import MODEL_DIR, calibration_documents
 
+pytestmark = pytest.mark.xdist_group("unbroken run")  # what they share is made once
 EMBEDDING = "model.embed_tokens.weight"
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "besa_exp"]
@@ -71,7 +72,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("launcher", "pruner", "more"),
     [
-        ("torchrun", "wanda", ["evaluator=quick"]),
+        ("torchrun", "wanda", ["evaluator=perplexity"]),
         ("forked", "sparsegpt", ["evaluator=perplexity"]),
         ("forked", "besa", ["evaluator=perplexity", "model.load=streamed", "pruner.batch_size=3"]),
         ("forked", "besa_paper", ["evaluator=none"]),
@@ -138,12 +139,11 @@ def test_what_one_process_began_two_finish(unfinished, unbroken, request_argumen
 
 def test_what_two_processes_began_one_finishes(unbroken, request_arguments, tmp_path, capsys):
     folder = tmp_path / "run"
-    command = [*TORCHRUN, *request_arguments, f"hydra.run.dir={folder}"]
-    two = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    two = start_ready("two_ranks.py", *request_arguments, f"hydra.run.dir={folder}")
     while len(list(folder.glob("blocks/??????.json"))) < 2:
-        assert two.poll() is None, "it ended before it was killed"
+        assert not two.ended(), "it ended before it was killed"
         time.sleep(0.001)
-    two.send_signal(signal.SIGTERM)
+    os.kill(two.pid, signal.SIGTERM)
     two.wait()
     assert main([*request_arguments, f"hydra.run.dir={folder}"]) == 0
     assert "blocks are already pruned" in capsys.readouterr().out
@@ -164,7 +164,7 @@ def test_a_failing_rank_ends_all_with_its_error(short, tokens, tmp_path):
     ids[31, 3] = unused  # of the last sample that the second rank owns, on which it checks the blocks
     save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
     given = ["pruner=wanda", "evaluator=none", f"model.path={broken}", f"hydra.run.dir={folder}"]
-    done = on_two(*KEYS, *given, f"calibration.path={tmp_path / 'ids.safetensors'}")
+    done = run_ready("two_ranks.py", *KEYS, *given, f"calibration.path={tmp_path / 'ids.safetensors'}")
     assert done.returncode != 0
     assert "rank 1 failed: model.layers.0" in done.stdout
     status = json.loads((folder / "status.json").read_text())

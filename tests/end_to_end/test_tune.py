@@ -1,4 +1,5 @@
-"""`besa tune`: any folder is tuned under its own zeros, into a run folder of its own."""
+"""`besa tune`: any folder is tuned under its own zeros, into a run folder of its own. End to end because the folders
+are those that other commands left."""
 
 from __future__ import annotations
 
@@ -18,11 +19,21 @@ from besa_exp.cli.main import main
 Ask = Callable[..., tuple[int, str]]
 
 
+@pytest.fixture(scope="module")
+def finished(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run by magnitude, half of the weights zero; to be copied, not changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    save_file({"input_ids": torch.randint(0, 64, (4, 16))}, folder / "tokens.safetensors")
+    asked = [f"model.path={model_dir}", f"calibration.path={folder / 'tokens.safetensors'}", "pruner=magnitude"]
+    asked += ["evaluator=none", "tracker=none", "device=cpu", "model.dtype=float32", "save.verify=false"]
+    assert main(["prune", *asked, f"hydra.run.dir={folder / 'run'}"]) == 0
+    return folder / "run"
+
+
 @pytest.fixture
-def pruned(given: list[str]) -> Path:
-    """A finished run by magnitude, half of the weights zero."""
-    assert main(["prune", *given, "hydra.run.dir=run"]) == 0
-    return Path("run")
+def pruned(finished: Path, given: list[str]) -> Path:
+    """A copy of it in the working folder."""
+    return shutil.copytree(finished, Path("run"))
 
 
 @pytest.fixture

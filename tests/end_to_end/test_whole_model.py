@@ -1,21 +1,19 @@
-"""Searches over the whole model, after the block loop: through the command line, streamed, killed, and with N:M."""
+"""Searches over the whole model, after the block loop: through the command line, streamed, killed, and with N:M. End to
+end because they begin with what the block loop left on the disk."""
 
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from resumed_runs import BLOCKS, assert_equal_runs
+from resumed_runs import BLOCKS, assert_equal_runs, killed
 from safetensors.torch import load_file
 
 from besa_exp.cli.main import main
 
+pytestmark = pytest.mark.xdist_group("unbroken run")  # what they share is made once
 SHORT = ["pruner.model.steps=6", "pruner.model.checks=2"]
 MODEL = ["pruner.scope=model", *SHORT]
 BEST = ["pruner=best", "pruner.tuning.epochs=1", "pruner.model.steps=4", "pruner.model.lr=0.01"]
@@ -72,15 +70,7 @@ def test_a_run_killed_while_it_writes_what_the_search_found_ends_with_the_bytes_
     refined, request_arguments, tmp_path
 ):
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "besa_exp", *request_arguments, *MODEL, f"hydra.run.dir={folder}"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(folder.glob("blocks/model/00000?.json")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed([*request_arguments, *MODEL], folder, [{"refined": 1}])
     assert_equal_runs(run([*request_arguments, *MODEL], folder), refined)
 
 

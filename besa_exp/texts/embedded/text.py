@@ -39,6 +39,7 @@ CALIBRATION_CHARACTERS = 1_500_000
 PERPLEXITY_CHARACTERS = 300_000
 SHORTEST_DOCUMENT = 400  # characters; less is no context for a window
 SHORTEST_DEDUPLICATED = 40  # characters; "Returns" and the like may repeat
+STATEMENTS = ("body", "orelse", "finalbody")  # fields of a statement that hold statements, in source order
 SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "lib-dynload", "__pycache__"}  # not the package's own sources
     | {"test", "tests", "idle_test", "idlelib", "turtledemo", "encodings", "pydoc_data"}  # hardly any prose
@@ -174,11 +175,11 @@ def _docstrings(path: Path) -> Iterator[str]:
             tree = ast.parse(source)
         except SyntaxError:  # a template, or syntax newer than this Python
             return
-    pending: list[ast.stmt | ast.Module] = [tree]
+    pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node)
             if docstring:
                 yield docstring.strip()
-        pending += reversed([child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)])
+        pending += reversed([child for name in STATEMENTS for child in getattr(node, name, ())])

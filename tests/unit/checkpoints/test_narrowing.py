@@ -158,32 +158,40 @@ def test_uneven_widths_are_refused_unless_they_are_asked_for_and_padding_changes
     assert nonzero == left == small.num_parameters() < again.num_parameters()
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_uneven_widths_load_with_their_modelling_file_in_a_fresh_process(family, monkeypatch, tmp_path):
-    changes = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4} if family == "llama" else {}
-    model = dense(family, monkeypatch, **changes)
-    structure = replace(LLAMA, groups=((0, 1, 3), (0,), (1, 2))) if changes else LLAMA  # 6 heads do not divide 32
-    small = narrowed_model(model, structure, uneven=True)
-    save_model(small, None, tmp_path / "small", "card")
-    expected = switched_off(model, structure)
-    torch.testing.assert_close(logits_of(small), expected, rtol=1e-5, atol=2e-6)
-    code = (
-        "import sys, torch; from transformers import AutoModelForCausalLM as A\n"
-        "m, told = A.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)\n"
-        "assert not any(told[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), told\n"
-        "ids = torch.load(sys.argv[2]); logits = m(ids, use_cache=False).logits\n"
-        "a, b = (m.generate(ids[:1, :6], max_new_tokens=5, do_sample=False, pad_token_id=0, use_cache=c)"
-        " for c in (True, False))\n"
-        "assert torch.equal(a, b); torch.save((logits, m.num_parameters()), sys.argv[3])\n"
-    )
+IN_A_FRESH_PROCESS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+ids, *folders = sys.argv[1:]
+ids = torch.load(ids)
+for folder in folders:
+    model, told = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    said = (model.generate(ids[:1, :6], max_new_tokens=5, do_sample=False, pad_token_id=0, use_cache=cached)
+            for cached in (True, False))
+    assert torch.equal(*said), folder
+    torch.save((model(ids, use_cache=False).logits, model.num_parameters()), f"{folder}/out")
+"""
+
+
+def test_uneven_widths_load_with_their_modelling_file_in_a_fresh_process(monkeypatch, tmp_path):
+    expected, counts = {}, {}
+    for family in ("llama", "mistral", "qwen2", "qwen3"):
+        changes = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4} if family == "llama" else {}
+        model, folder = dense(family, monkeypatch, **changes), tmp_path / family
+        structure = replace(LLAMA, groups=((0, 1, 3), (0,), (1, 2))) if changes else LLAMA  # 6 heads do not divide 32
+        small = narrowed_model(model, structure, uneven=True)
+        save_model(small, None, folder, "card")
+        expected[folder] = switched_off(model, structure)
+        torch.testing.assert_close(logits_of(small), expected[folder], rtol=1e-5, atol=2e-6)
+        counts[folder] = structure.parameters_left(costs_of_model(model), dimensions_of_model(model))
     torch.save(INPUT_IDS, tmp_path / "ids")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    subprocess.run(
-        [sys.executable, "-c", code, *map(str, (tmp_path / "small", tmp_path / "ids", tmp_path / "out"))], check=True
-    )
-    logits, count = torch.load(tmp_path / "out")
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=2e-6)
-    assert count == structure.parameters_left(costs_of_model(model), dimensions_of_model(model))
+    command = [sys.executable, "-c", IN_A_FRESH_PROCESS, str(tmp_path / "ids"), *map(str, expected)]
+    subprocess.run(command, check=True)
+    for folder, logits in expected.items():
+        found, count = torch.load(folder / "out")
+        torch.testing.assert_close(found, logits, rtol=1e-5, atol=2e-6)
+        assert count == counts[folder]
 
 
 def test_a_llama_whose_heads_no_longer_divide_its_hidden_size_becomes_the_equal_mistral(monkeypatch, tmp_path):

@@ -18,13 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 from besa_exp.cli.compose import Composer
 from besa_exp.cli.configuration import CONF_DIR, Unreadable, as_values, method_name, read_settings, run_name
 from besa_exp.errors import ConfigurationError
-from besa_exp.presets import METHOD_GROUPS, default_preset, first_comment, groups, listing, presets
+from besa_exp.presets import METHOD_GROUPS, default_preset, first_comment, groups, listing, preset, presets
 from besa_exp.run_folder.identity import request_identity
 from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings, RunSettings, TrackerSettings
 
 ROOT = Path(__file__).parents[3]
 
-PRESETS = [(group, preset) for group in groups() for preset in presets(group)]
+PRESETS = [(group, name) for group in groups() for name in presets(group)]
 NEEDED = {("model", "local"): ["model.path=folder"], ("calibration", "local"): ["calibration.path=text.txt"]}
 SETTINGS = {
     "model": ModelSettings,
@@ -52,23 +52,25 @@ def problems_of(*lines: str) -> dict[str, str]:
     return refusal.value.by_key
 
 
-@pytest.mark.parametrize(("group", "preset"), PRESETS)
-def test_every_preset_composes_and_becomes_settings(group: str, preset: str) -> None:
-    lines = [f"{group}={preset}", *NEEDED.get((group, preset), [])]
+@pytest.mark.parametrize(("group", "name"), PRESETS)
+def test_every_preset_composes_and_becomes_the_settings_that_python_gets_by_its_name(group: str, name: str) -> None:
+    lines = [f"{group}={name}", "seed=7", *NEEDED.get((group, name), [])]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         composer = Composer("prune")
         main = compose("prune", lines, return_hydra_config=True)
-        sweep = main.hydra.mode == RunMode.MULTIRUN
-        params = [f"{key}={value}" for key, value in (main.hydra.sweeper.params or {}).items()]
-        jobs = composer.spread(composer.parse(lines), params) if sweep else [lines]
-        jobs = [job for job in jobs if sum(map(str.__ne__, job, jobs[0])) < 2]  # each value of each key, once at least
-        configs = [composer.compose(job) for job in jobs]
+        configs = [main]
+        if main.hydra.mode == RunMode.MULTIRUN:
+            params = [f"{key}={value}" for key, value in (main.hydra.sweeper.params or {}).items()]
+            jobs = composer.spread(composer.parse(lines), params)
+            jobs = [job for job in jobs if sum(map(str.__ne__, job, jobs[0])) < 2]  # each value of each key, once
+            configs = [config for job in jobs if (config := composer.compose(job))]
     assert composer.problems == {}
     for config in configs:
-        assert config is not None
         read_config = read_settings(config, method_name(config.hydra.runtime.choices))
         if group in SETTINGS:
             assert type(getattr(read_config, group)) is SETTINGS[group]
+        if group in (*METHOD_GROUPS, "evaluator"):
+            assert getattr(read_config, group) == preset(group, name, seed=7)
         assert callable(read_config.pruner.prune_block)
 
 
@@ -107,8 +109,8 @@ def test_every_yaml_says_in_its_first_lines_what_it_is(path: Path) -> None:
 @pytest.mark.parametrize("group", ["experiment", "testbed", "debug"])
 def test_experiment_testbed_and_debug_presets_add_no_key_of_their_own(group: str) -> None:
     known = set(composed())
-    for preset in presets(group):
-        assert set(composed(f"{group}={preset}")) == known
+    for name in presets(group):
+        assert set(composed(f"{group}={name}")) == known
 
 
 def test_every_key_of_the_settings_stands_in_the_configuration() -> None:
@@ -265,9 +267,9 @@ def test_any_name_is_safe_in_a_shell_and_bounded(path: str, seed: int) -> None:
 
 def test_the_listing_has_every_preset_with_its_line() -> None:
     text = listing()
-    for group, preset in PRESETS:
-        assert f"{preset} " in text
-        assert presets(group)[preset] in text
+    for group, name in PRESETS:
+        assert f"{name} " in text
+        assert presets(group)[name] in text
     assert "(default)" in listing(["pruners"])
     assert default_preset("pruner") == "besa"
 

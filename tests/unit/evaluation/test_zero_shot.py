@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,17 @@ def mirror(tmp_path) -> Path:
 def write_mirror(folder: Path, task: str, split: str, rows: list[dict[str, Any]]) -> None:
     (folder / task).mkdir(exist_ok=True)
     (folder / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def first_questions(shared_dir, tmp_path_factory) -> Path:
+    """A mirror with the first questions of the real tasks: thousands would be read each time."""
+    folder = tmp_path_factory.mktemp("mirror")
+    for file in (shared_dir / "data" / "zero_shot").glob("*/*.jsonl"):
+        (folder / file.parent.name).mkdir(exist_ok=True)
+        with file.open() as lines:
+            (folder / file.parent.name / file.name).write_text("".join(islice(lines, 40)))
+    return folder
 
 
 def settings(*tasks: str, data_dir: Path | None = None, **changes) -> EvaluatorSettings:
@@ -240,14 +252,14 @@ def defined(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", HUB_TASKS)
-def test_a_mirror_changes_nothing_of_a_task_but_its_data(shared_dir, name):
+def test_a_mirror_changes_nothing_of_a_task_but_its_data(first_questions, name):
     from lm_eval.config.task import TaskConfig
 
     from besa_exp.evaluation.task_loading import load_task
     from besa_exp.evaluation.zero_shot import quiet
 
     with quiet():
-        task = load_task(name, settings(data_dir=shared_dir / "data" / "zero_shot"), True).tasks[name]
+        task = load_task(name, settings(data_dir=first_questions), True).tasks[name]
     registered = TaskConfig(**{key: value for key, value in defined(name).items() if key != "tag"})
     of_data = {"custom_dataset", "training_split", "validation_split", "test_split", "fewshot_config"}
     for key in set(TaskConfig.__dataclass_fields__) - of_data - {"metadata"}:
@@ -273,8 +285,8 @@ def test_prompts_are_lm_evals(mirror):
     assert task.doc_to_target(document) == 1
 
 
-def test_real_tasks_are_scored_under_their_own_names(model, shared_dir):
-    scores = score(model, settings("winogrande", "arc_challenge", data_dir=shared_dir / "data" / "zero_shot", limit=4))
+def test_real_tasks_are_scored_under_their_own_names(model, first_questions):
+    scores = score(model, settings("winogrande", "arc_challenge", data_dir=first_questions, limit=4))
     assert scores.zero_shot.keys() == {"winogrande", "arc_challenge"}
     assert scores.provenance["zero_shot"]["tasks"]["arc_challenge"]["documents"] == 4
     assert not scores.unavailable

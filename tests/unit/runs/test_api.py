@@ -1,4 +1,4 @@
-"""`besa_exp.prune` and what it stands on: presets without Hydra, given texts and tokens, a request's identity."""
+"""`besa_exp.prune` and what it stands on: given texts and tokens, a request's identity."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import besa_exp
 from besa_exp.blocks.pruner import Traits, pruned_by_masks
 from besa_exp.cli.configuration import CONF_DIR, as_values, method_name, read_settings
 from besa_exp.errors import ConfigurationError, RunError
-from besa_exp.presets import METHOD_GROUPS, preset, presets
+from besa_exp.presets import METHOD_GROUPS, preset
 from besa_exp.run_folder.identity import as_plain, config_of, request_identity
 from besa_exp.runs.prune import prune as prune_into
 from besa_exp.settings import EvaluatorSettings, ModelSettings, RunSettings, SaveSettings, TrackerSettings
@@ -28,7 +28,6 @@ from besa_exp.texts.tokens import write_token_file
 
 TOKENS = torch.randint(0, 258, (10, 32), generator=torch.Generator().manual_seed(1))
 BERT = BertConfig(vocab_size=4, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
-METHODS = [(group, name) for group in METHOD_GROUPS for name in presets(group)]
 
 
 def tiny():
@@ -37,14 +36,6 @@ def tiny():
 
 def weights_of(model) -> dict[str, torch.Tensor]:
     return {name: weight.clone() for name, weight in model.state_dict().items()}
-
-
-@pytest.mark.parametrize(("group", "name"), [*METHODS, *(("evaluator", name) for name in presets("evaluator"))])
-def test_a_preset_is_the_object_that_hydra_composes(group: str, name: str) -> None:
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        config = compose("prune", [f"{group}={name}", "seed=7"], return_hydra_config=True)
-    composed = read_settings(config, method_name(config.hydra.runtime.choices))
-    assert preset(group, name, seed=7) == getattr(composed, group)
 
 
 @pytest.fixture
