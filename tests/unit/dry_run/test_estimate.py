@@ -18,6 +18,7 @@ from besa_exp.display.tables import as_text
 from besa_exp.dry_run.counts import Passes, passes_of
 from besa_exp.dry_run.estimate import LIBRARIES, Estimate, Part, disk_speed, estimate, model_size, peak, remedies
 from besa_exp.dry_run.probe import BlockProbe, cut_down
+from besa_exp.dry_run.recovery import pruned_at_random, recovery_cost
 from besa_exp.dry_run.tables import estimate_tables, sweep_table, verdicts
 from besa_exp.dry_run.texts import model_without_weights
 from besa_exp.methods.budgets.learned import Learned
@@ -25,6 +26,8 @@ from besa_exp.methods.budgets.owl import Owl
 from besa_exp.methods.pruners.besa import Besa
 from besa_exp.methods.pruners.besa_paper import BesaPaper
 from besa_exp.methods.pruners.uniform import Uniform
+from besa_exp.presets import preset
+from besa_exp.recovery.full import Full
 from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings, RunSettings, TrackerSettings
 from besa_exp.tensors.masks import Goal
 
@@ -166,6 +169,19 @@ def test_a_sweep_adds_up_time_and_what_is_kept() -> None:
     last = next(line for line in as_text(sweep_table(jobs), 120).splitlines() if "one after the other" in line)
     assert "4 min 56 s" in last  # the dense model is scored once
     assert "12 kB" in last
+
+
+@pytest.mark.parametrize("method", ["full", "blocks", "mezo"])
+def test_a_recovery_is_priced_by_its_own_steps(method: str) -> None:
+    asked = replace(preset("recovery", method), steps=100, held_out=1, checks=4)
+    found = recovery_cost(probe(Uniform()), asked, 16, 3)
+    assert found.seconds > 0
+    assert found.checkpoints == 5
+    if method == "full":
+        model = tiny_llama(32, num_hidden_layers=3)
+        state = Full().begin(model, pruned_at_random(model, 0.5), 0).leaves
+        assert found.state_bytes == pytest.approx(3 * sum(leaf.nbytes for leaf in state.values()), rel=0.02)
+        assert found.moved_bytes == sum(parameter.nbytes for parameter in model.parameters())
 
 
 def paper_run(model: str, pruner, device_name) -> Estimate:
