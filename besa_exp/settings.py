@@ -159,6 +159,8 @@ class RecoverySettings:
     gather: int | None = None
     share: float | None = None
     kinds: tuple[str, ...] | None = None
+    scope: str | None = None
+    exchange: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,7 @@ class RunSettings:
     verbose: bool = False  # show every choice and the zeros of each block
     profile: bool = False  # write profile.txt into the run folder
     dry_run: bool = False  # show what the run will need, and run nothing
+    device_name: Literal["here", "h200", "a100"] = "here"  # of what a dry run tells: this machine's, or a GPU by name
     save: SaveSettings = field(default_factory=SaveSettings)
 
     @property
@@ -237,6 +240,7 @@ class TuneSettings:
     evaluator: EvaluatorSettings
     tracker: TrackerSettings
     dense: bool = False  # a model without zeros is tuned too
+    teacher: str | None = None  # the dense model that is followed where one is; None: the one that was pruned
     seed: int = 0
     device: str = "auto"
     deterministic: bool = True

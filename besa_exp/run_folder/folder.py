@@ -131,6 +131,11 @@ class RunFolder:
             for name in ("blocks", "narrowed", "recovery", "scores.json", "spent.json"):
                 atomic.remove(path / name)
 
+    def give_up(self, error: Exception) -> None:
+        """The last words of a process whose run is stuck and cannot raise `error` itself."""
+        logger.error("%s", error)
+        write_status(self.path, "failed", (read_status(self.path) or {}).get("started", now()), error)
+
     @staticmethod
     def record_failure(path: Path, error: Exception, words: Sequence[str] | None = None) -> None:
         """Writes a failure that the run itself could not report into status.json and run.log; all else stays.

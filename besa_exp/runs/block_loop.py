@@ -3,7 +3,7 @@ same run has kept is taken from there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -25,6 +25,7 @@ from besa_exp.checkpoints.files import load_masks, masks_description, weights_sh
 from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
+from besa_exp.machine.background import ahead, one_at_a_time
 from besa_exp.methods.budgets.budget import Budget, exact_goals
 from besa_exp.methods.budgets.trial import DepthSearch, Trial
 from besa_exp.methods.budgets.uniform import SameForAll
@@ -85,7 +86,7 @@ class BlockLoop:
             goals = self._goals(blocks, goal, budget, together)
         grouped = units(blocks, together)
         pruning = prune_blocks(
-            self._resident(grouped),
+            self._hashed(grouped),
             self._embed(blocks),
             pruner,
             goals,
@@ -94,20 +95,24 @@ class BlockLoop:
             self._restore,
             self.allocate,
         )
-        for report, pruned in pruning:
-            for block, own, decided in by_block(grouped[report.index // together], report, pruned):
-                self._keep(block, own, decided)
-                on_block(own)
-            del pruned, decided  # they would stay, a quarter of a block or more, until the next one is pruned
+        with one_at_a_time() as begin:
+            for report, pruned in pruning:
+                for block, own, decided in by_block(grouped[report.index // together], report, pruned):
+                    if distributed.is_first():
+                        begin(self._write(block, own, decided))
+                    on_block(own)
+                del pruned, decided  # they would stay, a quarter of a block or more, until the next one is pruned
 
     def refined(
         self, refinements: Sequence[Refinement], before: Sequence[BlockReport], on_step: Callable[[ModelStep], None]
     ) -> Decided:
         """What the refinements, one after the other, make of all blocks together, which are all finished now and of
-        which `before` tells: a pruner for a loop of its own. The model is dense again."""
+        which `before` holds the reports: a pruner for a loop of its own. The model is dense again."""
         blocks = self._blocks()
         shown = with_linears(blocks)
-        keep_masks, weights = (found and by_unit(shown, found) for found in self._found(blocks))
+        found_masks, found_weights = self._found(blocks)
+        keep_masks: Sequence[KeepMasks] = by_unit(shown, found_masks)
+        weights: Sequence[Weights] | None = by_unit(shown, found_weights) if found_weights else None
         state = self.loaded.model.state_dict()
         for name, weight in self.dense.items():
             state[name].copy_(weight)
@@ -165,8 +170,10 @@ class BlockLoop:
     def _goals(self, blocks: list[Block], goal: Goal, budget: Budget | DepthSearch, together: int) -> list[Goal]:
         """Each block's own, or that of the blocks it is pruned together with. The budget does not see blocks that stay
         dense."""
-        measure = self._searched if isinstance(budget, DepthSearch) else self._measured
-        sparsities, sizes = measure(budget, blocks, goal.sparsity)
+        if isinstance(budget, DepthSearch):
+            sparsities, sizes = self._searched(budget, blocks, goal.sparsity)
+        else:
+            sparsities, sizes = self._measured(budget, blocks, goal.sparsity)
         own = zip(exact_goals(sparsities, sizes, goal.sparsity), sizes, strict=True)
         counts = [(round(t.sparsity * size), size) for t, size in own]
         of_blocks = [counts.pop(0) if block.linears else (0, 0) for block in blocks]
@@ -200,29 +207,48 @@ class BlockLoop:
         )
         return budget.search(trial, sparsity, self.finished.search), [*trial.sizes]
 
+    def _hashed(self, blocks: list[Block]) -> Iterable[Block]:
+        """The blocks in order, each with its weights. On rank 0 `dense_sha256` holds the hash of a block's dense
+        weights before it comes out; it is computed while the block before is out."""
+        if not distributed.is_first():
+            return self._resident(blocks)
+        if self.loaded.weights:
+            return self.loaded.weights.resident(blocks, self._hash)
+        return ahead(self._hash_block, blocks)
+
+    def _hash_block(self, block: Block) -> Block:
+        for layer in block.layers:
+            self._hash(layer, self._stored_tensors(layer))
+        return block
+
+    def _hash(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
+        self.dense_sha256[block.index] = weights_sha256(tensors)
+
     def _restore(self, block: Block) -> bool:
         """Whether the block was finished before; then it has its pruned weights now."""
         for layer in block.layers:
-            dense = self._stored_tensors(layer)
             if self.keeps_dense and not self.loaded.weights:
-                self.dense |= {name: tensor.clone() for name, tensor in dense.items()}
-            if layer.index >= self.done:
-                self.dense_sha256[layer.index] = weights_sha256(dense)
-            else:
-                load_block_tensors(layer.module, layer.name, self.finished.tensors(layer.index, dense))
+                self.dense |= {name: tensor.clone() for name, tensor in self._stored_tensors(layer).items()}
+            if layer.index < self.done:
+                tensors = self.finished.tensors(layer.index, self.dense_sha256.get(layer.index))
+                load_block_tensors(layer.module, layer.name, tensors)
         return block.index < self.done
 
     def _stored_tensors(self, block: Block) -> dict[str, Tensor]:
         return as_stored(block_tensors(block.module, block.name), self.loaded.stored)
 
-    def _keep(self, block: Block, report: BlockReport, pruned: PrunedBlock) -> None:
-        if not distributed.is_first():
-            return
+    def _write(self, block: Block, report: BlockReport, pruned: PrunedBlock) -> Callable[[], None]:
+        """What writes the block as it is now, when it is called."""
         keep_masks, permutations = (
             {f"{block.name}.{name}.weight": value for name, value in values.items()}
             for values in (pruned.keep_masks, pruned.permutations)
         )
-        tensors = self._stored_tensors(block)
-        dense_sha256 = self.dense_sha256.pop(block.index)
-        updated = pruned.weights is not None
-        self.finished.write(report, tensors, keep_masks, dense_sha256, updated, permutations)
+        return partial(
+            self.finished.write,
+            report,
+            self._stored_tensors(block),
+            keep_masks,
+            self.dense_sha256.pop(block.index),
+            pruned.weights is not None,
+            permutations,
+        )

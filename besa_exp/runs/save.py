@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from besa_exp.blocks.block import capture_blocks, discover_blocks
+from besa_exp.blocks.linears import discover_linears
 from besa_exp.blocks.reports import BlockReport
 from besa_exp.checkpoints.files import merge_masks, save_beside_weights, save_model, weights_sha256
 from besa_exp.checkpoints.fresh_process import TOKENS, reloading, token_loss
@@ -188,8 +189,9 @@ def reread(run: Run, work: Work) -> Iterator[Callable[[], dict[str, Any]]]:
     tokens = work.calibration.input_ids[:1, :TOKENS]
     with callable_model(loaded):
         expected = token_loss(loaded.model, tokens)
-    dtype = loaded.stored or loaded.model.dtype
-    with reloading(run.folder.model, tokens, expected, dtype, _runs_code(run.settings)) as answer:
+    dtype, trusted = loaded.stored or loaded.model.dtype, _runs_code(run.settings)
+    routes = any(linear.of_mixture for linear in discover_linears(discover_blocks(loaded.model)[1][-1]).values())
+    with reloading(run.folder.model, tokens, expected, dtype, trusted, routes) as answer:
 
         def reloaded() -> dict[str, Any]:
             run.console.stage("checking that transformers loads the saved model")

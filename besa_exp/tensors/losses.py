@@ -31,11 +31,16 @@ samples' part."""
 SMALLEST = 1e-30  # of a squared norm: a token or channel of zeros is not divided by zero
 
 
-def token_loss(outputs: Hidden, targets: Hidden) -> Float[Tensor, ""]:
-    """mean_t ||Y_t - Yhat_t||^2 / ||Y_t||^2: the mean relative squared error of the tokens."""
+def token_errors(outputs: Hidden, targets: Hidden) -> Float[Tensor, "sample seq"]:
+    """||Y_t - Yhat_t||^2 / ||Y_t||^2: the relative squared error of each token."""
     targets = targets.to(outputs.device).float()
     size = targets.square().sum(dim=-1).clamp(min=SMALLEST)
-    errors = (targets - outputs.float()).square().sum(dim=-1) / size
+    return (targets - outputs.float()).square().sum(dim=-1) / size
+
+
+def token_loss(outputs: Hidden, targets: Hidden) -> Float[Tensor, ""]:
+    """mean_t ||Y_t - Yhat_t||^2 / ||Y_t||^2: the mean relative squared error of the tokens."""
+    errors = token_errors(outputs, targets)
     return distributed.all_sum(errors.sum()) / distributed.total(errors.numel())
 
 
@@ -65,6 +70,7 @@ def differentiate(
         return loss.detach(), torch.zeros_like(outputs), torch.ones_like(loss)
     (gradient,) = torch.autograd.grad(loss, reached)
     largest = gradient.abs().max()
-    scaled = product_dtype == torch.float16 and bool(largest > 0)
-    scale = 2.0 ** -largest.log2().ceil() if scaled else torch.ones_like(largest)
+    scale = torch.ones_like(largest)
+    if product_dtype == torch.float16:
+        scale = torch.where(largest > 0, 2.0 ** -largest.log2().ceil(), scale)
     return loss.detach(), (gradient * scale).to(outputs.dtype), scale

@@ -1,7 +1,7 @@
 """Takes blocks, or heads and channels, out of the real model of the studies (make real-model), in one process.
 
-Few tokens, for a busy machine: 8 windows of 256 tokens to decide on (SLEB: 2), perplexity on the first 4 windows of 1,024
-of WikiText-2's test text. Writes real.json after each and prints a Markdown table of all that are there.
+Few tokens, for a busy machine: 8 windows of 256 tokens to decide on (SLEB: 2), perplexity on the first 4 windows of
+1,024 of WikiText-2's test text. Writes real.json after each and prints a Markdown table of all that are there.
 
     python experiments/structure/real.py [--model outputs/models/smollm2-135m-instruct]   after tokens.py real_model
 """

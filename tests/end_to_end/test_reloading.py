@@ -43,6 +43,12 @@ def test_files_that_hold_something_else_than_the_pruned_model_are_an_error(saved
         reload(saved, expected)
 
 
+def test_another_loss_is_a_warning_where_a_router_chooses_experts(saved: Path, caplog) -> None:
+    with reloading.reloading(saved, TOKENS, 1.0, torch.float32, False, routes=True) as answer:
+        assert answer()["expected"] == 1.0
+    assert "a router may send tokens to other experts" in caplog.text
+
+
 def test_a_model_that_the_memory_does_not_hold_twice_is_skipped_with_the_reason(saved: Path) -> None:
     with (saved / "huge.safetensors").open("wb") as file:
         file.truncate(2**43)  # a hole: no byte of it is on the disk

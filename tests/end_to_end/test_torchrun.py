@@ -95,6 +95,25 @@ def test_two_processes_give_the_masks_losses_and_scores_of_one(short, tokens, tm
     assert two["zero_shot"].keys() == one["zero_shot"].keys()  # values: of one and the same model, below
 
 
+@pytest.mark.parametrize("recovery", ["full", "blocks"])
+def test_two_processes_recover_as_one_does(short, tokens, tmp_path, recovery):
+    """A step's three windows are dealt out unevenly, and gradients are summed over the ranks."""
+    course = ["recovery.steps=4", "recovery.batch_size=3", "recovery.held_out=5", "recovery.checks=2"]
+    asked = [*KEYS, f"model.path={short}", f"calibration.path={tokens}", "pruner=magnitude", "evaluator=none"]
+    asked += [f"recovery={recovery}", *course]
+    assert main([*asked, f"hydra.run.dir={tmp_path / 'one'}"]) == 0
+    done = run_ready("two_ranks.py", *asked, f"hydra.run.dir={tmp_path / 'two'}")
+    assert done.returncode == 0, done.stdout
+    one, two = (results(tmp_path / name)["recovery"]["loss"] for name in ("one", "two"))
+    assert two["before"] == pytest.approx(one["before"], rel=1e-5)
+    assert two["after"] == pytest.approx(one["after"], rel=1e-4)
+    assert one["after"] < one["before"]
+    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    for name, weight in first.items():
+        assert torch.equal(weight == 0, second[name] == 0), name
+        assert float((weight - second[name]).abs().mean()) <= 1e-3 * 4 * 3e-4, name  # of what the steps move at most
+
+
 def test_two_processes_score_a_folder_as_one_does(short, tokens, tmp_path):
     asked = ["evaluate", f"checkpoint={short}", "device=cpu", "evaluator=quick", "evaluator.limit=6"]
     asked.append(f"evaluator.perplexity_sets=[{tokens}]")
@@ -151,6 +170,14 @@ def test_a_failing_rank_ends_all_with_its_error(short, tokens, tmp_path):
     status = json.loads((folder / "status.json").read_text())
     assert status["status"] == "failed"
     assert "rank 1 failed: model.layers.0" in status["error"]
+
+
+def test_a_rank_that_waits_for_a_lost_one_and_hears_no_signal_says_why_and_ends(tmp_path):
+    """As in NCCL; torchrun alone would kill it after 30 seconds, and its status would stay `running`."""
+    assert run_ready("stuck_rank.py", str(tmp_path / "run")).returncode != 0
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["status"], status["error"]) == ("failed", "RunError: rank 1 failed: block 3: the loss is nan")
+    assert "block 3: the loss is nan" in (tmp_path / "run" / "run.log").read_text()
 
 
 def test_a_refusal_is_told_once_and_leaves_nothing(tmp_path):

@@ -20,6 +20,7 @@ from besa_exp.blocks.observation import Observed
 from besa_exp.errors import check_fields, within
 from besa_exp.methods.budgets.budget import around, no_pattern, survey
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
+from besa_exp.tensors.selection import kth_smallest
 
 
 @dataclass(frozen=True)
@@ -48,4 +49,6 @@ class Dlp:
 
 def median_score(block: Block, observed: Observed) -> float:
     """The median (of two middle ones the lower) of the scores of all linears of the block."""
-    return float(torch.cat([observed.score(block, name).flatten() for name in block.linears]).median())
+    scores = torch.cat([observed.score(block, name).flatten() for name in block.linears])
+    on_cpu = scores.device.type == "cpu"  # elsewhere it sorts them, with 8 bytes of index for each
+    return float(scores.median() if on_cpu else kth_smallest(scores.float(), (len(scores) + 1) // 2))
