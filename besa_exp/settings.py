@@ -36,6 +36,7 @@ class CalibrationSettings:
     seed: int = 0
     batch_size: int = 8  # samples a forward pass of the block loop holds
     save_tokens: bool = False
+    chat_template: bool = False  # each text is what a user says, as the tokenizer's template puts it
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class EvaluatorSettings:
     seq_len: int | None = None  # perplexity window; None: min(2048, the model's context)
     tasks: tuple[str, ...] = ()  # lm-eval's tasks, groups and tags, and those of include_path
     include_path: str | None = None  # a folder with task definitions of one's own
+    max_windows: int | None = None  # first windows of each perplexity set; None: all
     limit: int | None = None
     num_fewshot: int | None = None  # None: as each task says
     batch_size: int | Literal["auto"] = "auto"  # windows or questions scored together
@@ -55,6 +57,7 @@ class EvaluatorSettings:
     dense: bool = False
     simulated_speed: bool = False  # cycles on a simulated sparse accelerator
     speed: bool = False  # measured: cost, tokens a second, and 2:4 products against dense ones
+    prompts: tuple[str, ...] | None = None  # text samples; None: the fixed ones where sets or tasks are scored
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class TrackerSettings:
     entity: str | None = None
     group: str | None = None
     tags: tuple[str, ...] = ()
+    system_metrics: bool = False  # the machine's load, memory and GPUs along the run
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,7 @@ class RunSettings:
     skipping: SkippingSettings | None = None  # what is skipped while the models are scored
     sparsity: float = 0.5
     pattern: str = "unstructured"  # or "2:4": 2 kept of every 4 inputs; or "N:8": N chosen by row
+    ignore: tuple[str, ...] = ()  # patterns of BLOCK.linear: what stays dense
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     deterministic: bool = True
@@ -185,7 +190,8 @@ class RunSettings:
     activations: Literal["auto", "device", "host", "disk"] = "auto"  # where hidden states lie between blocks
     verbose: bool = False  # show every choice and the zeros of each block
     profile: bool = False  # write profile.txt into the run folder
-    dry_run: bool = False  # tell what the run will need, and run nothing
+    dry_run: bool = False  # show what the run will need, and run nothing
+    device_name: Literal["here", "h200", "a100"] = "here"  # of what a dry run tells: this machine's, or a GPU by name
     save: SaveSettings = field(default_factory=SaveSettings)
 
     @property

@@ -104,7 +104,7 @@ class Block:
         return {**{name: linear for name, (linear, _) in self.fixed.items()}, **self.linears}
 
     def _rounded(self, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """The weights of a pass over many samples with those of plain linears as autocast would round them anew for
+        """The weights of a pass over many samples with those of plain linears as autocast would round them again for
         each."""
         own = {name: linear.weight for name, linear in self._all_linears().items() if is_plain(linear)}
         own |= {name: weight for name, (linear, weight) in self.fixed.items() if is_plain(linear)}

@@ -167,7 +167,7 @@ def _named(block: nn.Module, arguments: Arguments) -> dict[str, Any]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two arguments hold the same numbers. Functions are made anew by each pass, and compare as equal."""
+    """Whether two arguments hold the same numbers. Functions are made again by each pass, and compare as equal."""
     if one is other:
         return True
     if isinstance(one, Tensor):

@@ -124,9 +124,9 @@ def with_weights(module: nn.Module, linears: Mapping[str, Linear], weights: Mapp
 def watch(
     linears: Mapping[str, Linear], on_input: OnInput, on_tokens: OnInput, all_tokens: bool = False
 ) -> list[RemovableHandle]:
-    """Hooks that tell the inputs [*token in] of each of `linears` whenever they run: `on_input` of those that are given
-    a tensor of the block, which may be the same for several; `on_tokens` of the experts of a stack, each the tokens
-    that the router sends it, none at all included, or with `all_tokens` what all tokens would be there."""
+    """Hooks that hand over the inputs [*token in] of each of `linears` whenever they run: `on_input` of those that are
+    given a tensor of the block, which may be the same for several; `on_tokens` of the experts of a stack, each the
+    tokens that the router sends it, none at all included, or with `all_tokens` what all tokens would be there."""
     handles = []
     stacks: dict[nn.Module, dict[tuple[int, str], str]] = {}
     for name, linear in linears.items():

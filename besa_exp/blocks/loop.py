@@ -72,7 +72,11 @@ def prune_blocks(
         if traits.dense_targets:
             block.outputs(dense_inputs, batch_size, out=targets)
         pruned = None
-        if not restore(block):
+        restored = restore(block)
+        if not restored and not block.linears:  # all of it stays dense
+            block.outputs(inputs, batch_size, out=observed)
+            pruned = PrunedBlock({}, {})
+        elif not restored:
             statistics, _ = observe(block, inputs, traits.statistic, batch_size, observed)
             gradients = squared_gradients(block, inputs) if traits.gradients else {}
             goal = goals if isinstance(goals, Goal) else goals[block.index]

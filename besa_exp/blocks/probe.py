@@ -1,56 +1,17 @@
-"""The samples that a search does not learn from, and the checks of what it computes."""
+"""The samples that a search does not learn from, and their loss."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.reports import Step
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
 from besa_exp.tensors.losses import Loss, token_loss
-
-logger = logging.getLogger(__name__)
-
-
-def finite_step(
-    block: Block, step: int, loss: Tensor, reconstruction: Tensor, penalty: Tensor | float, sparsity: Tensor | float
-) -> Step:
-    """The record of one optimisation step. RunError: the loss is not finite."""
-    loss, reconstruction = loss.detach(), reconstruction.detach()
-    if not torch.isfinite(loss):
-        raise RunError(
-            f"{block.name}: the loss is {float(loss)} at step {step}; its inputs or targets are not finite, or the "
-            "model's dtype overflows: load it in float32 or bfloat16 (model.dtype)."
-        )
-    values = (float(torch.as_tensor(value).detach()) for value in (loss, reconstruction, penalty, sparsity))
-    return Step(block.index, step, *values)
-
-
-def checked_gradient(step: Step, gradient: Tensor) -> Tensor:
-    """`gradient` itself. RunError: it is not finite. Where it is all zero although there is a loss, a warning is
-    logged: the search learns nothing in such a step."""
-    largest = float(gradient.abs().max())
-    if not math.isfinite(largest):
-        raise RunError(
-            f"block {step.block}: the gradient is {largest} at step {step.step}; the dtype overflows: compute in "
-            "float32 or bfloat16 (compute_dtype or model.dtype)."
-        )
-    if largest == 0 and step.reconstruction > 0:
-        logger.warning(
-            "block %d: the gradient of step %d is zero everywhere although the loss is %.3g, so nothing is learned "
-            "from it; compute in float32 or bfloat16 (compute_dtype or model.dtype)",
-            step.block,
-            step.step,
-            step.reconstruction,
-        )
-    return gradient
 
 
 def num_probe_samples(num_samples: int) -> int:

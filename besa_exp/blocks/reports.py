@@ -69,8 +69,8 @@ class BlockReport:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros over the block's linears, weighted by weights."""
-        return sum(linear.pruned for linear in self.linears) / sum(linear.weights for linear in self.linears)
+        """Fraction of zeros over the block's linears, weighted by weights; 0 where all of them stay dense."""
+        return sum(linear.pruned for linear in self.linears) / max(1, sum(linear.weights for linear in self.linears))
 
     def numbered(self, index: int) -> BlockReport:
         """The same under another number."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from besa_exp.blocks.pruner import PrunedBlock
 from besa_exp.blocks.reports import BlockReport
 from besa_exp.errors import RunError
 
+T = TypeVar("T")
 SCOPES = ("sub_block", "block", "pair", "model")
 
 
@@ -35,6 +36,35 @@ def units(blocks: Sequence[Block], together: int) -> list[Block]:
     """The blocks, `together` at a time; what is left over at the end comes as it is."""
     grouped = [blocks[start : start + together] for start in range(0, len(blocks), together)]
     return [_chained(group) if len(group) > 1 else group[0] for group in grouped]
+
+
+def with_linears(blocks: Sequence[Block]) -> list[Block]:
+    """The blocks, those without linears chained to the one before that has some (the first ones: to the next)."""
+    groups: list[list[Block]] = [[]]
+    for block in blocks:
+        if block.linears and any(other.linears for other in groups[-1]):
+            groups.append([])
+        groups[-1].append(block)
+    return [_chained(group) if len(group) > 1 else group[0] for group in groups]
+
+
+def by_unit(units: Sequence[Block], of_blocks: Sequence[Mapping[str, T]]) -> list[dict[str, T]]:
+    """What is known of each block's linears, by unit."""
+    values = iter(of_blocks)
+    return [
+        {f"{place}.{name}": value for place, _ in enumerate(unit.parts) for name, value in next(values).items()}
+        if unit.parts
+        else dict(next(values))
+        for unit in units
+    ]
+
+
+def of_blocks(units: Sequence[Block], of_units: Sequence[Mapping[str, T]]) -> list[Mapping[str, T]]:
+    """The inverse."""
+    found: list[Mapping[str, T]] = []
+    for unit, own in zip(units, of_units, strict=True):
+        found += [_own(own, place) for place, _ in enumerate(unit.parts)] if unit.parts else [own]
+    return found
 
 
 def _chained(blocks: Sequence[Block]) -> Block:
@@ -94,7 +124,7 @@ def by_block(unit: Block, report: BlockReport, pruned: PrunedBlock) -> list[tupl
     return result
 
 
-def _own(values: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:
+def _own(values: Mapping[str, T], place: int) -> dict[str, T]:
     prefix = f"{place}."
     return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 

@@ -15,8 +15,8 @@ def fetched_model(settings: ModelSettings, offline: bool) -> Path:
     """The folder of all that is read of the hub's model. config.json comes first: what it speaks against is refused
     before the weights come.
 
-    Unavailable: the files cannot be had. ConfigurationError: the config speaks against the model, or pickled weights
-    are all there is."""
+    Unavailable: the files cannot be fetched. ConfigurationError: the config speaks against the model, or pickled
+    weights are all there is."""
     model = HubModel.asked(settings.path, settings.revision, offline)
     folder = model.fetched(["*.json"])
     names = model.names or [file.name for file in folder.iterdir()]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt8
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -91,11 +91,25 @@ def save_masks(
     `dense_sha256` (see `weights_sha256`) names the dense weights that the masks belong to; `weights_updated`: kept
     weights were changed too, so that dense weights and masks do not give the pruned ones."""
     names = sorted(keep_masks)
-    packed = {name: torch.from_numpy(np.packbits(keep_masks[name].cpu().numpy())) for name in names}
+    packed = {name: packed_bits(keep_masks[name]) for name in names}
     shapes = {name: list(keep_masks[name].shape) for name in names}
     packed |= {f"{name}.permutation": order.to("cpu", torch.int32) for name, order in (permutations or {}).items()}
     description = {"shapes": shapes, "dense_sha256": dense_sha256, "weights_updated": weights_updated}
     _write_masks(path, description, lambda partial, text: save_file(packed, partial, text))
+
+
+def packed_bits(values: Bool[Tensor, "out in"]) -> UInt8[Tensor, " byte"]:
+    """One bit a value on the CPU, the first of a byte the highest. A GPU packs its own: an eighth is copied."""
+    return (
+        torch.from_numpy(np.packbits(values.numpy())) if values.device.type == "cpu" else packed_on_device(values).cpu()
+    )
+
+
+def packed_on_device(values: Bool[Tensor, "out in"]) -> UInt8[Tensor, " byte"]:
+    """The same where `values` lie."""
+    bits = torch.nn.functional.pad(values.flatten(), (0, -values.numel() % 8)).view(-1, 8).to(torch.uint8)
+    worth = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=bits.device)
+    return bits.mul_(worth).sum(dim=1, dtype=torch.uint8)
 
 
 def _write_masks(path: Path, description: Mapping[str, Any], write: Callable[[Path, dict[str, str]], None]) -> None:

@@ -51,7 +51,7 @@ def _write(file: Path, folder: Path) -> None:
 
 
 def _plain() -> dict[str, Any]:
-    """Releases that can compute with packed weights are told to unpack them; older ones know nothing else."""
+    """Releases that can compute with packed weights are asked to unpack them; older ones know nothing else."""
     known = hasattr(transformers, "GgufConfig")
     return {"quantization_config": transformers.GgufConfig(dequantize=True)} if known else {}
 

@@ -197,7 +197,7 @@ def config_folder(settings: ModelSettings, offline: bool) -> Path:
 
 
 def _of_hub(fetch: Callable[[ModelSettings, bool], Path], settings: ModelSettings, offline: bool) -> Path:
-    """What `fetch` fetches. ConfigurationError: the hub has no such model, or its files cannot be had."""
+    """What `fetch` fetches. ConfigurationError: the hub has no such model, or its files cannot be fetched."""
     where = f"model.path={settings.path}"
     try:
         return fetch(settings, offline)

@@ -72,7 +72,7 @@ FAMILIES = {
 
 
 def dimensions_of(config: Mapping[str, Any]) -> Dimensions:
-    """Of the dense model. ValueError: it does not tell its number of blocks."""
+    """Of the dense model. ValueError: it does not say its number of blocks."""
     text = _text(config)
     hidden, heads = _first(text, HIDDEN) or 0, _first(text, HEADS) or 0
     family = FAMILIES.get(str(text.get("model_type")), Family(None, "unknown", "unknown"))
@@ -82,7 +82,7 @@ def dimensions_of(config: Mapping[str, Any]) -> Dimensions:
     head_dim = text.get("head_dim") or (hidden // heads if heads else 0)
     blocks = _first(text, COUNTS)
     if not blocks:
-        raise ValueError(f"structure: {_kind(text)} tells its number of blocks under none of {', '.join(COUNTS)}")
+        raise ValueError(f"structure: {_kind(text)} gives its number of blocks under none of {', '.join(COUNTS)}")
     groups = heads if family.no_heads else _first(text, GROUPS) or heads
     return Dimensions(blocks, hidden, groups, heads, head_dim, channels or 0)
 

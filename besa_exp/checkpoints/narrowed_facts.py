@@ -29,7 +29,7 @@ class NarrowedFacts:
 
 
 def facts_of(folder: Path) -> NarrowedFacts:
-    """Of a folder of safetensors. ValueError: its config does not tell its blocks, or its files hold none."""
+    """Of a folder of safetensors. ValueError: its config does not say its blocks, or its files hold none."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     headers = [read_header(file)[0] for file in weight_files(folder)[0]]
     shapes = {name: tensor["shape"] for header in headers for name, tensor in header.items()}

@@ -143,9 +143,9 @@ def _empty(model: PreTrainedModel, structure: Structure, widths: str) -> PreTrai
 
 def model_config(config: PreTrainedConfig, structure: Structure, widths: str) -> PreTrainedConfig:
     """As `narrowed_config`, of transformers' value."""
-    told = narrowed_config(config.to_dict(), structure, widths)
-    kind = told.pop("model_type")
-    made = type(config).from_dict(told) if kind == config.model_type else AutoConfig.for_model(kind, **told)
+    values = narrowed_config(config.to_dict(), structure, widths)
+    kind = values.pop("model_type")
+    made = type(config).from_dict(values) if kind == config.model_type else AutoConfig.for_model(kind, **values)
     made._attn_implementation = config._attn_implementation
     return made
 
@@ -171,8 +171,8 @@ def _check_kinds(model: PreTrainedModel, target: PreTrainedModel, structure: Str
     for place, block in enumerate(structure.blocks):
         was, becomes = (dict(modules.named_modules()) for modules in (old[block], new[place]))
         for path in was.keys() | becomes.keys():
-            if path not in was or path not in becomes or (told := _changed(was[path], becomes[path], sized)):
-                changed = told if path in was and path in becomes else "is there in one of them alone"
+            if path not in was or path not in becomes or (change := _changed(was[path], becomes[path], sized)):
+                changed = change if path in was and path in becomes else "is there in one of them alone"
                 raise ValueError(
                     f"structure: block {block} would become another kind of block in place {place}: "
                     f"{path or 'it'} {changed}; keep all blocks before it, or state layer_types in its config.json"
@@ -181,12 +181,12 @@ def _check_kinds(model: PreTrainedModel, target: PreTrainedModel, structure: Str
 
 def _changed(was: nn.Module, becomes: nn.Module, sized: bool) -> str | None:
     """What of a module's settings differs. Numbers follow widths."""
-    told = [
+    configs = [
         {key: value for key, value in vars(one).items() if _is_setting(key, value, sized)} for one in (was, becomes)
     ]
-    different = [key for key in told[0].keys() | told[1].keys() if told[0].get(key) != told[1].get(key)]
+    different = [key for key in configs[0].keys() | configs[1].keys() if configs[0].get(key) != configs[1].get(key)]
     if different:
-        return f"has {different[0]}={told[1].get(different[0])}, which was {told[0].get(different[0])}"
+        return f"has {different[0]}={configs[1].get(different[0])}, which was {configs[0].get(different[0])}"
     return None
 
 

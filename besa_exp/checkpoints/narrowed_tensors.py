@@ -153,16 +153,16 @@ def role_of(inner: str) -> Role | None:
 
 def costs_of(shapes: Mapping[str, Sequence[int]], dimensions: Dimensions, path: str) -> Costs:
     """What each part of a model costs in parameters. `shapes`: of its tensors by name, tied ones once."""
-    told = Narrowing(Structure(tuple(range(dimensions.blocks))), dimensions, path)
+    unchanged = Narrowing(Structure(tuple(range(dimensions.blocks))), dimensions, path)
     outside, blocks, groups, channels = 0, [0] * dimensions.blocks, [0] * dimensions.blocks, [0] * dimensions.blocks
     for name, shape in shapes.items():
         size = torch.Size(shape).numel()
-        block = told.block_of(name)
+        block = unchanged.block_of(name)
         if block is None:
             outside += size
             continue
         blocks[block] += size
-        role = role_of(told.inner_name(name))
+        role = role_of(unchanged.inner_name(name))
         if role is None:
             continue
         of_channels = "channels" in role.parts

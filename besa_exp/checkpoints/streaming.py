@@ -8,7 +8,7 @@ loaded whole (`cannot_stream` says why).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +30,7 @@ from besa_exp.checkpoints.tensor_sources import (
     tensors_of_file,
 )
 from besa_exp.checkpoints.transformers_config import read_config, stored_dtype
+from besa_exp.machine.background import ahead
 
 LARGE = 8 * 2**20  # more than the temporaries that inner loops work in, which are used again and again
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
@@ -55,13 +56,15 @@ class StreamedWeights:
 
     def load(self, name: str, module: nn.Module) -> None:
         """Put the weights into a block."""
-        prefix = f"{name}."
-        state = {name.removeprefix(prefix): self._placed(tensor) for name, tensor in self.read(prefix).items()}
+        self._put(name, module, self.read(f"{name}."))
+
+    def _put(self, name: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        state = {full.removeprefix(f"{name}."): self._placed(tensor) for full, tensor in tensors.items()}
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False)
 
     def _placed(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.computed if tensor.is_floating_point() else None)
+        return tensor.to(self.device, self.computed if tensor.is_floating_point() else None, non_blocking=True)
 
     def release(self, module: nn.Module) -> None:
         """Take the weights out of a block; buffers that no file holds stay."""
@@ -87,16 +90,33 @@ class StreamedWeights:
     def _load_before(self, name: str, module: nn.Module, args: object) -> None:
         self.load(name, module)
 
-    def resident(self, blocks: Sequence[Block]) -> Iterator[Block]:
-        """The blocks in order, each with its weights while it is out."""
-        for block in blocks:
-            for layer in block.layers:
-                self.load(layer.name, layer.module)
+    def resident(
+        self, blocks: Sequence[Block], see: Callable[[Block, Mapping[str, Tensor]], None] | None = None
+    ) -> Iterator[Block]:
+        """The blocks in order, each with its weights while it is out; meanwhile a thread reads those of the next one,
+        and shows each layer's to `see`."""
+
+        def read(block: Block) -> tuple[Block, list[dict[str, Tensor]]]:
+            tensors = [self.read(f"{layer.name}.") for layer in block.layers]
+            if see is not None:
+                for layer, own in zip(block.layers, tensors, strict=True):
+                    see(layer, own)
+            return block, [self._pinned(own) for own in tensors]
+
+        for block, tensors in ahead(read, blocks):
+            for layer, own in zip(block.layers, tensors, strict=True):
+                self._put(layer.name, layer.module, own)
+            tensors.clear()
             try:
                 yield block
             finally:
                 for layer in block.layers:
                     self.release(layer.module)
+
+    def _pinned(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Where a GPU can fetch them without the host."""
+        on_gpu = self.device.type == "cuda"
+        return {name: tensor.pin_memory() for name, tensor in tensors.items()} if on_gpu else tensors
 
     def with_blocks(self, model: PreTrainedModel, files: Iterable[Path]) -> StreamedWeights:
         """The same model with other files for some tensors, which hold them under the model's own names."""

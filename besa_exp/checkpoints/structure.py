@@ -2,7 +2,7 @@
 
 A group is a key-value head with the query heads that read it (without grouped queries: a head). A channel is a number
 between an FFN's two halves: a row of gate and up, a column of down. All numbers are those of the dense model, so that
-what was removed can be told for as long as the value is kept.
+what was removed is known for as long as the value is kept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Units = tuple[tuple[int, ...], ...]
 @dataclass(frozen=True)
 class Dimensions:
     """How many there are in the dense model: blocks, and of each block groups, heads and channels, which a family whose
-    widths are fixed does not tell (0). `head_dim`: rows of a head."""
+    widths are fixed does not say (0). `head_dim`: rows of a head."""
 
     blocks: int
     hidden: int
@@ -124,7 +124,7 @@ def without_blocks(structure: Structure, removed: Sequence[int]) -> Structure:
 
 def to_json(structure: Structure, dimensions: Dimensions) -> str:
     """The text of structure.json. What is kept whole is not listed."""
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "format_version": FORMAT,
         "num_blocks": dimensions.blocks,
         "blocks": [*structure.blocks],
@@ -132,29 +132,29 @@ def to_json(structure: Structure, dimensions: Dimensions) -> str:
     for name in ("groups", "channels"):
         units: Units | None = getattr(structure, name)
         if units is not None:
-            told[f"num_{name}"] = getattr(dimensions, name)
-            told[name] = {str(block): [*kept] for block, kept in zip(structure.blocks, units, strict=True)}
-    return json.dumps(told, indent=1, sort_keys=True) + "\n"
+            fields[f"num_{name}"] = getattr(dimensions, name)
+            fields[name] = {str(block): [*kept] for block, kept in zip(structure.blocks, units, strict=True)}
+    return json.dumps(fields, indent=1, sort_keys=True) + "\n"
 
 
 def from_json(text: str, where: str = "structure.json") -> Structure:
     """The inverse. ValueError: it is no such file."""
     try:
-        told = json.loads(text)
-        version = told["format_version"]
-        blocks = tuple(told["blocks"])
-        groups, channels = (_units(told.get(name), blocks) for name in ("groups", "channels"))
+        fields = json.loads(text)
+        version = fields["format_version"]
+        blocks = tuple(fields["blocks"])
+        groups, channels = (_units(fields.get(name), blocks) for name in ("groups", "channels"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: cannot be read as a structure ({error!r}); give a run's structure.json") from error
     if version != FORMAT:
         raise ValueError(f"{where}: format {version}, where this version reads {FORMAT}")
     if not all(isinstance(number, int) for number in blocks):
-        raise ValueError(f"{where}: blocks must be whole numbers, not {told['blocks']}")
+        raise ValueError(f"{where}: blocks must be whole numbers, not {fields['blocks']}")
     return Structure(blocks, groups, channels)
 
 
-def _units(told: Mapping[str, Sequence[int]] | None, blocks: Sequence[int]) -> Units | None:
-    return None if told is None else tuple(tuple(told[str(block)]) for block in blocks)
+def _units(fields: Mapping[str, Sequence[int]] | None, blocks: Sequence[int]) -> Units | None:
+    return None if fields is None else tuple(tuple(fields[str(block)]) for block in blocks)
 
 
 def _chosen(units: Units | None, places: Sequence[int]) -> Units | None:

@@ -6,7 +6,7 @@ from transformers import LlamaForCausalLM
 
 
 class UnevenLlamaForCausalLM(LlamaForCausalLM):
-    """The widest block's widths stand in the config; each block's linears are made anew."""
+    """The widest block's widths stand in the config; each block's linears are replaced."""
 
     def __init__(self, config):
         super().__init__(config)

@@ -63,8 +63,8 @@ def tables(runs: Sequence[RunRecord], found: Sequence[Comparison], width: int) -
         states = {
             state: sum(run.status == state for run in unfinished) for state in sorted({r.status for r in unfinished})
         }
-        told = ", ".join(f"{number} {state}" for state, number in states.items())
-        parts.append(Text(f"not in the table: {told} (besa status {_common(unfinished)})", style="yellow"))
+        states_in_words = ", ".join(f"{number} {state}" for state, number in states.items())
+        parts.append(Text(f"not in the table: {states_in_words} (besa status {_common(unfinished)})", style="yellow"))
     return parts if unfinished else parts[:-1]
 
 

@@ -64,7 +64,7 @@ class Composer:
         return [[*own, *lines] for lines in BasicSweeper.split_arguments([*swept, *task], None)[0]]
 
     def compose(self, lines: Sequence[str]) -> DictConfig | None:
-        """The configuration, Hydra's own node included; None, and a problem noted, where it cannot be had."""
+        """The configuration, Hydra's own node included; None, and a problem noted, where it cannot be composed."""
         lines = [line for line in lines if key_of(line) not in self.problems]
         try:
             return compose(self.config_name, [*lines, *self.search_path], return_hydra_config=True)

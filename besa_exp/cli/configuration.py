@@ -47,6 +47,7 @@ DETERMINING_KEYS = (
     "skipping",
     "sparsity",
     "pattern",
+    "ignore",
     "seed",
     "device",
     "deterministic",
@@ -57,14 +58,17 @@ DETERMINING_KEYS = (
 # found again.
 LATER_KEYS = (
     ("calibration", "column", "text"),
+    ("calibration", "chat_template", False),
     ("evaluator", "column", "text"),
     ("evaluator", "include_path", None),
+    ("evaluator", "max_windows", None),
+    ("evaluator", "prompts", None),
 )
-LATER_GROUPS = ("structure",)  # that make no part of a name where none is chosen, for the same reason
+LATER_GROUPS = ("structure", "ignore")  # that make no part of a name where they say nothing, for the same reason
 WANDB_MODES_ONCE = {"dryrun": "offline", "run": "online"}  # as its older versions called them
 HASH_LENGTH = 8
 NAME_LENGTH = 24  # of each part of a run's name
-SIZES = ("num_samples", "seq_len")  # of the calibration set, told in a run's name where they are not the preset's
+SIZES = ("num_samples", "seq_len")  # of the calibration set, part of a run's name where they are not the preset's
 MOST_TOLD = 3  # differences from the presets in a run's name
 
 
@@ -103,7 +107,7 @@ def read_settings(config: DictConfig, pruner_name: str, with_pruner: bool = True
     Unreadable: unknown keys, missing or ill-typed values, or values a pruner refuses; all of them."""
     values = as_values(config)
     if isinstance(values.get("model"), dict):
-        values["model"].setdefault("name", _model_name(values))
+        values["model"]["name"] = _model_name(values)
     given: dict[str, Any] = {"pruner_name": pruner_name}
     if not with_pruner:
         given |= {group: values.pop(group, None) for group in METHOD_GROUPS}
@@ -156,7 +160,8 @@ def run_name(config: DictConfig) -> str:
     `config` is composed with Hydra's own node, which knows the presets chosen. The hash is over their names and the
     values of their fields, never over where a class lies; it alone identifies a run."""
     values = {key: value for key, value in as_values(config).items() if key in DETERMINING_KEYS}
-    values = {key: value for key, value in values.items() if key not in LATER_GROUPS or value is not None}
+    values = {key: value for key, value in values.items() if key not in LATER_GROUPS or value not in (None, [])}
+    model = _model_name(values)
     if isinstance(values.get("model"), dict):
         values["model"] = {key: value for key, value in values["model"].items() if key not in NOT_DECIDING}
     if isinstance(values.get("save"), dict):
@@ -176,7 +181,7 @@ def run_name(config: DictConfig) -> str:
     content = _canonical(without_places(values) | {"method": method})
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     skipping = [f"skipping_{under['name']}"] if isinstance(under := values.get("skipping"), dict) else []
-    parts = [_model_name(values), method, *differing, amount, *skipping, f"s{values.get('seed')}", digest[:HASH_LENGTH]]
+    parts = [model, method, *differing, amount, *skipping, f"s{values.get('seed')}", digest[:HASH_LENGTH]]
     return "-".join(_slug(part) for part in parts)
 
 
@@ -235,8 +240,11 @@ def tuning_folder(config: DictConfig) -> str:
 
 
 def _model_name(values: Mapping[str, Any]) -> str:
-    """The last part of `model.path`: a preset's name would be wrong as soon as the path is another."""
+    """As `model.name` says, else the last part of `model.path`: a preset's name would be wrong as soon as the path is
+    another."""
     model = values.get("model")
+    if isinstance(model, Mapping) and model.get("name"):
+        return str(model["name"])
     path = model.get("path") if isinstance(model, Mapping) else None
     return "model" if path in (None, MISSING_VALUE) else Path(str(path)).name
 
@@ -284,7 +292,9 @@ OF_ROOT: Mapping[str, Callable[[DictConfig], Any]] = {
     "run_name": _kept_name,
     "evaluation_folder": evaluation_folder,
     "tuning_folder": tuning_folder,
-    "model_name": lambda root: _model_name({"model": {"path": OmegaConf.select(root, "model.path")}}),
+    "model_name": lambda root: _model_name(
+        {"model": {k: OmegaConf.select(root, f"model.{k}") for k in ("name", "path")}}
+    ),
     "single_run": lambda root: _of_hydra(root, "mode") != RunMode.MULTIRUN,  # the job is no sweep's
     "study": lambda root: (_of_hydra(root, "runtime.choices") or {}).get("experiment"),  # trackers group runs by it
 }

@@ -1,4 +1,4 @@
-"""`besa evaluate`: checks the request, all its problems told together, then scores one checkpoint."""
+"""`besa evaluate`: checks the request, all its problems reported together, then scores one checkpoint."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _checked(
     left = remaining(settings.evaluator, settings.seed, context, results, settings.overwrite, settings.skipping)
     composer.problems |= {conflict: conflict for conflict in left.conflicts}
     asked = left.settings
-    nothing = not (asked.perplexity_sets or asked.tasks or asked.simulated_speed or asked.speed)
+    nothing = not (asked.perplexity_sets or asked.tasks or asked.simulated_speed or asked.speed or asked.prompts)
     return settings, left.known if nothing and left.known else None
 
 

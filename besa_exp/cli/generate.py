@@ -15,11 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.evaluation.checks import PROMPTS
 from besa_exp.machine.environment_variables import set_before_imports
 from besa_exp.run_folder.lookup import check_run, run_and_model
 from besa_exp.settings import ModelSettings
 
-PROMPTS = ("Once upon a time", "The little girl wanted to", "One day, a dog")
 PLAIN_WIDTH = 120
 DESCRIPTION = """\
 Lets the pruned model of a run go on from each prompt, greedily, and the dense model it was made from beside it.
@@ -40,13 +40,13 @@ def generate(arguments: Sequence[str]) -> int:
         raise ConfigurationError("--tokens must be at least 1, and a --prompt must have a character")
     models = _models(asked.place, asked.no_dense)
     set_before_imports(offline=asked.offline)
-    told = {which: _texts(settings, prompts, asked.tokens, asked.offline) for which, settings in models.items()}
+    said = {which: _texts(settings, prompts, asked.tokens, asked.offline) for which, settings in models.items()}
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, emoji=False)
     for number, prompt in enumerate(prompts):
         table = Table(box=box.SIMPLE, title=Text(prompt, style="bold"), title_justify="left", show_edge=False)
-        for which in told:
+        for which in said:
             table.add_column(which, ratio=1, overflow="fold")
-        table.add_row(*(Text(texts[number]) for texts in told.values()))
+        table.add_row(*(Text(texts[number]) for texts in said.values()))
         console.print(table)
     return 0
 

@@ -82,7 +82,7 @@ def held(need: Need) -> Held:
 
 
 def bring(need: Need) -> None:
-    """Downloads what is not in the caches. Unavailable: it cannot be had."""
+    """Downloads what is not in the caches. Unavailable: it cannot be fetched."""
     if need.kind == "model":
         _fetched(need, offline=False)
     elif need.kind == "task":
@@ -151,7 +151,7 @@ def _task_data(name: str, evaluator: EvaluatorSettings) -> Iterator[Need]:
 
 
 def _fetched(need: Need, offline: bool) -> Path:
-    """The folder of a model's files. What the config says against it is told when it is to be loaded."""
+    """The folder of a model's files. What the config says against it is raised when it is loaded."""
     try:
         settings = ModelSettings(
             need.name, need.repository, need.revision, trust_remote_code=True, convert=need.convert
@@ -174,7 +174,7 @@ def _held_task(need: Need) -> Held:
     import datasets
 
     level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity_error()  # it warns that it uses its cache, which is what it is told to do
+    datasets.logging.set_verbosity_error()  # it warns that it uses its cache, which is what is wanted
     try:
         with offline_hub():
             builder = datasets.load_dataset_builder(need.repository, need.config)

@@ -1,7 +1,7 @@
 """A job of a sweep in a process of its own, whatever the launcher: one that is killed takes no other with it, its
 memory is measured by itself and is free when it ends.
 
-`run_apart` starts `besa_exp.cli.job_worker` and tells it the job in a line of JSON. The pipe stays open: the worker
+`run_apart` starts `besa_exp.cli.job_worker` and gives it the job in a line of JSON. The pipe stays open: the worker
 ends when it breaks, so that no job outlives the command that asked for it.
 """
 
@@ -29,7 +29,7 @@ PATIENCE = 60  # seconds that a worker has to put its work away
 def run_apart(
     config: Mapping[str, Any], pruner_name: str, folder: Path, command: Sequence[str], label: str, gpu: str | None
 ) -> dict[str, Any]:
-    """What became of the job, as the worker tells it: {status, text, missed}. RunError: the process ended without a
+    """What became of the job, as the worker reports it: {status, text, missed}. RunError: the process ended without a
     word.
 
     `config` is the resolved configuration, `command` what a person would type for it. With a `label` each line that

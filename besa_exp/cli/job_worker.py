@@ -28,11 +28,11 @@ def main() -> int:
     assert isinstance(config, DictConfig)
     try:
         outcome = carry_out(config, request["pruner_name"], Path(request["folder"]))
-    except KeyboardInterrupt:  # told in the folder, and by the command that started this process
+    except KeyboardInterrupt:  # reported in the folder, and by the command that started this process
         return 130
     sys.stdout.flush()
-    told = {"status": outcome.status, "text": outcome.text, "missed": outcome.missed}
-    atomic.write_text(Path(request["answer"]), json.dumps(told))
+    answer = {"status": outcome.status, "text": outcome.text, "missed": outcome.missed}
+    atomic.write_text(Path(request["answer"]), json.dumps(answer))
     return outcome.exit_code
 
 

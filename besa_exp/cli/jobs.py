@@ -7,8 +7,9 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from besa_exp.cli.compose import key_of
 from besa_exp.cli.configuration import as_values, method_name, read_settings
@@ -40,6 +41,7 @@ from besa_exp.run_folder.folder import RunFolder, read_results
 from besa_exp.run_folder.status import is_done, read_status, seen_status
 from besa_exp.runs.interruption import interruptible
 
+GROUP = "WANDB_RUN_GROUP"  # read when a job's configuration is composed
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -56,18 +58,18 @@ def run_job(config: DictConfig, course: Course | None = None) -> Outcome:
         return carry_out(config, pruner_name, folder, single=True)
     keep_streams()  # of a launcher's process
     number, lines = hydra_config.job.num, list(hydra_config.overrides.task)
-    print(course.told(number, lines, folder) if course else f"job {number + 1}: {' '.join(lines)}", flush=True)
+    print(course.line(number, lines, folder) if course else f"job {number + 1}: {' '.join(lines)}", flush=True)
     alone = str(hydra_config.launcher._target_).endswith("BasicLauncher")
     label = "" if alone else f"job {number + 1}: "
     gpus = visible_gpus() if "Joblib" in str(hydra_config.launcher._target_) and config.device == "auto" else []
     gpu = gpus[number % len(gpus)] if len(gpus) > 1 else None
     words, before = _alone(hydra_config), read_status(folder)
     try:
-        told = run_apart(as_values(config), pruner_name, folder, words, label, gpu)
-        return Outcome(folder, cast(Status, told["status"]), told["text"], told["missed"])
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure alone, and told as such
+        answer = run_apart(as_values(config), pruner_name, folder, words, label, gpu)
+        return Outcome(folder, cast(Status, answer["status"]), answer["text"], answer["missed"])
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure alone, and reported as such
         status = read_status(folder)
-        if status is None or status == before or status["status"] == "running":  # it could not tell itself
+        if status is None or status == before or status["status"] == "running":  # it could not say so itself
             _record(folder, error, words)
         return Outcome(folder, "failed", _named(error))
 
@@ -86,7 +88,7 @@ def carry_out(config: DictConfig, pruner_name: str, folder: Path, single: bool =
     try:
         set_before_imports(offline=config.offline)
         return finished("done", folder, _prune(config, pruner_name, folder))
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure alone, and told as such
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's failure alone, and reported as such
         if full_errors():
             traceback.print_exc()
         refused = isinstance(error, ConfigurationError)
@@ -102,7 +104,7 @@ def _named(error: Exception) -> str:
 
 
 def _record(folder: Path, error: Exception, words: Sequence[str] | None = None) -> None:
-    """Tells the failure in the folder, where that can be."""
+    """Writes the failure into the folder, where that is possible."""
     with suppress(ConfigurationError, OSError):
         RunFolder.record_failure(folder, error, words)
 
@@ -112,7 +114,7 @@ def _prune(config: DictConfig, pruner_name: str, folder: Path) -> dict[str, Any]
     from besa_exp.runs.prune import prune  # imports torch
 
     settings = read_settings(config, pruner_name)
-    if problems := preflight(settings, folder):  # anew: this may be another machine than the one that asked
+    if problems := preflight(settings, folder):  # again: this may be another machine than the one that asked
         raise ConfigurationError(*problems)
     with interruptible(), profiling(folder) if settings.profile else nullcontext():
         results = prune(settings, folder, as_values(config))
@@ -157,16 +159,16 @@ def launch(request: Request) -> list[Outcome]:
 
 
 def _sweep(hydra: Hydra, request: Request) -> list[Outcome]:
-    """The outcomes in the order of the jobs. Where the launcher itself fails, what the folders tell."""
+    """The outcomes in the order of the jobs. Where the launcher itself fails, what the folders say."""
     jobs = sorted(request.jobs, key=lambda job: job.number)
     if all(job.finished for job in jobs):
         return [finished_before(job.folder, job.config) for job in jobs]
     try:
-        with lost_jobs_told(request.launcher):
+        with lost_jobs_told(request.launcher), grouped(jobs):
             job_of_sweep = partial(run_job, course=Course.of(jobs))
             batches = hydra.multirun(request.config_name, job_of_sweep, [*request.lines, "hydra.mode=MULTIRUN"])
             returned = [job.return_value for batch in batches for job in batch]
-    except Exception as error:  # noqa: BLE001 - the jobs that did end are told nevertheless
+    except Exception as error:  # noqa: BLE001 - the jobs that did end are shown nevertheless
         if full_errors():
             traceback.print_exc()
         returned = [first_line(error)] * len(jobs)
@@ -174,6 +176,21 @@ def _sweep(hydra: Hydra, request: Request) -> list[Outcome]:
         found if isinstance(found, Outcome) else _outcome_of_lost(job, found)
         for job, found in zip(jobs, returned, strict=True)
     ]
+
+
+@contextmanager
+def grouped(jobs: Sequence[Job]) -> Iterator[None]:
+    """W&B shows the jobs as one group, named after what varies and the day, where nothing else gives them one."""
+    common = set.intersection(*(set(job.lines) for job in jobs))
+    varied = dict.fromkeys(key_of(line) for job in jobs for line in job.lines if line not in common)
+    named = GROUP in os.environ or any(OmegaConf.select(job.config, "tracker.group") for job in jobs)
+    if not named:
+        os.environ[GROUP] = f"sweep of {', '.join(varied)}, {datetime.now(UTC):%Y-%m-%d %H:%M}"
+    try:
+        yield
+    finally:
+        if not named:
+            del os.environ[GROUP]
 
 
 def _outcome_of_lost(job: Job, reason: str) -> Outcome:

@@ -74,9 +74,9 @@ def lost_jobs_told(target: str) -> Iterator[None]:
         try:
             return own(job)
         except Exception as error:  # noqa: BLE001 - whatever became of it, it is this job's failure alone
-            told = JobReturn(status=JobStatus.COMPLETED)
-            told.return_value = f"{first_line(error)}; see {job.paths.stdout}"
-            return [told]
+            returned = JobReturn(status=JobStatus.COMPLETED)
+            returned.return_value = f"{first_line(error)}; see {job.paths.stdout}"
+            return [returned]
 
     Job.results = results  # type: ignore[method-assign]
     try:

@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from besa_exp import __version__
 from besa_exp.errors import ConfigurationError, Interrupted, RunError, did_you_mean
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tell_refusal(text: str) -> None:
-    """On stderr; of several processes that refuse for the same reasons the first to come here tells them."""
+    """On stderr; of several processes that refuse for the same reasons the first to come here prints them."""
     if is_launched():
         from besa_exp.machine.distributed import is_first_to_say  # imports torch
 
@@ -93,10 +94,16 @@ def _version(_: Sequence[str]) -> int:
     return 0
 
 
-def _list(groups: Sequence[str]) -> int:
+def _list(arguments: Sequence[str]) -> int:
+    import argparse
+
     from besa_exp.presets import listing
 
-    print(listing(groups))
+    parser = argparse.ArgumentParser(prog="besa list", allow_abbrev=False, description="The presets there are.")
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help="pruners, models, ...; all of them by default")
+    parser.add_argument("--config-dir", "-cd", type=Path, metavar="DIR", help="a folder of presets of your own too")
+    asked = parser.parse_args(arguments)
+    print(listing(asked.groups, asked.config_dir))
     return 0
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from besa_exp.blocks.ignored import check_ignored, is_ignored
 from besa_exp.checkpoints.gguf_file import inspect_gguf, is_gguf
 from besa_exp.checkpoints.inspect import ModelFolder, inspect_config, inspect_model_folder, saved_dtype
 from besa_exp.cli.hub_needs import missing_offline, needs_of
@@ -36,6 +37,7 @@ from besa_exp.texts.calibration_check import check_calibration
 from besa_exp.texts.embedded.text import MODEL_DIR
 
 BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}  # auto: as saved
+BLOCK_AND_LINEAR = re.compile(r"\.(\d+)\.(.+)\.weight$")  # model.layers.3.mlp.down_proj.weight
 TRACKER_MODES = ("offline", "online", "disabled")
 LARGEST_SEED = 2**32 - 1
 
@@ -93,7 +95,7 @@ def preflight_evaluation(
 def preflight_tuning(
     settings: TuneSettings, folder: Path, unknown: Collection[str] = (), finished: bool = False
 ) -> list[str]:
-    """The problems of a tuning that would write to `folder`; what only the weights can tell is found when they are
+    """The problems of a tuning that would write to `folder`; what only the weights show is found when they are
     read. Of a `finished` one that is only shown those of its inputs alone."""
     run, model = run_and_model(settings.checkpoint)
     of_run = check_run(run) if run else []
@@ -164,7 +166,7 @@ def _check_dtype(dtype: str) -> list[str]:
 
 
 def check_model(settings: ModelSettings, key: str = "model.path") -> tuple[ModelFolder | None, list[str]]:
-    """What can be told of the model and its problems, without loading it; `key` is what a person set to name it."""
+    """What is known of the model and its problems, without loading it; `key` is what a person set to name it."""
     if not settings.path.strip():
         return None, [f"{key}=: is empty; give a model's folder, a hub id (owner/name), or embedded"]
     if is_gguf(settings.path):
@@ -204,8 +206,10 @@ def _check_target(settings: RunSettings, facts: ModelFolder | None, with_pruner:
         pattern = parse_pattern(settings.pattern)
     except ValueError as error:
         return [*problems, f"{error} (in a YAML file in quotes: pattern: '2:4')"]
+    if facts:
+        problems += _check_ignored(settings, facts)
     if pattern and facts:
-        problems += _indivisible(settings.pattern, pattern[1], facts)
+        problems += _indivisible(settings, pattern[1], facts)
     if with_pruner and not problems:
         from besa_exp.methods.updates.updated import with_update  # torch is there already: it came with the pruner
 
@@ -250,8 +254,25 @@ def _known_folder(settings: ModelSettings) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def _indivisible(pattern: str, group: int, facts: ModelFolder) -> list[str]:
-    odd = [f"{name.removesuffix('.weight')} ({shape[1]})" for name, shape in facts.linears.items() if shape[1] % group]
+def _check_ignored(settings: RunSettings, facts: ModelFolder) -> list[str]:
+    """Where the files name the linears as the model does: of others, and of experts, the run says it when it has the
+    model."""
+    renamed = facts.to_convert or not facts.linears or any(".experts." in name for name in facts.linears)
+    return [] if renamed else check_ignored(settings.ignore, [_in_a_block(name) for name in facts.linears])
+
+
+def _in_a_block(name: str) -> str:
+    """`3.mlp.down_proj` of `model.layers.3.mlp.down_proj.weight`."""
+    found = BLOCK_AND_LINEAR.search(name)
+    return ".".join(found.groups()) if found else name
+
+
+def _indivisible(settings: RunSettings, group: int, facts: ModelFolder) -> list[str]:
+    pattern = settings.pattern
+    pruned = {
+        name: shape for name, shape in facts.linears.items() if not is_ignored(_in_a_block(name), settings.ignore)
+    }
+    odd = [f"{name.removesuffix('.weight')} ({shape[1]})" for name, shape in pruned.items() if shape[1] % group]
     if not odd:
         return []
     more = f" and {len(odd) - 2} more" if len(odd) > 2 else ""

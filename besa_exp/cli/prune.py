@@ -56,11 +56,11 @@ def _parsed(command: str, arguments: Sequence[str]) -> argparse.Namespace:
     def refuse(message: str) -> NoReturn:
         unknown = [word for word in message.partition("unrecognized arguments: ")[2].split(" ") if word[:2] == "--"]
         keys = [word.lstrip("-").partition("=") for word in unknown]
-        told = [
+        problems = [
             f"{word}: no such flag; a key is written without dashes: {name}={value or 'VALUE'} ({command} --help)"
             for word, (name, _, value) in zip(unknown, keys, strict=True)
         ]
-        raise ConfigurationError(*(told or [f"{message}; {command} --help"]))
+        raise ConfigurationError(*(problems or [f"{message}; {command} --help"]))
 
     parser.error = refuse  # type: ignore[method-assign]
     return parser.parse_intermixed_args(list(arguments))
@@ -81,9 +81,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def dry_run(request: Request) -> int:
-    """Tells what each job would need, and runs none."""
+    """Shows what each job would need, and runs none."""
     if is_launched():
-        raise ConfigurationError("dry_run=true: tells the needs of one process; leave torchrun out")
+        raise ConfigurationError("dry_run=true: shows the needs of one process; leave torchrun out")
     from besa_exp.dry_run.tables import show_estimates  # imports torch
 
     def settings(job: Job) -> RunSettings:

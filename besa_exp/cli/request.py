@@ -152,8 +152,8 @@ def _shared_folder(job: Job, other: Job, lines_of_jobs: Sequence[Sequence[str]])
         return f"{twice} stands twice in the sweep; name each value once"
     different = _only(job.lines, other.lines)
     return (
-        f"two jobs of the sweep would share the folder {job.folder}, with {different}: what tells them apart does not "
-        "change the result; drop one, or give each its own with hydra.sweep.subdir='${hydra.job.num}'"
+        f"two jobs of the sweep would share the folder {job.folder}, with {different}: what distinguishes them does "
+        "not change the result; drop one, or give each its own with hydra.sweep.subdir='${hydra.job.num}'"
     )
 
 

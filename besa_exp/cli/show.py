@@ -1,8 +1,8 @@
 """`besa show GROUP=PRESET`: one preset with what each of its keys means, its type and its value; `besa show` alone
-tells the keys of a run that belong to no group.
+shows the keys of a run that belong to no group.
 
-What a key means stands beside it in conf/ as a comment; its type is the dataclass's own, so that neither can be told
-otherwise than it is.
+What a key means stands beside it in conf/ as a comment; its type is the dataclass's own, so that neither can
+be out of date.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _flat(key: yaml.Node, value: yaml.Node, prefix: str, lines: Sequence[str]) -
 
 
 def _hints(key: str, target: str) -> dict[str, str]:
-    """{dotted key: type in words} of the dataclass that `_target_` names; {} where it cannot be had."""
+    """{dotted key: type in words} of the dataclass that `_target_` names; {} where it cannot be imported."""
     prefix = key.removesuffix(TARGET)
     module, _, name = target.rpartition(".")
     try:

@@ -22,7 +22,7 @@ from besa_exp.run_folder.status import KILLED, read_status
 
 PLAIN_WIDTH = 160
 DESCRIPTION = """\
-Tells of each run folder whether it is running, done, failed (with the error) or interrupted, and how far it got.
+Shows of each run folder whether it is running, done, failed (with the error) or interrupted, and how far it got.
 The exit code is 1 where a run failed."""
 ORDER = ("running", "failed", "unreadable", "interrupted", "interrupted (killed)", "done")
 STYLES = {"running": "cyan", "failed": "red", "unreadable": "red", "done": "green"}
@@ -36,11 +36,11 @@ def status(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     runs = [read_run(folder) for folder in find_runs(asked.places)]
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, emoji=False)
-    console.print(Group(*told(runs, everything=asked.all)))
+    console.print(Group(*status_tables(runs, everything=asked.all)))
     return int(any(run.status in ("failed", "unreadable") for run in runs))
 
 
-def told(runs: Sequence[RunRecord], everything: bool = False) -> list[RenderableType]:
+def status_tables(runs: Sequence[RunRecord], everything: bool = False) -> list[RenderableType]:
     """The counts, then a table of the runs that are not done (of all with `everything`), and how to go on."""
     counts = {state: sum(run.status == state for run in runs) for state in sorted({r.status for r in runs}, key=_order)}
     head = f"{len(runs)} run{'' if len(runs) == 1 else 's'}: " + ", ".join(
@@ -80,7 +80,7 @@ def _table(runs: Sequence[RunRecord], blocks: dict[str, int]) -> Table:
 
 
 def _blocks_by_model(runs: Sequence[RunRecord]) -> dict[str, int]:
-    """How many blocks each model has, as finished runs tell."""
+    """How many blocks each model has, as finished runs say."""
     return {run.model: len(run.blocks) for run in runs if run.blocks}
 
 

@@ -40,7 +40,7 @@ class Course:
         common = frozenset.intersection(*(frozenset(job.lines) for job in jobs)) if len(jobs) > 1 else frozenset()
         return cls(len(jobs), common, frozenset(job.number for job in jobs if job.finished), time.time())
 
-    def told(self, number: int, lines: Sequence[str], folder: Path) -> str:
+    def line(self, number: int, lines: Sequence[str], folder: Path) -> str:
         """`job 4 of 13: pruner=besa sparsity=0.5, about 9 min left -> outputs/...`."""
         varied = " ".join(line for line in lines if line not in self.common) or " ".join(lines)
         done = len([one for one in range(number) if one not in self.skipped])
@@ -54,8 +54,8 @@ def show_sweep(outcomes: Sequence[Outcome], seconds: float | None = None) -> Non
     console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES, highlight=False, emoji=False)
     counts = {state: sum(o.status == state for o in outcomes) for state in dict.fromkeys(o.status for o in outcomes)}
     took = f", {duration(seconds)}" if seconds is not None else ""
-    told = ", ".join(f"{number} {state}" for state, number in counts.items())
-    console.print(Text(f"{len(outcomes)} jobs: {told}{took}", style="bold"))
+    counted = ", ".join(f"{number} {state}" for state, number in counts.items())
+    console.print(Text(f"{len(outcomes)} jobs: {counted}{took}", style="bold"))
     table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
     for column in ("job", "status", "folder", "what happened"):
         table.add_column(column, overflow="fold")

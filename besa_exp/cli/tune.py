@@ -1,4 +1,4 @@
-"""`besa tune`: checks the request, all its problems told together, then tunes one checkpoint."""
+"""`besa tune`: checks the request, all its problems reported together, then tunes one checkpoint."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def tune(arguments: Sequence[str]) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     asked = read_asked(arguments)
     if asked.finished:
-        print(f"finished before: {told(read_results(asked.folder))} -> {asked.folder}")
+        print(f"finished before: {outcome(read_results(asked.folder))} -> {asked.folder}")
         return 0
     from besa_exp.runs.interruption import interruptible
     from besa_exp.runs.tune import tune_checkpoint  # imports torch
@@ -60,11 +60,11 @@ def _run(arguments: argparse.Namespace) -> int:
             traceback.print_exc()
         print(f"failed: {error}; what is finished is kept; see {asked.folder / 'run.log'}", file=sys.stderr)
         return 1
-    print(f"done: {told(results)} -> {asked.folder}")
+    print(f"done: {outcome(results)} -> {asked.folder}")
     return 0
 
 
-def told(results: Mapping[str, Any]) -> str:
+def outcome(results: Mapping[str, Any]) -> str:
     """`60.00 % zeros, held-out loss 3.0031 -> 2.6450, perplexity embedded 20.1 -> 15.2`."""
     loss = results["recovery"]["loss"]
     parts = [f"{results['measured_sparsity']:.2%} zeros", f"held-out loss {loss['before']:.4f} -> {loss['after']:.4f}"]

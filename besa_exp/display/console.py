@@ -102,18 +102,18 @@ class RunConsole:
             left = f", about {duration(rate * (num_steps - done))} left" if done < num_steps else ""
             logger.info(f"step {done}/{num_steps}: held-out loss {held_out:.4f}{left}")
 
-        def told(done: int, loss: float, held_out: float | None) -> None:
+        def show(done: int, loss: float, held_out: float | None) -> None:
             first[:] = first or [done]
             self._line.count(done, num_steps, f"steps, loss {loss:.4f}")
             if held_out is not None:
                 log(done, held_out)
 
         self._line.begin("recovery")
-        yield told
+        yield show
         self._line.end()
 
     def summary(self, results: Mapping[str, Any], folder: Path) -> None:
-        """The content of results.json as tables; a missed target is told again. The command's last lines follow."""
+        """The content of results.json as tables; a missed target is shown again. The command's last lines follow."""
         self._line.close()
         if not self._brief:
             self.tables(results)
@@ -143,15 +143,15 @@ class RunConsole:
 
 
 def next_steps(folder: Path, results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(why, command) of what can be done with a finished run."""
+    """(why, command, or where it is said) of what can be done with a finished run."""
     place = shlex.quote(str(folder))
     compared = ("compare", f"besa compare {shlex.quote(str(folder.parent))}")
     if not (folder / "model").is_dir():
         kept = [("rebuild", f"besa masks apply {place}/masks.safetensors ...")] if _rebuilds(folder) else []
         return [compared, *(kept or [("draw", f"besa report {shlex.quote(str(folder.parent))}")])]
-    if results.get("zero_shot"):
-        return [("try it", f"besa generate {place}"), compared]
-    return [("try it", f"besa generate {place}"), ("score it", f"besa evaluate checkpoint={place} evaluator=zero_shot")]
+    score = ("score it", f"besa evaluate checkpoint={place} evaluator=zero_shot")
+    use = ("use it", f"{place}/model/README.md says how: transformers, lm-eval, vLLM, llama.cpp")
+    return [("try it", f"besa generate {place}"), compared if results.get("zero_shot") else score, use]
 
 
 def _rebuilds(folder: Path) -> bool:

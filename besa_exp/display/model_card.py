@@ -16,18 +16,10 @@ from besa_exp.display.cost import COST_HEADS, cost_rows
 from besa_exp.display.markdown import escaped, markdown_table
 from besa_exp.display.missed_target import told_miss
 from besa_exp.display.stages import stage_lines
+from besa_exp.display.text_samples import text_table
+from besa_exp.display.usage import savings, use_lines
 from besa_exp.evaluation.score import Scores, partly_scored, skipped_parts
-from besa_exp.machine.environment import masked_command
-
-HONESTY = (
-    "The zeros are stored as ordinary dense numbers. This checkpoint takes the same disk space, memory and time as the "
-    "dense one: unstructured zeros save neither memory nor time on today's hardware."
-)
-HONESTY_N_M = (
-    "The zeros are stored as ordinary dense numbers: as it is, this checkpoint takes the same disk space, memory and "
-    "time as the dense one. Hardware and software that know an N:M pattern (2:4 today) can use it after a conversion."
-)
-HONESTY_STRUCTURE = "What was removed whole is not stored: that part does save disk space, memory and time."
+from besa_exp.machine.environment import masked_command, without_folders
 
 FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---\s*(?:\n|$)", re.DOTALL)
 LICENCE_TAGS = ("license", "license_name", "license_link")
@@ -46,7 +38,7 @@ def model_card(
     `hub_id` is the dense model's name on the Hugging Face hub, where it has one, `licence` what its own card says of
     that (`base_licence`). The program, first word of
     `command`, is shown as `besa`: where it is installed is private."""
-    name = hub_id or results["model"].rstrip("/").rpartition("/")[2]  # of a folder its last part: the rest is private
+    name = hub_id or results.get("model_name") or results["model"].rstrip("/").rpartition("/")[2]  # no folder: private
     model = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else escaped(name)
     target, measured = results["target_sparsity"], results["measured_sparsity"]
     calibration = results.get("calibration")
@@ -59,6 +51,7 @@ def model_card(
         f"- Sparsity of the pruned linears: target {target:.4f}, measured {measured:.4f}"
         + (f"; **{missed}**" if (missed := told_miss(results)) else ""),
     ]
+    lines += [f"- Kept dense: {escaped(', '.join(results['ignore']))}"] if results.get("ignore") else []
     lines += [f"- {what}: {escaped(how)}" for what, how in stage_lines(results).items()]
     if quantisation := results.get("quantisation"):
         shared = "each output channel" if (size := quantisation["group_size"]) is None else f"every {size} inputs"
@@ -69,18 +62,18 @@ def model_card(
     if calibration:
         samples, length = calibration["num_samples"], calibration["seq_len"]
         lines.append(f"- Calibration: {escaped(calibration['name'])}, {samples} samples of {length} tokens")
-    honesty = HONESTY if results["pattern"] == "unstructured" else HONESTY_N_M
-    honesty += f" {HONESTY_STRUCTURE}" if results.get("structure") else ""
     counts = type_counts(results["blocks"]).items()
     rows = [[name, f"{weights:,}", f"{pruned:,}", f"{pruned / weights:.4f}"] for name, (weights, pruned) in counts]
-    lines += ["", honesty, "", "## Sparsity by linear type", ""]
+    lines += ["", savings(results), "", "## Sparsity by linear type", ""]
     lines += markdown_table(["linear", "weights", "zeros", "sparsity"], rows, numbers=True)
     shown = shlex.join(["besa", *masked_command(command[1:])])
     lines += [
         "",
         *_scores(results),
+        *_texts(results),
         *_simulated_speed(results),
         *_cost(results),
+        *use_lines(results),
         "## Command",
         "",
         "```",
@@ -88,11 +81,12 @@ def model_card(
         "```",
         "",
     ]
-    return "\n".join(lines)
+    return without_folders("\n".join(lines))
 
 
-def base_licence(folder: Path) -> dict[str, str]:
-    """The licence tags of the model card in a model's folder; none where there is no card or it has none."""
+def base_licence(folder: Path, *more: str) -> dict[str, str]:
+    """The licence tags, and `more`, of the model card in a model's folder; none where there is no card or it has
+    none."""
     card = folder / "README.md"
     found = FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
     try:
@@ -100,7 +94,14 @@ def base_licence(folder: Path) -> dict[str, str]:
     except yaml.YAMLError:  # somebody else's file
         return {}
     known = tags if isinstance(tags, dict) else {}
-    return {key: known[key] for key in LICENCE_TAGS if isinstance(known.get(key), str)}
+    return {key: known[key] for key in (*LICENCE_TAGS, *more) if isinstance(known.get(key), str)}
+
+
+def renewed_card(folder: Path, results: Mapping[str, Any], command: str, revision: str | None) -> str:
+    """The card of a model in `folder` with the scores that `results` hold now; what its own says of the base model
+    stays."""
+    known = base_licence(folder, "base_model")
+    return model_card(results, shlex.split(command), known.pop("base_model", None), revision, known)
 
 
 def _front_matter(hub_id: str | None, licence: Mapping[str, str]) -> list[str]:
@@ -114,8 +115,14 @@ def _scores(results: Mapping[str, Any]) -> list[str]:
     pruned, dense = score_rows(results), score_rows(results.get("dense") or {})
     if not pruned:
         return []
-    rows = [[escaped(name), _number(dense.get(name)), _number(value)] for name, value in pruned.items()]
-    lines = ["## Scores", "", *markdown_table(["measure", "dense", "pruned"], rows, numbers=True)]
+    beside = any(value is not None for value in dense.values())
+    rows = [
+        [escaped(name), *([_number(dense.get(name))] if beside else []), _number(value)]
+        for name, value in pruned.items()
+        if value is not None
+    ]
+    head = ["measure", *(["dense"] if beside else []), "pruned"]
+    lines = ["## Scores", "", *(markdown_table(head, rows, numbers=True) if rows else [])]
     reasons = [
         f"- n/a, {escaped(name)}: {escaped(reason)}"
         for name, reason in sorted((results.get("unavailable") or {}).items())
@@ -133,6 +140,13 @@ def score_rows(results: Mapping[str, Any]) -> dict[str, float | None]:
     return {
         score.label: score.value for score in sorted(found, key=lambda score: (score.kind, score.name, score.metric))
     }
+
+
+def _texts(results: Mapping[str, Any]) -> list[str]:
+    """What the model says, where it was asked."""
+    head, rows = text_table(results)
+    cells = [[escaped(cell) for cell in row] for row in rows]
+    return ["## What it says (greedy)", "", *markdown_table(head, cells), ""] if rows else []
 
 
 def _simulated_speed(results: Mapping[str, Any]) -> list[str]:

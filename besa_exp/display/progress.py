@@ -82,7 +82,7 @@ class PruningProgress:
     """Follows the blocks of one walk: `num_blocks` in all, of which `seconds_before` lists those pruned before.
 
     The time left is known from the first step on where a block's steps are, else from the second block on; right away
-    where an earlier attempt has told how long a block takes."""
+    where an earlier attempt has measured how long a block takes."""
 
     num_blocks: int
     seconds_before: Sequence[float]
@@ -90,39 +90,37 @@ class PruningProgress:
     line: StageLine
     log: Callable[[str], None]
     _seconds: list[float] = field(default_factory=list)
-    _block: int = -1
     _steps: int = 0
     _began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self._seconds = list(self.seconds_before)
-        self._block = len(self._seconds)
         self._show("")
 
     def step(self, step: Step) -> None:
         """One optimisation step has been made."""
         self._steps += 1
-        self._block = step.block
         known = f" of {self.steps_per_block}" if self.steps_per_block else ""
         self._show(f" · step {self._steps}{known} · loss {step.loss:.3g}")
 
     def block(self, report: BlockReport) -> None:
         """One block is pruned."""
         self.steps_per_block = self._steps or self.steps_per_block
-        self._steps, self._block = 0, report.index + 1
         self._seconds.append(time.monotonic() - self._began)
+        self._steps, done = 0, len(self._seconds)
         self._began = time.monotonic()
         left = self.time_left()
+        dense = f" (index {report.index} of the dense model)" if report.index + 1 != done else ""
         started = f" ({report.loss_before:.4g} at the start)" if report.loss_before != report.loss_after else ""
         self.log(
-            f"block {report.index + 1} of {self.num_blocks}: sparsity {report.sparsity:.4f}, "
+            f"block {done} of {self.num_blocks}{dense}: sparsity {report.sparsity:.4f}, "
             f"reconstruction loss {report.loss_after:.4g}{started}, "
             f"{duration(report.seconds)}" + (f", {about(left)}" if left else "")
         )
         self._show(f" · loss {report.loss_after:.3g}")
 
     def time_left(self) -> float | None:
-        """Seconds; None where nothing tells yet, or nothing is left."""
+        """Seconds; None where nothing is known yet, or nothing is left."""
         elapsed, within = time.monotonic() - self._began, self._within()
         left = self.num_blocks - len(self._seconds)
         if self._seconds:
@@ -135,7 +133,7 @@ class PruningProgress:
 
     def _show(self, more: str) -> None:
         left = self.time_left()
-        at = min(self._block + 1, self.num_blocks)
+        at = min(len(self._seconds) + 1, self.num_blocks)
         ending = f" · {about(left)}" if left else ""
         share = (len(self._seconds) + self._within()) / max(1, self.num_blocks)
         self.line.show(share, f"block {at} of {self.num_blocks}{ending}{more}")

@@ -19,9 +19,9 @@ def stage_lines(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _structure(report: StructureReport) -> str:
-    """`1 of 4 blocks (1), 2 channels in 1 blocks by shortgpt; 880 of 1,000 parameters left (88.0%)`."""
+    """`1 of 4 blocks (index 1), 2 channels in 1 blocks by shortgpt; 880 of 1,000 parameters left (88.0%)`."""
     removed = [str(change.index) for change in report.changes if isinstance(change, Removed)]
-    parts = [f"{len(removed)} of {report.num_blocks} blocks ({', '.join(removed)})"] if removed else []
+    parts = [f"{len(removed)} of {report.num_blocks} blocks (index {', '.join(removed)})"] if removed else []
     narrowed = [change for change in report.changes if isinstance(change, Narrowed)]
     for name, sizes in (
         ("groups of heads", [change.groups for change in narrowed]),

@@ -21,6 +21,7 @@ from besa_exp.display.cost import COST_HEADS, cost_rows
 from besa_exp.display.loss_colour import colour_of_loss
 from besa_exp.display.model_card import SPEED_HEADS, score_rows, speed_rows
 from besa_exp.display.stages import stage_lines
+from besa_exp.display.text_samples import text_table
 from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.score import Scores, metric_name, partly_scored, skipped_parts
 from besa_exp.settings import CalibrationSettings, RunSettings, SaveSettings
@@ -41,6 +42,7 @@ def plan_table(settings: RunSettings, facts: Mapping[str, Any]) -> Table:
         **({"budget": type(settings.budget).__name__ + _keys(settings.budget)} if settings.budget else {}),
         **({"recovery": _said(asdict(settings.recovery))} if settings.recovery else {}),
         "target": f"sparsity {settings.sparsity:g}, {settings.pattern}",
+        **({"kept dense": ", ".join(settings.ignore)} if settings.ignore else {}),
         "calibration": f"{calibration.path or calibration.name}, {_windows(calibration)}",
         **({"skipping": _said(settings.skipping.asked)} if settings.skipping else {}),
         "scores": (", ".join(scored) or "none") + (", dense too" if evaluator.dense and scored else ""),
@@ -130,6 +132,8 @@ def result_tables(results: Mapping[str, Any], style: box.Box) -> list[Renderable
         tables.append(_speed_table(rows, results["simulated_speed"]["model"], style))
     if costs := cost_rows(results):
         tables.append(_cost_table(costs, bool(results.get("dense")), style))
+    head, samples = text_table(results)
+    tables += [_text_table(head, samples, style)] if samples else []
     tables += [Text(f"{name}: {part}") for name, part in skipped_parts(Scores.from_dict(results).scores).items()]
     tables += [Text(f"n/a {name}: {reason}") for name, reason in sorted((results.get("unavailable") or {}).items())]
     return tables
@@ -175,18 +179,20 @@ def _score_table(results: Mapping[str, Any], style: box.Box) -> Table:
     """Perplexities (difference in percent) and tasks (plain difference) with standard error, questions and direction;
     the colour of the difference says how much was lost."""
     dense = results.get("dense") or {}
-    after, before, told = score_rows(results), score_rows(dense), dict(_tasks(results))
-    counted = {name: questions for name, (_, _, questions) in told.items() if questions}
+    after, before, tasks = score_rows(results), score_rows(dense), dict(_tasks(results))
+    counted = {name: questions for name, (_, _, questions) in tasks.items() if questions}
+    for name, part in partly_scored(Scores.from_dict(results).scores).items():
+        counted |= {f"perplexity {name}": part} if f"perplexity {name}" in after else {}
     table = _table("", style)
     table.add_column("measure", overflow="fold")
     named = "pruned" if "pruner" in results else "score"
-    for head in (*(("dense", named, "change") if before else (named,)), *(("questions",) if counted else ())):
+    for head in (*(("dense", named, "change") if before else (named,)), *(("scored on",) if counted else ())):
         table.add_column(head, justify="right", no_wrap=True)
     errors, dense_errors = (
         {name: error for name, (error, _, _) in dict(_tasks(one)).items()} for one in (results, dense)
     )
     for name in dict.fromkeys([*after, *before]):
-        rises = told.get(name, ("", not name.startswith("perplexity "), ""))[1]
+        rises = tasks.get(name, ("", not name.startswith("perplexity "), ""))[1]
         pruned = f"{_score(after.get(name))}{errors.get(name, '')}"
         cells: list[str | Text] = [pruned]
         if before:
@@ -198,13 +204,13 @@ def _score_table(results: Mapping[str, Any], style: box.Box) -> Table:
 
 
 def _tasks(results: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, bool, str]]]:
-    """(row, (` ± error`, whether it should rise, `8 of 1,838`)) of each task's metrics."""
+    """(row, (` ± error`, whether it should rise, `8 of 1,838 questions`)) of each task's metrics."""
     records = ((results.get("provenance") or {}).get("zero_shot") or {}).get("tasks") or {}
     partly = partly_scored(Scores.from_dict(results).scores)
     for task, metrics in (results.get("zero_shot") or {}).items():
         record = records.get(task) or {}
         whole = record.get("documents")
-        questions = partly.get(task, f"{whole:,}" if whole else "").removesuffix(" questions")
+        questions = partly.get(task, f"{whole:,} questions" if whole else "")
         for key in metrics:
             metric, _, which = key.partition(",")
             error = metrics.get(f"{metric}_stderr,{which}")
@@ -231,6 +237,15 @@ def _cost_table(rows: Sequence[tuple[str, str, str]], with_dense: bool, style: b
     return table
 
 
+def _text_table(head: Sequence[str], rows: Sequence[tuple[str, ...]], style: box.Box) -> Table:
+    table = _table("", style)
+    for name in head:
+        table.add_column(name, overflow="fold", ratio=1 if name == head[0] else 2)
+    for row in rows:
+        table.add_row(*(Text(" ".join(cell.split())) for cell in row))
+    return table
+
+
 def _table(title: str, style: box.Box) -> Table:
     """An empty table, its columns close together except where they have edges."""
     padding = (0, 1) if style is box.MARKDOWN else (0, 1, 0, 0)
@@ -252,7 +267,7 @@ def _score(value: float | None) -> str:
 
 
 def _percent(weights: int, pruned: int) -> str:
-    return f"{100 * pruned / weights:.2f}"
+    return f"{100 * pruned / weights:.2f}" if weights else "dense"
 
 
 def _width(table: Table) -> int:

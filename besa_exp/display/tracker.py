@@ -1,17 +1,21 @@
 """What a run sends to Weights & Biases besides its own folder; offline by default, and never able to end a run.
 
 `step/*` is drawn over `optimisation_step` (which counts on from block to block), `block/*` and `allocated/<linear>`
-over `block`, a mixture's experts as one, `recovery/*` over `recovery_step`; scores are summary values. Any failure of
-W&B is one warning: metrics.jsonl holds the same numbers. The network is touched in mode `online` alone; a server that
-does not answer costs INIT_TIMEOUT, then the run is offline.
+over `block`, a mixture's experts as one, `recovery/*` over `recovery_step`; each score is logged once, so that it has a
+chart, and stands in the summary. A series that would be one number or another's copy is left out: what is known of the
+blocks beside their loss is logged at the end, where it varies. Any failure of W&B is one warning: metrics.jsonl holds
+the same numbers. The network is touched in mode `online` alone; a server that does not answer costs INIT_TIMEOUT, then
+the run is offline.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from statistics import fmean
@@ -20,13 +24,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from besa_exp.blocks.reports import BlockReport, LinearReport, Step
 from besa_exp.blocks.sparsity_table import linear_type
 from besa_exp.display.wandb_run import forget_run, start_run
-from besa_exp.evaluation.score import Scores
+from besa_exp.evaluation.score import Scores, stderr_key
+from besa_exp.machine.environment import without_folders
 from besa_exp.settings import TrackerSettings
 
 if TYPE_CHECKING:
     import wandb
 
 TABLE_COLUMNS = ("block", "linear", "weights", "pruned", "sparsity", "allocated")
+SAME = 1e-4  # sparsities that differ by less are one
 HISTOGRAM_BINS = 50  # of the rows' sparsities, from 0 to 1
 logger = logging.getLogger(__name__)
 
@@ -46,7 +52,7 @@ class Tracker(Protocol):
     def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
         """Scores of the pruned model, and of the dense one where it was scored."""
 
-    def log_summary(self, values: Mapping[str, float]) -> None:
+    def log_summary(self, values: Mapping[str, float | str]) -> None:
         """Values of the run as a whole."""
 
     def finish(self, failed: bool = False) -> None:
@@ -68,7 +74,7 @@ class NoTracker:
     def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
         pass
 
-    def log_summary(self, values: Mapping[str, float]) -> None:
+    def log_summary(self, values: Mapping[str, float | str]) -> None:
         pass
 
     def finish(self, failed: bool = False) -> None:
@@ -86,32 +92,25 @@ class WandbTracker:
         self._reports: list[BlockReport] = []
         self._works = True
 
-    def _log_step(self, step: Step) -> None:
-        values = {
-            "optimisation_step": self._num_steps,
-            "step/block": step.block,
-            "step/loss": step.loss,
-            "step/reconstruction": step.reconstruction,
-            "step/penalty": step.penalty,
-            "step/expected_sparsity": step.expected_sparsity,
-        }
-        self._num_steps += 1
-        self._attempt(lambda: self._run.log(values))
+    def _log_steps(self, steps: Sequence[Step]) -> None:
+        """The terms of the loss where there are two, and the expected sparsity where it moves."""
+        shown = ["loss", *(["reconstruction", "penalty"] if any(step.penalty for step in steps) else [])]
+        shown += ["expected_sparsity"] if _varies([step.expected_sparsity for step in steps]) else []
+        for step in steps:
+            values = {f"step/{name}": getattr(step, name) for name in shown}
+            line = {"optimisation_step": self._num_steps, "step/block": step.block, **values}
+            self._num_steps += 1
+            self._attempt(partial(self._run.log, line))
 
     def log_block(self, report: BlockReport) -> None:
         self._reports.append(report)
         if report.index < self._known_blocks:
             self._num_steps += len(report.steps)
             return
-        for step in report.steps:
-            self._log_step(step)
-        values = {
-            "block": report.index,
-            "block/sparsity": report.sparsity,
-            "block/reconstruction_loss": report.loss_after,
-            "block/reconstruction_loss_before": report.loss_before,
-            **{f"allocated/{kind}": value for kind, value in _by_type(report, "allocated").items()},
-        }
+        self._log_steps(report.steps)
+        values = {"block": report.index, "block/reconstruction_loss": report.loss_after}
+        if report.loss_before != report.loss_after:
+            values["block/reconstruction_loss_start"] = report.loss_before
         self._attempt(lambda: self._run.log(values))
 
     def log_rows(self, block: int, linears: Mapping[str, Sequence[float]]) -> None:
@@ -138,10 +137,20 @@ class WandbTracker:
         self._attempt(lambda: self._run.log({"recovery_step": step["step"], **values}))
 
     def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
-        values = _summary(scores)
+        logged, values = _values(scores), _summary(scores)
         if dense is not None:
+            logged |= {f"dense/{name}": value for name, value in _values(dense).items()}
             values |= {f"dense/{name}": value for name, value in _summary(dense).items()}
-        self.log_summary(values)
+        self.log_summary(values | logged)
+        self._attempt(lambda: self._run.log(logged) if logged else None)
+        if scores.texts:
+            self._attempt(lambda: self._log_texts(scores.texts, dense.texts if dense else {}))
+
+    def _log_texts(self, texts: Mapping[str, str], dense: Mapping[str, str]) -> None:
+        import wandb
+
+        rows: list[Any] = [[prompt, dense.get(prompt, ""), text] for prompt, text in texts.items()]
+        self._run.log({"texts": wandb.Table(columns=["prompt", "dense", "pruned"], data=rows)})
 
     def log_summary(self, values: Mapping[str, float | str]) -> None:
         self._attempt(lambda: self._run.summary.update(dict(values)))
@@ -166,8 +175,10 @@ class WandbTracker:
         else:
             logger.info("no heat map of the sparsity for W&B: it needs matplotlib (pip install 'besa-exp[report]')")
         self._run.log(values)
+        for line in _varying(reports):
+            self._run.log(line)
         weights, pruned = sum(row[2] for row in rows), sum(row[3] for row in rows)
-        self._run.summary["sparsity"] = pruned / weights
+        self._run.summary["measured_sparsity"] = pruned / max(1, weights)
 
     def _attempt(self, act: Callable[[], object]) -> None:
         if not self._works:
@@ -202,19 +213,56 @@ def start_tracker(
         return NoTracker()
 
 
-def _summary(scores: Scores) -> dict[str, float | str]:
-    """Summary values: `zero_shot/piqa/acc,none` and their like."""
-    values: dict[str, float | str] = {}
+def _varies(values: Sequence[float]) -> bool:
+    """By more than rounding."""
+    return max(values, default=0) - min(values, default=0) > SAME
+
+
+def _varying(reports: Sequence[BlockReport]) -> Iterator[dict[str, float]]:
+    """A line a block of sparsities: the block's own, and those allocated to its linears, where they are not the same in
+    all blocks and linears."""
+    allocated = [_by_type(report, "allocated") for report in reports]
+    deals = _varies([value for own in allocated for value in own.values()])
+    differs = _varies([report.sparsity for report in reports if report.linears])
+    for report, own in zip(reports, allocated, strict=True):
+        values = {f"allocated/{kind}": value for kind, value in own.items()} if deals else {}
+        values |= {"block/sparsity": report.sparsity} if differs else {}
+        if values:
+            yield {"block": report.index, **values}
+
+
+def _values(scores: Scores) -> dict[str, float]:
+    """`perplexity/wikitext2`, `zero_shot/piqa/acc`: each score under a name without folders. Two files of one name are
+    told apart by the folder that they lie in."""
+    names = {score.name for score in scores.scores}
+    short = Counter(Path(name).name for name in names)
+    values = {}
     for score in scores.scores:
-        place = score.path.removesuffix(score.metric)
-        values |= {place + key: value for key, value in score.numbers.items()}
+        parts = Path(score.name).parts
+        name = "/".join(parts[-2:] if short[parts[-1]] > 1 else parts[-1:])
+        if score.value is not None:
+            values["/".join(part for part in (score.kind, name, score.metric.removesuffix(",none")) if part)] = (
+                score.value
+            )
+    return values
+
+
+def _summary(scores: Scores) -> dict[str, float | str]:
+    """Summary values beside the scores: their standard errors, speeds, cost, and what is not available and why."""
+    values: dict[str, float | str] = {
+        f"zero_shot/{score.name}/{stderr_key(score.metric).removesuffix(',none')}": score.stderr
+        for score in scores.scores
+        if score.stderr is not None
+    }
     for name, speed in (("simulated_speed", scores.simulated_speed), ("speed", scores.speed)):
         for kind, row in speed.get("linears", {}).items():
             values |= {f"{name}/{kind}/{key}": value for key, value in row.items() if value is not None}
     for key, value in scores.cost.items():
         rows = value if isinstance(value, Mapping) else {"": value}
         values |= {f"cost/{key}/{batch}".rstrip("/"): number for batch, number in rows.items()}
-    return values | {f"unavailable/{name}": reason for name, reason in scores.unavailable.items()}
+    return values | {
+        f"unavailable/{Path(name).name}": without_folders(reason) for name, reason in scores.unavailable.items()
+    }
 
 
 def _by_type(report: BlockReport, field: str) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from besa_exp.machine import atomic
-from besa_exp.machine.environment import masked
+from besa_exp.machine.environment import masked, without_folders
 from besa_exp.settings import TrackerSettings
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ FINISH_TIMEOUT = 300.0  # seconds for the upload at the end; what was not sent s
 ID = re.compile(rb"[0-9A-Za-z_-]+")
 STEP_METRICS = {"step/*": "optimisation_step", "block/*": "block", "allocated/*": "block", "rows/*": "block"}
 STEP_METRICS |= {"recovery/*": "recovery_step"}
+PACKAGES = ("besa-exp", "torch", "transformers", "lm-eval")  # whose versions the config tells
 
 
 def start_run(
@@ -42,22 +44,42 @@ def start_run(
         id=_run_id(folder / "wandb"),
         resume="allow",
         job_type=os.environ.get("WANDB_JOB_TYPE") or "prune",
-        config={**masked(config), "method": pruner},
+        config=_config(folder, config, pruner),
         reinit="create_new",
-        settings=_wandb_settings(settings.mode, folder),
+        settings=_wandb_settings(settings, folder),
     )
     for metric, step_metric in STEP_METRICS.items():
         run.define_metric(step_metric, hidden=True)
-        run.define_metric(metric, step_metric=step_metric)
+        run.define_metric(metric, step_metric=step_metric, summary="none")  # the last of a curve is no result
+    run.define_metric("step/block", step_metric="optimisation_step", summary="none", hidden=True)
     return run
 
 
-def _wandb_settings(mode: str, folder: Path) -> wandb.Settings:
-    """Everything inside `folder`, nothing about the machine, its packages, code or git state, no output captured."""
+def _config(folder: Path, config: Mapping[str, Any], pruner: str) -> dict[str, Any]:
+    """The request, its secrets masked and its folders left out, with the method's name, and of the run folder's files
+    the command, versions, commit and device."""
+    told = without_folders(masked(config)) | {"method": pruner}
+    if isinstance(model := told.get("model"), dict) and "path" in model:
+        told["model"] = model | {"name": model.get("name") or str(model["path"]).rstrip("/").rpartition("/")[2]}
+    where, status = (_json(folder / name) for name in ("environment.json", "status.json"))
+    told |= {"command": without_folders(status["command"])} if status.get("command") else {}
+    told |= {"commit": where["git_commit"], "device_name": where["device_name"]} if where else {}
+    versions = {name: where["packages"].get(name) for name in PACKAGES} if where else {}
+    return told | ({"versions": {"python": where["python"], **versions}} if versions else {})
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """{} where it is not there."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _wandb_settings(asked: TrackerSettings, folder: Path) -> wandb.Settings:
+    """Everything inside `folder`, nothing about packages, code or git state, no output captured; the machine's load
+    where it is asked for."""
     import wandb
 
     return wandb.Settings(
-        mode=mode,  # pyright: ignore[reportArgumentType] - checked there
+        mode=asked.mode,  # pyright: ignore[reportArgumentType] - checked there
         root_dir=str(folder.absolute()),  # its service may have begun in another working folder
         silent=True,
         console="off",
@@ -68,9 +90,9 @@ def _wandb_settings(mode: str, folder: Path) -> wandb.Settings:
         symlink=False,
         allow_offline_artifacts=False,  # their files would lie outside the run folder
         x_save_requirements=False,
-        x_disable_stats=True,
+        x_disable_stats=not asked.system_metrics,
         x_disable_meta=True,
-        x_disable_machine_info=True,
+        x_disable_machine_info=not asked.system_metrics,
         init_timeout=INIT_TIMEOUT,
         finish_timeout=FINISH_TIMEOUT,
     )

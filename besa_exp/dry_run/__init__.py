@@ -1,1 +1,1 @@
-"""`dry_run=true`: what a run would need of memory, disk and time, told before any weight is read."""
+"""`dry_run=true`: what a run would need of memory, disk and time, shown before any weight is read."""

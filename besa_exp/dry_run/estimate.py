@@ -32,9 +32,10 @@ from besa_exp.blocks.head import head_of
 from besa_exp.blocks.observation import Observed
 from besa_exp.blocks.pruner import Pruner
 from besa_exp.checkpoints.files import weights_sha256
-from besa_exp.checkpoints.load import is_large, weight_bytes
+from besa_exp.checkpoints.load import SHARE_OF_FREE, is_large, model_context, weight_bytes
 from besa_exp.checkpoints.streaming import cannot_stream, give_back_memory, saves_blocks_anew
 from besa_exp.checkpoints.tensor_sources import stored_tensors
+from besa_exp.dry_run.counts import CHIPS, DISK, HASH, block_seconds, passes_of
 from besa_exp.dry_run.probe import BlockCost, BlockProbe, PeakMemory, cut_down, seconds_of
 from besa_exp.dry_run.texts import Texts, local_folder, model_without_weights, read_texts
 from besa_exp.errors import ConfigurationError, RunError, first_line
@@ -135,11 +136,14 @@ class DiskSpeed:
     hash: float
 
 
-def estimate(settings: RunSettings, folder: Path, tell: Callable[[str], None] = lambda text: None) -> Estimate:
-    """What the run in `folder` would need. `tell` is told what is done next. ConfigurationError: the run would be
-    refused."""
+def estimate(settings: RunSettings, folder: Path, on_progress: Callable[[str], None] = lambda text: None) -> Estimate:
+    """What the run in `folder` would need. `on_progress` is called with what is done next. ConfigurationError: the run
+    would be refused."""
+    if settings.device_name != "here":
+        on_progress("counting what the run computes")
+        return estimate_from_counts(settings, folder)
     device = prepared_device(settings)
-    tell("building the model without weights, reading the texts")
+    on_progress("building the model without weights, reading the texts")
     models: list[PreTrainedModel] = []
     build = seconds_of(device, lambda: models.append(model_without_weights(settings.model, settings.offline)))
     (model,), links = models, not saves_blocks_anew(models[0])
@@ -149,9 +153,9 @@ def estimate(settings: RunSettings, folder: Path, tell: Callable[[str], None] = 
     place = _existing(folder)
     free: dict[Place, int] = {"host": free_memory(), "disk": shutil.disk_usage(place).free}
     free |= {"device": torch.cuda.mem_get_info(device)[0]} if device.type == "cuda" else {}
-    tell("writing a file and reading it again")
+    on_progress("writing a file and reading it again")
     disk = disk_speed(place)
-    tell(f"pruning one block of random weights on {device}")
+    on_progress(f"pruning one block of random weights on {device}")
     found = _measured(settings, model, size, texts, place, device)
     saved_anew = 0 if not settings.keeps_model else size.outside if streamed and links else size.total
     parts = [
@@ -163,6 +167,36 @@ def estimate(settings: RunSettings, folder: Path, tell: Callable[[str], None] = 
     kept = size.total * settings.keeps_model + size.masks * settings.save.masks * (not settings.is_dense) + logs
     notes += [*texts.notes, *filter(None, [found.note]), *_not_estimated(settings, found)]
     return Estimate(settings, folder, device, parts, kept, len(size.blocks), seconds, free, notes)
+
+
+def estimate_from_counts(settings: RunSettings, folder: Path) -> Estimate:
+    """Of loading, pruning and saving on the chip `settings.device_name`, which need not be here."""
+    chip, calibration = CHIPS[settings.device_name], settings.calibration
+    model = model_without_weights(settings.model, settings.offline)
+    size, pruner = model_size(model), with_update(settings.pruner, settings.update)
+    streamed = size.total > SHARE_OF_FREE * chip.memory
+    goal, samples = Goal.parse(settings.sparsity, settings.pattern), calibration.num_samples
+    length = min(calibration.seq_len, model_context(model))
+    passes = passes_of(pruner, goal, samples, calibration.batch_size)
+    weights, block = 8 * size.masks // len(size.blocks), sum(size.blocks) // len(size.blocks)
+    host = (block + weights / 8) / DISK + block / HASH
+    a_block = max(block_seconds(chip, pruner, passes, model.config, weights, samples, length), host)
+    load, saved = (size.outside if streamed else size.total) / DISK, settings.keeps_model
+    save = (size.outside if streamed else size.total) / DISK * saved + 2 * size.total / DISK * saved
+    seconds: dict[str, float | None] = {"load": load, "prune": a_block * len(size.blocks), "one block": a_block}
+    seconds |= {"save": save, "total": load + a_block * len(size.blocks) + save}
+    held = size.outside + (1 + pruner.traits.blocks_together) * block if streamed else size.total
+    states = Measured(0, "device")
+    parts = [Part("weights", "device", held), *_pruning_parts(pruner, samples * length * size.state, states, "device")]
+    kept = size.total * saved + size.masks * settings.save.masks
+    parts.append(Part("finished blocks, masks and what is kept", "disk", kept + sum(size.blocks) * streamed, PHASES))
+    notes = [
+        f"an estimate from counts for {settings.device_name}, on which nothing was measured: a sample passes a block "
+        f"{passes.plain / samples:.2f} times without and {passes.differentiated / samples:.2f} times with a gradient",
+        "fetching, calibration text and scoring are not counted; a disk of 2 GB/s and hashes of 1.3 GB/s are assumed",
+    ]
+    free: dict[Place, int] = {"device": int(chip.memory), "disk": shutil.disk_usage(_existing(folder)).free}
+    return Estimate(settings, folder, torch.device("cuda"), parts, kept, len(size.blocks), seconds, free, notes)
 
 
 def _not_estimated(settings: RunSettings, found: Measured) -> list[str]:
@@ -306,13 +340,14 @@ def _memory_parts(
         parts.append(Part("weights outside the blocks", memory, size.outside))
         held = pruner.traits.blocks_together * largest
         parts.append(Part("weights of the block at work", memory, held, ("prune", "evaluate"), "pruner.scope=block"))
-        parts += [Part("a block on its way", "host", largest, ("prune", "evaluate"))] * on_cuda
+        parts.append(Part("the next block, read ahead", "host", largest, ("prune", "evaluate")))
+        parts.append(Part("the finished block, being written", "host", largest, ("prune",)))
     else:
         parts.append(Part("weights", memory, size.total, remedy="model.load=streamed"))
         parts += [Part("weights on their way", "host", size.total, ("load", "save"), "model.load=streamed")] * on_cuda
     if settings.keeps_model:
         phases: tuple[Phase, ...] = ("save", "evaluate") if on_cuda or streamed else ("evaluate",)  # a CPU maps files
-        parts.append(Part("saved model, loaded anew", memory, size.outside if streamed else size.total, phases))
+        parts.append(Part("saved model, loaded again", memory, size.outside if streamed else size.total, phases))
     if settings.is_dense:
         parts = [part for part in parts if "load" in part.phases or "evaluate" in part.phases]
     else:

@@ -142,7 +142,7 @@ def _seconds_table(found: Estimate) -> Table:
 
 
 def _remarks(found: Estimate) -> list[str]:
-    done = ["a finished run is there, which the command shows and leaves alone (overwrite=true prunes anew)"]
+    done = ["a finished run is there, which the command shows and leaves alone (overwrite=true prunes again)"]
     missed = [warning] if (warning := out_of_reach(found.settings)) else []
     return [f"note: {note}" for note in [*(done if found.finished else []), *missed, *found.notes]]
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from besa_exp.checkpoints.load import config_folder, load_tokenizer, model_context, model_path, unpacked_gguf
 from besa_exp.checkpoints.streaming import dtype_of
 from besa_exp.checkpoints.transformers_config import read_config
+from besa_exp.dry_run.architectures import known_config
 from besa_exp.errors import ConfigurationError, Unavailable, as_unavailable, first_line
 from besa_exp.evaluation.checks import perplexity_window
 from besa_exp.evaluation.scores import windows_of
@@ -44,13 +45,14 @@ class Texts:
 
 
 def model_without_weights(settings: ModelSettings, offline: bool) -> PreTrainedModel:
-    """The whole model on the meta device. ConfigurationError: its config cannot be had or is not known."""
-    options = {"trust_remote_code": settings.trust_remote_code}
-    folder = config_folder(settings, offline)
+    """The whole model on the meta device. ConfigurationError: its config cannot be loaded or is not known."""
+    known = None if local_folder(settings) else known_config(settings.path)
+    folder = Path() if known else config_folder(settings, offline)
     try:
-        config, _ = read_config(folder, settings.trust_remote_code)
+        config = known or read_config(folder, settings.trust_remote_code)[0]
+        dtype = dtype_of(config, settings.dtype, folder)
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype_of(config, settings.dtype, folder), **options)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"model.path={settings.path}: no model can be built from its config ({first_line(error)}); it must be a "
@@ -116,7 +118,8 @@ def _windows(
         try:
             if reason := _unread(source, "perplexity"):
                 raise Unavailable(reason)
-            count, length = windows_of(source, tokenizer, window, True, settings.evaluator.column)[0].shape
+            asked = settings.evaluator
+            count, length = windows_of(source, tokenizer, window, True, asked.column, asked.max_windows)[0].shape
         except Unavailable as error:
             notes.append(f"perplexity on {source}: {first_line(error)}")
         else:

@@ -1,4 +1,4 @@
-"""What can be told about an evaluation before any text, model or library is loaded."""
+"""What can be checked of an evaluation before any text, model or library is loaded."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from besa_exp.texts.sources import check_source, is_token_file
 from besa_exp.texts.token_files import token_file_shape
 
 LONGEST_DEFAULT_WINDOW = 2048  # the paper's
+PROMPTS = ("Once upon a time", "The capital of France is", "Return the number of")
 
 
 def perplexity_window(settings: EvaluatorSettings, context: int) -> int:
@@ -18,13 +19,25 @@ def perplexity_window(settings: EvaluatorSettings, context: int) -> int:
     return settings.seq_len if settings.seq_len is not None else min(LONGEST_DEFAULT_WINDOW, context)
 
 
+def prompts_of(settings: EvaluatorSettings) -> tuple[str, ...]:
+    """The prompts of the text samples: as asked, else the fixed ones where anything is scored that takes longer."""
+    if settings.prompts is not None:
+        return settings.prompts
+    return PROMPTS if settings.perplexity_sets or settings.tasks else ()
+
+
 def check_evaluator(settings: EvaluatorSettings, context: int | None) -> list[str]:
     """What is wrong with these settings, in complete sentences. `context` None: the model's is not known yet."""
-    return [*_number_problems(settings, context), *_set_problems(settings, context), *_task_problems(settings)]
+    prompts = settings.prompts or ()
+    problems = (
+        [] if all(prompts) else ["evaluator.prompts: one is empty, and nothing follows nothing; write a character"]
+    )
+    problems += [*_repeated(prompts, "evaluator.prompts"), *_number_problems(settings, context)]
+    return [*problems, *_set_problems(settings, context), *_task_problems(settings)]
 
 
 def _number_problems(settings: EvaluatorSettings, context: int | None) -> list[str]:
-    lower = {"seq_len": 2, "limit": 1, "num_fewshot": 0, "batch_size": 1}
+    lower = {"seq_len": 2, "limit": 1, "max_windows": 1, "num_fewshot": 0, "batch_size": 1}
     problems = [
         f"evaluator.{key}={getattr(settings, key)}: must be at least {least}; set evaluator.{key}={least} or more"
         for key, least in lower.items()
@@ -64,7 +77,7 @@ def _set_problems(settings: EvaluatorSettings, context: int | None) -> list[str]
 
 def _task_problems(settings: EvaluatorSettings) -> list[str]:
     problems = _include_problems(settings)
-    if not problems and tasks_root() is not None:  # without lm-eval no task can be scored, which is told with each
+    if not problems and tasks_root() is not None:  # without lm-eval no task can be scored, and each says so
         tasks = dict.fromkeys(settings.tasks)
         problems += [problem for task in tasks for problem in _unknown_task(task, settings.include_path)]
     problems += _repeated(settings.tasks, "evaluator.tasks")

@@ -14,7 +14,7 @@ def continuations(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: in
 
     Prompts go one by one, without padding: what a model says does not depend on what it is asked besides."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    told = []
+    texts = []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
         room = tokens if context is None else max(1, min(tokens, context - ids.shape[1]))
@@ -23,5 +23,5 @@ def continuations(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: in
             "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         }
         made = model.generate(ids, **given)[0, ids.shape[1] :]
-        told.append(tokenizer.decode(made, skip_special_tokens=True).strip())
-    return told
+        texts.append(tokenizer.decode(made, skip_special_tokens=True).strip())
+    return texts

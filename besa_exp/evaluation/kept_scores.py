@@ -73,7 +73,7 @@ class FinishedScores:
 def shared_dense_scores(
     folder: Path, key: Mapping[str, Any], compute: Callable[[], Scores], on_wait: Callable[[], None]
 ) -> tuple[Scores, bool]:
-    """The scores, and whether they were measured before. `on_wait` is told when another run is measuring them.
+    """The scores, and whether they were measured before. `on_wait` is called when another run is measuring them.
 
     Where `folder` cannot be written to, they are computed; so they are by each process of a distributed run, which
     must all do the same."""
@@ -86,7 +86,7 @@ def shared_dense_scores(
             return found, True
         scores = compute()
         if not scores.unavailable:
-            with suppress(OSError):  # the scores are there; only the next run measures them anew
+            with suppress(OSError):  # the scores are there; the next run measures them again
                 atomic.write_text(
                     path,
                     json.dumps(
@@ -105,9 +105,9 @@ def dense_key(
     device: torch.device,
     skipping: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that determines the scores; `skipping`: what a policy is decided from. Files are told by name, size
-    and time of change, as reading them all would take longer than many an evaluation; the seed matters where examples
-    are, or may be, drawn."""
+    """Everything that determines the scores; `skipping`: what a policy is decided from. Files are identified by name,
+    size and time of change, as reading them all would take longer than many an evaluation; the seed matters where
+    examples are, or may be, drawn."""
     local = [*settings.perplexity_sets, *(place for place in (settings.data_dir, settings.include_path) if place)]
     paths = [Path(name).expanduser() for name in local]
     drawn = settings.num_fewshot or any(task not in TASK_FOLDERS for task in settings.tasks)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from besa_exp.errors import ConfigurationError
-from besa_exp.evaluation.checks import perplexity_window
-from besa_exp.evaluation.score import SPEEDS, Score, Scores, asked_of, perplexity_score
+from besa_exp.evaluation.checks import perplexity_window, prompts_of
+from besa_exp.evaluation.score import PARTS, Score, Scores, asked_of, perplexity_score
 from besa_exp.evaluation.task_definitions import TASK_FOLDERS, scored_names
 from besa_exp.settings import EvaluatorSettings, SkippingSettings
 from besa_exp.texts.sources import file_sha256, is_token_file
@@ -27,7 +27,7 @@ KINDS = ("perplexity", "zero_shot")
 
 @dataclass(frozen=True)
 class Remaining:
-    """`settings` name what is still to be scored; `known` tells in lines what is there; `conflicts` what is there under
+    """`settings` name what is still to be scored; `known` says in lines what is there; `conflicts` what is there under
     other conditions than are asked for."""
 
     settings: EvaluatorSettings
@@ -73,12 +73,15 @@ def remaining(
     if settings.simulated_speed and not simulate:
         known.append("simulated speed is known")
     left = replace(settings, perplexity_sets=tuple(sets), tasks=tuple(tasks), simulated_speed=simulate)
+    if settings.prompts and not set(settings.prompts) - scores.texts.keys():
+        known.append("text samples are known")
+    left = replace(left, prompts=tuple(prompt for prompt in prompts_of(left) if prompt not in scores.texts))
     return Remaining(left, tuple(known), tuple(conflicts))
 
 
 def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], list[str]]:
     """`results` with the scores, and lines about every score that changed or could not be measured again."""
-    before, told = Scores.from_dict(results), []
+    before, notes = Scores.from_dict(results), []
     common = before.common or scores.common
     own = {key: value for key, value in scores.common.items() if common.get(key) != value}
     union = {(score.kind, score.name, score.metric): score for score in before.scores}
@@ -90,30 +93,32 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
         if kind == "zero_shot":
             found = tuple(replace(score, conditions={**own, **score.conditions}) for score in found)
         lines, kept = _replaced(before, before.named(kind, name), replace(scores, scores=found, common=common))
-        told += lines
+        notes += lines
         replaced += kept
         union = {key: score for key, score in union.items() if key[:2] != (kind, name)}
         union |= {(score.kind, score.name, score.metric): score for score in found}
         unavailable.pop(name, None)
-    if scores.cost:
-        unavailable.pop("cost", None)
+    for name, there in (("cost", scores.cost), ("text samples", scores.texts)):
+        if there:
+            unavailable.pop(name, None)
     for name, reason in scores.unavailable.items():
         if any(before.named(kind, name) or scores.named(kind, name) for kind in KINDS):
-            told.append(f"{name} could not be scored anew ({reason}): its earlier score stays")
+            notes.append(f"{name} could not be scored again ({reason}): its earlier score stays")
             continue
         unavailable[name] = reason
         if name in scores.perplexity:
             union["perplexity", name, ""] = perplexity_score(name, None, {})
-    speeds = {name: getattr(scores, name) or getattr(before, name) for name in SPEEDS}  # another device, it may be
+    parts = {name: getattr(scores, name) or getattr(before, name) for name in PARTS}  # another device, it may be
+    parts["texts"] = {**before.texts, **scores.texts}
     if scores.simulated_speed:
         unavailable.pop("simulated speed", None)
     if scores.speed and "unavailable" not in scores.speed:
         unavailable.pop("speed", None)
-    joined = Scores(tuple(union.values()), unavailable, common, **speeds)
+    joined = Scores(tuple(union.values()), unavailable, common, **parts)
     provenance = {**(results.get("provenance") or {}), **joined.provenance}
     if replaced:
         provenance["replaced"] = [*provenance.get("replaced", []), *replaced]
-    return {**copy.deepcopy(dict(results)), **joined.to_dict(), "provenance": provenance}, told
+    return {**copy.deepcopy(dict(results)), **joined.to_dict(), "provenance": provenance}, notes
 
 
 def _replaced(before: Scores, old: Sequence[Score], now: Scores) -> tuple[list[str], list[dict[str, Any]]]:
@@ -139,7 +144,7 @@ def _value(scores: Scores, kind: str, name: str) -> Any:
 def _set_difference(
     name: str, settings: EvaluatorSettings, context: int | None, record: Mapping[str, Any]
 ) -> list[str]:
-    """How the tokens that were scored differ from those asked for, as far as it can be told without a tokenizer."""
+    """How the tokens that were scored differ from those asked for, as far as this can be known without a tokenizer."""
     path = Path(name).expanduser()
     differs = []
     if path.is_file() and record.get("file_sha256") not in (None, file_sha256(path)):
@@ -149,6 +154,9 @@ def _set_difference(
     window = None if context is None and settings.seq_len is None else perplexity_window(settings, context or 0)
     if window is not None and not _has_own_windows(name) and record.get("seq_len") not in (None, window):
         differs.append(f"windows of {record['seq_len']} tokens then, {window} now")
+    most, then = settings.max_windows, record.get("max_windows")
+    if then != most and (then is not None or record.get("num_windows", 0) > (most or 0)):
+        differs.append(f"{then or 'all'} windows then, {most or 'all'} now")
     return differs
 
 
@@ -163,7 +171,7 @@ def _has_own_windows(name: str) -> bool:
         return False
     try:
         return len(token_file_shape(Path(name).expanduser())) == 2
-    except ConfigurationError:  # told where the file is checked
+    except ConfigurationError:  # reported where the file is checked
         return True
 
 

@@ -127,7 +127,7 @@ def skipping_of(settings: SkippingSettings | None, tokens: Callable[[], Int[Tens
 
 
 def check_skips(loaded: LoadedModel, settings: SkippingSettings | None) -> None:
-    """RunError: the model cannot skip, told before it is pruned."""
+    """RunError: the model cannot skip; raised before it is pruned."""
     if settings is None:
         return
     if loaded.weights is not None:

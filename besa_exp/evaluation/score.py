@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 COMMON = "tasks"  # in the record of zero-shot scores; fields next to this key are defaults for all tasks
-SPEEDS = ("simulated_speed", "speed", "cost")
+PARTS = ("simulated_speed", "speed", "cost", "texts")  # what stands as it is in results.json, where it is there
 Kind = Literal["perplexity", "zero_shot"]
 
 
@@ -92,7 +92,7 @@ def task_scores(name: str, metrics: Mapping[str, Any], record: Mapping[str, Any]
 class Scores:
     """All of one model. `unavailable` {set, task or speed: reason}; `common`: what all tasks' records have in common;
     `simulated_speed`, `speed` and `cost` as `simulate_model`, `measure_model` and `cost_of` give them, where they were
-    asked for."""
+    asked for; `texts` {prompt: what the model goes on with}."""
 
     scores: tuple[Score, ...] = ()
     unavailable: Mapping[str, str] = field(default_factory=dict)
@@ -100,6 +100,7 @@ class Scores:
     simulated_speed: Mapping[str, Any] = field(default_factory=dict)
     speed: Mapping[str, Any] = field(default_factory=dict)
     cost: Mapping[str, Any] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> dict[str, float | None]:
@@ -139,7 +140,7 @@ class Scores:
         values = {"perplexity": self.perplexity, "zero_shot": self.zero_shot, "unavailable": dict(self.unavailable)}
         under = {score.name: score.conditions["skipping"] for score in self.scores if "skipping" in score.conditions}
         values |= {"skipping": under} if under else {}
-        return values | {name: dict(speed) for name in SPEEDS if (speed := getattr(self, name))}
+        return values | {name: dict(part) for name in PARTS if (part := getattr(self, name))}
 
     @staticmethod
     def from_dict(results: Mapping[str, Any], provenance: Mapping[str, Any] | None = None) -> Scores:
@@ -156,8 +157,8 @@ class Scores:
         for name, metrics in (results.get("zero_shot") or {}).items():
             found += task_scores(name, metrics, tasks.get(name) or {})
         common = {key: value for key, value in records.items() if key != COMMON}
-        speeds = {name: results.get(name) or {} for name in SPEEDS}
-        return Scores(tuple(found), results.get("unavailable") or {}, common, **speeds)
+        parts = {name: results.get(name) or {} for name in PARTS}
+        return Scores(tuple(found), results.get("unavailable") or {}, common, **parts)
 
 
 def _under(records: Mapping[str, Any], skipping: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -204,9 +205,12 @@ def main_scores(scores: Iterable[Score]) -> list[Score]:
 
 
 def partly_scored(scores: Iterable[Score]) -> dict[str, str]:
-    """{task: `8 of 1,838 questions`} of the tasks of which evaluator.limit left questions out."""
+    """{task: `8 of 1,838 questions`} of the tasks of which evaluator.limit left questions out, and {set: `8 of 415
+    windows`} of the sets of which evaluator.max_windows left windows out."""
     found = {}
     for score in scores:
+        if score.kind == "perplexity" and "max_windows" in score.conditions:
+            found[score.name] = f"{score.conditions['num_windows']:,} of {score.conditions['windows']:,} windows"
         there = score.conditions.get("questions")
         if score.kind == "zero_shot" and score.n is not None and there is not None and score.n < there:
             found[score.name] = f"{score.n:,} of {there:,} questions"

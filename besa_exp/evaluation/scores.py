@@ -1,6 +1,6 @@
 """Scores of a model: perplexity on text or token files, and zero-shot accuracy through lm-eval.
 
-Every set and task stands alone: one that cannot be had is recorded with its reason and the rest is kept. lm-eval and
+Every set and task stands alone: one that cannot be loaded is recorded with its reason and the rest is kept. lm-eval and
 datasets are imported only when a task is asked for.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from besa_exp.blocks.block import discover_blocks
 from besa_exp.errors import Unavailable, as_unavailable
-from besa_exp.evaluation.checks import perplexity_window
+from besa_exp.evaluation.checks import perplexity_window, prompts_of
 from besa_exp.evaluation.cost import cost_of
 from besa_exp.evaluation.kept_scores import FinishedScores
 from besa_exp.evaluation.perplexity import OnCount, cut_windows, perplexity, uncounted
@@ -42,6 +42,7 @@ from besa_exp.texts.tokens import (
 if TYPE_CHECKING:
     from besa_exp.checkpoints.load import LoadedModel
 
+TOKENS_OF_TEXT = 24  # after each prompt
 PADDING = 0  # lm-eval fills its batches with it, on the right, and gives no mask
 
 
@@ -55,7 +56,7 @@ def evaluate(
     on_count: OnCount = uncounted,
     skipping: Skipping | None = None,
 ) -> Scores:
-    """Score a model on every set and task that `settings` names. `on_progress` is told what comes next, `on_count` how
+    """Score a model on every set and task that `settings` names. `on_progress` is given what comes next, `on_count` how
     far that is; what `finished` holds is taken from there. Under `skipping` the model skips what that says, decided
     again for each model.
 
@@ -77,8 +78,9 @@ def evaluate(
                 loaded, settings, offline, seed, on_progress, unavailable, finished, on_count, decided
             )
             scores += of_tasks
+    texts = {} if skipping else _texts(loaded, settings, on_progress, unavailable)
     speeds = _speeds(loaded, settings, on_progress, unavailable)
-    return Scores(tuple(scores), unavailable, common, **speeds)
+    return Scores(tuple(scores), unavailable, common, texts=texts, **speeds)
 
 
 def _decided(
@@ -122,6 +124,7 @@ def _score_sets(
     scores = []
     for source in settings.perplexity_sets:
         request = {"seq_len": settings.seq_len, "column": settings.column}
+        request |= {"max_windows": settings.max_windows} if settings.max_windows else {}
         earlier = finished.find("perplexity", source, request) if finished else None
         on_progress(f"perplexity on {source}" + (", scored before" if earlier else ""))
         try:
@@ -135,6 +138,35 @@ def _score_sets(
             if finished and not earlier:
                 finished.keep("perplexity", source, request, (value, record))
     return scores
+
+
+def _texts(
+    loaded: LoadedModel,
+    settings: EvaluatorSettings,
+    on_progress: Callable[[str], None],
+    unavailable: dict[str, str],
+) -> dict[str, str]:
+    """What the model says after each prompt. A model that cannot is n/a where the prompts were asked for, not where
+    they came by themselves."""
+    prompts = prompts_of(settings)
+    if not prompts:
+        return {}
+    lacks = "the model has no tokenizer" if loaded.tokenizer is None else ""
+    lacks = "a streamed model would be read anew for every token" if loaded.weights is not None else lacks
+    on_progress("text samples" + (f": none, {lacks}" if lacks else ""))
+    try:
+        with as_unavailable():
+            if lacks:
+                raise Unavailable(lacks)
+            from besa_exp.evaluation.continuations import continuations
+
+            said = distributed.from_first(
+                lambda: continuations(loaded.model, loaded.tokenizer, prompts, TOKENS_OF_TEXT)
+            )
+            return dict(zip(prompts, said, strict=True))
+    except Unavailable as error:
+        unavailable |= {"text samples": str(error)} if settings.prompts or not lacks else {}
+        return {}
 
 
 def _speeds(
@@ -183,7 +215,7 @@ def _score_set(
     context = _context(model)
     window = perplexity_window(settings, context)
     windows, record = distributed.from_first(
-        lambda: windows_of(source, loaded.tokenizer, window, offline, settings.column)
+        lambda: windows_of(source, loaded.tokenizer, window, offline, settings.column, settings.max_windows)
     )
     if windows.shape[1] < 2:
         raise Unavailable("its windows have one token each: nothing is predicted; give windows of two tokens or more")
@@ -214,9 +246,15 @@ def _score_set(
 
 
 def windows_of(
-    source: str, tokenizer: Tokenizer | None, window: int, offline: bool, column: str = COLUMN
+    source: str,
+    tokenizer: Tokenizer | None,
+    window: int,
+    offline: bool,
+    column: str = COLUMN,
+    most: int | None = None,
 ) -> tuple[Int[Tensor, "window seq"], dict[str, Any]]:
-    """A set's windows and its record. Unavailable: whatever speaks against it."""
+    """A set's windows, the first `most` where that is given, and its record. Unavailable: whatever speaks against
+    it."""
     with as_unavailable():
         if is_token_file(source):
             path = Path(source).expanduser()
@@ -233,7 +271,8 @@ def windows_of(
         raise Unavailable(
             f"too little text: {len(tokens)} tokens do not fill one window of {window}; lower evaluator.seq_len"
         )
-    return windows, record
+    cut = {"max_windows": most, "windows": len(windows)} if most and most < len(windows) else {}
+    return windows[:most], record | cut
 
 
 def _score_tasks(

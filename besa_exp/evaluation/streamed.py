@@ -33,7 +33,7 @@ def streamed_perplexity(
 ) -> Perplexity:
     """As `perplexity`, of a model whose blocks are read from files. Holds the hidden states of all own windows.
 
-    A model whose blocks cannot be called on their own is called as it is, each block read anew for each batch."""
+    A model whose blocks cannot be called on their own is called as it is, each block read again for each batch."""
     size = rows_at_once(tokens_at_once(model), windows.shape[1]) if batch_size == "auto" else batch_size
     own = distributed.own_samples(windows)
     total = distributed.agreed(lambda: _sum(model, weights, own, size, on_count))
@@ -52,7 +52,7 @@ def _sum(
         try:
             return _sum_of(streamed_logits(model, weights, windows, batch_size, on_count) if len(windows) else ())
         except NotAlone as error:
-            logger.warning("each block is read anew for each of the batches: %s", error)
+            logger.warning("each block is read again for each of the batches: %s", error)
         path, modules = discover_blocks(model)
         with weights.on_demand({f"{path}.{index}": module for index, module in enumerate(modules)}):
             batches = windows.split(batch_size)

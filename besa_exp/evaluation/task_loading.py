@@ -48,7 +48,7 @@ class _Mirror:
 
 
 def load_task(name: str, settings: EvaluatorSettings, offline: bool) -> LoadedTasks:
-    """The task or group `name`, its few-shot number set. Unavailable: its questions cannot be had, or not scored."""
+    """The task or group `name`, its few-shot number set. Unavailable: its questions cannot be loaded or scored."""
     with as_unavailable():
         parts = needed(name, settings.include_path)
         if not parts:

@@ -1,4 +1,4 @@
-"""Whether a task's questions can be answered right at all, told before a model is asked.
+"""Whether a task's questions can be answered right at all, known before a model is asked.
 
 lm-eval scores an answer that is none of the choices as wrong, and a null as the word None; either gives a number that
 says nothing of the model.

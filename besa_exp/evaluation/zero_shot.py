@@ -57,7 +57,7 @@ class Harness(_HFLM):
     lm-eval sorts requests by length, longest first. With batch_size="auto" each batch holds `tokens` tokens with its
     padding, so that short questions go many at a time; lm-eval's own "auto" tries up to 64 of the longest in five
     passes and keeps that number for all. A batch that does not fit the device's memory is halved. Every rank gives
-    lm-eval the whole task, computes a part of its requests, and is told the answers of all.
+    lm-eval the whole task, computes a part of its requests, and receives the answers of all.
 
     A model with `weights` is streamed: lm-eval forms its batches once to show them, all of them pass through a block
     before the next is read, and lm-eval forms them again to be given their logits. Written answers need the whole model
@@ -208,7 +208,7 @@ def harness(
 
 def score_task(name: str, model: Harness, settings: EvaluatorSettings, offline: bool, seed: int) -> TaskScore:
     """Score one task or group. The global random states are left as they were. Raises Unavailable where its data cannot
-    be had or used, its choices do not fit the model's context, or the model's logits are not finite.
+    be loaded or used, its choices do not fit the model's context, or the model's logits are not finite.
 
     lm-eval's `evaluate` is called, not `simple_evaluate`, which would start pip and compilers to describe the machine,
     once for each task; what that sets up before `evaluate` is done here: few-shot examples and seeds."""

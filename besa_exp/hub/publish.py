@@ -2,7 +2,7 @@
 repository is there already and is not.
 
 The hub's own client sends it with the token it finds itself (HF_TOKEN, or `hf auth login`); nothing here reads or
-writes one. By then the run is finished: what fails is told with the command that sends the model later. No torch.
+writes one. By then the run is finished: what fails is reported with the command that sends the model later. No torch.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def later(save: SaveSettings, model: Path = Path("RUN/model")) -> str:
 
 
 def publish(folder: Path, save: SaveSettings) -> None:
-    """Push the model of a finished run, if that is asked for, and say so; a failure is told, and changes nothing."""
+    """Push the model of a finished run, if that is asked for, and say so; a failure is reported, and changes
+    nothing."""
     if save.push_to_hub is None or not is_leader():
         return
     model = folder / "model"

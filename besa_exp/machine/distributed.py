@@ -12,9 +12,10 @@ import hashlib
 import json
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -27,11 +28,12 @@ from torch.distributed.rendezvous import rendezvous
 from besa_exp.errors import ConfigurationError, Interrupted, RunError, Unavailable
 
 T = TypeVar("T")
-# The longest that ranks wait for one of them, which may save a model meanwhile. Failures need no time-out: torchrun
+# The longest that ranks wait for one of them, which may be saving a model. Failures need no time-out: torchrun
 # ends all processes when one has failed.
 TIMEOUT = timedelta(hours=6)
 FAILURE = "besa_failure"  # the key under which the first rank to fail leaves its error
-SAID = "besa_said_"  # begins the keys that count who wants to tell a text
+PATIENCE = 20.0  # seconds after a failure in which a rank may meet it by itself
+SAID = "besa_said_"  # begins the keys that count who wants to say a text
 
 
 @contextmanager
@@ -181,12 +183,18 @@ def own_slice(count: int) -> slice:
 
 
 @contextmanager
-def failing_together() -> Iterator[None]:
+def failing_together(last_words: Callable[[RunError], None] | None = None) -> Iterator[None]:
     """The first rank to fail leaves its error in torchrun's store. Rank 0 raises it in the place of what it then meets
-    itself; the others exit with code 1, after a message where it was their own error. May be nested."""
+    itself; the others exit with code 1, after a message where it was their own error. May be nested.
+
+    With `last_words` a thread looks into the store too: a rank that waits for a lost one in NCCL meets nothing, and
+    hears no signal. PATIENCE later it calls them with the error on rank 0, and ends the process."""
     if num_ranks() == 1:
         yield
         return
+    left = threading.Event()
+    if last_words:
+        threading.Thread(target=_end_when_another_fails, args=(left, last_words), daemon=True).start()
     try:
         yield
     except BaseException as error:
@@ -198,6 +206,21 @@ def failing_together() -> Iterator[None]:
         if failed == rank():
             sys.stderr.write(f"rank {failed} failed: {text}\n")
         raise SystemExit(1) from error
+    finally:
+        left.set()
+
+
+def _end_when_another_fails(left: threading.Event, last_words: Callable[[RunError], None]) -> None:
+    """`left`: this rank has met the failure by itself, or is done."""
+    with suppress(RuntimeError):  # the store is gone, with torchrun
+        store = next(rendezvous("env://", timeout=timedelta(seconds=10)))[0]
+        while not left.wait(1.0):
+            if store.check([FAILURE]):
+                failed, text = json.loads(store.get(FAILURE))
+                if not left.wait(PATIENCE):
+                    if is_first():
+                        last_words(RunError(f"rank {failed} failed: {text or 'it was interrupted'}"))
+                    os._exit(1)
 
 
 def is_first_to_say(text: str) -> bool:

@@ -30,6 +30,7 @@ PACKAGES = (
     "wandb",
 )
 MASK = "***"
+ABSOLUTE = re.compile(r"(?<![\w.:/~`)*])~?/(?:[^/\s,\[\]()='\"|]+/)*(?=[^/\s])")  # the folders before the last part
 SECRET_WORDS = {"token", "secret", "password", "passwd", "key", "apikey", "credential", "credentials", "auth"}
 SECRET_VALUES = (  # hub tokens, API keys with a usual prefix, the user part of an address
     re.compile(r"\b(?:hf|api_org|wandb_v1|ghp|github_pat|sk)[_-][A-Za-z0-9_-]{16,}"),
@@ -54,6 +55,15 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
+
+
+def without_folders(value: Any) -> Any:
+    """`value` with the last part alone of each absolute path in its texts: where things lie is private."""
+    if isinstance(value, Mapping):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [without_folders(item) for item in value]
+    return ABSOLUTE.sub("", value) if isinstance(value, str) else value
 
 
 def masked(value: Any, name: str = "") -> Any:

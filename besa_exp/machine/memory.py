@@ -5,6 +5,7 @@ A container sees the whole machine's memory, but the kernel ends it at its own l
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import psutil
@@ -14,10 +15,11 @@ OWN = Path("/proc/self/cgroup")
 
 
 def free_memory() -> int:
-    """Bytes that this process can still take before the machine swaps or a limit ends it."""
+    """Bytes that this process can still take before the machine swaps or a limit ends it: of the processes that
+    torchrun starts on a machine, each has an equal share."""
     left = limit_left(GROUPS, OWN)
     free = int(psutil.virtual_memory().available)
-    return free if left is None else min(free, left)
+    return (free if left is None else min(free, left)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def limit_left(groups: Path, own: Path) -> int | None:

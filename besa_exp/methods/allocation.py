@@ -22,6 +22,7 @@ from torch import Tensor
 from besa_exp.tensors import kernels
 from besa_exp.tensors.masks import keep_by_rank, round_to_total
 
+WAYS, ROUNDS = 32, 8  # of the search for a shift
 SHRINK = 0.4  # of the step size, where the steps that were taken with it did not help
 
 
@@ -29,9 +30,13 @@ def project_to_budget(
     sparsity: Float[Tensor, " cell"], capacity: Float[Tensor, " cell"], total: int
 ) -> Float[Tensor, " cell"]:
     """clip(sparsity - shift, 0, 1) with the shift at which sum(capacity * sparsity) = total: the nearest allocation
-    that meets the budget, cells weighted by their `capacity` in weights.
+    that meets the budget, cells weighted by their `capacity` in weights."""
+    shift = _shift if sparsity.device.type == "cpu" else shift_by_narrowing
+    return (sparsity - shift(sparsity, capacity, total)).clamp(0, 1)
 
-    The sum falls with the shift in straight pieces that begin where a cell leaves 1 (shift = sparsity - 1) and end
+
+def _shift(sparsity: Float[Tensor, " cell"], capacity: Float[Tensor, " cell"], total: int) -> Float[Tensor, ""]:
+    """The sum falls with the shift in straight pieces that begin where a cell leaves 1 (shift = sparsity - 1) and end
     where it reaches 0 (shift = sparsity); so sorting these places finds the piece, and the piece the shift."""
     places, order = torch.cat([sparsity - 1, sparsity]).sort()
     slopes = torch.cat([-capacity, capacity])[order].cumsum(dim=0)  # of the piece that begins at each place
@@ -39,8 +44,26 @@ def project_to_budget(
     sums = capacity.sum() + torch.cat([falls.new_zeros(1), falls])
     piece = (sums > total).sum().clamp(1, len(sums)) - 1  # the last place at which too many are pruned, or the first
     slope = slopes[piece]
-    shift = places[piece] + torch.where(slope < 0, (total - sums[piece]) / slope, 0.0)
-    return (sparsity - shift).clamp(0, 1)
+    return places[piece] + torch.where(slope < 0, (total - sums[piece]) / slope, 0.0)
+
+
+def shift_by_narrowing(
+    sparsity: Float[Tensor, " cell"], capacity: Float[Tensor, " cell"], total: int
+) -> Float[Tensor, ""]:
+    """The same shift for a GPU, where sums of floats have no deterministic form that runs along, and reading an index
+    waits for all that was computed. Each of ROUNDS divides the interval that holds the shift by WAYS: the last, 1e-12
+    of the first, lies in one piece, which gives the shift."""
+    low, width = sparsity.min() - 1, sparsity.max() - sparsity.min() + 1
+    places = width * torch.arange(1, WAYS, dtype=sparsity.dtype, device=sparsity.device)[:, None]
+    for number in range(1, ROUNDS + 1):
+        left = (sparsity - torch.add(low, places, alpha=WAYS**-number)).clamp_(0, 1)
+        low = torch.add(low, width * ((left * capacity).sum(dim=1) > total).sum(), alpha=WAYS**-number)
+    width = width * WAYS**-ROUNDS
+    left = sparsity - (low + width / 2)
+    between = torch.where((left > 0) & (left < 1), capacity, 0.0)
+    unshifted = torch.where(left < 1, between * sparsity, capacity).sum()
+    slope = between.sum()
+    return torch.where(slope > 0, (unshifted - total) / slope, low).clamp(low, low + width)
 
 
 def along_budget(gradient: Float[Tensor, " cell"], capacity: Float[Tensor, " cell"]) -> Float[Tensor, " cell"]:
@@ -137,7 +160,7 @@ def descend(
     smaller steps."""
     tensors = [tensor for tensor, _ in parameters]
     groups = [{"params": [tensor], "scale": size} for tensor, size in parameters]
-    optimizer = torch.optim.Adam(groups, betas=(0.8, 0.99), eps=1e-30)
+    optimizer = torch.optim.Adam(groups, betas=(0.8, 0.99), eps=1e-30, fused=tensors[0].is_cuda)
     every = math.ceil(num_steps / checks)
     best, started = [tensor.detach().clone() for tensor in tensors], judge()
     best_loss = started

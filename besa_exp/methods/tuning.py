@@ -28,9 +28,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.course import Course
 from besa_exp.blocks.linears import find_norms
-from besa_exp.blocks.probe import finite_step, num_probe_samples, probe_loss
+from besa_exp.blocks.probe import num_probe_samples, probe_loss
 from besa_exp.blocks.reports import Step
+from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
 from besa_exp.tensors.losses import differentiate, token_loss
 from besa_exp.tensors.masks import keep_largest
@@ -63,13 +65,8 @@ class Tuning:
     norms: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("epochs", "batch_size", "checks"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"tuning.{field}={getattr(self, field)}: must be at least 1")
-        if self.lr is not None and not 0 < self.lr <= 1:
-            raise ValueError(
-                f"tuning.lr={self.lr}: must be above 0 and at most 1, in units of the weights' size, or null"
-            )
+        check_fields(self, "tuning", within(least=1), "epochs", "batch_size", "checks")
+        check_fields(self, "tuning", within(above=0, most=1, note="in units of the weights' size", or_null=True), "lr")
 
     def num_steps(self, learn: int) -> int:
         """Steps over `learn` samples."""
@@ -120,12 +117,12 @@ def keep_valuable(
 ) -> dict[str, Tensor]:
     """Keep masks under which exactly round(sparsity * weights) weights of the whole block go, the least
     W^2 E[(dL/dW)^2] first. What was pruned before stays so."""
-    costs = [
-        (weight.square() * squared_gradients[name]).masked_fill_(~keep_masks[name], -1).flatten()
-        for name, weight in weights.items()
-    ]
-    pruned = round(sparsity * sum(len(cost) for cost in costs))
-    kept = keep_largest(torch.cat(costs)[None], pruned)[0].split([len(cost) for cost in costs])
+    sizes = [weight.numel() for weight in weights.values()]
+    costs = next(iter(weights.values())).new_empty(sum(sizes))  # as large as the block: no second copy of it
+    for cost, (name, weight) in zip(costs.split(sizes), weights.items(), strict=True):
+        torch.mul(weight.square(), squared_gradients[name], out=cost.view_as(weight))
+        cost.masked_fill_(~keep_masks[name].flatten(), -1)
+    kept = keep_largest(costs[None], round(sparsity * len(costs)))[0].split(sizes)
     return {name: mask.view_as(weights[name]) for name, mask in zip(weights, kept, strict=True)}
 
 
@@ -154,15 +151,15 @@ def tune(
     state = begin(lr)
     best, before = state.copy(), state.probe_loss(inputs, targets)
     best_loss, shrunk = before, 1.0
-    steps: list[Step] = []
+    course = Course(block, on_step)
     for number, samples in enumerate(_batches(learn, tuning)):
-        own = distributed.own_places(samples.to(inputs.device))
+        own = distributed.own_places(samples).to(inputs.device)
         scale = shrunk * tuning.scale(number, num_steps)
-        steps.append(state.step(inputs[own], targets[own], scale, number))
-        on_step(steps[-1])
+        state.step(inputs[own], targets[own], scale, course)
         sparsity = ramp.sparsity_after(number, num_steps) if ramp else None
         if sparsity is None and (number not in judged or number < settles):
             continue
+        course.wait()
         loss = state.probe_loss(inputs, targets)
         if loss < best_loss:
             best, best_loss = state.copy(), loss
@@ -175,7 +172,8 @@ def tune(
     logger.info("%s: a first step size of %g, %.2g at the end", block.name, lr, lr * shrunk)
     found = state.found()
     weights, norms = ({name: found[name] for name in names} for names in (state.latent, state.norms))
-    return Tuned(weights, norms, state.keep_masks, before, tuple(steps))
+    course.wait()
+    return Tuned(weights, norms, state.keep_masks, before, tuple(course.steps))
 
 
 def _first_step_size(
@@ -183,9 +181,11 @@ def _first_step_size(
 ) -> float:
     def loss_after(lr: float) -> float:
         state = begin(lr)
-        for number, samples in zip(range(TRIED), _batches(learn, tuning), strict=False):
-            own = distributed.own_places(samples.to(inputs.device))
-            state.step(inputs[own], targets[own], 1.0, number)
+        course = Course(state.block)
+        for _, samples in zip(range(TRIED), _batches(learn, tuning), strict=False):
+            own = distributed.own_places(samples).to(inputs.device)
+            state.step(inputs[own], targets[own], 1.0, course)
+        course.wait()
         return state.probe_loss(inputs, targets)
 
     return min(1.0, LONGER * downhill(STEP_SIZES, FIRST_TRIED, loss_after))
@@ -226,6 +226,7 @@ class _State:
     keep_masks: dict[str, Tensor]
     masked: dict[str, Tensor]
     optimizer: torch.optim.Adam
+    sparsity: float
 
     @staticmethod
     def of(block: Block, weights: Weights, keep_masks: KeepMasks, with_norms: bool, lr: float) -> _State:
@@ -245,10 +246,10 @@ class _State:
             groups.append({"params": [*own.values()], "full_lr": NORM_STEP * lr * size})
             masked |= {name: torch.empty_like(parameter).requires_grad_() for name, parameter in parameters.items()}
             norms |= own
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-16)
-        return _State(block, latent, norms, dict(keep_masks), masked, optimizer)
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-16, fused=block.device.type == "cuda")
+        return _State(block, latent, norms, dict(keep_masks), masked, optimizer, _sparsity_of(keep_masks))
 
-    def step(self, inputs: Hidden, targets: Hidden, scale: float, number: int) -> Step:
+    def step(self, inputs: Hidden, targets: Hidden, scale: float, course: Course) -> None:
         """One step of Adam on this rank's samples of the batch; it may have none."""
         self._fill()
         outputs = self.block(inputs, self.masked)
@@ -270,15 +271,15 @@ class _State:
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_lr"] * scale
         self.optimizer.step()
-        kept = sum(int(mask.sum()) for mask in self.keep_masks.values())
-        sparsity = 1 - kept / sum(mask.numel() for mask in self.keep_masks.values())
-        return finite_step(self.block, number, loss, loss, 0.0, sparsity)
+        self.optimizer.zero_grad()  # as large as the weights
+        course.add(loss, self.sparsity)
 
     @torch.no_grad()
     def prune_to(self, sparsity: float) -> None:
         """Close the mask, and drop what it closes on."""
         squared = {name: self.optimizer.state[weight]["exp_avg_sq"] for name, weight in self.latent.items()}
         self.keep_masks = keep_valuable(self.latent, squared, self.keep_masks, sparsity)
+        self.sparsity = _sparsity_of(self.keep_masks)
         for name, weight in self.latent.items():
             weight.mul_(self.keep_masks[name])
 
@@ -307,3 +308,8 @@ class _State:
     def _fill(self) -> None:
         for name, masked in self.masked.items():
             masked.copy_(self.norms[name] if name in self.norms else self.latent[name] * self.keep_masks[name])
+
+
+def _sparsity_of(keep_masks: KeepMasks) -> float:
+    kept = sum(int(mask.sum()) for mask in keep_masks.values())
+    return 1 - kept / sum(mask.numel() for mask in keep_masks.values())

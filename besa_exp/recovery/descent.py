@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
 from besa_exp.recovery.gradients import taking_gradients
 from besa_exp.recovery.keep_bits import KeepBits
@@ -53,10 +54,8 @@ class Adam:
     clip: float | None = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"recovery.lr={self.lr}: must be above 0; try 1e-4")
-        if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"recovery.clip={self.clip}: must be above 0, or null for none")
+        check_fields(self, "recovery", within(above=0, note="try 1e-4"), "lr")
+        check_fields(self, "recovery", within(above=0, or_null=True), "clip")
 
 
 class Descent:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from besa_exp.blocks.block import Block, Hidden, capture_blocks, embed
 from besa_exp.blocks.head import head_logits
+from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
 from besa_exp.recovery.keep_bits import KeepBits, without_negative_zeros
 from besa_exp.recovery.schedule import key_of
@@ -50,9 +51,7 @@ class Mezo:
     together: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"recovery.{name}={getattr(self, name)}: must be above 0")
+        check_fields(self, "recovery", within(above=0), "lr", "eps")
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """Any model."""
@@ -68,8 +67,8 @@ class Mezo:
 class MezoTuner:
     """A tuner (`tuner.Tuner`)."""
 
-    def __init__(self, model: nn.Module, told: Mezo, keep: Mapping[str, KeepBits], seed: int) -> None:
-        self.model, self.told, self.keep, self.seed = model, told, keep, seed
+    def __init__(self, model: nn.Module, settings: Mezo, keep: Mapping[str, KeepBits], seed: int) -> None:
+        self.model, self.settings, self.keep, self.seed = model, settings, keep, seed
         self.parameters = dict(model.named_parameters())
         self.noise: Noise = lambda step, name, count: normal(count, key_of("z", seed, step, name))
         self.projected: list[float] = []
@@ -77,9 +76,9 @@ class MezoTuner:
         self.captured: dict[torch.Size, list[Block]] = {}
 
     def step(self, objective: Objective, windows: Windows, number: int, scale: float) -> Taken:
-        """Two passes, and a step along z. The loss that is told is the mean of both."""
+        """Two passes, and a step along z. The loss returned is the mean of both."""
         plus, minus = self.losses(objective, windows, number)
-        projected, rate = (plus - minus) / (2 * self.told.eps), self.told.lr * scale
+        projected, rate = (plus - minus) / (2 * self.settings.eps), self.settings.lr * scale
         if math.isfinite(projected):
             assert number == len(self.projected), "steps are taken in order"
             self.update(number, projected, rate)
@@ -109,7 +108,7 @@ class MezoTuner:
             for block in blocks:
                 for sign, hidden in zip(SIGNS, states, strict=True):
                     with self._perturbed(_named(block), number, sign):
-                        block.outputs(hidden, self.told.together, out=hidden)
+                        block.outputs(hidden, self.settings.together, out=hidden)
             for place, (sign, hidden) in enumerate(zip(SIGNS, states, strict=True)):
                 with self._perturbed(self._outside(blocks, self._only_at(entry=True)), number, sign):
                     totals[place] = self._loss(objective, blocks, own, hidden)
@@ -122,8 +121,8 @@ class MezoTuner:
         for name, parameter in self.parameters.items():
             kept = self._kept(name, parameter)
             step = projected * self._z(number, name, parameter)
-            if self.told.decay and parameter.dim() > 1:
-                step = step + self.told.decay * kept
+            if self.settings.decay and parameter.dim() > 1:
+                step = step + self.settings.decay * kept
             moved = kept - rate * step
             if parameter.dtype == torch.bfloat16:
                 moved = rounded_at_random(moved, key_of("rounding", self.seed, number, name))
@@ -141,13 +140,15 @@ class MezoTuner:
         states = []
         for sign in SIGNS:
             with self._perturbed(self._outside(blocks, self._only_at(entry=False)), number, sign):
-                states.append(embed(self.model, blocks, windows, self.told.together))
+                states.append(embed(self.model, blocks, windows, self.settings.together))
         return states
 
     def _loss(self, objective: Objective, blocks: list[Block], windows: Windows, hidden: Hidden) -> Tensor:
         modules = [block.module for block in blocks]
         total = torch.zeros((), dtype=torch.float64)
-        for part, states in zip(windows.split(self.told.together), hidden.split(self.told.together), strict=True):
+        for part, states in zip(
+            windows.split(self.settings.together), hidden.split(self.settings.together), strict=True
+        ):
             logits = head_logits(self.model, modules, part.to(hidden.device), states)
             total += objective.of_logits(logits, part.to(logits.device)).double().cpu()
         return total
@@ -174,7 +175,7 @@ class MezoTuner:
         before = {name: parameter.data for name, parameter in parameters.items()}
         try:
             for name, parameter in parameters.items():
-                moved = self._kept(name, parameter) + sign * self.told.eps * self._z(number, name, parameter)
+                moved = self._kept(name, parameter) + sign * self.settings.eps * self._z(number, name, parameter)
                 beside = parameter.detach().clone()
                 self._put(name, moved, beside)
                 parameter.data = beside

@@ -97,17 +97,17 @@ class NextToken:
 
     def _of(self, logits: Logits, states: tuple[Tensor, ...], windows: Windows) -> Float[Tensor, ""]:
         windows = windows.to(logits.device)
-        told = self.distillation
+        distillation = self.distillation
         loss = next_token_losses(logits, windows).sum()
-        if told.kind == "none" or self.teacher is None:
+        if distillation.kind == "none" or self.teacher is None:
             return loss
         with torch.no_grad():
-            dense_logits, dense_states = called(self.teacher, windows, told.kind == "squarehead")
-        if told.kind == "logits":
-            apart = soft_divergence(dense_logits, logits, told.temperature).sum()
+            dense_logits, dense_states = called(self.teacher, windows, distillation.kind == "squarehead")
+        if distillation.kind == "logits":
+            apart = soft_divergence(dense_logits, logits, distillation.temperature).sum()
         else:
             apart = torch.stack([square_head(*pair).sum() for pair in zip(dense_states, states, strict=True)]).mean()
-        return told.task_weight * loss + told.weight * apart
+        return distillation.task_weight * loss + distillation.weight * apart
 
 
 def called(model: Any, windows: Windows, with_states: bool) -> tuple[Logits, tuple[Tensor, ...]]:

@@ -90,7 +90,7 @@ class SavedStates:
         return max(whole, key=lambda found: found[0]["number"], default=None)
 
     def _whole(self, slot: str) -> dict[str, Any] | None:
-        """What is told of a state whose files hold what was written."""
+        """What is reported of a state whose files hold what was written."""
         description = self._files(slot)[1]
         if not description.is_file():
             return None

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from besa_exp.errors import check_fields, within
 from besa_exp.recovery.descent import Adam, Descent
 from besa_exp.recovery.gradients import taking_gradients
 from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears, without_negative_zeros
@@ -41,10 +42,8 @@ class SparseGrad:
     kinds: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"recovery.share={self.share}: must be above 0 and at most 1")
-        if self.gather < 1:
-            raise ValueError(f"recovery.gather={self.gather}: must be at least 1")
+        check_fields(self, "recovery", within(above=0, most=1), "share")
+        check_fields(self, "recovery", within(least=1), "gather")
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """Dense models alone."""
@@ -93,20 +92,20 @@ class SparseGradTuner:
     """A tuner (`tuner.Tuner`): it gathers gradients over the first steps, then descends in the coordinates that they
     give."""
 
-    def __init__(self, model: nn.Module, told: SparseGrad) -> None:
-        self.model, self.told, self.keep = model, told, {}
+    def __init__(self, model: nn.Module, settings: SparseGrad) -> None:
+        self.model, self.settings, self.keep = model, settings, {}
         found = parameters_of_linears(model).items()
         self.parameters = {
             name: parameter for name, parameter in found if parameter.dim() == 2 and self._kind(name) is not None
         }
         if not self.parameters:
-            raise ValueError(f"recovery.kinds={','.join(told.kinds)}: the model has no linear of these names")
+            raise ValueError(f"recovery.kinds={','.join(settings.kinds)}: the model has no linear of these names")
         self.products: dict[str, tuple[Tensor, Tensor]] = {}
         self.descent: Descent | None = None
 
     def step(self, objective: Objective, windows: Windows, number: int, scale: float) -> Taken:
         """One step; the first only look."""
-        if number < self.told.gather:
+        if number < self.settings.gather:
             with taking_gradients(self.parameters, self._gather):
                 loss, _ = objective.differentiate(windows)
             return Taken(loss)
@@ -133,7 +132,7 @@ class SparseGradTuner:
             self.descent.load(state)
 
     def _kind(self, name: str) -> str | None:
-        return next((kind for kind in self.told.kinds if name.endswith(f"{kind}.weight")), None)
+        return next((kind for kind in self.settings.kinds if name.endswith(f"{kind}.weight")), None)
 
     def _gather(self, name: str, gradient: Tensor) -> None:
         kind, found = self._kind(name), gradient.float()
@@ -151,8 +150,8 @@ class SparseGradTuner:
             assert kind is not None
             P, Q = bases[kind]
             rotated = P.T @ parameter.detach().float() @ Q
-            forms[name] = Rotated(rotated, P, Q, max(1, math.floor(self.told.share * rotated.numel())))
-        return Descent(self.model, forms, self.told.adam, {})
+            forms[name] = Rotated(rotated, P, Q, max(1, math.floor(self.settings.share * rotated.numel())))
+        return Descent(self.model, forms, self.settings.adam, {})
 
 
 def basis(products: Float[Tensor, "side side"]) -> Float[Tensor, "side side"]:

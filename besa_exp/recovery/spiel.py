@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from besa_exp.errors import check_fields, one_of, within
 from besa_exp.machine import distributed
 from besa_exp.recovery.gradients import taking_gradients
 from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears, without_negative_zeros
@@ -58,15 +59,9 @@ class Spiel:
     exchange: bool = False
 
     def __post_init__(self) -> None:
-        if self.selection not in SELECTIONS:
-            raise ValueError(f"recovery.selection={self.selection}: must be one of {', '.join(SELECTIONS)}")
-        if not 0 < self.density < 1:
-            raise ValueError(f"recovery.density={self.density}: must be above 0 and below 1")
-        if not 1 <= self.gather <= self.reselect - 2:
-            raise ValueError(
-                f"recovery.gather={self.gather}: must be at least 1 and at most recovery.reselect - 2, which is "
-                f"{self.reselect - 2}"
-            )
+        check_fields(self, "recovery", one_of(*SELECTIONS), "selection")
+        check_fields(self, "recovery", within(above=0, below=1), "density")
+        check_fields(self, "recovery", within(least=1, most=self.reselect - 2, note="recovery.reselect - 2"), "gather")
         if self.exchange and self.selection == "sm3":
             raise ValueError("recovery.exchange=true: needs recovery.selection=ag; sm3 knows nothing of pruned places")
 
@@ -140,14 +135,14 @@ class Tuned:
 class SpielTuner:
     """A tuner (`tuner.Tuner`)."""
 
-    def __init__(self, model: nn.Module, told: Spiel, keep: Mapping[str, KeepBits], seed: int) -> None:
-        self.told, self.keep = told, dict(keep)
+    def __init__(self, model: nn.Module, settings: Spiel, keep: Mapping[str, KeepBits], seed: int) -> None:
+        self.settings, self.keep = settings, dict(keep)
         self.parameters = parameters_of_linears(model)
         self.gradients: dict[str, Entries] = {}
         self.at_candidates: dict[str, Tensor] = {}
         self.gathering = False
         counts = entries_of(
-            {name: p.numel() for name, p in self.parameters.items()}, told.density, num_parameters(model)
+            {name: p.numel() for name, p in self.parameters.items()}, settings.density, num_parameters(model)
         )
         self.tuned = {
             name: Tuned.at(drawn_places(parameter, keep.get(name), counts[name], key_of(seed, name)), _flat(parameter))
@@ -156,7 +151,7 @@ class SpielTuner:
 
     def step(self, objective: Objective, windows: Windows, number: int, scale: float) -> Taken:
         """One step of all deltas; then, where it is time, an exchange of entries."""
-        self.gathering = self.told.selection == "ag" and self.told.gathers_at(number)
+        self.gathering = self.settings.selection == "ag" and self.settings.gathers_at(number)
         with taking_gradients(self.parameters, self._take):
             loss, multiple = objective.differentiate(windows)
         squares = 0.0
@@ -165,9 +160,9 @@ class SpielTuner:
                 gradient.div_(multiple)
         squares = sum(float(gradient.double().square().sum()) for gradient in self.gradients.values())
         if math.isfinite(loss) and math.isfinite(squares):
-            self._update(self.told.lr * scale)
-            if self.told.exchanges_after(number + 1):
-                self._exchange(self.told.proportion(number + 1))
+            self._update(self.settings.lr * scale)
+            if self.settings.exchanges_after(number + 1):
+                self._exchange(self.settings.proportion(number + 1))
         self.gradients.clear()
         self.at_candidates.clear()
         return Taken(loss, math.sqrt(squares))
@@ -197,7 +192,7 @@ class SpielTuner:
         if not self.gathering:
             return
         if not len(tuned.candidates):
-            bits = None if self.told.exchange else self.keep.get(name)
+            bits = None if self.settings.exchange else self.keep.get(name)
             tuned.candidates = largest_places(dense.abs(), bits, len(tuned.indices))
             tuned.sums = torch.zeros(len(tuned.candidates), device=gradient.device)
             tuned.squares = tuned.sums.clone()
@@ -208,11 +203,11 @@ class SpielTuner:
     def _update(self, lr: float) -> None:
         for name, gradient in self.gradients.items():
             tuned = self.tuned[name]
-            if self.told.selection == "ag":
+            if self.settings.selection == "ag":
                 adam_step(tuned, gradient, lr)
             else:
                 sm3_step(tuned, gradient, lr)
-            tuned.deltas.mul_(1 - lr * self.told.decay)
+            tuned.deltas.mul_(1 - lr * self.settings.decay)
             self._write(name)
         for name, there in self.at_candidates.items():
             tuned = self.tuned[name]
@@ -225,12 +220,12 @@ class SpielTuner:
         for name, tuned in self.tuned.items():
             flat = self.parameters[name].view(-1)
             going = least_deltas(tuned.deltas, math.floor(proportion * len(tuned.indices)))
-            if self.told.selection == "ag":
+            if self.settings.selection == "ag":
                 slots, coming = ag_exchange(tuned.indices, going, tuned.candidates, tuned.sums)
             else:
                 slots, coming = sm3_exchange(tuned, going, self.keep.get(name))
             leaving, stays = tuned.indices[slots], torch.ones_like(slots, dtype=torch.bool)
-            if self.told.exchange and name in self.keep:
+            if self.settings.exchange and name in self.keep:
                 slots, stays = self._move_zeros(name, slots, coming)
                 leaving = tuned.indices[slots]
             flat[leaving] = torch.where(stays, tuned.base[slots], 0)

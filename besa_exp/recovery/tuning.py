@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from besa_exp.errors import check_fields, within
 from besa_exp.recovery.keep_bits import KeepBits
 from besa_exp.recovery.objective import mean_loss
 from besa_exp.recovery.saved_states import SavedStates
@@ -49,9 +50,7 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "judge_every", "judged"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"recovery.{name}={getattr(self, name)}: must be at least 1")
+        check_fields(self, "recovery", within(least=1), "batch_size", "judge_every", "judged")
 
     def judges_after(self, steps: int) -> bool:
         """Whether held-out windows judge once so many steps are done."""
@@ -121,8 +120,8 @@ def tune(
 ) -> Recovery:
     """Tune `model`, which holds the pruned weights, in place; `keep` names its zeros. It ends with the best weights.
 
-    `on_point` is told of each step once, also of those that an earlier attempt did; what that did after its last
-    checkpoint is done again and told again."""
+    `on_point` is called with each step once, also of those that an earlier attempt did; what that did after its last
+    checkpoint is done again and reported again."""
     clear_pruned(model, keep)
     tuner = method.begin(model, keep, plan.seed)
     keeper = _Best(model, tuner, states)
@@ -186,8 +185,8 @@ def _judged(point: Point, held_out: float) -> Point:
 
 def _reason(point: Point) -> str | None:
     """Why the course ends with this point."""
-    told = {"loss": point.loss, "norm of the gradient": point.gradient_norm, "held-out loss": point.held_out}
-    for name, value in told.items():
+    facts = {"loss": point.loss, "norm of the gradient": point.gradient_norm, "held-out loss": point.held_out}
+    for name, value in facts.items():
         if value is not None and not math.isfinite(value):
             return (
                 f"the {name} is {value} at step {point.step}; the best weights before are kept: use a smaller "

@@ -28,7 +28,8 @@ PDF figures."""
 
 
 def report(arguments: Sequence[str]) -> int:
-    """Writes the report and tells where; 0. ConfigurationError: no run, nowhere to write, no plotting library."""
+    """Writes the report and prints where; returns 0. ConfigurationError: no run, nowhere to write, no plotting
+    library."""
     parser = argparse.ArgumentParser(prog="besa report", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument(
         "places", nargs="+", metavar="DIR", help="a run folder, a folder of them (sweeps, nested), a pattern"
@@ -84,12 +85,12 @@ def _write(report: Report, out: Path) -> None:
     figures = draw(out, runs, report.curves, report.cells, report.errors, comparisons)
     done = sum(run.status == "done" for run in runs)
     apart = len({number for cell in report.cells if cell.apart for number in cell.runs})
-    told = [f"{done} finished run{'' if done == 1 else 's'}"]
-    told += [f"{apart} of them not comparable in part"] if apart else []
+    counts = [f"{done} finished run{'' if done == 1 else 's'}"]
+    counts += [f"{apart} of them not comparable in part"] if apart else []
     missed = sum(bool(run.missed) for run in runs if run.status == "done")
-    told += [f"{missed} of them missed their target by 0.5 points or more"] if missed else []
-    told += [f"{len(runs) - done} not finished"] if done < len(runs) else []
-    print(f"{', '.join(told)} -> {out / 'report.html'}, summary.md, summary.csv, summary.tex, {len(figures)} figures")
+    counts += [f"{missed} of them missed their target by 0.5 points or more"] if missed else []
+    counts += [f"{len(runs) - done} not finished"] if done < len(runs) else []
+    print(f"{', '.join(counts)} -> {out / 'report.html'}, summary.md, summary.csv, summary.tex, {len(figures)} figures")
 
 
 def _made(out: Path) -> Path:

@@ -114,7 +114,7 @@ def _judged(group: Sequence[_Candidate]) -> list[Entry]:
 
 
 def _once_a_seed(group: Sequence[_Candidate], runs: Sequence[RunRecord]) -> list[_Candidate]:
-    """Of runs with equal facets, method, target and seed the one that finished last counts; the others are told."""
+    """Of runs with equal facets, method, target and seed the one that finished last counts; the others are named."""
     last: dict[tuple, int] = {}
 
     def key(candidate: _Candidate) -> tuple:

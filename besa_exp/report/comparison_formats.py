@@ -33,11 +33,11 @@ def terminal_table(comparison: Comparison, width: int) -> RenderableType:
 
 
 def _headed(comparison: Comparison, table: Table, hidden: int) -> list[RenderableType]:
-    told = [
+    cells = [
         f"{measure.label} {shown(cell)}" for measure, cell in comparison.dense.items() if measure in comparison.measures
     ]
     head = Text(comparison.model, style="bold")
-    head.append(f" · dense: {', '.join(told[:4])}" if told else " · the dense model was not scored", style="not bold")
+    head.append(f" · dense: {', '.join(cells[:4])}" if cells else " · the dense model was not scored", style="not bold")
     lines: list[RenderableType] = [head, table]
     if any(row.missed for row in comparison.rows):
         lines.append(Text(f"{MISSED} missed its target by half a point or more", style="yellow"))
@@ -152,14 +152,14 @@ def _tabular(comparison: Comparison) -> list[str]:
     lines = [f"% {comparison.model}".replace("\n", " "), f"\\begin{{tabular}}{{lrr{'r' * len(measures)}}}", "\\toprule"]
     lines += [" & ".join(["Method", "Target", "Zeros", *heads]) + r" \\", "\\midrule"]
     if comparison.dense:
-        told = [_tex(comparison.dense[m]) if m in comparison.dense else "--" for m in measures]
-        lines += [" & ".join(["Dense", "", "", *told]) + r" \\", "\\midrule"]
+        cells = [_tex(comparison.dense[m]) if m in comparison.dense else "--" for m in measures]
+        lines += [" & ".join(["Dense", "", "", *cells]) + r" \\", "\\midrule"]
     for at, row in enumerate(rows):
         if at and row.target != rows[at - 1].target:
             lines.append("\\midrule")
-        told = [_ranked(comparison, row, measure) for measure in measures]
+        cells = [_ranked(comparison, row, measure) for measure in measures]
         percent = [f"{100 * row.target:.4g}\\,\\%", f"{100 * row.measured:.2f}\\,\\%"]
-        lines.append(" & ".join([_escaped(row.method.label), *percent, *told]) + r" \\")
+        lines.append(" & ".join([_escaped(row.method.label), *percent, *cells]) + r" \\")
     return [*lines, "\\bottomrule", "\\end{tabular}"]
 
 

@@ -262,8 +262,8 @@ def _delta_panels(comparisons: Sequence[Comparison], known: Looks) -> list[Panel
             axes.set_yticks(places, [one[0].label for one in found])
             axes.set_ylim(len(found) - 0.5, -0.5)
             axes.axvline(0, color="#6b7280", linewidth=0.8)
-            told = "accuracy lost" if measure.kind == "zero_shot" else "perplexity above dense"
-            axes.set(title=f"{model}: {measure.label} at {target:.4g}", xlabel=told)
+            label = "accuracy lost" if measure.kind == "zero_shot" else "perplexity above dense"
+            axes.set(title=f"{model}: {measure.label} at {target:.4g}", xlabel=label)
             axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             axes.grid(visible=False, axis="y")
             if measure.kind == "perplexity" and _wide([one[1] for one in found]) and found[-1][1] > 3:

@@ -14,7 +14,7 @@ from besa_exp.run_folder.status import read_status
 def find_runs(places: Sequence[str]) -> list[Path]:
     """Every run folder at or below `places` (folders, files in run folders, patterns), each once, in order.
 
-    ConfigurationError: a place that is not there, or no run at all; every problem is told."""
+    ConfigurationError: a place that is not there, or no run at all; every problem is named."""
     problems: list[str] = []
     found: dict[Path, Path] = {}  # where it really is: as it was named
     for place in places:

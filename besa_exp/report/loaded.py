@@ -50,9 +50,16 @@ class LoadedRun:
 
     def steps(self) -> Any:
         """A DataFrame with a row for each optimisation step of each block."""
+        return self.table("step")
+
+    def table(self, kind: str) -> Any:
+        """A DataFrame of the lines of metrics.jsonl of one kind: step, block, rows, model_step, recovery_step, scores;
+        `time` as dates."""
         pandas = _pandas()
-        rows = [line for line in self.lines if line.get("kind") == "step"]
-        return pandas.DataFrame(rows).drop(columns="kind", errors="ignore")
+        found = pandas.DataFrame([line for line in self.lines if line.get("kind") == kind])
+        if "time" in found:
+            found["time"] = pandas.to_datetime(found["time"])
+        return found.drop(columns="kind", errors="ignore")
 
     def masks(self) -> dict[str, Any]:
         """The keep masks [out, in] by the weights' names, from masks.safetensors; empty where the run kept none."""
@@ -69,20 +76,26 @@ class LoadedRun:
         method = str(results.get("pruner") or config.get("method") or "unknown")
         parts = method.split("+")
         by_group = {group: next((part for part in parts if part in presets(group)), None) for group in METHOD_GROUPS}
+        by_group |= {group: results[group] for group in ("budget", "update") if group in results}
         by_group["pruner"] = by_group["pruner"] or method
         model = config.get("model")
         return {
+            "model_name": results.get("model_name"),
             "model": results.get("model") or (model.get("path") if isinstance(model, Mapping) else None),
             "method": method,
-            **{group: by_group[group] for group in ("pruner", "update", "budget")},
+            **{group: by_group[group] for group in ("pruner", "update", "budget", "structure", "recovery")},
+            "ignore": ", ".join(results.get("ignore") or config.get("ignore") or ()),
             "pattern": results.get("pattern") or config.get("pattern"),
             "target_sparsity": results.get("target_sparsity", config.get("sparsity")),
             "measured_sparsity": results.get("measured_sparsity"),
             "seed": results.get("seed", config.get("seed")),
+            **_stages(results),
             **_scores(results, ""),
             **_scores(results.get("dense") or {}, "dense "),
             **{f"{stage}_seconds": value for stage, value in (results.get("seconds") or {}).items()},
             **{f"peak_{place}_bytes": value for place, value in (results.get("peak_memory_bytes") or {}).items()},
+            "started": results.get("started"),
+            "finished": results.get("finished"),
             "status": self.status,
             "folder": str(self.folder),
         }
@@ -154,6 +167,15 @@ def linear_table(blocks: Iterable[BlockReport]) -> Any:
         for linear in block.linears
     ]
     return _pandas().DataFrame(rows)
+
+
+def _stages(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left of the parameters, and how a recovery moved the held-out loss."""
+    size, recovery = results.get("parameters"), results.get("recovery")
+    found: dict[str, Any] = {"parameters_left": size["left"] / size["dense"]} if size else {}
+    if recovery:
+        found |= {f"recovery_loss_{when}": value for when, value in recovery["loss"].items()}
+    return found
 
 
 def _scores(results: Mapping[str, Any], prefix: str) -> dict[str, float]:

@@ -99,14 +99,21 @@ class Method:
         return (known.index(self.pruner) if self.pruner in known else len(known), self.label)
 
 
-def method_of(name: str, config: Mapping[str, Any], pattern: str) -> Method:
-    """The method that `name` says (`wanda`, or `owl+wanda+obs`), chosen and set as in the run's configuration."""
+def method_of(name: str, config: Mapping[str, Any], pattern: str, command: str = "") -> Method:
+    """The method that `name` says (`wanda`, or `owl+wanda+obs`), chosen and set as in the run's configuration. Of a
+    preset that is not the package's own, `command` says what was set."""
     differing = []
     for group in METHOD_GROUPS:
-        presets = [preset for part in name.split("+") if (preset := _preset(group, part))]
-        differing += _differences(config.get(group), presets[0]) if presets else []
+        own = [preset for part in name.split("+") if (preset := _preset(group, part))]
+        if own:
+            differing += _differences(config.get(group), own[0])
+        elif config.get(group):
+            words = command.split()
+            differing += [word.partition(".")[2] for word in words if word.lstrip("+").startswith(f"{group}.")]
     if (dtype := config.get("compute_dtype", "auto")) != "auto":
         differing.append(f"compute_dtype={dtype}")
+    if ignored := config.get("ignore"):
+        differing.append(f"ignore={'+'.join(map(str, ignored))}")
     return Method(name, ", ".join([*([pattern] if pattern != "unstructured" else []), *differing]))
 
 

@@ -30,7 +30,7 @@ def page_data(
     errors: Sequence[ErrorAlongDepth],
     tables: Sequence[PaperTable],
 ) -> dict[str, Any]:
-    """Methods, measures and environments are told once and meant by their number."""
+    """Methods, measures and environments are listed once and referred to by their number."""
     done = [run for run in runs if run.status == "done"]
     methods = sorted({run.method for run in done} | {cell.method for cell in found}, key=lambda method: method.order)
     measures = sorted({s.measure for r in done for s in r.scores} | {c.measure for c in found}, key=measure_rank)
@@ -111,10 +111,10 @@ def _run(
     number: int, run: RunRecord, curve: Curve, methods: Sequence[Method], measures: Sequence[Measure]
 ) -> dict[str, Any]:
     """What tables and filters need of a run; the rest is in its details."""
-    told = {"id": number, "folder": run.folder, "status": run.status, "error": run.error}
+    row = {"id": number, "folder": run.folder, "status": run.status, "error": run.error}
     if run.status != "done":
-        return told
-    return told | {
+        return row
+    return row | {
         "model": run.model,
         "method": methods.index(run.method),
         "seed": run.seed,
@@ -124,6 +124,7 @@ def _run(
         "scores": [[measures.index(score.measure), score.value] for score in run.scores],
         "seconds": run.seconds.get("prune"),
         "searched": bool(curve.points),
+        "left": run.parameters.left / run.parameters.dense if run.parameters else None,
     }
 
 
@@ -141,9 +142,10 @@ def _details(run: RunRecord, curve: Curve) -> str:
         "seconds": run.seconds,
         "memory": run.memory,
         "quantisation": run.quantisation,
-        "parameters": asdict(run.parameters) if run.parameters else None,
-        "structure": run.structure.to_dict() if run.structure else None,
-        "recovery": run.recovery.to_dict() if run.recovery else None,
+        "stages": run.stages,
+        "texts": run.texts,
+        "cost": run.cost,
+        "recovery_curve": _recovery(curve),
         "simulated_speed": run.simulated_speed,
         "blocks": [[b.index, _rounded(b.loss_before), _rounded(b.loss_after), _rounded(b.seconds)] for b in run.blocks],
         "allocation": asdict(allocation(run)),
@@ -151,6 +153,11 @@ def _details(run: RunRecord, curve: Curve) -> str:
         "curve": {"stride": curve.stride, "blocks": _curve(curve)},
     }
     return json.dumps(details, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=str)
+
+
+def _recovery(curve: Curve) -> dict[str, Any]:
+    steps, losses, held_out = [list(part) for part in zip(*curve.recovery, strict=True)] or ([], [], [])
+    return {"steps": steps, "loss": [*map(_rounded, losses)], "held_out": [v and _rounded(v) for v in held_out]}
 
 
 def _curve(curve: Curve) -> list[dict[str, Any]]:

@@ -15,11 +15,15 @@ from typing import Any
 import yaml
 
 from besa_exp.blocks.reports import BlockReport, RecoveryReport, Size, StructureReport
+from besa_exp.display.cost import COST_HEADS, cost_rows
 from besa_exp.display.missed_target import missed_by
+from besa_exp.display.stages import stage_lines
+from besa_exp.display.text_samples import text_table
 from besa_exp.evaluation.score import Score, Scores, asked_of
 from besa_exp.report.methods import Method, method_of
 from besa_exp.run_folder.status import KILLED, read_status, seen_status
 
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # heads and rows
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it is there
 UNREADABLE = (
     OSError,
@@ -84,6 +88,9 @@ class RunRecord:
     memory: Mapping[str, int]
     quantisation: Mapping[str, Any]
     simulated_speed: Mapping[str, Any]  # of a cycle model: nothing is measured
+    stages: Mapping[str, str]  # what was removed and tuned, in a line each
+    texts: Table  # what the model says
+    cost: Table
 
     @property
     def missed(self) -> float:
@@ -116,7 +123,8 @@ def _run(path: Path, status: Mapping[str, Any], state: str, error: str | None, r
     name = results.get("pruner") or config.get("method") or "unknown"
     pattern = str(results.get("pattern") or config.get("pattern") or "unstructured")
     model = config.get("model")
-    given = results.get("model") or (model.get("path") if isinstance(model, Mapping) else None) or "unknown"
+    of_config = model if isinstance(model, Mapping) else {}
+    given = results.get("model_name") or results.get("model") or of_config.get("name") or of_config.get("path")
     sizes, structure, recovery = (results.get(key) for key in ("parameters", "structure", "recovery"))
     return RunRecord(
         folder=str(path),
@@ -126,8 +134,8 @@ def _run(path: Path, status: Mapping[str, Any], state: str, error: str | None, r
         command=status.get("command"),
         config=config,
         environment=results.get("environment") or _mapping(path / "environment.json"),
-        model=str(given).rstrip("/").rpartition("/")[2],
-        method=method_of(str(name), config, pattern),
+        model=str(given or "unknown").rstrip("/").rpartition("/")[2],
+        method=method_of(str(name), config, pattern, str(status.get("command") or "")),
         pattern=pattern,
         seed=results.get("seed", config.get("seed")),
         target=results.get("target_sparsity", config.get("sparsity")),
@@ -144,11 +152,14 @@ def _run(path: Path, status: Mapping[str, Any], state: str, error: str | None, r
         memory=results.get("peak_memory_bytes") or {},
         quantisation=results.get("quantisation") or {},
         simulated_speed=results.get("simulated_speed") or {},
+        stages=stage_lines(results),
+        texts=text_table(results),
+        cost=(COST_HEADS, cost_rows(results)),
     )
 
 
 def _state(path: Path, status: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The status as a person is told it, and why."""
+    """The status as it is shown to a person, and why."""
     state = seen_status(path) or "done"
     return state, "its process was killed; the same command goes on" if state == KILLED else status.get("error")
 

@@ -101,7 +101,7 @@ def runs_csv(runs: Sequence[RunRecord]) -> str:
     rows.writerow([*fixed, *(f"{m.kind} {m.label}" for m in measures), *after])
     for run in runs:
         values = {score.measure: score.value for score in run.scores}
-        told = [run.folder, run.status, run.error, run.model, run.method.label, run.pattern, run.seed, run.target]
+        about = [run.folder, run.status, run.error, run.model, run.method.label, run.pattern, run.seed, run.target]
         calibration = run.calibration
         facts = [calibration.get("name"), calibration.get("tokens_sha256")]
         facts += [run.seconds.get(part) for part in ("prune", "prune_processor", "total")]
@@ -111,7 +111,7 @@ def runs_csv(runs: Sequence[RunRecord]) -> str:
             run.missed if run.status == "done" else None,
             run.parameters.left if run.parameters else None,
         ]
-        rows.writerow([*told, run.measured, *(values.get(measure) for measure in measures), *facts])
+        rows.writerow([*about, run.measured, *(values.get(measure) for measure in measures), *facts])
     return file.getvalue()
 
 

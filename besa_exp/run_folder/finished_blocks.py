@@ -1,4 +1,5 @@
-"""The blocks that a run has finished, each on the disk before the next begins, so that a crash costs one block at most.
+"""The blocks that a run has finished. Each is on the disk before the next is finished too, so that a crash costs one
+finished block at most.
 
 `blocks/` in the run folder holds for block i `00000i.safetensors` (all its tensors, pruned, by their names in the
 model), `00000i.masks.safetensors` and, written last, `00000i.json`: the report, the hashes of the two files and that of
@@ -22,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from besa_exp.blocks.reports import BlockReport
-from besa_exp.checkpoints.files import save_masks, weights_sha256
+from besa_exp.checkpoints.files import save_masks
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.machine import atomic
+from besa_exp.machine.device import on_host
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.run_folder.identity import IDENTITY, as_plain, check_identity
 from besa_exp.texts.sources import file_sha256
@@ -90,8 +92,7 @@ class FinishedBlocks:
         weights, masks, record = self._files(report.index)
         try:
             with atomic.replaced_file(weights) as partial:
-                on_host = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-                save_file(on_host, partial, {"format": "pt"})
+                save_file(on_host(tensors), partial, {"format": "pt"})
             save_masks(keep_masks, masks, dense_sha256, weights_updated, permutations)
             content = {
                 "report": report.to_dict(steps=True),
@@ -115,15 +116,15 @@ class FinishedBlocks:
         """Keep them by their names in the model. RunError: the disk is full or cannot be written to."""
         try:
             with atomic.replaced_file(self.outside) as partial:
-                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
+                save_file(on_host(tensors), partial)
         except (OSError, SafetensorError) as error:
             raise RunError(f"{self.outside} could not be written ({error}); make space and start again") from error
 
-    def tensors(self, index: int, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A finished block's tensors by full name. ConfigurationError: its `dense` weights are not those it was pruned
-        from."""
+    def tensors(self, index: int, dense_sha256: str | None = None) -> dict[str, Tensor]:
+        """A finished block's tensors by full name. ConfigurationError: they were pruned from dense weights of another
+        hash than this; None: it is not compared."""
         weights, _, record = self._files(index)
-        if json.loads(record.read_text(encoding="utf-8"))["dense_sha256"] != weights_sha256(dense):
+        if dense_sha256 not in (None, json.loads(record.read_text(encoding="utf-8"))["dense_sha256"]):
             raise ConfigurationError(
                 f"{self.folder}: block {index} was pruned from other dense weights than the model has now; put the "
                 "model back, or start anew with overwrite=true"

@@ -1,8 +1,9 @@
-"""The folder of one run: locked while the run lives, its files whole or line by line, its state always told.
+"""The folder of one run: locked while the run lives, its files whole or line by line, its state always known.
 
 `metrics.jsonl` is the source of truth, one JSON object a line: `step` (one optimisation step), `block` (one pruned
-block), `recovery_step` (one of the whole model's tuning), `scores` (of the pruned or the dense model). W&B and the
-console only show what stands there. No torch here.
+block), `rows` (quantiles of a block's row sparsities), `model_step` (one of a search over the whole model),
+`recovery_step` (one of the whole model's tuning), `scores` (of the pruned or the dense model), each with its `time`.
+W&B and the console only show what stands there. No torch here.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,8 @@ KEPT = (
     "wandb",
 )  # of these an unfinished run goes on
 LEFTOVERS = tuple(f".{name}.{state}" for name in (*WRITTEN, "status.json") for state in ("partial", "replaced"))
-SPARSITY_COLUMNS = ("block", "linear", "weights", "pruned", "sparsity")
+SPARSITY_COLUMNS = ("block", "linear", "weights", "pruned", "sparsity", "allocated")
+SPARSITY_COLUMNS += ("reconstruction_loss_start", "reconstruction_loss")  # of the block; no start where none searches
 
 
 logger = logging.getLogger(__name__)
@@ -128,9 +131,14 @@ class RunFolder:
             for name in ("blocks", "narrowed", "recovery", "scores.json", "spent.json"):
                 atomic.remove(path / name)
 
+    def give_up(self, error: Exception) -> None:
+        """The last words of a process whose run is stuck and cannot raise `error` itself."""
+        logger.error("%s", error)
+        write_status(self.path, "failed", (read_status(self.path) or {}).get("started", now()), error)
+
     @staticmethod
     def record_failure(path: Path, error: Exception, words: Sequence[str] | None = None) -> None:
-        """Has status.json and run.log tell of a failure that the run itself could not tell of; all else stays.
+        """Writes a failure that the run itself could not report into status.json and run.log; all else stays.
         `words`: of the run's command, where that is not this process's. Raises ConfigurationError as `open` does."""
         with locked(path):
             _check_free(path, overwrite=False)
@@ -149,7 +157,9 @@ class RunFolder:
         kept += [*{line["step"]: line for line in lines if line.get("kind") == "model_step"}.values()]
         with atomic.replaced_file(self.metrics) as partial:
             blocks = [[*map(_step_line, report.steps), _block_line(report)] for report in reports]
-            partial.write_text("".join(map(_json_line, [*kept, *chain(*blocks)])), encoding="utf-8")
+            times = {_which(line): line["time"] for line in lines if "time" in line}
+            again = [line | {"time": times.get(_which(line), _time())} for line in chain(*blocks)]
+            partial.write_text("".join(map(_json_line, [*kept, *again])), encoding="utf-8")
         self.sparsity.unlink(missing_ok=True)
         for report in reports:
             self._append_sparsity(report)
@@ -210,7 +220,9 @@ class RunFolder:
             if is_new:
                 rows.writerow(SPARSITY_COLUMNS)
             for linear in report.linears:
-                rows.writerow((report.index, linear.name, linear.weights, linear.pruned, linear.sparsity))
+                own = (linear.name, linear.weights, linear.pruned, linear.sparsity, linear.allocated)
+                start = report.loss_before if report.loss_before != report.loss_after else ""
+                rows.writerow((report.index, *own, start, report.loss_after))
 
     def log_scores(self, which: str, scores: Scores) -> None:
         """One line of metrics.jsonl; `which` is `pruned` or `dense`."""
@@ -221,6 +233,7 @@ class RunFolder:
         if not self.writes:
             return
         _check_finite(line, where)
+        line |= {"time": _time()}
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(_json_line(line))
 
@@ -230,6 +243,16 @@ class RunFolder:
         _check_finite(content, name)
         text = json.dumps(_ordered(content), indent=2, allow_nan=False, ensure_ascii=False)
         atomic.write_text(self.path / name, text + "\n")
+
+
+def _time() -> str:
+    """Of day, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _which(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells a step's or a block's line from all others."""
+    return line.get("kind"), line.get("block"), line.get("step")
 
 
 def _step_line(step: Step) -> dict[str, Any]:
@@ -261,7 +284,7 @@ def _check_free(path: Path, overwrite: bool) -> None:
     if is_done(path) and not overwrite:
         raise ConfigurationError(
             f"{path} holds a finished run, which is left alone; "
-            "overwrite=true starts anew there, hydra.run.dir= names another folder"
+            "overwrite=true starts again there, hydra.run.dir= names another folder"
         )
     # run.log is left out: the command's own logging may have begun it
     foreign = [name for name in (*WRITTEN, "status.json") if name != "run.log" and (path / name).exists()]

@@ -16,7 +16,7 @@ IDENTITY = "identity.json"  # in the folder of the blocks
 # Of a model's keys: where the weights lie, and what is said about them elsewhere. They decide nothing.
 NOT_DECIDING = ("load", "convert", "name", "context", "published_perplexity")
 DECIDING = ("method", "model", "calibration", *METHOD_GROUPS, "sparsity", "pattern", "seed", "deterministic")
-DECIDING += ("compute_dtype",)
+DECIDING += ("compute_dtype", "ignore")
 
 
 def config_of(settings: RunSettings) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
     except (FileNotFoundError, NotADirectoryError):
         return
     except ValueError as error:
-        raise ConfigurationError(f"{path} cannot be read ({error}); start anew with overwrite=true") from error
+        raise ConfigurationError(f"{path} cannot be read ({error}); start again with overwrite=true") from error
     now = as_plain(identity)
     differences = [
         f"{key}: {before[key]!r} before, {now[key]!r} now"
@@ -94,7 +94,7 @@ def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
     if differences:
         raise ConfigurationError(
             f"{folder.parent} holds an unfinished run of another request ({'; '.join(differences)}); ask for the same "
-            "again to go on with it, start anew with overwrite=true, or name another folder with hydra.run.dir="
+            "again to go on with it, start again with overwrite=true, or name another folder with hydra.run.dir="
         )
 
 

@@ -70,7 +70,7 @@ def check_run_inputs(folder: Path, settings: RunSettings) -> list[str]:
     def matters(key: str) -> bool:
         return _matters(folder, key) if done or key.startswith("evaluator.") else blocks or scores
 
-    remedy = "put it back, start anew with overwrite=true, or name another folder with hydra.run.dir="
+    remedy = "put it back, start again with overwrite=true, or name another folder with hydra.run.dir="
     state = "a finished run" if done else "an unfinished run"
     changed = changed_inputs(folder, settings, matters)
     return [f"{folder} holds {state} of other inputs: {'; '.join(changed)}; {remedy}"] if changed else []

@@ -44,7 +44,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a living process has a run in the folder, as far as the file system can tell."""
+    """Whether a living process has a run in the folder, as far as the file system shows."""
     try:
         with (path / ".lock").open(encoding="utf-8") as file:
             return not _taken(file, fcntl.LOCK_SH, 0)
@@ -55,7 +55,7 @@ def is_locked(path: Path) -> bool:
 
 
 def _taken(file: IO[str], kind: int, patience: float) -> bool:
-    """Whether the lock could be had; it goes when the file is closed."""
+    """Whether the lock was taken; it is released when the file is closed."""
     deadline = time.monotonic() + patience
     while True:
         try:

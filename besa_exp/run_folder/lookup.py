@@ -12,7 +12,7 @@ from besa_exp.run_folder.status import is_done, read_status
 
 
 def run_and_model(checkpoint: str) -> tuple[Path | None, str]:
-    """The run folder whose results tell of `checkpoint`, None where no run made it, and the folder or hub id of its
+    """The run folder whose results describe `checkpoint`, None where no run made it, and the folder or hub id of its
     model. `checkpoint` may be the run folder, or `model` inside one. A dense run's model is the one it was given."""
     path = Path(checkpoint).expanduser()
     if read_status(path) is not None:

@@ -16,7 +16,7 @@ from besa_exp.machine import atomic
 
 
 class Spent:
-    """What earlier attempts have left in `path`, and this one adds; `memory` tells the peak of this one by place."""
+    """What earlier attempts have left in `path`, and this one adds; `memory` gives the peak of this one by place."""
 
     def __init__(self, path: Path, memory: Callable[[], Mapping[str, int]]):
         self._path, self._memory = path, memory

@@ -29,8 +29,8 @@ def read_status(path: Path) -> dict[str, Any] | None:
 
 
 def seen_status(path: Path) -> str | None:
-    """The status as a person is told it. A process that was killed could not say so: its file still says running, but
-    nobody has the folder locked. None: no run's folder."""
+    """The status as it is shown to a person. A process that was killed could not say so: its file still says running,
+    but nobody has the folder locked. None: no run's folder."""
     status = read_status(path)
     if status is None:
         return None

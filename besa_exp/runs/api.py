@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from besa_exp.blocks.activations import activation_bytes, allocator
 from besa_exp.blocks.decided import Decided
+from besa_exp.blocks.ignored import Ignored
 from besa_exp.blocks.pruner import Pruner
 from besa_exp.blocks.reports import BlockReport
 from besa_exp.checkpoints.files import load_masks
@@ -108,6 +109,7 @@ def prune(
     pattern: str = "unstructured",
     update: Any = None,
     budget: Any = None,
+    ignore: Sequence[str] = (),
     recovery: str | RecoverySettings | None = None,
     structure: Any = None,
     seed: int = 0,
@@ -128,14 +130,16 @@ def prune(
     tokens (or the model's context) for given texts.
 
     `pruner`, `update`, `budget`, `recovery` and, for a path, `structure` are names of presets or objects;
-    `besa_exp.preset(group, name)` makes the object of a preset. `on_block` is given the report of each block as
-    it is finished. `evaluator` scores the model in `out`.
+    `besa_exp.preset(group, name)` makes the object of a preset. What a pattern of `ignore` matches
+    (`0.*`, `*.mlp.down_proj`) stays dense. `on_block` is given the report of each block as it is finished. `evaluator`
+    scores the model in `out`.
 
     ConfigurationError (a ValueError): the request cannot be carried out as it is written; all problems are named."""
     settings = _settings(
         model_or_path, _calibration(texts_or_tokens, seed, num_samples, seq_len, batch_size), seed,
         pruner=pruner, update=update, budget=budget, structure=structure, recovery=recovery,
-        sparsity=sparsity, pattern=pattern, compute_dtype=compute_dtype, evaluator=evaluator, overwrite=overwrite,
+        sparsity=sparsity, pattern=pattern, ignore=tuple(ignore), compute_dtype=compute_dtype,
+        evaluator=evaluator, overwrite=overwrite,
     )  # fmt: skip
     read = partial(_read_calibration, texts_or_tokens, settings, seq_len)
     if isinstance(model_or_path, (str, Path)):
@@ -197,7 +201,7 @@ def _model_settings(path: str) -> ModelSettings:
         return ModelSettings(Path(path).name, path)
     values = preset_values("model", path)
     values.pop("_target_")
-    return ModelSettings(name=Path(values["path"]).name, **values)
+    return ModelSettings(**values | {"name": values["name"] or Path(values["path"]).name})
 
 
 def _name(method: Any) -> str:
@@ -275,7 +279,7 @@ def _pruned_in_place(
         check_finite_weights(loaded.model, settings.model.path)
         calibration = read(loaded)
         input_ids, batch_size = calibration.input_ids, settings.calibration.batch_size
-        check_blocks(loaded, input_ids, batch_size)
+        check_blocks(loaded, input_ids, batch_size, Ignored(settings.ignore))
         finished = FinishedBlocks(Path(folder) / "blocks")
         finished.begin({})
         reports: list[BlockReport] = []
@@ -304,7 +308,8 @@ def _loop(
     needed = activation_bytes(samples, length, hidden, model.dtype.itemsize, pruner.traits.dense_targets)
     _, allocate = allocator("auto", model.device, finished.folder.parent, needed)
     dtype, batch_size = compute_dtype(settings), settings.calibration.batch_size
-    return BlockLoop(loaded, calibration.input_ids, batch_size, finished, 0, allocate, dtype, keeps_dense)
+    ids, ignored = calibration.input_ids, Ignored(settings.ignore)
+    return BlockLoop(loaded, ids, batch_size, finished, 0, allocate, dtype, keeps_dense, ignored)
 
 
 def _written(

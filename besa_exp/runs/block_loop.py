@@ -3,7 +3,7 @@ same run has kept is taken from there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -14,15 +14,18 @@ from besa_exp.blocks.activations import Allocate
 from besa_exp.blocks.block import Block, Hidden, capture_blocks, embed
 from besa_exp.blocks.decided import Decided
 from besa_exp.blocks.head import head_of
+from besa_exp.blocks.ignored import Ignored
 from besa_exp.blocks.loop import prune_blocks
 from besa_exp.blocks.pruner import PrunedBlock, Pruner, Refinement
 from besa_exp.blocks.replay_check import check_replay
 from besa_exp.blocks.reports import BlockReport, ModelStep, Step
-from besa_exp.blocks.units import by_block, units
+from besa_exp.blocks.units import by_block, by_unit, of_blocks, units, with_linears
 from besa_exp.blocks.whole_model import KeepMasks, Weights, Whole
 from besa_exp.checkpoints.files import load_masks, masks_description, weights_sha256
 from besa_exp.checkpoints.load import LoadedModel
+from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
+from besa_exp.machine.background import ahead, one_at_a_time
 from besa_exp.methods.budgets.budget import Budget, exact_goals
 from besa_exp.methods.budgets.trial import DepthSearch, Trial
 from besa_exp.methods.budgets.uniform import SameForAll
@@ -32,10 +35,13 @@ from besa_exp.runs.save import pruned_weights
 from besa_exp.tensors.masks import Goal
 
 
-def check_blocks(loaded: LoadedModel, input_ids: Tensor, batch_size: int) -> None:
+def check_blocks(loaded: LoadedModel, input_ids: Tensor, batch_size: int, ignored: Ignored) -> None:
     """The self-check, through all blocks, before any long work: on the last two samples, with the arguments of the
-    first. RunError: the model cannot be pruned block by block; what it does that forbids it."""
+    first. RunError: the model cannot be pruned block by block; what it does that forbids it. ConfigurationError: what
+    is `ignored` is nothing, or everything."""
     blocks = capture_blocks(loaded.model, input_ids)
+    if problems := ignored.check(blocks):
+        raise ConfigurationError(*problems)
     check_replay(loaded.model, blocks, input_ids[-min(2, batch_size) :], partial(resident, loaded))
 
 
@@ -59,6 +65,7 @@ class BlockLoop:
     allocate: Allocate
     compute_dtype: torch.dtype | None = None
     keeps_dense: bool = False
+    ignored: Ignored = field(default_factory=Ignored)
     dense_sha256: dict[int, str] = field(default_factory=dict)
     dense: dict[str, Tensor] = field(default_factory=dict)
 
@@ -71,16 +78,15 @@ class BlockLoop:
         on_block: Callable[[BlockReport], None],
     ) -> None:
         """Every block is in `finished` afterwards. `budget` deals `goal` out to the blocks; None: each has the same.
-        `on_block` is told of each new one when it is on the disk."""
-        blocks = capture_blocks(self.loaded.model, self.input_ids)
-        blocks = [replace(block, compute_dtype=self.compute_dtype) for block in blocks]
+        `on_block` is given the report of each new one when it is on the disk."""
+        blocks = self._blocks()
         together = pruner.traits.blocks_together
         goals: Goal | list[Goal] = goal
         if budget is not None and not isinstance(budget, SameForAll):
             goals = self._goals(blocks, goal, budget, together)
         grouped = units(blocks, together)
         pruning = prune_blocks(
-            self._resident(grouped),
+            self._hashed(grouped),
             self._embed(blocks),
             pruner,
             goals,
@@ -89,26 +95,26 @@ class BlockLoop:
             self._restore,
             self.allocate,
         )
-        for report, pruned in pruning:
-            for block, own, decided in by_block(grouped[report.index // together], report, pruned):
-                self._keep(block, own, decided)
-                on_block(own)
-            del pruned, decided  # they would stay, a quarter of a block or more, until the next one is pruned
+        with one_at_a_time() as begin:
+            for report, pruned in pruning:
+                for block, own, decided in by_block(grouped[report.index // together], report, pruned):
+                    if distributed.is_first():
+                        begin(self._write(block, own, decided))
+                    on_block(own)
+                del pruned, decided  # they would stay, a quarter of a block or more, until the next one is pruned
 
     def refined(
         self, refinements: Sequence[Refinement], before: Sequence[BlockReport], on_step: Callable[[ModelStep], None]
     ) -> Decided:
         """What the refinements, one after the other, make of all blocks together, which are all finished now and of
         which `before` tells: a pruner for a loop of its own. The model is dense again."""
-        blocks = [
-            replace(block, compute_dtype=self.compute_dtype)
-            for block in capture_blocks(self.loaded.model, self.input_ids)
-        ]
-        keep_masks, weights = self._found(blocks)
+        blocks = self._blocks()
+        shown = with_linears(blocks)
+        keep_masks, weights = (found and by_unit(shown, found) for found in self._found(blocks))
         state = self.loaded.model.state_dict()
         for name, weight in self.dense.items():
             state[name].copy_(weight)
-        whole = self._whole(blocks)
+        whole = self._whole(blocks, shown)
         done = 0
 
         def on_later_step(step: ModelStep) -> None:
@@ -117,16 +123,21 @@ class BlockLoop:
         for refinement in refinements:
             keep_masks, weights = refinement.refine(whole, keep_masks, weights, on_later_step)
             done += refinement.steps
-        return Decided(keep_masks, weights, before)
+        return Decided(of_blocks(shown, keep_masks), weights and of_blocks(shown, weights), before)
 
-    def _whole(self, blocks: list[Block]) -> Whole:
-        """The dense model."""
+    def _blocks(self) -> list[Block]:
+        """Without what is ignored."""
+        blocks = map(self.ignored.rest, capture_blocks(self.loaded.model, self.input_ids))
+        return [replace(block, compute_dtype=self.compute_dtype) for block in blocks]
+
+    def _whole(self, blocks: list[Block], shown: list[Block]) -> Whole:
+        """The dense model, its blocks as they are `shown`."""
         outputs = self._embed(blocks)
         for block in self._resident(blocks):
             block.outputs(outputs, self.batch_size, out=outputs)
 
         def resident(backwards: bool) -> Iterable[Block]:
-            return self._resident(blocks[::-1] if backwards else blocks)
+            return self._resident(shown[::-1] if backwards else shown)
 
         head = head_of(self.loaded.model, blocks, self.input_ids)
         return Whole(resident, self._embed(blocks), outputs, head, self.batch_size)
@@ -155,59 +166,85 @@ class BlockLoop:
         return embed(self.loaded.model, blocks, self.input_ids, self.batch_size, self.allocate)
 
     def _goals(self, blocks: list[Block], goal: Goal, budget: Budget | DepthSearch, together: int) -> list[Goal]:
-        """Each block's own, or that of the blocks it is pruned together with."""
-        if isinstance(budget, DepthSearch):
-            sparsities, sizes = self._searched(budget, blocks, goal.sparsity)
-        else:
-            sparsities, sizes = self._measured(budget, blocks, goal.sparsity)
-        own = exact_goals(sparsities, sizes, goal.sparsity)
-        groups = [slice(start, start + together) for start in range(0, len(own), together)]
-        pruned = [sum(round(t.sparsity * size) for t, size in zip(own[g], sizes[g], strict=True)) for g in groups]
+        """Each block's own, or that of the blocks it is pruned together with. The budget does not see blocks that stay
+        dense."""
+        measure = self._searched if isinstance(budget, DepthSearch) else self._measured
+        sparsities, sizes = measure(budget, blocks, goal.sparsity)
+        own = zip(exact_goals(sparsities, sizes, goal.sparsity), sizes, strict=True)
+        counts = [(round(t.sparsity * size), size) for t, size in own]
+        of_blocks = [counts.pop(0) if block.linears else (0, 0) for block in blocks]
+        groups = [of_blocks[start : start + together] for start in range(0, len(blocks), together)]
+        totals = [[sum(part) for part in zip(*group, strict=True)] for group in groups]
         return [
-            Goal(count / sum(sizes[g]), exact=True) for count, g in zip(pruned, groups, strict=True) for _ in own[g]
+            Goal(pruned / max(1, size), exact=True)
+            for group, (pruned, size) in zip(groups, totals, strict=True)
+            for _ in group
         ]
 
     def _measured(self, budget: Budget, blocks: list[Block], sparsity: float) -> tuple[Tensor, list[int]]:
-        """The blocks' wishes and weights: the budget sees the dense blocks and a copy of their inputs."""
+        """The sparsity that each block is to have, and its number of weights: the budget sees the dense blocks and a
+        copy of their inputs."""
         sizes: list[int] = []
 
         def measured() -> Iterable[Block]:
-            for block in self._resident(blocks):
+            for block in self._resident(with_linears(blocks)):
                 sizes.append(sum(linear.weight.numel() for linear in block.linears.values()))
                 yield block
 
         return budget.sparsities(measured(), self._embed(blocks), sparsity, self.batch_size), sizes
 
     def _searched(self, budget: DepthSearch, blocks: list[Block], sparsity: float) -> tuple[Tensor, list[int]]:
-        """The blocks' wishes and weights: the budget tries whole models, and goes on where an earlier attempt was."""
+        """The sparsity that each block is to have, and its number of weights: the budget tries whole models, and goes
+        on where an earlier attempt was."""
         head = head_of(self.loaded.model, blocks, self.input_ids)
         inputs, outputs = self._embed(blocks), self._embed(blocks)
-        trial = Trial.begin(partial(self._resident, blocks), inputs, outputs, head, self.batch_size, budget.importance)
+        trial = Trial.begin(
+            partial(self._resident, with_linears(blocks)), inputs, outputs, head, self.batch_size, budget.importance
+        )
         return budget.search(trial, sparsity, self.finished.search), [*trial.sizes]
+
+    def _hashed(self, blocks: list[Block]) -> Iterable[Block]:
+        """The blocks in order, each with its weights. On rank 0 `dense_sha256` holds the hash of a block's dense
+        weights before it comes out; it is computed while the block before is out."""
+        if not distributed.is_first():
+            return self._resident(blocks)
+        if self.loaded.weights:
+            return self.loaded.weights.resident(blocks, self._hash)
+        return ahead(self._hash_block, blocks)
+
+    def _hash_block(self, block: Block) -> Block:
+        for layer in block.layers:
+            self._hash(layer, self._stored_tensors(layer))
+        return block
+
+    def _hash(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
+        self.dense_sha256[block.index] = weights_sha256(tensors)
 
     def _restore(self, block: Block) -> bool:
         """Whether the block was finished before; then it has its pruned weights now."""
         for layer in block.layers:
-            dense = self._stored_tensors(layer)
             if self.keeps_dense and not self.loaded.weights:
-                self.dense |= {name: tensor.clone() for name, tensor in dense.items()}
-            if layer.index >= self.done:
-                self.dense_sha256[layer.index] = weights_sha256(dense)
-            else:
-                load_block_tensors(layer.module, layer.name, self.finished.tensors(layer.index, dense))
+                self.dense |= {name: tensor.clone() for name, tensor in self._stored_tensors(layer).items()}
+            if layer.index < self.done:
+                tensors = self.finished.tensors(layer.index, self.dense_sha256.get(layer.index))
+                load_block_tensors(layer.module, layer.name, tensors)
         return block.index < self.done
 
     def _stored_tensors(self, block: Block) -> dict[str, Tensor]:
         return as_stored(block_tensors(block.module, block.name), self.loaded.stored)
 
-    def _keep(self, block: Block, report: BlockReport, pruned: PrunedBlock) -> None:
-        if not distributed.is_first():
-            return
+    def _write(self, block: Block, report: BlockReport, pruned: PrunedBlock) -> Callable[[], None]:
+        """What writes the block as it is now, when it is called."""
         keep_masks, permutations = (
             {f"{block.name}.{name}.weight": value for name, value in values.items()}
             for values in (pruned.keep_masks, pruned.permutations)
         )
-        tensors = self._stored_tensors(block)
-        dense_sha256 = self.dense_sha256.pop(block.index)
-        updated = pruned.weights is not None
-        self.finished.write(report, tensors, keep_masks, dense_sha256, updated, permutations)
+        return partial(
+            self.finished.write,
+            report,
+            self._stored_tensors(block),
+            keep_masks,
+            self.dense_sha256.pop(block.index),
+            pruned.weights is not None,
+            permutations,
+        )

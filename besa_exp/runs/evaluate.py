@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jaxtyping import Int
 from torch import Tensor
 
-from besa_exp.checkpoints.files import count_zeros
+from besa_exp.checkpoints.files import count_zeros, write_card
 from besa_exp.checkpoints.gguf_file import dequantised
 from besa_exp.checkpoints.inspect import inspect_model_folder
 from besa_exp.checkpoints.load import LoadedModel, load_model, model_context
 from besa_exp.display.console import RunConsole
+from besa_exp.display.model_card import renewed_card
 from besa_exp.display.tracker import start_tracker
 from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.kept_scores import FinishedScores, files_of
@@ -43,6 +45,7 @@ from besa_exp.run_folder.lock import locked
 from besa_exp.run_folder.log import logging_to
 from besa_exp.run_folder.lookup import run_and_model
 from besa_exp.run_folder.spent import Spent
+from besa_exp.run_folder.status import read_status
 from besa_exp.runs.cpu_units import in_a_fast_dtype
 from besa_exp.runs.published import compared_with_published
 from besa_exp.runs.run import calibration_of
@@ -130,16 +133,27 @@ def _scored(evaluation: _Evaluation, loaded: LoadedModel, config: Mapping[str, A
         failed = False
     finally:
         tracker.finish(failed)
-    results, told = merged(results, scores)
+    results, notes = merged(results, scores)
     results |= {"model_notes": [*loaded.notes]} if loaded.notes else {}
-    for line in told:
+    for line in notes:
         logger.warning(line)
     _record(evaluation, results, scores, loaded)
     folder.write_results(results)
     if distributed.is_first():
+        _renew_card(folder, results)
         atomic.remove(folder.scores)
         atomic.remove(folder.spent)
     return results
+
+
+def _renew_card(folder: RunFolder, results: Mapping[str, Any]) -> None:
+    """The card of the run's model, with its new scores."""
+    command = results.get("command") or (read_status(folder.path) or {}).get("command")
+    if not command or "pruner" not in results or not (folder.model / "README.md").is_file():
+        return
+    asked = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8")) or {}
+    revision = (asked.get("model") or {}).get("revision")
+    write_card(folder.model, renewed_card(folder.model, results, command, revision))
 
 
 def _measured(evaluation: _Evaluation, loaded: LoadedModel, digest: str, left: Any) -> Scores:
@@ -177,7 +191,7 @@ def _base(evaluation: _Evaluation, loaded: LoadedModel, digest: str) -> dict[str
         if not settings.overwrite:
             raise ConfigurationError(
                 f"{folder.path / 'results.json'} holds scores of other files than {settings.checkpoint} has now; "
-                "overwrite=true starts anew, hydra.run.dir= names another folder"
+                "overwrite=true starts again, hydra.run.dir= names another folder"
             )
         logger.warning("the files of %s have changed: its earlier scores are dropped", settings.checkpoint)
         results = {}
@@ -209,7 +223,7 @@ def counted_blocks(folder: Path) -> list[dict[str, Any]]:
 
 
 def check_same_zeros(run: Path, reported: list[dict[str, Any]], counted: list[dict[str, Any]]) -> None:
-    """ConfigurationError: the model is not the one that the run's results.json tells of. What is reported has the
+    """ConfigurationError: the model is not the one that the run's results.json describes. What is reported has the
     numbers of the dense model, and stands in the order of the saved blocks."""
     by_index = {block["index"]: block["linears"] for block in counted}
     for place, block in enumerate(reported):

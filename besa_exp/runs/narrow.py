@@ -52,7 +52,7 @@ def narrow(run: Run, work: Work) -> Work:
     _check_pattern(run, narrower)
     report = report_of(_name(run), loaded, narrower, structure, costs, dimensions)
     assert report.parameters.left == parameters(narrower), "what is left is counted twice"
-    run.console.stage(_told(report))
+    run.console.stage(_summary(report))
     return replace(work, loaded=narrower, structure=report, parameters=report.parameters)
 
 
@@ -97,10 +97,10 @@ def _name(run: Run) -> str:
     return run.settings.pruner_name.split("+")[0]
 
 
-def _told(report: StructureReport) -> str:
+def _summary(report: StructureReport) -> str:
     gone = [str(change.index) for change in report.changes if isinstance(change, Removed)]
     narrowed = len(report.changes) - len(gone)
-    what = [f"{len(gone)} of {report.num_blocks} blocks removed ({', '.join(gone)})"] if gone else []
+    what = [f"{len(gone)} of {report.num_blocks} blocks removed (index {', '.join(gone)})"] if gone else []
     what += [f"{narrowed} of {report.num_blocks} blocks narrowed"] if narrowed else []
     size = report.parameters
     left = f"{size.left:,} of {size.dense:,} parameters left ({size.left / size.dense:.1%})"

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from besa_exp.blocks.ignored import Ignored
 from besa_exp.blocks.reports import Size
 from besa_exp.checkpoints.files import write_card
 from besa_exp.checkpoints.finite_weights import check_finite_weights
@@ -39,8 +40,8 @@ from besa_exp.runs.dense import dense_results
 from besa_exp.runs.narrow import narrow
 from besa_exp.runs.prune_model import prune_model
 from besa_exp.runs.recover import check_whole, recover
-from besa_exp.runs.results import results_of
-from besa_exp.runs.run import Run, Work, calibration_of, model_facts, opened, parameters, tracking
+from besa_exp.runs.results import attempt_of, results_of
+from besa_exp.runs.run import Run, Work, calibration_of, model_facts, opened, parameters, slow_work, tracking
 from besa_exp.runs.save import card, save
 from besa_exp.runs.score import score_dense, score_pruned
 from besa_exp.settings import RunSettings
@@ -85,7 +86,7 @@ def prune(
             loaded = in_a_fast_dtype(load_model(settings.model, device, settings.offline), settings.model.dtype)
         results = dense_results(run, loaded) if settings.is_dense else _pruned(run, loaded, calibrate)
         results |= dequantised(loaded.folder)
-        results |= {"seconds": run.spent.seconds(), "peak_memory_bytes": run.spent.peak_memory()}
+        results |= {"seconds": run.spent.seconds(), "peak_memory_bytes": run.spent.peak_memory()} | attempt_of(path)
         _write(run, loaded, results)
     return results
 
@@ -113,13 +114,16 @@ def _begun(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Cal
         calibration = _calibrate(
             run, loaded, calibrate or partial(calibration_of, settings.calibration, settings.offline)
         )
-        check_blocks(loaded, distributed.own_samples(calibration.input_ids), settings.calibration.batch_size)
+        own_ids, batch_size = distributed.own_samples(calibration.input_ids), settings.calibration.batch_size
+        check_blocks(loaded, own_ids, batch_size, Ignored(settings.ignore))
     finished = FinishedBlocks(run.folder.blocks, run.spent.keep)
     identity = request_identity(run.config, calibration.tokens_sha256)
     distributed.from_first(lambda: check_identity(finished.folder, identity))
     samples, length = calibration.input_ids.shape
     tokens = f"{samples} x {length}, sha256 {calibration.tokens_sha256[:12]}"
-    run.console.plan(settings, model_facts(loaded) | {"calibration tokens": tokens})
+    kind, batch_size = run.device.type, getattr(settings.pruner, "batch_size", None)
+    slow = slow_work(kind, loaded.model.dtype, settings.compute_dtype, distributed.num_ranks(), batch_size)
+    run.console.plan(settings, model_facts(loaded) | slow | {"calibration tokens": tokens})
     size = parameters(loaded)
     return Work(loaded, calibration, Size(size, size), finished)
 

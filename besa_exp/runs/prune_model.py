@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from besa_exp.blocks.activations import activation_bytes, allocator
+from besa_exp.blocks.ignored import Ignored
 from besa_exp.blocks.pruner import Pruner, Refinement
 from besa_exp.blocks.reports import BlockReport, Step
 from besa_exp.blocks.units import unit_ends
@@ -39,7 +40,8 @@ def prune_model(run: Run, work: Work) -> Work:
     _, allocate = allocator(settings.activations, run.device, run.folder.path, needed)
     batch_size, dtype = settings.calibration.batch_size, compute_dtype(settings)
     done, keeps_dense = len(reports), bool(later)
-    loop = BlockLoop(loaded, input_ids, batch_size, work.finished, done, allocate, dtype, keeps_dense)
+    ignored = Ignored(settings.ignore, work.structure.kept if work.structure else ())
+    loop = BlockLoop(loaded, input_ids, batch_size, work.finished, done, allocate, dtype, keeps_dense, ignored)
     finished = work.finished
     with run.spent.timed("prune"):
         reports = _follow(run, work, loop, pruner, reports, tracks=not later)
@@ -53,7 +55,7 @@ def prune_model(run: Run, work: Work) -> Work:
 
 
 def _begin(run: Run, work: Work) -> list[BlockReport]:
-    """The reports of the blocks that are finished; the run's records tell of those alone from here on."""
+    """The reports of the blocks that are finished; the run's records hold those alone from here on."""
     ends = unit_ends(num_blocks(work.loaded), run.settings.pruner.traits.blocks_together)
     identity = request_identity(run.config, work.calibration.tokens_sha256)
     reports = distributed.from_first(lambda: work.finished.begin(identity, ends))
@@ -87,11 +89,11 @@ def _follow(
             progress.step(step)
 
         def on_block(report: BlockReport) -> None:
-            (told,) = work.numbered([report])
-            run.folder.log_block(told)
+            (numbered,) = work.numbered([report])
+            run.folder.log_block(numbered)
             if tracks:
-                run.tracker.log_block(told)
-            progress.block(told)
+                run.tracker.log_block(numbered)
+            progress.block(numbered)
             reports.append(report)
 
         goal = Goal.parse(settings.sparsity, settings.pattern)

@@ -43,6 +43,7 @@ class Masks:
     def of(self, block: Block) -> dict[str, Tensor]:
         """The keep_masks of a block's linears by their path."""
         names = {path: f"{block.name}.{path}.weight" for path in block.linears}
+        names = {path: name for path, name in names.items() if name in self.shapes}  # the others stayed dense
         masks = read_masks(self.path, {name: self.shapes[name] for name in names.values()})
         return {path: masks[name] for path, name in names.items()}
 
@@ -127,7 +128,8 @@ def _pruned(
             f"block {block.index}", weights_sha256(block_tensors(block.module, block.name)), hashes[block.index]
         )
         keep_masks = masks.of(block)
-        write_weights(block, PrunedBlock(keep_masks, allocated={}))
+        masked = replace(block, linears={name: block.linears[name] for name in keep_masks})
+        write_weights(masked, PrunedBlock(keep_masks, allocated={}))
         for name, keep_mask in keep_masks.items():
             counts[f"{block.name}.{name}"] = keep_mask.numel(), int((~keep_mask).sum())
         yield block_tensors(block.module, block.name)
@@ -162,14 +164,15 @@ def _then(first: Mapping[str, Tensor], others: Iterator[Mapping[str, Tensor]]) -
 def _card(
     folder: Path, masks: Masks, blocks: Sequence[Block], counts: Mapping[str, tuple[int, int]], command: Sequence[str]
 ) -> str:
-    """The model card that the masks alone can tell: without calibration and scores."""
+    """What a model card can say from the masks alone: without calibration and scores."""
     said, total, zeros = masks.description, *map(sum, zip(*counts.values(), strict=True))
-    told = [
+    blocks_of_card = [
         {
             "index": block.index,
             "linears": {
                 name: dict(zip(("weights", "pruned"), counts[f"{block.name}.{name}"], strict=True))
                 for name in block.linears
+                if f"{block.name}.{name}" in counts
             },
         }
         for block in blocks
@@ -181,6 +184,6 @@ def _card(
         "seed": said["seed"],
         "target_sparsity": said["sparsity"],
         "measured_sparsity": zeros / total,
-        "blocks": told,
+        "blocks": blocks_of_card,
     }
     return model_card(results, command, licence=base_licence(folder))

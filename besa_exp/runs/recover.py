@@ -164,7 +164,7 @@ def check_recovery_of(settings: Any, sparsity: float, context: int | None) -> li
     quantised = settings.pruner.traits.quantiser is not None
     length = length_of(settings.recovery, settings.calibration)
     if settings.recovery.seq_len is None and context is not None:
-        length = min(length, context)  # a calibration that is too long is told as such
+        length = min(length, context)  # a calibration that is too long is reported as such
     problems = check_recovery(settings.recovery, sparsity, settings.pattern, length, context, quantised)
     if settings.model.load == "streamed":
         problems.append(

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from besa_exp.blocks.reports import BlockReport, Size
+from besa_exp.presets import METHOD_GROUPS
+from besa_exp.run_folder.status import now, read_status
 from besa_exp.runs.published import published
 from besa_exp.runs.run import Work
 from besa_exp.settings import RunSettings
 from besa_exp.tensors.masks import Goal
 from besa_exp.texts.calibration import Calibration
+
+SCHEMA = 1  # of results.json: goes up when a key is renamed or means something else
 
 
 def results_of(settings: RunSettings, work: Work, environment: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,12 +46,16 @@ def counts_of(
     linears = [linear for report in reports for linear in report.linears]
     weights, pruned = sum(linear.weights for linear in linears), sum(linear.pruned for linear in linears)
     return {
+        "schema": SCHEMA,
         "model": settings.model.path,
+        "model_name": settings.model.name,
         "pruner": settings.pruner_name,
+        **parts_of(settings),
         "pattern": settings.pattern,
+        **({"ignore": [*settings.ignore]} if settings.ignore else {}),
         "seed": settings.seed,
         "target_sparsity": 0.0,
-        "measured_sparsity": pruned / weights,
+        "measured_sparsity": pruned / max(1, weights),
         "parameters": asdict(parameters),
         "linears": len(linears),
         "quantisation": asdict(quantiser) if (quantiser := settings.pruner.traits.quantiser) else None,
@@ -54,6 +63,20 @@ def counts_of(
         "calibration": None,
         "environment": environment,
     }
+
+
+def parts_of(settings: RunSettings) -> dict[str, str | None]:
+    """`method`, the names of all its parts, and `budget` and `update` by themselves, None where there is none. What a
+    structure and a recovery did stands under their own keys."""
+    groups = [group for group in METHOD_GROUPS if getattr(settings, group) is not None]
+    names = dict(zip(groups, settings.pruner_name.split("+"), strict=False))
+    return {"method": settings.pruner_name} | {group: names.get(group) for group in ("budget", "update")}
+
+
+def attempt_of(folder: Path) -> dict[str, Any]:
+    """The command of the run in `folder`, when its last attempt began, and when it ends: now."""
+    status = read_status(folder) or {}
+    return {"command": status.get("command"), "started": status.get("started"), "finished": now()}
 
 
 def _calibration(calibration: Calibration) -> dict[str, Any]:

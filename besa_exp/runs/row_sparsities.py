@@ -33,7 +33,7 @@ def quantiles(rows: Float[Tensor, " out"]) -> list[float]:
 
 
 def keep_row_sparsities(run: Run, finished: FinishedBlocks, reports: Sequence[BlockReport]) -> None:
-    """Writes the file, and tells metrics.jsonl and the tracker of each block's. For the first of several ranks."""
+    """Writes the file, and logs each block's to metrics.jsonl and the tracker. For the first of several ranks."""
     found: dict[str, Tensor] = {}
     for report, file in zip(reports, finished.mask_files(len(reports)), strict=True):
         rows = {name.removesuffix(".weight"): row_sparsities(mask) for name, mask in load_masks(file).items()}

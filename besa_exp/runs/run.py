@@ -46,8 +46,8 @@ class Run:
 @dataclass(frozen=True)
 class Work:
     """What the stages hand on. `loaded`: the model as it is now (streamed: it reads the newest files). `parameters`: of
-    the dense model, and what is left of them; zeros are left. `finished` holds the pruned blocks and `reports` tells of
-    them, both by their numbers in the pruned model. `saved`: what is scored, read again where it was saved.
+    the dense model, and what is left of them; zeros are left. `finished` holds the pruned blocks and `reports`
+    describes them, both by their numbers in the pruned model. `saved`: what is scored, read again where it was saved.
     `reloaded`: what a fresh process saw of it, as in results.json."""
 
     loaded: LoadedModel
@@ -91,24 +91,43 @@ def model_facts(loaded: LoadedModel) -> dict[str, Any]:
     return facts | ({"in memory": "one block at a time"} if loaded.weights else {})
 
 
+def slow_work(
+    device: str, dtype: torch.dtype, compute_dtype: str, num_ranks: int = 1, batch_size: int | None = None
+) -> dict[str, str]:
+    """What the plan shows of work that could be faster: products of a GPU in fp32, and steps of a search that have
+    fewer samples than there are ranks."""
+    facts = {}
+    if device == "cuda" and dtype == torch.float32 and compute_dtype == "auto":
+        facts["products"] = (
+            "fp32, which has no tensor cores: 67 TFLOP/s at most on an H100 or H200 against 989 with "
+            "compute_dtype=bfloat16, which rounds states and weights to 8 bits in products (TF32, to 11 bits: 494)"
+        )
+    if batch_size is not None and batch_size < num_ranks:
+        facts["ranks"] = f"{num_ranks}: a step of pruner.batch_size={batch_size} keeps {batch_size} of them busy"
+    return facts
+
+
 @contextmanager
 def opened(path: Path, overwrite: bool, resume: Mapping[str, Any] | None) -> Iterator[RunFolder]:
     """The run folder. Of several ranks the first alone locks and writes it; the others have its paths, to read."""
     first = distributed.is_first()
     folder = RunFolder.open(path, overwrite, resume) if first else nullcontext(RunFolder(path, writes=False))
-    with folder as opened, distributed.failing_together():
+    with folder as opened, distributed.failing_together(opened.give_up):
         yield opened
 
 
 @contextmanager
 def tracking(run: Run) -> Iterator[Tracker]:
-    """The tracker, finished with what it was told of however the run ends."""
+    """The tracker, finished with what it was given, however the run ends."""
     path = run.folder.path
     tracked = run.settings.tracker if distributed.is_first() else TrackerSettings("none")
     tracker = start_tracker(tracked, path, run.config, path.name, run.settings.pruner_name)
     failed = True
     try:
         yield tracker
+        seconds, memory = run.spent.seconds(), run.spent.peak_memory()
+        tracker.log_summary({f"seconds/{stage}": value for stage, value in seconds.items() if value is not None})
+        tracker.log_summary({f"peak_memory_bytes/{where}": value for where, value in memory.items() if value})
         failed = False
     finally:
         tracker.finish(failed)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from besa_exp.blocks.block import capture_blocks, discover_blocks
+from besa_exp.blocks.linears import discover_linears
 from besa_exp.blocks.reports import BlockReport
 from besa_exp.checkpoints.files import merge_masks, save_beside_weights, save_model, weights_sha256
 from besa_exp.checkpoints.fresh_process import TOKENS, reloading, token_loss
@@ -91,8 +92,8 @@ def masks_origin(settings: RunSettings, work: Work) -> dict[str, Any]:
     `dtype` is what the model was loaded as, `layout` how its pruned weights are dealt out to files; `structure` and
     `recovery`, where there were any: masks and dense weights do not give such a model."""
     loaded, later = work.loaded, {"structure": work.structure, "recovery": work.recovery}
-    told = {name: report.to_dict() for name, report in later.items() if report}
-    return told | {
+    of_stages = {name: report.to_dict() for name, report in later.items() if report}
+    return of_stages | {
         "model": settings.model.path.rstrip("/").rpartition("/")[2],
         "dtype": settings.model.dtype,
         "layout": "streamed" if loaded.weights else "whole",
@@ -162,7 +163,7 @@ def save(run: Run, work: Work) -> Work:
 
 @contextmanager
 def reread(run: Run, work: Work) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Loads the saved model in a fresh process meanwhile; what is yielded waits for it and gives that part of
+    """Starts to load the saved model in a fresh process; call what is yielded to wait for it and to get its part of
     results.json."""
     save, loaded = run.settings.save, work.loaded
     if not save.model or not distributed.is_first():
@@ -174,10 +175,9 @@ def reread(run: Run, work: Work) -> Iterator[Callable[[], dict[str, Any]]]:
     tokens = work.calibration.input_ids[:1, :TOKENS]
     with callable_model(loaded):
         expected = token_loss(loaded.model, tokens)
-    model = run.settings.model
-    with reloading(
-        run.folder.model, tokens, expected, loaded.stored or loaded.model.dtype, model.trust_remote_code
-    ) as answer:
+    dtype, trusted = loaded.stored or loaded.model.dtype, run.settings.model.trust_remote_code
+    routes = any(linear.of_mixture for linear in discover_linears(discover_blocks(loaded.model)[1][-1]).values())
+    with reloading(run.folder.model, tokens, expected, dtype, trusted, routes) as answer:
 
         def reloaded() -> dict[str, Any]:
             run.console.stage("checking that transformers loads the saved model")

@@ -27,9 +27,9 @@ def score_pruned(run: Run, work: Work) -> Work:
     assert work.saved is not None
     with reread(run, work) as reloaded:
         scores = score(run, "pruned", work.saved, _skipping(run, work))
-        told = reloaded()
+        seen = reloaded()
     run.tracker.log_scores(scores, work.dense_scores)
-    return replace(work, scores=scores, reloaded=told)
+    return replace(work, scores=scores, reloaded=seen)
 
 
 def _skipping(run: Run, work: Work) -> Skipping | None:

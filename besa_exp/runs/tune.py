@@ -33,7 +33,7 @@ from besa_exp.run_folder.lookup import run_and_model
 from besa_exp.run_folder.spent import Spent
 from besa_exp.runs.cpu_units import in_a_fast_dtype
 from besa_exp.runs.recover import check_recovery_of, check_whole, recover
-from besa_exp.runs.results import results_of
+from besa_exp.runs.results import attempt_of, results_of
 from besa_exp.runs.run import Run, Work, calibration_of, model_facts, opened, parameters, tracking
 from besa_exp.runs.save import card, save
 from besa_exp.runs.score import score, score_pruned
@@ -93,8 +93,10 @@ def tune_checkpoint(settings: TuneSettings, path: Path) -> dict[str, Any]:
             loaded = in_a_fast_dtype(load_model(settings.model, device, settings.offline), settings.model.dtype)
         run, work = _begun(run, loaded, settings.dense)
         results = _tuned(run, work) | {"checkpoint": settings.checkpoint}
-        results["model"] = made_by(settings).get("model", results["model"])
-        results |= {"seconds": run.spent.seconds(), "peak_memory_bytes": run.spent.peak_memory()}
+        made = made_by(settings)
+        results["model_name"] = made.get("model_name") or Path(made.get("model", settings.checkpoint)).name
+        results |= {key: made[key] for key in ("model", "budget", "update", "ignore") if key in made}
+        results |= {"seconds": run.spent.seconds(), "peak_memory_bytes": run.spent.peak_memory()} | attempt_of(path)
         folder.write_results(results)
         if settings.save.model and distributed.is_first():
             write_card(folder.model, card(run, loaded, results))

@@ -65,6 +65,7 @@ def differentiate(
         return loss.detach(), torch.zeros_like(outputs), torch.ones_like(loss)
     (gradient,) = torch.autograd.grad(loss, reached)
     largest = gradient.abs().max()
-    scaled = product_dtype == torch.float16 and bool(largest > 0)
-    scale = 2.0 ** -largest.log2().ceil() if scaled else torch.ones_like(largest)
+    scale = torch.ones_like(largest)
+    if product_dtype == torch.float16:
+        scale = torch.where(largest > 0, 2.0 ** -largest.log2().ceil(), scale)
     return loss.detach(), (gradient * scale).to(outputs.dtype), scale

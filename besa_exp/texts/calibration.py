@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from besa_exp.texts.calibration_check import check_calibration
 from besa_exp.texts.sources import is_token_file, read_text
 from besa_exp.texts.tokens import (
     Tokenizer,
+    encode_as_user,
     encode_document,
     read_token_file,
     special_tokens_record,
@@ -141,9 +143,10 @@ def _windows(
 ) -> tuple[Int[Tensor, "sample seq"], dict[str, Any]]:
     """The windows, and how they were drawn."""
     alone = len(documents) == 1
+    plain = partial(encode_document, tokenizer, alone=alone)
     input_ids, packed = draw_windows(
         documents,
-        lambda document: encode_document(tokenizer, document, alone),
+        partial(encode_as_user, tokenizer) if settings.chat_template else plain,
         settings.num_samples,
         settings.seq_len,
         torch.Generator().manual_seed(settings.seed),
@@ -156,6 +159,7 @@ def _windows(
             settings.seq_len,
         )
     record = {"seed": settings.seed, "windows": "packed" if packed else "single documents"}
+    record |= {"chat_template": True} if settings.chat_template else {}
     return input_ids, special_tokens_record(tokenizer, documents) | record
 
 

@@ -30,6 +30,8 @@ def check_calibration(settings: CalibrationSettings, context: int | None) -> lis
             return problems + list(error.problems)
         if len(shape) != 2:
             return [*problems, f"{key}={source}: input_ids has the shape {list(shape)}; it must be [sample, seq]"]
+        if settings.chat_template:
+            problems.append(f"calibration.chat_template=true: {key}={source} is exact tokens already; leave it out")
         seq_len, remedy = shape[1], "cut its rows"
         if seq_len < 2:
             problems.append(f"{key}={source}: its samples have one token each; give rows of two or more")

@@ -115,8 +115,8 @@ def open_token_stream(path: Path, check: bool = False) -> TokenStream:
         tokens = np.memmap(path, TYPES[entry["dtype"]], "r", offset=8 + size, shape=tuple(entry["shape"]))
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
         raise ConfigurationError(
-            f"{path}: is no token stream, or was cut short ({error}); remove it, and it is written anew"
+            f"{path}: is no token stream, or was cut short ({error}); remove it, and it is written again"
         ) from error
     if check and hashlib.sha256(tokens.data).hexdigest() != sha256:
-        raise ConfigurationError(f"{path}: holds other tokens than were written; remove it, and it is written anew")
+        raise ConfigurationError(f"{path}: holds other tokens than were written; remove it, and it is written again")
     return TokenStream(tokens, sha256)

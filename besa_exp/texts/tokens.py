@@ -57,6 +57,19 @@ def encode_document(tokenizer: Tokenizer, text: str, alone: bool) -> Int[Tensor,
     return torch.cat([torch.tensor([start]), ids])
 
 
+def encode_as_user(tokenizer: Any, text: str) -> Int[Tensor, " tokens"]:
+    """The text as a user's turn, as the tokenizer's chat template writes it, its special tokens included.
+    ConfigurationError: there is no template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigurationError(
+            "calibration.chat_template=true: the tokenizer has no chat template, so its model follows none; leave it "
+            "out, or put the instruct model's chat_template.jinja (or tokenizer_config.json) into the model's folder"
+        )
+    turn = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
+    ids = tokenizer(turn, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
 def token_stream(tokenizer: Tokenizer, documents: Sequence[str]) -> Int[Tensor, " tokens"]:
     """All documents end to end."""
     return torch.cat([encode_document(tokenizer, document, alone=len(documents) == 1) for document in documents])

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from prodigyopt import Prodigy
 from torch import Tensor, nn
 
 from besa_exp.blocks.block import Block
@@ -70,7 +69,7 @@ def learn_block(block: Block, inputs: Tensor) -> list[float]:
     allocations = {name: Allocation(linear.weight.detach(), norms[name]) for name, linear in block.linears.items()}
     total = sum(allocation.weight.numel() for allocation in allocations.values())
     thetas = [allocation.theta for allocation in allocations.values()]
-    optimizer = Prodigy(thetas, lr=1.0, weight_decay=0, d_coef=D_COEF)
+    optimizer = their_optimizer(thetas)
     moments = []
     for sample, target in zip(inputs.split(1), targets.split(1), strict=True):
         masked, sparsity = masked_weights(allocations, total)
@@ -85,6 +84,15 @@ def learn_block(block: Block, inputs: Tensor) -> list[float]:
             block(sample, masked_weights(allocations, total)[0])
         masked_weights(allocations, total)  # for good
     return moments
+
+
+def their_optimizer(thetas: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Prodigy, or where it is not installed AdamW, which their code has too and which costs less."""
+    try:
+        from prodigyopt import Prodigy
+    except ImportError:
+        return torch.optim.AdamW(thetas, lr=0.01, weight_decay=0)
+    return Prodigy(thetas, lr=1.0, weight_decay=0, d_coef=D_COEF)
 
 
 def masked_weights(allocations: dict[str, Allocation], total: int) -> tuple[dict[str, Tensor], Tensor]:

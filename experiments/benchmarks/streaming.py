@@ -33,8 +33,8 @@ def block_shapes() -> dict[str, tuple[int, ...]]:
     return names | {"input_layernorm.weight": (HIDDEN,), "post_attention_layernorm.weight": (HIDDEN,)}
 
 
-def write_model(folder: Path, blocks: int) -> int:
-    """A checkpoint of one shard a block; its size in bytes. Only one shard is in memory at a time."""
+def write_model(folder: Path, blocks: int, device: torch.device | None = None) -> int:
+    """A checkpoint of one shard a block, drawn on `device`; its size in bytes. One shard is in memory at a time."""
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=blocks,
         num_attention_heads=HEADS, max_position_embeddings=SEQ_LEN, dtype="bfloat16",
@@ -50,7 +50,7 @@ def write_model(folder: Path, blocks: int) -> int:
         tensors = {
             key: torch.ones(shape, dtype=torch.bfloat16)
             if len(shape) == 1
-            else (torch.randn(shape) * shape[1] ** -0.5).bfloat16()
+            else (torch.randn(shape, device=device) * shape[1] ** -0.5).bfloat16().cpu()
             for key, shape in shapes.items()
         }
         save_file(tensors, folder / name, {"format": "pt"})

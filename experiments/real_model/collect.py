@@ -39,10 +39,11 @@ COLUMNS = (("50 %", 0.5, UNSTRUCTURED), ("60 %", 0.6, UNSTRUCTURED), ("70 %", 0.
 def record(run: RunRecord) -> dict[str, Any]:
     """What the study keeps of a run."""
     method = run.method.label.replace(f", {run.pattern}", "")
+    by_row = run.pattern == "N:4"  # each row keeps an N of its own: beside 2:4, under a name that says so
     return {
-        "method": method,
+        "method": f"{method}, N:4" if by_row else method,
         "target": run.target,
-        "pattern": run.pattern,
+        "pattern": "2:4" if by_row else run.pattern,
         "seed": run.seed,
         "measured": run.measured,
         "scores": {score.measure.label: score.value for score in run.scores},
@@ -79,8 +80,8 @@ def cells(rows: Sequence[dict[str, Any]], method: str, value: str, digits: int =
 def table(rows: Sequence[dict[str, Any]], label: str) -> list[str]:
     """One measure: methods down, targets across; without what was not measured."""
     lines = [[method, *cells(rows, method, label)] for method in methods_of(rows)]
-    told = [line for line in lines if any(cell != "n/a" for cell in line[1:])]
-    return [f"## {label}", "", *markdown_table(["method", *(title for title, *_ in COLUMNS)], told), ""]
+    measured = [line for line in lines if any(cell != "n/a" for cell in line[1:])]
+    return [f"## {label}", "", *markdown_table(["method", *(title for title, *_ in COLUMNS)], measured), ""]
 
 
 def cost_table(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -102,7 +103,7 @@ def main() -> None:
     folders = [Path(argument) for argument in sys.argv[1:]] or [Path("outputs/real_model/runs")]
     paths = [path.parent for folder in folders for path in sorted(folder.rglob("results.json"))]
     rows = kept_records(HERE / "results.json", (record(read_run(path)) for path in paths), request)
-    lines = ["Mean ± sample standard deviation over three seeds, or over as many as are told in brackets.", ""]
+    lines = ["Mean ± sample standard deviation over three seeds, or over as many as stand in brackets.", ""]
     for label in sorted({label for row in rows for label in row["scores"]}):
         lines += table(rows, label)
     lines += cost_table(rows)

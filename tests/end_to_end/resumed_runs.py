@@ -20,8 +20,8 @@ def killed(arguments: list[str], folder: Path, moments: list[dict]) -> list[dict
 def results_of(folder: Path) -> dict:
     """results.json without what differs from one time to the next."""
     results = json.loads((folder / "results.json").read_text())
-    for key in ("seconds", "peak_memory_bytes", "environment"):
-        results.pop(key)
+    for key in ("seconds", "peak_memory_bytes", "environment", "command", "started", "finished"):
+        results.pop(key, None)  # a tuning tells no command
     for block in results["blocks"]:
         block.pop("seconds")
     return results
@@ -29,7 +29,7 @@ def results_of(folder: Path) -> dict:
 
 def metrics_of(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "time")} for line in lines]
 
 
 def assert_equal_runs(folder: Path, unbroken: Path) -> None:

@@ -3,6 +3,8 @@ end because its JavaScript runs nowhere else."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import shutil
 import time
@@ -45,7 +47,8 @@ def report_html(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     changes = {"model": model, "pruner": pruner, "seed": seed, "target_sparsity": sparsity}
                     changes |= {"measured_sparsity": sparsity, "perplexity": {"wikitext2": base * sparsity + seed}}
                     changes |= {"blocks": [block(0, sparsity - 0.1), block(1, sparsity + 0.1, 0.03)]}
-                    changes |= {"simulated_speed": SPEED}
+                    changes |= {"simulated_speed": SPEED, "texts": {"Once": f"upon {HOSTILE}"}}
+                    changes |= {"parameters": {"dense": 100, "left": 80}} if pruner == "wanda" else {}
                     steps = 20 if pruner == "besa" else 0
                     finished_run(runs / f"{model}-{pruner}-{sparsity}-{seed}", changes, steps=steps)
     other = RESULTS["calibration"] | {"num_samples": 8}
@@ -190,6 +193,32 @@ def test_a_link_restores_what_was_chosen(opened: Any, report_html: Path) -> None
         """return [...document.querySelectorAll('#filters [data-filter="target"] input')].map((box) => box.checked)"""
     )
     assert opened.execute_script(checked) == [True, False]
+
+
+def test_the_theme_can_be_switched_and_the_size_is_drawn(opened: Any) -> None:
+    ground = "return getComputedStyle(document.body).backgroundColor"
+    before, theme = opened.execute_script(ground), text_of(opened, "#theme")
+    opened.execute_script("document.querySelector('#theme').click()")
+    assert (opened.execute_script(ground) != before, text_of(opened, "#theme") != theme) == (True, True)
+    assert sorted(points_drawn(opened, "size")) == [
+        4,
+        4,
+    ]  # wanda's runs of each model: of the others nothing was removed
+    assert "upon <img" in text_of(opened, "#run-body")
+
+
+def test_the_rows_that_are_shown_are_saved(opened: Any) -> None:
+    click(opened, "beta")
+    opened.execute_script(
+        """URL.createObjectURL = (blob) => { blob.text().then((text) => { window.saved = text; }); return "data:,"; };
+        document.querySelector('#csv').click();"""
+    )
+    rows = list(csv.DictReader(io.StringIO(until(lambda: opened.execute_script("return window.saved")))))
+    assert len(rows) == opened.execute_script("return document.querySelectorAll('#runs tbody tr').length")
+    assert {row["model"] for row in rows} & {"alpha", "beta"} == {"alpha"}
+    assert sorted(row["folder"].rpartition("/")[2] for row in rows if row["method"] == "besa") == [
+        "alpha-besa-0.5-0", "alpha-besa-0.5-1", "alpha-besa-0.7-0", "alpha-besa-0.7-1"
+    ]  # fmt: skip
 
 
 def test_two_runs_beside_each_other_have_one_range_of_colours(opened: Any) -> None:

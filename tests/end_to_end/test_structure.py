@@ -82,7 +82,7 @@ def test_blocks_are_removed_and_nothing_else_changes(
     assert [change["kind"] for change in found["structure"]["blocks"]] == ["removed", "removed"]
     said = capsys.readouterr().out
     assert "missed its target" not in said
-    assert f"2 of 5 blocks removed ({', '.join(str(i) for i in range(5) if i not in kept)})" in said
+    assert f"2 of 5 blocks removed (index {', '.join(str(i) for i in range(5) if i not in kept)})" in said
 
 
 def test_what_is_left_is_pruned_and_streamed_runs_are_the_same(asked: list[str], tmp_path: Path) -> None:

@@ -153,6 +153,14 @@ def test_a_failing_rank_ends_all_with_its_error(short, tokens, tmp_path):
     assert "rank 1 failed: model.layers.0" in status["error"]
 
 
+def test_a_rank_that_waits_for_a_lost_one_and_hears_no_signal_says_why_and_ends(tmp_path):
+    """As in NCCL; torchrun alone would kill it after 30 seconds, and its status would stay `running`."""
+    assert run_ready("stuck_rank.py", str(tmp_path / "run")).returncode != 0
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["status"], status["error"]) == ("failed", "RunError: rank 1 failed: block 3: the loss is nan")
+    assert "block 3: the loss is nan" in (tmp_path / "run" / "run.log").read_text()
+
+
 def test_a_refusal_is_told_once_and_leaves_nothing(tmp_path):
     done = on_two(*KEYS, "sparsity=1.5", f"hydra.run.dir={tmp_path / 'run'}")
     assert done.returncode != 0

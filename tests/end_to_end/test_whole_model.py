@@ -26,7 +26,7 @@ def run(arguments: list[str], folder: Path) -> Path:
 
 def lines_of(folder: Path, kind: str) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
+    return [{**line, "time": ""} for line in lines if line["kind"] == kind]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

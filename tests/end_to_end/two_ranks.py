@@ -5,19 +5,20 @@ because it must fork before torch has computed anything.
 """
 
 import sys
+from collections.abc import Callable
 
 from besa_exp.machine.torchrun import only_the_leader_speaks
 
 
-def rank(arguments: list[str]) -> None:
+def rank(*arguments: str) -> None:
     from besa_exp.cli.main import main
 
     only_the_leader_speaks()
-    if code := main(arguments):
+    if code := main([*arguments]):
         sys.exit(code)
 
 
-def launch() -> int:
+def launch(entry: Callable[..., None], *arguments: str) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
@@ -31,9 +32,9 @@ def launch() -> int:
         monitor_interval=0.1,
         start_method="fork",
     )
-    elastic_launch(config, rank)(sys.argv[1:])
+    elastic_launch(config, entry)(*arguments)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(launch())
+    sys.exit(launch(rank, *sys.argv[1:]))

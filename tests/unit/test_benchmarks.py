@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -73,3 +74,32 @@ def test_each_method_is_measured_on_a_block_and_prunes_it(real_block) -> None:
         assert found["block_bytes"] == sum(linear.weight.nbytes for linear in block.linears.values())
         zeros = sum(int((linear.weight == 0).sum()) for linear in block.linears.values())
         assert (zeros > 0.49 * found["block_bytes"] / 4) == (method != "two passes")
+
+
+@pytest.fixture
+def bench_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)  # not on a GPU machine, where the rest of a run is absent too
+    yield importlib.import_module("bench_gpu")
+    for name in ("bench_gpu", "blocks", "authors_way", "kernels", "streaming", "machine"):
+        sys.modules.pop(name, None)
+
+
+def test_all_that_is_asked_of_a_gpu_runs_in_small_and_is_written(bench_gpu, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", "--toy", "--out", str(tmp_path / "gpu.json")])
+    bench_gpu.main()
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert {"chip", "torch", "transformers", "triton"} <= record["machine"].keys()
+    cases = record["cases"]
+    assert not [name for name, found in cases.items() if "failed" in found or "not run" in found]
+    assert {f"toy block, {name}" for name in ("wanda", "besa", "sparsegpt", "best")} < cases.keys()
+    assert cases["toy block, besa"].keys() == {"this seconds", "floor seconds", "authors seconds"}
+    assert cases["streamed model"]["blocks"] == 3
+
+
+def test_no_case_begins_without_time(bench_gpu, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", "--toy", "--minutes", "0", "--out", str(tmp_path / "gpu.json")])
+    bench_gpu.main()
+    assert {*map(str, json.loads((tmp_path / "gpu.json").read_text())["cases"].values())} == {
+        "{'not run': 'no time was left'}"
+    }

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
-from besa_exp.errors import RunError
+from besa_exp.errors import RunError, check_fields, within
 from besa_exp.methods.budgets.budget import no_pattern
 from besa_exp.tensors.statistics import is_finite
 
@@ -28,7 +28,8 @@ BINS = 100  # of the histogram that shows the densest place
 
 def hill_exponent(weight: Float[Tensor, "out in"]) -> float:
     """alpha of one linear; NaN where all its eigenvalues are equal."""
-    eigenvalues = torch.linalg.svdvals(weight.float()).double().square()
+    narrow = (weight if len(weight) <= weight.shape[1] else weight.T).double()  # in fp64 the product loses nothing
+    eigenvalues = torch.linalg.eigvalsh(narrow @ narrow.T)
     logarithms = eigenvalues[eigenvalues > eigenvalues.max() * 1e-12].log().cpu()
     counts = torch.histc(logarithms, bins=BINS)
     low, high = logarithms.min(), logarithms.max()
@@ -44,8 +45,7 @@ class Alpha:
     epsilon: float = 0.3
 
     def __post_init__(self) -> None:
-        if not 0 <= self.epsilon < 1:
-            raise ValueError(f"budget.epsilon={self.epsilon}: must be in [0, 1); the paper uses 0.3")
+        check_fields(self, "budget", within(least=0, below=1, note="the paper uses 0.3"), "epsilon")
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """Nothing to deal out under N:M."""
@@ -54,7 +54,7 @@ class Alpha:
     def sparsities(
         self, blocks: Iterable[Block], inputs: Hidden, sparsity: float, batch_size: int
     ) -> Float[Tensor, " block"]:
-        """A singular value decomposition for each linear; `inputs` are not used. RunError: a weight is not finite."""
+        """The eigenvalues of each linear; `inputs` are not used. RunError: a weight is not finite."""
         exponents, sizes = [], []
         for block in blocks:
             for name, linear in block.linears.items():

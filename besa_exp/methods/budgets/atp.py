@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from besa_exp.errors import check_fields, within
 from besa_exp.methods.budgets.budget import no_pattern
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.budgets.trial import Trial, Work
@@ -33,10 +34,8 @@ class Atp:
     importance: Importance | ImportanceName = "wanda"
 
     def __post_init__(self) -> None:
-        if not 0 < self.step < 1:
-            raise ValueError(f"budget.step={self.step}: must be above 0 and below 1; 0.06 is the default")
-        if self.num_samples < 1:
-            raise ValueError(f"budget.num_samples={self.num_samples}: must be at least 1; 8 is the default")
+        check_fields(self, "budget", within(above=0, below=1, note="0.06 is the default"), "step")
+        check_fields(self, "budget", within(least=1, note="8 is the default"), "num_samples")
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """Nothing to deal out under N:M."""

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.observation import Observed
+from besa_exp.errors import check_fields, within
 from besa_exp.methods.budgets.budget import around, no_pattern, survey
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
+from besa_exp.tensors.selection import kth_smallest
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,7 @@ class Dlp:
     importance: Importance | ImportanceName = "wanda"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.width < 1:
-            raise ValueError(f"budget.width={self.width}: must be in [0, 1); the paper uses 0.3")
+        check_fields(self, "budget", within(least=0, below=1, note="the paper uses 0.3"), "width")
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """Nothing to deal out under N:M."""
@@ -48,4 +49,6 @@ class Dlp:
 
 def median_score(block: Block, observed: Observed) -> float:
     """The median (of two middle ones the lower) of the scores of all linears of the block."""
-    return float(torch.cat([observed.score(block, name).flatten() for name in block.linears]).median())
+    scores = torch.cat([observed.score(block, name).flatten() for name in block.linears])
+    on_cpu = scores.device.type == "cpu"  # elsewhere it sorts them, with 8 bytes of index for each
+    return float(scores.median() if on_cpu else kth_smallest(scores.float(), (len(scores) + 1) // 2))

@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from besa_exp.errors import check_fields, within
 from besa_exp.methods.budgets.budget import no_pattern
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.budgets.trial import Sparsities, Trial, Work
@@ -55,11 +56,8 @@ class EvoPress:
     importance: Importance | ImportanceName = "wanda"
 
     def __post_init__(self) -> None:
-        for key, least in (("generations", 1), ("children", 1), ("levels", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(f"budget.{key}={getattr(self, key)}: must be at least {least}")
-        if not 0 < self.width < 1:
-            raise ValueError(f"budget.width={self.width}: must be above 0 and below 1; 0.2 is the default")
+        check_fields(self, "budget", within(least=1), "generations", "children", "levels")
+        check_fields(self, "budget", within(above=0, below=1, note="0.2 is the default"), "width")
         if len(self.tokens) != len(self.survivors) or not self.tokens or min(*self.tokens, *self.survivors) < 1:
             raise ValueError(
                 f"budget.tokens={[*self.tokens]}, budget.survivors={[*self.survivors]}: must be as many numbers above "

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.observation import Observed
+from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
 from besa_exp.methods.budgets.budget import no_pattern, pruned_to
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
@@ -43,10 +44,8 @@ class Learned:
     importance: Importance | ImportanceName = "wanda"
 
     def __post_init__(self) -> None:
-        if not 0 < self.width < 1:
-            raise ValueError(f"budget.width={self.width}: must be above 0 and below 1; 0.2 is the default")
-        if self.num_samples < 1:
-            raise ValueError(f"budget.num_samples={self.num_samples}: must be at least 1; 4 is the default")
+        check_fields(self, "budget", within(above=0, below=1, note="0.2 is the default"), "width")
+        check_fields(self, "budget", within(least=1, note="4 is the default"), "num_samples")
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """Nothing to deal out under N:M."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.observation import Observed
+from besa_exp.errors import check_fields, within
 from besa_exp.methods.budgets.budget import around, no_pattern, survey
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
 
@@ -30,10 +31,8 @@ class Owl:
     importance: Importance | ImportanceName = "wanda"
 
     def __post_init__(self) -> None:
-        if not self.outlier > 0:
-            raise ValueError(f"budget.outlier={self.outlier}: must be above 0; the paper uses 5")
-        if not 0 <= self.width < 1:
-            raise ValueError(f"budget.width={self.width}: must be in [0, 1); the paper uses 0.16")
+        check_fields(self, "budget", within(above=0, note="the paper uses 5"), "outlier")
+        check_fields(self, "budget", within(least=0, below=1, note="the paper uses 0.16"), "width")
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """Nothing to deal out under N:M."""

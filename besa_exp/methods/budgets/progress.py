@@ -45,5 +45,5 @@ class Progress:
         try:
             return json.loads(self.file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            logger.warning("the search begins anew: %s does not hold what was written (%s)", self.file, error)
+            logger.warning("the search begins again: %s does not hold what was written (%s)", self.file, error)
             return {}

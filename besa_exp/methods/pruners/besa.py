@@ -39,11 +39,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.probe import checked_gradient, finite_step, num_probe_samples, probe_loss
+from besa_exp.blocks.course import Course
+from besa_exp.blocks.probe import num_probe_samples, probe_loss
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
 from besa_exp.blocks.reports import Step
 from besa_exp.blocks.units import SCOPES
 from besa_exp.blocks.whole_model import batches
+from besa_exp.errors import check_fields, one_of, within
 from besa_exp.machine import distributed
 from besa_exp.methods.allocation import Rows, along_budget, descend, project_to_budget
 from besa_exp.methods.cuts import Buffers, cut_block
@@ -124,15 +126,11 @@ class Besa:
 
     def __post_init__(self) -> None:
         importance_of(self.importance)  # which refuses an unknown name
-        for key, choices in (("granularity", ("row", "linear")), ("scope", SCOPES), ("loss", LOSSES)):
-            if getattr(self, key) not in choices:
-                raise ValueError(f"pruner.{key}={getattr(self, key)}: must be {' or '.join(choices)}")
-        for key in ("epochs", "batch_size", "checks"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"pruner.{key}={getattr(self, key)}: must be at least 1")
-        for key in ("lr", "window"):
-            if not 0 < getattr(self, key) <= 1:
-                raise ValueError(f"pruner.{key}={getattr(self, key)}: must be above 0 and at most 1")
+        check_fields(self, "pruner", one_of("row", "linear"), "granularity")
+        check_fields(self, "pruner", one_of(*SCOPES), "scope")
+        check_fields(self, "pruner", one_of(*LOSSES), "loss")
+        check_fields(self, "pruner", within(least=1), "epochs", "batch_size", "checks")
+        check_fields(self, "pruner", within(above=0, most=1), "lr", "window")
 
     @property
     def traits(self) -> Traits:
@@ -198,31 +196,31 @@ class Besa:
         block, inputs, targets, loss_of = task.block, task.inputs, task.targets, LOSSES[self.loss]
         sparsity, total = uniform(task, rows)
         room = Buffers.like(rows.weights)
-        steps: list[Step] = []
+        course = Course(block, task.on_step)
         num_samples = distributed.total(len(inputs))
         learn = max(1, num_samples - num_probe_samples(num_samples))
 
         def gradient(samples: Tensor, number: int, best_loss: float) -> list[Tensor]:
-            own = distributed.own_places(samples.to(inputs.device))
+            own = distributed.own_places(samples).to(inputs.device)
             X, Y = inputs[own], targets[own]
             leaves = [tensor for tensor, _ in also]
             loss, found = besa_step(block, X, Y, effective(), sparsity, total, self.window, room, loss_of, leaves)
-            steps.append(finite_step(block, number, loss, loss, 0.0, total / rows.num_weights))
-            task.on_step(steps[-1])
-            return [checked_gradient(steps[-1], found[0]), *found[1:]]
+            course.add(loss, total / rows.num_weights, found[0])
+            return found
 
         def project() -> None:
             sparsity.copy_(project_to_budget(sparsity, rows.capacity, total))
 
         @torch.no_grad()
         def judge() -> float:
+            course.wait()
             now = effective()
             return probe_loss(block, inputs, targets, room.fill(now, now.counts(sparsity, total)), loss_of)
 
         num_steps = self.epochs * math.ceil(learn / self.batch_size)
         order = batches(learn, self.batch_size, self.seed)
         started = descend([(sparsity, self.lr), *also], order, num_steps, self.checks, gradient, project, judge)
-        return Allocated(sparsity, started, tuple(steps))
+        return Allocated(sparsity, started, tuple(course.steps))
 
 
 def total_of(task: Task, rows: Rows) -> int:

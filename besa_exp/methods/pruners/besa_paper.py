@@ -23,9 +23,10 @@ import torch
 from prodigyopt import Prodigy
 from torch import Tensor, nn
 
-from besa_exp.blocks.probe import checked_gradient, finite_step, probe_loss
+from besa_exp.blocks.course import Course
+from besa_exp.blocks.probe import probe_loss
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
-from besa_exp.blocks.reports import Step
+from besa_exp.errors import check_fields, one_of, within
 from besa_exp.machine import distributed
 from besa_exp.methods.pruners.candidates import CandidateAllocation, reach
 from besa_exp.tensors.hessian import dead_inputs, upper_factor
@@ -59,19 +60,11 @@ class BesaPaper:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        choices = {
-            "granularity": ("row", "linear"),
-            "metric": (*IMPORTANCES, "SparseGPT", "SparseGPT-Git"),
-            "optimizer": ("prodigy", "adamw"),
-        }
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"pruner.{field}={getattr(self, field)}: must be one of {', '.join(allowed)}")
-        for field in ("epochs", "batch_size", "lr", "d_coef", "damping", "sparsity_step"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"pruner.{field}={getattr(self, field)}: must be above 0")
-        if self.sparsity_step > 0.5:
-            raise ValueError(f"pruner.sparsity_step={self.sparsity_step}: must be at most 0.5; the paper uses 0.01")
+        check_fields(self, "pruner", one_of("row", "linear"), "granularity")
+        check_fields(self, "pruner", one_of(*IMPORTANCES, "SparseGPT", "SparseGPT-Git"), "metric")
+        check_fields(self, "pruner", one_of("prodigy", "adamw"), "optimizer")
+        check_fields(self, "pruner", within(above=0), "epochs", "batch_size", "lr", "d_coef", "damping")
+        check_fields(self, "pruner", within(above=0, most=0.5, note="the paper uses 0.01"), "sparsity_step")
 
     @property
     def traits(self) -> Traits:
@@ -107,7 +100,7 @@ class BesaPaper:
         thetas = [allocation.theta for allocation in allocations.values()]
         total = sum(weight.numel() for weight in weights.values())
         optimizer = self._optimizer(thetas)
-        steps: list[Step] = []
+        course = Course(block, task.on_step)
         for own in distributed.own_batches(len(inputs), self.batch_size) * self.epochs:
             # Hard masks, whose gradient is that of the soft ones (Eq. 3), and the block's sparsity s from alpha (Eq. 4)
             masked, sparsity = {}, torch.zeros((), device=inputs.device)
@@ -119,9 +112,6 @@ class BesaPaper:
             loss_of = partial(channel_loss, targets=targets[own])
             reconstruction, upstream, scale = differentiate(loss_of, outputs, block.product_dtype)
             penalty = self.penalty * ((sparsity - goal.sparsity) / goal.sparsity) ** 2
-            loss = reconstruction + penalty
-            steps.append(finite_step(block, len(steps), loss, reconstruction, penalty, sparsity))
-            task.on_step(steps[-1])
             # Gradient to theta; each of several ranks adds its samples' part and an equal part of the penalty's
             optimizer.zero_grad()
             own_penalty = scale * penalty / distributed.num_ranks()
@@ -132,14 +122,16 @@ class BesaPaper:
             for theta in thetas:
                 theta.grad = distributed.all_sum(theta.grad / scale)  # type: ignore[operator]
             largest = [theta.grad.abs().max() for theta in thetas if theta.grad is not None]
-            checked_gradient(steps[-1], torch.stack(largest))  # of all together: a linear's own may well be zero
+            by_all = torch.stack(largest)  # a linear's own may well be zero
+            course.add(reconstruction + penalty, sparsity, by_all, reconstruction, penalty)
             optimizer.step()
+        course.wait()
         return PrunedBlock(
             keep_masks={name: allocation.keep_mask() for name, allocation in allocations.items()},
             allocated={name: allocation.row_sparsity().detach() for name, allocation in allocations.items()},
             weights=weights if self.traits.statistic is Hessian else None,  # those of dead inputs are zero
             loss_before=before,
-            steps=tuple(steps),
+            steps=tuple(course.steps),
         )
 
     def _optimizer(self, thetas: list[nn.Parameter]) -> torch.optim.Optimizer:

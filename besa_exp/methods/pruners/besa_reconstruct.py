@@ -4,7 +4,7 @@ BESA (Xu et al., arXiv 2402.16880) learns how much each row gives up while the w
 weights then make up for what went:
 
 1. `besa` learns the sparsity of every row, and prunes the block to the share `start` of the target: all of it, unless
-   told otherwise;
+   said otherwise;
 2. the kept weights are tuned under the block's reconstruction loss (`besa_exp.methods.tuning`), and the probe samples
    choose the best state;
 3. a rest that `start` left goes while they are tuned: every few steps the weights of the whole block whose removal
@@ -23,6 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits, pruned_by_masks
+from besa_exp.errors import check_fields, one_of, within
 from besa_exp.methods.pruners.besa import Besa
 from besa_exp.methods.pruners.model_tuning import ModelTuning
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
@@ -50,13 +51,9 @@ class BesaReconstruct:
 
     def __post_init__(self) -> None:
         SparseGPT(self.group_size, self.damping)  # which refuses what it cannot use
-        if self.begin not in ("besa", "sparsegpt"):
-            raise ValueError(f"pruner.begin={self.begin}: must be besa or sparsegpt")
-        for name in ("start", "until"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"pruner.{name}={getattr(self, name)}: must be in [0, 1]")
-        if self.every < 1:
-            raise ValueError(f"pruner.every={self.every}: must be at least 1")
+        check_fields(self, "pruner", one_of("besa", "sparsegpt"), "begin")
+        check_fields(self, "pruner", within(least=0, most=1), "start", "until")
+        check_fields(self, "pruner", within(least=1), "every")
 
     @property
     def traits(self) -> Traits:

@@ -24,7 +24,7 @@ from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.observation import Observed
 from besa_exp.blocks.reports import ModelStep
 from besa_exp.blocks.whole_model import KeepMasks, Weights, Whole, batches
-from besa_exp.errors import RunError
+from besa_exp.errors import RunError, check_fields, within
 from besa_exp.machine import distributed
 from besa_exp.methods.allocation import Rows, along_budget, descend, project_to_budget
 from besa_exp.methods.cuts import Buffers, cut_block
@@ -46,12 +46,8 @@ class ModelSearch:
     importance: Importance | ImportanceName = "wanda"
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_size", "checks"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"pruner.model.{field}={getattr(self, field)}: must be at least 1")
-        for field in ("lr", "window"):
-            if not 0 < getattr(self, field) <= 1:
-                raise ValueError(f"pruner.model.{field}={getattr(self, field)}: must be above 0 and at most 1")
+        check_fields(self, "pruner.model", within(least=1), "steps", "batch_size", "checks")
+        check_fields(self, "pruner.model", within(above=0, most=1), "lr", "window")
 
     def refine(
         self,

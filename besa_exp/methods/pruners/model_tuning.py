@@ -22,6 +22,7 @@ from torch import Tensor
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.reports import ModelStep
 from besa_exp.blocks.whole_model import KeepMasks, Weights, Whole, batches
+from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
 
 logger = logging.getLogger(__name__)
@@ -43,11 +44,8 @@ class ModelTuning:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_size", "checks"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"pruner.model.{field}={getattr(self, field)}: must be at least 1")
-        if not 0 < self.lr <= 1:
-            raise ValueError(f"pruner.model.lr={self.lr}: must be above 0 and at most 1, in units of the weights' size")
+        check_fields(self, "pruner.model", within(least=1), "steps", "batch_size", "checks")
+        check_fields(self, "pruner.model", within(above=0, most=1, note="in units of the weights' size"), "lr")
 
     def refine(
         self,

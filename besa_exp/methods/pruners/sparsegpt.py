@@ -27,6 +27,7 @@ from torch import Tensor
 
 from besa_exp.blocks.probe import probe_loss
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits, pruned_by_masks
+from besa_exp.errors import check_fields, within
 from besa_exp.tensors import kernels
 from besa_exp.tensors.hessian import dead_inputs, upper_factor
 from besa_exp.tensors.importance import obs_importance
@@ -101,10 +102,8 @@ class SparseGPT:
     traits = Traits(Hessian)
 
     def __post_init__(self) -> None:
-        if self.group_size < 1:
-            raise ValueError(f"pruner.group_size={self.group_size}: must be at least 1; the paper uses 128")
-        if not self.damping > 0:
-            raise ValueError(f"pruner.damping={self.damping}: must be above 0; the paper uses 0.01")
+        check_fields(self, "pruner", within(least=1, note="the paper uses 128"), "group_size")
+        check_fields(self, "pruner", within(above=0, note="the paper uses 0.01"), "damping")
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """Any sparsity; N:M when M divides the group size."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits, pruned_by_masks
+from besa_exp.errors import check_fields, one_of
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_name, importance_of
 from besa_exp.tensors.masks import Goal, goals_of_linears, keep_largest, keep_n_of_m, keep_per_row
 from besa_exp.tensors.pattern import check_unchosen, fixes_sparsity
@@ -40,8 +41,7 @@ class Uniform:
 
     def __post_init__(self) -> None:
         importance_of(self.importance)  # which refuses an unknown name
-        if self.granularity not in ("row", "linear"):
-            raise ValueError(f"pruner.granularity={self.granularity}: must be row or linear")
+        check_fields(self, "pruner", one_of("row", "linear"), "granularity")
 
     @property
     def traits(self) -> Traits:

@@ -56,7 +56,7 @@ class StructureMethod(Protocol):
         """Problems with a model of these costs, in complete sentences, before any weight is read."""
         ...
 
-    def choose(self, dense: DenseModel, progress: Progress, tell: Callable[[str], None]) -> Structure:
-        """What stays. `progress` holds what an attempt that was killed had found, and is kept for the reader; `tell`
-        is told how far it is."""
+    def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:
+        """What stays. `progress` holds what an attempt that was killed had found, and is kept for the reader;
+        `on_progress` is called with how far it is."""
         ...

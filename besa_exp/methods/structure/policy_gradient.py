@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
-from besa_exp.errors import RunError
+from besa_exp.errors import RunError, check_fields, one_of, within
 from besa_exp.machine import distributed
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel
@@ -166,16 +166,13 @@ class PolicyGradient:
     narrows = True
 
     def __post_init__(self) -> None:
-        for key, least in (("steps", 1), ("draws", 2), ("window", 1), ("multiple", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(f"structure.{key}={getattr(self, key)}: must be at least {least}")
-        if not self.rate > 0:
-            raise ValueError(f"structure.rate={self.rate}: must be above 0; the authors use 0.002 for Llama-2-7B")
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"structure.ratio={self.ratio}: must be above 0 and below 1")
-        for key, known in (("baseline", BASELINES), ("shape", SHAPES), ("start", IMPORTANCES)):
-            if getattr(self, key) not in known:
-                raise ValueError(f"structure.{key}={getattr(self, key)}: must be one of {', '.join(known)}")
+        check_fields(self, "structure", within(least=1), "steps", "window", "multiple")
+        check_fields(self, "structure", within(least=2), "draws")
+        check_fields(self, "structure", within(above=0, note="the authors use 0.002 for Llama-2-7B"), "rate")
+        check_fields(self, "structure", within(above=0, below=1), "ratio")
+        check_fields(self, "structure", one_of(*BASELINES), "baseline")
+        check_fields(self, "structure", one_of(*SHAPES), "shape")
+        check_fields(self, "structure", one_of(*IMPORTANCES), "start")
 
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
         """Problems with a model of these costs, in complete sentences, before any weight is read."""
@@ -187,14 +184,14 @@ class PolicyGradient:
             )
         return problems
 
-    def choose(self, dense: DenseModel, progress: Progress, tell: Callable[[str], None]) -> Structure:
+    def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:
         """Every KEPT_EVERY steps are kept. A step's batch are the next `batch_size` samples, in turn."""
         costs, dimensions = dense.costs, dense.dimensions
         if found := progress.read():
             state = State.from_dict(found)
-            tell(f"going on after step {state.step}")
+            on_progress(f"going on after step {state.step}")
         else:
-            tell(f"importances of {self.start}")
+            on_progress(f"importances of {self.start}")
             importances = importances_by_name(self.start, dense, 1 - self.ratio, self.seed)
             state = self.begin(importances, costs, dimensions)
         for reached in self.search(loss_on(dense), state, costs, dimensions):
@@ -202,7 +199,7 @@ class PolicyGradient:
             if state.step % KEPT_EVERY == 0 or state.step == self.steps:
                 progress.write(state.to_dict())
                 mean = sum(state.losses) / len(state.losses)
-                tell(f"step {state.step} of {self.steps}, mean loss {mean:.4g}")
+                on_progress(f"step {state.step} of {self.steps}, mean loss {mean:.4g}")
         return self.decide(state, costs, dimensions)
 
     def begin(self, importances: Importances, costs: Costs, dimensions: Dimensions) -> State:

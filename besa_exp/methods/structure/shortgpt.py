@@ -23,6 +23,7 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
+from besa_exp.errors import check_fields, one_of, within
 from besa_exp.machine import distributed
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel
@@ -114,19 +115,16 @@ class ShortGPT:
 
     def __post_init__(self) -> None:
         check_amount(self.blocks, self.ratio)
-        if self.metric not in METRICS:
-            raise ValueError(f"structure.metric={self.metric}: must be one of {', '.join(METRICS)}")
-        for key in ("protect_first", "protect_last"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"structure.{key}={getattr(self, key)}: must not be negative")
+        check_fields(self, "structure", one_of(*METRICS), "metric")
+        check_fields(self, "structure", within(least=0), "protect_first", "protect_last")
 
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
         """Problems with a model of these costs, in complete sentences, before any weight is read."""
         return amount_problems(self.blocks, self.ratio, costs, self.protect_first, self.protect_last)
 
-    def choose(self, dense: DenseModel, progress: Progress, tell: Callable[[str], None]) -> Structure:
+    def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:
         """From one pass of the dense model. What was measured of each block, or run of blocks, is kept."""
-        tell("one pass of the dense model")
+        on_progress("one pass of the dense model")
         found = passage(dense.blocks(), dense.inputs(), dense.batch_size)
         progress.write(self._told(found, dense.costs))
         return self.decide(found, dense.costs)

@@ -26,7 +26,7 @@ from torch import Tensor
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.head import Head, divergence
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
-from besa_exp.errors import RunError
+from besa_exp.errors import RunError, check_fields, one_of, within
 from besa_exp.machine import distributed
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel
@@ -137,17 +137,15 @@ class Sleb:
 
     def __post_init__(self) -> None:
         check_amount(self.blocks, self.ratio)
-        for key in ("early_barrier", "latter_barrier"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"structure.{key}={getattr(self, key)}: must not be negative; the authors use 1")
-        if self.loss not in LOSSES:
-            raise ValueError(f"structure.loss={self.loss}: must be one of {', '.join(LOSSES)}")
+        barrier = within(least=0, note="the authors use 1")
+        check_fields(self, "structure", barrier, "early_barrier", "latter_barrier")
+        check_fields(self, "structure", one_of(*LOSSES), "loss")
 
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
         """Problems with a model of these costs, in complete sentences, before any weight is read."""
         return amount_problems(self.blocks, self.ratio, costs, self.early_barrier, self.latter_barrier)
 
-    def choose(self, dense: DenseModel, progress: Progress, tell: Callable[[str], None]) -> Structure:
+    def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:
         """Each removal is kept before the next is looked for."""
         head, samples, length = dense.head(), dense.num_samples, dense.input_ids.shape[1]
         if self.loss == "kl":
@@ -156,12 +154,14 @@ class Sleb:
             loss_of, tokens = cross_entropy_of(head, dense.input_ids), samples * (length - 1)
         removals = [Removal.from_dict(values) for values in progress.read().get("removals", [])]
         if removals:
-            tell(f"going on after {len(removals)} removals")
+            on_progress(f"going on after {len(removals)} removals")
         count, done = amount(self.blocks, self.ratio, dense.costs), [*removals]
         for removal in self.search(dense.blocks, dense.inputs(), dense.costs, dense.batch_size, loss_of, tokens, done):
             removals.append(removal)
             progress.write({"removals": [one.to_dict() for one in removals]})
-            tell(f"{len(removals)} of {count}: block {removal.block}, {self.loss} {removal.losses[removal.block]:.4g}")
+            on_progress(
+                f"{len(removals)} of {count}: block {removal.block}, {self.loss} {removal.losses[removal.block]:.4g}"
+            )
         return structure_of(removals, len(dense.costs.blocks))
 
     def candidates(self, num_blocks: int, removed: Sequence[int]) -> list[int]:
@@ -181,7 +181,7 @@ class Sleb:
     ) -> Iterator[Removal]:
         """The removals that are left after those that are `done`, each as soon as it is found. `blocks` gives the dense
         blocks, as often as it is called, each with its weights while it is out; `inputs` are those of the first and are
-        kept; losses are told divided by `tokens`, of all ranks. RunError: no model has a finite loss."""
+        kept; losses are returned divided by `tokens`, of all ranks. RunError: no model has a finite loss."""
         removed = [removal.block for removal in done]
         while len(removed) < amount(self.blocks, self.ratio, costs):
             candidates = self.candidates(len(costs.blocks), removed)

@@ -25,6 +25,7 @@ from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.linears import Linear
 from besa_exp.blocks.observation import observe
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
+from besa_exp.errors import check_fields, one_of, within
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel
 from besa_exp.tensors.statistics import InputNorm
@@ -136,18 +137,16 @@ class Widths:
     narrows = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"structure.ratio={self.ratio}: must be above 0 and below 1, as 0.2 for a fifth")
-        if self.importance not in IMPORTANCES:
-            raise ValueError(f"structure.importance={self.importance}: must be one of {', '.join(IMPORTANCES)}")
+        check_fields(self, "structure", within(above=0, below=1, note="0.2 is a fifth"), "ratio")
+        check_fields(self, "structure", one_of(*IMPORTANCES), "importance")
 
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
         """Problems with a model of these costs, in complete sentences, before any weight is read."""
         return width_amount_problems(costs, dimensions, self.ratio, self.multiple)
 
-    def choose(self, dense: DenseModel, progress: Progress, tell: Callable[[str], None]) -> Structure:
+    def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:
         """In one walk through the blocks; nothing is kept on the way."""
-        tell(f"importances of {self.importance}")
+        on_progress(f"importances of {self.importance}")
         importances = importances_by_name(self.importance, dense, 1 - self.ratio, self.seed)
         return proportional(importances, dense.costs, dense.dimensions, self.ratio, self.multiple)
 

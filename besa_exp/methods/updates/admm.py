@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
-from besa_exp.errors import RunError
+from besa_exp.errors import RunError, check_fields, within
 from besa_exp.tensors.statistics import Hessian, by_shared_input
 
 RHO = 1.0
@@ -79,11 +79,8 @@ class Admm:
     traits = Traits(Hessian)
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise ValueError(f"update.damping={self.damping}: must be above 0; the paper uses 0.1")
-        for name in ("iterations", "polishing"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"update.{name}={getattr(self, name)}: must not be negative")
+        check_fields(self, "update", within(above=0, note="the paper uses 0.1"), "damping")
+        check_fields(self, "update", within(least=0), "iterations", "polishing")
 
     def check(self, pattern: str) -> list[str]:
         """Any pattern."""

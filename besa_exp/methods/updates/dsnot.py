@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
+from besa_exp.errors import check_fields, within
 from besa_exp.tensors.importance import wanda_importance
 from besa_exp.tensors.statistics import InputMoments
 
@@ -45,7 +46,7 @@ def dsnot(
     gain = part / variance.clamp(min=torch.finfo(part.dtype).tiny)
     gain = gain.masked_fill(keep_mask | (part <= 0), -torch.inf)
     cost = wanda_importance(weight, squared_norm).masked_fill(~keep_mask | (part >= 0), torch.inf)
-    back, gone = _by_group(gain, cost, group) if group else _by_row(gain, cost)
+    back, gone = _by_group(gain, cost, group) if group else (_largest(gain, cycles), _largest(-cost, cycles))
     back, gone = back[:, :cycles], gone[:, :cycles]
     after = error.abs() + (part.gather(1, gone) - part.gather(1, back)).cumsum(dim=1)
     before = torch.cat([error.abs(), after[:, :-1]], dim=1)
@@ -55,9 +56,11 @@ def dsnot(
     return edited.scatter(1, gone, edited.gather(1, gone) & ~done)
 
 
-def _by_row(gain: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights of each row in the order in which they come back, and in which they go."""
-    return gain.argsort(dim=1, descending=True, stable=True), cost.argsort(dim=1, stable=True)
+def _largest(values: Tensor, count: int) -> Tensor:
+    """Where the largest of each row lie, in order; on a CPU the first of equals comes first."""
+    if values.device.type == "cpu":
+        return values.argsort(dim=1, descending=True, stable=True)
+    return values.topk(min(count, values.shape[1]), dim=1).indices
 
 
 def _by_group(gain: Tensor, cost: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -79,10 +82,8 @@ class Dsnot:
     traits = Traits(InputMoments)
 
     def __post_init__(self) -> None:
-        if self.cycles < 1:
-            raise ValueError(f"update.cycles={self.cycles}: must be at least 1; the paper uses 50")
-        if self.threshold < 0:
-            raise ValueError(f"update.threshold={self.threshold}: must not be negative; the paper uses 0.1")
+        check_fields(self, "update", within(least=1, note="the paper uses 50"), "cycles")
+        check_fields(self, "update", within(least=0, note="the paper uses 0.1"), "threshold")
 
     def check(self, pattern: str) -> list[str]:
         """Any pattern."""

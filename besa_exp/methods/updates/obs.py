@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
+from besa_exp.errors import check_fields, within
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
 from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.statistics import Hessian
@@ -23,8 +24,7 @@ class Obs:
     traits = Traits(Hessian)
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise ValueError(f"update.damping={self.damping}: must be above 0; SparseGPT uses 0.01")
+        check_fields(self, "update", within(above=0, note="SparseGPT uses 0.01"), "damping")
 
     def check(self, pattern: str) -> list[str]:
         """Any pattern."""

@@ -1,6 +1,7 @@
 // Charts. A method has one colour and one marker everywhere, and no other method has both.
 
 const darkness = matchMedia("(prefers-color-scheme: dark)");
+const isDark = () => document.documentElement.dataset.theme === "dark";
 const narrow = matchMedia("(max-width: 760px)");
 const DIVERGING = {
   light: [[0, "#4b2b85"], [0.25, "#a99bd0"], [0.5, "#f4f3f0"], [0.75, "#e9a35b"], [1, "#9a4300"]],
@@ -8,7 +9,7 @@ const DIVERGING = {
 };
 const DEPTH_COLOURS = { light: ["#0b2a5b", "#2f6d8f", "#5a9a7a", "#a8962c", "#b25a00"], dark: ["#8fb4ff", "#6ccbd6", "#8fdc9a", "#e3d05a", "#ffa35c"] };
 
-const colour = (method) => data.methods[method][darkness.matches ? "dark" : "light"];
+const colour = (method) => data.methods[method][isDark() ? "dark" : "light"];
 const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 function look(method) {
@@ -163,6 +164,30 @@ function dotChart(cells, kind, x) {
   return { traces, layout: layout(x, y, { shapes }), height: 90 + 26 * own.length };
 }
 
+// A point a run, against what is left of the parameters.
+function sizeChart(runs, measure, y) {
+  const traces = unique(runs.map((run) => run.method)).map((method) => {
+    const own = runs.filter((run) => run.method === method);
+    return {
+      name: markupFree(data.methods[method].label), ...look(method), mode: "markers", x: own.map((run) => run.left), y: own.map((run) => scoreOf(run, measure)),
+      text: own.map((run) => `<b>${markupFree(data.methods[method].label)}</b><br>${scoreText(data.measures[measure].kind, scoreOf(run, measure))}<br>${percent(run.left)} of the parameters left`),
+      hovertemplate: "%{text}<extra></extra>",
+    };
+  });
+  return { traces, layout: layout(axis("parameters left", { tickformat: ".3~%" }), y) };
+}
+
+// The recovery: the loss of each step, and of the held-out windows where they were judged.
+function recoveryChart(run) {
+  const { steps, loss, held_out } = detailsOf(run).recovery_curve;
+  const judged = steps.map((_, at) => at).filter((at) => !unknown(held_out[at]));
+  const traces = [
+    { name: "step", mode: "lines", x: steps, y: loss, line: { width: 1.2, color: variable("--soft") }, hovertemplate: "step %{x}: %{y:.4f}<extra></extra>" },
+    { name: "held out", mode: "lines+markers", x: judged.map((at) => steps[at]), y: judged.map((at) => held_out[at]), line: { color: colour(run.method), width: 2 }, hovertemplate: "held out, step %{x}: %{y:.4f}<extra></extra>" },
+  ];
+  return { traces, layout: layout(axis("step"), axis("loss, nats a token"), { showlegend: true }) };
+}
+
 function errorTraces(lines) {
   return lines.map((line) => ({
     name: markupFree(data.methods[line.method].label), ...look(line.method), mode: "lines+markers", x: line.blocks, y: line.means,
@@ -187,19 +212,19 @@ function allocationChart(run, beside) {
   const few = blocks.length * linears.length <= 120 && !narrow.matches;
   const traces = [{
     type: "heatmap", x: linears.map(markupFree), y: blocks, z: shares, text, hovertemplate: "%{text}<extra></extra>", xgap: 1, ygap: 1,
-    zmin: centre - reach, zmax: centre + reach, colorscale: DIVERGING[darkness.matches ? "dark" : "light"],
+    zmin: centre - reach, zmax: centre + reach, colorscale: DIVERGING[isDark() ? "dark" : "light"],
     colorbar: { thickness: 10, outlinewidth: 0, tickformat: ".1%", len: 1 },
   }];
   const annotations = few ? shares.flatMap((row, at) => row.map((value, column) => (value === null ? null : {
     x: markupFree(linears[column]), y: blocks[at], text: (100 * value).toFixed(1), showarrow: false,
-    font: { size: 11, color: Math.abs(value - centre) > 0.6 * reach ? (darkness.matches ? "#14161a" : "#ffffff") : variable("--ink") },
+    font: { size: 11, color: Math.abs(value - centre) > 0.6 * reach ? (isDark() ? "#14161a" : "#ffffff") : variable("--ink") },
   })).filter(Boolean)) : [];
   const yaxis = axis("block", { autorange: "reversed", showgrid: false, dtick: blocks.length <= 16 ? 1 : undefined });
   return { traces, layout: layout(axis("", { showgrid: false, type: "category" }), yaxis, { annotations }) };
 }
 
 function curveChart(run) {
-  const palette = DEPTH_COLOURS[darkness.matches ? "dark" : "light"];
+  const palette = DEPTH_COLOURS[isDark() ? "dark" : "light"];
   const { blocks } = detailsOf(run).curve;
   const last = Math.max(1, blocks.length - 1);
   const traces = blocks.map((block, at) => ({
@@ -231,7 +256,7 @@ function lossChart(run) {
 function rowsChart(run) {
   const { rows } = detailsOf(run);
   const linears = unique(rows.flatMap((row) => Object.keys(row.linears)));
-  const palette = DEPTH_COLOURS[darkness.matches ? "dark" : "light"];
+  const palette = DEPTH_COLOURS[isDark() ? "dark" : "light"];
   const traces = linears.map((linear, at) => {
     const own = rows.filter((row) => row.linears[linear]);
     const q = own.map((row) => row.linears[linear]);

@@ -1,4 +1,4 @@
-// The sections: each reads the filters and draws itself anew.
+// The sections: each reads the filters and draws itself again.
 
 const methodName = (method) => element("span", { class: "method" }, glyph(method), data.methods[method].label);
 const comparable = (kind) => data.cells.filter((cell) => !cell.apart && data.measures[cell.measure].kind === kind && passes(cell));
@@ -88,9 +88,29 @@ function showScores(kind) {
   box.ontoggle();
 }
 
+const scoreOf = (run, measure) => run.scores.find(([other]) => other === measure)?.[1];
+
+// Where something was removed whole.
+function showSize() {
+  const shrunk = data.runs.some((run) => run.left < 1);
+  byId("size").hidden = document.querySelector('nav a[href="#size"]').hidden = !shrunk;
+  if (!shrunk) return;
+  const measure = Number(byId("size-score").value);
+  const { kind, label } = data.measures[measure];
+  const runs = finishedRuns().filter((run) => !unknown(run.left) && !unknown(scoreOf(run, measure)));
+  const cards = unique(runs.map((run) => run.model)).map((model) => {
+    const own = runs.filter((run) => run.model === model && !hidden.has(run.method));
+    const y = kind === "perplexity" ? logarithmic("perplexity", own.map((run) => scoreOf(run, measure))) : axis(label);
+    return own.length ? { ...card(model, label, `${label} of ${model} against the parameters left`), ...sizeChart(own, measure, y) } : null;
+  }).filter(Boolean);
+  fill(document.querySelector('[data-legend="size"]'), legendOf(runs.map((run) => run.method), redrawCharts));
+  showCharts(byId("size-charts"), cards, "No run passes the filters.");
+}
+
 function redrawCharts() {
   showScores("perplexity");
   showScores("zero_shot");
+  showSize();
   showDepth();
 }
 
@@ -161,6 +181,7 @@ function chartsOfRun(run, beside, place) {
   const cards = [[card("Sparsity by block and linear, in %", note, "Heat map of sparsity by block and linear"), allocationChart(run, beside)]];
   if (rows.length) cards.push([card("Sparsity of rows", "Median and 5th to 95th percentile over the rows of each linear."), rowsChart(run)]);
   if (curve.blocks.length) cards.push([card("Loss of the search", thinned), curveChart(run)]);
+  if (detailsOf(run).recovery_curve.steps.length) cards.push([card("Recovery", "The whole model tuned, zeros kept."), recoveryChart(run)]);
   cards.push([card("Reconstruction loss", "On held-out calibration samples."), lossChart(run)]);
   showCharts(place, allocation.blocks.length ? cards.map(([made, chart]) => ({ ...made, ...chart })) : [], "This run pruned no block.");
   if (!curve.blocks.length) place.append(element("div", { class: "card" }, element("h3", {}, "Loss of the search"), empty("This method takes no optimisation steps.")));
@@ -169,12 +190,13 @@ function chartsOfRun(run, beside, place) {
 const missText = (run) => run.missed ? `missed by ${Math.abs(100 * run.missed).toFixed(1)} points` : "";
 
 function facts(run) {
-  const { calibration, pattern, unavailable, quantisation, seconds, memory, command } = detailsOf(run);
+  const { calibration, pattern, unavailable, quantisation, seconds, memory, command, stages } = detailsOf(run);
   const pairs = [
     ["Measured sparsity", `${percent(run.measured, 3)} (target ${[targetName(run.target), missText(run)].filter(Boolean).join(", ")})`], ["Pattern", pattern], ["Seed", run.seed],
     ...run.scores.map(([measure, value]) => [`${data.measures[measure].kind === "perplexity" ? "Perplexity" : "Zero-shot"} ${data.measures[measure].label}`, scoreText(data.measures[measure].kind, value)]),
     ...Object.entries(unavailable).map(([name, reason]) => [name, `n/a: ${reason}`]),
     ...Object.entries(quantisation).map(([name, value]) => [`Quantised, ${name.replace("_", " ")}`, value ?? "all inputs of a row"]),
+    ...Object.entries(stages),
     ["Time", `${duration(seconds.total)}, pruning ${duration(seconds.prune)}`], ["Peak memory", bytes(memory.host) + (memory.device ? `, device ${bytes(memory.device)}` : "")],
   ];
   const set = `${calibration.name ?? "unknown"}, ${calibration.num_samples ?? "?"} × ${calibration.seq_len ?? "?"} tokens, sha256 ${calibration.tokens_sha256 || "not recorded"}`;
@@ -186,8 +208,11 @@ function facts(run) {
 function moreOf(run) {
   const own = detailsOf(run);
   const part = (title, value) => element("details", { class: "more" }, element("summary", {}, title), element("pre", { tabindex: "0" }, JSON.stringify(value, null, 2)));
-  return element("div", {}, simulatedSpeed(own.simulated_speed), part("Configuration", own.config), part("Environment", own.environment), part("Calibration set", own.calibration));
+  return element("div", {}, plainTable("What it says (greedy)", own.texts), plainTable("Cost", own.cost), simulatedSpeed(own.simulated_speed), part("Configuration", own.config), part("Environment", own.environment), part("Calibration set", own.calibration));
 }
+
+const plainTable = (caption, [heads, rows]) => (rows.length
+  ? table(heads.map((head, at) => ({ head, class: "wrap", of: (row) => row[at] })), rows, { caption }) : "");
 
 // Cycles of a model of an accelerator: said to be simulated in the caption itself.
 function simulatedSpeed(speed) {
@@ -227,13 +252,14 @@ function paperCell(cell, kind) {
 function showRuns() {
   const runs = finishedRuns();
   const measures = unique(runs.flatMap((run) => run.scores.map(([measure]) => measure))).filter((measure) => data.measures[measure].main).sort((a, b) => a - b);
-  const score = (run, measure) => run.scores.find(([other]) => other === measure)?.[1];
+  const score = scoreOf;
   const columns = [
-    { head: "method", of: (run) => methodName(run.method), key: (run) => run.method },
+    { head: "method", of: (run) => methodName(run.method), key: (run) => run.method, csv: (run) => data.methods[run.method].label },
     ...(data.models.length > 1 ? [{ head: "model", of: (run) => run.model, key: (run) => run.model }] : []),
     { head: "target", number: true, of: (run) => targetName(run.target), key: (run) => run.target },
     { head: "measured", number: true, of: (run) => stacked(percent(run.measured), missText(run)), key: (run) => run.measured },
     { head: "seed", number: true, of: (run) => String(run.seed), key: (run) => run.seed },
+    ...(runs.some((run) => run.left < 1) ? [{ head: "parameters left", number: true, of: (run) => percent(run.left), key: (run) => run.left }] : []),
     ...measures.map((measure) => ({
       head: `${data.measures[measure].label} ${data.measures[measure].lower ? "↓" : "↑"}`, number: true, key: (run) => score(run, measure),
       of: (run) => (unknown(score(run, measure)) ? "" : scoreText(data.measures[measure].kind, score(run, measure))),
@@ -241,7 +267,21 @@ function showRuns() {
     { head: "pruning", number: true, of: (run) => duration(run.seconds), key: (run) => run.seconds },
     { head: "details", of: (run) => element("button", { type: "button", "aria-label": `Show ${run.folder}`, onclick: () => { byId("chosen").value = run.id; showRun(); byId("run").scrollIntoView(); byId("chosen").focus({ preventScroll: true }); } }, "Show") },
   ];
+  byId("csv").onclick = () => saveAs("runs.csv", csvOf([...columns.filter((column) => column.key), { head: "folder", csv: (run) => run.folder }], runs));
   fill(byId("runs-table"), runs.length ? table(columns, runs, { caption: "All runs", sortable: true, sorted: 0, limit: 40 }) : empty("No finished run passes the filters."));
+}
+
+// As RFC 4180 has it; heads without their arrows.
+function csvOf(columns, rows) {
+  const cell = (value) => (/[",\r\n]/.test(value) ? `"${value.replace(/"/g, '""')}"` : value);
+  const lines = [columns.map((column) => column.head.replace(/ [↑↓]$/, "")), ...rows.map((row) => columns.map((column) => (column.csv || column.key)(row) ?? ""))];
+  return lines.map((line) => line.map((value) => cell(String(value))).join(",")).join("\r\n");
+}
+
+function saveAs(name, text) {
+  const link = element("a", { download: name, href: URL.createObjectURL(new Blob([text], { type: "text/csv" })) });
+  link.click();
+  URL.revokeObjectURL(link.href);
 }
 
 function showApart() {

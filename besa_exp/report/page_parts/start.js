@@ -24,6 +24,7 @@ byId("made").textContent = `Made by besa-exp ${data.version} from ${data.places.
 
 const tasks = data.measures.map((measure, index) => [index, measure.label, measure.kind]).filter(([, , kind]) => kind === "zero_shot");
 options(byId("score"), data.measures.map((measure, index) => [index, measure.label, measure.main]).filter(([, , main]) => main));
+options(byId("size-score"), data.measures.map((measure, index) => [index, measure.label, measure.main]).filter(([, , main]) => main));
 options(byId("task"), tasks);
 byId("task").disabled = tasks.length === 0;
 options(byId("depth-target"), unique(data.depth.map((line) => line.target)).sort((a, b) => a - b).map((target) => [target, targetName(target)]), data.depth_target);
@@ -38,9 +39,16 @@ byId("task").addEventListener("change", () => showScores("zero_shot"));
 byId("depth-target").addEventListener("change", showDepth);
 byId("chosen").addEventListener("change", showRun);
 byId("paper-measure").addEventListener("change", showPaper);
-darkness.addEventListener("change", () => { showAll(); showPaper(); });
+function paint(theme) {
+  document.documentElement.dataset.theme = theme;
+  byId("theme").textContent = isDark() ? "Light" : "Dark";
+  showAll();
+  showPaper();
+}
+darkness.addEventListener("change", () => paint(darkness.matches ? "dark" : "light"));
+byId("theme").addEventListener("click", () => paint(isDark() ? "light" : "dark"));
+byId("size-score").addEventListener("change", showSize);
 narrow.addEventListener("change", showAll);
-showAll();
-showPaper();
+paint(document.documentElement.dataset.theme);
 showUnfinished();
 document.documentElement.dataset.ready = "true";

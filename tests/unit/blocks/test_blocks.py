@@ -9,6 +9,7 @@ import torch
 from families import FAMILIES, MIXTURES, tiny
 from tiny_llama import INPUT_IDS, tiny_llama
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from besa_exp.blocks.block import capture_blocks, discover_blocks, embed
 from besa_exp.blocks.loop import prune_blocks
@@ -189,3 +190,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_the_block():
     blocks = capture_blocks(model, INPUT_IDS)
     with pytest.raises(RunError, match=r"model\.layers\.[01]"):
         list(prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 5), Besa(), Goal(0.5), 5))
+
+
+class Products(TorchDispatchMode):
+    """Counts products, and the numbers that are made in fp32."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.fp32 = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.products += [str(func)] if "mm" in str(func) else []
+        self.fp32 = max(self.fp32, found.numel() if found.dtype == torch.float32 else 0)
+        return found
+
+
+def test_a_gpu_sums_a_hessian_of_16_bit_inputs_from_the_inputs_as_they_are():
+    """Seen on the meta device: one product a panel, whose sums are fp32, and no copy of the inputs in fp32."""
+    inputs = torch.empty(4096, 512, dtype=torch.bfloat16, device="meta")
+    hessian, seen = Hessian(512, inputs.device), Products()
+    with seen:
+        hessian.add(inputs, 2)
+    assert seen.products == ["aten.mm.dtype"] * len(hessian.panels)
+    assert seen.fp32 <= hessian.upper.numel() < inputs.numel()
+    with seen:
+        hessian.add(inputs.float(), 2)
+    assert seen.products[len(hessian.panels) :] == ["aten.addmm_.default"] * len(hessian.panels)

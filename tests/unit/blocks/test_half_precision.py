@@ -13,8 +13,7 @@ import torch
 from tiny_llama import tiny_llama
 
 from besa_exp.blocks.block import capture_blocks
-from besa_exp.blocks.probe import checked_gradient
-from besa_exp.blocks.reports import Step
+from besa_exp.blocks.course import Course
 from besa_exp.methods.allocation import Rows
 from besa_exp.methods.cuts import Buffers
 from besa_exp.methods.pruners.besa import besa_step
@@ -38,14 +37,14 @@ def step_in(dtype, loss, sparsity=0.5, dense=True):
         for weight in weights.values():
             weight.zero_()
     start, room = torch.full_like(rows.capacity, sparsity), Buffers.like(weights)
-    return rows, *besa_step(block, hidden, targets, rows, start, total, 0.1, room, LOSSES[loss])
+    return rows, block, *besa_step(block, hidden, targets, rows, start, total, 0.1, room, LOSSES[loss])
 
 
 @pytest.mark.parametrize("loss", ["token", "channel"])
 def test_the_gradient_of_every_linears_rows_is_that_of_fp32(loss):
     gradients = {}
     for dtype in (torch.float16, torch.float32):
-        rows, _, (gradient,) = step_in(dtype, loss)
+        rows, _, _, (gradient,) = step_in(dtype, loss)
         gradients[dtype] = rows.by_linear(gradient)
     for name in rows.weights:
         half, full = gradients[torch.float16][name], gradients[torch.float32][name]
@@ -53,19 +52,15 @@ def test_the_gradient_of_every_linears_rows_is_that_of_fp32(loss):
         assert 0.99 < float(half.norm() / full.norm()) < 1.01, name
 
 
-def checked(loss, gradient):
-    checked_gradient(Step(1, 3, float(loss), float(loss), 0.0, 0.5), gradient)
-
-
 def test_a_step_whose_gradient_is_zero_everywhere_says_so(caplog):
-    _, loss, (gradient,) = step_in(torch.float32, "token", dense=False)
+    _, block, loss, (gradient,) = step_in(torch.float32, "token", dense=False)
     with caplog.at_level(logging.WARNING):
-        checked(loss, gradient)
-    assert "block 1: the gradient of step 3 is zero everywhere although the loss is" in caplog.text
+        Course(block).add(loss, 0.5, gradient)
+    assert "layers.1: the gradient of step 0 is zero everywhere although the loss is" in caplog.text
 
 
 def test_a_step_without_a_loss_says_nothing(caplog):
-    _, loss, (gradient,) = step_in(torch.float32, "token", sparsity=0.0)
+    _, block, loss, (gradient,) = step_in(torch.float32, "token", sparsity=0.0)
     assert loss == 0
-    checked(loss, gradient)
+    Course(block).add(loss, 0.0, gradient)
     assert not caplog.text

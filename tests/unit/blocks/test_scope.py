@@ -185,7 +185,7 @@ def test_a_pair_lowers_the_loss_at_its_end_and_tells_it_with_both_blocks():
 
 
 def test_a_scope_that_is_none_is_refused_by_key_and_value():
-    with pytest.raises(ValueError, match=r"pruner\.scope=layer: must be sub_block or block or pair"):
+    with pytest.raises(ValueError, match=r"pruner\.scope=layer: must be one of sub_block, block, pair"):
         Besa(scope="layer")
 
 

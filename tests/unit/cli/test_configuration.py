@@ -118,9 +118,7 @@ def test_every_key_of_the_settings_stands_in_the_configuration() -> None:
     unchosen = {"pruner_name", "skipping", *METHOD_GROUPS}
     assert set(config) - {"hydra"} == set(RunSettings.__dataclass_fields__) - unchosen | {"pruner"}
     for group, cls in SETTINGS.items():
-        assert set(config[group]) - {"_target_"} == set(cls.__dataclass_fields__) - (
-            {"name"} if group == "model" else set()
-        )
+        assert set(config[group]) - {"_target_"} == set(cls.__dataclass_fields__)
 
 
 def test_the_configuration_holds_no_python() -> None:
@@ -168,6 +166,21 @@ def test_a_tracked_runs_group_is_its_experiment_and_none_without_one() -> None:
 
 def test_the_model_is_named_after_its_path_not_its_preset() -> None:
     assert read("model.path=/models/Some-Llama/").model.name == "Some-Llama"
+    assert read("model.path=/models/step1000/hf", "model.name=step1000").model.name == "step1000"
+
+
+def test_a_models_name_is_in_its_runs_name_and_not_in_what_identifies_it() -> None:
+    named, unnamed = run_name(composed("model.name=mine")), run_name(composed())
+    assert named.startswith("mine-besa-")
+    assert named.rpartition("-")[2] == unnamed.rpartition("-")[2]
+
+
+def test_presets_beside_the_packages_are_listed(tmp_path: Path) -> None:
+    (tmp_path / "pruner").mkdir()
+    (tmp_path / "pruner" / "mine.yaml").write_text("# A pruner of mine\n_target_: mine.Mine\n")
+    assert re.search(rf"^  mine +A pruner of mine \(of {tmp_path}\)$", listing(["pruners"], tmp_path), re.MULTILINE)
+    with pytest.raises(ConfigurationError, match="there is no such folder"):
+        listing([], tmp_path / "gone")
 
 
 def test_every_unreadable_value_is_told_at_once_by_its_key() -> None:

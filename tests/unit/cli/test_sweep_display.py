@@ -12,16 +12,16 @@ from besa_exp.cli.outcome import Outcome
 from besa_exp.cli.sweep_display import Course, show_sweep
 
 
-def test_a_job_is_told_by_what_varies_its_place_and_the_time_left() -> None:
+def test_a_job_is_described_by_what_varies_its_place_and_the_time_left() -> None:
     course = Course(4, frozenset({"tracker=none"}), frozenset(), time.time() - 60)
-    told = course.told(2, ["pruner=besa", "tracker=none", "sparsity=0.7"], Path("outputs/x"))
-    assert told.startswith("job 3 of 4: pruner=besa sparsity=0.7, about 1 min 00 s left -> outputs/x")  # 30 s a job
+    line = course.line(2, ["pruner=besa", "tracker=none", "sparsity=0.7"], Path("outputs/x"))
+    assert line.startswith("job 3 of 4: pruner=besa sparsity=0.7, about 1 min 00 s left -> outputs/x")  # 30 s a job
 
 
 def test_jobs_that_were_finished_before_do_not_make_the_others_look_fast() -> None:
     course = Course(4, frozenset(), frozenset({0}), time.time() - 60)
-    assert "about 2 min 00 s left" in course.told(2, ["seed=2"], Path("x"))
-    assert "left" not in course.told(1, ["seed=1"], Path("x"))
+    assert "about 2 min 00 s left" in course.line(2, ["seed=2"], Path("x"))
+    assert "left" not in course.line(1, ["seed=1"], Path("x"))
 
 
 def test_a_sweep_ends_with_its_jobs_and_the_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -229,7 +229,7 @@ def test_two_lines_say_what_is_about_to_be_done() -> None:
 def test_a_score_on_some_questions_says_how_many_and_how_certain() -> None:
     records = {"piqa": {"documents": 8, "questions": 1838, "higher_is_better": {"acc": True}}}
     (row,) = [row for row in rows(plain_lines(provenance={"zero_shot": {"tasks": records}})) if row[0] == "piqa acc ↑"]
-    assert row == ["piqa acc ↑", "0.7500", "0.6250 ± 0.0100", "-0.1250", "8 of 1,838"]
+    assert row == ["piqa acc ↑", "0.7500", "0.6250 ± 0.0100", "-0.1250", "8 of 1,838 questions"]
 
 
 def test_a_task_that_should_fall_points_down() -> None:
@@ -258,6 +258,13 @@ def test_blocks_are_counted_from_one_after_a_resume_too() -> None:
     progress = PruningProgress(5, [1.0, 1.0, 1.0], None, StageLine(None), told.append)
     progress.block(BlockReport(3, (LinearReport("up_proj", 8, 4, 0.5),), 0.25, 0.25, 1.0))
     assert told[0].startswith("block 4 of 5: sparsity 0.5000, reconstruction loss 0.25, 1.0 s")
+
+
+def test_blocks_are_counted_where_some_were_taken_out_whole() -> None:
+    told: list[str] = []
+    progress = PruningProgress(4, [1.0, 1.0, 1.0], None, StageLine(None), told.append)
+    progress.block(BlockReport(4, (LinearReport("up_proj", 8, 4, 0.5),), 0.25, 0.25, 1.0))
+    assert told[0].startswith("block 4 of 4 (index 4 of the dense model): sparsity 0.5000")
 
 
 def test_a_terminal_of_100_columns_shows_progress_then_whole_tables() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 import pytest
 import yaml
 
-from besa_exp.display.model_card import base_licence, model_card
+from besa_exp.display.model_card import base_licence, model_card, renewed_card
 from besa_exp.evaluation.simulated_speed import MODEL
 
 LINEARS = {
@@ -39,6 +42,48 @@ def test_the_card_names_method_target_measured_sparsity_and_command() -> None:
     assert "besa prune sparsity=0.6 '+hf_token=***' 'model.path=my models/tiny'" in card
 
 
+def test_a_model_that_was_not_scored_dense_has_no_column_for_it() -> None:
+    assert "| measure | pruned |" in model_card({**RESULTS, "dense": {}}, COMMAND)
+
+
+def test_a_renewed_card_has_the_new_scores_and_keeps_what_it_said_of_the_base(tmp_path: Path) -> None:
+    old = model_card(RESULTS, COMMAND, hub_id="org/tiny", licence={"license": "mit"})
+    (tmp_path / "README.md").write_text(old)
+    scored = RESULTS | {"perplexity": RESULTS["perplexity"] | {"c4": 8.125}}
+    renewed = renewed_card(tmp_path, scored, shlex.join(COMMAND), None)
+    assert "| perplexity c4 | n/a | 8.1250 |" in renewed
+    assert [line for line in renewed.splitlines() if "c4 |" not in line] == old.splitlines()
+
+
+def test_the_card_says_how_the_model_is_used_and_2_4_products_only_where_there_are_such() -> None:
+    card = model_card(RESULTS, COMMAND)
+    for word in ("AutoModelForCausalLM", "lm_eval run", "vllm serve", "convert_hf_to_gguf"):
+        assert word in card
+    assert "to_sparse_semi_structured" not in card
+    assert "to_sparse_semi_structured" in model_card({**RESULTS, "pattern": "2:4"}, COMMAND)
+    assert "to_sparse_semi_structured" not in model_card({**RESULTS, "pattern": "2:4", "ignore": ["0.*"]}, COMMAND)
+
+
+def test_no_absolute_path_is_told(tmp_path: Path) -> None:
+    hidden = {
+        "perplexity": {"/home/somebody/ev.txt": 3.0}, "unavailable": {"x": "/home/somebody/x.txt: there is none"},
+        "calibration": RESULTS["calibration"] | {"name": "~/somebody/c.txt"}, "texts": {"Once": "a / b and/or c"},
+    }  # fmt: skip
+    card = model_card(
+        {**RESULTS, **hidden}, [*COMMAND, "evaluator.perplexity_sets=[/home/somebody/ev.txt,c4]"], "org/tiny"
+    )
+    assert "somebody" not in card
+    for kept in (
+        "perplexity ev.txt",
+        "n/a, x: x.txt: there",
+        "c.txt, 128",
+        "a / b and/or c",
+        "https://huggingface.co/org/tiny",
+    ):
+        assert kept in card
+    assert "'evaluator.perplexity_sets=[ev.txt,c4]'" in card
+
+
 def test_the_card_of_a_local_model_does_not_tell_where_it_lies() -> None:
     card = model_card(RESULTS, COMMAND)
     assert "# tiny, pruned to 59.1% by besa" in card
@@ -55,7 +100,7 @@ def test_the_card_gives_the_sparsity_of_each_linear_type() -> None:
 def test_the_card_sets_scores_beside_the_dense_ones_with_reasons_for_gaps() -> None:
     card = model_card(RESULTS, COMMAND)
     assert "| perplexity wikitext2 | 5.5000 | 6.2500 |" in card
-    assert "| perplexity ptb | n/a | n/a |" in card
+    assert "| perplexity ptb" not in card
     assert "| piqa acc | 0.8000 | 0.7500 |" in card
     assert "| piqa acc_norm | n/a | 0.5000 |" in card
     assert "- n/a, ptb: no network" in card
@@ -117,7 +162,7 @@ def test_the_card_tells_what_was_removed_whole_and_what_was_tuned() -> None:
     recovery = {"method": "full", "loss": {"before": 3.5, "after": 3.25}, "steps": 9, "best_step": 6, "tokens": 4096}
     told = {"structure": structure, "parameters": {"dense": 1000, "left": 880}}
     card = model_card({**RESULTS, **told, "recovery": recovery | {"stopped": None}}, COMMAND)
-    assert "- Removed whole: 1 of 4 blocks (1), 1 groups of heads in 1 blocks by by_hand; 880 of 1,000 param" in card
+    assert "- Removed whole: 1 of 4 blocks (index 1), 1 groups of heads in 1 blocks by by_hand; 880 of 1,000" in card
     assert "- Recovery: full, 9 steps on 4,096 tokens, the weights after step 6 kept; held-out loss 3.5000 bef" in card
     assert "does save disk space" in card
     assert "Removed whole" not in model_card(RESULTS, COMMAND)

@@ -16,19 +16,25 @@ from besa_exp.blocks.reports import BlockReport, LinearReport, Step
 from besa_exp.display.tracker import NoTracker, start_tracker
 from besa_exp.evaluation.score import Scores
 from besa_exp.run_folder.folder import RunFolder
+from besa_exp.run_folder.status import write_status
 from besa_exp.settings import TrackerSettings
 
 ROOT = Path(__file__).parents[3]
 SETTINGS = TrackerSettings("wandb", project="a-project", group="sweep-7", tags=("first", "second"))
-CONFIG = {"sparsity": 0.5, "model": {"path": "embedded", "hf_token": "s3cr3t-value"}}
+CONFIG = {"sparsity": 0.5, "model": {"path": "/home/somebody/tiny", "hf_token": "s3cr3t-value"}}
 SPEED = {"model": "simulated, not measured", "linears": {"mlp.up_proj": {"dense_cycles": 9.0, "speed_up": None}}}
 REASON = {"ptb": "no network"}
 PRUNED = Scores.from_dict(
     {"perplexity": {"embedded": 12.5, "ptb": None}, "zero_shot": {"piqa": {"acc,none": 0.625, "acc_stderr,none": 0.25}}}
-    | {"unavailable": REASON, "simulated_speed": SPEED}
+    | {"unavailable": REASON, "simulated_speed": SPEED, "texts": {"Once": "ape"}}
 )
 DENSE = Scores.from_dict(
-    {"perplexity": {"embedded": 11.25, "ptb": None}, "zero_shot": {"piqa": {"acc,none": 0.75}}, "unavailable": REASON}
+    {
+        "perplexity": {"embedded": 11.25, "ptb": None},
+        "zero_shot": {"piqa": {"acc,none": 0.75}},
+        "unavailable": REASON,
+        "texts": {"Once": "upon"},
+    }
 )
 STEPS_PER_BLOCK = 3
 
@@ -57,6 +63,10 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch, RunFolder.open(path) as folder:
         for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
             patch.setenv(name, str(tmp_path_factory.getbasetemp() / name))
+        patch.setattr("sys.argv", ["besa", "prune", "model.path=/home/somebody/tiny"])
+        write_status(path, "running", "now")
+        packages = {"torch": "2"}
+        folder.write_environment({"packages": packages, "python": "3", "git_commit": "abc", "device_name": "a chip"})
         tracker = start_tracker(SETTINGS, path, CONFIG, "tiny-besa-0.5", "besa")
         for block in REPORTS:
             for step in steps(block.index):
@@ -92,16 +102,31 @@ def test_every_block_of_metrics_jsonl_is_in_the_history(tracked: Path) -> None:
     expected = [
         {
             "block": line["block"],
-            **{
-                f"block/{name}": line[name]
-                for name in ("sparsity", "reconstruction_loss", "reconstruction_loss_before")
-            },
-            **{f"allocated/{name}": linear["allocated"] for name, linear in line["linears"].items()},
+            "block/reconstruction_loss": line["reconstruction_loss"],
+            "block/reconstruction_loss_start": line["reconstruction_loss_before"],
         }
         for line in metrics(tracked, "block")
     ]
     assert len(expected) == 2
-    assert [line for line in history(tracked) if "block/sparsity" in line] == expected
+    found = history(tracked)
+    assert [line for line in found if "block/reconstruction_loss" in line] == expected
+    assert [line for line in found if "allocated/mlp.down_proj" in line] == [
+        {"block": line["block"], **{f"allocated/{name}": own["allocated"] for name, own in line["linears"].items()}}
+        for line in metrics(tracked, "block")
+    ]
+
+
+def test_a_series_that_says_nothing_is_not_drawn(tmp_path: Path) -> None:
+    """Of a method that prunes every linear alike, and of a loss with one term."""
+    tracker = start_tracker(SETTINGS, tmp_path, CONFIG, "a-run", "wanda")
+    for block in range(2):
+        course = (Step(block, 0, 0.5, 0.5, 0.0, 0.5), Step(block, 1, 0.4, 0.4, 0.0, 0.5))
+        alike = tuple(LinearReport(name, 8, 4, 0.5) for name in ("mlp.up_proj", "mlp.down_proj"))
+        tracker.log_block(BlockReport(block, alike, 0.25, 0.25, 1.0, course))
+    tracker.finish()
+    drawn = {key for line in history(tmp_path) for key in line if "sparsity/" not in key}
+    counters = {"block", "optimisation_step", "step/block"}
+    assert drawn == {*counters, "step/loss", "block/reconstruction_loss"}
 
 
 def test_experts_of_a_mixture_are_one_curve_their_mean_weighted_by_weights(tmp_path: Path) -> None:
@@ -120,24 +145,32 @@ def test_curves_are_drawn_over_block_and_step_counter(tracked: Path) -> None:
     assert step_metrics(tracked) == over_steps | over_blocks
 
 
-def test_scores_are_summary_values_with_reasons_for_what_is_missing(tracked: Path) -> None:
+def test_scores_are_logged_once_and_summary_values_with_reasons_for_what_is_missing(tracked: Path) -> None:
     found = summary(tracked)
+    (logged,) = [line for line in history(tracked) if "perplexity/embedded" in line]
+    assert logged == {
+        "perplexity/embedded": 12.5, "zero_shot/piqa/acc": 0.625,
+        "dense/perplexity/embedded": 11.25, "dense/zero_shot/piqa/acc": 0.75,
+    }  # fmt: skip
+    assert found["zero_shot/piqa/acc_stderr"] == 0.25
     for line in metrics(tracked, "scores"):
         prefix = "dense/" if line["which"] == "dense" else ""
         assert found[f"{prefix}perplexity/embedded"] == line["perplexity"]["embedded"]
-        assert found[f"{prefix}zero_shot/piqa/acc,none"] == line["zero_shot"]["piqa"]["acc,none"]
+        assert found[f"{prefix}zero_shot/piqa/acc"] == line["zero_shot"]["piqa"]["acc,none"]
         assert found[f"{prefix}unavailable/ptb"] == "no network"
         assert f"{prefix}perplexity/ptb" not in found
     assert found["simulated_speed/mlp.up_proj/dense_cycles"] == 9
     assert "simulated_speed/mlp.up_proj/speed_up" not in found
-    assert found["sparsity"] == (30 + 31 + 100 + 99) / 512
+    assert found["measured_sparsity"] == (30 + 31 + 100 + 99) / 512
 
 
 def test_the_run_has_its_config_masked_and_its_name_tags_and_group(tracked: Path) -> None:
     run = one(tracked, "run")
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert (config["method"], config["sparsity"]) == ("besa", 0.5)
-    assert config["model"] == {"path": "embedded", "hf_token": "***"}
+    assert config["model"] == {"name": "tiny", "path": "tiny", "hf_token": "***"}
+    assert config["command"] == "besa prune model.path=tiny"
+    assert (config["commit"], config["device_name"], config["versions"]["torch"]) == ("abc", "a chip", "2")
     assert (run.project, run.display_name, run.run_group) == ("a-project", "tiny-besa-0.5", "sweep-7")
     assert list(run.tags) == ["first", "second", "besa"]
     assert run.run_id == (tracked / "wandb" / "run_id").read_text()
@@ -156,7 +189,9 @@ def test_wandbs_own_name_and_kind_of_job_win_over_the_runs(tmp_path: Path, monke
 
 def test_the_table_and_the_heat_map_of_sparsity_lie_in_the_run_folder(tracked: Path) -> None:
     assert one(tracked, "exit")  # all is written
-    (table,) = tracked.glob("wandb/offline-run-*/files/media/table/**/*.json")
+    (texts,) = tracked.glob("wandb/offline-run-*/files/media/table/texts_*.json")
+    assert json.loads(texts.read_text())["data"] == [["Once", "upon", "ape"]]
+    (table,) = tracked.glob("wandb/offline-run-*/files/media/table/sparsity/*.json")
     content = json.loads(table.read_text())
     assert content["columns"] == ["block", "linear", "weights", "pruned", "sparsity", "allocated"]
     expected = [
@@ -173,7 +208,7 @@ def test_the_table_and_the_heat_map_of_sparsity_lie_in_the_run_folder(tracked: P
 def test_no_secret_and_nothing_of_the_machine_is_kept(tracked: Path) -> None:
     assert one(tracked, "exit")  # all is written
     files = [path for path in (tracked / "wandb").rglob("*") if path.is_file()]
-    assert not any(b"s3cr3t-value" in path.read_bytes() for path in files)
+    assert not any(word in path.read_bytes() for path in files for word in (b"s3cr3t-value", b"somebody"))
     assert not {"requirements.txt", "wandb-metadata.json", "diff.patch", "output.log"} & {path.name for path in files}
     run = one(tracked, "run")
     assert socket.gethostname() != run.host

@@ -20,7 +20,7 @@ RESULTS = {
     "zero_shot": {"piqa": ACCURACY},
     "unavailable": {"ptb": "no network"},
     "provenance": {
-        "perplexity": {"wikitext2": {"seq_len": 2048, "tokens_sha256": "aa"}},
+        "perplexity": {"wikitext2": {"seq_len": 2048, "num_windows": 9, "tokens_sha256": "aa"}},
         "zero_shot": {**HEADER, "tasks": {"piqa": {"version": 1, "num_fewshot": 0}}},
     },
 }
@@ -34,7 +34,11 @@ def scores_of(
     header: dict[str, Any] | None = None,
 ) -> Scores:
     """Scores with a record each."""
-    records = {name: {"seq_len": 2048, "tokens_sha256": "bb"} for name, value in (perplexity or {}).items() if value}
+    records = {
+        name: {"seq_len": 2048, "num_windows": 9, "tokens_sha256": "bb"}
+        for name, value in (perplexity or {}).items()
+        if value
+    }
     tasks = {name: {"version": 2, "num_fewshot": 0} for name in zero_shot or {}}
     common = {**(header or HEADER), "tasks": tasks} if zero_shot else {}
     values = {"perplexity": perplexity, "zero_shot": zero_shot, "unavailable": unavailable}
@@ -53,6 +57,7 @@ def test_what_is_scored_alike_is_left_out_and_what_was_not_to_be_had_is_tried_ag
     ("changed", "seed", "told"),
     [
         ({"seq_len": 1024}, 0, "windows of 2048 tokens then, 1024 now"),
+        ({"max_windows": 4}, 0, "all windows then, 4 now"),
         ({"limit": 8}, 0, "limit None then, 8 now"),
         ({"num_fewshot": 5}, 0, "num_fewshot 0 then, 5 now"),
     ],

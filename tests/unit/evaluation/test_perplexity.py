@@ -18,12 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.errors import Unavailable
 from besa_exp.evaluation.batches import rows_at_once, tokens_at_once
-from besa_exp.evaluation.checks import check_evaluator
-from besa_exp.evaluation.perplexity import LOGITS_AT_ONCE, perplexity, sum_of_losses
-from besa_exp.evaluation.score import Scores
+from besa_exp.evaluation.checks import PROMPTS, check_evaluator
+from besa_exp.evaluation.perplexity import LOGITS_AT_ONCE, cut_windows, perplexity, sum_of_losses
+from besa_exp.evaluation.score import Scores, partly_scored
 from besa_exp.evaluation.scores import evaluate
 from besa_exp.settings import EvaluatorSettings
 from besa_exp.texts.sources import HUB_FILES
+from besa_exp.texts.tokens import write_token_file
 
 CONTEXT = 64
 TEXT = " ".join(f"{number} is followed by {number + 1}." for number in range(60))
@@ -339,3 +340,30 @@ def test_a_sound_request_has_no_problem(tmp_path):
         "embedded", "c4", tmp_path / "a.txt", tasks=("piqa", "embedded_continuations"), data_dir=str(tmp_path)
     )
     assert check_evaluator(given, CONTEXT) == []
+
+
+def test_the_first_windows_alone_are_scored_and_the_score_says_so(model, tokens, tmp_path):
+    path = tmp_path / "windows.safetensors"
+    write_token_file(cut_windows(tokens, 16), path)
+    whole, first = (score(model, settings(path, prompts=(), **more)) for more in ({}, {"max_windows": 3}))
+    literal = literal_perplexity(model, cut_windows(tokens, 16)[:3])
+    assert first.perplexity[str(path)] == pytest.approx(literal, rel=1e-6)
+    conditions = first.of("perplexity")[0].conditions
+    assert conditions["tokens_sha256"] != whole.of("perplexity")[0].conditions["tokens_sha256"]
+    assert partly_scored(first.scores) == {str(path): f"3 of {len(cut_windows(tokens, 16))} windows"}
+    assert partly_scored(whole.scores) == {}
+    more = score(model, settings(path, prompts=(), max_windows=10_000))
+    assert more.of("perplexity")[0].conditions == whole.of("perplexity")[0].conditions
+
+
+def test_text_samples_come_with_scores_and_a_model_that_cannot_speak_is_told_where_it_was_asked(model, tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("some words " * 50)
+    assert [*score(model, settings(text)).texts] == [*PROMPTS]
+    assert score(model, EvaluatorSettings("none")).texts == {}
+    token_file = tmp_path / "windows.safetensors"
+    write_token_file(torch.arange(64).view(2, 32), token_file)
+    silent = score(model, settings(token_file), with_tokenizer=False)
+    assert (silent.texts, silent.unavailable) == ({}, {})
+    asked = score(model, settings(token_file, prompts=("Once",)), with_tokenizer=False)
+    assert asked.unavailable == {"text samples": "the model has no tokenizer"}

@@ -50,3 +50,9 @@ def test_a_group_that_is_over_its_limit_has_nothing_left(tmp_path: Path) -> None
 
 def test_free_memory_is_never_more_than_the_machine_has() -> None:
     assert 0 < free_memory() <= psutil.virtual_memory().total
+
+
+def test_processes_of_one_machine_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = free_memory()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert free_memory() < alone / 4

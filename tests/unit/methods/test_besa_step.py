@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from families import tiny
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from besa_exp.blocks.block import capture_blocks, embed
-from besa_exp.methods.allocation import Rows, descend, project_to_budget
+from besa_exp.blocks.course import Course
+from besa_exp.errors import RunError
+from besa_exp.methods.allocation import Rows, descend, project_to_budget, shift_by_narrowing
 from besa_exp.methods.cuts import Buffers, count_gradient, cut_block
 from besa_exp.methods.n_of_m import rows_of_groups
 from besa_exp.methods.pruners.besa import besa_step
@@ -206,3 +211,68 @@ def test_descent_takes_smaller_steps_each_time_that_nothing_was_gained():
     assert place.item() == 0
     for earlier, later in itertools.pairwise(seen[1:6]):
         assert 0 < later < 0.5 * earlier
+
+
+def on_meta(values):
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), values)
+
+
+def test_a_step_and_its_projection_read_no_number_that_they_compute(monkeypatch):
+    """On the meta device every host read of a value fails: what a GPU's queue would wait for. The cuts are those of a
+    GPU; a gradient in fp16 is scaled too."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which meta does not know
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    block, inputs, _, weights = drawn(torch.float16)
+    arguments = on_meta(block.arguments(1))
+    block = replace(block, module=block.module.to("meta"), arguments=lambda samples: arguments)
+    rows = rows_of(weights)
+    rows = replace(rows, **{name: on_meta(getattr(rows, name)) for name in ("weights", "ranks", "columns", "cell")})
+    rows = replace(rows, capacity=on_meta(rows.capacity))
+    sparsity, sample = torch.empty_like(rows.capacity), on_meta(inputs)[torch.zeros(1, dtype=torch.long, device="meta")]
+    projected = []
+
+    def gradient(samples, number, best_loss):
+        return besa_step(block, sample, sample, rows, sparsity, 900, WINDOW, Buffers.like(rows.weights))[1]
+
+    def project():
+        projected.append(project_to_budget(sparsity, rows.capacity, 900))
+        sparsity.copy_(projected[-1])
+
+    descend([(sparsity, 0.05)], iter([torch.tensor([0])] * 9), 2, 1, gradient, project, judge=lambda: 0.0)
+    assert [found.shape for found in projected] == [sparsity.shape] * 2
+    with pytest.raises(RuntimeError, match="meta"):
+        float(projected[0].sum())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.93, 1.0])
+@pytest.mark.parametrize("wanted", ["spread", "two values", "beyond both ends", "one cell"])
+def test_the_shift_that_is_narrowed_down_to_is_the_one_that_sorting_finds(share, wanted):
+    generator = torch.Generator().manual_seed(2)
+    cells = 1 if wanted == "one cell" else 300
+    spread = torch.rand(cells, generator=generator, dtype=torch.float64)
+    sparsity = {"two values": 0.45 + 0.1 * spread.round(), "beyond both ends": 5 * spread - 2}.get(wanted, spread)
+    capacity = torch.randint(1, 30000, (cells,), generator=generator).double()
+    total = round(share * float(capacity.sum()))
+    shift = shift_by_narrowing(sparsity, capacity, total)
+    found = (sparsity - shift).clamp(0, 1)
+    torch.testing.assert_close(found, project_to_budget(sparsity, capacity, total), rtol=0, atol=1e-9)
+    assert float((found * capacity).sum()) == pytest.approx(total, abs=1e-3)
+
+
+def test_a_course_tells_of_steps_in_order_and_names_the_one_that_is_not_finite():
+    told = []
+    course = Course(drawn()[0], told.append)
+    for number in range(3):
+        course.add(torch.tensor(0.5 * number), 0.25, torch.ones(2), torch.tensor(0.1 * number), 0.4 * number)
+    course.wait()
+    assert told == course.steps
+    assert [(step.step, step.loss, step.expected_sparsity) for step in told] == [
+        (0, 0, 0.25),
+        (1, 0.5, 0.25),
+        (2, 1, 0.25),
+    ]
+    assert told[2].penalty == 0.8
+    with pytest.raises(RunError, match=r"layers\.0: the gradient is nan at step 3"):
+        course.add(torch.tensor(1.0), 0.25, torch.tensor([1.0, torch.nan]))
+    with pytest.raises(RunError, match=r"layers\.0: the loss is inf at step 4"):
+        course.add(torch.tensor(torch.inf), 0.25)

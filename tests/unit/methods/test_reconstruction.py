@@ -184,7 +184,7 @@ def test_besa_reconstruct_begins_with_the_masks_of_besa_and_numbers_its_steps_on
 
 
 def test_besa_reconstruct_refuses_to_begin_with_what_it_does_not_know() -> None:
-    with pytest.raises(ValueError, match=r"pruner\.begin=wanda: must be besa or sparsegpt"):
+    with pytest.raises(ValueError, match=r"pruner\.begin=wanda: must be one of besa, sparsegpt"):
         BesaReconstruct(begin="wanda")
 
 

@@ -27,6 +27,16 @@ def test_each_run_is_a_row(tmp_path: Path) -> None:
     assert table.loc[2].isna()["perplexity wikitext2"]
 
 
+def test_a_row_has_the_stages_beside_the_block_loop(tmp_path: Path) -> None:
+    stages = {"parameters": {"dense": 100, "left": 75}, "recovery": {"loss": {"before": 3.0, "after": 2.5}}}
+    finished_run(tmp_path / "a", {"pruner": "shortgpt+mine+full", "ignore": ["0.*"], **stages})
+    row = besa_exp.load_run(tmp_path / "a").row()
+    assert (row["structure"], row["pruner"], row["recovery"], row["ignore"]) == (
+        "shortgpt", "shortgpt+mine+full", "full", "0.*"
+    )  # fmt: skip
+    assert (row["parameters_left"], row["recovery_loss_before"], row["recovery_loss_after"]) == (0.75, 3.0, 2.5)
+
+
 def test_patterns_and_single_runs_are_found(tmp_path: Path) -> None:
     for name in ("a1", "a2", "b1"):
         finished_run(tmp_path / name)

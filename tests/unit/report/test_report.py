@@ -217,6 +217,9 @@ def test_other_settings_of_a_pruner_are_another_method() -> None:
     assert method_of("best", without, "unstructured").label == "best, start=0, tuning.checks=1"
     combined = {"budget": {"width": 0.3}, "pruner": {}, "update": {"damping": 0.01}}
     assert method_of("owl+wanda+obs", combined, "unstructured").label == "owl+wanda+obs, width=0.3"
+    command = "besa prune pruner=mine pruner.size=2 +pruner.more=a sparsity=0.3"
+    assert method_of("mine", {"pruner": {"size": 2}}, "unstructured", command).label == "mine, size=2, more=a"
+    assert method_of("wanda", {"pruner": {}, "ignore": ["0.*"]}, "2:4").label == "wanda, 2:4, ignore=0.*"
     assert method_of("../prune", {"pruner": {"epochs": 1}}, "unstructured").variant == ""
 
 

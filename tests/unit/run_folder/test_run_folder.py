@@ -6,6 +6,9 @@ import csv
 import json
 import logging
 import os
+import re
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -40,7 +43,9 @@ def fail_run(path: Path, error: BaseException) -> None:
 
 
 def metrics(path: Path) -> list[dict]:
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    """Without their times."""
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
 
 
 def test_status_says_running_while_the_run_lives_and_done_after_it(tmp_path: Path) -> None:
@@ -192,9 +197,22 @@ def test_sparsity_csv_has_a_row_for_each_linear_of_each_block(tmp_path: Path) ->
     with (tmp_path / "sparsity.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["linear"] for row in rows] == ["self_attn.q_proj", "mlp.up_proj"] * 2
-    assert list(rows[1]) == ["block", "linear", "weights", "pruned", "sparsity"]
+    losses = ["reconstruction_loss_start", "reconstruction_loss"]
+    assert list(rows[1]) == ["block", "linear", "weights", "pruned", "sparsity", "allocated", *losses]
     assert (rows[1]["block"], rows[1]["weights"], rows[1]["pruned"]) == ("3", "24", "13")
-    assert float(rows[1]["sparsity"]) == 13 / 24
+    assert [float(rows[1][name]) for name in ("sparsity", "allocated", *losses)] == [13 / 24, 0.55, 0.75, 0.5]
+
+
+def test_lines_say_when_they_were_written_also_when_a_later_attempt_goes_on(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path) as folder:
+        report = replace(REPORT, steps=(STEP,))
+        folder.log_step(STEP)
+        folder.log_block(report)
+        written = [json.loads(line)["time"] for line in folder.metrics.read_text().splitlines()]
+        assert [datetime.fromisoformat(time).tzname() for time in written] == ["UTC", "UTC"]
+        folder.metrics.write_text(re.sub(r'"time": "[^"]+"', '"time": "long ago"', folder.metrics.read_text()))
+        folder.rewind([report])
+        assert [json.loads(line)["time"] for line in folder.metrics.read_text().splitlines()] == ["long ago"] * 2
 
 
 def test_run_log_holds_the_projects_lines_and_all_warnings_and_logging_is_left_as_it_was(

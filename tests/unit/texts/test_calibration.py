@@ -357,3 +357,24 @@ def test_checks_report_all_problems_together_with_the_nearest_name():
     assert len(problems) == 4
     assert "did you mean wikitext2" in text
     assert all(key in text for key in ("calibration.num_samples=0", "calibration.batch_size=0", "calibration.seed=-1"))
+
+
+def test_each_text_is_a_users_turn_where_the_chat_template_is_asked_for(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["question one", "question two"])
+    tokenizer = byte_tokenizer()
+    chat = settings(path, num_samples=2, seq_len=20, chat_template=True)
+    with pytest.raises(ConfigurationError, match=r"no chat template.*leave it out"):
+        load_calibration(chat, tokenizer, CONTEXT, offline=True)
+    tokenizer.chat_template = "{{ bos_token }}user: {{ messages[0]['content'] }}."  # 1 + 6 + 12 + 1 tokens
+    found = load_calibration(chat, tokenizer, CONTEXT, offline=True)
+    assert sorted(decoded(found.input_ids)) == ["<s>user: question one.", "<s>user: question two."]
+    assert (found.input_ids[:, 0] == 256).all()
+    assert (found.input_ids[:, 1] != 256).all()  # the template's, and no other
+    assert found.provenance["chat_template"] is True
+    assert (
+        "chat_template"
+        not in load_calibration(replace(chat, chat_template=False, seq_len=8), tokenizer, CONTEXT, True).provenance
+    )
+    tokens = tmp_path / "tokens.safetensors"
+    save_tokens(found, tokens)
+    assert "exact tokens already" in check_calibration(replace(chat, path=str(tokens)), CONTEXT)[0]
