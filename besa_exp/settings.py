@@ -159,6 +159,8 @@ class RecoverySettings:
     gather: int | None = None
     share: float | None = None
     kinds: tuple[str, ...] | None = None
+    scope: str | None = None
+    exchange: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,7 @@ class TuneSettings:
     evaluator: EvaluatorSettings
     tracker: TrackerSettings
     dense: bool = False  # a model without zeros is tuned too
+    teacher: str | None = None  # the dense model that is followed where one is; None: the one that was pruned
     seed: int = 0
     device: str = "auto"
     deterministic: bool = True

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa_exp.checkpoints.inspect import read_header, weight_files
+from besa_exp.checkpoints.narrowed_config import BY_BLOCK, MODELLING_FILE, modelling_code
 from besa_exp.checkpoints.shards import write_joined
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.machine import atomic
@@ -58,7 +59,8 @@ def save_model(
 def save_beside_weights(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, card: str, sources: Path | None
 ) -> None:
-    """All that a model folder holds besides weights: configs, tokenizer, licence, and `card` as README.md."""
+    """All that a model folder holds besides weights: configs, tokenizer, licence, `card` as README.md, and the
+    modelling file where blocks have uneven widths."""
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
@@ -66,6 +68,9 @@ def save_beside_weights(
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "sparsity_config")}
+    if BY_BLOCK[0] in plain:
+        plain["architectures"] = [plain["auto_map"]["AutoModelForCausalLM"].rpartition(".")[2]]
+        (folder / MODELLING_FILE).write_text(modelling_code(plain["model_type"]), encoding="utf-8")
     path.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

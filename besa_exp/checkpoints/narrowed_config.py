@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from besa_exp.checkpoints.structure import Dimensions, Structure
@@ -42,7 +43,7 @@ BY_PLACE = {
     "scale_attn_by_inverse_layer_idx": False,
     "per_layer_config": {},
 }
-SAVED_AS = ("uniform", "padded", "custom_code")
+SAVED_AS = ("padded", "custom_code")  # blocks of uneven widths: with zeros up to the widest, or with a modelling file
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,16 @@ def width_problems(config: Mapping[str, Any], groups: bool, channels: bool) -> l
     return found
 
 
+def uneven_problems(config: Mapping[str, Any]) -> list[str]:
+    """Why blocks of this model cannot have other widths than each other."""
+    if config.get("model_type") in CUSTOM:
+        return []
+    return [
+        f"structure.shape=uneven: blocks of uneven widths are computed by a modelling file that serves "
+        f"{', '.join(CUSTOM)}, not {_kind(config)}; set structure.shape=uniform"
+    ]
+
+
 def block_problems(config: Mapping[str, Any]) -> list[str]:
     """Why blocks of this model cannot go, in complete sentences. Known before any weight is read."""
     text = _text(config)
@@ -135,31 +146,26 @@ def block_problems(config: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def narrowed_config(config: Mapping[str, Any], structure: Structure, widths: str = "uniform") -> dict[str, Any]:
-    """The config of what is left. `widths`: `uniform` refuses blocks of uneven widths; `padded` states the widest, as
-    which all are stored; `custom_code` lists them, for the modelling file that goes with it.
+def narrowed_config(config: Mapping[str, Any], structure: Structure, uneven: bool = False) -> dict[str, Any]:
+    """The config of what is left. `uneven`: it states the widest block's widths and lists those of each, for the
+    modelling file that goes with it.
 
     ValueError: the structure is none of this model's, or this config cannot say it."""
-    if widths not in SAVED_AS:
-        raise ValueError(f"structure.save={widths}: must be one of {', '.join(SAVED_AS)}")
     text = dict(_text(config))
     dimensions = dimensions_of(text)
     problems = structure.problems(dimensions)
     if len(structure.blocks) < dimensions.blocks:
         problems += block_problems(text)
     problems += width_problems(text, structure.groups is not None, structure.channels is not None)
-    if widths == "uniform" and not structure.is_uniform:
-        problems.append(
-            "structure: the blocks have uneven widths, which no config says; set structure.shape=uniform, or "
-            "structure.save=padded (zeros up to the widest) or custom_code (a modelling file goes with the model)"
-        )
+    if not uneven and not structure.is_uniform:
+        problems.append("structure: the blocks have uneven widths, which no config says; set structure.shape=uniform")
     if problems:
         raise ValueError(problems[0])
     text |= _fewer_blocks(text, structure) if len(structure.blocks) < dimensions.blocks else {}
     text |= _fewer_heads(text, structure, dimensions) if structure.groups else {}
     text |= {_channels_key(text): widest(structure.channels)} if structure.channels else {}
-    if widths == "custom_code" and (structure.groups or structure.channels):
-        text |= _custom_code(text, structure, dimensions)
+    if uneven:
+        text |= _by_block(text, structure, dimensions)
     return dict(config) | {"text_config": text} if text_is_part(config) else text
 
 
@@ -213,24 +219,33 @@ def _as_mistral(text: Mapping[str, Any]) -> dict[str, Any]:
     return {"model_type": "mistral", "sliding_window": None, "architectures": ["MistralForCausalLM"]}
 
 
-def _custom_code(text: Mapping[str, Any], structure: Structure, dimensions: Dimensions) -> dict[str, Any]:
+def modelling_code(model_type: str) -> str:
+    """The modelling file of a family's models with blocks of uneven widths."""
+    text = Path(__file__).with_name("uneven_llama.py").read_text(encoding="utf-8")
+    return text.replace("Llama", CUSTOM[model_type])
+
+
+def even_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a model with blocks of uneven widths the config of the one that is padded to the widest."""
+    return {key: value for key, value in config.items() if key not in (*BY_BLOCK, "auto_map", "architectures")}
+
+
+def _by_block(text: Mapping[str, Any], structure: Structure, dimensions: Dimensions) -> dict[str, Any]:
     """What `uneven_llama.py` reads. ValueError: a family that it does not serve."""
-    name = CUSTOM.get(str(text["model_type"]))
-    if name is None:
-        raise ValueError(
-            f"structure.save=custom_code: the modelling file serves {', '.join(CUSTOM)}, not {_kind(text)}; set "
-            "structure.save=padded"
-        )
-    architecture = f"Uneven{name}ForCausalLM"
+    if problems := uneven_problems(text):
+        raise ValueError(problems[0])
+    architecture = f"Uneven{CUSTOM[str(text['model_type'])]}ForCausalLM"
     blocks = structure.blocks
     return {
-        "groups_by_block": [len(structure.kept_groups(block, dimensions)) for block in blocks],
-        "channels_by_block": [len(structure.kept_channels(block, dimensions)) for block in blocks],
+        BY_BLOCK[0]: [len(structure.kept_groups(block, dimensions)) for block in blocks],
+        BY_BLOCK[1]: [len(structure.kept_channels(block, dimensions)) for block in blocks],
         "architectures": [architecture],
-        "auto_map": {"AutoModelForCausalLM": f"modeling_uneven.{architecture}"},
+        "auto_map": {"AutoModelForCausalLM": f"{MODELLING_FILE.removesuffix('.py')}.{architecture}"},
     }
 
 
+MODELLING_FILE = "modeling_uneven.py"
+BY_BLOCK = ("groups_by_block", "channels_by_block")
 CUSTOM = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 

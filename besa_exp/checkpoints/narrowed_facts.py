@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from besa_exp.checkpoints.inspect import read_header, weight_files
-from besa_exp.checkpoints.narrowed_config import block_problems, dimensions_of, width_problems
+from besa_exp.checkpoints.narrowed_config import block_problems, dimensions_of, uneven_problems, width_problems
 from besa_exp.checkpoints.narrowed_tensors import costs_of
 from besa_exp.checkpoints.structure import Costs, Dimensions
 
+NOT_STREAMED = "structure.shape=uneven: a model that is streamed has blocks of even widths; set model.load=whole"
 IN_A_BLOCK = re.compile(r"^(.+?)\.\d+\.")
 
 
@@ -40,6 +41,8 @@ def facts_of(folder: Path) -> NarrowedFacts:
     return NarrowedFacts(config, dimensions, costs_of(shapes, dimensions, paths.most_common(1)[0][0]))
 
 
-def family_problems(config: Mapping[str, Any], narrows: bool) -> list[str]:
-    """Why widths (`narrows`), or blocks, of this model cannot go, in complete sentences."""
-    return width_problems(config, groups=True, channels=True) if narrows else block_problems(config)
+def family_problems(config: Mapping[str, Any], narrows: bool, uneven: bool = False) -> list[str]:
+    """Why widths (`narrows`; `uneven`: others in each block), or blocks, of this model cannot go, in sentences."""
+    if not narrows:
+        return block_problems(config)
+    return width_problems(config, groups=True, channels=True) or (uneven_problems(config) if uneven else [])

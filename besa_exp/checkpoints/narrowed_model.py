@@ -8,7 +8,6 @@ local attention that became a global one would load in silence).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from besa_exp.blocks.block import discover_blocks
 from besa_exp.checkpoints import uneven_llama
 from besa_exp.checkpoints.files import save_beside_weights
-from besa_exp.checkpoints.narrowed_config import CUSTOM, dimensions_of, narrowed_config
+from besa_exp.checkpoints.narrowed_config import BY_BLOCK, dimensions_of, even_config, narrowed_config
 from besa_exp.checkpoints.narrowed_tensors import Narrowing, costs_of
 from besa_exp.checkpoints.shards import streamed_layout, write_index, write_shards
 from besa_exp.checkpoints.streaming import StreamedWeights, open_streamed
@@ -31,7 +30,6 @@ from besa_exp.checkpoints.tensor_sources import as_saved
 from besa_exp.machine import atomic
 
 STRUCTURE_FILE = "structure.json"
-MODELLING_FILE = "modeling_uneven.py"
 PLACE = ("layer_idx", "layer_id", "layer_number", "block_idx")  # names of the number that a block has
 
 
@@ -46,19 +44,44 @@ def costs_of_model(model: PreTrainedModel) -> Costs:
     return costs_of(shapes, dimensions_of_model(model), discover_blocks(model)[0])
 
 
-def narrowed_model(model: PreTrainedModel, structure: Structure, widths: str = "uniform") -> PreTrainedModel:
-    """What is left, as a model of its own on the same device, frozen and in evaluation mode. Tensors that stay whole
-    are shared with `model`, which is not changed. ValueError: this model cannot be narrowed so."""
-    target = _empty(model, structure, widths)
-    narrowing = _narrowing(model, structure, widths)
+def narrowed_model(model: PreTrainedModel, structure: Structure, uneven: bool = False) -> PreTrainedModel:
+    """What is left, as a model of its own on the same device, frozen and in evaluation mode; blocks may be `uneven`.
+    Tensors that stay whole are shared with `model`, which is not changed. ValueError: it cannot be narrowed so."""
+    target = _empty(model, structure, uneven)
+    narrowing = _narrowing(model, structure)
     made = narrowing.narrowed(model.state_dict())
     target.load_state_dict({name: made[name] for name in target.state_dict()}, assign=True)
-    for name, buffer in model.named_buffers():  # such as rotary tables, which no file holds
-        if (new := narrowing.new_name(name)) and new not in made:
-            owner, _, own = new.rpartition(".")
-            target.get_submodule(owner)._buffers[own] = buffer
+    buffers = {narrowing.new_name(name): buffer for name, buffer in model.named_buffers()}
+    _take_buffers(target, {name: buffer for name, buffer in buffers.items() if name and name not in made})
     target.tie_weights()
     return target.eval().requires_grad_(False)
+
+
+def padded_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Of a model with blocks of uneven widths the ordinary one of its family that computes the same: each block ends
+    with rows and columns of zeros, up to the widest. Of another model itself."""
+    if not hasattr(model.config, BY_BLOCK[0]):
+        return model
+    config = type(model.config).from_dict(even_config(model.config.to_dict()))
+    config._attn_implementation = model.config._attn_implementation
+    with init_empty_weights():
+        target = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    target.generation_config = deepcopy(model.generation_config)
+    wanted, made = target.state_dict(), {}
+    for name, tensor in model.state_dict().items():
+        ends = [(0, size - now) for size, now in zip(wanted[name].shape, tensor.shape, strict=True)]
+        made[name] = nn.functional.pad(tensor, [pad for end in reversed(ends) for pad in end])
+    target.load_state_dict(made, assign=True)
+    _take_buffers(target, dict(model.named_buffers()))
+    target.tie_weights()
+    return target.eval().requires_grad_(False)
+
+
+def _take_buffers(target: PreTrainedModel, buffers: Mapping[str, Tensor]) -> None:
+    """Those that no file holds, such as rotary tables."""
+    for name, buffer in buffers.items():
+        owner, _, own = name.rpartition(".")
+        target.get_submodule(owner)._buffers[own] = buffer
 
 
 def narrow_folder(
@@ -67,7 +90,6 @@ def narrow_folder(
     out: Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     card: str = "",
-    widths: str = "uniform",
     trust_remote_code: bool = False,
 ) -> None:
     """Writes what is left of the model in `folder` to `out`, one shard for what is outside the blocks and one for each
@@ -75,8 +97,8 @@ def narrow_folder(
 
     ValueError: this model cannot be narrowed so, or not read block by block (`narrowed_model` can from memory)."""
     model, weights = open_streamed(folder, "auto", torch.device("cpu"), trust_remote_code)
-    target = _empty(model, structure, widths)
-    narrowing = _narrowing(model, structure, widths)
+    target = _empty(model, structure)
+    narrowing = _narrowing(model, structure)
     path = narrowing.path
     wanted = target.state_dict()
     outside = {name: tensor for name, tensor in wanted.items() if name in weights.sources and not _in(name, path)}
@@ -91,26 +113,7 @@ def narrow_folder(
         write_shards(partial, layout, _parts(model, weights, narrowing, {*outside}))
         write_index(partial, layout, target.num_parameters())
         save_beside_weights(target, tokenizer, partial, card, folder)
-        write_beside(partial, model, structure, widths)
-
-
-def write_beside(folder: Path, dense: PreTrainedModel, structure: Structure, widths: str) -> None:
-    """structure.json, and the modelling file where the widths need one."""
-    (folder / STRUCTURE_FILE).write_text(to_json(structure, dimensions_of_model(dense)), encoding="utf-8")
-    if widths != "custom_code":
-        return
-    (folder / MODELLING_FILE).write_text(modelling_code(dense.config.model_type), encoding="utf-8")
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    reference = config["auto_map"]["AutoModelForCausalLM"]
-    config["architectures"] = [reference.rpartition(".")[2]]
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def modelling_code(model_type: str) -> str:
-    """The modelling file for a family."""
-    text = Path(uneven_llama.__file__).read_text(encoding="utf-8")
-    return text.replace("Llama", CUSTOM[model_type])
+        (partial / STRUCTURE_FILE).write_text(to_json(structure, dimensions_of_model(model)), encoding="utf-8")
 
 
 def _parts(
@@ -122,37 +125,37 @@ def _parts(
         yield as_saved(model, narrowing.narrowed(weights.read(f"{narrowing.path}.{block}.")))
 
 
-def _narrowing(model: PreTrainedModel, structure: Structure, widths: str) -> Narrowing:
-    return Narrowing(structure, dimensions_of_model(model), discover_blocks(model)[0], widths == "padded")
+def _narrowing(model: PreTrainedModel, structure: Structure) -> Narrowing:
+    return Narrowing(structure, dimensions_of_model(model), discover_blocks(model)[0])
 
 
-def _empty(model: PreTrainedModel, structure: Structure, widths: str) -> PreTrainedModel:
+def _empty(model: PreTrainedModel, structure: Structure, uneven: bool = False) -> PreTrainedModel:
     """The narrowed model without weights. ValueError: it is not what the narrowed tensors make up."""
-    config = model_config(model.config, structure, widths)
+    config = model_config(model.config, structure, uneven)
     with init_empty_weights():
         target = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-        if hasattr(config, "groups_by_block"):
+        if uneven:
             uneven_llama.resize_blocks(target, config)
     if model.generation_config is not None:
         target.generation_config = deepcopy(model.generation_config)
     target.eval()
-    _check_shapes(model, target, structure, widths)
+    _check_shapes(model, target, structure)
     _check_kinds(model, target, structure)
     return target
 
 
-def model_config(config: PreTrainedConfig, structure: Structure, widths: str) -> PreTrainedConfig:
+def model_config(config: PreTrainedConfig, structure: Structure, uneven: bool) -> PreTrainedConfig:
     """As `narrowed_config`, of transformers' value."""
-    values = narrowed_config(config.to_dict(), structure, widths)
+    values = narrowed_config(config.to_dict(), structure, uneven)
     kind = values.pop("model_type")
     made = type(config).from_dict(values) if kind == config.model_type else AutoConfig.for_model(kind, **values)
     made._attn_implementation = config._attn_implementation
     return made
 
 
-def _check_shapes(model: PreTrainedModel, target: PreTrainedModel, structure: Structure, widths: str) -> None:
+def _check_shapes(model: PreTrainedModel, target: PreTrainedModel, structure: Structure) -> None:
     shapes = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
-    made = {name: tuple(t.shape) for name, t in _narrowing(model, structure, widths).narrowed(shapes).items()}
+    made = {name: tuple(t.shape) for name, t in _narrowing(model, structure).narrowed(shapes).items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in target.state_dict().items()}
     for name in sorted(made.keys() | wanted.keys()):
         if made.get(name) != wanted.get(name):

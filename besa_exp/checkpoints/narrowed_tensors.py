@@ -17,10 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from besa_exp.checkpoints.narrowed_config import widest
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
-
-ZERO = -1  # the source of a row that pads
 
 
 @dataclass(frozen=True)
@@ -53,13 +50,11 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Narrowing:
-    """A structure of a model of these dimensions whose blocks are `path`.0, `path`.1 and so on. `padded`: all blocks
-    are stored as wide as the widest, with rows and columns of zeros."""
+    """A structure of a model of these dimensions whose blocks are `path`.0, `path`.1 and so on."""
 
     structure: Structure
     dimensions: Dimensions
     path: str
-    padded: bool = False
 
     def new_name(self, name: str) -> str | None:
         """What a tensor is called in the narrowed model; None: it is gone with its block."""
@@ -90,17 +85,16 @@ class Narrowing:
             return torch.zeros_like(tensor)
         if (found := self._role(name)) is None:
             return tensor
-        kept = self.sources(found, name)
-        kept = kept[kept != ZERO].to(tensor.device)
+        kept = self.sources(found, name).to(tensor.device)
         return torch.zeros_like(tensor).index_copy(found.axis, kept, tensor.index_select(found.axis, kept))
 
     def sources(self, role: Role, name: str) -> Int[Tensor, " row"]:
-        """Along the role's axis, the row of the dense tensor that each row of the narrowed one is; ZERO: it pads."""
+        """Along the role's axis, the row of the dense tensor that each row of the narrowed one is."""
         block = self.block_of(name)
         assert block is not None
         dimensions, structure = self.dimensions, self.structure
-        groups = self._padded(structure.kept_groups(block, dimensions), structure.groups)
-        channels = self._padded(structure.kept_channels(block, dimensions), structure.channels)
+        groups = structure.kept_groups(block, dimensions)
+        channels = structure.kept_channels(block, dimensions)
         each = dimensions.heads_of_group if dimensions.groups else 0
         heads = _units(groups, each)
         rows: list[Tensor] = []
@@ -112,21 +106,14 @@ class Narrowing:
                 "numbers": (heads, dimensions.heads),
                 "channels": (_units(channels, 1), dimensions.channels),
             }[part]
-            rows.append(torch.where(found == ZERO, ZERO, found + start))
+            rows.append(found + start)
             start += size
         return torch.cat(rows)
 
     def _cut(self, name: str, tensor: Tensor) -> Tensor:
         if (role := self._role(name)) is None:
             return tensor
-        sources = self.sources(role, name)
-        cut = tensor.index_select(role.axis, sources.clamp(min=0).to(tensor.device))
-        pads = sources == ZERO
-        if not bool(pads.any()):
-            return cut
-        shape = [1] * cut.dim()
-        shape[role.axis] = -1
-        return cut.masked_fill(pads.view(shape).to(cut.device), 0)
+        return tensor.index_select(role.axis, self.sources(role, name).to(tensor.device))
 
     def _role(self, name: str) -> Role | None:
         """None: the tensor keeps its shape."""
@@ -140,10 +127,6 @@ class Narrowing:
     def inner_name(self, name: str) -> str:
         """Of a tensor of a block, its name inside it."""
         return name.removeprefix(f"{self.path}.").split(".", 1)[1]
-
-    def _padded(self, kept: Sequence[int], units: Sequence[Sequence[int]] | None) -> list[int]:
-        missing = widest(tuple(map(tuple, units))) - len(kept) if self.padded and units else 0
-        return [*kept, *[ZERO] * missing]
 
 
 def role_of(inner: str) -> Role | None:
@@ -173,7 +156,5 @@ def costs_of(shapes: Mapping[str, Sequence[int]], dimensions: Dimensions, path: 
 
 
 def _units(numbers: Sequence[int], size: int) -> Int[Tensor, " row"]:
-    """The rows of units of `size` rows each; those of ZERO pad."""
-    units = torch.tensor([*numbers], dtype=torch.long)[:, None]
-    rows = units * size + torch.arange(size)
-    return torch.where(units == ZERO, ZERO, rows).flatten()
+    """The rows of units of `size` rows each."""
+    return (torch.tensor([*numbers], dtype=torch.long)[:, None] * size + torch.arange(size)).flatten()

@@ -63,6 +63,7 @@ LATER_KEYS = (
     ("evaluator", "include_path", None),
     ("evaluator", "max_windows", None),
     ("evaluator", "prompts", None),
+    ("recovery", "exchange", False),
 )
 LATER_GROUPS = ("structure", "ignore")  # that make no part of a name where they say nothing, for the same reason
 WANDB_MODES_ONCE = {"dryrun": "offline", "run": "online"}  # as its older versions called them
@@ -228,6 +229,7 @@ def tuning_folder(config: DictConfig) -> str:
     run, path = run_and_model(str(values.get("checkpoint")))
     deciding = {key: values.get(key) for key in ("calibration", "recovery", "evaluator", "seed", "device", "save")}
     deciding["deterministic"] = values.get("deterministic")
+    deciding |= {"teacher": teacher} if (teacher := values.get("teacher")) else {}
     if isinstance(model := values.get("model"), dict):
         deciding["model"] = {key: value for key, value in model.items() if key not in (*NOT_DECIDING, "path")}
     folder = Path(path).expanduser()

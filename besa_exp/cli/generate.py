@@ -1,12 +1,13 @@
-"""`besa generate DIR [--prompt TEXT]`: what the pruned model of a run says, the dense one beside it."""
+"""`besa generate DIR [--prompt TEXT] [skipping=NAME]`: what the pruned model of a run says, the dense one beside it, or
+what a model says while it skips, what it says without beside it, and how fast it says either."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich import box
@@ -18,12 +19,20 @@ from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.evaluation.checks import PROMPTS
 from besa_exp.machine.environment_variables import set_before_imports
 from besa_exp.run_folder.lookup import check_run, run_and_model
-from besa_exp.settings import ModelSettings
+from besa_exp.settings import EvaluationSettings, ModelSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from besa_exp.checkpoints.load import LoadedModel
+    from besa_exp.evaluation.cost import Paired
 
 PLAIN_WIDTH = 120
 DESCRIPTION = """\
 Lets the pruned model of a run go on from each prompt, greedily, and the dense model it was made from beside it.
-DIR may be any model folder; without a run's configuration it speaks alone."""
+DIR may be any model folder; without a run's configuration it speaks alone. With skipping=NAME and its keys (besa list
+skippings) the model in DIR speaks without and with it, and tokens a second of both are measured, taking turns."""
+GIVEN = ("skipping", "calibration", "model", "seed", "device", "deterministic")  # keys that a policy is asked with
 
 
 def generate(arguments: Sequence[str]) -> int:
@@ -34,21 +43,97 @@ def generate(arguments: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=int, default=40, metavar="N", help="new tokens at most (default: %(default)s)")
     parser.add_argument("--no-dense", action="store_true", help="the pruned model alone")
     parser.add_argument("--offline", action="store_true", help="never reach for the network")
-    asked = parser.parse_args(arguments)
+    parser.add_argument("keys", nargs="*", metavar="key=value", help="skipping=NAME and what it is to be found on")
+    asked = parser.parse_intermixed_args(arguments)
     prompts = asked.prompt or list(PROMPTS)
     if asked.tokens < 1 or not all(prompts):
         raise ConfigurationError("--tokens must be at least 1, and a --prompt must have a character")
+    if asked.keys:
+        return _generate_skipping(asked.place, asked.keys, prompts, asked.tokens, asked.offline)
     models = _models(asked.place, asked.no_dense)
     set_before_imports(offline=asked.offline)
     said = {which: _texts(settings, prompts, asked.tokens, asked.offline) for which, settings in models.items()}
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, emoji=False)
+    _print_texts(_console(), prompts, said)
+    return 0
+
+
+def _generate_skipping(place: str, keys: Sequence[str], prompts: Sequence[str], tokens: int, offline: bool) -> int:
+    """With a policy and without: texts, tokens a second, and what was skipped."""
+    settings = _asked(place, keys, offline)
+    import torch
+
+    from besa_exp.checkpoints.load import model_context
+    from besa_exp.errors import Unavailable
+    from besa_exp.evaluation.continuations import continuations, prompt_ids
+    from besa_exp.evaluation.cost import paired_speeds
+    from besa_exp.evaluation.policies import decide, skipping_of
+    from besa_exp.machine.device import prepared_device
+    from besa_exp.runs.run import calibration_of
+
+    loaded = _speaking(settings.model, prepared_device(settings), offline)
+    calibration, model = settings.calibration, loaded.model
+    assert calibration is not None
+    try:
+        skipping = skipping_of(settings.skipping, lambda: calibration_of(calibration, offline, loaded).input_ids)
+        assert skipping is not None
+        decided = decide(loaded, skipping)
+    except Unavailable as error:
+        raise RunError(str(error)) from error
+    name = f"skipping={decided.settings.name}"
+    said = {"without skipping": continuations(model, loaded.tokenizer, prompts, tokens)}
+    with decided.generating(model) as course:
+        said[name] = continuations(model, loaded.tokenizer, prompts, tokens)
+    console = _console()
+    _print_texts(console, prompts, said)
+    ids = prompt_ids(loaded.tokenizer, prompts[0], model.device)
+    decoded = max(1, min(tokens, model_context(model) - ids.shape[1]))
+    _print_speeds(console, name, paired_speeds(model, lambda: decided.generating(model), ids, decoded))
+    what = "blocks of prompt tokens" if decided.policy is None else "FFNs of decoded tokens"
+    found = "".join(f"; {key} {value} found" for key, value in decided.found.items() if key != "skipped")
+    console.print(f"{100 * course.fraction:.1f} % of the {what} skipped; {torch.get_num_threads()} threads{found}")
+    return 0
+
+
+def _print_speeds(console: Console, name: str, pairs: tuple[Paired, Paired]) -> None:
+    table = Table(box=box.SIMPLE, title="tokens a second, one sequence", title_justify="left", show_edge=False)
+    for column in ("", "without", name, "quotient"):
+        table.add_column(column, justify="right" if column else "left")
+    for what, pair in zip(("prefill", "decode"), pairs, strict=True):
+        table.add_row(what, f"{pair.plain:,.1f}", f"{pair.under:,.1f}", f"{pair.quotient:.3f}")
+    console.print(table)
+
+
+def _asked(place: str, keys: Sequence[str], offline: bool) -> EvaluationSettings:
+    """What `besa evaluate` would be asked, nothing being scored. ConfigurationError: every problem there is."""
+    others = [key for key in keys if key.partition("=")[0].partition(".")[0] not in GIVEN]
+    if others or not any(key.startswith("skipping=") for key in keys):
+        wrong = f"{others[0]}: " if others else ""
+        raise ConfigurationError(f"{wrong}besa generate takes skipping=NAME, and keys of {', '.join(GIVEN)} with it")
+    from besa_exp.cli.evaluate import CONFIG_NAME, read_asked
+    from besa_exp.cli.prune import composed
+
+    found: list[EvaluationSettings] = []
+
+    def read(arguments: argparse.Namespace) -> int:
+        found.append(read_asked(arguments).settings)
+        return 0
+
+    words = [f"checkpoint={place}", "evaluator=none", f"offline={str(offline).lower()}", *keys]
+    composed("besa generate", CONFIG_NAME, words, read)
+    return found[0]
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, emoji=False)
+
+
+def _print_texts(console: Console, prompts: Sequence[str], said: Mapping[str, Sequence[str]]) -> None:
     for number, prompt in enumerate(prompts):
         table = Table(box=box.SIMPLE, title=Text(prompt, style="bold"), title_justify="left", show_edge=False)
         for which in said:
             table.add_column(which, ratio=1, overflow="fold")
         table.add_row(*(Text(texts[number]) for texts in said.values()))
         console.print(table)
-    return 0
 
 
 def _models(place: str, alone: bool) -> dict[str, ModelSettings]:
@@ -78,14 +163,21 @@ def _dense(run: Path) -> dict[str, Any]:
 def _texts(settings: ModelSettings, prompts: Sequence[str], tokens: int, offline: bool) -> list[str]:
     import torch
 
-    from besa_exp.checkpoints.load import load_model
     from besa_exp.evaluation.continuations import continuations
 
-    loaded = load_model(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"), offline)
+    loaded = _speaking(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"), offline)
+    return continuations(loaded.model, loaded.tokenizer, prompts, tokens)
+
+
+def _speaking(settings: ModelSettings, device: torch.device, offline: bool) -> LoadedModel:
+    """The model, whole and with its tokenizer. ConfigurationError, RunError: it cannot speak."""
+    from besa_exp.checkpoints.load import load_model
+
+    loaded = load_model(settings, device, offline)
     if loaded.tokenizer is None:
         raise ConfigurationError(
             f"{settings.path}: it has no tokenizer, and text needs one; copy the dense model's there"
         )
     if loaded.weights is not None:
         raise RunError(f"{settings.path} does not fit the memory as a whole, and a streamed model is too slow to speak")
-    return continuations(loaded.model, loaded.tokenizer, prompts, tokens)
+    return loaded

@@ -102,7 +102,7 @@ def preflight_tuning(
     if of_run:
         return of_run
     from besa_exp.runs.recover import check_recovery_of  # imports torch
-    from besa_exp.runs.tune import as_run
+    from besa_exp.runs.tune import as_run, has_lost_blocks
 
     asked = as_run(settings)
     problems = check_run_inputs(folder, asked)
@@ -116,12 +116,27 @@ def preflight_tuning(
     if "calibration" not in unknown:
         problems += check_calibration(settings.calibration, context)
     if not {"recovery", "calibration"} & {*unknown}:
-        problems += [found for found in check_recovery_of(asked, 0.0, context) if found not in problems]
+        of_recovery = check_recovery_of(asked, 0.0, context, has_lost_blocks(settings)) + _check_teacher(settings)
+        problems += [found for found in of_recovery if found not in problems]
     if settings.offline:
         calibration = None if "calibration" in unknown else settings.calibration
         problems += missing_offline(needs_of(*_known(asked, unknown, calibration)))
     problems += check_push(settings.save, settings.offline)
     return problems + (check_disk(folder, _needed_bytes(asked, facts)) if facts else [])
+
+
+def _check_teacher(settings: TuneSettings) -> list[str]:
+    """Where a dense model is followed, which one it is has to be known."""
+    from besa_exp.recovery.recipe import follows_dense
+    from besa_exp.runs.tune import teacher_of
+
+    if not follows_dense(settings.recovery):
+        return []
+    teacher = teacher_of(settings)
+    if teacher is None:
+        asked = "recovery=blocks" if settings.recovery.name == "blocks" else "recovery.distill"
+        return [f"{asked}: follows the dense model, and no run says which one that is; name it with teacher=DENSE"]
+    return check_model(teacher, "teacher")[1]
 
 
 def _known(
@@ -233,14 +248,17 @@ def _check_structure(settings: RunSettings) -> list[str]:
     folder = _known_folder(settings.model)
     if folder is None or not (folder / "config.json").is_file():
         return []
-    from besa_exp.checkpoints.narrowed_facts import facts_of, family_problems  # torch
+    from besa_exp.checkpoints.narrowed_facts import NOT_STREAMED, facts_of, family_problems  # torch
 
     try:
         facts = facts_of(folder)
     except ValueError as error:
         return [str(error)]
     method = settings.structure
-    return family_problems(facts.config, method.narrows) or method.check(facts.costs, facts.dimensions)
+    problems = family_problems(facts.config, method.narrows, method.saved_as is not None)
+    if method.saved_as and settings.model.load == "streamed":
+        problems.append(NOT_STREAMED)
+    return problems or method.check(facts.costs, facts.dimensions)
 
 
 def _known_folder(settings: ModelSettings) -> Path | None:
@@ -321,4 +339,5 @@ def _needed_bytes(settings: RunSettings, facts: ModelFolder) -> int:
     whole = settings.model.load == "whole"
     save = SaveSettings(model=False, masks=False) if settings.is_dense else settings.save
     needed = required_bytes(model_bytes, in_linears, facts.weights, save, whole)
-    return needed + (facts.saved_bytes if facts.to_convert else 0)
+    narrowed = model_bytes if settings.structure and settings.model.load == "streamed" else 0  # until the run is done
+    return needed + narrowed + (facts.saved_bytes if facts.to_convert else 0)

@@ -131,7 +131,7 @@ def result_tables(results: Mapping[str, Any], style: box.Box) -> list[Renderable
     if rows := speed_rows(results):
         tables.append(_speed_table(rows, results["simulated_speed"]["model"], style))
     if costs := cost_rows(results):
-        tables.append(_cost_table(costs, bool(results.get("dense")), style))
+        tables.append(_cost_table(costs, any(dense for _, dense, _ in costs), style))
     head, samples = text_table(results)
     tables += [_text_table(head, samples, style)] if samples else []
     tables += [Text(f"{name}: {part}") for name, part in skipped_parts(Scores.from_dict(results).scores).items()]

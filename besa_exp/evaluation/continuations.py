@@ -6,6 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+def prompt_ids(tokenizer: Any, prompt: str, device: torch.device) -> Int[Tensor, "one seq"]:
+    """One prompt's tokens, as the tokenizer begins a text."""
+    return tokenizer(prompt, return_tensors="pt").input_ids.to(device)
 
 
 @torch.no_grad()
@@ -16,7 +23,7 @@ def continuations(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: in
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     texts = []
     for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+        ids = prompt_ids(tokenizer, prompt, model.device)
         room = tokens if context is None else max(1, min(tokens, context - ids.shape[1]))
         given = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": room}
         given |= {

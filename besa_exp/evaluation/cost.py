@@ -5,6 +5,8 @@
 summed over blocks, at a context of C tokens: the second part is attention's two products of queries with C keys and of
 weights with C values. Zeros count: dense products compute them. Of a mixture's experts those that run count.
 
+    cache bytes a token = size of a number * (rows of the linears that give keys and values), summed over blocks
+
 Prefill is one pass over a prompt with a cache being filled, decoding one token after the other with it; both greedy,
 for 1 and 8 sequences at a time. Times are medians of few repeats and say something of this machine alone.
 """
@@ -13,10 +15,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from besa_exp.blocks.block import Block, capture_blocks
@@ -28,36 +33,73 @@ if TYPE_CHECKING:
 BATCHES = (1, 8)
 PROMPT, DECODED = 128, 16  # tokens; of a model with a shorter context what has room
 REPEATS, ENOUGH = 3, 10.0  # repeats of a measurement after one to warm up; seconds after which no further one begins
+PAIRS = 15  # of those that take turns
+FUSED = ("qkv_proj", "query_key_value", "c_attn")  # linears that give queries, keys and values
+
+
+def counts_of(model: Any, context: int) -> dict[str, Any]:
+    """`parameters`, `bytes`, `dtype`, `flops_per_token` at `prompt_tokens`, `cache_bytes_per_token`: of the model as it
+    is, from shapes alone. `context`: the longest that it takes."""
+    prompt = min(PROMPT, context // 2)
+    return counted(model, prompt) | {"dtype": str(model.dtype).removeprefix("torch."), "prompt_tokens": prompt}
 
 
 @torch.no_grad()
-def cost_of(loaded: LoadedModel, context: int) -> dict[str, Any]:
-    """`parameters`, `bytes`, `flops_per_token` at `prompt_tokens`, `cache_bytes_per_token`, and by batch size
-    `prefill_tokens_per_second` and `decode_tokens_per_second`. Unavailable: the model is streamed."""
+def speeds_of(loaded: LoadedModel, context: int) -> dict[str, Any]:
+    """By batch size `prefill_tokens_per_second` and `decode_tokens_per_second`, and on what. Unavailable: the model is
+    streamed."""
     if loaded.weights is not None:
         raise Unavailable("the model is streamed: its files are timed, not its products; set model.load=whole")
     model: Any = loaded.model
     prompt = min(PROMPT, context // 2)
     decoded = min(DECODED, context - prompt)
     device = model.get_input_embeddings().weight.device
-    values = counts_of(model, prompt) | {"cache_bytes_per_token": cache_bytes(model, prompt)}
     prefill, decode = {}, {}
     for batch in BATCHES:
-        prefill[str(batch)], decode[str(batch)] = _speeds(model, batch, prompt, decoded)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return values | {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": name,
+        ids = _ids(model, batch, prompt)
+        taken = [_timed(model, ids, decoded) for _ in _repeats()][1:]
+        first, second = (statistics.median(times) for times in zip(*taken, strict=True))
+        prefill[str(batch)], decode[str(batch)] = batch * prompt / first, batch * decoded / second
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
-        "prompt_tokens": prompt,
         "decoded_tokens": decoded,
         "prefill_tokens_per_second": prefill,
         "decode_tokens_per_second": decode,
     }
 
 
-def counts_of(model: Any, context: int) -> dict[str, int]:
-    """Of the model as it is: tied weights count once, and the head's products whether they are tied or not."""
+@dataclass(frozen=True)
+class Paired:
+    """Tokens a second of a model as it is and under a policy, medians over repeats that took turns, and the median of
+    the repeats' quotients."""
+
+    plain: float
+    under: float
+    quotient: float
+
+
+@torch.no_grad()
+def paired_speeds(
+    model: Any, policy: Callable[[], AbstractContextManager[Any]], ids: Int[Tensor, "sample seq"], decoded: int
+) -> tuple[Paired, Paired]:
+    """Of prefill and of decoding, with and without `policy`, on the same prompts."""
+    plain, under = [], []
+    for _ in _repeats(PAIRS):
+        plain.append(_timed(model, ids, decoded))
+        with policy():
+            under.append(_timed(model, ids, decoded))
+    (prefill, decode), (prefill_under, decode_under) = (zip(*taken[1:], strict=True) for taken in (plain, under))
+    return _paired(prefill, prefill_under, ids.numel()), _paired(decode, decode_under, len(ids) * decoded)
+
+
+def _paired(plain: Sequence[float], under: Sequence[float], tokens: int) -> Paired:
+    quotients = [one / other for one, other in zip(plain, under, strict=True)]
+    return Paired(tokens / statistics.median(plain), tokens / statistics.median(under), statistics.median(quotients))
+
+
+def counted(model: Any, context: int) -> dict[str, int]:
+    """Tied weights count once, and the head's products whether they are tied or not."""
     held = [*model.parameters()]
     blocks = capture_blocks(model, torch.empty(0, 0, dtype=torch.long))  # none is called
     head = model.get_output_embeddings()
@@ -67,6 +109,7 @@ def counts_of(model: Any, context: int) -> dict[str, int]:
         "parameters": sum(parameter.numel() for parameter in held),
         "bytes": sum(parameter.numel() * parameter.element_size() for parameter in held),
         "flops_per_token": 2 * round(linears) + 4 * context * attention,
+        "cache_bytes_per_token": model.dtype.itemsize * sum(_cached_channels(block, model.config) for block in blocks),
     }
 
 
@@ -79,17 +122,20 @@ def _passed_weights(block: Block, config: Any) -> float:
 
 
 def _query_channels(block: Block, config: Any) -> int:
-    """Heads times the size of a head, from what gives the queries, else the model's hidden size."""
+    """Heads times the size of a head, from what gives the queries alone, else from the config."""
     rows = [len(linear.weight) for name, linear in block.linears.items() if name.endswith("q_proj")]
-    return rows[0] if rows else config.get_text_config().hidden_size
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    return rows[0] if rows else heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
 
 
-@torch.no_grad()
-def cache_bytes(model: Any, tokens: int) -> float:
-    """What a token adds to the cache of keys and values: read off the one that a prompt of so many tokens fills."""
-    held = model(_ids(model, 1, tokens), use_cache=True).past_key_values
-    tensors = [t for layer in held.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor)) / tokens
+def _cached_channels(block: Block, config: Any) -> int:
+    """Rows of what gives keys and values; of a linear that gives the queries too those that are not theirs."""
+    rows = {name: len(linear.weight) for name, linear in block.linears.items()}
+    fused = sum(count for name, count in rows.items() if name.endswith(FUSED))
+    if fused:
+        return fused - _query_channels(block, config)
+    return sum(count for name, count in rows.items() if name.endswith(("k_proj", "v_proj")))
 
 
 def _ids(model: nn.Module, batch: int, tokens: int) -> Tensor:
@@ -99,9 +145,8 @@ def _ids(model: nn.Module, batch: int, tokens: int) -> Tensor:
     return (torch.arange(batch * tokens, device=device) % vocabulary).view(batch, tokens)
 
 
-def _speeds(model: Any, batch: int, prompt: int, decoded: int) -> tuple[float, float]:
-    """Tokens a second of prefill and of decoding, all sequences together."""
-    ids = _ids(model, batch, prompt)
+def _timed(model: Any, ids: Int[Tensor, "sample seq"], decoded: int) -> tuple[float, float]:
+    """Seconds of prefill and of decoding, all sequences together."""
     held: list[Any] = []
 
     def prefill() -> None:
@@ -113,15 +158,13 @@ def _speeds(model: Any, batch: int, prompt: int, decoded: int) -> tuple[float, f
             following = output.logits[:, -1:].argmax(dim=-1)
             output = model(following, past_key_values=output.past_key_values, use_cache=True)
 
-    taken = [(_seconds(prefill, ids.device), _seconds(decode, ids.device)) for _ in _repeats()]
-    first, second = (statistics.median(times) for times in zip(*taken[1:], strict=True))
-    return batch * prompt / first, batch * decoded / second
+    return _seconds(prefill, ids.device), _seconds(decode, ids.device)
 
 
-def _repeats() -> Any:
+def _repeats(most: int = REPEATS) -> Iterator[int]:
     """One to warm up, one that counts, and further ones while there is time."""
     begun = time.perf_counter()
-    for number in range(1 + REPEATS):
+    for number in range(1 + most):
         if number < 2 or time.perf_counter() - begun < ENOUGH:
             yield number
 

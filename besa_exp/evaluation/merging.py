@@ -98,7 +98,7 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
         union = {key: score for key, score in union.items() if key[:2] != (kind, name)}
         union |= {(score.kind, score.name, score.metric): score for score in found}
         unavailable.pop(name, None)
-    for name, there in (("cost", scores.cost), ("text samples", scores.texts)):
+    for name, there in (("cost", "decode_tokens_per_second" in scores.cost), ("text samples", scores.texts)):
         if there:
             unavailable.pop(name, None)
     for name, reason in scores.unavailable.items():
@@ -109,6 +109,7 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
         if name in scores.perplexity:
             union["perplexity", name, ""] = perplexity_score(name, None, {})
     parts = {name: getattr(scores, name) or getattr(before, name) for name in PARTS}  # another device, it may be
+    parts["cost"] = {**before.cost, **scores.cost}
     parts["texts"] = {**before.texts, **scores.texts}
     if scores.simulated_speed:
         unavailable.pop("simulated speed", None)

@@ -22,17 +22,14 @@ from torch import Tensor, nn
 
 from besa_exp.blocks.block import Block, capture_blocks, embed
 from besa_exp.errors import RunError, Unavailable
-from besa_exp.evaluation.skipping import (
-    Course,
+from besa_exp.evaluation.prompt_skipping import passing_prompts, prefill_skipping
+from besa_exp.evaluation.skipping import Course, middle_of, pass_under, skipping
+from besa_exp.evaluation.skipping_rules import (
     FfnSkipping,
     Policy,
     RandomSkipping,
     StaticSkipping,
     decoded_numbers,
-    middle_of,
-    pass_under,
-    passing_prompts,
-    skipping,
     threshold_for,
 )
 from besa_exp.machine import distributed
@@ -80,6 +77,12 @@ class Decided:
         if self.policy is None:
             return passing_prompts(model, self.passed, prompt, padding)
         return skipping(model, self.policy, self.middle, prompt, padding=padding)
+
+    def generating(self, model: nn.Module) -> AbstractContextManager[Course]:
+        """The same while the model generates with its cache: what its first call is given is the prompt."""
+        if self.policy is None:
+            return prefill_skipping(model, self.passed)
+        return skipping(model, self.policy, self.middle)
 
     def record(self, course: Course) -> dict[str, Any]:
         """What was asked and found, and the fraction that was skipped."""

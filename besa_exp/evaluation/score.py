@@ -91,8 +91,8 @@ def task_scores(name: str, metrics: Mapping[str, Any], record: Mapping[str, Any]
 @dataclass(frozen=True)
 class Scores:
     """All of one model. `unavailable` {set, task or speed: reason}; `common`: what all tasks' records have in common;
-    `simulated_speed`, `speed` and `cost` as `simulate_model`, `measure_model` and `cost_of` give them, where they were
-    asked for; `texts` {prompt: what the model goes on with}."""
+    `simulated_speed` and `speed` as `simulate_model` and `measure_model` give them, where they were asked for; `cost`:
+    `counts_of` the model and, where asked for, `speeds_of` it; `texts` {prompt: what the model goes on with}."""
 
     scores: tuple[Score, ...] = ()
     unavailable: Mapping[str, str] = field(default_factory=dict)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from besa_exp.blocks.block import discover_blocks
 from besa_exp.errors import Unavailable, as_unavailable
 from besa_exp.evaluation.checks import perplexity_window, prompts_of
-from besa_exp.evaluation.cost import cost_of
+from besa_exp.evaluation.cost import counts_of, speeds_of
 from besa_exp.evaluation.kept_scores import FinishedScores
 from besa_exp.evaluation.perplexity import OnCount, cut_windows, perplexity, uncounted
 from besa_exp.evaluation.policies import Decided, Skipping, decide
@@ -175,31 +176,28 @@ def _speeds(
     on_progress: Callable[[str], None],
     unavailable: dict[str, str],
 ) -> dict[str, dict[str, Any]]:
-    """Simulated and measured speed, and cost, where they are asked for."""
-    speeds: dict[str, dict[str, Any]] = {}
-    try:
-        if settings.simulated_speed:
-            on_progress("simulated speed")
+    """Simulated and measured speed where they are asked for; cost, which is counted always."""
+    context = _context(loaded.model)
+    parts: list[tuple[str, str, Callable[[], dict[str, Any]]]] = [
+        ("cost", "", lambda: counts_of(loaded.model, context))
+    ]
+    if settings.simulated_speed:
+        parts.append(("simulated_speed", "simulated speed", lambda: simulate_model(loaded)))
+    if settings.speed:
+        parts.append(("speed", "speed of 2:4 products", lambda: measure_model(loaded)))
+        on_first = partial(distributed.from_first, lambda: speeds_of(loaded, context))
+        parts.append(("cost", "cost: prefill and decoding", on_first))
+    found: dict[str, dict[str, Any]] = {}
+    for part, doing, measure in parts:
+        if doing:
+            on_progress(doing)
+        try:
             with as_unavailable():
-                speeds["simulated_speed"] = simulate_model(loaded)
-    except Unavailable as error:
-        unavailable["simulated speed"] = str(error)
-    try:
-        if settings.speed:
-            on_progress("speed of 2:4 products")
-            with as_unavailable():
-                speeds["speed"] = measure_model(loaded)
-    except Unavailable as error:
-        unavailable["speed"] = str(error)
-        speeds["speed"] = {"unavailable": str(error)}
-    try:
-        if settings.speed:
-            on_progress("cost: sizes, prefill and decoding")
-            with as_unavailable():
-                speeds["cost"] = distributed.from_first(lambda: cost_of(loaded, _context(loaded.model)))
-    except Unavailable as error:
-        unavailable["cost"] = str(error)
-    return speeds
+                found[part] = found.get(part, {}) | measure()
+        except Unavailable as error:
+            unavailable[part.replace("_", " ")] = str(error)
+            found |= {"speed": {"unavailable": str(error)}} if part == "speed" else {}
+    return found
 
 
 def _score_set(

@@ -1,30 +1,21 @@
-"""Parts of a model that are skipped while it decodes; no weight changes.
+"""A model that skips FFNs while it decodes; no weight changes. Which, say the rules of `skipping_rules`.
 
-FFN-SkipLLM (Jaiswal et al., arXiv 2404.03865): attention always runs, so that every token has its keys and values in
-every block; the FFN of a block is skipped for a token whose state it would hardly turn. With a the state between
-attention and FFN, f the FFN's part and sim = cos(a, a + f): once sim >= threshold in a block, the FFNs of the next
-`span` blocks are skipped for this token. The first and last blocks never skip, nor do the first decoded tokens, nor
-the prompt's. No code was published; what is not said there (span, cold blocks, warm tokens) is a setting here.
-
-What a token skips depends on its own column and on earlier tokens' keys alone, and attention is never skipped. So a
-whole sequence is computed in one pass, block by block, with the number of FFNs left to skip as a tensor over tokens:
-the same numbers as token by token. Perplexity and log-likelihoods under a policy need no decoding.
-
-ShortGPT-gen (arXiv 2403.03853): chosen blocks are skipped while the prompt is processed; their keys and values are
-still made of the state that passes them by. The authors cache these keys without rotary rotation, which later queries
-expect; here they are rotated, and theirs is an option.
+Attention always runs, so that every token has its keys and values in every block. What a token skips depends on its own
+column and on earlier tokens' keys alone. So a whole sequence is computed in one pass, block by block, with the number
+of FFNs left to skip as a tensor over tokens: the same numbers as token by token. Perplexity and log-likelihoods under a
+policy need no decoding. An FFN that all tokens of a call skip is not computed: while a sequence is decoded, token by
+token, each skipped FFN is work saved.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from besa_exp.blocks.block import Block, Hidden, capture_blocks, discover_blocks, embed
@@ -32,115 +23,18 @@ from besa_exp.blocks.call_arguments import Reached, hidden_of
 from besa_exp.blocks.linears import replaced_forwards
 from besa_exp.blocks.units import sub_blocks
 from besa_exp.errors import RunError
+from besa_exp.evaluation.skipping_rules import FfnSkipping, Numbers, Policy, Skipped
 from besa_exp.methods.structure.shortgpt import cosine
-
-Numbers = Int[Tensor, "sample seq"]
-"""Of each token its number among the decoded ones, from 0; negative: it belongs to the prompt or pads."""
-ALL = 2**30  # a span up to the cold end
-
-
-@runtime_checkable
-class Policy(Protocol):
-    """Which FFNs a token skips. `left`: how many of the next blocks' FFNs each token still skips."""
-
-    def skips(self, block: int, num_blocks: int, left: Numbers, numbers: Numbers) -> Bool[Tensor, "sample seq"]:
-        """Whether each token skips the FFN of a block."""
-        ...
-
-    def left_after(
-        self, block: int, num_blocks: int, left: Numbers, numbers: Numbers, similarity: Float[Tensor, "sample seq"]
-    ) -> Numbers:
-        """How many are left after the block. `similarity` means nothing where it was skipped."""
-        ...
-
-
-@dataclass(frozen=True)
-class FfnSkipping:
-    """FFN-SkipLLM's greedy policy. `span`: None, up to the cold end."""
-
-    threshold: float
-    span: int | None = 1
-    cold_first: int = 1
-    cold_last: int = 1
-    warm_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        if not -1 <= self.threshold <= 2:
-            raise ValueError(f"skipping.threshold={self.threshold}: a cosine is at most 1; 2 never skips")
-        if self.span is not None and self.span < 1:
-            raise ValueError(f"skipping.span={self.span}: must be at least 1, or null for all up to the last blocks")
-        for key in ("cold_first", "cold_last", "warm_tokens"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"skipping.{key}={getattr(self, key)}: must not be negative")
-
-    def skips(self, block: int, num_blocks: int, left: Numbers, numbers: Numbers) -> Bool[Tensor, "sample seq"]:
-        """Where any are left, in blocks that are not cold."""
-        return self._may(block, num_blocks, numbers) & (left > 0)
-
-    def left_after(
-        self, block: int, num_blocks: int, left: Numbers, numbers: Numbers, similarity: Float[Tensor, "sample seq"]
-    ) -> Numbers:
-        """One fewer where it was skipped; the span where the FFN ran and hardly turned the state."""
-        may = self._may(block, num_blocks, numbers)
-        begins = may & (left == 0) & (similarity >= self.threshold)
-        return torch.where(begins, self.span or ALL, torch.where(may & (left > 0), left - 1, left))
-
-    def _may(self, block: int, num_blocks: int, numbers: Numbers) -> Bool[Tensor, "sample seq"]:
-        is_cold = not self.cold_first <= block < num_blocks - self.cold_last
-        return torch.zeros_like(numbers, dtype=torch.bool) if is_cold else numbers >= self.warm_tokens
-
-
-@dataclass(frozen=True)
-class StaticSkipping:
-    """The FFNs of the same blocks for every decoded token."""
-
-    blocks: tuple[int, ...]
-    warm_tokens: int = 0
-
-    def skips(self, block: int, num_blocks: int, left: Numbers, numbers: Numbers) -> Bool[Tensor, "sample seq"]:
-        """Those of `blocks`."""
-        return (numbers >= self.warm_tokens) & (block in self.blocks)
-
-    def left_after(
-        self, block: int, num_blocks: int, left: Numbers, numbers: Numbers, similarity: Float[Tensor, "sample seq"]
-    ) -> Numbers:
-        """As before."""
-        return left
-
-
-@dataclass(frozen=True)
-class RandomSkipping:
-    """Each FFN of a decoded token with the probability `fraction`, drawn by seed, block and the token's number."""
-
-    fraction: float
-    seed: int = 0
-    warm_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.fraction <= 1:
-            raise ValueError(f"skipping.fraction={self.fraction}: must be in [0, 1]")
-
-    def skips(self, block: int, num_blocks: int, left: Numbers, numbers: Numbers) -> Bool[Tensor, "sample seq"]:
-        """By a hash of the three numbers, so that one pass and token by token draw alike."""
-        mixed = (numbers.long() + 1) * 2_654_435_761 + (block + 1) * 40_503_551 + (self.seed + 1) * 97_531_357
-        mixed = ((mixed ^ (mixed >> 15)) * 2_246_822_519) % 2**32
-        mixed = ((mixed ^ (mixed >> 13)) * 3_266_489_917) % 2**32
-        return (numbers >= self.warm_tokens) & ((mixed ^ (mixed >> 16)) % 2**24 < self.fraction * 2**24)
-
-    def left_after(
-        self, block: int, num_blocks: int, left: Numbers, numbers: Numbers, similarity: Float[Tensor, "sample seq"]
-    ) -> Numbers:
-        """As before."""
-        return left
 
 
 @dataclass(frozen=True)
 class Passed:
-    """What went through one block: the states after it, which tokens skipped its FFN, and cos(a, a + f), of which those
-    of tokens that skipped it are only there where the FFN ran for others."""
+    """What went through one block: the states after it, which tokens skipped its FFN, how many those are, and, under
+    FFN-SkipLLM's rule in blocks that are not cold, cos(a, a + f), which means nothing where the FFN was skipped."""
 
     outputs: Hidden
-    skipped: Bool[Tensor, "sample seq"]
+    skipped: Skipped
+    count: int
     similarity: Float[Tensor, "sample seq"]
     left: Numbers
 
@@ -178,12 +72,17 @@ def through_block(
     """One block under a policy. `forward` runs it; where it `may_end`, it is ended before the FFN as soon as all tokens
     skip that: this asks the device."""
     skipped = policy.skips(block, num_blocks, left, numbers)
+    count = int(skipped.sum())
+    ends = may_end and count == skipped.numel()
+    similarity = torch.zeros(numbers.shape, dtype=torch.float64, device=numbers.device)
+    greedy = policy if isinstance(policy, FfnSkipping) and not policy.is_cold(block, num_blocks) else None
+    if greedy is None and not count:
+        return Passed(hidden_of(forward()), skipped, 0, similarity, left)
     between: list[Tensor] = []
-    none_runs = may_end and bool(skipped.all())
 
     def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         between.append(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
-        if none_runs:
+        if ends:
             raise Reached
 
     hook = middle.register_forward_pre_hook(catch, with_kwargs=True)
@@ -194,10 +93,12 @@ def through_block(
     finally:
         hook.remove()
     state = between[0].reshape(outputs.shape)
-    similarity = cosine(state, outputs)
-    left = policy.left_after(block, num_blocks, left, numbers, similarity)
-    outputs = torch.where(skipped[..., None], state, outputs)
-    return Passed(outputs, skipped, similarity, left)
+    if greedy is not None:
+        similarity = similarity if ends else cosine(state, outputs)
+        left = greedy.left_after(block, num_blocks, left, numbers, similarity)
+    if count and not ends:
+        outputs = torch.where(skipped[..., None], state, outputs)
+    return Passed(outputs, skipped, count, similarity, left)
 
 
 @torch.no_grad()
@@ -209,7 +110,7 @@ def pass_under(
     policy: Policy,
     numbers: Numbers,
     batch_size: int,
-) -> Iterator[tuple[Bool[Tensor, "sample seq"], Float[Tensor, "sample seq"]]]:
+) -> Iterator[tuple[Skipped, Float[Tensor, "sample seq"]]]:
     """Teacher-forced sequences through the blocks in one pass, each read once: of each block which tokens skipped its
     FFN, and cos(a, a + f). `inputs`, those of the first block, are overwritten."""
     left = torch.zeros_like(numbers)
@@ -231,15 +132,10 @@ def pass_under(
         yield torch.cat([part.skipped for part in parts]), torch.cat([part.similarity for part in parts])
 
 
-def decoded_numbers(shape: torch.Size | tuple[int, int], prompt_tokens: int) -> Numbers:
-    """Of sequences whose first tokens are a prompt, and that hold no paddings."""
-    return (torch.arange(shape[1]) - prompt_tokens).expand(shape).clone()
-
-
 @dataclass
 class Course:
-    """What happened under `skipping`: FFNs of decoded tokens that were skipped, of all; and, call by call and block by
-    block, which ran [sample seq], where that is asked for."""
+    """What happened under a policy: FFNs of decoded tokens (ShortGPT-gen: blocks of prompt tokens) that were skipped,
+    of all; and, call by call and block by block, which ran [sample seq], where that is asked for."""
 
     skipped: int = 0
     counted: int = 0
@@ -249,7 +145,7 @@ class Course:
 
     @property
     def fraction(self) -> float:
-        """Of the FFNs of decoded tokens, how many were skipped."""
+        """How many were skipped of those that are counted."""
         return self.skipped / max(1, self.counted)
 
 
@@ -267,31 +163,36 @@ def skipping(
     tokens that a call without a filled cache is given, as in generation. Paddings are nobody's tokens: those that the
     attention mask leaves out, and, where there is no mask, ids at the end that are `padding`."""
     _, modules = discover_blocks(model)
-    course, state = Course(keep=keep), _Call(prompt_tokens, padding)
+    course, call = Course(keep=keep), Call(prompt_tokens, padding)
     forwards = [
-        _under(module, module.forward, module.get_submodule(middle), place, len(modules), policy, state, course)
+        _under(module, module.get_submodule(middle), place, len(modules), policy, call, course)
         for place, module in enumerate(modules)
     ]
-    hook = model.register_forward_pre_hook(state.begin, with_kwargs=True)
-    try:
-        with replaced_forwards(modules, forwards):
-            yield course
-    finally:
-        hook.remove()
+    with call.counting(model), replaced_forwards(modules, forwards):
+        yield course
 
 
 @dataclass
-class _Call:
-    """One forward pass of the model: its tokens' numbers, and what they still skip."""
+class Call:
+    """One forward pass of the model: its tokens' numbers, how many of them are decoded, and what they still skip."""
 
     prompt_tokens: int | None
     padding: int | None = None
     given: Tensor | None = None  # tokens of each row's prompt, as the first call of a generation showed them
     numbers: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
     left: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
+    decoded: int = 0
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Numbers the tokens of a call."""
+    @contextmanager
+    def counting(self, model: nn.Module) -> Iterator[None]:
+        """The tokens of each pass of the model are numbered for as long as this lasts."""
+        hook = model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             ids = kwargs["inputs_embeds"][..., 0]
@@ -311,21 +212,15 @@ class _Call:
         assert self.given is not None, "a generation begins with its prompt"
         numbers = mask.long().cumsum(dim=1) - 1 - self.given
         self.numbers = torch.where(mask.bool(), numbers, -1)[:, -ids.shape[1] :]
+        self.decoded = int((self.numbers >= 0).sum())
         self.left = torch.zeros_like(self.numbers)
 
 
 def _under(
-    module: nn.Module,
-    forward: Callable[..., Any],
-    middle: nn.Module,
-    place: int,
-    num_blocks: int,
-    policy: Policy,
-    call: _Call,
-    course: Course,
+    module: nn.Module, middle: nn.Module, place: int, num_blocks: int, policy: Policy, call: Call, course: Course
 ) -> Callable[..., Any]:
     """A block's forward under the policy. Whether it returns a tuple is seen when it first runs as a whole."""
-    returned: list[int] = []
+    forward, returned = module.forward, list[int]()
 
     def run(*args: Any, **kwargs: Any) -> Any:
         def dense() -> Any:
@@ -333,11 +228,12 @@ def _under(
             returned[:] = [len(output) if isinstance(output, tuple) else 0]
             return output
 
+        if not (call.decoded or course.keep):
+            return dense()
         passed = through_block(dense, middle, policy, place, num_blocks, call.left, call.numbers, bool(returned))
         call.left = passed.left
-        decoded = call.numbers >= 0
-        course.skipped += int((passed.skipped & decoded).sum())
-        course.counted += int(decoded.sum())
+        course.skipped += passed.count
+        course.counted += call.decoded
         if course.keep:
             if place == 0:
                 course.ran.append([])
@@ -345,98 +241,5 @@ def _under(
             course.ran[-1].append(~passed.skipped)
             course.similarity[-1].append(passed.similarity)
         return (passed.outputs, *[None] * (returned[0] - 1)) if returned[0] else passed.outputs
-
-    return run
-
-
-def cold_ends(mean_similarity: Sequence[float], bound: float) -> tuple[int, int]:
-    """How many first and last blocks are cold: those before the first and after the last whose FFN turns states so
-    little that their mean similarity is at least `bound`; all where there is none."""
-    warm = [place for place, value in enumerate(mean_similarity) if value >= bound]
-    return (warm[0], len(mean_similarity) - 1 - warm[-1]) if warm else (len(mean_similarity), 0)
-
-
-def threshold_for(
-    wanted: float, fraction_of: Callable[[float], float], low: float = -1.0, high: float = 1.0, tries: int = 14
-) -> tuple[float, float]:
-    """The threshold under which nearest to the `wanted` fraction of FFNs is skipped, of those that bisection tried, and
-    that fraction. `fraction_of` computes a pass. The fraction need not fall with the threshold: what is skipped changes
-    what comes after; so the nearest of all tried is taken."""
-    if not 0 <= wanted <= 1:
-        raise ValueError(f"skipping.fraction={wanted}: must be in [0, 1]")
-    tried = {bound: fraction_of(bound) for bound in (low, high)}
-    for _ in range(tries):
-        between = (low + high) / 2
-        tried[between] = fraction_of(between)
-        low, high = (between, high) if tried[between] > wanted else (low, between)
-    best = min(tried, key=lambda bound: (abs(tried[bound] - wanted), -bound))
-    return best, tried[best]
-
-
-@contextmanager
-def passing_prompts(
-    model: nn.Module, blocks: Sequence[int], prompt_tokens: int, padding: int | None = None
-) -> Iterator[Course]:
-    """ShortGPT-gen in one pass over whole sequences: the states of the first `prompt_tokens` tokens pass `blocks` by,
-    and these blocks give later tokens the keys and values that they make of them. The course counts the blocks that
-    prompt tokens passed by, of all theirs."""
-    _, modules = discover_blocks(model)
-    course, state = Course(), _Call(prompt_tokens, padding)
-
-    def passed_by(place: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(hidden: Hidden, *args: Any, **kwargs: Any) -> Any:
-            output = forward(hidden, *args, **kwargs)
-            in_prompt = state.numbers < 0
-            course.counted += int(in_prompt.sum())
-            if place not in blocks:
-                return output
-            course.skipped += int(in_prompt.sum())
-            after = torch.where(in_prompt[..., None], hidden, hidden_of(output))
-            return (after, *output[1:]) if isinstance(output, tuple) else after
-
-        return run
-
-    hook = model.register_forward_pre_hook(state.begin, with_kwargs=True)
-    try:
-        with replaced_forwards(modules, [passed_by(place, module.forward) for place, module in enumerate(modules)]):
-            yield course
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def prefill_skipping(model: nn.Module, blocks: Sequence[int], rotated: bool = True) -> Iterator[None]:
-    """ShortGPT-gen: `blocks` pass on their states as they are while more than one token is processed, and run for
-    single ones. `rotated=False` caches their keys as the authors' code does. RunError: another kind of attention."""
-    _, modules = discover_blocks(model)
-    chosen = [modules[block] for block in blocks]
-    with replaced_forwards(chosen, [_passed_by(module, module.forward, rotated) for module in chosen]):
-        yield
-
-
-def _passed_by(module: Any, forward: Callable[..., Any], rotated: bool) -> Callable[..., Any]:
-    attention: Any = getattr(module, "self_attn", None)
-    rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-    wanted = ("k_proj", "v_proj", "head_dim", "layer_idx")
-    if rotate is None or not all(hasattr(attention, name) for name in wanted) or not hasattr(module, "input_layernorm"):
-        raise RunError(
-            f"skipping=shortgpt_gen: how {type(module).__name__} makes its keys is not known here; a Llama-like block "
-            "(input_layernorm, self_attn with k_proj and v_proj) is"
-        )
-
-    def run(hidden: Hidden, *args: Any, **kwargs: Any) -> Any:
-        if hidden.shape[1] == 1:
-            return forward(hidden, *args, **kwargs)
-        cache = kwargs.get("past_key_values")
-        if cache is not None:
-            normed = module.input_layernorm(hidden)
-            shape = (*hidden.shape[:2], -1, attention.head_dim)
-            key = attention.k_proj(normed).view(shape)
-            key = attention.k_norm(key) if hasattr(attention, "k_norm") else key
-            key, value = key.transpose(1, 2), attention.v_proj(normed).view(shape).transpose(1, 2)
-            if rotated:
-                _, key = rotate(key, key, *kwargs["position_embeddings"])
-            cache.update(key, value, attention.layer_idx)
-        return hidden
 
     return run

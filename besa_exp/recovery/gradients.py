@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-Take = Callable[[str, Tensor], None]
+Take = Callable[[str, Tensor], object]
 """What is done with the gradient of the parameter of this name; it is dropped afterwards."""
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int, Shaped, UInt8
 from torch import Tensor, nn
 
 from besa_exp.blocks.block import discover_blocks
-from besa_exp.blocks.linears import find_linears
+from besa_exp.blocks.linears import Linear, find_linears
 
 BITS_OF_A_BYTE = 8
 
@@ -121,6 +121,23 @@ def keep_of_masks(model: nn.Module, keep_masks: Mapping[str, Bool[Tensor, "_out 
         )
     devices = {name: parameter.device for name, parameter in model.named_parameters()}
     return {name: KeepBits.of(mask.to(devices[name])) for name, mask in masks.items()}
+
+
+def masks_of_keep(
+    name: str, linears: Mapping[str, Linear], keep: Mapping[str, KeepBits]
+) -> dict[str, Bool[Tensor, "_out _in"]]:
+    """The inverse of `keep_of_masks` for the linears of the block of this name; all is kept where nothing is said."""
+    masks = {}
+    for own, linear in linears.items():
+        bits = keep.get(f"{name}.{linear.path}")
+        if bits is None:
+            mask = torch.ones(linear.weight.shape, dtype=torch.bool)
+        else:
+            whole = bits.mask()
+            stored = whole if linear.expert is None else whole[linear.expert]
+            mask = stored.T if linear.transposed else stored
+        masks[f"{name}.{own}.weight"] = mask
+    return masks
 
 
 def check_against_zeros(model: nn.Module, keep: Mapping[str, KeepBits]) -> None:

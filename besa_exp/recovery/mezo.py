@@ -58,9 +58,7 @@ class Mezo:
         return []
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> MezoTuner:
-        """All parameters, each tied one once. ValueError: the model is in fp16."""
-        if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
-            raise ValueError("recovery=mezo: steps are lost in float16; set model.dtype=bfloat16 or float32")
+        """All parameters, each tied one once. Steps would be lost in fp16 (`recipe.check_fit`)."""
         return MezoTuner(model, self, keep, seed)
 
 

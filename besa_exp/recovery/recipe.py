@@ -6,36 +6,45 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from besa_exp.errors import did_you_mean
+import torch
+from torch import nn
+
+from besa_exp.blocks.block import capture_blocks, embed
+from besa_exp.blocks.units import sub_blocks
+from besa_exp.errors import RunError, did_you_mean
+from besa_exp.machine import distributed
 from besa_exp.recovery.descent import Adam
 from besa_exp.recovery.full import Full
 from besa_exp.recovery.lora import Lora
 from besa_exp.recovery.mezo import Mezo
 from besa_exp.recovery.norms import Norms
-from besa_exp.recovery.objective import Distillation
+from besa_exp.recovery.objective import Distillation, NextToken
+from besa_exp.recovery.reconstruction import Blocks, Reconstruction
 from besa_exp.recovery.scale import Scale
 from besa_exp.recovery.schedule import Schedule
 from besa_exp.recovery.sketch import Sketch
 from besa_exp.recovery.sparsegrad import SparseGrad
 from besa_exp.recovery.spiel import Spiel
-from besa_exp.recovery.tuner import Method
+from besa_exp.recovery.tuner import Method, Objective
 from besa_exp.recovery.tuning import Plan
 from besa_exp.settings import RecoverySettings
 from besa_exp.texts.sources import check_source
 
 WITHOUT_ADAM = {"mezo": Mezo, "spiel": Spiel}
 BY_ADAM = {
-    "full": Full, "lora": Lora, "scale": Scale, "norms": Norms, "sketch": Sketch, "sparsegrad": SparseGrad,
+    "full": Full, "lora": Lora, "scale": Scale, "norms": Norms, "blocks": Blocks, "sketch": Sketch,
+    "sparsegrad": SparseGrad,
 }  # fmt: skip
 OWN_KEYS = {
     "full": ("embeddings",),
     "lora": ("rank", "alpha", "norms"),
     "scale": ("rank", "norms"),
     "norms": (),
+    "blocks": ("scope",),
     "sketch": ("bits", "norms"),
     "sparsegrad": ("share", "gather", "kinds"),
     "mezo": ("lr", "decay", "eps"),
-    "spiel": ("lr", "decay", "selection", "density", "reselect", "gather", "first"),
+    "spiel": ("lr", "decay", "selection", "density", "reselect", "gather", "first", "exchange"),
 }  # what each takes beside AdamW's
 
 
@@ -76,10 +85,52 @@ def distillation_of(asked: RecoverySettings) -> Distillation:
     return Distillation(asked.distill, asked.distill_weight, asked.task_weight, asked.temperature)
 
 
+def follows_dense(asked: RecoverySettings) -> bool:
+    """Whether the dense model is needed beside the pruned one."""
+    return asked.name == "blocks" or asked.distill != "none"
+
+
+def objective_of(
+    asked: RecoverySettings, method: Method, model: nn.Module, teacher: nn.Module | None, seq_len: int
+) -> Objective:
+    """What is minimised. ValueError: a dense model is not given exactly where one is followed."""
+    if not isinstance(method, Blocks):
+        return NextToken(model, distillation_of(asked), teacher, asked.micro_batch, asked.checkpointing)
+    if teacher is None:
+        raise ValueError("recovery=blocks: the dense model is needed too, whose states are followed")
+    return Reconstruction.of(model, teacher, method.scope, asked.micro_batch, seq_len)
+
+
+def check_fit(asked: RecoverySettings, model: nn.Module) -> list[str]:
+    """What of the loaded model, or of the processes there are, speaks against it, in complete sentences."""
+    problems = []
+    if asked.name == "mezo" and any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        problems.append("recovery=mezo: steps are lost in float16; set model.dtype=bfloat16 or float32")
+    if asked.name == "spiel" and distributed.num_ranks() > 1:
+        problems.append("recovery=spiel: runs in one process; start it without torchrun")
+    if asked.name == "blocks" and asked.scope == "sub_block":
+        first = capture_blocks(model, torch.zeros(1, 2, dtype=torch.long))[0]
+        try:
+            sub_blocks(first, embed(model, [first], torch.zeros(1, 2, dtype=torch.long), 1))
+        except RunError:
+            problems.append(
+                f"recovery.scope=sub_block: {first.name} runs attention and MLP side by side, so that they have no "
+                "states of their own; use recovery.scope=block"
+            )
+    return problems
+
+
 def check_recovery(
-    asked: RecoverySettings, sparsity: float, pattern: str, seq_len: int, context: int | None, quantised: bool = False
+    asked: RecoverySettings,
+    sparsity: float,
+    pattern: str,
+    seq_len: int,
+    context: int | None,
+    quantised: bool = False,
+    blocks_removed: bool = False,
 ) -> list[str]:
-    """All that speaks against tuning a model of this sparsity, pattern and context so, in complete sentences."""
+    """All that speaks against tuning a model of this sparsity, pattern and context so, in complete sentences.
+    `blocks_removed`: the pruned model has fewer blocks than the dense one."""
     problems = check_source(asked.path, "recovery.path", "calibration", asked.column) if asked.path else []
     for name in ("batch_size", "micro_batch", "held_out", "steps", "tokens"):
         if (value := getattr(asked, name)) is not None and value < 1:
@@ -88,6 +139,7 @@ def check_recovery(
         problems.append(f"recovery.seq_len={seq_len}: must be from 2 to the model's context, {context or 'as it is'}")
     if asked.name == "mezo" and asked.distill == "squarehead":
         problems.append("recovery.distill=squarehead: needs hidden states, which mezo has not; use logits")
+    problems += _check_followed(asked, blocks_removed)
     if quantised and asked.name != "norms":
         problems.append(
             f"recovery={asked.name}: moves weights off the few values that they are rounded to; use recovery=norms"
@@ -99,6 +151,23 @@ def check_recovery(
     refused = _refused(lambda: method_of(asked, steps))
     found += [refused] if refused else [method_of(asked, steps).check(sparsity, pattern)]
     return [problem for problems in found for problem in problems]
+
+
+def _check_followed(asked: RecoverySettings, blocks_removed: bool) -> list[str]:
+    by_blocks = asked.name == "blocks"
+    problems = []
+    if by_blocks and (asked.distill != "none" or asked.checkpointing):
+        problems.append(
+            "recovery=blocks: follows the dense model's states and holds one window's activations by itself; leave "
+            "recovery.distill and recovery.checkpointing out"
+        )
+    if blocks_removed and (by_blocks or asked.distill == "squarehead"):
+        key = "recovery=blocks" if by_blocks else "recovery.distill=squarehead"
+        problems.append(
+            f"{key}: compares hidden states block by block, and this model has lost blocks; use recovery=full with "
+            "recovery.distill=logits"
+        )
+    return problems
 
 
 def _refused(make: Callable[[], object]) -> list[str]:

@@ -30,7 +30,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from besa_exp.errors import check_fields, one_of, within
-from besa_exp.machine import distributed
 from besa_exp.recovery.gradients import taking_gradients
 from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears, without_negative_zeros
 from besa_exp.recovery.schedule import key_of
@@ -74,9 +73,7 @@ class Spiel:
         return []
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> SpielTuner:
-        """Entries drawn uniformly from the kept places of each linear."""
-        if distributed.num_ranks() > 1:
-            raise ValueError("recovery=spiel: runs in one process; start it without torchrun")
+        """Entries drawn uniformly from the kept places of each linear. For one process (`recipe.check_fit`)."""
         return SpielTuner(model, self, keep, seed)
 
     def gathers_at(self, step: int) -> bool:

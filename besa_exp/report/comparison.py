@@ -17,12 +17,14 @@ from besa_exp.report.runs import Measure, RunRecord
 from besa_exp.report.summaries import DENSE, Cell, cells, measure_rank
 
 LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "mse")  # of lm-eval's metrics
+COSTS = ("parameters_left", "flops_per_token", "cache_bytes_per_token", "decode_tokens_per_second")  # at batch 1
 BY = ("score", "method", "target", "measured", "time")  # what rows can be sorted by, besides a measure's label
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one target over `runs` runs; `seconds` is the mean pruning time; `apart` as a cell's."""
+    """One method at one target over `runs` runs; `seconds` is the mean pruning time; `cost` {one of COSTS: the mean
+    over the runs that know it}; `apart` as a cell's."""
 
     method: Method
     target: float
@@ -31,6 +33,7 @@ class Row:
     scores: Mapping[Measure, Cell]
     seconds: float | None
     runs: int
+    cost: Mapping[str, float]
     apart: str = ""
 
 
@@ -93,7 +96,17 @@ def _row(own: Sequence[Cell], runs: Sequence[RunRecord]) -> Row:
     times = [seconds for number in members if (seconds := runs[number].seconds.get("prune")) is not None]
     scores = {cell.measure: cell for cell in own}
     seconds = statistics.fmean(times) if times else None
-    return Row(first.method, first.target, first.measured, first.missed, scores, seconds, len(members), first.apart)
+    facts = first.method, first.target, first.measured, first.missed
+    return Row(*facts, scores, seconds, len(members), _cost([runs[number] for number in members]), first.apart)
+
+
+def _cost(runs: Sequence[RunRecord]) -> dict[str, float]:
+    known = {
+        "parameters_left": [run.parameters.left / run.parameters.dense for run in runs if run.parameters],
+        **{key: [run.costs[key] for run in runs if key in run.costs] for key in COSTS[1:-1]},
+        COSTS[-1]: [run.costs[COSTS[-1]]["1"] for run in runs if COSTS[-1] in run.costs],
+    }
+    return {key: statistics.fmean(values) for key, values in known.items() if values}
 
 
 def _sorted(rows: Sequence[Row], measures: Sequence[Measure], by: str) -> list[Row]:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from besa_exp.display.loss_colour import colour_of_loss
-from besa_exp.report.comparison import Comparison, Row, lost, lower_is_better
+from besa_exp.report.comparison import COSTS, Comparison, Row, lost, lower_is_better
 from besa_exp.report.runs import Measure
 from besa_exp.report.summaries import Cell
 
@@ -58,6 +58,9 @@ def _table(comparison: Comparison, measures: Sequence[Measure], timed: bool) -> 
     table.add_column("method", overflow="fold")
     for head in ("target", "zeros"):
         table.add_column(head, justify="right", no_wrap=True)
+    costs = _shown_costs(comparison)
+    for head in costs.values():
+        table.add_column(head, justify="right", no_wrap=True)
     for measure in measures:
         table.add_column(f"{measure.label} {'↓' if lower_is_better(measure) else '↑'}", justify="right", no_wrap=True)
         if measure in comparison.dense:
@@ -74,6 +77,14 @@ def _table(comparison: Comparison, measures: Sequence[Measure], timed: bool) -> 
     return table
 
 
+def _shown_costs(comparison: Comparison) -> dict[str, str]:
+    """The heads of what rows cost, by key, where they differ: parts of a model are gone whole, or it was timed."""
+    heads = {COSTS[0]: "parameters", COSTS[-1]: "tokens/s"}
+    narrowed = any(row.cost.get(COSTS[0], 1.0) < 1 for row in comparison.rows)
+    timed = any(COSTS[-1] in row.cost for row in comparison.rows)
+    return {key: heads[key] for key, shows in ((COSTS[0], narrowed), (COSTS[-1], timed)) if shows}
+
+
 def _terminal_cells(
     comparison: Comparison, row: Row, measures: Sequence[Measure], timed: bool, reasons: dict[str, int]
 ) -> list[Text]:
@@ -81,6 +92,9 @@ def _terminal_cells(
     zeros = Text(f"{row.measured:.2%}".replace("%", " %") + (f" {MISSED}" if row.missed else ""))
     zeros.stylize("yellow" if row.missed else "")
     found = [name, Text(_percent(row.target)), zeros]
+    for key in _shown_costs(comparison):
+        value = row.cost.get(key)
+        found.append(Text("" if value is None else f"{value:.1%}" if key == COSTS[0] else f"{value:,.0f}"))
     for measure in measures:
         cell = row.scores.get(measure)
         best = comparison.place(row, measure) == 0
@@ -186,17 +200,29 @@ def csv_of(comparisons: Sequence[Comparison]) -> str:
         heads += [f"{measure.kind} {measure.label}{what}" for what in ("", " deviation", " lost against dense")]
     file = io.StringIO()
     rows = csv.writer(file, lineterminator="\n")
-    rows.writerow([*heads, "prune_seconds", "not_comparable"])
+    rows.writerow([*heads, *COSTS, "prune_seconds", "not_comparable"])
     for comparison in comparisons:
         if comparison.dense:
             given = [_csv_cells(comparison, measure, comparison.dense.get(measure)) for measure in measures]
             rows.writerow(
-                [comparison.model, "dense", 0.0, 0.0, False, "", *(v for three in given for v in three), "", ""]
+                [
+                    comparison.model,
+                    "dense",
+                    0.0,
+                    0.0,
+                    False,
+                    "",
+                    *(v for three in given for v in three),
+                    *[""] * len(COSTS),
+                    "",
+                    "",
+                ]
             )
         for row in comparison.rows:
             given = [_csv_cells(comparison, measure, row.scores.get(measure)) for measure in measures]
             facts = [comparison.model, row.method.label, row.target, row.measured, row.missed, row.runs]
-            rows.writerow([*facts, *(v for three in given for v in three), row.seconds, row.apart])
+            costs = [row.cost.get(key, "") for key in COSTS]
+            rows.writerow([*facts, *(v for three in given for v in three), *costs, row.seconds, row.apart])
     return file.getvalue()
 
 

@@ -89,6 +89,7 @@ class LoadedRun:
             "target_sparsity": results.get("target_sparsity", config.get("sparsity")),
             "measured_sparsity": results.get("measured_sparsity"),
             "seed": results.get("seed", config.get("seed")),
+            **_cost(results.get("cost") or {}),
             **_stages(results),
             **_scores(results, ""),
             **_scores(results.get("dense") or {}, "dense "),
@@ -167,6 +168,13 @@ def linear_table(blocks: Iterable[BlockReport]) -> Any:
         for linear in block.linears
     ]
     return _pandas().DataFrame(rows)
+
+
+def _cost(cost: Mapping[str, Any]) -> dict[str, Any]:
+    """`bytes`, `flops_per_token`, ... and, where it was timed, `decode_tokens_per_second_1` by batch size."""
+    counts = {key: value for key, value in cost.items() if isinstance(value, int | float) and key != "parameters"}
+    timed = {key: value for key, value in cost.items() if key.endswith("_per_second")}
+    return counts | {f"{key}_{batch}": value for key, by_batch in timed.items() for batch, value in by_batch.items()}
 
 
 def _stages(results: Mapping[str, Any]) -> dict[str, Any]:

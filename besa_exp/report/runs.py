@@ -88,6 +88,7 @@ class RunRecord:
     memory: Mapping[str, int]
     quantisation: Mapping[str, Any]
     simulated_speed: Mapping[str, Any]  # of a cycle model: nothing is measured
+    costs: Mapping[str, Any]  # counted, and measured where that was asked for
     stages: Mapping[str, str]  # what was removed and tuned, in a line each
     texts: Table  # what the model says
     cost: Table
@@ -152,6 +153,7 @@ def _run(path: Path, status: Mapping[str, Any], state: str, error: str | None, r
         memory=results.get("peak_memory_bytes") or {},
         quantisation=results.get("quantisation") or {},
         simulated_speed=results.get("simulated_speed") or {},
+        costs=results.get("cost") or {},
         stages=stage_lines(results),
         texts=text_table(results),
         cost=(COST_HEADS, cost_rows(results)),

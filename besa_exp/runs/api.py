@@ -201,7 +201,8 @@ def _model_settings(path: str) -> ModelSettings:
         return ModelSettings(Path(path).name, path)
     values = preset_values("model", path)
     values.pop("_target_")
-    return ModelSettings(**values | {"name": values["name"] or Path(values["path"]).name})
+    name = values.pop("name") or Path(values["path"]).name
+    return ModelSettings(name=name, **values)
 
 
 def _name(method: Any) -> str:

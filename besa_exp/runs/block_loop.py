@@ -107,10 +107,12 @@ class BlockLoop:
         self, refinements: Sequence[Refinement], before: Sequence[BlockReport], on_step: Callable[[ModelStep], None]
     ) -> Decided:
         """What the refinements, one after the other, make of all blocks together, which are all finished now and of
-        which `before` tells: a pruner for a loop of its own. The model is dense again."""
+        which `before` holds the reports: a pruner for a loop of its own. The model is dense again."""
         blocks = self._blocks()
         shown = with_linears(blocks)
-        keep_masks, weights = (found and by_unit(shown, found) for found in self._found(blocks))
+        found_masks, found_weights = self._found(blocks)
+        keep_masks: Sequence[KeepMasks] = by_unit(shown, found_masks)
+        weights: Sequence[Weights] | None = by_unit(shown, found_weights) if found_weights else None
         state = self.loaded.model.state_dict()
         for name, weight in self.dense.items():
             state[name].copy_(weight)
@@ -168,8 +170,10 @@ class BlockLoop:
     def _goals(self, blocks: list[Block], goal: Goal, budget: Budget | DepthSearch, together: int) -> list[Goal]:
         """Each block's own, or that of the blocks it is pruned together with. The budget does not see blocks that stay
         dense."""
-        measure = self._searched if isinstance(budget, DepthSearch) else self._measured
-        sparsities, sizes = measure(budget, blocks, goal.sparsity)
+        if isinstance(budget, DepthSearch):
+            sparsities, sizes = self._searched(budget, blocks, goal.sparsity)
+        else:
+            sparsities, sizes = self._measured(budget, blocks, goal.sparsity)
         own = zip(exact_goals(sparsities, sizes, goal.sparsity), sizes, strict=True)
         counts = [(round(t.sparsity * size), size) for t, size in own]
         of_blocks = [counts.pop(0) if block.linears else (0, 0) for block in blocks]

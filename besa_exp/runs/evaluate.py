@@ -229,10 +229,11 @@ def check_same_zeros(run: Path, reported: list[dict[str, Any]], counted: list[di
     for place, block in enumerate(reported):
         for name, linear in block["linears"].items():
             found = by_index.get(place, {}).get(name)
-            if found is not None and found["pruned"] != linear["pruned"]:
+            padding = found["weights"] - linear["weights"] if found else 0  # of uneven widths
+            if found is not None and found["pruned"] - padding != linear["pruned"]:
                 raise ConfigurationError(
-                    f"{run / 'model'}: block {place}, {name} holds {found['pruned']} zeros where results.json "
-                    f"says {linear['pruned']}: it is not the model that the run made; name another folder with "
+                    f"{run / 'model'}: block {place}, {name} holds {found['pruned'] - padding} zeros where results.json"
+                    f" says {linear['pruned']}: it is not the model that the run made; name another folder with "
                     "hydra.run.dir="
                 )
 

@@ -15,8 +15,8 @@ from typing import TypeVar
 from besa_exp.blocks.block import capture_blocks, discover_blocks, discover_linears, embed
 from besa_exp.blocks.head import head_of
 from besa_exp.blocks.reports import Narrowed, Removed, Size, StructureReport
-from besa_exp.checkpoints.load import LoadedModel, load_model
-from besa_exp.checkpoints.narrowed_facts import family_problems
+from besa_exp.checkpoints.load import LoadedModel, load_model, model_context
+from besa_exp.checkpoints.narrowed_facts import NOT_STREAMED, family_problems
 from besa_exp.checkpoints.narrowed_model import (
     STRUCTURE_FILE,
     costs_of_model,
@@ -26,6 +26,7 @@ from besa_exp.checkpoints.narrowed_model import (
 )
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure, from_json, to_json
 from besa_exp.errors import ConfigurationError
+from besa_exp.evaluation.cost import counts_of as cost_counts
 from besa_exp.machine import atomic, distributed
 from besa_exp.machine.device import compute_dtype
 from besa_exp.methods.budgets.progress import Progress
@@ -53,7 +54,8 @@ def narrow(run: Run, work: Work) -> Work:
     report = report_of(_name(run), loaded, narrower, structure, costs, dimensions)
     assert report.parameters.left == parameters(narrower), "what is left is counted twice"
     run.console.stage(_summary(report))
-    return replace(work, loaded=narrower, structure=report, parameters=report.parameters)
+    cost = cost_counts(loaded.model, model_context(loaded.model))
+    return replace(work, loaded=narrower, structure=report, parameters=report.parameters, dense_cost=cost)
 
 
 def report_of(
@@ -123,7 +125,9 @@ def _refused(act: Callable[[], T]) -> T:
 
 def _check(run: Run, loaded: LoadedModel, costs: Costs, dimensions: Dimensions) -> None:
     method = run.settings.structure
-    problems = family_problems(loaded.model.config.to_dict(), method.narrows)
+    uneven = method.saved_as is not None
+    problems = family_problems(loaded.model.config.to_dict(), method.narrows, uneven)
+    problems += [NOT_STREAMED] if uneven and loaded.weights else []
     if problems := problems or method.check(costs, dimensions):
         raise ConfigurationError(*problems)
 
@@ -182,7 +186,8 @@ def _dense(run: Run, work: Work, costs: Costs, dimensions: Dimensions) -> DenseM
 def _narrowed(run: Run, loaded: LoadedModel, structure: Structure, dimensions: Dimensions) -> LoadedModel:
     """The model of what is left, loaded as the dense one is."""
     if loaded.weights is None:
-        return replace(loaded, model=narrowed_model(loaded.model, structure))
+        uneven = run.settings.structure.saved_as is not None
+        return replace(loaded, model=narrowed_model(loaded.model, structure, uneven))
     out, settings = run.folder.narrowed, run.settings.model
     run.console.stage("writing what is left, block by block")
     distributed.from_first(lambda: _write(run, loaded, structure, dimensions))

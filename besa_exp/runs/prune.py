@@ -3,8 +3,8 @@
     load -> calibration tokens -> STAGES -> results.json
 
 The structure (whole blocks, heads or channels taken out) comes first: it returns the work with the narrower model as
-`loaded` and with its report. A recovery belongs between the pruning and the saving:
-it moves the kept weights of `loaded` and returns what `rewrite.rewritten` gives, with its report.
+`loaded` and with its report. A recovery belongs between the pruning and the saving: it moves the kept weights of
+`loaded` and returns what `rewrite.rewritten` gives, with its report.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from besa_exp.runs.cpu_units import in_a_fast_dtype
 from besa_exp.runs.dense import dense_results
 from besa_exp.runs.narrow import narrow
 from besa_exp.runs.prune_model import prune_model
-from besa_exp.runs.recover import check_whole, recover
+from besa_exp.runs.recover import check_recoverable, recover
 from besa_exp.runs.results import attempt_of, results_of
 from besa_exp.runs.run import Run, Work, calibration_of, model_facts, opened, parameters, slow_work, tracking
 from besa_exp.runs.save import card, save
@@ -107,8 +107,6 @@ def _begun(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Cal
     """The dense model and its calibration tokens, checked."""
     settings = run.settings
     check_finite_weights(loaded.model, settings.model.path)
-    if settings.recovery:
-        check_whole(loaded)
     check_skips(loaded, settings.skipping)
     with run.spent.timed("calibrate"):
         calibration = _calibrate(
@@ -116,6 +114,7 @@ def _begun(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Cal
         )
         own_ids, batch_size = distributed.own_samples(calibration.input_ids), settings.calibration.batch_size
         check_blocks(loaded, own_ids, batch_size, Ignored(settings.ignore))
+    check_recoverable(run, loaded, calibration)
     finished = FinishedBlocks(run.folder.blocks, run.spent.keep)
     identity = request_identity(run.config, calibration.tokens_sha256)
     distributed.from_first(lambda: check_identity(finished.folder, identity))

@@ -18,35 +18,41 @@ from besa_exp.checkpoints.load import LoadedModel, load_model, vocabulary_size
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
 from besa_exp.recovery.keep_bits import KeepBits, keep_of_masks, sparsity_of
-from besa_exp.recovery.objective import NextToken, mean_loss
-from besa_exp.recovery.recipe import check_recovery, distillation_of, method_of, plan_of, steps_of
+from besa_exp.recovery.objective import mean_loss
+from besa_exp.recovery.recipe import (
+    check_fit,
+    check_recovery,
+    follows_dense,
+    method_of,
+    objective_of,
+    plan_of,
+    steps_of,
+)
 from besa_exp.recovery.saved_states import SavedStates
 from besa_exp.recovery.tuning import Point, Recovery, tune
 from besa_exp.run_folder.identity import as_plain, request_identity
 from besa_exp.runs.cpu_units import in_a_fast_dtype
 from besa_exp.runs.rewrite import rewritten
-from besa_exp.runs.run import Run, Work
-from besa_exp.settings import CalibrationSettings, RecoverySettings
+from besa_exp.runs.run import Run, Work, num_blocks
+from besa_exp.settings import CalibrationSettings, ModelSettings, RecoverySettings, RunSettings
 from besa_exp.texts.calibration import Calibration
 from besa_exp.texts.sources import SET_NAMES
 from besa_exp.texts.token_stream import TokenStream, Windows
 from besa_exp.texts.tuning_text import tuning_tokens
 
 
-def recover(run: Run, work: Work) -> Work:
+def recover(run: Run, work: Work, dense: ModelSettings | None = None) -> Work:
     """The stage: kept weights are tuned, zeros stay. What an earlier attempt did is gone on with after its last
-    checkpoint."""
+    checkpoint. `dense`: the model that is followed where one is; None: the one that was pruned."""
     asked = run.settings.recovery
     if asked is None:
         return work
-    loaded = work.loaded
-    check_whole(loaded)
-    _check_distillation(asked, work)
     with run.spent.timed("recover"):
         keep = _keep(work)
-        run.console.stage(f"recovery: {asked.name}, {sparsity_of(loaded.model, keep):.2%} of the weights stay zero")
-        found, seen = _tuned(run, work, asked, keep)
-        work = rewritten(work, _unchanged)
+        sparsity = sparsity_of(work.loaded.model, keep)
+        run.console.stage(f"recovery: {asked.name}, {sparsity:.2%} of the weights stay zero")
+        found, seen = _tuned(run, work, asked, keep, dense or run.settings.model)
+        work = rewritten(work, _unchanged, keep=found.keep if asked.exchange else None)
     report = RecoveryReport(
         method=asked.name,
         loss_before=found.before,
@@ -64,22 +70,21 @@ def recover(run: Run, work: Work) -> Work:
     return replace(work, recovery=report)
 
 
-def check_whole(loaded: LoadedModel) -> None:
-    """ConfigurationError: the model is streamed."""
+def check_recoverable(run: Run, loaded: LoadedModel, calibration: Calibration) -> None:
+    """ConfigurationError, before any weight is pruned: the model is streamed, does not fit the method, or the text does
+    not suffice. The text's tokens are kept for the stage."""
+    asked = run.settings.recovery
+    if asked is None:
+        return
     if loaded.weights is not None:
         raise ConfigurationError(
             f"recovery: {loaded.folder.name} is streamed, one block in memory at a time, and tuning needs all of them; "
             "set model.load=whole, or take a machine with more memory"
         )
-
-
-def _check_distillation(asked: RecoverySettings, work: Work) -> None:
-    """ConfigurationError: hidden states are to be followed block by block, and blocks are gone."""
-    if asked.distill == "squarehead" and work.structure and len(work.structure.kept) < work.structure.num_blocks:
-        raise ConfigurationError(
-            "recovery.distill=squarehead: compares hidden states block by block, and this model has lost blocks; use "
-            "recovery.distill=logits"
-        )
+    if problems := check_fit(asked, loaded.model):
+        raise ConfigurationError(*problems)
+    with run.spent.timed("recover"):
+        _text(run, loaded, calibration, asked)
 
 
 def _unchanged(block: Block) -> None:
@@ -94,14 +99,16 @@ def _keep(work: Work) -> dict[str, KeepBits]:
     return {name: bits for name, bits in keep.items() if bits.count < bits.numel}
 
 
-def _tuned(run: Run, work: Work, asked: RecoverySettings, keep: Mapping[str, KeepBits]) -> tuple[Recovery, int]:
+def _tuned(
+    run: Run, work: Work, asked: RecoverySettings, keep: Mapping[str, KeepBits], dense: ModelSettings
+) -> tuple[Recovery, int]:
     """What became of it, and the number of tokens that were learned from; the model holds the best weights."""
     loaded, seq_len = work.loaded, length_of(asked, run.settings.calibration, work.calibration)
     steps = steps_of(asked, seq_len)
-    plan, method, distillation = plan_of(asked, steps), method_of(asked, steps), distillation_of(asked)
-    stream, (learned, held_out) = _text(run, work, asked, seq_len, steps)
-    teacher = None if distillation.kind == "none" else _dense(run)
-    objective = NextToken(loaded.model, distillation, teacher, asked.micro_batch, asked.checkpointing)
+    plan, method = plan_of(asked, steps), method_of(asked, steps)
+    stream, (learned, held_out) = _text(run, loaded, work.calibration, asked)
+    teacher = _dense(run, loaded, dense) if follows_dense(asked) else None
+    objective = objective_of(asked, method, loaded.model, teacher, seq_len)
     identity = as_plain(request_identity(run.config, work.calibration.tokens_sha256))
     states = SavedStates(run.folder.recovery, identity | {"text_sha256": stream.sha256})
     windows = held_out.all()
@@ -123,18 +130,18 @@ def _tuned(run: Run, work: Work, asked: RecoverySettings, keep: Mapping[str, Kee
 
 
 def _text(
-    run: Run, work: Work, asked: RecoverySettings, seq_len: int, steps: int
+    run: Run, loaded: LoadedModel, calibration: Calibration, asked: RecoverySettings
 ) -> tuple[TokenStream, tuple[Windows, Windows]]:
     """The tokens, and the windows that are learned from and held out."""
-    settings, loaded = run.settings, work.loaded
-    source = asked.path or source_of(settings.calibration)
+    settings = run.settings
+    source, seq_len = asked.path or source_of(settings.calibration), length_of(asked, settings.calibration, calibration)
     read = partial(
         tuning_tokens,
-        work.calibration.input_ids if source is None else source,
+        calibration.input_ids if source is None else source,
         run.folder.recovery / "tokens.safetensors",
         tokenizer=loaded.tokenizer,
         vocabulary=vocabulary_size(loaded.model),
-        most=(steps * asked.batch_size + asked.held_out) * seq_len,
+        most=(steps_of(asked, seq_len) * asked.batch_size + asked.held_out) * seq_len,
         seed=asked.seed,
         offline=settings.offline,
         column=asked.column if asked.path else settings.calibration.column,
@@ -159,13 +166,17 @@ def length_of(asked: RecoverySettings, settings: CalibrationSettings, calibratio
     return asked.seq_len or (settings.seq_len if calibration is None else calibration.input_ids.shape[1])
 
 
-def check_recovery_of(settings: Any, sparsity: float, context: int | None) -> list[str]:
-    """What speaks against the recovery of a run, in complete sentences."""
+def check_recovery_of(
+    settings: RunSettings, sparsity: float, context: int | None, blocks_removed: bool = False
+) -> list[str]:
+    """What speaks against the recovery of a run, in complete sentences. `blocks_removed`: by an earlier run."""
+    assert settings.recovery is not None
+    removed = blocks_removed or (settings.structure is not None and not settings.structure.narrows)
     quantised = settings.pruner.traits.quantiser is not None
     length = length_of(settings.recovery, settings.calibration)
     if settings.recovery.seq_len is None and context is not None:
         length = min(length, context)  # a calibration that is too long is reported as such
-    problems = check_recovery(settings.recovery, sparsity, settings.pattern, length, context, quantised)
+    problems = check_recovery(settings.recovery, sparsity, settings.pattern, length, context, quantised, removed)
     if settings.model.load == "streamed":
         problems.append(
             "recovery with model.load=streamed: one block is in memory at a time, and tuning needs all of them; set "
@@ -174,11 +185,17 @@ def check_recovery_of(settings: Any, sparsity: float, context: int | None) -> li
     return problems
 
 
-def _dense(run: Run) -> nn.Module:
-    """The dense model, read again."""
-    settings = run.settings.model
-    run.console.stage(f"recovery: loading {settings.path} a second time, to be followed")
-    return in_a_fast_dtype(load_model(settings, run.device, run.settings.offline), settings.dtype).model
+def _dense(run: Run, pruned: LoadedModel, settings: ModelSettings) -> nn.Module:
+    """The dense model, read again. ConfigurationError: states are compared block by block, and it has other blocks."""
+    run.console.stage(f"recovery: loading {settings.path}, to be followed")
+    dense = in_a_fast_dtype(load_model(settings, run.device, run.settings.offline), settings.dtype)
+    asked, blocks = run.settings.recovery, [num_blocks(loaded) for loaded in (pruned, dense)]
+    if asked and (asked.name == "blocks" or asked.distill == "squarehead") and blocks[0] != blocks[1]:
+        raise ConfigurationError(
+            f"recovery compares states block by block: {pruned.folder.name} has {blocks[0]} blocks, {settings.path} "
+            f"{blocks[1]}; use recovery=full with recovery.distill=logits"
+        )
+    return dense.model
 
 
 def _finite(point: Mapping[str, Any]) -> dict[str, Any]:

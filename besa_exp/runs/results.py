@@ -34,6 +34,7 @@ def results_of(settings: RunSettings, work: Work, environment: Mapping[str, Any]
     values |= {"dense": dense.to_dict()} if dense else {}
     if scores:
         values |= {**scores.to_dict(), "provenance": scores.provenance, **work.reloaded}
+        values |= {"cost": {**values["cost"], "dense": work.dense_cost}} if work.dense_cost and scores.cost else {}
         is_dense = values["measured_sparsity"] == 0 and not work.structure
         values |= published(settings, dense or (scores if is_dense else None))
     return values

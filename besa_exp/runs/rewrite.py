@@ -14,6 +14,7 @@ from besa_exp.blocks.reports import BlockReport, LinearReport
 from besa_exp.checkpoints.files import load_masks, masks_description
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
+from besa_exp.recovery.keep_bits import KeepBits, masks_of_keep
 from besa_exp.run_folder.finished_blocks import block_tensors
 from besa_exp.run_folder.identity import IDENTITY
 from besa_exp.runs.block_loop import resident
@@ -22,38 +23,48 @@ from besa_exp.runs.run import Work
 from besa_exp.runs.save import pruned_weights
 
 
-def rewritten(work: Work, change: Callable[[Block], None], outside: Mapping[str, Tensor] | None = None) -> Work:
+def rewritten(
+    work: Work,
+    change: Callable[[Block], None],
+    outside: Mapping[str, Tensor] | None = None,
+    keep: Mapping[str, KeepBits] | None = None,
+) -> Work:
     """The work after `change` has moved the weights of each block in place, zeros counted again, and `outside` has
-    replaced tensors that are in no block, by their names in the model.
+    replaced tensors that are in no block, by their names in the model. `keep`: where zeros were moved about, what is
+    kept now.
 
     A model that is held whole may have been changed before; then `change` does nothing. Of a streamed one the blocks
-    come one by one with their pruned weights, and lie in `finished.recovered` afterwards; those that an earlier attempt
-    has left there are taken as they are. RunError: a pruned weight is not zero any more."""
+    come one by one with their pruned weights, and lie in `finished.recovered` afterwards, as those with other zeros do;
+    those that an earlier attempt has left there are taken as they are. RunError: a pruned weight is not zero any
+    more."""
     loaded, before = work.loaded, work.finished
-    into = before.recovered
+    into, writes = before.recovered, work.loaded.weights is not None or keep is not None
     loaded.model.load_state_dict(outside or {}, strict=False)
     done: list[BlockReport] = []
-    if loaded.weights:
+    if writes:
         identity = json.loads((before.folder / IDENTITY).read_text(encoding="utf-8"))
         done = distributed.from_first(lambda: into.begin(identity))
+    if loaded.weights:
         loaded = pruned_weights(loaded, into, len(done))
     reports = []
     for block in resident(loaded, capture_blocks(loaded.model, torch.zeros(1, 1, dtype=torch.long))):
         if block.index >= len(done):
             change(block)
+        file = before.mask_files(len(work.reports))[block.index]
+        masks = load_masks(file) if keep is None else masks_of_keep(block.name, block.linears, keep)
         report = _recounted(block, work.reports[block.index])
         reports.append(report)
-        _check_zeros(block, work)
-        if loaded.weights and block.index >= len(done) and distributed.is_first():
-            masks = before.mask_files(len(work.reports))[block.index]
+        _check_zeros(block, masks)
+        if writes and block.index >= len(done) and distributed.is_first():
             tensors = as_stored(block_tensors(block.module, block.name), loaded.stored)
-            into.write(report, tensors, load_masks(masks), masks_description(masks)["dense_sha256"], True)
-    if not loaded.weights:
+            into.write(report, tensors, masks, masks_description(file)["dense_sha256"], True)
+    if not writes:
         return replace(work, reports=tuple(reports))
     if outside and distributed.is_first():
         into.write_outside(as_stored(dict(outside), loaded.stored))
     distributed.barrier()  # the first rank has written the files
-    loaded = pruned_weights(loaded, into, others=[into.outside] if outside else [])
+    if loaded.weights:
+        loaded = pruned_weights(loaded, into, others=[into.outside] if outside else [])
     return replace(work, loaded=loaded, finished=into, reports=tuple(reports))
 
 
@@ -71,8 +82,7 @@ def _zeros(block: Block, name: str) -> int:
     return weight.numel() - int(weight.bool().count_nonzero())
 
 
-def _check_zeros(block: Block, work: Work) -> None:
-    masks = load_masks(work.finished.mask_files(len(work.reports))[block.index])
+def _check_zeros(block: Block, masks: Mapping[str, Tensor]) -> None:
     for name, linear in block.linears.items():
         keep_mask = masks[f"{block.name}.{name}.weight"].to(linear.weight.device)
         if filled := int((linear.weight.detach().bool() & ~keep_mask).sum()):

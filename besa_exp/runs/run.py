@@ -47,7 +47,8 @@ class Run:
 class Work:
     """What the stages hand on. `loaded`: the model as it is now (streamed: it reads the newest files). `parameters`: of
     the dense model, and what is left of them; zeros are left. `finished` holds the pruned blocks and `reports`
-    describes them, both by their numbers in the pruned model. `saved`: what is scored, read again where it was saved.
+    describes them, both by their numbers in the pruned model. `dense_cost`: of the dense
+    model where parts of it went whole. `saved`: what is scored, read again where it was saved.
     `reloaded`: what a fresh process saw of it, as in results.json."""
 
     loaded: LoadedModel
@@ -56,6 +57,7 @@ class Work:
     finished: FinishedBlocks
     dense_scores: Scores | None = None
     structure: StructureReport | None = None
+    dense_cost: Mapping[str, Any] = field(default_factory=dict)
     reports: tuple[BlockReport, ...] = ()
     recovery: RecoveryReport | None = None
     saved: LoadedModel | None = None

@@ -23,6 +23,7 @@ from besa_exp.checkpoints.files import merge_masks, save_beside_weights, save_mo
 from besa_exp.checkpoints.fresh_process import TOKENS, reloading, token_loss
 from besa_exp.checkpoints.inspect import read_header
 from besa_exp.checkpoints.load import LoadedModel, load_model, model_path
+from besa_exp.checkpoints.narrowed_model import padded_model
 from besa_exp.checkpoints.shards import shard_names, write_index, write_shards
 from besa_exp.checkpoints.streaming import StreamedWeights
 from besa_exp.checkpoints.tensor_sources import as_saved
@@ -59,17 +60,19 @@ def save_pruned(loaded: LoadedModel, finished: FinishedBlocks, folder: Path, car
         ) from error
 
 
-def check_saved(saved: LoadedModel, reports: Sequence[BlockReport]) -> None:
-    """RunError: a linear of the model that was saved and loaded again has another number of zeros than was reported, or
-    there are other blocks. The reports are in the order of the saved blocks, whatever their numbers."""
+def check_saved(saved: LoadedModel, reports: Sequence[BlockReport], padded: bool = False) -> None:
+    """RunError: a linear of the model that was saved and loaded again has another number of zeros than was reported,
+    beside those that pad it, or there are other blocks. The reports are in the order of the saved blocks, whatever
+    their numbers."""
     blocks = capture_blocks(saved.model, torch.zeros(1, 1, dtype=torch.long))  # never called: nothing is captured
     if len(blocks) != len(reports):
         raise RunError(f"{saved.folder}: {len(blocks)} blocks as saved, not the {len(reports)} that were reported")
     for block in saved.weights.resident(blocks) if saved.weights else blocks:
         for linear in reports[block.index].linears:
             weight = block.linears[linear.name].weight
-            zeros = weight.numel() - int(torch.count_nonzero(weight))
-            if (zeros, weight.numel()) != (linear.pruned, linear.weights):
+            padding = weight.numel() - linear.weights if padded else 0
+            zeros = weight.numel() - int(torch.count_nonzero(weight)) - padding
+            if (zeros, weight.numel() - padding) != (linear.pruned, linear.weights):
                 raise RunError(
                     f"{saved.folder}: {block.name}.{linear.name} holds {zeros} zeros of {weight.numel()} as saved, not "
                     f"the {linear.pruned} of {linear.weights} that were reported"
@@ -156,9 +159,20 @@ def save(run: Run, work: Work) -> Work:
             return replace(work, saved=loaded)
         load = "streamed" if loaded.weights else "whole"
         saved = replace(settings.model, path=str(folder.model), revision=None, dtype="auto", load=load)
+        saved = replace(saved, trust_remote_code=_runs_code(settings))
         reloaded = replace(load_model(saved, run.device, offline=True), tokenizer=loaded.tokenizer)
-        check_saved(reloaded, work.reports)
+        check_saved(reloaded, work.reports, _saved_as(settings) == "padded")
         return replace(work, saved=in_a_fast_dtype(reloaded, settings.model.dtype))
+
+
+def _saved_as(settings: RunSettings) -> str | None:
+    """How blocks of uneven widths are saved; None: there are none."""
+    return settings.structure.saved_as if settings.structure else None
+
+
+def _runs_code(settings: RunSettings) -> bool:
+    """Whether the saved model is loaded with the code that lies beside it, the user's or the project's own."""
+    return settings.model.trust_remote_code or _saved_as(settings) == "custom_code"
 
 
 @contextmanager
@@ -175,7 +189,7 @@ def reread(run: Run, work: Work) -> Iterator[Callable[[], dict[str, Any]]]:
     tokens = work.calibration.input_ids[:1, :TOKENS]
     with callable_model(loaded):
         expected = token_loss(loaded.model, tokens)
-    dtype, trusted = loaded.stored or loaded.model.dtype, run.settings.model.trust_remote_code
+    dtype, trusted = loaded.stored or loaded.model.dtype, _runs_code(run.settings)
     routes = any(linear.of_mixture for linear in discover_linears(discover_blocks(loaded.model)[1][-1]).values())
     with reloading(run.folder.model, tokens, expected, dtype, trusted, routes) as answer:
 
@@ -193,6 +207,8 @@ def _write_model(run: Run, work: Work) -> None:
         merge_masks(work.finished.mask_files(len(work.reports)), folder.masks, masks_origin(settings, work))
     if settings.save.model:
         results = results_of(settings, work, environment(run.device))
+        if _saved_as(settings) == "padded":
+            loaded = replace(loaded, model=padded_model(loaded.model))
         save_pruned(loaded, work.finished, folder.model, card(run, loaded, results))
 
 

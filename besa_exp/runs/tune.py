@@ -32,12 +32,12 @@ from besa_exp.run_folder.inputs import fingerprint, write_inputs
 from besa_exp.run_folder.lookup import run_and_model
 from besa_exp.run_folder.spent import Spent
 from besa_exp.runs.cpu_units import in_a_fast_dtype
-from besa_exp.runs.recover import check_recovery_of, check_whole, recover
+from besa_exp.runs.recover import check_recoverable, check_recovery_of, recover
 from besa_exp.runs.results import attempt_of, results_of
 from besa_exp.runs.run import Run, Work, calibration_of, model_facts, opened, parameters, tracking
 from besa_exp.runs.save import card, save
 from besa_exp.runs.score import score, score_pruned
-from besa_exp.settings import RunSettings, TuneSettings
+from besa_exp.settings import ModelSettings, RunSettings, TuneSettings
 
 DENSE = 0.001  # a smaller share of zeros is a dense model's own
 
@@ -46,6 +46,18 @@ def made_by(settings: TuneSettings) -> Mapping[str, Any]:
     """The results of the run that made the checkpoint; {} where none did."""
     run = run_and_model(settings.checkpoint)[0]
     return read_results(run) if run is not None and (run / "results.json").is_file() else {}
+
+
+def teacher_of(settings: TuneSettings) -> ModelSettings | None:
+    """The dense model to follow: the one that is named, else what the checkpoint's run pruned; None: neither."""
+    path = settings.teacher or made_by(settings).get("model")
+    return ModelSettings(Path(path).name, path, dtype=settings.model.dtype, load="whole") if path else None
+
+
+def has_lost_blocks(settings: TuneSettings) -> bool:
+    """Whether the run that made the checkpoint removed whole blocks."""
+    structure = made_by(settings).get("structure") or {"blocks": []}
+    return any(block["kind"] == "removed" for block in structure["blocks"])
 
 
 def as_run(settings: TuneSettings) -> RunSettings:
@@ -91,8 +103,8 @@ def tune_checkpoint(settings: TuneSettings, path: Path) -> dict[str, Any]:
         console.stage(f"loading {settings.checkpoint}")
         with run.spent.timed("load"):
             loaded = in_a_fast_dtype(load_model(settings.model, device, settings.offline), settings.model.dtype)
-        run, work = _begun(run, loaded, settings.dense)
-        results = _tuned(run, work) | {"checkpoint": settings.checkpoint}
+        run, work = _begun(run, loaded, settings)
+        results = _tuned(run, work, teacher_of(settings)) | {"checkpoint": settings.checkpoint}
         made = made_by(settings)
         results["model_name"] = made.get("model_name") or Path(made.get("model", settings.checkpoint)).name
         results |= {key: made[key] for key in ("model", "budget", "update", "ignore") if key in made}
@@ -104,10 +116,9 @@ def tune_checkpoint(settings: TuneSettings, path: Path) -> dict[str, Any]:
     return results
 
 
-def _begun(run: Run, loaded: LoadedModel, dense: bool) -> tuple[Run, Work]:
+def _begun(run: Run, loaded: LoadedModel, asked: TuneSettings) -> tuple[Run, Work]:
     """The checkpoint, checked, and the run that aims at the zeros it has."""
     settings = run.settings
-    check_whole(loaded)
     check_finite_weights(loaded.model, settings.model.path)
     with run.spent.timed("calibrate"):
         calibration = distributed.from_first(lambda: calibration_of(settings.calibration, settings.offline, loaded))
@@ -118,13 +129,15 @@ def _begun(run: Run, loaded: LoadedModel, dense: bool) -> tuple[Run, Work]:
     work = _adopted(run, Work(loaded, calibration, Size(size, size), finished), identity)
     linears = [linear for report in work.reports for linear in report.linears]
     sparsity = sum(linear.pruned for linear in linears) / sum(linear.weights for linear in linears)
-    if sparsity < DENSE and not dense:
+    if sparsity < DENSE and not asked.dense:
         raise ConfigurationError(
             f"checkpoint={run.config['checkpoint']}: has no zeros ({sparsity:.2%}), so that nothing would be kept; "
             "name a pruned model, or tune it as it is with dense=true"
         )
-    if problems := check_recovery_of(settings, 0.0 if sparsity < DENSE else sparsity, model_context(loaded.model)):
+    pruned = 0.0 if sparsity < DENSE else sparsity
+    if problems := check_recovery_of(settings, pruned, model_context(loaded.model), has_lost_blocks(asked)):
         raise ConfigurationError(*problems)
+    check_recoverable(run, loaded, calibration)
     run = replace(run, settings=replace(settings, sparsity=settings.sparsity or sparsity))
     run.console.plan(run.settings, model_facts(loaded))
     return run, work
@@ -151,11 +164,11 @@ def _adopted(run: Run, work: Work, identity: Mapping[str, Any]) -> Work:
     return replace(work, reports=tuple(reports))
 
 
-def _tuned(run: Run, work: Work) -> dict[str, Any]:
+def _tuned(run: Run, work: Work, teacher: ModelSettings | None) -> dict[str, Any]:
     """results.json but for times and memory."""
     with tracking(run) as tracker:
         run = replace(run, tracker=tracker)
         before = score(run, "before", work.loaded)
-        work = score_pruned(run, save(run, recover(run, work)))
+        work = score_pruned(run, save(run, recover(run, work, teacher)))
     results = results_of(run.settings, work, environment(run.device))
     return results | {"before": before.to_dict(), "calibration": None}

@@ -17,8 +17,7 @@ from besa_exp.checkpoints.load import model_context, vocabulary_size
 from besa_exp.errors import ConfigurationError
 from besa_exp.presets import preset
 from besa_exp.recovery.keep_bits import keep_of_zeros, sparsity_of
-from besa_exp.recovery.objective import NextToken
-from besa_exp.recovery.recipe import check_recovery, distillation_of, method_of, plan_of, steps_of
+from besa_exp.recovery.recipe import check_fit, check_recovery, method_of, objective_of, plan_of, steps_of
 from besa_exp.recovery.tuning import Point
 from besa_exp.recovery.tuning import tune as tune_model
 from besa_exp.runs.api import SEQ_LEN, as_a_run
@@ -41,8 +40,8 @@ def tune(
     """Tune a model object in place; its zeros stay, and the weights that held-out text likes best are kept.
 
     `recovery` is the name of a preset or `replace(besa_exp.preset("recovery", "lora"), steps=500)`, `texts_or_tokens`
-    the name of a set, a path, texts, or token ids [sample, seq]. `teacher`: the dense model, where `distill` follows
-    one. `dense`: a model without zeros is tuned too. `on_step` is given each step as it is taken.
+    the name of a set, a path, texts, or token ids [sample, seq]. `teacher`: the dense model, where `blocks` or
+    `distill` follows one. `dense`: a model without zeros is tuned too. `on_step` is given each step as it is taken.
 
     ConfigurationError (a ValueError): the request cannot be carried out; all problems are named."""
     asked = preset("recovery", recovery, seed=seed) if isinstance(recovery, str) else recovery
@@ -52,19 +51,19 @@ def tune(
     problems = check_recovery(asked, sparsity_of(model, keep), "unstructured", asked.seq_len or 0, context)
     if not (keep or dense):
         problems.append("the model has no zeros, so that nothing would be kept; prune it first, or give dense=True")
-    if problems:
+    if problems := problems or check_fit(asked, model):
         raise ConfigurationError(*problems)
     assert asked.seq_len is not None
     steps = steps_of(asked, asked.seq_len)
+    method, plan = method_of(asked, steps), plan_of(asked, steps)
     with as_a_run(model, asked.seed), tempfile.TemporaryDirectory(prefix="besa-") as folder:
         check_finite_weights(model, type(model).__name__)
         stream = _stream(model, tokenizer, texts_or_tokens, asked, steps, Path(folder))
         try:
             learned, held_out = stream.windows(asked.seq_len).split(asked.held_out)
-            objective = NextToken(model, distillation_of(asked), teacher, asked.micro_batch, asked.checkpointing)
+            objective = objective_of(asked, method, model, teacher, asked.seq_len)
         except ValueError as error:
             raise ConfigurationError(str(error)) from error
-        method, plan = method_of(asked, steps), plan_of(asked, steps)
         found = tune_model(model, keep, method, objective, learned, held_out.all(), plan, on_point=on_step)
     seen = sum(point.tokens for point in found.points)
     taken = len(found.points)

@@ -31,11 +31,16 @@ samples' part."""
 SMALLEST = 1e-30  # of a squared norm: a token or channel of zeros is not divided by zero
 
 
-def token_loss(outputs: Hidden, targets: Hidden) -> Float[Tensor, ""]:
-    """mean_t ||Y_t - Yhat_t||^2 / ||Y_t||^2: the mean relative squared error of the tokens."""
+def token_errors(outputs: Hidden, targets: Hidden) -> Float[Tensor, "sample seq"]:
+    """||Y_t - Yhat_t||^2 / ||Y_t||^2: the relative squared error of each token."""
     targets = targets.to(outputs.device).float()
     size = targets.square().sum(dim=-1).clamp(min=SMALLEST)
-    errors = (targets - outputs.float()).square().sum(dim=-1) / size
+    return (targets - outputs.float()).square().sum(dim=-1) / size
+
+
+def token_loss(outputs: Hidden, targets: Hidden) -> Float[Tensor, ""]:
+    """mean_t ||Y_t - Yhat_t||^2 / ||Y_t||^2: the mean relative squared error of the tokens."""
+    errors = token_errors(outputs, targets)
     return distributed.all_sum(errors.sum()) / distributed.total(errors.numel())
 
 

@@ -44,14 +44,14 @@ def assert_zeros_are_the_masks(folder: Path) -> None:
         assert not torch.signbit(pruned).any(), NO_NEGATIVE_ZERO
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "scale", "norms", "spiel", "sketch", "mezo"])
+@pytest.mark.parametrize("method", ["full", "lora", "scale", "norms", "blocks", "spiel", "sketch", "mezo"])
 def test_a_recovery_keeps_every_zero_and_is_not_worse_on_held_out_text(method: str, tuned: list[str]) -> None:
     assert main([*tuned, f"recovery={method}", "hydra.run.dir=run"]) == 0
     results = results_in(Path("run"))
     recovery = results["recovery"]
     assert recovery["method"] == method
     assert recovery["loss"]["after"] <= recovery["loss"]["before"]
-    assert recovery["loss"]["after"] < recovery["loss"]["before"] or method in ("sketch", "mezo")
+    assert recovery["loss"]["after"] < recovery["loss"]["before"] or method in ("blocks", "sketch", "mezo")
     assert (recovery["steps"], recovery["tokens"]) == (8, 8 * 4 * 16)
     assert_zeros_are_the_masks(Path("run"))
     counted = sum(int((weights_in(Path("run"))[name] == 0).sum()) for name in load_masks(Path("run/masks.safetensors")))
@@ -126,6 +126,8 @@ def test_a_killed_recovery_goes_on_to_the_same_bytes(tuned: list[str], capfd: py
         (["recovery=ful"], "full"),
         (["recovery=full", "recovery.rank=4"], "recovery.rank: no such key"),
         (["recovery=full", "pruner=wanda_then_quantise"], "recovery=norms"),
+        (["recovery=full", "recovery.distill=squarehead", "structure=shortgpt"], "this model has lost blocks"),
+        (["recovery=blocks", "structure=shortgpt"], "this model has lost blocks"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -137,6 +139,21 @@ def test_what_cannot_be_tuned_is_refused_before_anything_is_read(
     assert not Path("run").exists()
 
 
-def test_too_little_text_is_told(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_little_text_is_told_before_anything_is_pruned(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["prune", *given, "recovery=norms", "recovery.steps=2", "hydra.run.dir=run"]) != 0
     assert "more text or a smaller recovery.seq_len" in capsys.readouterr().err
+    assert not list(Path("run").glob("blocks/*.safetensors"))
+
+
+def test_exchanged_zeros_stay_as_many_and_the_saved_masks_are_the_new_ones(tuned: list[str]) -> None:
+    course = ["recovery.reselect=4", "recovery.gather=2", "recovery.density=0.2", "recovery.checks=8"]
+    for exchange in ("false", "true"):
+        asked = [*tuned, "recovery=spiel", *course, f"recovery.exchange={exchange}", f"hydra.run.dir={exchange}"]
+        assert main(asked) == 0
+        assert_zeros_are_the_masks(Path(exchange))
+    before, after = (load_masks(Path(f"{exchange}/masks.safetensors")) for exchange in ("false", "true"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    for name, mask in before.items():
+        assert int(mask.sum()) == int(after[name].sum()), name

@@ -120,6 +120,31 @@ def test_widths_shrink_evenly_and_what_is_left_is_the_masked_model(
     assert {change["kind"] for change in found["structure"]["blocks"]} == {"narrowed"}
 
 
+@pytest.mark.parametrize("saved_as", ["padded", "custom_code"])
+def test_uneven_widths_are_pruned_as_they_are_and_saved_as_asked(
+    saved_as: str, asked: list[str], dense_dir: Path, tmp_path: Path
+) -> None:
+    words = ["structure=policy_gradient", "structure.shape=uneven", f"structure.save={saved_as}", "structure.ratio=0.3"]
+    words += ["structure.steps=3", "structure.rate=0.5", "pruner=wanda", "save.verify=true"]
+    found = run(asked, tmp_path / "run", *words)
+    structure = structure_of(tmp_path / "run")
+    assert not structure.is_uniform
+    assert found["measured_sparsity"] == pytest.approx(0.5, abs=0.01)  # zeros among what is left, none that pads
+    trusted = saved_as == "custom_code"
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", trust_remote_code=trusted).eval()
+    dense = AutoModelForCausalLM.from_pretrained(dense_dir).eval()
+    small = narrowed_model(dense, structure, uneven=True)
+    assert (
+        small.num_parameters()
+        == found["parameters"]["left"]
+        == found["cost"]["parameters"] - (saved.num_parameters() - found["parameters"]["left"])
+    )
+    assert (saved.num_parameters() == small.num_parameters()) == trusted
+    (name,) = found["perplexity"]
+    assert main(["evaluate", f"checkpoint={tmp_path / 'run'}", "tracker=none", "evaluator=perplexity", "device=cpu",
+                 f"evaluator.perplexity_sets=[{name}]", f"model.trust_remote_code={trusted}"]) == 0  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("method", "steps", "total"),
     [
@@ -177,7 +202,7 @@ def test_widths_that_break_the_pattern_are_refused_with_the_remedy(
         (["structure=angular", "structure.ratio=1.5"], "must be above 0 and below 1"),
         (["structure=wanda_sp", "structure.ratio=0.95"], "no width meets it"),
         (["structure=wanda_sp", "structure.multiple=64"], "must be in [1, 48], the channels of a block"),
-        (["structure=policy_gradient", "structure.shape=uneven"], "saves blocks of even widths alone"),
+        (["structure=policy_gradient", "structure.shape=uneven", "model.load=streamed"], "set model.load=whole"),
         (["structure=shortgtp"], "did you mean shortgpt?"),
     ],
 )

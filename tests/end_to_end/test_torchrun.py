@@ -96,6 +96,25 @@ def test_two_processes_give_the_masks_losses_and_scores_of_one(short, tokens, tm
     assert two["zero_shot"].keys() == one["zero_shot"].keys()  # values: of one and the same model, below
 
 
+@pytest.mark.parametrize("recovery", ["full", "blocks"])
+def test_two_processes_recover_as_one_does(short, tokens, tmp_path, recovery):
+    """A step's three windows are dealt out unevenly, and gradients are summed over the ranks."""
+    course = ["recovery.steps=4", "recovery.batch_size=3", "recovery.held_out=5", "recovery.checks=2"]
+    asked = [*KEYS, f"model.path={short}", f"calibration.path={tokens}", "pruner=magnitude", "evaluator=none"]
+    asked += [f"recovery={recovery}", *course]
+    assert main([*asked, f"hydra.run.dir={tmp_path / 'one'}"]) == 0
+    done = run_ready("two_ranks.py", *asked, f"hydra.run.dir={tmp_path / 'two'}")
+    assert done.returncode == 0, done.stdout
+    one, two = (results(tmp_path / name)["recovery"]["loss"] for name in ("one", "two"))
+    assert two["before"] == pytest.approx(one["before"], rel=1e-5)
+    assert two["after"] == pytest.approx(one["after"], rel=1e-4)
+    assert one["after"] < one["before"]
+    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    for name, weight in first.items():
+        assert torch.equal(weight == 0, second[name] == 0), name
+        assert float((weight - second[name]).abs().mean()) <= 1e-3 * 4 * 3e-4, name  # of what the steps move at most
+
+
 def test_two_processes_score_a_folder_as_one_does(short, tokens, tmp_path):
     asked = ["evaluate", f"checkpoint={short}", "device=cpu", "evaluator=quick", "evaluator.limit=6"]
     asked.append(f"evaluator.perplexity_sets=[{tokens}]")

@@ -104,6 +104,21 @@ def test_a_plain_folder_and_a_tuned_one_are_tuned_too(pruned: Path, ask: Ask) ->
     assert results_in("again")["pruner"] == "checkpoint+norms+lora"
 
 
+def test_states_that_are_followed_are_those_of_the_model_that_was_pruned(
+    pruned: Path, model_dir: Path, ask: Ask
+) -> None:
+    """Blocks that followed the pruned model itself would have no error, and nothing to learn."""
+    assert ask("checkpoint=run", "recovery=blocks")[0] == 0
+    lines = [json.loads(line) for line in Path("tuned/metrics.jsonl").read_text().splitlines()]
+    assert next(line["loss"] for line in lines if line["kind"] == "recovery_step") > 0.01
+    shutil.copytree("run/model", "plain")
+    code, said = ask("checkpoint=plain", "recovery=full", "recovery.distill=logits", "hydra.run.dir=again")
+    assert code == 2
+    assert "teacher=DENSE" in said
+    named = ("checkpoint=plain", f"teacher={model_dir}", "recovery.steps=2", "recovery.checks=1")
+    assert ask(*named, "recovery=full", "recovery.distill=logits", "hydra.run.dir=again")[0] == 0
+
+
 def test_a_dense_model_is_tuned_on_request_alone(model_dir: Path, ask: Ask) -> None:
     code, said = ask(f"checkpoint={model_dir}", "recovery=sparsegrad", "recovery.gather=2")
     assert code == 2
@@ -134,6 +149,7 @@ def test_a_killed_tuning_goes_on_to_the_same_bytes(pruned: Path, words: list[str
         (["checkpoint=run", "model.load=streamed"], "model.load=whole"),
         (["checkpoint=run", "recovery.steps=0"], "recovery.steps=0"),
         (["checkpoint=run", "recovery=none"], "recovery=none: no such preset"),
+        (["checkpoint=run/model", "recovery=blocks", "teacher=gone"], "teacher=gone"),
         (["checkpoint=run", "recovery=full,lora"], "one command tunes one checkpoint"),
         (["checkpoint=run", "hydra.run.dir=run"], "name another folder"),
     ],

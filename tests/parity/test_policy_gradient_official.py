@@ -131,6 +131,6 @@ def test_recorded_losses_scores_and_sizes_follow_from_the_masks(run, shared_dir,
     channels = unpacked_or_whole(tensors[f"{case}.final_keep_channels"], (4, 172))
     kept = [tuple(tuple(row.nonzero()[:, 0].tolist()) for row in mask) for mask in (groups, channels)]
     structure = Structure((0, 1, 2, 3), *kept)
-    small = narrowed_model(model, structure, "custom_code")
+    small = narrowed_model(model, structure, uneven=True)
     assert (model.num_parameters(), small.num_parameters()) == tuple(settings["parameters"])
     assert test_nll(small, test_ids) == pytest.approx(settings["test_nll_hard_mask"], abs=2e-6)

@@ -33,6 +33,14 @@ def real_block(monkeypatch: pytest.MonkeyPatch):
         sys.modules.pop(name, None)
 
 
+@pytest.fixture
+def recovery(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module("recovery")
+    for name in ("recovery", "real_block", "machine"):
+        sys.modules.pop(name, None)
+
+
 def test_every_line_of_a_block_is_measured_against_its_floor_and_the_authors_way(blocks) -> None:
     case = blocks.Case("tiny", 32, 48, 2, 1, samples=8, seq_len=16)
     make = partial(blocks.make_work, case, torch.device("cpu"), torch.float32)
@@ -103,3 +111,14 @@ def test_no_case_begins_without_time(bench_gpu, monkeypatch, tmp_path) -> None:
     assert {*map(str, json.loads((tmp_path / "gpu.json").read_text())["cases"].values())} == {
         "{'not run': 'no time was left'}"
     }
+
+
+def test_a_step_of_recovery_is_timed_beside_a_plain_one_that_keeps_the_same_zeros(recovery) -> None:
+    seconds = recovery.seconds_of(recovery.TINY, rounds=1)
+    row = recovery.row_of(recovery.TINY, seconds)
+    assert [*row["ratio"]] == ["plain", "full", "lora"]
+    assert row["ratio"]["plain"] == 1.0
+    model, keep = recovery.pruned_model(recovery.TINY)
+    recovery.plain(model, keep)(recovery.windows_of(recovery.TINY, 0), 0)
+    for name, bits in keep.items():
+        assert not model.get_parameter(name)[~bits.mask()].any()

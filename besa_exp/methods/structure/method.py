@@ -52,6 +52,11 @@ class StructureMethod(Protocol):
         """Whether groups of heads and channels go, and no block."""
         ...
 
+    @property
+    def saved_as(self) -> str | None:
+        """How blocks of uneven widths are saved, one of SAVED_AS; None: all blocks are as wide as the others."""
+        ...
+
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
         """Problems with a model of these costs, in complete sentences, before any weight is read."""
         ...

@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from besa_exp.checkpoints.narrowed_config import SAVED_AS
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
 from besa_exp.errors import RunError, check_fields, one_of, within
 from besa_exp.machine import distributed
@@ -150,7 +151,7 @@ LossOf = Callable[[Bool[Tensor, "block group"], Bool[Tensor, "block channel"], i
 class PolicyGradient:
     """`ratio` of all parameters go. `draws`: masks a step. `rate`: of the first step. `start`: whose importances the
     scores begin with. `multiple`: of which a block's channels are a multiple in the end. `window`: of the moving
-    baseline, the authors'."""
+    baseline, the authors'. `save`: how blocks of `shape` uneven are saved."""
 
     ratio: float
     steps: int = 1000
@@ -161,6 +162,7 @@ class PolicyGradient:
     window: int = 5
     multiple: int = 1
     shape: str = "uniform"
+    save: str = "padded"
     seed: int = 0
 
     narrows = True
@@ -173,16 +175,16 @@ class PolicyGradient:
         check_fields(self, "structure", one_of(*BASELINES), "baseline")
         check_fields(self, "structure", one_of(*SHAPES), "shape")
         check_fields(self, "structure", one_of(*IMPORTANCES), "start")
+        check_fields(self, "structure", one_of(*SAVED_AS), "save")
+
+    @property
+    def saved_as(self) -> str | None:
+        """How uneven blocks are saved; None: they are even."""
+        return None if self.shape == "uniform" else self.save
 
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
         """Problems with a model of these costs, in complete sentences, before any weight is read."""
-        problems = width_amount_problems(costs, dimensions, self.ratio, self.multiple)
-        if self.shape != "uniform":
-            problems.append(
-                f"structure.shape={self.shape}: a run saves blocks of even widths alone; set structure.shape=uniform "
-                "(besa_exp.checkpoints.narrowed_model writes uneven ones)"
-            )
-        return problems
+        return width_amount_problems(costs, dimensions, self.ratio, self.multiple)
 
     def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:
         """Every KEPT_EVERY steps are kept. A step's batch are the next `batch_size` samples, in turn."""

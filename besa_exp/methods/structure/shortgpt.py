@@ -112,6 +112,7 @@ class ShortGPT:
     protect_last: int = 0
 
     narrows = False
+    saved_as = None
 
     def __post_init__(self) -> None:
         check_amount(self.blocks, self.ratio)

@@ -134,6 +134,7 @@ class Sleb:
     loss: str = "kl"
 
     narrows = False
+    saved_as = None
 
     def __post_init__(self) -> None:
         check_amount(self.blocks, self.ratio)

@@ -135,6 +135,7 @@ class Widths:
     seed: int = 0
 
     narrows = True
+    saved_as = None
 
     def __post_init__(self) -> None:
         check_fields(self, "structure", within(above=0, below=1, note="0.2 is a fifth"), "ratio")

@@ -17,9 +17,9 @@ from besa_exp.evaluation.checks import check_skipping
 from besa_exp.evaluation.merging import remaining
 from besa_exp.evaluation.perplexity import perplexity
 from besa_exp.evaluation.policies import Skipping, check_skips, decide
+from besa_exp.evaluation.prompt_skipping import passing_prompts, prefill_skipping
 from besa_exp.evaluation.score import Scores
 from besa_exp.evaluation.scores import evaluate
-from besa_exp.evaluation.skipping import passing_prompts, prefill_skipping
 from besa_exp.settings import EvaluatorSettings, SkippingSettings
 from besa_exp.texts.token_files import token_file_shape
 from besa_exp.texts.tokens import write_token_file

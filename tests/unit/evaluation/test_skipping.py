@@ -12,16 +12,9 @@ from tiny_llama import tiny_llama
 
 from besa_exp.errors import RunError
 from besa_exp.evaluation.perplexity import perplexity
-from besa_exp.evaluation.skipping import (
-    FfnSkipping,
-    RandomSkipping,
-    StaticSkipping,
-    cold_ends,
-    middle_of_model,
-    prefill_skipping,
-    skipping,
-    threshold_for,
-)
+from besa_exp.evaluation.prompt_skipping import prefill_skipping
+from besa_exp.evaluation.skipping import middle_of_model, skipping
+from besa_exp.evaluation.skipping_rules import FfnSkipping, RandomSkipping, StaticSkipping, threshold_for
 
 IDS = torch.randint(3, 200, (3, 14), generator=torch.Generator().manual_seed(9))
 GREEDY = FfnSkipping(0.0, span=2, cold_first=1, cold_last=1, warm_tokens=2)
@@ -132,13 +125,11 @@ def test_the_threshold_for_a_fraction_is_found_by_bisection():
         threshold_for(1.5, lambda bound: bound)
 
 
-def test_random_skipping_skips_its_fraction_and_cold_ends_are_read_off_similarities():
+def test_random_skipping_skips_its_fraction():
     numbers = torch.arange(4000).view(4, 1000)
     for block in range(3):
         drawn = RandomSkipping(0.3, seed=block).skips(block, 3, numbers, numbers).float().mean()
         assert float(drawn) == pytest.approx(0.3, abs=0.03)
-    assert cold_ends([0.4, 0.9, 0.96, 0.95, 0.5, 0.2], 0.9) == (1, 2)
-    assert cold_ends([0.4, 0.5], 0.9) == (2, 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -168,7 +168,7 @@ def test_what_stays_is_just_below_the_budget_and_is_the_masked_model(shape, rati
             mask[block, list(kept)] = True
     with masked(blocks, *masks, dimensions):
         expected = model(IDS, use_cache=False).logits
-    small = narrowed_model(model, structure, "uniform" if structure.is_uniform else "custom_code")
+    small = narrowed_model(model, structure, uneven=not structure.is_uniform)
     assert small.num_parameters() == left
     torch.testing.assert_close(small(IDS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
 

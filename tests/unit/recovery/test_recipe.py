@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from families import tiny
 
 from besa_exp.presets import preset, presets
 from besa_exp.recovery.lora import Lora
 from besa_exp.recovery.mezo import Mezo
-from besa_exp.recovery.recipe import check_recovery, method_of, plan_of, steps_of
+from besa_exp.recovery.recipe import check_fit, check_recovery, method_of, plan_of, steps_of
 from besa_exp.recovery.spiel import Spiel
 from besa_exp.recovery.tuner import Method
 from besa_exp.settings import RecoverySettings
@@ -66,6 +67,8 @@ def test_the_plan_warms_up_and_judges_as_asked() -> None:
         ({"temperature": 0.0}, "recovery.temperature"),
         ({"path": "nowhere.txt"}, "recovery.path=nowhere.txt"),
         ({"name": "mezo"}, "clips no gradient"),
+        ({"name": "blocks", "scope": "half"}, "recovery.scope=half"),
+        ({"name": "blocks", "distill": "logits"}, "follows the dense model's states"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -73,6 +76,14 @@ def test_what_is_wrong_is_told_with_its_key(changes: dict, told: str) -> None:
     problems = check_recovery(replace(asked(), **changes), 0.5, "unstructured", 256, 512)
     assert len(problems) == 1
     assert told in problems[0]
+
+
+def test_what_only_the_loaded_model_shows_is_refused() -> None:
+    side_by_side, one_after_the_other = tiny("gpt_neox"), tiny("llama")
+    blocks = asked("blocks", scope="sub_block")
+    assert "use recovery.scope=block" in check_fit(blocks, side_by_side)[0]
+    assert check_fit(blocks, one_after_the_other) == []
+    assert "model.dtype=bfloat16" in check_fit(asked("mezo"), one_after_the_other.half())[0]
 
 
 def test_all_problems_are_told_together() -> None:

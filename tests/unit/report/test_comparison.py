@@ -116,6 +116,20 @@ def test_csv_holds_every_score_with_its_spread_and_what_was_lost(runs: Path) -> 
     assert rows[4]["target_missed"] == "True"
 
 
+def test_what_is_gone_whole_and_was_timed_has_columns(runs: Path) -> None:
+    plain = text(compared(runs), 200)
+    assert "parameters" not in plain
+    assert "tokens/s" not in plain
+    cost = {"flops_per_token": 4e6, "cache_bytes_per_token": 8, "decode_tokens_per_second": {"1": 321.0, "8": 900.0}}
+    changes = {"pruner": "sleb+dense", "target_sparsity": 0.0, "measured_sparsity": 0.0, "cost": cost, "dense": DENSE}
+    finished_run(runs / "narrower", changes | {"parameters": {"dense": 1000, "left": 833}})
+    (line,) = [line for line in text(compared(runs), 200).splitlines() if "sleb" in line]
+    assert line.split()[1:6] == ["0", "%", "0.00", "%", "83.3%"]
+    assert "321" in line
+    (row,) = [row for row in csv.DictReader(io.StringIO(csv_of([compared(runs)]))) if "sleb" in row["method"]]
+    assert (float(row["parameters_left"]), float(row["flops_per_token"])) == (0.833, 4e6)
+
+
 def test_one_metric_stands_for_a_task() -> None:
     measures = [Measure("zero_shot", "piqa", metric) for metric in ("acc", "acc_norm")]
     assert [m.metric for m in main_measures([*measures, Measure("zero_shot", "boolq", "acc")])] == ["acc", "acc_norm"]

@@ -37,6 +37,13 @@ def test_a_row_has_the_stages_beside_the_block_loop(tmp_path: Path) -> None:
     assert (row["parameters_left"], row["recovery_loss_before"], row["recovery_loss_after"]) == (0.75, 3.0, 2.5)
 
 
+def test_a_row_has_what_the_model_costs(tmp_path: Path) -> None:
+    cost = {"parameters": 80, "bytes": 160, "dtype": "float16", "decode_tokens_per_second": {"1": 9.0, "8": 50.0}}
+    row = besa_exp.load_run(finished_run(tmp_path / "a", {"cost": cost})).row()
+    assert (row["bytes"], row["decode_tokens_per_second_8"]) == (160, 50.0)
+    assert "dtype" not in row
+
+
 def test_patterns_and_single_runs_are_found(tmp_path: Path) -> None:
     for name in ("a1", "a2", "b1"):
         finished_run(tmp_path / name)

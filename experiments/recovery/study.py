@@ -1,0 +1,153 @@
+"""Tunes pruned models by each method at equal tokens, in one process; what is done is not done again.
+
+    python experiments/recovery/study.py stories260K|babyllama-105|embedded [--steps 60] [--shared ../shared]
+
+Each start is pruned once. Step sizes are searched alike for all methods on the first start: once the preset's, three
+times and, where that is no better, a third of it; the one of least held-out loss is taken everywhere. Writes
+outputs/recovery/<model>.json, which `collect.py` reads: perplexity of windows that neither pruning nor tuning has seen,
+tokens and processor seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import besa_exp
+from besa_exp.evaluation.perplexity import perplexity
+from besa_exp.methods.tuning import downhill
+from besa_exp.texts.embedded.text import MODEL_DIR, calibration_documents, perplexity_documents
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tokens import stories, windows
+
+METHODS = ("full", "lora", "scale", "norms", "blocks", "spiel", "sketch", "mezo")
+STARTS: dict[str, tuple[str, float, str]] = {
+    "wanda 60%": ("wanda", 0.6, "unstructured"),
+    "besa 60%": ("besa", 0.6, "unstructured"),
+    "wanda 2:4": ("wanda", 0.5, "2:4"),
+    "besa 70%": ("besa", 0.7, "unstructured"),
+    "wanda 70%": ("wanda", 0.7, "unstructured"),
+    "wanda 50%": ("wanda", 0.5, "unstructured"),
+    "besa 50%": ("besa", 0.5, "unstructured"),
+    "besa 2:4": ("besa", 0.5, "2:4"),
+}
+REMOVED = "shortgpt, one block"
+SEARCHED = (1 / 3, 1.0, 3.0)  # times a preset's step size
+SEQ_LEN, CALIBRATION, BATCH, HELD_OUT = 128, 128, 8, 16
+
+
+class Study:
+    """One model, its text, and the records so far."""
+
+    def __init__(self, name: str, shared: Path, steps: int) -> None:
+        self.folder = MODEL_DIR if name == "embedded" else shared / "models" / name
+        self.steps, self.path = steps, Path("outputs/recovery") / f"{name}.json"
+        embedded = name == "embedded"
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        pool = calibration_documents().documents if embedded else stories(shared, "valid")
+        scored = perplexity_documents().documents if embedded else stories(shared, "test")
+        needed = CALIBRATION + steps * BATCH + HELD_OUT
+        self.pool = windows(self.tokenizer, pool, -(-needed * SEQ_LEN // 256)).view(-1, SEQ_LEN)
+        self.scored = windows(self.tokenizer, scored, 40)
+        self.records: dict[str, dict[str, Any]] = json.loads(self.path.read_text()) if self.path.is_file() else {}
+
+    def dense(self) -> PreTrainedModel:
+        """The model as it comes."""
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval().requires_grad_(False)
+
+    def perplexity(self, model: PreTrainedModel) -> float:
+        """Of the windows that are scored."""
+        return perplexity(model, self.scored, 256, 8).value
+
+    def keep(self, key: str, record: dict[str, Any]) -> None:
+        """On the disk too."""
+        self.records[key] = record
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.records, indent=1) + "\n", encoding="utf-8")
+        print(key, record, flush=True)
+
+    def pruned(self, start: str) -> PreTrainedModel:
+        """The model of a start."""
+        calibration = self.pool[:CALIBRATION]
+        if start == REMOVED:
+            with tempfile.TemporaryDirectory() as folder:
+                structure = besa_exp.preset("structure", "shortgpt", blocks=1, ratio=None)
+                out = Path(folder) / "run"
+                besa_exp.prune(self.folder, None, calibration, pruner="dense", structure=structure, out=out)
+                return AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32).requires_grad_(False)
+        pruner, sparsity, pattern = STARTS[start]
+        model = self.dense()
+        besa_exp.prune(model, None, calibration, pruner=pruner, sparsity=sparsity, pattern=pattern)
+        return model
+
+    def tuned(self, start: str, pruned: PreTrainedModel, method: str, factor: float) -> float:
+        """The held-out loss of the tuned model, which is recorded."""
+        key = f"{start} | {method} | {factor:.2f}"
+        if key not in self.records:
+            asked = besa_exp.preset("recovery", method)
+            asked = replace(
+                asked, lr=asked.lr * factor, steps=self.steps, batch_size=BATCH, held_out=HELD_OUT, checks=6
+            )
+            asked = replace(asked, seq_len=SEQ_LEN)
+            model, began = copy.deepcopy(pruned), time.process_time()
+            teacher = self.dense() if method == "blocks" else None
+            text = self.pool[CALIBRATION:]
+            report = besa_exp.tune(model, None, text, recovery=asked, teacher=teacher, dense=start == REMOVED)
+            self.keep(
+                key,
+                {
+                    "start": start,
+                    "method": method,
+                    "lr": asked.lr,
+                    "factor": factor,
+                    "perplexity": self.perplexity(model),
+                    "held_out": [report.loss_before, report.loss_after],
+                    "best_step": report.best_step,
+                    "tokens": report.tokens,
+                    "stopped": report.stopped,
+                    "seconds": time.process_time() - began,
+                },
+            )
+        return self.records[key]["held_out"][1]
+
+    def run(self) -> None:
+        """All of it."""
+        if "dense" not in self.records:
+            self.keep("dense", {"start": "dense", "method": None, "perplexity": self.perplexity(self.dense())})
+        factors: dict[str, float] = {}
+        for start in (*STARTS, REMOVED):
+            model = self.pruned(start)
+            if start not in self.records:
+                self.keep(start, {"start": start, "method": None, "perplexity": self.perplexity(model)})
+            for method in self._methods(start):
+                if method not in factors:
+                    factors[method] = downhill(SEARCHED, 1.0, partial(self.tuned, start, model, method))
+                self.tuned(start, model, method, factors[method])
+
+    def _methods(self, start: str) -> Iterator[str]:
+        """`blocks` compares blocks, of which one is gone; entries of a dense model have no mask to stay in."""
+        return (method for method in METHODS if start != REMOVED or method != "blocks")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=("stories260K", "babyllama-105", "embedded"))
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--shared", type=Path, default=Path(os.environ.get("BESA_SHARED", "../shared")))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    Study(given.model, given.shared, given.steps).run()
