@@ -52,6 +52,7 @@ def narrow(run: Run, work: Work) -> Work:
         narrower = _refused(lambda: _narrowed(run, loaded, structure, dimensions))
     _check_pattern(run, narrower)
     report = report_of(_name(run), loaded, narrower, structure, costs, dimensions)
+    report = replace(report, saved_as=run.settings.structure.saved_as)
     assert report.parameters.left == parameters(narrower), "what is left is counted twice"
     run.console.stage(_summary(report))
     cost = cost_counts(loaded.model, model_context(loaded.model))
