@@ -13,7 +13,7 @@ from besa_exp.cli.main import main
 
 def grown() -> int:
     """Says it, in bytes; the exit code is the run's."""
-    torch.ones(600, 600) @ torch.ones(600, 600)
+    torch.ones(600, 600).mm(torch.ones(600, 600))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     code = main(sys.argv[1:])
     sys.stdout.write(f"grown by {1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)}\n")

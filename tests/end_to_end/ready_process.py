@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import besa_exp
 
@@ -35,17 +35,14 @@ class Ready:
 
     def ended(self) -> bool:
         """Whether it has."""
-        answer = server().stdout
-        assert answer is not None
-        return bool(select.select([answer], [], [], 0)[0])
+        return bool(select.select([said_by_server()], [], [], 0)[0])
 
     def wait(self) -> subprocess.CompletedProcess[str]:
         """How it ended, and all that it said."""
-        answer = server().stdout
-        assert answer is not None
-        assert select.select([answer], [], [], TIMEOUT)[0], f"{self.words} did not end: {self.said.read()}"
+        answers = said_by_server()
+        assert select.select([answers], [], [], TIMEOUT)[0], f"{self.words} did not end: {self.said.read()}"
         with self.said:
-            return subprocess.CompletedProcess(self.words, int(answer.readline()), self.said.read())
+            return subprocess.CompletedProcess(self.words, int(answers.readline()), self.said.read())
 
 
 @cache
@@ -55,16 +52,22 @@ def server() -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=ENVIRONMENT)
 
 
+def said_by_server() -> IO[bytes]:
+    """A line for a process that was started, and one when it has ended."""
+    pipe = server().stdout
+    assert pipe is not None
+    return pipe
+
+
 def start_ready(program: str, *arguments: str, output: str | None = None) -> Ready:
     """`python PROGRAM ARGUMENTS...` in this working folder and a session of its own, its two streams together; PROGRAM
     is `BESA` or a script of this folder. `output`: the file that is its standard output instead."""
     ready, said = server(), tempfile.NamedTemporaryFile("w+", suffix=".txt")  # noqa: SIM115 - `wait` closes it
     assert ready.stdin is not None
-    assert ready.stdout is not None
     words = [str(Path(__file__).parent / program), *arguments]
     request = {"words": words, "folder": str(Path.cwd()), "said": said.name, "output": output}
     ready.stdin.write(json.dumps(request).encode() + b"\n")
-    return Ready(int(ready.stdout.readline()), words, said)
+    return Ready(int(said_by_server().readline()), words, said)
 
 
 def run_ready(program: str, *arguments: str, output: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -218,29 +218,28 @@ def test_a_model_without_all_its_shards_is_missing(tmp_path: Path, capsys: pytes
     assert "which its index names" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("model", "held"), [("only/pickled", "pytorch_model.bin"), ("stand/in", "model.safetensors")], ids=["bin", "both"]
-)
-def test_prefetch_with_convert_fetches_what_a_run_with_convert_loads_off_line(
-    model: str, held: str, hub: str, tmp_path: Path
-) -> None:
+def test_prefetch_with_convert_fetches_what_a_run_with_convert_loads_off_line(hub: str, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
     environment |= {"HF_HOME": str(tmp_path / "caches"), "HF_ENDPOINT": hub, "OMP_NUM_THREADS": "1"}
-
-    ours = [f"model.path={model}", "evaluator=none"]
-    (code, said), converted = answers(
-        [(hub, ["prefetch", *ours]), (hub, ["prefetch", *ours, "model.convert=true"])], environment, tmp_path
-    )
-    assert (code, "only pickled weights" in said) == ((1, True) if held[-3:] == "bin" else (0, False))
-    assert converted[0] == 0, converted
-    (files,) = [
-        set(item["files"])
+    held = {"only/pickled": "pytorch_model.bin", "stand/in": "model.safetensors"}
+    asked = {model: [f"model.path={model}", "evaluator=none"] for model in held}
+    commands = [["prefetch", *asked[model], *more] for model in held for more in ([], ["model.convert=true"])]
+    (refused, said), pickled, plain, converted = answers([(hub, words) for words in commands], environment, tmp_path)
+    assert refused == 1
+    assert "only pickled weights" in said
+    assert [code for code, _ in (pickled, plain, converted)] == [0, 0, 0]
+    items = [
+        item
         for path in (tmp_path / "outputs").glob("prefetch-*.json")
         for item in json.loads(path.read_text())["items"]
         if item["convert"]
     ]
-    assert {name for name in files if name.endswith((".bin", ".safetensors"))} == {held}
+    fetched = {
+        item["name"]: [name for name in item["files"] if name.endswith((".bin", ".safetensors"))] for item in items
+    }
+    assert fetched == {model: [file] for model, file in held.items()}
     small = ["calibration.num_samples=2", "calibration.seq_len=32", "pruner=magnitude", "tracker=none", "device=cpu"]
-    asked = ["prune", *ours, "model.convert=true", "offline=true", *small, "save.model=false", "hydra.run.dir=run"]
-    ((code, said),) = answers([(hub, asked)], environment, tmp_path)
-    assert code == 0, said
+    small += ["model.convert=true", "offline=true", "save.model=false"]
+    runs = [(hub, ["prune", *asked[model], *small, f"hydra.run.dir={Path(model).name}"]) for model in held]
+    ran = answers(runs, environment, tmp_path)
+    assert [code for code, _ in ran] == [0, 0], ran

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -52,9 +54,18 @@ def problems_of(*lines: str) -> dict[str, str]:
     return refusal.value.by_key
 
 
-@pytest.mark.parametrize(("group", "name"), PRESETS)
-def test_every_preset_composes_and_becomes_the_settings_that_python_gets_by_its_name(group: str, name: str) -> None:
-    lines = [f"{group}={name}", "seed=7", *NEEDED.get((group, name), [])]
+def chosen_together() -> Iterator[dict[str, str]]:
+    """Every preset once: those that override others' keys alone, of the other groups one of each."""
+    overriding = ("experiment", "testbed", "debug")
+    rows = [[(group, name) for name in presets(group)] for group in groups() if group not in overriding]
+    yield from (dict(filter(None, row)) for row in zip_longest(*rows))
+    yield from ({group: name} for group in overriding for name in presets(group))
+
+
+@pytest.mark.parametrize("chosen", [*chosen_together()], ids=lambda chosen: "+".join(chosen.values()))
+def test_every_preset_composes_and_becomes_the_settings_that_python_gets_by_its_name(chosen: dict[str, str]) -> None:
+    needed = [line for choice in chosen.items() for line in NEEDED.get(choice, [])]
+    lines = [*(f"{group}={name}" for group, name in chosen.items()), "seed=7", *needed]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         composer = Composer("prune")
         main = compose("prune", lines, return_hydra_config=True)
@@ -67,10 +78,11 @@ def test_every_preset_composes_and_becomes_the_settings_that_python_gets_by_its_
     assert composer.problems == {}
     for config in configs:
         read_config = read_settings(config, method_name(config.hydra.runtime.choices))
-        if group in SETTINGS:
-            assert type(getattr(read_config, group)) is SETTINGS[group]
-        if group in (*METHOD_GROUPS, "evaluator"):
-            assert getattr(read_config, group) == preset(group, name, seed=7)
+        for group, name in chosen.items():
+            if group in SETTINGS:
+                assert type(getattr(read_config, group)) is SETTINGS[group]
+            if group in (*METHOD_GROUPS, "evaluator"):
+                assert getattr(read_config, group) == preset(group, name, seed=7)
         assert callable(read_config.pruner.prune_block)
 
 

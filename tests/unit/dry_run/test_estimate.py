@@ -214,7 +214,12 @@ def test_a_run_of_the_paper_is_estimated_with_no_hub_for_a_gpu_that_is_not_here(
     assert (large.parts[0].size or 0) < 10e9  # streamed
     assert 5 * 60 < prune_seconds(large) < 7 * 60
     assert prune_seconds(paper_run("meta-llama/Llama-2-7b-hf", Besa(), "a100")) > 2 * prune_seconds(small)
-    assert "an estimate from counts for h200, on which nothing was measured" in as_text(estimate_tables(small), 300)
+    said = as_text(estimate_tables(small), 300)
+    assert "an estimate from counts for h200, on which nothing was measured" in said
+    assert "memory of h200: fits: " in said
+    assert {part.name: part.size for part in large.parts}[
+        "saved shards"
+    ] == 4 * 32000 * 8192 + 2 * 8192  # the rest: links
 
 
 def test_the_sizes_of_the_presets_models_are_published_ones() -> None:

@@ -116,7 +116,7 @@ def test_blocks_that_are_left_are_pruned_and_told_under_their_numbers_in_the_den
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["block"] for line in metrics if line["kind"] == "block"] == [0, 2]
     assert (folder / "sparsity.csv").read_text().splitlines()[-1].startswith("2,")
-    assert "1 of 3 blocks (1) by by_hand" in (folder / "model" / "README.md").read_text()
+    assert "1 of 3 blocks (index 1) by by_hand" in (folder / "model" / "README.md").read_text()
     assert "structure" in masks_description(folder / "masks.safetensors")
     counted = counted_blocks(folder / "model")
     check_same_zeros(folder, results["blocks"], counted)
