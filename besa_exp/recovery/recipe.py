@@ -92,7 +92,7 @@ def follows_dense(asked: RecoverySettings) -> bool:
 def objective_of(
     asked: RecoverySettings, method: Method, model: nn.Module, teacher: nn.Module | None, seq_len: int
 ) -> Objective:
-    """What is minimised. ValueError: a dense model is not given exactly where one is followed."""
+    """What is minimised. ValueError: a dense model is not given exactly where one is followed, or has other blocks."""
     if not isinstance(method, Blocks):
         return NextToken(model, distillation_of(asked), teacher, asked.micro_batch, asked.checkpointing)
     if teacher is None:

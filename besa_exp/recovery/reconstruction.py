@@ -80,11 +80,15 @@ class Reconstruction:
 
     @staticmethod
     def of(model: nn.Module, teacher: nn.Module, scope: str, micro_batch: int, seq_len: int) -> Reconstruction:
-        """`scope` is one of BLOCKS_OF. RunError: a block's attention and MLP cannot be parted."""
+        """`scope` is one of BLOCKS_OF. ValueError: the dense model has other blocks; RunError: a block's attention and
+        MLP cannot be parted."""
         shape = torch.zeros(micro_batch, seq_len, dtype=torch.long)
         together = BLOCKS_OF[scope]
         tuned, dense = (units(capture_blocks(side, shape), together) for side in (model, teacher))
-        assert len(tuned) == len(dense), "the dense model has other blocks"
+        if len(tuned) != len(dense):
+            raise ValueError(
+                "recovery=blocks: the dense model has not as many blocks as the pruned one; use recovery=full"
+            )
         pairs = zip(tuned, dense, strict=True)
         first = [tuned[0].layers[0], dense[0].layers[0]]
         sample = embed(model, first[:1], shape[:1], 1)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -112,6 +113,10 @@ class SparseGradTuner:
         if self.descent is None:
             self.descent = self._descent()
         return self.descent.step(objective, windows, number, scale)
+
+    def ready(self) -> AbstractContextManager[None]:
+        """All is in memory."""
+        return nullcontext()
 
     def state(self) -> dict[str, Tensor]:
         """The sums of products of gradients, and what the descent holds."""

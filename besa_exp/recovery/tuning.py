@@ -124,15 +124,10 @@ def tune(
     checkpoint is done again and reported again."""
     clear_pruned(model, keep)
     tuner = method.begin(model, keep, plan.seed)
-
-    def judge() -> float:
-        with tuner.ready():
-            return mean_loss(model, held_out, plan.judged)
-
     keeper = _Best(model, tuner, states)
     course = _go_on(tuner, keeper, states, on_point)
     if course is None:
-        before = judge()
+        before = _held_out(model, tuner, held_out, plan)
         course = _Course(0, before, before, 0)
         keeper.keep(0)
         _save(states, course, tuner, keeper)
@@ -140,7 +135,7 @@ def tune(
         point = _step(tuner, objective, learned, plan, course.steps)
         course.steps += 1
         if plan.judges_after(course.steps) and math.isfinite(point.loss):
-            point = _judged(point, judge())
+            point = _judged(point, _held_out(model, tuner, held_out, plan))
         course.points.append(point)
         course.stopped = _reason(point)
         if point.held_out is not None and point.held_out < course.after:
@@ -183,6 +178,11 @@ def _step(tuner: Tuner, objective: Objective, learned: Text, plan: Plan, number:
     taken = tuner.step(objective, windows, number, scale)
     seconds = time.monotonic() - begun
     return Point(number, taken.loss, taken.gradient_norm, scale, windows.numel(), seconds)
+
+
+def _held_out(model: nn.Module, tuner: Tuner, windows: Windows, plan: Plan) -> float:
+    with tuner.ready():
+        return mean_loss(model, windows, plan.judged)
 
 
 def _judged(point: Point, held_out: float) -> Point:

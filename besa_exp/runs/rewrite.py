@@ -51,11 +51,7 @@ def rewritten(
         if block.index >= len(done):
             change(block)
         file = before.mask_files(len(work.reports))[block.index]
-        masks = load_masks(file)
-        if keep is not None:
-            masks = {
-                name: mask for name, mask in masks_of_keep(block.name, block.linears, keep).items() if name in masks
-            }
+        masks = _masks(block, load_masks(file), keep)
         report = _recounted(block, work.reports[block.index])
         reports.append(report)
         _check_zeros(block, masks)
@@ -70,6 +66,14 @@ def rewritten(
     if loaded.weights:
         loaded = pruned_weights(loaded, into, others=[into.outside] if outside else [])
     return replace(work, loaded=loaded, finished=into, reports=tuple(reports))
+
+
+def _masks(block: Block, before: Mapping[str, Tensor], keep: Mapping[str, KeepBits] | None) -> Mapping[str, Tensor]:
+    """The block's, of the linears that had one before."""
+    if keep is None:
+        return before
+    now = masks_of_keep(block.name, block.linears, keep)
+    return {name: now[name] for name in before}
 
 
 def _recounted(block: Block, report: BlockReport) -> BlockReport:

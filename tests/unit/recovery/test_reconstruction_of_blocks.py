@@ -102,6 +102,12 @@ def test_errors_fall_zeros_stay_and_nothing_outside_the_blocks_moves(dtype):
     assert moved == {name for name in before if ".layers." in name}
 
 
+def test_a_dense_model_of_other_blocks_is_refused():
+    model, _, _ = models()
+    with pytest.raises(ValueError, match="as many blocks"):
+        Reconstruction.of(model, tiny_llama(context=32), "block", 2, TEXT.shape[1])
+
+
 def test_a_dense_model_that_is_its_own_teacher_has_no_error():
     _, _, dense = models()
     objective = Reconstruction.of(dense, copy.deepcopy(dense), "pair", 2, TEXT.shape[1])
