@@ -140,13 +140,15 @@ class Removed:
 @dataclass(frozen=True)
 class StructureReport:
     """What was taken out of the model whole, before the block loop. `num_blocks` and all numbers of blocks are those of
-    the dense model; `changes` ascend by number. `weights`: of the linears in the blocks; `parameters`: of all."""
+    the dense model; `changes` ascend by number. `weights`: of the linears in the blocks; `parameters`: of all.
+    `saved_as`: how blocks of uneven widths are saved, padded or custom_code; None: they are even."""
 
     method: str
     num_blocks: int
     changes: tuple[Narrowed | Removed, ...]
     weights: Size
     parameters: Size
+    saved_as: str | None = None
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -158,14 +160,15 @@ class StructureReport:
         """As `structure` in results.json; `parameters` stand beside it there, for every run."""
         blocks = [change.to_dict() for change in self.changes]
         counts = {"num_blocks": self.num_blocks, "weights": asdict(self.weights)}
-        return {"method": self.method, **counts, "blocks": blocks}
+        uneven = {"saved_as": self.saved_as} if self.saved_as else {}
+        return {"method": self.method, **counts, **uneven, "blocks": blocks}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any], parameters: Mapping[str, int]) -> StructureReport:
         """The inverse, with `parameters` of the same results.json."""
         changes = tuple(_change(block) for block in values["blocks"])
         sizes = Size(**values["weights"]), Size(**parameters)
-        return StructureReport(values["method"], values["num_blocks"], changes, *sizes)
+        return StructureReport(values["method"], values["num_blocks"], changes, *sizes, values.get("saved_as"))
 
 
 def _change(values: Mapping[str, Any]) -> Narrowed | Removed:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.call_arguments import Reached, hidden_of
+from besa_exp.blocks.linears import find_linears
 from besa_exp.blocks.pruner import PrunedBlock
 from besa_exp.blocks.reports import BlockReport
 from besa_exp.errors import RunError
@@ -134,7 +135,7 @@ def sub_blocks(block: Block, inputs: Hidden) -> list[tuple[Block, tuple[str, ...
     its own. `inputs`: one sample shows where they part. RunError: there is no such place."""
     seen, output = _watch(block, inputs[:1])
     first_calls = {id(module): place for place, (module, _) in reversed([*enumerate(seen)])}
-    called = {name: _call_of(block.module, name, first_calls) for name in block.linears}
+    called = {name: _call_of(block.module, name, first_calls) for name in find_linears(block.module)}
     parts: list[tuple[Block, tuple[str, ...]]] = []
     begin, last = 0, seen[0][1]
     for place, (module, state) in enumerate(seen):
@@ -148,7 +149,9 @@ def sub_blocks(block: Block, inputs: Hidden) -> list[tuple[Block, tuple[str, ...
             f"{block.name}: attention and MLP cannot be reconstructed apart: no state between them holds all of the "
             "block's input, as in blocks that run them side by side; use pruner.scope=block"
         )
-    return [*parts, (block, tuple(name for name, call in called.items() if call >= begin))]
+    parts.append((block, tuple(name for name, call in called.items() if call >= begin)))
+    own = [(part, tuple(name for name in names if name in block.linears)) for part, names in parts]
+    return [(part, names) for part, names in own if names]  # what is ignored is in no part
 
 
 class _Until(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -74,21 +74,9 @@ class StreamedWeights:
                     inner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
         give_back_memory()
 
-    @contextmanager
-    def on_demand(self, blocks: Mapping[str, nn.Module]) -> Iterator[None]:
+    def on_demand(self, blocks: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
         """Lets the model be called as a whole: each block's weights are read again in each of its forward passes."""
-        hooks = []
-        for name, module in blocks.items():
-            hooks.append(module.register_forward_pre_hook(partial(self._load_before, name)))
-            hooks.append(module.register_forward_hook(lambda module, *_: self.release(module)))
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _load_before(self, name: str, module: nn.Module, args: object) -> None:
-        self.load(name, module)
+        return on_demand(blocks, self.load, self.release)
 
     def resident(
         self, blocks: Sequence[Block], see: Callable[[Block, Mapping[str, Tensor]], None] | None = None
@@ -122,6 +110,28 @@ class StreamedWeights:
         """The same model with other files for some tensors, which hold them under the model's own names."""
         sources = {name: source for file in files for name, source in tensors_of_file(file, model).items()}
         return replace(self, sources={**self.sources, **sources})
+
+
+@contextmanager
+def on_demand(
+    blocks: Mapping[str, nn.Module],
+    load: Callable[[str, nn.Module], None],
+    release: Callable[[nn.Module], None],
+) -> Iterator[None]:
+    """Each block, by its name in the model, is loaded before each of its forward passes and released after it."""
+    hooks = []
+    for name, module in blocks.items():
+        hooks.append(module.register_forward_pre_hook(partial(_before, load, name)))
+        hooks.append(module.register_forward_hook(lambda module, *_: release(module)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _before(load: Callable[[str, nn.Module], None], name: str, module: nn.Module, args: object) -> None:
+    load(name, module)
 
 
 def open_streamed(

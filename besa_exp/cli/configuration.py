@@ -167,9 +167,7 @@ def run_name(config: DictConfig) -> str:
         values["model"] = {key: value for key, value in values["model"].items() if key not in NOT_DECIDING}
     if isinstance(values.get("save"), dict):
         values["save"] = {key: values["save"][key] for key in values["save"] if key not in ("verify", "push_to_hub")}
-    for group, key, default in LATER_KEYS:
-        if isinstance(values.get(group), dict) and values[group].get(key) == default:
-            values[group] = {name: value for name, value in values[group].items() if name != key}
+    values = _without_later_keys(values)
     choices = OmegaConf.select(config, "hydra.runtime.choices")
     method = method_name(choices)
     differing = _told_differences(method, values, str(choices.get("calibration")))
@@ -230,6 +228,7 @@ def tuning_folder(config: DictConfig) -> str:
     deciding = {key: values.get(key) for key in ("calibration", "recovery", "evaluator", "seed", "device", "save")}
     deciding["deterministic"] = values.get("deterministic")
     deciding |= {"teacher": teacher} if (teacher := values.get("teacher")) else {}
+    deciding |= _without_later_keys({"recovery": values.get("recovery")})
     if isinstance(model := values.get("model"), dict):
         deciding["model"] = {key: value for key, value in model.items() if key not in (*NOT_DECIDING, "path")}
     folder = Path(path).expanduser()
@@ -239,6 +238,15 @@ def tuning_folder(config: DictConfig) -> str:
     name = recovery.get("name") if isinstance(recovery, dict) else "recovery"
     parts = [Path(run or path).name, name, f"s{values.get('seed')}", digest.hexdigest()[:HASH_LENGTH]]
     return "outputs/" + "-".join(_slug(part) for part in parts)
+
+
+def _without_later_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the keys of groups that were added later, where they say what went without saying before."""
+    kept = dict(values)
+    for group, key, default in LATER_KEYS:
+        if isinstance(kept.get(group), dict) and kept[group].get(key) == default:
+            kept[group] = {name: value for name, value in kept[group].items() if name != key}
+    return kept
 
 
 def _model_name(values: Mapping[str, Any]) -> str:

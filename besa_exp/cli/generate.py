@@ -143,8 +143,9 @@ def _models(place: str, alone: bool) -> dict[str, ModelSettings]:
         return {"model": ModelSettings(Path(path).name, path)}
     if problems := check_run(run):
         raise ConfigurationError(*(problem.replace("checkpoint=", "") for problem in problems))
-    given = _dense(run)
-    pruned = ModelSettings(run.name, path, trust_remote_code=bool(given.get("trust_remote_code")))
+    given, structure = _group(run, "model"), _group(run, "structure")
+    own_code = (structure.get("shape"), structure.get("save")) == ("uneven", "custom_code")  # that the run wrote itself
+    pruned = ModelSettings(run.name, path, trust_remote_code=own_code or bool(given.get("trust_remote_code")))
     if alone or "path" not in given or given["path"] == path:
         return {"pruned": pruned}
     keys = ("path", "revision", "dtype", "trust_remote_code", "convert")
@@ -152,12 +153,13 @@ def _models(place: str, alone: bool) -> dict[str, ModelSettings]:
     return {"dense": dense, "pruned": pruned}
 
 
-def _dense(run: Path) -> dict[str, Any]:
+def _group(run: Path, name: str) -> dict[str, Any]:
+    """The keys of a group as the run was asked; {} where it says nothing of it."""
     try:
-        model = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
+        group = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))[name]
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return {}
-    return model if isinstance(model, dict) else {}
+    return group if isinstance(group, dict) else {}
 
 
 def _texts(settings: ModelSettings, prompts: Sequence[str], tokens: int, offline: bool) -> list[str]:

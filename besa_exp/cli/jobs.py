@@ -185,7 +185,7 @@ def grouped(jobs: Sequence[Job]) -> Iterator[None]:
     varied = dict.fromkeys(key_of(line) for job in jobs for line in job.lines if line not in common)
     named = GROUP in os.environ or any(OmegaConf.select(job.config, "tracker.group") for job in jobs)
     if not named:
-        os.environ[GROUP] = f"sweep of {', '.join(varied)}, {datetime.now(UTC):%Y-%m-%d %H:%M}"
+        os.environ[GROUP] = f"sweep of {', '.join(varied) or 'one'}, {datetime.now(UTC):%Y-%m-%d %H:%M}"
     try:
         yield
     finally:

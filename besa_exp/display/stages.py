@@ -7,6 +7,12 @@ from typing import Any
 
 from besa_exp.blocks.reports import Narrowed, RecoveryReport, Removed, StructureReport
 
+SAVED_AS = {
+    None: "",
+    "padded": "; saved with zeros up to the widest block",
+    "custom_code": "; saved with a modelling file (trust_remote_code=True)",
+}
+
 
 def stage_lines(results: Mapping[str, Any]) -> dict[str, str]:
     """{what: how} of the stages beside the block loop that the run had; {} where it had none."""
@@ -31,7 +37,7 @@ def _structure(report: StructureReport) -> str:
             parts.append(f"{gone:,} {name} in {sum(size.left < size.dense for size in sizes)} blocks")
     size = report.parameters
     left = f"{size.left:,} of {size.dense:,} parameters left ({size.left / size.dense:.1%})"
-    return f"{', '.join(parts) or 'nothing'} by {report.method}; {left}"
+    return f"{', '.join(parts) or 'nothing'} by {report.method}; {left}{SAVED_AS[report.saved_as]}"
 
 
 def _recovery(report: RecoveryReport) -> str:

@@ -94,6 +94,7 @@ def _windows(calibration: CalibrationSettings) -> str:
 def outline(settings: RunSettings) -> tuple[str, str]:
     """Two lines before anything is loaded: model, amount, seed; then method, calibration, scores."""
     evaluator, amount = settings.evaluator, f"{100 * settings.sparsity:g} % {settings.pattern}"
+    amount += f" but for {', '.join(settings.ignore)}" if settings.ignore else ""
     first = [
         "besa " + __version__,
         settings.model.name,

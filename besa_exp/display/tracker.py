@@ -126,8 +126,12 @@ class WandbTracker:
         counted = {
             kind: numpy.histogram(numpy.concatenate(rows), HISTOGRAM_BINS, (0, 1)) for kind, rows in by_type.items()
         }
+        counted = {
+            kind: found for kind, found in counted.items() if (found[0] > 0).sum() > 1
+        }  # else they are all alike
         drawn = {f"rows/{kind}": wandb.Histogram(np_histogram=histogram) for kind, histogram in counted.items()}
-        self._run.log({"block": block, **drawn})
+        if drawn:
+            self._run.log({"block": block, **drawn})
 
     def log_recovery_step(self, step: Mapping[str, Any]) -> None:
         if step["step"] < self._known_recovery:

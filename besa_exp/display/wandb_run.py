@@ -58,7 +58,7 @@ def start_run(
 def _config(folder: Path, config: Mapping[str, Any], pruner: str) -> dict[str, Any]:
     """The request, its secrets masked and its folders left out, with the method's name, and of the run folder's files
     the command, versions, commit and device."""
-    told = without_folders(masked(config)) | {"method": pruner}
+    told = _without_classes(without_folders(masked(config))) | {"method": pruner}
     if isinstance(model := told.get("model"), dict) and "path" in model:
         told["model"] = model | {"name": model.get("name") or str(model["path"]).rstrip("/").rpartition("/")[2]}
     where, status = (_json(folder / name) for name in ("environment.json", "status.json"))
@@ -66,6 +66,13 @@ def _config(folder: Path, config: Mapping[str, Any], pruner: str) -> dict[str, A
     told |= {"commit": where["git_commit"], "device_name": where["device_name"]} if where else {}
     versions = {name: where["packages"].get(name) for name in PACKAGES} if where else {}
     return told | ({"versions": {"python": where["python"], **versions}} if versions else {})
+
+
+def _without_classes(values: Any) -> Any:
+    """Without the Python paths of the method's parts."""
+    if not isinstance(values, Mapping):
+        return values
+    return {key: _without_classes(value) for key, value in values.items() if key != "_target_"}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from besa_exp.checkpoints.streaming import cannot_stream, give_back_memory, save
 from besa_exp.checkpoints.tensor_sources import stored_tensors
 from besa_exp.dry_run.counts import CHIPS, DISK, HASH, block_seconds, passes_of
 from besa_exp.dry_run.probe import BlockCost, BlockProbe, PeakMemory, cut_down, seconds_of
+from besa_exp.dry_run.recovery import RecoveryCost, recovery_cost
 from besa_exp.dry_run.texts import Texts, local_folder, model_without_weights, read_texts
 from besa_exp.errors import ConfigurationError, RunError, first_line
 from besa_exp.evaluation.batches import rows_at_once, tokens_at_once
@@ -48,13 +49,14 @@ from besa_exp.machine.memory import free_memory
 from besa_exp.methods.budgets.budget import Budget, pruned_to
 from besa_exp.methods.budgets.trial import DepthSearch
 from besa_exp.methods.updates.updated import with_update
+from besa_exp.recovery.recipe import follows_dense
 from besa_exp.settings import RunSettings
 from besa_exp.tensors.importance import importance_of
 from besa_exp.tensors.masks import Goal
 
 Place = Literal["device", "host", "disk"]
-Phase = Literal["load", "prune", "save", "evaluate"]
-PHASES: tuple[Phase, ...] = ("load", "prune", "save", "evaluate")
+Phase = Literal["load", "prune", "recover", "save", "evaluate"]
+PHASES: tuple[Phase, ...] = ("load", "prune", "recover", "save", "evaluate")
 LIBRARIES = "Python and libraries"  # held by this process too: they do not lessen what is free
 LEAST_WORK = 3  # blocks that a probe on a CPU needs at least
 SLOW = 1.0  # seconds that an evaluation's batch may take; a smaller one is measured where it takes longer
@@ -123,6 +125,7 @@ class Measured:
     budget: float | None = 0.0
     token: tuple[float, float] = (0.0, 0.0)
     batch_bytes: int | None = None
+    recovery: RecoveryCost | None = None
     note: str = ""
 
 
@@ -181,15 +184,15 @@ def estimate_from_counts(settings: RunSettings, folder: Path) -> Estimate:
     weights, block = 8 * size.masks // len(size.blocks), sum(size.blocks) // len(size.blocks)
     host = (block + weights / 8) / DISK + block / HASH
     a_block = max(block_seconds(chip, pruner, passes, model.config, weights, samples, length), host)
-    load, saved = (size.outside if streamed else size.total) / DISK, settings.keeps_model
-    save = (size.outside if streamed else size.total) / DISK * saved + 2 * size.total / DISK * saved
+    anew = size.outside if streamed else size.total
+    load, save = anew / DISK, (anew + 2 * size.total) / DISK * settings.keeps_model
     seconds: dict[str, float | None] = {"load": load, "prune": a_block * len(size.blocks), "one block": a_block}
     seconds |= {"save": save, "total": load + a_block * len(size.blocks) + save}
     held = size.outside + (1 + pruner.traits.blocks_together) * block if streamed else size.total
     states = Measured(0, "device")
     parts = [Part("weights", "device", held), *_pruning_parts(pruner, samples * length * size.state, states, "device")]
-    kept = size.total * saved + size.masks * settings.save.masks
-    parts.append(Part("finished blocks, masks and what is kept", "disk", kept + sum(size.blocks) * streamed, PHASES))
+    parts += _disk_parts(settings, size, states, anew * settings.keeps_model)
+    kept = size.total * settings.keeps_model + size.masks * settings.save.masks
     notes = [
         f"an estimate from counts for {settings.device_name}, on which nothing was measured: a sample passes a block "
         f"{passes.plain / samples:.2f} times without and {passes.differentiated / samples:.2f} times with a gradient",
@@ -207,7 +210,7 @@ def _not_estimated(settings: RunSettings, found: Measured) -> list[str]:
     if settings.pruner.traits.refinements:
         notes.append("time and memory of the search over the whole model that follows the block loop are not estimated")
     if settings.recovery:
-        notes.append("time, memory and checkpoints of the recovery are not estimated")
+        notes.append("of the recovery's memory, the activations of a step are not estimated")
     return notes
 
 
@@ -267,7 +270,10 @@ def _measured(
         budget = _budget_seconds(probe, settings, texts, len(size.blocks))
         scores = bool(evaluator.perplexity_sets or evaluator.tasks)
         token, held = _scoring(probe, texts, evaluator.batch_size) if scores else ((0.0, 0.0), 0)
-        return unmeasured(block=block, budget=budget, token=token, batch_bytes=held)
+        asked = settings.recovery
+        length = (asked.seq_len or texts.seq_len) if asked else 0
+        recovery = recovery_cost(probe, asked, length, len(size.blocks)) if asked else None
+        return unmeasured(block=block, budget=budget, token=token, batch_bytes=held, recovery=recovery)
     except torch.OutOfMemoryError:
         return unmeasured(note="time and working memory are not estimated: one block did not fit")
     except RunError:
@@ -352,6 +358,11 @@ def _memory_parts(
         parts = [part for part in parts if "load" in part.phases or "evaluate" in part.phases]
     else:
         parts += _pruning_parts(pruner, texts.samples * texts.seq_len * size.state, found, memory)
+    if settings.recovery:
+        held = found.recovery.state_bytes if found.recovery else None
+        parts.append(Part("recovery: what is trained, and its moments", memory, held, ("recover",), "recovery=lora"))
+        if follows_dense(settings.recovery):
+            parts.append(Part("recovery: the dense model", memory, size.total, ("recover",), "recovery.distill=none"))
     if settings.evaluator.perplexity_sets or settings.evaluator.tasks:
         remedy = "evaluator.batch_size=1"
         parts.append(Part("evaluation: a batch's logits", memory, found.batch_bytes, ("evaluate",), remedy))
@@ -377,7 +388,7 @@ def _pruning_parts(pruner: Pruner, states: int, found: Measured, memory: Place) 
 
 def _disk_parts(settings: RunSettings, size: ModelSize, found: Measured, saved_anew: int) -> list[Part]:
     parts: list[Part] = []
-    after: tuple[Phase, ...] = ("prune", "save", "evaluate")
+    after: tuple[Phase, ...] = ("prune", "recover", "save", "evaluate")
     if not settings.is_dense:
         kept = sum(size.blocks) + size.masks
         parts.append(Part("finished blocks and masks, until the run is done", "disk", kept, after))
@@ -386,6 +397,10 @@ def _disk_parts(settings: RunSettings, size: ModelSize, found: Measured, saved_a
         parts.append(Part("saved shards", "disk", saved_anew, ("save", "evaluate"), less))
     if settings.save.masks and not settings.is_dense:
         parts.append(Part("masks.safetensors", "disk", size.masks, ("save", "evaluate")))
+    if settings.recovery:
+        cost = found.recovery
+        states = 2 * (cost.state_bytes + cost.moved_bytes) if cost else None
+        parts.append(Part("recovery: two checkpoints and their best weights", "disk", states, ("recover",)))
     steps = round(found.block.steps * len(size.blocks)) if found.block else 0
     logs = BASE_LOG_BYTES + steps * STEP_BYTES + size.linears * LINEAR_BYTES
     parts.append(Part("logs and metrics", "disk", logs))
@@ -417,10 +432,20 @@ def _seconds(
         begin = (found.budget or 0.0) + replayed * found.block.forward_seconds if found.block else 0.0
         pruning = None if a_block is None else begin + a_block * len(size.blocks)
         save = _save_seconds(settings, size, disk, load, saved_anew, evaluated or 0.0)
-        seconds |= {"calibrate": texts.calibrate, "prune": pruning, "one block": a_block, "save": save}
+        seconds |= {"calibrate": texts.calibrate, "prune": pruning, "one block": a_block}
+        seconds |= {"recover": _recovery_seconds(found.recovery, disk)} if settings.recovery else {}
+        seconds |= {"save": save}
     seconds["evaluate"] = None if evaluated is None else models * evaluated
     parts = [value for part, value in seconds.items() if part != "one block"]
     return {**seconds, "total": None if None in parts else sum(filter(None, parts))}
+
+
+def _recovery_seconds(cost: RecoveryCost | None, disk: DiskSpeed) -> float | None:
+    """Its steps, and the files that are written and hashed each time held-out windows have judged."""
+    if cost is None:
+        return None
+    written = (cost.state_bytes + cost.moved_bytes) * (disk.write + 2 * disk.hash)
+    return cost.seconds + cost.checkpoints * (3 * disk.file + written)
 
 
 def _block_seconds(size: ModelSize, block: BlockCost, disk: DiskSpeed, streamed: bool) -> float:

@@ -69,10 +69,10 @@ class BlockProbe:
         large = self._measured(many, length)
         small = large if many == samples and length == seq_len else self._measured(few, length)
         longer = seq_len / length
-        per_sample, fixed = _line(few, small.seconds, many, large.seconds)
-        per_step, no_steps = _line(few, small.steps, many, large.steps)
+        per_sample, fixed = line(few, small.seconds, many, large.seconds)
+        per_step, no_steps = line(few, small.steps, many, large.steps)
         rows = [self._rows(count, bool(large.steps)) for count in (few, many, samples)]
-        per_row, fixed_bytes = _line(rows[0], small.working_bytes, rows[1], large.working_bytes)
+        per_row, fixed_bytes = line(rows[0], small.working_bytes, rows[1], large.working_bytes)
         return BlockCost(
             seconds=fixed + samples * per_sample * longer,
             forward_seconds=a_token * seq_len,
@@ -177,7 +177,7 @@ def _random(like: Tensor, name: str, distinct: bool, device: torch.device, gener
     return drawn * scale.view(-1, *[1] * (like.ndim - 1))
 
 
-def _line(x: float, y: float, later_x: float, later_y: float) -> tuple[float, float]:
+def line(x: float, y: float, later_x: float, later_y: float) -> tuple[float, float]:
     """Slope and value at 0, neither below 0, through two points (through 0 and the second where they are one)."""
     slope = (later_y - y) / (later_x - x) if later_x > x else later_y / later_x
     slope = min(max(slope, 0.0), later_y / later_x)

@@ -96,7 +96,9 @@ def sweep_seconds(jobs: Sequence[Estimate]) -> float | None:
 
 def verdicts(found: Estimate) -> list[str]:
     """A line for each place: whether what is free there holds the run, and the remedies where not."""
-    names = {"device": f"memory of {found.device}", "host": "memory of the host", "disk": "disk of the run folder"}
+    named = found.settings.device_name
+    device = found.device if named == "here" else named
+    names = {"device": f"memory of {device}", "host": "memory of the host", "disk": "disk of the run folder"}
     lines = []
     for place, free in found.free.items():
         needed, phase = peak([part for part in found.parts if part.name != LIBRARIES], place)

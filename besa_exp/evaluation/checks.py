@@ -29,9 +29,7 @@ def prompts_of(settings: EvaluatorSettings) -> tuple[str, ...]:
 def check_evaluator(settings: EvaluatorSettings, context: int | None) -> list[str]:
     """What is wrong with these settings, in complete sentences. `context` None: the model's is not known yet."""
     prompts = settings.prompts or ()
-    problems = (
-        [] if all(prompts) else ["evaluator.prompts: one is empty, and nothing follows nothing; write a character"]
-    )
+    problems = [] if all(prompts) else ["evaluator.prompts: one is empty; write at least a character"]
     problems += [*_repeated(prompts, "evaluator.prompts"), *_number_problems(settings, context)]
     return [*problems, *_set_problems(settings, context), *_task_problems(settings)]
 

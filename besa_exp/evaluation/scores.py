@@ -153,7 +153,7 @@ def _texts(
     if not prompts:
         return {}
     lacks = "the model has no tokenizer" if loaded.tokenizer is None else ""
-    lacks = "a streamed model would be read anew for every token" if loaded.weights is not None else lacks
+    lacks = "a streamed model would be read again for every token" if loaded.weights is not None else lacks
     on_progress("text samples" + (f": none, {lacks}" if lacks else ""))
     try:
         with as_unavailable():

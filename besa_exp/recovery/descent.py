@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -84,6 +85,10 @@ class Descent:
             self._write()
         self.optimizer.zero_grad()
         return Taken(loss, norm)
+
+    def ready(self) -> AbstractContextManager[None]:
+        """All is in memory."""
+        return nullcontext()
 
     def state(self) -> dict[str, Tensor]:
         """What is trained, and AdamW's moments and count of steps."""

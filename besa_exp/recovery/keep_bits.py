@@ -93,9 +93,12 @@ def keep_of_zeros(model: nn.Module) -> dict[str, KeepBits]:
     return kept
 
 
-def keep_of_masks(model: nn.Module, keep_masks: Mapping[str, Bool[Tensor, "_out _in"]]) -> dict[str, KeepBits]:
+def keep_of_masks(
+    model: nn.Module, keep_masks: Mapping[str, Bool[Tensor, "_out _in"]], device: torch.device | None = None
+) -> dict[str, KeepBits]:
     """The bits of each parameter by its name, from the keep masks of linears by their full name (`load_masks`), such as
-    `model.layers.0.mlp.experts.3.down_proj.weight`. ValueError: a mask fits no linear of the model."""
+    `model.layers.0.mlp.experts.3.down_proj.weight`. `device`: where blocks that lie in files compute. ValueError: a
+    mask fits no linear of the model."""
     path, modules = discover_blocks(model)
     masks, left = {}, dict(keep_masks)
     for index, module in enumerate(modules):
@@ -119,7 +122,8 @@ def keep_of_masks(model: nn.Module, keep_masks: Mapping[str, Bool[Tensor, "_out 
             f"masks of {', '.join(sorted(left)[:3])} fit no linear of {type(model).__name__}; give the masks of the "
             "run that pruned this model"
         )
-    devices = {name: parameter.device for name, parameter in model.named_parameters()}
+    places = {name: parameter.device for name, parameter in model.named_parameters()}
+    devices = {name: device if device and place.type == "meta" else place for name, place in places.items()}
     return {name: KeepBits.of(mask.to(devices[name])) for name, mask in masks.items()}
 
 

@@ -1,13 +1,18 @@
-"""LoRA under the mask: the product of two thin factors is added to the kept weights alone.
+"""LoRA under the mask: the product of two thin factors moves the kept weights alone, added to them or multiplied.
 
-    W = W_0 + s (B A) * M,   s = alpha / r,   B = 0 at first            (A [r, in], B [out, r])
-    dL/dB = s (M * G) A^T,   dL/dA = s B^T (M * G),   G = dL/dW
+    lora:   W = W_0 + s (B A) * M,   s = alpha / r,   B = 0 at first          dL/d(B A) = s (M * G)
+    scale:  W = W_0 * (B A),                          B A = 1 at first        dL/d(B A) = W_0 * G
+    dL/dB = dL/d(B A) A^T,   dL/dA = B^T dL/d(B A),   G = dL/dW               (A [r, in], B [out, r])
 
 LoRA (Hu et al., arXiv 2106.09685) as it is fills every zero when it is merged. With the mask inside (SQFT's SparsePEFT,
-arXiv 2410.03750; PERP's MaskLoRA, arXiv 2312.15230) what is merged is what was trained. Those codes form B A in each
-forward pass and leave it to autograd to keep; it is as large as W. Here W is written once a step and B A dropped, and G
-comes from the model's own backward pass, one tensor at a time: there is no adapter module in the model, forward and
-backward passes are the model's own, and merging is no step at all.
+arXiv 2410.03750; PERP's MaskLoRA, arXiv 2312.15230) what is merged is what was trained. `scale` is PERP's ScaleLoRA,
+HiRA in other papers: what is 0 stays 0, and places still come from the mask, so that -0.0 is written nowhere. PERP
+begins it with all entries 1 / sqrt(r); the r columns of B, and the r rows of A, then get equal gradients and stay
+equal, so that B A has rank 1 whatever r says. Here the first column and row are ones, and the others begin as LoRA's.
+
+Those codes form B A in each forward pass and leave it to autograd to keep; it is as large as W. Here W is written once
+a step and B A dropped, and G comes from the model's own backward pass, one tensor at a time: there is no adapter module
+in the model, forward and backward passes are the model's own, and merging is no step at all.
 
 Bytes a parameter with bf16 weights of which a share k is kept: 2 (W) + 1/8 (bits) + 2 k (W_0 at the kept places), and
 the factors. A step costs the products of full tuning: G must be whole before it can be masked.
@@ -15,13 +20,14 @@ the factors. A step costs the products of full tuning: G must be whole before it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from besa_exp.errors import check_fields, within
 from besa_exp.recovery.descent import Adam, Descent, Form
 from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears, without_negative_zeros
 from besa_exp.recovery.norms import norms_and_biases
@@ -29,15 +35,15 @@ from besa_exp.recovery.schedule import key_of
 
 
 @dataclass(frozen=True)
-class MaskedLora:
-    """W = W_0 + scaling (B A) * M. `base` is W_0 at the kept places, in its own dtype; a stack of experts has a pair of
-    factors for each."""
+class Factored:
+    """W = W_0 + scaling (B A) * M, or W_0 * (B A) where `scaling` is None. `base` is W_0 at the kept places, in its own
+    dtype; a stack of experts has a pair of factors for each."""
 
     base: Tensor
     A: Float[Tensor, "*expert rank in"]
     B: Float[Tensor, "*expert out rank"]
-    scaling: float
     keep: KeepBits | None
+    scaling: float | None = None
 
     @property
     def trained(self) -> Mapping[str, Tensor]:
@@ -46,16 +52,32 @@ class MaskedLora:
 
     def write(self, parameter: Tensor) -> None:
         """In fp32, rounded once."""
-        product = self.B @ self.A
+        product, base = self.B @ self.A, self.base.float()
         if self.keep is None:
-            merged = self.base.view(parameter.shape).float() + self.scaling * product
+            merged = self._merged(base.view(parameter.shape), product)
             parameter.copy_(without_negative_zeros(merged.to(parameter.dtype)))
         else:
-            self.keep.scatter_(self.base.float() + self.scaling * self.keep.gather(product), parameter)
+            self.keep.scatter_(self._merged(base, self.keep.gather(product)), parameter)
 
     def gradients(self, gradient: Tensor) -> Mapping[str, Tensor]:
-        """s B^T (M * G) and s (M * G) A^T."""
-        return factor_gradients(masked(gradient, self.keep), self.A, self.B, self.scaling)
+        """To the factors."""
+        found, scaling = gradient.float(), 1.0
+        if self.scaling is None:
+            found = self._dense_base(gradient) * found
+        else:
+            found, scaling = found if self.keep is None else found * self.keep.mask(), self.scaling
+        return {"A": self.B.mT @ found * scaling, "B": found @ self.A.mT * scaling}
+
+    def _merged(self, base: Tensor, product: Tensor) -> Tensor:
+        return base * product if self.scaling is None else base + self.scaling * product
+
+    def _dense_base(self, like: Tensor) -> Tensor:
+        """W_0 in fp32."""
+        if self.keep is None:
+            return self.base.view(like.shape).float()
+        dense = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+        self.keep.scatter_(self.base, dense)
+        return dense
 
 
 @dataclass(frozen=True)
@@ -68,7 +90,7 @@ class Lora:
     norms: bool = True
 
     def __post_init__(self) -> None:
-        check_rank(self.rank)
+        check_fields(self, "recovery", within(least=1), "rank")
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """Any model."""
@@ -76,21 +98,55 @@ class Lora:
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> Descent:
         """A pair of factors for each linear of the blocks."""
-        forms: dict[str, Form] = {}
-        for name, parameter in parameters_of_linears(model).items():
+
+        def form(name: str, parameter: Tensor) -> Factored:
             A, B = factors(parameter, self.rank)
             bound = 3**0.5 / parameter.shape[-1] ** 0.5  # a variance of 1 / in, whatever the rank
             A.copy_(uniform(A.shape, key_of("lora", seed, name)).mul_(bound))
-            forms[name] = MaskedLora(
-                kept_of(parameter, keep.get(name)), A, B.zero_(), self.alpha / self.rank, keep.get(name)
-            )
-        return Descent(model, forms | (norms_and_biases(model) if self.norms else {}), self.adam, keep)
+            base = kept_of(parameter, keep.get(name))
+            return Factored(base, A, B.zero_(), keep.get(name), self.alpha / self.rank)
+
+        return begun(model, keep, form, self.adam, self.norms)
 
 
-def check_rank(rank: int) -> None:
-    """ValueError: it is none."""
-    if rank < 1:
-        raise ValueError(f"recovery.rank={rank}: must be at least 1")
+@dataclass(frozen=True)
+class Scale:
+    """`rank` r; `norms`: norms and biases are trained beside the factors."""
+
+    adam: Adam = field(default_factory=lambda: Adam(lr=1e-3))
+    rank: int = 16
+    norms: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self, "recovery", within(least=1), "rank")
+
+    def check(self, sparsity: float, pattern: str) -> list[str]:
+        """Any model."""
+        return []
+
+    def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> Descent:
+        """A pair of factors for each linear of the blocks."""
+
+        def form(name: str, parameter: Tensor) -> Factored:
+            A, B = factors(parameter, self.rank)
+            A.copy_(uniform(A.shape, key_of("scale", seed, name)).mul_((3 / self.rank) ** 0.5))
+            A[..., 0, :], B[..., 0] = 1, 1
+            B[..., 1:] = 0
+            return Factored(kept_of(parameter, keep.get(name)), A, B, keep.get(name))
+
+        return begun(model, keep, form, self.adam, self.norms)
+
+
+def begun(
+    model: nn.Module,
+    keep: Mapping[str, KeepBits],
+    form: Callable[[str, Tensor], Factored],
+    adam: Adam,
+    norms: bool,
+) -> Descent:
+    """The tuner of each linear's factors, and of norms and biases where they are trained too."""
+    forms: dict[str, Form] = {name: form(name, own) for name, own in parameters_of_linears(model).items()}
+    return Descent(model, forms | (norms_and_biases(model) if norms else {}), adam, keep)
 
 
 def factors(parameter: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -99,21 +155,6 @@ def factors(parameter: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     rank = min(rank, rows, columns)
     A = torch.empty(*stack, rank, columns, dtype=torch.float32, device=parameter.device)
     return A, torch.empty(*stack, rows, rank, dtype=torch.float32, device=parameter.device)
-
-
-def factor_gradients(
-    gradient: Float[Tensor, "*expert out in"],
-    A: Float[Tensor, "*expert rank in"],
-    B: Float[Tensor, "*expert out rank"],
-    scaling: float,
-) -> dict[str, Tensor]:
-    """dL/dA and dL/dB where `gradient` is dL / d(scaling B A)."""
-    return {"A": B.mT @ gradient * scaling, "B": gradient @ A.mT * scaling}
-
-
-def masked(gradient: Tensor, keep: KeepBits | None) -> Tensor:
-    """M * G in fp32."""
-    return gradient.float() if keep is None else gradient.float() * keep.mask()
 
 
 def kept_of(parameter: Tensor, keep: KeepBits | None) -> Tensor:

@@ -12,6 +12,10 @@ every device and rank. It has a number for each kept weight, so that zeros stay 
 pruned weights and two numbers a step, g and the step size: they are the checkpoint, and to go on is to take the same
 steps again.
 
+Of a streamed model one block is in memory at a time. The step of a block is taken when it comes to memory for the next
+one, just before both passes go through it, and what it became is kept in a file until then: a step reads and writes the
+model once.
+
 A step of lr g z is below half a unit in the last place of a weight in bf16, and would be lost: there the new weight is
 rounded at random to one of its two neighbours, the nearer the likelier, by numbers from the same key.
 """
@@ -19,17 +23,21 @@ rounded at random to one of its two neighbours, the nearer the likelier, by numb
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from besa_exp.blocks.block import Block, Hidden, capture_blocks, embed
+from besa_exp.blocks.block import Block, Hidden, capture_blocks, discover_blocks, embed
 from besa_exp.blocks.head import head_logits
+from besa_exp.checkpoints.streaming import on_demand
 from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
 from besa_exp.recovery.keep_bits import KeepBits, without_negative_zeros
@@ -62,12 +70,47 @@ class Mezo:
         return MezoTuner(model, self, keep, seed)
 
 
+@dataclass(frozen=True)
+class BlockFiles:
+    """Where the pruned weights of a streamed model's blocks come from, and a folder for what they become."""
+
+    load: Callable[[str, nn.Module], None]
+    release: Callable[[nn.Module], None]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class StreamedMezo:
+    """`Mezo` of a model whose blocks lie in files. Of its tuner `parameters` are those outside the blocks."""
+
+    settings: Mezo
+    files: BlockFiles
+
+    def check(self, sparsity: float, pattern: str) -> list[str]:
+        """Any model."""
+        return []
+
+    def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> MezoTuner:
+        """With the blocks' pruned weights."""
+        shutil.rmtree(self.files.folder, ignore_errors=True)
+        self.files.folder.mkdir(parents=True)
+        return MezoTuner(model, self.settings, keep, seed, self.files)
+
+
 class MezoTuner:
     """A tuner (`tuner.Tuner`)."""
 
-    def __init__(self, model: nn.Module, settings: Mezo, keep: Mapping[str, KeepBits], seed: int) -> None:
-        self.model, self.settings, self.keep, self.seed = model, settings, keep, seed
-        self.parameters = dict(model.named_parameters())
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Mezo,
+        keep: Mapping[str, KeepBits],
+        seed: int,
+        files: BlockFiles | None = None,
+    ) -> None:
+        self.model, self.settings, self.keep, self.seed, self.files = model, settings, keep, seed, files
+        self.parameters = {name: own for name, own in model.named_parameters() if not own.is_meta}
+        self.done: dict[str, int] = {}  # steps that the file of each block has taken
         self.noise: Noise = lambda step, name, count: normal(count, key_of("z", seed, step, name))
         self.projected: list[float] = []
         self.rates: list[float] = []
@@ -95,6 +138,14 @@ class MezoTuner:
         for number, (projected, rate) in enumerate(steps):
             self.update(number, projected, rate)
 
+    def ready(self) -> AbstractContextManager[None]:
+        """See `tuner.Tuner`."""
+        if self.files is None:
+            return nullcontext()
+        path, modules = discover_blocks(self.model)
+        blocks = {f"{path}.{index}": module for index, module in enumerate(modules)}
+        return on_demand(blocks, self._load, self.files.release)
+
     @torch.no_grad()
     def losses(self, objective: Objective, windows: Windows, number: int) -> tuple[float, float]:
         """L(W + eps z) and L(W - eps z) of the windows of all ranks, side by side through the blocks."""
@@ -103,7 +154,7 @@ class MezoTuner:
         if len(own):
             blocks = self._blocks(own)
             states = self._embedded(blocks, own, number)
-            for block in blocks:
+            for block in self._resident(blocks):
                 for sign, hidden in zip(SIGNS, states, strict=True):
                     with self._perturbed(_named(block), number, sign):
                         block.outputs(hidden, self.settings.together, out=hidden)
@@ -115,18 +166,54 @@ class MezoTuner:
 
     @torch.no_grad()
     def update(self, number: int, projected: float, rate: float) -> None:
-        """W <- W - rate (g z + decay W) at the kept places."""
-        for name, parameter in self.parameters.items():
-            kept = self._kept(name, parameter)
-            step = projected * self._z(number, name, parameter)
-            if self.settings.decay and parameter.dim() > 1:
-                step = step + self.settings.decay * kept
-            moved = kept - rate * step
-            if parameter.dtype == torch.bfloat16:
-                moved = rounded_at_random(moved, key_of("rounding", self.seed, number, name))
-            self._put(name, moved, parameter)
+        """W <- W - rate (g z + decay W) at the kept places; of blocks in files when they come to memory next."""
         self.projected.append(projected)
         self.rates.append(rate)
+        for name, parameter in self.parameters.items():
+            self._move(number, name, parameter)
+
+    @torch.no_grad()
+    def catch_up(self, name: str, module: nn.Module, done: int) -> None:
+        """Take the steps from number `done` on with the block of this name."""
+        for own, parameter in module.named_parameters():
+            for number in range(done, len(self.projected)):
+                self._move(number, f"{name}.{own}", parameter)
+
+    def _move(self, number: int, name: str, parameter: Tensor) -> None:
+        kept = self._kept(name, parameter)
+        step = self.projected[number] * self._z(number, name, parameter)
+        if self.settings.decay and parameter.dim() > 1:
+            step = step + self.settings.decay * kept
+        moved = kept - self.rates[number] * step
+        if parameter.dtype == torch.bfloat16:
+            moved = rounded_at_random(moved, key_of("rounding", self.seed, number, name))
+        self._put(name, moved, parameter)
+
+    def _resident(self, blocks: list[Block]) -> Iterator[Block]:
+        """The blocks in order, each with its weights while it is out."""
+        for block in blocks:
+            if self.files is None:
+                yield block
+                continue
+            self._load(block.name, block.module)
+            try:
+                yield block
+            finally:
+                self.files.release(block.module)
+
+    @torch.no_grad()
+    def _load(self, name: str, module: nn.Module) -> None:
+        """Put the weights after all steps so far into a block; its file keeps them for the next time."""
+        assert self.files is not None
+        file, done = self.files.folder / f"{name}.safetensors", self.done.get(name, 0)
+        self.files.load(name, module)
+        if done:
+            for own, value in load_file(file).items():
+                module.get_parameter(own).copy_(value)
+        if done < len(self.projected):
+            self.catch_up(name, module, done)
+            save_file({own: value.cpu().contiguous() for own, value in module.named_parameters()}, file)
+            self.done[name] = len(self.projected)
 
     def _blocks(self, windows: Windows) -> list[Block]:
         """The blocks, with call arguments for windows of this shape."""

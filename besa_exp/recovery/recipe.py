@@ -15,12 +15,11 @@ from besa_exp.errors import RunError, did_you_mean
 from besa_exp.machine import distributed
 from besa_exp.recovery.descent import Adam
 from besa_exp.recovery.full import Full
-from besa_exp.recovery.lora import Lora
+from besa_exp.recovery.lora import Lora, Scale
 from besa_exp.recovery.mezo import Mezo
 from besa_exp.recovery.norms import Norms
 from besa_exp.recovery.objective import Distillation, NextToken
 from besa_exp.recovery.reconstruction import Blocks, Reconstruction
-from besa_exp.recovery.scale import Scale
 from besa_exp.recovery.schedule import Schedule
 from besa_exp.recovery.sketch import Sketch
 from besa_exp.recovery.sparsegrad import SparseGrad

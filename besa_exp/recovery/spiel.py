@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,6 +164,10 @@ class SpielTuner:
         self.gradients.clear()
         self.at_candidates.clear()
         return Taken(loss, math.sqrt(squares))
+
+    def ready(self) -> AbstractContextManager[None]:
+        """All is in memory."""
+        return nullcontext()
 
     def state(self) -> dict[str, Tensor]:
         """Entries, their moments or accumulators, what the phase under way has gathered, and what is kept."""

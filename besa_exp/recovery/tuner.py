@@ -8,6 +8,7 @@ compared as it stands, so that what is merged is what was trained, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -56,6 +57,10 @@ class Tuner(Protocol):
     def step(self, objective: Objective, windows: Windows, number: int, scale: float) -> Taken:
         """Step `number` on the windows, with `scale` times the full step size. Nothing is changed where the loss or the
         gradient is not finite."""
+        ...
+
+    def ready(self) -> AbstractContextManager[None]:
+        """With it the model can be called as a whole, with the tuned weights: it is there where blocks lie in files."""
         ...
 
     def state(self) -> dict[str, Tensor]:

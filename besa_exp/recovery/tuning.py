@@ -124,10 +124,15 @@ def tune(
     checkpoint is done again and reported again."""
     clear_pruned(model, keep)
     tuner = method.begin(model, keep, plan.seed)
+
+    def judge() -> float:
+        with tuner.ready():
+            return mean_loss(model, held_out, plan.judged)
+
     keeper = _Best(model, tuner, states)
     course = _go_on(tuner, keeper, states, on_point)
     if course is None:
-        before = mean_loss(model, held_out, plan.judged)
+        before = judge()
         course = _Course(0, before, before, 0)
         keeper.keep(0)
         _save(states, course, tuner, keeper)
@@ -135,7 +140,7 @@ def tune(
         point = _step(tuner, objective, learned, plan, course.steps)
         course.steps += 1
         if plan.judges_after(course.steps) and math.isfinite(point.loss):
-            point = _judged(point, mean_loss(model, held_out, plan.judged))
+            point = _judged(point, judge())
         course.points.append(point)
         course.stopped = _reason(point)
         if point.held_out is not None and point.held_out < course.after:
@@ -150,9 +155,10 @@ def tune(
 
 @torch.no_grad()
 def clear_pruned(model: nn.Module, keep: Mapping[str, KeepBits]) -> None:
-    """Write +0.0 into every pruned place."""
+    """Write +0.0 into every pruned place of what is in memory; blocks in files hold +0.0 there."""
     for name, bits in keep.items():
-        bits.clear_(model.get_parameter(name))
+        if not (parameter := model.get_parameter(name)).is_meta:
+            bits.clear_(parameter)
 
 
 def _go_on(

@@ -137,10 +137,8 @@ def _once_a_seed(group: Sequence[_Candidate], runs: Sequence[RunRecord]) -> list
 def _model_facets(run: RunRecord) -> dict[str, str]:
     model = run.config.get("model")
     chosen = model if isinstance(model, Mapping) else {}
-    weights = sum(linear.weights for block in run.blocks for linear in block.linears)
-    weights = run.structure.weights.dense if run.structure else weights
     return {
-        "weights in the blocks": f"{weights:,}",
+        "weights in the blocks": f"{run.weights:,}",
         "model revision": str(chosen.get("revision") or "the newest"),
         "dtype": str(chosen.get("dtype", "unknown")),
     }

@@ -80,6 +80,7 @@ class RunRecord:
     structure: StructureReport | None
     recovery: RecoveryReport | None
     blocks: tuple[BlockReport, ...]
+    weights: int  # of the linears in the dense model's blocks, also of those that stay dense
     scores: tuple[ScoreRecord, ...]
     dense_scores: tuple[ScoreRecord, ...]
     unavailable: Mapping[str, str]
@@ -127,6 +128,7 @@ def _run(path: Path, status: Mapping[str, Any], state: str, error: str | None, r
     of_config = model if isinstance(model, Mapping) else {}
     given = results.get("model_name") or results.get("model") or of_config.get("name") or of_config.get("path")
     sizes, structure, recovery = (results.get(key) for key in ("parameters", "structure", "recovery"))
+    blocks = tuple(BlockReport.from_dict(block) for block in results.get("blocks") or ())
     return RunRecord(
         folder=str(path),
         status=state,
@@ -144,7 +146,8 @@ def _run(path: Path, status: Mapping[str, Any], state: str, error: str | None, r
         parameters=Size(**sizes) if sizes else None,
         structure=StructureReport.from_dict(structure, sizes) if structure and sizes else None,
         recovery=RecoveryReport.from_dict(recovery) if recovery else None,
-        blocks=tuple(BlockReport.from_dict(block) for block in results.get("blocks") or ()),
+        blocks=blocks,
+        weights=_weights(results, blocks),
         scores=tuple(_records(Scores.from_dict(results))),
         dense_scores=tuple(_records(Scores.from_dict(results.get("dense") or {}, results.get("provenance") or {}))),
         unavailable=results.get("unavailable") or {},
@@ -158,6 +161,12 @@ def _run(path: Path, status: Mapping[str, Any], state: str, error: str | None, r
         texts=text_table(results),
         cost=(COST_HEADS, cost_rows(results)),
     )
+
+
+def _weights(results: Mapping[str, Any], blocks: Sequence[BlockReport]) -> int:
+    reported = sum(linear.weights for block in blocks for linear in block.linears)
+    structure = results.get("structure")
+    return structure["weights"]["dense"] if structure else results.get("weights_in_blocks", reported)
 
 
 def _state(path: Path, status: Mapping[str, Any]) -> tuple[str, str | None]:

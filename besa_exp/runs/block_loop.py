@@ -176,8 +176,8 @@ class BlockLoop:
             sparsities, sizes = self._measured(budget, blocks, goal.sparsity)
         own = zip(exact_goals(sparsities, sizes, goal.sparsity), sizes, strict=True)
         counts = [(round(t.sparsity * size), size) for t, size in own]
-        of_blocks = [counts.pop(0) if block.linears else (0, 0) for block in blocks]
-        groups = [of_blocks[start : start + together] for start in range(0, len(blocks), together)]
+        counted = [counts.pop(0) if block.linears else (0, 0) for block in blocks]
+        groups = [counted[start : start + together] for start in range(0, len(blocks), together)]
         totals = [[sum(part) for part in zip(*group, strict=True)] for group in groups]
         return [
             Goal(pruned / max(1, size), exact=True)

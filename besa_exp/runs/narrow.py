@@ -33,7 +33,7 @@ from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel
 from besa_exp.run_folder.identity import request_identity
 from besa_exp.runs.block_loop import resident
-from besa_exp.runs.run import Run, Work, parameters
+from besa_exp.runs.run import Run, Work, parameters, weights_in_linears
 from besa_exp.tensors.masks import Goal
 
 T = TypeVar("T")
@@ -52,6 +52,7 @@ def narrow(run: Run, work: Work) -> Work:
         narrower = _refused(lambda: _narrowed(run, loaded, structure, dimensions))
     _check_pattern(run, narrower)
     report = report_of(_name(run), loaded, narrower, structure, costs, dimensions)
+    report = replace(report, saved_as=run.settings.structure.saved_as)
     assert report.parameters.left == parameters(narrower), "what is left is counted twice"
     run.console.stage(_summary(report))
     cost = cost_counts(loaded.model, model_context(loaded.model))
@@ -72,7 +73,7 @@ def report_of(
         method,
         dimensions.blocks,
         tuple(change for change in changes if change is not None),
-        Size(_weights_in_linears(dense), _weights_in_linears(narrower)),
+        Size(weights_in_linears(dense), weights_in_linears(narrower)),
         Size(costs.total, structure.parameters_left(costs, dimensions)),
     )
 
@@ -107,12 +108,6 @@ def _summary(report: StructureReport) -> str:
     size = report.parameters
     left = f"{size.left:,} of {size.dense:,} parameters left ({size.left / size.dense:.1%})"
     return f"structure: {', '.join(what) or 'nothing goes'}; {left}"
-
-
-def _weights_in_linears(loaded: LoadedModel) -> int:
-    """In the blocks; the weights themselves may be in files."""
-    modules = discover_blocks(loaded.model)[1]
-    return sum(linear.weight.numel() for module in modules for linear in discover_linears(module).values())
 
 
 def _refused(act: Callable[[], T]) -> T:

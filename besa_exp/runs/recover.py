@@ -9,15 +9,16 @@ from math import isfinite
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from besa_exp.blocks.block import Block
+from besa_exp.blocks.block import Block, discover_blocks
 from besa_exp.blocks.reports import RecoveryReport
 from besa_exp.checkpoints.files import load_masks
 from besa_exp.checkpoints.load import LoadedModel, load_model, vocabulary_size
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
 from besa_exp.recovery.keep_bits import KeepBits, keep_of_masks, sparsity_of
+from besa_exp.recovery.mezo import BlockFiles, Mezo, StreamedMezo
 from besa_exp.recovery.objective import mean_loss
 from besa_exp.recovery.recipe import (
     check_fit,
@@ -29,6 +30,7 @@ from besa_exp.recovery.recipe import (
     steps_of,
 )
 from besa_exp.recovery.saved_states import SavedStates
+from besa_exp.recovery.tuner import Method, Objective
 from besa_exp.recovery.tuning import Point, Recovery, tune
 from besa_exp.run_folder.identity import as_plain, request_identity
 from besa_exp.runs.cpu_units import in_a_fast_dtype
@@ -51,8 +53,11 @@ def recover(run: Run, work: Work, dense: ModelSettings | None = None) -> Work:
         keep = _keep(work)
         sparsity = sparsity_of(work.loaded.model, keep)
         run.console.stage(f"recovery: {asked.name}, {sparsity:.2%} of the weights stay zero")
-        found, seen = _tuned(run, work, asked, keep, dense or run.settings.model)
-        work = rewritten(work, _unchanged, keep=found.keep if asked.exchange else None)
+        if work.loaded.weights is None:
+            found, seen = _tuned(run, work, asked, keep, dense or run.settings.model)
+            work = rewritten(work, _unchanged, keep=found.keep if asked.exchange else None)
+        else:
+            found, seen, work = _tuned_streamed(run, work, asked, keep)
     report = RecoveryReport(
         method=asked.name,
         loss_before=found.before,
@@ -76,11 +81,8 @@ def check_recoverable(run: Run, loaded: LoadedModel, calibration: Calibration) -
     asked = run.settings.recovery
     if asked is None:
         return
-    if loaded.weights is not None:
-        raise ConfigurationError(
-            f"recovery: {loaded.folder.name} is streamed, one block in memory at a time, and tuning needs all of them; "
-            "set model.load=whole, or take a machine with more memory"
-        )
+    if loaded.weights is not None and (problem := _not_streamed(asked)):
+        raise ConfigurationError(f"{problem}; {loaded.folder.name} is streamed: take a machine with more memory")
     if problems := check_fit(asked, loaded.model):
         raise ConfigurationError(*problems)
     with run.spent.timed("recover"):
@@ -93,9 +95,10 @@ def _unchanged(block: Block) -> None:
 
 def _keep(work: Work) -> dict[str, KeepBits]:
     """The masks as they were made; a tensor of which all is kept is not named."""
-    files = work.finished.mask_files(len(work.reports))
-    masks = {name: mask for file in files for name, mask in load_masks(file).items()}
-    keep = keep_of_masks(work.loaded.model, masks)
+    device = work.loaded.weights.device if work.loaded.weights else None
+    keep: dict[str, KeepBits] = {}
+    for file in work.finished.mask_files(len(work.reports)):
+        keep |= keep_of_masks(work.loaded.model, load_masks(file), device)
     return {name: bits for name, bits in keep.items() if bits.count < bits.numel}
 
 
@@ -104,15 +107,53 @@ def _tuned(
 ) -> tuple[Recovery, int]:
     """What became of it, and the number of tokens that were learned from; the model holds the best weights."""
     loaded, seq_len = work.loaded, length_of(asked, run.settings.calibration, work.calibration)
-    steps = steps_of(asked, seq_len)
-    plan, method = plan_of(asked, steps), method_of(asked, steps)
-    stream, (learned, held_out) = _text(run, loaded, work.calibration, asked)
+    method = method_of(asked, steps_of(asked, seq_len))
     teacher = _dense(run, loaded, dense) if follows_dense(asked) else None
     objective = objective_of(asked, method, loaded.model, teacher, seq_len)
+    found, windows, _ = _course(run, work, asked, keep, method, objective)
+    if loaded.stored is not None:
+        _round(loaded.model, loaded.stored)
+        found = replace(found, after=mean_loss(loaded.model, windows, asked.micro_batch))
+    return found, sum(point.tokens for point in found.points)
+
+
+def _tuned_streamed(
+    run: Run, work: Work, asked: RecoverySettings, keep: Mapping[str, KeepBits]
+) -> tuple[Recovery, int, Work]:
+    """The same of a model whose blocks lie in files, by MeZO: the best weights are the pruned ones after as many of the
+    steps, which are taken once more."""
+    loaded, model = work.loaded, work.loaded.model
+    assert loaded.weights is not None
+    mezo = method_of(asked, steps_of(asked, length_of(asked, run.settings.calibration, work.calibration)))
+    assert isinstance(mezo, Mezo)
+    folder = run.folder.recovery / f"blocks-{distributed.rank()}"
+    method = StreamedMezo(mezo, BlockFiles(loaded.weights.load, loaded.weights.release, folder))
+    objective = objective_of(asked, mezo, model, None, 0)
+    found, windows, states = _course(run, work, asked, keep, method, objective)
+    saved = states.read()
+    assert saved is not None
+    tuner = method.begin(model, keep, asked.seed)
+    tuner.projected, tuner.rates = (saved[1][name][: found.best_step].tolist() for name in ("projected", "rates"))
+    outside = {name: parameter.detach().clone() for name, parameter in tuner.parameters.items()}
+    work = rewritten(work, lambda block: tuner.catch_up(block.name, block.module, 0), outside)
+    if work.loaded.stored is not None and work.loaded.weights is not None:
+        path, modules = discover_blocks(model)
+        _round(model, work.loaded.stored)
+        with work.loaded.weights.on_demand({f"{path}.{index}": module for index, module in enumerate(modules)}):
+            found = replace(found, after=mean_loss(model, windows, asked.micro_batch))
+    return found, sum(point.tokens for point in found.points), work
+
+
+def _course(
+    run: Run, work: Work, asked: RecoverySettings, keep: Mapping[str, KeepBits], method: Method, objective: Objective
+) -> tuple[Recovery, Tensor, SavedStates]:
+    """All steps; the held-out windows, and where the states lie."""
+    stream, (learned, held_out) = _text(run, work.loaded, work.calibration, asked)
+    plan = plan_of(asked, steps_of(asked, length_of(asked, run.settings.calibration, work.calibration)))
     identity = as_plain(request_identity(run.config, work.calibration.tokens_sha256))
     states = SavedStates(run.folder.recovery, identity | {"text_sha256": stream.sha256})
     windows = held_out.all()
-    with run.console.tuning(steps) as progress:
+    with run.console.tuning(plan.schedule.steps) as progress:
 
         def on_point(point: Point) -> None:
             step = _finite(asdict(point))
@@ -122,11 +163,8 @@ def _tuned(
             if point.held_out is not None:
                 run.spent.keep()
 
-        found = tune(loaded.model, keep, method, objective, learned, windows, plan, states, on_point)
-    if loaded.stored is not None:
-        _round(loaded.model, loaded.stored)
-        found = replace(found, after=mean_loss(loaded.model, windows, plan.judged))
-    return found, sum(point.tokens for point in found.points)
+        found = tune(work.loaded.model, keep, method, objective, learned, windows, plan, states, on_point)
+    return found, windows, states
 
 
 def _text(
@@ -177,12 +215,19 @@ def check_recovery_of(
     if settings.recovery.seq_len is None and context is not None:
         length = min(length, context)  # a calibration that is too long is reported as such
     problems = check_recovery(settings.recovery, sparsity, settings.pattern, length, context, quantised, removed)
-    if settings.model.load == "streamed":
-        problems.append(
-            "recovery with model.load=streamed: one block is in memory at a time, and tuning needs all of them; set "
-            "model.load=whole"
-        )
+    if settings.model.load == "streamed" and (problem := _not_streamed(settings.recovery)):
+        problems.append(problem)
     return problems
+
+
+def _not_streamed(asked: RecoverySettings) -> str | None:
+    """Why a streamed model is not tuned so; None: it can be."""
+    if asked.name == "mezo" and asked.distill == "none":
+        return None
+    return (
+        "recovery with model.load=streamed: one block is in memory at a time, and gradients and the dense model need "
+        "all of them; set model.load=whole, or use recovery=mezo with recovery.distill=none"
+    )
 
 
 def _dense(run: Run, pruned: LoadedModel, settings: ModelSettings) -> nn.Module:

@@ -11,7 +11,7 @@ from besa_exp.blocks.reports import BlockReport, Size
 from besa_exp.presets import METHOD_GROUPS
 from besa_exp.run_folder.status import now, read_status
 from besa_exp.runs.published import published
-from besa_exp.runs.run import Work
+from besa_exp.runs.run import Work, weights_in_linears
 from besa_exp.settings import RunSettings
 from besa_exp.tensors.masks import Goal
 from besa_exp.texts.calibration import Calibration
@@ -27,6 +27,8 @@ def results_of(settings: RunSettings, work: Work, environment: Mapping[str, Any]
         "target_sparsity": 0.0 if settings.keeps_weights else Goal.parse(settings.sparsity, settings.pattern).sparsity,
         "calibration": _calibration(work.calibration),
     }
+    if settings.ignore:  # the linears that are told of are not all
+        values["weights_in_blocks"] = weights_in_linears(work.loaded)
     values |= {"model_notes": [*work.loaded.notes]} if work.loaded.notes else {}
     values |= {"structure": work.structure.to_dict()} if work.structure else {}
     values |= {"recovery": work.recovery.to_dict()} if work.recovery else {}

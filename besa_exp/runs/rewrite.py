@@ -51,7 +51,11 @@ def rewritten(
         if block.index >= len(done):
             change(block)
         file = before.mask_files(len(work.reports))[block.index]
-        masks = load_masks(file) if keep is None else masks_of_keep(block.name, block.linears, keep)
+        masks = load_masks(file)
+        if keep is not None:
+            masks = {
+                name: mask for name, mask in masks_of_keep(block.name, block.linears, keep).items() if name in masks
+            }
         report = _recounted(block, work.reports[block.index])
         reports.append(report)
         _check_zeros(block, masks)
@@ -83,7 +87,8 @@ def _zeros(block: Block, name: str) -> int:
 
 
 def _check_zeros(block: Block, masks: Mapping[str, Tensor]) -> None:
+    """Of the linears that have a mask: others were kept dense."""
     for name, linear in block.linears.items():
-        keep_mask = masks[f"{block.name}.{name}.weight"].to(linear.weight.device)
+        keep_mask = masks.get(f"{block.name}.{name}.weight", torch.ones((), dtype=torch.bool)).to(linear.weight.device)
         if filled := int((linear.weight.detach().bool() & ~keep_mask).sum()):
             raise RunError(f"{block.name}.{name}: {filled} pruned weights are not zero after the recovery")

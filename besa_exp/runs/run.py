@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from besa_exp.blocks.block import discover_blocks
+from besa_exp.blocks.linears import discover_linears
 from besa_exp.blocks.reports import BlockReport, RecoveryReport, Size, StructureReport
 from besa_exp.checkpoints.load import LoadedModel, model_context, vocabulary_size
 from besa_exp.display.console import RunConsole
@@ -76,6 +77,12 @@ class Work:
 def parameters(loaded: LoadedModel) -> int:
     """Of the model; tied ones count once."""
     return sum(parameter.numel() for parameter in loaded.model.parameters())
+
+
+def weights_in_linears(loaded: LoadedModel) -> int:
+    """In the blocks; the weights themselves may be in files."""
+    modules = discover_blocks(loaded.model)[1]
+    return sum(linear.weight.numel() for module in modules for linear in discover_linears(module).values())
 
 
 def num_blocks(loaded: LoadedModel) -> int:

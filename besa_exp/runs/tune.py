@@ -31,6 +31,7 @@ from besa_exp.run_folder.identity import check_identity, config_of, request_iden
 from besa_exp.run_folder.inputs import fingerprint, write_inputs
 from besa_exp.run_folder.lookup import run_and_model
 from besa_exp.run_folder.spent import Spent
+from besa_exp.runs.block_loop import resident
 from besa_exp.runs.cpu_units import in_a_fast_dtype
 from besa_exp.runs.recover import check_recoverable, check_recovery_of, recover
 from besa_exp.runs.results import attempt_of, results_of
@@ -51,7 +52,8 @@ def made_by(settings: TuneSettings) -> Mapping[str, Any]:
 def teacher_of(settings: TuneSettings) -> ModelSettings | None:
     """The dense model to follow: the one that is named, else what the checkpoint's run pruned; None: neither."""
     path = settings.teacher or made_by(settings).get("model")
-    return ModelSettings(Path(path).name, path, dtype=settings.model.dtype, load="whole") if path else None
+    same = replace(settings.model, name=Path(path or "").name, revision=None, load="whole", context=None)
+    return replace(same, path=path) if path else None
 
 
 def has_lost_blocks(settings: TuneSettings) -> bool:
@@ -147,7 +149,7 @@ def _adopted(run: Run, work: Work, identity: Mapping[str, Any]) -> Work:
     """What is zero counts as pruned: masks and reports of each block, as pruning would have left them."""
     distributed.from_first(lambda: work.finished.begin(identity))
     reports = []
-    for block in capture_blocks(work.loaded.model, torch.zeros(1, 1, dtype=torch.long)):
+    for block in resident(work.loaded, capture_blocks(work.loaded.model, torch.zeros(1, 1, dtype=torch.long))):
         masks = {name: linear.weight.detach() != 0 for name, linear in block.linears.items()}
         linears = []
         for name, mask in masks.items():

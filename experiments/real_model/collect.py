@@ -1,5 +1,5 @@
-"""Collects run folders of the study into results.json and tables.md beside this file. What results.json holds already
-stays, unless the same run was made again.
+"""Collects run folders of the study into results.json and tables.md beside this file, and writes README's table of
+results. What results.json holds already stays, unless the same run was made again.
 
     python experiments/real_model/collect.py [outputs/real_model/runs]
 """
@@ -16,6 +16,8 @@ from besa_exp.report.runs import RunRecord, read_run
 from besa_exp.report.studies import kept_records, over_seeds
 
 HERE = Path(__file__).parent
+README = HERE.parents[1] / "README.md"
+BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->"
 METHODS = (
     "dense",
     "magnitude",
@@ -54,6 +56,17 @@ def record(run: RunRecord) -> dict[str, Any]:
     }
 
 
+IN_README = {
+    "dense": "-",
+    "wanda": "stay",
+    "sparsegpt": "change",
+    "besa_paper": "stay",
+    "besa": "stay",
+    "best": "change",
+}
+"""The methods of README's table, and what becomes of the kept weights."""
+
+
 def request(row: dict[str, Any]) -> tuple:
     """What two records of the same run have in common, wherever it was made."""
     return row["method"], row["target"], row["pattern"], row["seed"]
@@ -70,16 +83,18 @@ def cells(rows: Sequence[dict[str, Any]], method: str, value: str, digits: int =
     own = [row for row in rows if row["method"] == method]
 
     def cell(target: float, pattern: str) -> str:
-        fitting = [row for row in own if method == "dense" or (row["target"], row["pattern"]) == (target, pattern)]
-        seeds = 1 if method == "dense" else 3
-        return over_seeds([row["scores"].get(value) for row in fitting], digits, seeds)
+        if method == "dense":
+            found = [row["scores"][value] for row in own if value in row["scores"]]
+            return over_seeds(found[:1], digits, seeds=1)
+        fitting = [row for row in own if (row["target"], row["pattern"]) == (target, pattern)]
+        return over_seeds([row["scores"].get(value) for row in fitting], digits)
 
     return [cell(target, pattern) for _, target, pattern in COLUMNS]
 
 
-def table(rows: Sequence[dict[str, Any]], label: str) -> list[str]:
+def table(rows: Sequence[dict[str, Any]], label: str, digits: int) -> list[str]:
     """One measure: methods down, targets across; without what was not measured."""
-    lines = [[method, *cells(rows, method, label)] for method in methods_of(rows)]
+    lines = [[method, *cells(rows, method, label, digits)] for method in methods_of(rows)]
     measured = [line for line in lines if any(cell != "n/a" for cell in line[1:])]
     return [f"## {label}", "", *markdown_table(["method", *(title for title, *_ in COLUMNS)], measured), ""]
 
@@ -98,6 +113,23 @@ def cost_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return ["## Cost", "", *markdown_table(titles, lines), ""]
 
 
+def with_results(text: str, rows: Sequence[dict[str, Any]]) -> str:
+    """README with its one table of results, made from these records."""
+    lines = []
+    for method, kept in IN_README.items():
+        wikitext2, c4 = (cells(rows, method, f"tokens/{name}.safetensors") for name in ("wikitext2", "c4"))
+        measured = [cell.replace("n/a", "not run") for cell in (*wikitext2, c4[0])]
+        lines.append([f"`{method}`" if method != "dense" else method, *measured, kept])
+    titles = ["method", *(title for title, *_ in COLUMNS), "C4, 50 %", "kept weights"]
+    head, _, rest = text.partition(BEGIN)
+    note = (
+        "SmolLM2-135M: perplexity on 16 windows of 1,024 tokens of WikiText-2's test text (the last column: of C4), "
+        "calibrated on 32\nwindows of 512 tokens of WikiText-2. Mean ± standard deviation over three seeds, or over as "
+        "many as stand in brackets."
+    )
+    return "\n".join([f"{head}{BEGIN}{note}", "", *markdown_table(titles, lines), ""]) + END + rest.partition(END)[2]
+
+
 def main() -> None:
     """Reads the runs, writes the files."""
     folders = [Path(argument) for argument in sys.argv[1:]] or [Path("outputs/real_model/runs")]
@@ -105,9 +137,10 @@ def main() -> None:
     rows = kept_records(HERE / "results.json", (record(read_run(path)) for path in paths), request)
     lines = ["Mean ± sample standard deviation over three seeds, or over as many as stand in brackets.", ""]
     for label in sorted({label for row in rows for label in row["scores"]}):
-        lines += table(rows, label)
+        lines += table(rows, label, digits=2 if label.endswith(".safetensors") else 3)
     lines += cost_table(rows)
     (HERE / "tables.md").write_text("\n".join(lines), encoding="utf-8")
+    README.write_text(with_results(README.read_text(encoding="utf-8"), rows), encoding="utf-8")
     print("\n".join(lines))
 
 

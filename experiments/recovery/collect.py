@@ -1,12 +1,15 @@
-"""Collects the study's run folders into results.json and tables.md beside this file.
+"""Collects the study's run folders into results.json and tables.md beside this file, or what `study.py` has recorded
+into study_<model>.json and study.md.
 
 python experiments/recovery/collect.py FOLDER, which holds dense, PRUNER_SPARSITY and PRUNER_SPARSITY_RECOVERY
+python experiments/recovery/collect.py outputs/recovery
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from besa_exp.display.markdown import markdown_table
@@ -55,5 +58,37 @@ def main(folder: Path) -> None:
     (HERE / "tables.md").write_text("\n".join(table) + "\n", encoding="utf-8")
 
 
+def study(records: Sequence[Path]) -> None:
+    """A table a model: a row a start, a column a method, the step size that held-out text likes best."""
+    lines = []
+    for path in records:
+        content = path.read_text(encoding="utf-8")
+        (HERE / f"study_{path.stem}.json").write_text(content, encoding="utf-8")
+        found = list(json.loads(content).values())
+        methods = list(dict.fromkeys(run["method"] for run in found if run["method"]))
+        rows = []
+        for start in dict.fromkeys(run["start"] for run in found):
+            own = [run for run in found if run["start"] == start]
+            (pruned,) = (run["perplexity"] for run in own if run["method"] is None)
+            rows.append([start, f"{pruned:.2f}", *(_best(own, method) for method in methods)])
+        heads = ["start", "not tuned", *methods]
+        lines += [f"## {path.stem}", "", *markdown_table(heads, rows, numbers=True), ""]
+    (HERE / "study.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _best(runs: Sequence[dict], method: str) -> str:
+    """Perplexity, and how many times the preset's step size it was."""
+    own = [run for run in runs if run["method"] == method]
+    if not own:
+        return ""
+    best = min(own, key=lambda run: run["held_out"][1])
+    return f"{best['perplexity']:.2f} ({best['factor']:.2g} x)"
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    given = Path(sys.argv[1])
+    recorded = sorted(given.glob("*.json"))
+    if recorded:
+        study(recorded)
+    else:
+        main(given)

@@ -2,10 +2,10 @@
 
     python experiments/recovery/study.py stories260K|babyllama-105|embedded [--steps 60] [--shared ../shared]
 
-Each start is pruned once. Step sizes are searched alike for all methods on the first start: once the preset's, three
-times and, where that is no better, a third of it; the one of least held-out loss is taken everywhere. Writes
+Each start is pruned once. Step sizes are searched alike for all methods on the first start: from the preset's on to
+three times as much, and on while held-out loss falls, or else to a third; the best one is taken everywhere. Writes
 outputs/recovery/<model>.json, which `collect.py` reads: perplexity of windows that neither pruning nor tuning has seen,
-tokens and processor seconds.
+tokens, processor seconds.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ STARTS: dict[str, tuple[str, float, str]] = {
     "besa 2:4": ("besa", 0.5, "2:4"),
 }
 REMOVED = "shortgpt, one block"
-SEARCHED = (1 / 3, 1.0, 3.0)  # times a preset's step size
+SEARCHED = (1 / 3, 1.0, 3.0, 10.0, 30.0)  # times a preset's step size
 SEQ_LEN, CALIBRATION, BATCH, HELD_OUT = 128, 128, 8, 16
 
 
@@ -85,7 +85,7 @@ class Study:
         calibration = self.pool[:CALIBRATION]
         if start == REMOVED:
             with tempfile.TemporaryDirectory() as folder:
-                structure = besa_exp.preset("structure", "shortgpt", blocks=1, ratio=None)
+                structure = replace(besa_exp.preset("structure", "shortgpt"), blocks=1, ratio=None)
                 out = Path(folder) / "run"
                 besa_exp.prune(self.folder, None, calibration, pruner="dense", structure=structure, out=out)
                 return AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32).requires_grad_(False)

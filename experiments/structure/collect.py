@@ -1,6 +1,8 @@
-"""Collects the study's run folders into results.json beside this file and prints the table.
+"""Collects the study's run folders into results.json beside this file and prints a table for each model.
 
-python experiments/structure/collect.py [--runs outputs/structure]
+A row is a method at one size, over seeds. What is left: parameters of the dense model that are there and not zero.
+
+    python experiments/structure/collect.py [--runs outputs/structure]
 """
 
 from __future__ import annotations
@@ -9,66 +11,79 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from besa_exp.blocks.reports import Narrowed, Removed, StructureReport
+from besa_exp.blocks.reports import Removed, StructureReport
 from besa_exp.display.markdown import markdown_table
-from besa_exp.report.studies import kept_records
+from besa_exp.report.studies import Record, kept_records, over_seeds
 
 HERE = Path(__file__).parent
+MODELS = ("embedded", "babyllama", "stories260k")
+HEADS = ("method", "left", "blocks gone", "perplexity", "runs")
 
 
-def read_runs(folder: Path) -> list[dict]:
+def read_runs(folder: Path) -> list[Record]:
     """What the study keeps of every finished run."""
-    return [
-        {
-            "run": path.parent.name,
-            "structure": results.get("structure"),
-            "parameters": results["parameters"],
-            "measured_sparsity": results["measured_sparsity"],
-            "perplexity": results["perplexity"]["embedded"],
-            "structure_seconds": results["seconds"].get("structure"),
-            "tokens_sha256": results["provenance"]["perplexity"]["embedded"]["tokens_sha256"],
-            "calibration_sha256": (results["calibration"] or {}).get("tokens_sha256"),
-            "environment": results["environment"],
-        }
-        for path in sorted(folder.glob("*/results.json"))
-        for results in [json.loads(path.read_text(encoding="utf-8"))]
-    ]
+    paths = [(model, path) for model in MODELS for path in sorted((folder / model).glob("*/results.json"))]
+    return [_record(model, path.parent.name, json.loads(path.read_text(encoding="utf-8"))) for model, path in paths]
 
 
-def gone(run: dict) -> str:
-    """What was taken out, in words."""
+def _record(model: str, run: str, results: dict[str, Any]) -> Record:
+    ((name, perplexity),) = results["perplexity"].items()
+    return {
+        "model": model,
+        "run": run,
+        "method": results["pruner"],
+        "seed": results["seed"],
+        "structure": results.get("structure"),
+        "parameters": results["parameters"],
+        "pruned": sum(linear["pruned"] for block in results["blocks"] for linear in block["linears"].values()),
+        "perplexity": perplexity,
+        "skipping": (results.get("skipping") or {}).get(name),
+        "tokens_sha256": results["provenance"]["perplexity"][name]["tokens_sha256"],
+        "environment": results["environment"],
+    }
+
+
+def left(run: Record) -> float:
+    """The share of the dense model's parameters that are there and not zero."""
+    return (run["parameters"]["left"] - run["pruned"]) / run["parameters"]["dense"]
+
+
+def gone(run: Record) -> str:
+    """The blocks that were removed."""
     if run["structure"] is None:
-        return "nothing"
+        return ""
     report = StructureReport.from_dict(run["structure"], run["parameters"])
-    removed = [str(change.index) for change in report.changes if isinstance(change, Removed)]
-    if removed:
-        return f"blocks {', '.join(removed)}"
-    (sizes,) = {(one.groups, one.channels) for one in report.changes if isinstance(one, Narrowed)}
-    return ", ".join(
-        f"{size.dense - size.left} of {size.dense} {what}"
-        for what, size in zip(("groups", "channels"), sizes, strict=True)
-    )
+    return ", ".join(str(change.index) for change in report.changes if isinstance(change, Removed))
 
 
-def table(runs: list[dict]) -> list[str]:
-    """A row for each run, by parameters left, as Markdown."""
-    ordered = sorted(runs, key=lambda run: (-run["parameters"]["left"] // 100_000, run["perplexity"]))
-    rows = [
-        [
-            run["run"],
-            gone(run),
-            f"{run['parameters']['left'] / run['parameters']['dense']:.1%}",
-            f"{run['measured_sparsity']:.0%}",
-            f"{run['perplexity']:.2f}",
-        ]
-        for run in ordered
-    ]
-    return markdown_table(["structure, ratio, pruner", "gone", "parameters left", "zeros in them", "perplexity"], rows)
+def method(run: Record) -> str:
+    """`sleb`, `wanda`, `skipping=ffn (24.6 %)`."""
+    if under := run["skipping"]:
+        return f"dense, skipping={under['name']}"
+    return run["method"].removesuffix("+dense")
+
+
+def table(runs: list[Record]) -> list[str]:
+    """A row for each method and size, the largest first, as Markdown."""
+    groups: dict[tuple[float, str], list[Record]] = {}
+    for run in runs:
+        groups.setdefault((round(left(run), 2), method(run)), []).append(run)
+    rows = []
+    for _, own in sorted(groups.items(), key=lambda item: (-item[0][0], min(run["perplexity"] for run in item[1]))):
+        skipped = [f", {run['skipping']['skipped']:.1%} skipped" for run in own if run["skipping"]][:1]
+        blocks = "; ".join(dict.fromkeys(filter(None, map(gone, own))))
+        found = over_seeds([run["perplexity"] for run in own], 2, len(own))
+        rows.append([method(own[0]) + "".join(skipped), f"{left(own[0]):.1%}", blocks, found, str(len(own))])
+    return markdown_table(HEADS, rows)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("outputs/structure"))
     found = read_runs(parser.parse_args().runs)
-    sys.stdout.write("\n".join(table(kept_records(HERE / "results.json", found, lambda run: run["run"]))) + "\n")
+    records = kept_records(HERE / "results.json", found, lambda run: (run["model"], run["run"]))
+    for model in MODELS:
+        if own := [run for run in records if run["model"] == model]:
+            sys.stdout.write("\n".join(["", f"### {model}", "", *table(own)]) + "\n")

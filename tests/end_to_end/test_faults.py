@@ -154,7 +154,9 @@ def test_wandb_has_each_point_of_a_run_that_was_killed_twice_once(
     assert [point["optimisation_step"] for point in points if "step/loss" in point] == list(range(len(steps)))
     assert [point["step/loss"] for point in points if "step/loss" in point] == [line["loss"] for line in steps]
     blocks = [(line["block"], line["reconstruction_loss"]) for line in lines if line["kind"] == "block"]
-    found = [(point["block"], point["block/reconstruction_loss"]) for point in points if "block/sparsity" in point]
+    found = [
+        (point["block"], point["block/reconstruction_loss"]) for point in points if "block/reconstruction_loss" in point
+    ]
     assert found == blocks
 
 

@@ -78,6 +78,14 @@ def test_the_weights_move_as_the_method_says(tuned: list[str]) -> None:
     }
 
 
+def test_linears_that_are_kept_dense_are_tuned_too(tuned: list[str]) -> None:
+    assert main([*tuned, "recovery=full", "ignore=[*.mlp.down_proj]", "hydra.run.dir=run"]) == 0
+    masks = load_masks(Path("run/masks.safetensors"))
+    assert masks
+    assert not [name for name in masks if "down_proj" in name]
+    assert_zeros_are_the_masks(Path("run"))
+
+
 def test_2_of_4_stays_2_of_4(tuned: list[str]) -> None:
     assert main([*tuned, "recovery=full", "pattern='2:4'", "hydra.run.dir=run"]) == 0
     for name, keep_mask in load_masks(Path("run/masks.safetensors")).items():
@@ -145,6 +153,22 @@ def test_too_little_text_is_told_before_anything_is_pruned(
     assert main(["prune", *given, "recovery=norms", "recovery.steps=2", "hydra.run.dir=run"]) != 0
     assert "more text or a smaller recovery.seq_len" in capsys.readouterr().err
     assert not list(Path("run").glob("blocks/*.safetensors"))
+
+
+def test_a_streamed_model_is_tuned_by_mezo_to_the_weights_of_one_in_memory(tuned: list[str]) -> None:
+    found = []
+    for load in ("whole", "streamed"):
+        asked = [*tuned, "recovery=mezo", "recovery.eps=0.01", f"model.load={load}", f"hydra.run.dir={load}"]
+        assert main(asked) == 0
+        files = sorted((Path(load) / "model").glob("*.safetensors"))
+        found.append({name: tensor for file in files for name, tensor in load_file(file).items()})
+    whole, streamed = (results_in(Path(load))["recovery"] for load in ("whole", "streamed"))
+    assert streamed == whole
+    assert whole["best_step"] > 0
+    assert found[0].keys() == found[1].keys()
+    for name, weight in found[0].items():
+        assert torch.equal(weight, found[1][name]), name
+    assert not Path("streamed/recovery").exists()
 
 
 def test_exchanged_zeros_stay_as_many_and_the_saved_masks_are_the_new_ones(tuned: list[str]) -> None:

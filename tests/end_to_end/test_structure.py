@@ -129,6 +129,7 @@ def test_uneven_widths_are_pruned_as_they_are_and_saved_as_asked(
     found = run(asked, tmp_path / "run", *words)
     structure = structure_of(tmp_path / "run")
     assert not structure.is_uniform
+    assert found["structure"]["saved_as"] == saved_as
     assert found["measured_sparsity"] == pytest.approx(0.5, abs=0.01)  # zeros among what is left, none that pads
     trusted = saved_as == "custom_code"
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", trust_remote_code=trusted).eval()

@@ -119,6 +119,17 @@ def test_states_that_are_followed_are_those_of_the_model_that_was_pruned(
     assert ask(*named, "recovery=full", "recovery.distill=logits", "hydra.run.dir=again")[0] == 0
 
 
+def test_a_checkpoint_that_is_streamed_is_tuned_by_mezo(pruned: Path, ask: Ask) -> None:
+    found = []
+    for load in ("whole", "streamed"):
+        assert ask("checkpoint=run", "recovery=mezo", f"model.load={load}", f"hydra.run.dir={load}")[0] == 0
+        files = Path(load).glob("model/*.safetensors")
+        found.append({name: tensor for file in files for name, tensor in load_file(file).items()})
+    assert results_in("streamed")["recovery"] == results_in("whole")["recovery"]
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())
+
+
 def test_a_dense_model_is_tuned_on_request_alone(model_dir: Path, ask: Ask) -> None:
     code, said = ask(f"checkpoint={model_dir}", "recovery=sparsegrad", "recovery.gather=2")
     assert code == 2

@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from besa_exp.recovery.keep_bits import KeepBits
-from besa_exp.recovery.lora import MaskedLora
-from besa_exp.recovery.scale import Scaled
+from besa_exp.recovery.lora import Factored
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +22,8 @@ def form_of(name, golden):
     keep = KeepBits.of(golden["weight"] != 0)
     base = keep.gather(golden["weight"])
     if name == "mask_lora":
-        return MaskedLora(base, golden["lora_A"].clone(), golden["lora_B"].clone(), 2.0, keep)
-    return Scaled(base, golden["scale_lora.A_init"].clone(), golden["scale_lora.B_init"].clone(), keep)
+        return Factored(base, golden["lora_A"].clone(), golden["lora_B"].clone(), keep, 2.0)
+    return Factored(base, golden["scale_lora.A_init"].clone(), golden["scale_lora.B_init"].clone(), keep)
 
 
 @pytest.mark.parametrize("name", ["mask_lora", "scale_lora"])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import json
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -43,6 +46,15 @@ def anchors(page: Path) -> set[str]:
     """Headings as GitHub names them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_table_of_results_holds_the_records_of_the_study(monkeypatch) -> None:
+    study = ROOT / "experiments" / "real_model"
+    monkeypatch.syspath_prepend(str(study))
+    collect = importlib.import_module("collect")
+    sys.modules.pop("collect")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert collect.with_results(text, json.loads((study / "results.json").read_text(encoding="utf-8"))) == text
 
 
 def test_every_link_leads_somewhere() -> None:

@@ -49,7 +49,8 @@ def test_nothing_stays_nothing_and_numbers_and_what_is_quoted_are_left_alone() -
 def test_the_keys_are_those_of_the_settings() -> None:
     assert {"model.path", "checkpoint", "save.push_to_hub", "evaluator.data_dir", "evaluator.tasks"} <= text_keys()
     assert not {"sparsity", "model.load", "evaluator.batch_size", "seed"} & text_keys()
-    assert {"evaluator.tasks", "tracker.tags", "evaluator.perplexity_sets", "recovery.kinds"} == list_keys()
+    of_evaluator = {f"evaluator.{name}" for name in ("tasks", "perplexity_sets", "prompts")}
+    assert {*of_evaluator, "tracker.tags", "recovery.kinds", "ignore"} == list_keys()
 
 
 def test_a_number_that_a_preset_gives_for_a_text_is_refused_with_the_quotes_it_needs() -> None:

@@ -246,10 +246,15 @@ def test_row_sparsities_are_a_histogram_for_each_type_of_linear_over_the_blocks(
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
     tracker = start_tracker(SETTINGS, tmp_path, CONFIG, "tiny-besa-0.5", "besa")
-    tracker.log_rows(1, {"mlp.experts.0.w1": [0.1, 0.5], "mlp.experts.1.w1": [0.5], "mlp.gate": [0.25]})
+    tracker.log_rows(
+        1, {"mlp.experts.0.w1": [0.1, 0.5], "mlp.experts.1.w1": [0.5], "mlp.gate": [0.25, 0.5], "mlp.w2": [0.5, 0.5]}
+    )
     tracker.finish()
     (line,) = [line for line in history(tmp_path) if any(key.startswith("rows/") for key in line)]
     assert line["block"] == 1
     drawn = {key: values for key, values in line.items() if key.endswith("|values")}
-    assert sorted(sum(values) for values in drawn.values()) == [1, 3]  # experts of a type are one
+    assert sorted(sum(values) for values in drawn.values()) == [
+        2,
+        3,
+    ]  # experts of a type are one; of w2 all rows are alike
     assert step_metrics(tmp_path)["rows/*"] == "block"

@@ -18,6 +18,7 @@ from besa_exp.display.tables import as_text
 from besa_exp.dry_run.counts import Passes, passes_of
 from besa_exp.dry_run.estimate import LIBRARIES, Estimate, Part, disk_speed, estimate, model_size, peak, remedies
 from besa_exp.dry_run.probe import BlockProbe, cut_down
+from besa_exp.dry_run.recovery import pruned_at_random, recovery_cost
 from besa_exp.dry_run.tables import estimate_tables, sweep_table, verdicts
 from besa_exp.dry_run.texts import model_without_weights
 from besa_exp.methods.budgets.learned import Learned
@@ -25,6 +26,8 @@ from besa_exp.methods.budgets.owl import Owl
 from besa_exp.methods.pruners.besa import Besa
 from besa_exp.methods.pruners.besa_paper import BesaPaper
 from besa_exp.methods.pruners.uniform import Uniform
+from besa_exp.presets import preset
+from besa_exp.recovery.full import Full
 from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings, RunSettings, TrackerSettings
 from besa_exp.tensors.masks import Goal
 
@@ -168,6 +171,19 @@ def test_a_sweep_adds_up_time_and_what_is_kept() -> None:
     assert "12 kB" in last
 
 
+@pytest.mark.parametrize("method", ["full", "blocks", "mezo"])
+def test_a_recovery_is_priced_by_its_own_steps(method: str) -> None:
+    asked = replace(preset("recovery", method), steps=100, held_out=1, checks=4)
+    found = recovery_cost(probe(Uniform()), asked, 16, 3)
+    assert found.seconds > 0
+    assert found.checkpoints == 5
+    if method == "full":
+        model = tiny_llama(32, num_hidden_layers=3)
+        state = Full().begin(model, pruned_at_random(model, 0.5), 0).leaves
+        assert found.state_bytes == pytest.approx(3 * sum(leaf.nbytes for leaf in state.values()), rel=0.02)
+        assert found.moved_bytes == sum(parameter.nbytes for parameter in model.parameters())
+
+
 def paper_run(model: str, pruner, device_name) -> Estimate:
     settings = replace(
         SETTINGS, model=ModelSettings("paper", model), calibration=CalibrationSettings("c4", num_samples=128)
@@ -198,7 +214,12 @@ def test_a_run_of_the_paper_is_estimated_with_no_hub_for_a_gpu_that_is_not_here(
     assert (large.parts[0].size or 0) < 10e9  # streamed
     assert 5 * 60 < prune_seconds(large) < 7 * 60
     assert prune_seconds(paper_run("meta-llama/Llama-2-7b-hf", Besa(), "a100")) > 2 * prune_seconds(small)
-    assert "an estimate from counts for h200, on which nothing was measured" in as_text(estimate_tables(small), 300)
+    said = as_text(estimate_tables(small), 300)
+    assert "an estimate from counts for h200, on which nothing was measured" in said
+    assert "memory of h200: fits: " in said
+    assert {part.name: part.size for part in large.parts}[
+        "saved shards"
+    ] == 4 * 32000 * 8192 + 2 * 8192  # the rest: links
 
 
 def test_the_sizes_of_the_presets_models_are_published_ones() -> None:

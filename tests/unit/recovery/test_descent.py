@@ -9,10 +9,9 @@ from pruned_llama import WINDOWS, as_bytes, assert_zeros_exact, pruned_llama, we
 from besa_exp.recovery.descent import Adam
 from besa_exp.recovery.full import Full, Kept
 from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears
-from besa_exp.recovery.lora import Lora, MaskedLora
+from besa_exp.recovery.lora import Factored, Lora, Scale
 from besa_exp.recovery.norms import Norms
 from besa_exp.recovery.objective import NextToken
-from besa_exp.recovery.scale import Scale, Scaled
 
 METHODS = {
     "full": Full(Adam(lr=1e-2, decay=0.1)),
@@ -182,17 +181,17 @@ def test_published_beginning_of_scale_stays_of_rank_one_and_ours_does_not():
     steps(tuner, NextToken(model), range(3))
     name = next(iter(parameters_of_linears(model)))
     form = tuner.forms[name]
-    assert isinstance(form, Scaled)
+    assert isinstance(form, Factored)
     assert torch.linalg.matrix_rank(form.B @ form.A) == 4
     A, B = torch.full((4, 64), 0.5), torch.full((64, 4), 0.5)
-    gradients = Scaled(form.base, A, B, form.keep).gradients(torch.randn(64, 64))
+    gradients = Factored(form.base, A, B, form.keep).gradients(torch.randn(64, 64))
     assert torch.equal(gradients["B"], gradients["B"][:, :1].expand(-1, 4))
 
 
 def test_lora_holds_no_second_copy_of_all_weights_and_its_factors_follow_the_seed():
     (model, keep), (other, _) = pruned_llama(dtype=torch.bfloat16), pruned_llama(dtype=torch.bfloat16)
     tuner, again = (Lora(rank=4).begin(m, keep, seed) for m, seed in ((model, 1), (other, 2)))
-    forms = [form for form in tuner.forms.values() if isinstance(form, MaskedLora)]
+    forms = [form for form in tuner.forms.values() if isinstance(form, Factored)]
     assert sum(form.base.nbytes for form in forms) == 2 * sum(bits.count for bits in keep.values())
     name = next(iter(keep))
     assert not torch.equal(tuner.forms[name].trained["A"], again.forms[name].trained["A"])

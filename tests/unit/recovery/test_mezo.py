@@ -6,7 +6,7 @@ import pytest
 import torch
 from pruned_llama import WINDOWS, as_bytes, assert_zeros_exact, pruned_llama, weights_of
 
-from besa_exp.recovery.mezo import Mezo, normal, rounded_at_random
+from besa_exp.recovery.mezo import BlockFiles, Mezo, StreamedMezo, normal, rounded_at_random
 from besa_exp.recovery.objective import NextToken, mean_loss
 from besa_exp.recovery.saved_states import SavedStates
 from besa_exp.recovery.schedule import Schedule
@@ -142,6 +142,40 @@ def test_temporaries_are_at_most_one_block_and_a_tensor(monkeypatch):
     tuner.losses(NextToken(model), WINDOWS[:2], 0)
     assert max(largest) <= max(*blocks, outside)
     assert len(largest) == 2 * (1 + 2 + 1)
+
+
+def streamed(folder):
+    """A tuner whose blocks come from their pruned weights, and nothing of them is in memory."""
+    model, keep = pruned_llama(dtype=torch.bfloat16)
+    pruned = weights_of(model)
+
+    def load(name, module):
+        module.load_state_dict({own: pruned[f"{name}.{own}"].clone() for own in module.state_dict()}, assign=True)
+        module.requires_grad_(False)
+
+    def release(module):
+        module.to("meta")
+
+    for layer in model.model.layers:
+        release(layer)
+    return model, StreamedMezo(TOLD, BlockFiles(load, release, folder)).begin(model, keep, 0)
+
+
+def test_a_streamed_model_that_goes_on_has_the_bits_of_one_in_memory(tmp_path):
+    whole, _, expected = begun(torch.bfloat16)
+    losses = [expected.step(NextToken(whole), WINDOWS[:2], number, 1.0).loss for number in range(4)]
+    model, tuner = streamed(tmp_path / "blocks")
+    found = [tuner.step(NextToken(model), WINDOWS[:2], number, 1.0).loss for number in range(2)]
+    model, again = streamed(tmp_path / "blocks")
+    again.load(tuner.state())
+    found += [again.step(NextToken(model), WINDOWS[:2], number, 1.0).loss for number in (2, 3)]
+    assert found == losses
+    assert all(parameter.is_meta for parameter in model.model.layers.parameters())
+    with again.ready():
+        assert mean_loss(model, WINDOWS, 4) == mean_loss(whole, WINDOWS, 4)
+    assert set(again.done.values()) == {4}
+    for name, parameter in again.parameters.items():
+        assert torch.equal(as_bytes(parameter), as_bytes(whole.get_parameter(name))), name
 
 
 def test_settings_that_cannot_be_are_refused():

@@ -59,6 +59,15 @@ def test_ignored_linears_stay_and_the_rest_meets_the_target(asked: dict[str, Any
     assert [block.sparsity for block in report.blocks][::3] == [0, 0]
 
 
+def test_a_part_of_a_block_that_is_ignored_is_no_part_of_its_own() -> None:
+    model, dense = tiny(), tiny().state_dict()
+    pruner = replace(preset("pruner", "besa"), scope="sub_block")
+    report = besa_exp.prune(model, None, TOKENS, batch_size=4, pruner=pruner, ignore=["*.self_attn.*"])
+    assert all(torch.equal(weight, dense[name]) for name, weight in model.state_dict().items() if "attn" in name)
+    assert {name.split(".")[3] for name in report.keep_masks} == {"mlp"}
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
 def test_patterns_that_match_nothing_or_all_are_refused() -> None:
     names = ["0.mlp.up_proj", "1.mlp.up_proj"]
     assert check_ignored(("1.*",), names) == []
@@ -95,4 +104,5 @@ def test_a_run_says_what_it_ignored_and_its_masks_rebuild_it(tmp_path: Path) -> 
     assert saved.read_bytes() == again.read_bytes()
     (read,) = read_report([str(tmp_path / "runs")]).runs
     assert read.method.label == "wanda, ignore=0.*"
+    assert read.weights == sum(w.numel() for name, w in model.state_dict().items() if "_proj" in name)
     assert allocation(read).counts[0] == (None,) * 7
