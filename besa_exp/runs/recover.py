@@ -160,7 +160,7 @@ def _course(
             run.folder.log_recovery_step(step)
             run.tracker.log_recovery_step(step)
             progress(point.step + 1, point.loss, point.held_out)
-            if point.held_out is not None:
+            if point.held_out is not None and distributed.is_first():
                 run.spent.keep()
 
         found = tune(work.loaded.model, keep, method, objective, learned, windows, plan, states, on_point)

@@ -149,7 +149,8 @@ def test_a_sweep_told_so_keeps_models_whose_cards_show_a_command_that_runs_this_
     assert main(["prune", *study(given, pruner="wanda", seed="3"), "save.model=true"]) == 0
     (job,) = folders("wanda")
     assert (job / "model" / "model.safetensors").is_file()
-    command = shlex.split((job / "model/README.md").read_text().split("```")[1])
+    (line,) = re.findall(r"^besa prune .*$", (job / "model/README.md").read_text(), re.MULTILINE)
+    command = shlex.split(line)
     assert "seed=3" in command
     assert main([*command[1:], "hydra.run.dir=alone"]) == 0
     alone = Path("alone")
