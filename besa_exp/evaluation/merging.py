@@ -75,7 +75,9 @@ def remaining(
     left = replace(settings, perplexity_sets=tuple(sets), tasks=tuple(tasks), simulated_speed=simulate)
     if settings.prompts and not set(settings.prompts) - scores.texts.keys():
         known.append("text samples are known")
-    left = replace(left, prompts=tuple(prompt for prompt in prompts_of(left) if prompt not in scores.texts))
+    missing = tuple(prompt for prompt in prompts_of(left) if prompt not in scores.texts)
+    if settings.prompts is not None or missing != prompts_of(left):  # else they come by themselves, where they can
+        left = replace(left, prompts=missing)
     return Remaining(left, tuple(known), tuple(conflicts))
 
 

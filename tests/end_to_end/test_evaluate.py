@@ -79,6 +79,7 @@ def test_new_scores_of_a_run_join_its_results(run: Path, ask: Ask, tmp_path: Pat
     assert {key: after[key] for key in unchanged} == {key: before[key] for key in unchanged}
     assert after["provenance"]["perplexity"][str(second)]["num_windows"] == 3
     assert [entry["scored"] for entry in after["evaluations"]] == [[str(second)]]
+    assert "| perplexity second.safetensors |" in (run / "model" / "README.md").read_text()
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["perplexity"] == {
         str(second): after["perplexity"][str(second)]
     }

@@ -149,8 +149,9 @@ def test_a_sweep_told_so_keeps_models_whose_cards_show_a_command_that_runs_this_
     assert main(["prune", *study(given, pruner="wanda", seed="3"), "save.model=true"]) == 0
     (job,) = folders("wanda")
     assert (job / "model" / "model.safetensors").is_file()
-    (line,) = re.findall(r"^besa prune .*$", (job / "model/README.md").read_text(), re.MULTILINE)
-    command = shlex.split(line)
+    command = shlex.split(json.loads((job / "results.json").read_text())["command"])
+    (block,) = re.findall(r"^```\n(besa prune .*?)^```", (job / "model/README.md").read_text(), re.M | re.S)
+    assert len(shlex.split(block)) == len(command)  # whose folders are left out
     assert "seed=3" in command
     assert main([*command[1:], "hydra.run.dir=alone"]) == 0
     alone = Path("alone")

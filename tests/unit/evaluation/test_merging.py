@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from besa_exp.evaluation.checks import PROMPTS
 from besa_exp.evaluation.merging import merged, remaining
 from besa_exp.evaluation.score import Scores
 from besa_exp.settings import EvaluatorSettings
@@ -132,3 +133,14 @@ def test_scores_join_results_that_hold_none() -> None:
     assert told == []
     assert union["perplexity"] == {"c4": 7.0}
     assert union["provenance"]["zero_shot"] == {**HEADER, "tasks": {"piqa": {"version": 2, "num_fewshot": 0}}}
+
+
+def test_text_samples_come_by_themselves_beside_new_scores_alone_and_each_once() -> None:
+    assert remaining(ASKED, 0, 4096, RESULTS).settings.prompts is None
+    spoken = RESULTS | {"texts": {PROMPTS[0]: "there was"}}
+    assert remaining(ASKED, 0, 4096, spoken).settings.prompts == PROMPTS[1:]
+    known = replace(ASKED, perplexity_sets=("wikitext2",))
+    left = remaining(replace(known, tasks=()), 0, 4096, RESULTS)
+    assert (left.settings.prompts, left.known) == (None, ("perplexity on wikitext2 is known: 6.0000",))
+    asked = remaining(replace(known, tasks=(), prompts=(PROMPTS[0],)), 0, 4096, spoken)
+    assert (asked.settings.prompts, asked.known[-1]) == ((), "text samples are known")
