@@ -1,6 +1,6 @@
 """The course of a search, which is read in arrears: nothing waits for the numbers of a step.
 
-A GPU's are copied to the host while it goes on, and are checked and told of when they have arrived, a step or two
+A GPU's are copied to the host while it goes on, and are checked and reported when they have arrived, a step or two
 later; all of them before a search decides anything by a loss. On a CPU they are there at once.
 """
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Course:
-    """The `steps` of a search in `block`, in order, each of which is told to `on_step`. `coming`: numbers of further
+    """The `steps` of a search in `block`, in order, each of which is given to `on_step`. `coming`: numbers of further
     ones, and what says that they have arrived."""
 
     block: Block
@@ -50,13 +50,13 @@ class Course:
         self.coming.append((values.to("cpu", non_blocking=True), event))
         if event is not None:
             event.record(torch.cuda.current_stream(loss.device))
-        self._tell(wait=False)
+        self._report(wait=False)
 
     def wait(self) -> None:
         """Until all steps have arrived."""
-        self._tell(wait=True)
+        self._report(wait=True)
 
-    def _tell(self, wait: bool) -> None:
+    def _report(self, wait: bool) -> None:
         while self.coming:
             values, event = self.coming[0]
             if event is not None and wait:

@@ -237,7 +237,7 @@ def _varying(reports: Sequence[BlockReport]) -> Iterator[dict[str, float]]:
 
 def _values(scores: Scores) -> dict[str, float]:
     """`perplexity/wikitext2`, `zero_shot/piqa/acc`: each score under a name without folders. Two files of one name are
-    told apart by the folder that they lie in."""
+    known apart by the folder that they lie in."""
     names = {score.name for score in scores.scores}
     short = Counter(Path(name).name for name in names)
     values = {}

@@ -58,14 +58,14 @@ def start_run(
 def _config(folder: Path, config: Mapping[str, Any], pruner: str) -> dict[str, Any]:
     """The request, its secrets masked and its folders left out, with the method's name, and of the run folder's files
     the command, versions, commit and device."""
-    told = _without_classes(without_folders(masked(config))) | {"method": pruner}
-    if isinstance(model := told.get("model"), dict) and "path" in model:
-        told["model"] = model | {"name": model.get("name") or str(model["path"]).rstrip("/").rpartition("/")[2]}
+    shown = _without_classes(without_folders(masked(config))) | {"method": pruner}
+    if isinstance(model := shown.get("model"), dict) and "path" in model:
+        shown["model"] = model | {"name": model.get("name") or str(model["path"]).rstrip("/").rpartition("/")[2]}
     where, status = (_json(folder / name) for name in ("environment.json", "status.json"))
-    told |= {"command": without_folders(status["command"])} if status.get("command") else {}
-    told |= {"commit": where["git_commit"], "device_name": where["device_name"]} if where else {}
+    shown |= {"command": without_folders(status["command"])} if status.get("command") else {}
+    shown |= {"commit": where["git_commit"], "device_name": where["device_name"]} if where else {}
     versions = {name: where["packages"].get(name) for name in PACKAGES} if where else {}
-    return told | ({"versions": {"python": where["python"], **versions}} if versions else {})
+    return shown | ({"versions": {"python": where["python"], **versions}} if versions else {})
 
 
 def _without_classes(values: Any) -> Any:

@@ -184,14 +184,14 @@ def estimate_from_counts(settings: RunSettings, folder: Path) -> Estimate:
     weights, block = 8 * size.masks // len(size.blocks), sum(size.blocks) // len(size.blocks)
     host = (block + weights / 8) / DISK + block / HASH
     a_block = max(block_seconds(chip, pruner, passes, model.config, weights, samples, length), host)
-    anew = size.outside if streamed else size.total
-    load, save = anew / DISK, (anew + 2 * size.total) / DISK * settings.keeps_model
+    written = size.outside if streamed else size.total
+    load, save = written / DISK, (written + 2 * size.total) / DISK * settings.keeps_model
     seconds: dict[str, float | None] = {"load": load, "prune": a_block * len(size.blocks), "one block": a_block}
     seconds |= {"save": save, "total": load + a_block * len(size.blocks) + save}
     held = size.outside + (1 + pruner.traits.blocks_together) * block if streamed else size.total
     states = Measured(0, "device")
     parts = [Part("weights", "device", held), *_pruning_parts(pruner, samples * length * size.state, states, "device")]
-    parts += _disk_parts(settings, size, states, anew * settings.keeps_model)
+    parts += _disk_parts(settings, size, states, written * settings.keeps_model)
     kept = size.total * settings.keeps_model + size.masks * settings.save.masks
     notes = [
         f"an estimate from counts for {settings.device_name}, on which nothing was measured: a sample passes a block "

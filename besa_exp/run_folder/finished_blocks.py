@@ -127,7 +127,7 @@ class FinishedBlocks:
         if dense_sha256 not in (None, json.loads(record.read_text(encoding="utf-8"))["dense_sha256"]):
             raise ConfigurationError(
                 f"{self.folder}: block {index} was pruned from other dense weights than the model has now; put the "
-                "model back, or start anew with overwrite=true"
+                "model back, or start again with overwrite=true"
             )
         return load_file(weights)
 

@@ -27,7 +27,7 @@ def results_of(settings: RunSettings, work: Work, environment: Mapping[str, Any]
         "target_sparsity": 0.0 if settings.keeps_weights else Goal.parse(settings.sparsity, settings.pattern).sparsity,
         "calibration": _calibration(work.calibration),
     }
-    if settings.ignore:  # the linears that are told of are not all
+    if settings.ignore:  # the linears listed are not all
         values["weights_in_blocks"] = weights_in_linears(work.loaded)
     values |= {"model_notes": [*work.loaded.notes]} if work.loaded.notes else {}
     values |= {"structure": work.structure.to_dict()} if work.structure else {}
