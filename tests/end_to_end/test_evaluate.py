@@ -74,8 +74,7 @@ def test_new_scores_of_a_run_join_its_results(run: Path, ask: Ask, tmp_path: Pat
     after = results_in(run)
     assert set(after["perplexity"]) == {*before["perplexity"], str(second)}
     assert after["perplexity"][str(second)] == pytest.approx(literal_perplexity(run / "model", second), rel=1e-6)
-    assert after["unavailable"] == {"text samples": "the model has no tokenizer"}
-    unchanged = set(before) - {"perplexity", "provenance", "unavailable"}
+    unchanged = set(before) - {"perplexity", "provenance"}
     assert {key: after[key] for key in unchanged} == {key: before[key] for key in unchanged}
     assert after["provenance"]["perplexity"][str(second)]["num_windows"] == 3
     assert [entry["scored"] for entry in after["evaluations"]] == [[str(second)]]
