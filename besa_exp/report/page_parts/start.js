@@ -23,8 +23,11 @@ byId("facts").textContent = `${plural(done, "finished run")} of ${plural(data.mo
 byId("made").textContent = `Made by besa-exp ${data.version} from ${data.places.join(", ")}. Nothing on this page is fetched: charts and figures are in the file.`;
 
 const tasks = data.measures.map((measure, index) => [index, measure.label, measure.kind]).filter(([, , kind]) => kind === "zero_shot");
-options(byId("score"), data.measures.map((measure, index) => [index, measure.label, measure.main]).filter(([, , main]) => main));
-options(byId("size-score"), data.measures.map((measure, index) => [index, measure.label, measure.main]).filter(([, , main]) => main));
+const scores = data.measures.map((measure, index) => [index, measure.label, measure.main]).filter(([, , main]) => main);
+const measured = (score) => data.cells.filter((cell) => cell.measure === score && !cell.apart).length;
+const [most] = scores.map(([score]) => score).sort((one, other) => measured(other) - measured(one));
+options(byId("score"), scores, most);
+options(byId("size-score"), scores, most);
 options(byId("task"), tasks);
 byId("task").disabled = tasks.length === 0;
 options(byId("depth-target"), unique(data.depth.map((line) => line.target)).sort((a, b) => a - b).map((target) => [target, targetName(target)]), data.depth_target);
