@@ -143,8 +143,8 @@ def test_filters_that_nothing_passes_say_so(opened: Any) -> None:
 
 
 def test_a_reader_chooses_a_run_from_the_table(opened: Any) -> None:
-    script = """const row = [...document.querySelectorAll('#runs tbody tr')].find((r) => r.innerText.includes('beta')
-        && r.innerText.includes('wanda')); row.querySelector('td button').click();"""
+    script = """const row = [...document.querySelectorAll('#runs tbody tr')].find((r) => r.textContent.includes('beta')
+        && r.textContent.includes('wanda')); row.querySelector('td button').click();"""
     opened.execute_script(script)
     assert "besa prune pruner=wanda" in text_of(opened, "#run-body")
     assert "takes no optimisation steps" in text_of(opened, "#run-body")
