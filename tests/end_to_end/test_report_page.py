@@ -196,6 +196,14 @@ def test_a_link_restores_what_was_chosen(opened: Any, report_html: Path) -> None
     assert opened.execute_script(checked) == [True, False]
 
 
+def test_sizes_are_shown_only_where_something_was_removed_whole(opened: Any) -> None:
+    shown = "return !document.querySelector('#size').hidden"
+    assert opened.execute_script(shown)
+    for left in ("null", "1"):
+        opened.execute_script(f"data.runs.forEach((run) => {{ run.left = {left}; }}); showSize();")
+        assert not opened.execute_script(shown), left
+
+
 def test_the_theme_can_be_switched_and_the_size_is_drawn(opened: Any) -> None:
     ground = "return getComputedStyle(document.body).backgroundColor"
     before, theme = opened.execute_script(ground), text_of(opened, "#theme")

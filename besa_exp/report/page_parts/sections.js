@@ -92,12 +92,12 @@ const scoreOf = (run, measure) => run.scores.find(([other]) => other === measure
 
 // Where something was removed whole.
 function showSize() {
-  const shrunk = data.runs.some((run) => run.left < 1);
-  byId("size").hidden = document.querySelector('nav a[href="#size"]').hidden = !shrunk;
-  if (!shrunk) return;
+  const shrunk = unique(data.runs.filter((run) => !unknown(run.left) && run.left < 1).map((run) => run.model));
+  byId("size").hidden = document.querySelector('nav a[href="#size"]').hidden = !shrunk.length;
+  if (!shrunk.length) return;
   const measure = Number(byId("size-score").value);
   const { kind, label } = data.measures[measure];
-  const runs = finishedRuns().filter((run) => !unknown(run.left) && !unknown(scoreOf(run, measure)));
+  const runs = finishedRuns().filter((run) => shrunk.includes(run.model) && !unknown(run.left) && !unknown(scoreOf(run, measure)));
   const cards = unique(runs.map((run) => run.model)).map((model) => {
     const own = runs.filter((run) => run.model === model && !hidden.has(run.method));
     const y = kind === "perplexity" ? logarithmic("perplexity", own.map((run) => scoreOf(run, measure))) : axis(label);
