@@ -173,9 +173,9 @@ def _name(kind: str) -> str:
 
 
 def _score_panels(found: Sequence[Cell], kind: str, known: Looks) -> list[Panel]:
-    """Against sparsity where there are several targets, else a dot chart."""
+    """Against sparsity where there are several targets, else a dot chart; none of a dense model alone."""
     chosen = [cell for cell in found if cell.measure.kind == kind]
-    groups = dict.fromkeys((cell.model, cell.measure) for cell in chosen)
+    groups = dict.fromkeys((cell.model, cell.measure) for cell in chosen if cell.method != DENSE)
     panels = []
     for group in groups:
         own = [cell for cell in chosen if (cell.model, cell.measure) == group]
@@ -225,8 +225,7 @@ def _dot_panel(own: Sequence[Cell], known: Looks) -> Panel:
             axes.axvline(dense.mean, color=known[DENSE].light, linewidth=1, linestyle="--")
         axes.set_yticks(range(len(cells)), [cell.method.label for cell in cells])
         axes.set_ylim(len(cells) - 0.5, -0.5)
-        target = f" at {cells[0].target:.4g}" if cells else ""
-        axes.set(title=f"{own[0].model}: {measure.label}{target}", xlabel=_name(measure.kind))
+        axes.set(title=f"{own[0].model}: {measure.label} at {cells[0].target:.4g}", xlabel=_name(measure.kind))
         axes.grid(visible=False, axis="x")
         if measure.kind == "perplexity" and _wide([*(cell.mean for cell in cells), *([dense.mean] if dense else [])]):
             _logarithmic(axes.xaxis)

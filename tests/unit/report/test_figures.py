@@ -88,3 +88,10 @@ def test_methods_of_one_target_are_sorted_with_the_best_on_top(tmp_path: Path) -
     assert [label.get_text() for label in axes.get_yticklabels()] == ["besa", "sparsegpt", "wanda"]
     assert axes.yaxis_inverted()
     pyplot.close("all")
+
+
+def test_a_dense_model_alone_is_not_drawn(tmp_path: Path) -> None:
+    finished_run(
+        tmp_path / "dense", {"pruner": "dense", "target_sparsity": 0.0, "measured_sparsity": 0.0, "blocks": []}
+    )
+    assert not {"perplexity", "zero_shot"} & figures(tmp_path).keys()
