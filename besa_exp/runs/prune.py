@@ -18,7 +18,7 @@ from typing import Any
 
 from besa_exp.blocks.ignored import Ignored
 from besa_exp.blocks.reports import Size
-from besa_exp.checkpoints.files import write_card
+from besa_exp.checkpoints.files import check_savable, write_card
 from besa_exp.checkpoints.finite_weights import check_finite_weights
 from besa_exp.checkpoints.gguf_file import dequantised
 from besa_exp.checkpoints.load import LoadedModel, load_model
@@ -108,6 +108,7 @@ def _begun(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Cal
     settings = run.settings
     check_finite_weights(loaded.model, settings.model.path)
     check_skips(loaded, settings.skipping)
+    check_savable(loaded.model, settings.model.path)
     with run.spent.timed("calibrate"):
         calibration = _calibrate(
             run, loaded, calibrate or partial(calibration_of, settings.calibration, settings.offline)

@@ -45,8 +45,9 @@ def save_pruned(loaded: LoadedModel, finished: FinishedBlocks, folder: Path, car
 
     RunError: the disk is full or cannot be written to; the finished blocks stay."""
     if loaded.weights is None:
-        if loaded.stored:
-            torch.nn.Module.to(loaded.model, loaded.stored)
+        held = loaded.model.state_dict(keep_vars=True)  # without what no file holds, as tables of positions
+        for tensor in held.values():
+            tensor.data = as_stored({"": tensor.data}, loaded.stored)[""]
         save_model(loaded.model, loaded.tokenizer, folder, card, loaded.folder)
         return
     try:

@@ -15,7 +15,7 @@ import torch
 
 from besa_exp.blocks.block import capture_blocks
 from besa_exp.blocks.reports import BlockReport, LinearReport, Size
-from besa_exp.checkpoints.files import weights_sha256, write_card
+from besa_exp.checkpoints.files import check_savable, weights_sha256, write_card
 from besa_exp.checkpoints.finite_weights import check_finite_weights
 from besa_exp.checkpoints.load import LoadedModel, load_model, model_context
 from besa_exp.display.console import RunConsole
@@ -122,6 +122,7 @@ def _begun(run: Run, loaded: LoadedModel, asked: TuneSettings) -> tuple[Run, Wor
     """The checkpoint, checked, and the run that aims at the zeros it has."""
     settings = run.settings
     check_finite_weights(loaded.model, settings.model.path)
+    check_savable(loaded.model, settings.model.path)
     with run.spent.timed("calibrate"):
         calibration = distributed.from_first(lambda: calibration_of(settings.calibration, settings.offline, loaded))
     finished = FinishedBlocks(run.folder.blocks, run.spent.keep)
