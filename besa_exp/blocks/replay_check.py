@@ -16,6 +16,7 @@ from besa_exp.blocks.block import Block, Hidden, discover_blocks, embed
 from besa_exp.blocks.call_arguments import Reached, check_unwritten, hidden_of
 from besa_exp.blocks.linears import LOOKED_FOR, watch
 from besa_exp.errors import RunError
+from besa_exp.tensors.statistics import is_finite
 
 
 @torch.no_grad()
@@ -70,6 +71,12 @@ class _Replay:
         self.hidden = block(self.hidden)
         self.replaying = False
         expected = hidden_of(output).float()
+        if not is_finite(expected):
+            raise RunError(
+                f"{block.name}: the model's hidden states are not finite on the calibration tokens: it is broken as it "
+                f"is saved, or overflows in {str(self.hidden.dtype).removeprefix('torch.')}; set model.dtype=float32 or "
+                "bfloat16"
+            )
         error = (self.hidden.float() - expected).norm() / expected.norm()
         if not error < 1e-3:
             raise RunError(
