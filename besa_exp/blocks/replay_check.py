@@ -73,9 +73,9 @@ class _Replay:
         expected = hidden_of(output).float()
         if not is_finite(expected):
             raise RunError(
-                f"{block.name}: the model's hidden states are not finite on the calibration tokens: it is broken as it "
-                f"is saved, or overflows in {str(self.hidden.dtype).removeprefix('torch.')}; set model.dtype=float32 or "
-                "bfloat16"
+                f"{block.name}: the model's hidden states are not finite on the calibration tokens: it is broken as "
+                f"it is saved, or overflows in {str(self.hidden.dtype).removeprefix('torch.')}; set "
+                "model.dtype=float32 or bfloat16"
             )
         error = (self.hidden.float() - expected).norm() / expected.norm()
         if not error < 1e-3:

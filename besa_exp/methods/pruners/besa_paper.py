@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from besa_exp.blocks.course import Course
 from besa_exp.blocks.probe import probe_loss
-from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
+from besa_exp.blocks.pruner import PrunedBlock, Task, Traits, pruned_by_masks
 from besa_exp.errors import check_fields, one_of, within
 from besa_exp.machine import distributed
 from besa_exp.methods.pruners.candidates import CandidateAllocation, reach
@@ -86,8 +86,11 @@ class BesaPaper:
         return problems
 
     def prune_block(self, task: Task) -> PrunedBlock:
-        """Learn theta for `epochs` passes over the samples in order, then fix the hard masks."""
+        """Learn theta for `epochs` passes over the samples in order, then fix the hard masks. A block of which a budget
+        asks nothing stays dense: the penalty is relative to the target."""
         block, goal, inputs, targets = task.block, task.goal, task.inputs, task.targets
+        if goal.sparsity == 0:
+            return pruned_by_masks({name: torch.ones_like(W, dtype=torch.bool) for name, W in task.weights.items()})
         weights, importances = self._importances(task)
         allocations = {
             name: CandidateAllocation(
