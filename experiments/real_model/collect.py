@@ -6,12 +6,14 @@ results. What results.json holds already stays, unless the same run was made aga
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from besa_exp.display.markdown import markdown_table
+from besa_exp.display.missed_target import missed_by
 from besa_exp.report.runs import RunRecord, read_run
 from besa_exp.report.studies import kept_records, over_seeds
 
@@ -79,7 +81,8 @@ def methods_of(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def cells(rows: Sequence[dict[str, Any]], method: str, value: str, digits: int = 2) -> list[str]:
-    """One method's values over the columns; a dense model has one for all, and no cell is empty without a reason."""
+    """One method's values over the columns, with the zeros that came out where the target was missed. A dense model has
+    one value for all; no cell is empty without a reason."""
     own = [row for row in rows if row["method"] == method]
 
     def cell(target: float, pattern: str) -> str:
@@ -87,7 +90,10 @@ def cells(rows: Sequence[dict[str, Any]], method: str, value: str, digits: int =
             found = [row["scores"][value] for row in own if value in row["scores"]]
             return over_seeds(found[:1], digits, seeds=1)
         fitting = [row for row in own if (row["target"], row["pattern"]) == (target, pattern)]
-        return over_seeds([row["scores"].get(value) for row in fitting], digits)
+        scored = [row for row in fitting if value in row["scores"]]
+        missed = [row["measured"] for row in scored if missed_by(target, row["measured"])]
+        at = f" at {100 * statistics.mean(missed):.1f} %" if missed else ""
+        return over_seeds([row["scores"][value] for row in scored], digits) + at
 
     return [cell(target, pattern) for _, target, pattern in COLUMNS]
 
@@ -136,7 +142,7 @@ def with_results(text: str, rows: Sequence[dict[str, Any]]) -> str:
     note = (
         "SmolLM2-135M: perplexity on 16 windows of 1,024 tokens of WikiText-2's test text (the last column: of C4), "
         "calibrated on 32\nwindows of 512 tokens of WikiText-2. Mean ± standard deviation over three seeds, or over as "
-        "many as stand in brackets. N:4: each row keeps an N of its own of every 4, half of all weights."
+        "many as stand in brackets. N:4:\neach row keeps an N of its own of every 4 weights."
     )
     return "\n".join([f"{head}{BEGIN}{note}", "", *markdown_table(titles, lines), ""]) + END + rest.partition(END)[2]
 
