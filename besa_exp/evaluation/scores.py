@@ -72,7 +72,8 @@ def evaluate(
         unavailable |= dict.fromkeys([*settings.perplexity_sets, *scored_names(settings)], str(error))
         scores += [perplexity_score(name, None, {}) for name in settings.perplexity_sets]
     else:
-        finished = finished and replace(finished, given={"skipping": skipping.request} if skipping else {})
+        if finished and skipping:
+            finished = replace(finished, given={**finished.given, "skipping": skipping.request})
         scores += _score_sets(loaded, settings, offline, on_progress, unavailable, finished, on_count, decided)
         if settings.tasks:
             common, of_tasks = _score_tasks(

@@ -159,7 +159,8 @@ def _renew_card(folder: RunFolder, results: Mapping[str, Any]) -> None:
 def _measured(evaluation: _Evaluation, loaded: LoadedModel, digest: str, left: Any) -> Scores:
     """The scores that were not known; those of an evaluation that was cut off are taken from it."""
     settings, folder = evaluation.settings, evaluation.folder
-    finished = FinishedScores(folder.scores, f"checkpoint {digest}", evaluation.spent.keep)
+    asked = {"dtype": str(loaded.model.dtype)}
+    finished = FinishedScores(folder.scores, f"checkpoint {digest}", evaluation.spent.keep, asked)
     skipping = skipping_of(settings.skipping, lambda: _calibration_tokens(settings, loaded))
     console = evaluation.console
     scores = evaluate(loaded, left, settings.offline, settings.seed, console.stage, finished, console.count, skipping)

@@ -64,7 +64,7 @@ class Updated:
         """First the pruner, then the update, its steps numbered on."""
         pruned = self.pruner.prune_block(task)
         done = len(pruned.steps)
-        updated = self.update.update_block(task.after(done), pruned)
+        updated = self.update.update_block(task.after(done), replace(pruned, steps=()))
         return replace(updated, steps=(*pruned.steps, *updated.after(done).steps))
 
 
