@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,31 @@ def test_a_terminal_of_100_columns_shows_progress_then_whole_tables() -> None:
     assert re.search(r"  1 +40\.00 +40\.01 +40\.02 +40\.03 +40\.04 +40\.05 +40\.06 +40\.03 +0\.25 +0\.125", shown)
     assert re.search(r"perplexity embedded ↓ +10\.0000 +12\.5000 +\+25\.00%", shown)
     assert "block 1 of 2: sparsity" not in shown  # that line is for files
+
+
+@pytest.mark.parametrize("no_colour", [False, True])
+def test_a_narrow_terminal_breaks_no_line_and_has_colours_where_they_are_wanted(
+    no_colour: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"TTY_COMPATIBLE": "1", "TERM": "xterm-256color", "COLUMNS": "64", "LINES": "24"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_colour:
+        monkeypatch.setenv("NO_COLOR", "1")
+    with RunConsole(quiet=False) as console:
+        console.outline(SETTINGS)
+        with console.pruning(2, [9.0]) as progress:
+            progress.step(Step(1, 0, 0.75, 0.5, 0.25, 0.5))
+            time.sleep(0.25)  # the line is drawn ten times a second
+        console.stage("pruned model: zero-shot a_task_with_a_rather_long_name_of_its_own")
+        console.count(64, 1838, "questions")
+        console.summary(RESULTS, Path("outputs/a-run"))
+    shown = capsys.readouterr().out
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown).replace("\r", "\n")
+    assert max(map(len, plain.splitlines())) <= 64
+    for whole in ("block 2 of 2 · about 9 s left · ", "✓ pruning (1 of 2 blocks from before)", "+25.00%"):
+        assert whole in plain
+    assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]m", shown)) != no_colour
 
 
 def test_a_terminal_run_logs_the_same_lines_for_run_log(caplog: pytest.LogCaptureFixture) -> None:
