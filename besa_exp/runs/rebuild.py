@@ -125,7 +125,7 @@ def _pruned(
     hashes = masks.description["dense_sha256"]
     for block in loaded.weights.resident(blocks) if loaded.weights else blocks:
         masks.check(
-            f"block {block.index}", weights_sha256(block_tensors(block.module, block.name)), hashes[block.index]
+            f"block index {block.index}", weights_sha256(block_tensors(block.module, block.name)), hashes[block.index]
         )
         keep_masks = masks.of(block)
         masked = replace(block, linears={name: block.linears[name] for name in keep_masks})

@@ -158,9 +158,9 @@ def test_warnings_are_shown_as_such_and_only_while_the_console_is_open(capsys: p
 
 def test_the_summary_has_a_row_a_block_with_each_linear_type_and_the_losses() -> None:
     head, _, first, second, _, total = rows(plain_lines())[:6]
-    assert head == ["block", "q", "k", "v", "o", "gate", "up", "down", "all", "start", "loss"]
-    assert first == ["1", "40.00", "40.01", "40.02", "40.03", "40.04", "40.05", "40.06", "40.03", "0.25", "0.125"]
-    assert second[:2] + second[-3:] == ["2", "41.00", "41.03", "0.25", "1.125"]
+    assert head == ["index", "q", "k", "v", "o", "gate", "up", "down", "all", "start", "loss"]
+    assert first == ["0", "40.00", "40.01", "40.02", "40.03", "40.04", "40.05", "40.06", "40.03", "0.25", "0.125"]
+    assert second[:2] + second[-3:] == ["1", "41.00", "41.03", "0.25", "1.125"]
     assert total[:2] + total[-3:] == ["all", "40.50", "40.53", "", ""]
 
 
@@ -274,7 +274,7 @@ def test_a_terminal_of_100_columns_shows_progress_then_whole_tables() -> None:
     assert re.search(r"block 2 of 2 · about .* left", shown)
     assert re.search(r"step [234] of 4 · loss 0.75", shown)  # the number of steps is known from the first block
     assert "W&B is [left] out" in shown
-    assert re.search(r"  1 +40\.00 +40\.01 +40\.02 +40\.03 +40\.04 +40\.05 +40\.06 +40\.03 +0\.25 +0\.125", shown)
+    assert re.search(r"  0 +40\.00 +40\.01 +40\.02 +40\.03 +40\.04 +40\.05 +40\.06 +40\.03 +0\.25 +0\.125", shown)
     assert re.search(r"perplexity embedded ↓ +10\.0000 +12\.5000 +\+25\.00%", shown)
     assert "block 1 of 2: sparsity" not in shown  # that line is for files
 
