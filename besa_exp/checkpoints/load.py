@@ -238,6 +238,11 @@ def model_path(settings: ModelSettings) -> str:
     return str(MODEL_DIR if settings.path == "embedded" else Path(settings.path).expanduser())
 
 
+def hub_id(settings: ModelSettings) -> str | None:
+    """The model's name on the hub; None: it is embedded, or a folder or file of this machine."""
+    return None if Path(model_path(settings)).exists() else settings.path
+
+
 def model_context(model: nn.Module) -> int:
     """The longest window the model takes, in tokens; CONTEXT where its config does not say, as of BLOOM, which has no
     limit of its own."""

@@ -233,9 +233,9 @@ def check_same_zeros(run: Path, reported: list[dict[str, Any]], counted: list[di
             padding = found["weights"] - linear["weights"] if found else 0  # of uneven widths
             if found is not None and found["pruned"] - padding != linear["pruned"]:
                 raise ConfigurationError(
-                    f"{run / 'model'}: block {place}, {name} holds {found['pruned'] - padding} zeros where results.json"
-                    f" says {linear['pruned']}: it is not the model that the run made; name another folder with "
-                    "hydra.run.dir="
+                    f"{run / 'model'}: block index {place}, {name} holds {found['pruned'] - padding} zeros where "
+                    f"results.json says {linear['pruned']}: it is not the model that the run made; name another folder "
+                    "with hydra.run.dir="
                 )
 
 

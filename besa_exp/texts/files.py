@@ -57,19 +57,33 @@ def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     return _parquet_rows(path, None) if format_of(path.name) == "parquet" else _json_rows(path)
 
 
-def column_texts(path: Path, column: str, key: str) -> Iterator[str | None]:
-    """The texts under `column`, None where a null stands. `key` is what a person sets to choose another column."""
+def column_texts(path: Path, column: str, key: str, chats: bool = False) -> Iterator[str | None]:
+    """The texts under `column`, None where a null stands. `key` is what a person sets to choose another column. With
+    `chats` a conversation is a text too, as JSON writes it."""
     parquet = format_of(path.name) == "parquet"
     for number, row in _parquet_rows(path, (column, key)) if parquet else _json_rows(path):
         if column not in row:
             raise ConfigurationError(f"{path}, line {number}: {_no_column(column, list(row), key)}")
         text = row[column]
+        if chats and is_conversation(text):
+            text = json.dumps(text, ensure_ascii=False)
         if text is not None and not isinstance(text, str):
             where = f"row {number}" if parquet else f"line {number}"
+            other = ", or give calibration.chat_template=true" if is_conversation(text) and "calibration" in key else ""
             raise ConfigurationError(
-                f"{path}, {where}: {column!r} holds {type(text).__name__}, not text; choose another column with {key}"
+                f"{path}, {where}: {column!r} holds {type(text).__name__}, not text; choose another column with "
+                f"{key}{other}"
             )
         yield text
+
+
+def is_conversation(value: Any) -> bool:
+    """[{"role": ..., "content": ...}, ...], all of them texts."""
+    turns = value if isinstance(value, list) else []
+    return bool(turns) and all(
+        isinstance(turn, dict) and all(isinstance(turn.get(part), str) for part in ("role", "content"))
+        for turn in turns
+    )
 
 
 def _no_column(column: str, there: list[str], key: str) -> str:

@@ -81,7 +81,7 @@ def is_token_file(source: str) -> bool:
     return source.lower().endswith(TOKENS)
 
 
-def check_source(source: str, key: str, use: Use, column: str = COLUMN) -> list[str]:
+def check_source(source: str, key: str, use: Use, column: str = COLUMN, chats: bool = False) -> list[str]:
     """What is wrong with `source` (the name of a set, or a path) as the value of `key`, in complete sentences. Of a
     file with columns the first row is read."""
     if source in SET_NAMES:
@@ -102,15 +102,15 @@ def check_source(source: str, key: str, use: Use, column: str = COLUMN) -> list[
         return [f"{key}={source}: you may not read this file; change its permissions or name another"]
     if format_of(path.name) not in (None, "plain"):
         try:
-            next(column_texts(path, column, COLUMN_KEYS[use]), None)
+            next(column_texts(path, column, COLUMN_KEYS[use], chats), None)
         except ConfigurationError as error:
             return list(error.problems)
     return []
 
 
-def read_text(source: str, use: Use, offline: bool, column: str = COLUMN) -> Text:
-    """The documents of a named set or a local text file, there from `column` where it has columns. Nulls are left out,
-    counted and reported.
+def read_text(source: str, use: Use, offline: bool, column: str = COLUMN, chats: bool = False) -> Text:
+    """The documents of a named set or a local text file, there from `column` where it has columns, where with `chats`
+    conversations may stand. Nulls are left out, counted and reported.
 
     Raises Unavailable for a set of the hub that cannot be loaded, ConfigurationError for a file that cannot be read.
     """
@@ -118,11 +118,11 @@ def read_text(source: str, use: Use, offline: bool, column: str = COLUMN) -> Tex
         return _embedded(use)
     if source in HUB_FILES:
         return _from_hub(source, use, offline)
-    if problems := check_source(source, "path", use, column):
+    if problems := check_source(source, "path", use, column, chats):
         raise ConfigurationError(*problems)
     path = Path(source).expanduser()
     plain = format_of(path.name) == "plain"
-    found, nulls = (_plain_documents(path), 0) if plain else _column(path, column, COLUMN_KEYS[use], None)
+    found, nulls = (_plain_documents(path), 0) if plain else _column(path, column, COLUMN_KEYS[use], None, chats)
     documents = tuple(text for text in found if text.strip())
     if not documents:
         raise ConfigurationError(f"{source}: holds no text; give a file with some")
@@ -195,11 +195,13 @@ def _plain_documents(path: Path) -> tuple[str, ...]:
     return tuple(document.strip("\n") for document in text.split(SEPARATOR)) if SEPARATOR in text else (text,)
 
 
-def _column(path: Path, column: str, key: str, max_rows: int | None) -> tuple[tuple[str, ...], int]:
+def _column(
+    path: Path, column: str, key: str, max_rows: int | None, chats: bool = False
+) -> tuple[tuple[str, ...], int]:
     """The first `max_rows` texts of a column, and the number of nulls that were passed over."""
     texts: list[str] = []
     nulls = 0
-    for text in column_texts(path, column, key):
+    for text in column_texts(path, column, key, chats):
         if len(texts) == max_rows:
             break
         if text is None:
