@@ -100,7 +100,7 @@ class EvoPress:
         standing[-1] += 1  # the parent
         each = [samples_of(tokens, num_samples, seq_len) for tokens in self.tokens]
         samples = [count * size for count, size in zip(standing, each, strict=True)]
-        return Work(self.generations * len(samples), self.generations * sum(samples) * seq_len, max(samples))
+        return Work(self.generations * len(samples), self.generations * sum(samples) * seq_len)
 
 
 def samples_of(tokens: int, num_samples: int, seq_len: int) -> int:

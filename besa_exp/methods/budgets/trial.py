@@ -33,12 +33,10 @@ TOKENS = 2048  # that pass the head together: their logits are the largest thing
 
 @dataclass(frozen=True)
 class Work:
-    """What a search asks for at most: passes over the blocks, the tokens of all models that it tries, and the samples
-    of the models that are tried side by side."""
+    """What a search asks for at most: passes over the blocks, and the tokens of all models that it tries."""
 
     passes: int
     tokens: int
-    side_by_side: int
 
 
 @runtime_checkable
