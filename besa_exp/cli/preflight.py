@@ -225,10 +225,11 @@ def _check_target(settings: RunSettings, facts: ModelFolder | None, with_pruner:
     if pattern and facts:
         problems += _indivisible(settings, pattern[1], facts)
     if with_pruner and not problems:
-        from besa_exp.methods.updates.updated import with_update  # torch is there already: it came with the pruner
+        from besa_exp.methods.budgets.trial import check_budget  # torch is there already: it came with the pruner
+        from besa_exp.methods.updates.updated import with_update
 
         problems += with_update(settings.pruner, settings.update).check(sparsity, settings.pattern)
-        problems += settings.budget.check(sparsity, settings.pattern) if settings.budget else []
+        problems += check_budget(settings.budget, settings.pattern)
         problems += _check_recovery(settings, sparsity, facts) if settings.recovery else []
         problems += _check_structure(settings) if settings.structure and facts else []
     return problems

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from besa_exp.display.console import PLAIN_WIDTH, duration
 from besa_exp.display.missed_target import out_of_reach
+from besa_exp.display.terminal import console_of
 from besa_exp.dry_run.estimate import Estimate, estimate
 from besa_exp.dry_run.parts import LIBRARIES, PHASES, Place, peak, remedies
 from besa_exp.machine.disk import size_in_words
@@ -26,7 +26,7 @@ NOT_ESTIMATED = "not estimated"
 def show_estimates(jobs: Sequence[tuple[RunSettings, Path, bool]]) -> None:
     """Estimates of the jobs (settings, run folder, whether a finished run is there); of several a line each, and of a
     finished one no more than that. Jobs that differ in seed and sparsity alone are measured once."""
-    out, progress = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH), Console(stderr=True)
+    out, progress = console_of(PLAIN_WIDTH), Console(stderr=True)
     known: dict[str, Estimate] = {}
     found: list[Estimate] = []
     done = [folder for _, folder, finished in jobs if finished] if len(jobs) > 1 else []

@@ -19,7 +19,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.errors import check_fields, within
-from besa_exp.methods.budgets.budget import no_pattern
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.budgets.trial import Trial, Work
 from besa_exp.tensors.importance import Importance, ImportanceName
@@ -36,10 +35,6 @@ class Atp:
     def __post_init__(self) -> None:
         check_fields(self, "budget", within(above=0, below=1, note="0.06 is the default"), "step")
         check_fields(self, "budget", within(least=1, note="8 is the default"), "num_samples")
-
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Nothing to deal out under N:M."""
-        return no_pattern("atp", pattern)
 
     def progressions(self, sparsity: float, num_blocks: int) -> list[Float[Tensor, " block"]]:
         """The progressions that are tried, the uniform one first."""

@@ -30,7 +30,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.errors import check_fields, within
-from besa_exp.methods.budgets.budget import no_pattern
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.budgets.trial import Sparsities, Trial, Work
 from besa_exp.tensors.importance import Importance, ImportanceName
@@ -65,10 +64,6 @@ class EvoPress:
             )
         if self.survivors[-1] != 1:
             raise ValueError(f"budget.survivors={[*self.survivors]}: must end with 1, the next parent")
-
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Nothing to deal out under N:M."""
-        return no_pattern("evopress", pattern)
 
     def search(self, trial: Trial, sparsity: float, progress: Progress) -> Float[Tensor, " block"]:
         """All generations that are left, each kept as it ends."""
