@@ -79,7 +79,7 @@ def _streamed(
     settings: ModelSettings, folder: Path, device: torch.device
 ) -> tuple[PreTrainedModel, StreamedWeights] | None:
     """The streamed model where that is asked for, or the whole one would be large; None: it is to be loaded whole."""
-    if settings.load != "streamed" and not (settings.load == "auto" and is_large(weight_bytes(folder), device)):
+    if not is_to_stream(settings, weight_bytes(folder), device):
         return None
     try:
         return open_streamed(folder, settings.dtype, device, settings.trust_remote_code)
@@ -231,6 +231,11 @@ def is_large(size: int, device: torch.device) -> bool:
     """Whether files of `size` bytes are more than the free memory easily holds beside what pruning needs."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     return size > SHARE_OF_FREE * min(free, free_memory())
+
+
+def is_to_stream(settings: ModelSettings, size: int, device: torch.device) -> bool:
+    """Whether files of `size` bytes are streamed, if they can be."""
+    return settings.load == "streamed" or (settings.load == "auto" and is_large(size, device))
 
 
 def model_path(settings: ModelSettings) -> str:

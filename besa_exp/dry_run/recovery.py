@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from besa_exp.blocks.block import discover_blocks
-from besa_exp.blocks.head import head_of
 from besa_exp.dry_run.probe import BlockProbe, line, seconds_of
 from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears
 from besa_exp.recovery.recipe import follows_dense, method_of, objective_of, plan_of, steps_of
@@ -32,12 +31,12 @@ BACKWARD = 3  # forward passes that one both ways costs
 @dataclass(frozen=True)
 class RecoveryCost:
     """Seconds of all steps and judgements, how often checkpoints are written, and bytes of what the method holds and of
-    the parameters that it moves."""
+    a checkpoint: that, and the parameters it moves."""
 
     seconds: float
     checkpoints: int
     state_bytes: int
-    moved_bytes: int
+    kept_bytes: int
 
 
 def recovery_cost(probe: BlockProbe, asked: RecoverySettings, seq_len: int, num_blocks: int) -> RecoveryCost:
@@ -64,13 +63,13 @@ def recovery_cost(probe: BlockProbe, asked: RecoverySettings, seq_len: int, num_
     times = num_blocks / len(modules)
     state = extrapolated(tuner.state(), path, times)
     moved = extrapolated({name: own.data for name, own in tuner.parameters.items()}, path, times)
-    head = head_seconds(probe, longer)
+    head = probe.head_seconds(1, longer) / longer
     outside = min(per_token, BACKWARD * head)
     a_step = fixed * state / max(1, extrapolated(tuner.state(), path, 1))
     a_step += asked.batch_size * seq_len * (times * (per_token - outside) + outside)
     a_judgement = asked.held_out * seq_len * (num_blocks * a_token + head)
     judgements = 1 + sum(plan_of(asked, steps).judges_after(number) for number in range(1, steps + 1))
-    return RecoveryCost(preparing * times + steps * a_step + judgements * a_judgement, judgements, state, moved)
+    return RecoveryCost(preparing * times + steps * a_step + judgements * a_judgement, judgements, state, state + moved)
 
 
 @torch.no_grad()
@@ -84,14 +83,6 @@ def pruned_at_random(model: PreTrainedModel, sparsity: float) -> dict[str, KeepB
         keep[name] = KeepBits.of(mask.to(parameter.device))
         keep[name].clear_(parameter)
     return keep
-
-
-def head_seconds(probe: BlockProbe, length: int) -> float:
-    """Of a token's forward pass outside the blocks."""
-    block, hidden = probe.block_of_noise(1, length)
-    head = head_of(probe.model, block.layers, torch.zeros(1, length, dtype=torch.int64))
-    with torch.no_grad():
-        return min(seconds_of(probe.device, lambda: head(hidden)) for _ in range(2)) / length
 
 
 def extrapolated(tensors: Mapping[str, Tensor], path: str, times: float) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from besa_exp.errors import RunError, did_you_mean
 from besa_exp.machine import distributed
 from besa_exp.recovery.descent import Adam
 from besa_exp.recovery.full import Full
-from besa_exp.recovery.lora import Lora, Scale
+from besa_exp.recovery.lora import Lora
 from besa_exp.recovery.mezo import Mezo
 from besa_exp.recovery.norms import Norms
 from besa_exp.recovery.objective import Distillation, NextToken
@@ -31,7 +32,7 @@ from besa_exp.texts.sources import check_source
 
 WITHOUT_ADAM = {"mezo": Mezo, "spiel": Spiel}
 BY_ADAM = {
-    "full": Full, "lora": Lora, "scale": Scale, "norms": Norms, "blocks": Blocks, "sketch": Sketch,
+    "full": Full, "lora": Lora, "scale": partial(Lora, alpha=None), "norms": Norms, "blocks": Blocks, "sketch": Sketch,
     "sparsegrad": SparseGrad,
 }  # fmt: skip
 OWN_KEYS = {

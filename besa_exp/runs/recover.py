@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from besa_exp.blocks.block import Block, discover_blocks
+from besa_exp.blocks.block import Block
 from besa_exp.blocks.reports import RecoveryReport
 from besa_exp.checkpoints.files import load_masks
 from besa_exp.checkpoints.load import LoadedModel, load_model, vocabulary_size
@@ -137,9 +137,8 @@ def _tuned_streamed(
     outside = {name: parameter.detach().clone() for name, parameter in tuner.parameters.items()}
     work = rewritten(work, lambda block: tuner.catch_up(block.name, block.module, 0), outside)
     if work.loaded.stored is not None and work.loaded.weights is not None:
-        path, modules = discover_blocks(model)
         _round(model, work.loaded.stored)
-        with work.loaded.weights.on_demand({f"{path}.{index}": module for index, module in enumerate(modules)}):
+        with work.loaded.weights.on_demand(model):
             found = replace(found, after=mean_loss(model, windows, asked.micro_batch))
     return found, sum(point.tokens for point in found.points), work
 
