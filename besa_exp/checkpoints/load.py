@@ -67,8 +67,7 @@ def load_model(settings: ModelSettings, device: torch.device, offline: bool) -> 
         raise _cannot_load(settings, error) from error
     model, weights = _streamed(settings, folder, device) or (None, None)
     if model is None:
-        model = _whole(settings, folder, config)
-        torch.nn.Module.to(model, device)  # transformers' own `to` is not typed
+        model = _whole(settings, folder, config, device)
     notes += _ties_undone(model)
     for note in notes:
         logger.warning("%s: %s", settings.path, note)
@@ -92,7 +91,8 @@ def _streamed(
         return None
 
 
-def _whole(settings: ModelSettings, folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
+def _whole(settings: ModelSettings, folder: Path, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+    """Each tensor goes from its file to the device by itself: the host never holds the model beside it."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -101,6 +101,7 @@ def _whole(settings: ModelSettings, folder: Path, config: PreTrainedConfig) -> P
             use_safetensors=True,
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
+            device_map={"": device},
         )
     except torch.OutOfMemoryError:
         raise
@@ -180,7 +181,8 @@ def load_tokenizer(settings: ModelSettings, folder: Path) -> PreTrainedTokenizer
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        logger.warning("%s has no tokenizer that loads (%s): only token files can be read", settings.path, error)
+        reason = str(error)  # a log that keeps the error keeps all that its frames hold: the model
+        logger.warning("%s has no tokenizer that loads (%s): only token files can be read", settings.path, reason)
         return None
 
 

@@ -113,7 +113,7 @@ def tune_checkpoint(settings: TuneSettings, path: Path) -> dict[str, Any]:
         results |= {"seconds": run.spent.seconds(), "peak_memory_bytes": run.spent.peak_memory()} | attempt_of(path)
         folder.write_results(results)
         if settings.save.model and distributed.is_first():
-            write_card(folder.model, card(run, loaded, results))
+            write_card(folder.model, card(run, loaded.folder, results))
         console.summary(results, path)
     return results
 

@@ -205,3 +205,8 @@ def test_a_hub_id_and_revision_name_the_cached_snapshot(folder, tmp_path, monkey
     assert "quantised (awq" in problem
     with pytest.raises(ConfigurationError, match="awq"):
         load_model(older, CPU, offline=True)
+
+
+def test_each_tensor_is_read_straight_to_the_device(folder: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"and 18 more of .* without data"):  # meta: where none has data
+        load_model(settings(folder), torch.device("meta"), offline=True)
