@@ -54,8 +54,9 @@ class LoadedModel:
     stored: torch.dtype | None = None
 
 
-def load_model(settings: ModelSettings, device: torch.device, offline: bool) -> LoadedModel:
-    """The model on `device`, whole or streamed: the same one, by the same config, dtype, files and ties.
+def load_model(settings: ModelSettings, device: torch.device, offline: bool, whole_for: str = "") -> LoadedModel:
+    """The model on `device`, whole or streamed: the same one, by the same config, dtype, files and ties. `whole_for`:
+    what needs it whole; then one that would be streamed is refused, before a weight is read.
 
     ConfigurationError: it cannot be found, has no safetensors, its class is not known to transformers, its files do not
     make up its weights, or it cannot be streamed although that was asked for."""
@@ -65,7 +66,7 @@ def load_model(settings: ModelSettings, device: torch.device, offline: bool) -> 
         config, notes = read_config(folder, settings.trust_remote_code)
     except Exception as error:
         raise _cannot_load(settings, error) from error
-    model, weights = _streamed(settings, folder, device) or (None, None)
+    model, weights = _streamed(settings, folder, device, whole_for) or (None, None)
     if model is None:
         model = _whole(settings, folder, config, device)
     notes += _ties_undone(model)
@@ -75,11 +76,17 @@ def load_model(settings: ModelSettings, device: torch.device, offline: bool) -> 
 
 
 def _streamed(
-    settings: ModelSettings, folder: Path, device: torch.device
+    settings: ModelSettings, folder: Path, device: torch.device, whole_for: str
 ) -> tuple[PreTrainedModel, StreamedWeights] | None:
     """The streamed model where that is asked for, or the whole one would be large; None: it is to be loaded whole."""
-    if settings.load != "streamed" and not (settings.load == "auto" and is_large(weight_bytes(folder), device)):
+    size = weight_bytes(folder)
+    if settings.load != "streamed" and not (settings.load == "auto" and is_large(size, device)):
         return None
+    if whole_for:
+        raise ConfigurationError(
+            f"model.load={settings.load}: {settings.path} ({size / 1e9:.1f} GB) would be streamed, one block in memory "
+            f"at a time, and {whole_for} needs it whole; set model.load=whole where it fits"
+        )
     try:
         return open_streamed(folder, settings.dtype, device, settings.trust_remote_code)
     except ValueError as error:

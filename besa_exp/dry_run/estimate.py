@@ -57,6 +57,7 @@ from besa_exp.tensors.masks import Goal
 Place = Literal["device", "host", "disk"]
 Phase = Literal["load", "prune", "recover", "save", "evaluate"]
 PHASES: tuple[Phase, ...] = ("load", "prune", "recover", "save", "evaluate")
+SHARD_BYTES = 5 * 10**9  # transformers' own, and `files.SHARD_SIZE`
 LIBRARIES = "Python and libraries"  # held by this process too: they do not lessen what is free
 LEAST_WORK = 3  # blocks that a probe on a CPU needs at least
 SLOW = 1.0  # seconds that an evaluation's batch may take; a smaller one is measured where it takes longer
@@ -350,10 +351,7 @@ def _memory_parts(
         parts.append(Part("the finished block, being written", "host", largest, ("prune",)))
     else:
         parts.append(Part("weights", memory, size.total, remedy="model.load=streamed"))
-        parts += [Part("weights on their way", "host", size.total, ("load", "save"), "model.load=streamed")] * on_cuda
-    if settings.keeps_model:
-        phases: tuple[Phase, ...] = ("save", "evaluate") if on_cuda or streamed else ("evaluate",)  # a CPU maps files
-        parts.append(Part("saved model, loaded again", memory, size.outside if streamed else size.total, phases))
+        parts += [Part("a shard on its way", "host", min(size.total, SHARD_BYTES), ("save",))] * on_cuda
     if settings.is_dense:
         parts = [part for part in parts if "load" in part.phases or "evaluate" in part.phases]
     else:

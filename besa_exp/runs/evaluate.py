@@ -91,7 +91,7 @@ def evaluate_checkpoint(settings: EvaluationSettings, path: Path, config: Mappin
         spent = Spent(folder.spent, partial(peak_memory, device))
         evaluation = _Evaluation(settings, folder, console, device, spent)
         console.stage(f"loading {settings.checkpoint}")
-        loaded = load_model(settings.model, evaluation.device, settings.offline)
+        loaded = load_model(settings.model, device, settings.offline, "skipping" if settings.skipping else "")
         loaded = in_a_fast_dtype(loaded, settings.model.dtype)
         results = _scored(evaluation, loaded, config)
         console.tables(results)

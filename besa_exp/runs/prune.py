@@ -92,7 +92,9 @@ def _loaded(run: Run) -> LoadedModel:
     settings = run.settings
     run.console.stage(f"loading {settings.model.path}")
     with run.spent.timed("load"):
-        return in_a_fast_dtype(load_model(settings.model, run.device, settings.offline), settings.model.dtype)
+        whole_for = "skipping" if settings.skipping else ""
+        loaded = load_model(settings.model, run.device, settings.offline, whole_for)
+        return in_a_fast_dtype(loaded, settings.model.dtype)
 
 
 def _dense(run: Run) -> tuple[dict[str, Any], Path]:
