@@ -182,14 +182,12 @@ def _texts(settings: ModelSettings, prompts: Sequence[str], asked: argparse.Name
 
 
 def _speaking(settings: ModelSettings, device: torch.device, offline: bool) -> LoadedModel:
-    """The model, whole and with its tokenizer. ConfigurationError, RunError: it cannot speak."""
+    """The model, whole and with its tokenizer. ConfigurationError: it cannot speak."""
     from besa_exp.checkpoints.load import load_model
 
-    loaded = load_model(settings, device, offline)
+    loaded = load_model(settings, device, offline, "text that is generated")
     if loaded.tokenizer is None:
         raise ConfigurationError(
             f"{settings.path}: it has no tokenizer, and text needs one; copy the dense model's there"
         )
-    if loaded.weights is not None:
-        raise RunError(f"{settings.path} does not fit the memory as a whole, and a streamed model is too slow to speak")
     return loaded

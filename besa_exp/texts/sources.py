@@ -13,13 +13,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from besa_exp.errors import ConfigurationError, Unavailable, did_you_mean, first_line
 from besa_exp.hub.client import hub_problem
-from besa_exp.texts.files import column_texts, format_of, plain_text, readable_names
+from besa_exp.texts.files import Lines, column_texts, format_of, plain_text, readable_names
 
 Use = Literal["calibration", "perplexity"]
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class Text:
 
     `max_windows` is where a protocol stops counting. `provenance` says what was read."""
 
-    documents: tuple[str, ...]
+    documents: Sequence[str]
     provenance: dict[str, Any] = field(default_factory=dict)
     max_windows: int | None = None
 
@@ -171,7 +172,12 @@ def _embedded(use: Use) -> Text:
 def _from_hub(source: str, use: Use, offline: bool) -> Text:
     wanted = HUB_FILES[source][use]
     path = fetch(source, use, offline)
-    rows, nulls = _column(path, wanted.column, COLUMN_KEYS[use], wanted.max_rows)
+    key = COLUMN_KEYS[use]
+    if wanted.joiner is None and format_of(path.name) == "lines":
+        rows, nulls = Lines.of(path, wanted.column, key)
+        _warn_of_nulls(path, wanted.column, nulls, len(rows))
+    else:
+        rows, nulls = _column(path, wanted.column, key, wanted.max_rows)
     record = {
         "set": source,
         "repository": wanted.repository,
@@ -208,8 +214,10 @@ def _column(
             nulls += 1
         else:
             texts.append(text)
-    if nulls:
-        logger.warning(
-            "%s: %d of %d rows have a null under %r and are left out", path, nulls, nulls + len(texts), column
-        )
+    _warn_of_nulls(path, column, nulls, len(texts))
     return tuple(texts), nulls
+
+
+def _warn_of_nulls(path: Path, column: str, nulls: int, others: int) -> None:
+    if nulls:
+        logger.warning("%s: %d of %d rows have a null under %r and are left out", path, nulls, nulls + others, column)

@@ -174,10 +174,16 @@ def test_a_failing_rank_ends_all_with_its_error(short, tokens, tmp_path):
 
 def test_a_rank_that_waits_for_a_lost_one_and_hears_no_signal_says_why_and_ends(tmp_path):
     """As in NCCL; torchrun alone would kill it after 30 seconds, and its status would stay `running`."""
-    assert run_ready("stuck_rank.py", str(tmp_path / "run")).returncode != 0
+    assert run_ready("stuck_rank.py", str(tmp_path / "run"), "run").returncode != 0
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["status"], status["error"]) == ("failed", "RunError: rank 1 failed: block 3: the loss is nan")
     assert "block 3: the loss is nan" in (tmp_path / "run" / "run.log").read_text()
+
+
+def test_an_evaluation_that_waits_for_a_lost_rank_says_why_and_ends(tmp_path):
+    assert run_ready("stuck_rank.py", str(tmp_path / "run"), "evaluate").returncode != 0
+    assert "the evaluation failed: rank 1 failed: block 3: the loss is nan" in (tmp_path / "run/run.log").read_text()
+    assert not (tmp_path / "run" / "status.json").exists()
 
 
 def test_a_refusal_is_told_once_and_leaves_nothing(tmp_path):
