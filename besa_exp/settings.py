@@ -129,6 +129,10 @@ class RecoverySettings:
     lr: float
     path: str | None = None  # a local text or token file in place of the calibration's source
     column: str = "text"
+    task: str | None = None  # in place of a text; `path` is then a file of its rows
+    task_loss: str = "options"  # or answer, accuracy
+    shots: int = 500  # examples of each label of the task to learn from
+    tested: int = 500  # examples of the task that are scored
     steps: int = 200
     tokens: int | None = None  # in the place of steps
     seq_len: int | None = None  # None: the calibration's

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from besa_exp.errors import check_fields, within
 from besa_exp.recovery.keep_bits import KeepBits
-from besa_exp.recovery.objective import mean_loss
+from besa_exp.recovery.objective import Losses, mean_loss, next_token_losses
 from besa_exp.recovery.saved_states import SavedStates
 from besa_exp.recovery.schedule import Schedule, batch_at
 from besa_exp.recovery.tuner import Method, Objective, Tuner, Windows
@@ -117,17 +118,20 @@ def tune(
     plan: Plan,
     states: SavedStates | None = None,
     on_point: Callable[[Point], None] = lambda point: None,
+    losses: Losses = next_token_losses,
 ) -> Recovery:
-    """Tune `model`, which holds the pruned weights, in place; `keep` names its zeros. It ends with the best weights.
+    """Tune `model`, which holds the pruned weights, in place; `keep` names its zeros. It ends with the best weights, by
+    the mean of `losses` over the held-out windows.
 
     `on_point` is called with each step once, also of those that an earlier attempt did; what that did after its last
     checkpoint is done again and reported again."""
     clear_pruned(model, keep)
     tuner = method.begin(model, keep, plan.seed)
     keeper = _Best(model, tuner, states)
+    judge = partial(_held_out, model, tuner, held_out, plan.judged, losses)
     course = _go_on(tuner, keeper, states, on_point)
     if course is None:
-        before = _held_out(model, tuner, held_out, plan)
+        before = judge()
         course = _Course(0, before, before, 0)
         keeper.keep(0)
         _save(states, course, tuner, keeper)
@@ -135,7 +139,7 @@ def tune(
         point = _step(tuner, objective, learned, plan, course.steps)
         course.steps += 1
         if plan.judges_after(course.steps) and math.isfinite(point.loss):
-            point = _judged(point, _held_out(model, tuner, held_out, plan))
+            point = _judged(point, judge())
         course.points.append(point)
         course.stopped = _reason(point)
         if point.held_out is not None and point.held_out < course.after:
@@ -180,9 +184,9 @@ def _step(tuner: Tuner, objective: Objective, learned: Text, plan: Plan, number:
     return Point(number, taken.loss, taken.gradient_norm, scale, windows.numel(), seconds)
 
 
-def _held_out(model: nn.Module, tuner: Tuner, windows: Windows, plan: Plan) -> float:
+def _held_out(model: nn.Module, tuner: Tuner, windows: Windows, batch_size: int, losses: Losses) -> float:
     with tuner.ready():
-        return mean_loss(model, windows, plan.judged)
+        return mean_loss(model, windows, batch_size, losses)
 
 
 def _judged(point: Point, held_out: float) -> Point:
