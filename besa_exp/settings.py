@@ -139,6 +139,7 @@ class RecoverySettings:
     batch_size: int = 8
     micro_batch: int = 8  # windows that pass the model together
     checkpointing: bool = False
+    shard: bool = False  # full: the model is dealt out to the processes of torchrun
     schedule: str = "cosine"  # or linear, constant
     warm_up: float = 0.1  # share of the steps
     held_out: int = 32  # windows that choose the state that is kept

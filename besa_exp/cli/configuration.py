@@ -64,6 +64,7 @@ LATER_KEYS = (
     ("evaluator", "max_windows", None),
     ("evaluator", "prompts", None),
     ("recovery", "exchange", False),
+    ("recovery", "shard", False),
     ("recovery", "task", None),
     ("recovery", "task_loss", "options"),
     ("recovery", "shots", 500),

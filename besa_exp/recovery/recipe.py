@@ -114,6 +114,8 @@ def check_fit(asked: RecoverySettings, model: nn.Module) -> list[str]:
         problems.append("recovery=mezo: steps are lost in float16; set model.dtype=bfloat16 or float32")
     if asked.name == "spiel" and distributed.num_ranks() > 1:
         problems.append("recovery=spiel: runs in one process; start it without torchrun")
+    if asked.shard:
+        problems += _check_dealt_out(asked)
     if asked.name == "blocks" and asked.scope == "sub_block":
         first = capture_blocks(model, torch.zeros(1, 2, dtype=torch.long))[0]
         try:
@@ -148,6 +150,8 @@ def check_recovery(
         problems.append(f"recovery.seq_len={seq_len}: must be from 2 to the model's context, {context or 'as it is'}")
     if asked.name == "mezo" and asked.distill == "squarehead":
         problems.append("recovery.distill=squarehead: needs hidden states, which mezo has not; use logits")
+    if asked.shard and asked.name != "full":
+        problems.append("recovery.shard=true: is for recovery=full; the other methods hold little beside the model")
     problems += _check_followed(asked, blocks_removed)
     if quantised and asked.name != "norms":
         problems.append(
@@ -160,6 +164,19 @@ def check_recovery(
     refused = _refused(lambda: method_of(asked, steps))
     found += [refused] if refused else [method_of(asked, steps).check(sparsity, pattern)]
     return [problem for problems in found for problem in problems]
+
+
+def _check_dealt_out(asked: RecoverySettings) -> list[str]:
+    """All processes compute a block at the same time, so that each must have as many windows as any other."""
+    ranks = distributed.num_ranks()
+    if ranks == 1:
+        return ["recovery.shard=true: deals the model out to processes; start several with torchrun"]
+    sizes = ["batch_size", "held_out", *(["tested"] if asked.task else [])]
+    return [
+        f"recovery.{name}={getattr(asked, name)}: recovery.shard=true needs a multiple of the {ranks} processes"
+        for name in sizes
+        if getattr(asked, name) % ranks
+    ]
 
 
 def _check_task_loss(asked: RecoverySettings) -> list[str]:

@@ -25,6 +25,7 @@ from besa_exp.recovery.keep_bits import KeepBits
 from besa_exp.recovery.objective import Losses, mean_loss, next_token_losses
 from besa_exp.recovery.saved_states import SavedStates
 from besa_exp.recovery.schedule import Schedule, batch_at
+from besa_exp.recovery.sharded import own, own_keep, own_rows, whole
 from besa_exp.recovery.tuner import Method, Objective, Tuner, Windows
 
 KEEP = "/keep"  # ends the name under which the bits of a tensor lie beside the best weights
@@ -156,8 +157,8 @@ def tune(
 def clear_pruned(model: nn.Module, keep: Mapping[str, KeepBits]) -> None:
     """Write +0.0 into every pruned place of what is in memory; blocks in files hold +0.0 there."""
     for name, bits in keep.items():
-        if not (parameter := model.get_parameter(name)).is_meta:
-            bits.clear_(parameter)
+        if not (parameter := model.get_parameter(name)).is_meta and (kept := own_keep(bits, parameter)):
+            kept.clear_(own(parameter))
 
 
 def _go_on(
@@ -223,7 +224,7 @@ class _Best:
 
     def keep(self, step: int) -> None:
         """The weights are the best now, after so many steps."""
-        now = {name: parameter.detach() for name, parameter in self.tuner.parameters.items()}
+        now = {name: whole(parameter.detach()) for name, parameter in self.tuner.parameters.items()}
         now |= {f"{name}{KEEP}": bits.bits for name, bits in self.tuner.keep.items()}
         if self.states is None:
             self.copies = {name: tensor.to("cpu", copy=True) for name, tensor in now.items()}
@@ -238,7 +239,7 @@ class _Best:
             assert self.name is not None
             best = self.states.read_best(self.name)
         for name, parameter in self.tuner.parameters.items():
-            parameter.copy_(best[name])
+            own(parameter).copy_(own_rows(best[name], parameter))
         return {
             name: KeepBits.packed(best[f"{name}{KEEP}"].to(bits.bits.device), bits.shape)
             for name, bits in self.tuner.keep.items()

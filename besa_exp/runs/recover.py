@@ -31,6 +31,7 @@ from besa_exp.recovery.recipe import (
     steps_of,
 )
 from besa_exp.recovery.saved_states import SavedStates
+from besa_exp.recovery.sharded import sharded, take_back
 from besa_exp.recovery.tuner import Method, Objective
 from besa_exp.recovery.tuning import Point, Recovery, tune
 from besa_exp.run_folder.identity import as_plain, request_identity
@@ -103,8 +104,11 @@ def _tuned(
     loaded, seq_len = work.loaded, length_of(asked, run.settings.calibration, work.calibration)
     method = method_of(asked, steps_of(asked, seq_len))
     teacher = _dense(run, loaded, dense) if follows_dense(asked) else None
-    objective = objective_of(asked, method, loaded.model, teacher, seq_len)
-    found, _ = _course(run, work, asked, keep, method, objective, parts)
+    model = sharded(loaded.model) if asked.shard else loaded.model
+    objective = objective_of(asked, method, model, teacher, seq_len)
+    found, _ = _course(run, work, model, keep, method, objective, parts)
+    if asked.shard:
+        take_back(loaded.model, model)
     return _rounded(loaded, found, parts, asked)
 
 
@@ -120,7 +124,7 @@ def _tuned_streamed(
     folder = run.folder.recovery / f"blocks-{distributed.rank()}"
     method = StreamedMezo(mezo, BlockFiles(loaded.weights.load, loaded.weights.release, folder))
     objective = objective_of(asked, mezo, model, None, 0)
-    found, states = _course(run, work, asked, keep, method, objective, parts)
+    found, states = _course(run, work, model, keep, method, objective, parts)
     saved = states.read()
     assert saved is not None
     tuner = method.begin(model, keep, asked.seed)
@@ -133,13 +137,15 @@ def _tuned_streamed(
 def _course(
     run: Run,
     work: Work,
-    asked: RecoverySettings,
+    model: nn.Module,
     keep: Mapping[str, KeepBits],
     method: Method,
     objective: Objective,
     parts: Parts,
 ) -> tuple[Recovery, SavedStates]:
     """All steps, and where the states lie."""
+    asked = run.settings.recovery
+    assert asked is not None
     plan = plan_of(asked, steps_of(asked, length_of(asked, run.settings.calibration, work.calibration)))
     identity = as_plain(request_identity(run.config, work.calibration.tokens_sha256))
     states = SavedStates(run.folder.recovery, identity | {"text_sha256": parts.sha256})
@@ -154,7 +160,7 @@ def _course(
                 run.spent.keep()
 
         found = tune(
-            work.loaded.model,
+            model,
             keep,
             method,
             objective,
