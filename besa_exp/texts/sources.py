@@ -75,6 +75,11 @@ HUB_FILES: dict[str, dict[Use, HubFile]] = {
     },
 }
 SET_NAMES = (EMBEDDED, *HUB_FILES)
+TASK_FILES = {
+    "sst2": HubFile("nyu-mll/glue", "sst2/train-00000-of-00001.parquet"),
+    "rte": HubFile("nyu-mll/glue", "rte/train-00000-of-00001.parquet"),
+    "boolq": HubFile("google/boolq", "data/train-00000-of-00001.parquet"),
+}  # what recovery.task learns from
 
 
 def is_token_file(source: str) -> bool:
@@ -139,10 +144,14 @@ def file_sha256(path: Path) -> str:
 
 def fetch(source: str, use: Use, offline: bool) -> Path:
     """The local path of a named set's file, downloaded unless it is in the cache. Raises Unavailable."""
+    return fetched(HUB_FILES[source][use], source, offline)
+
+
+def fetched(wanted: HubFile, name: str, offline: bool) -> Path:
+    """The same of a file that a person calls `name`."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
 
-    wanted = HUB_FILES[source][use]
     silent = None if offline else hub_problem()
     cached = offline or silent is not None
     try:
@@ -154,7 +163,7 @@ def fetch(source: str, use: Use, offline: bool) -> Path:
         cause = f"{why} and it is not in the local cache" if cached else first_line(error)
         revision = f" --revision {wanted.revision}" if wanted.revision else ""
         raise Unavailable(
-            f"{source}: cannot get {wanted.filename} of the data set {wanted.repository} ({cause}); give a local file "
+            f"{name}: cannot get {wanted.filename} of the data set {wanted.repository} ({cause}); give a local file "
             "instead of the name, or fetch it where there is a network: "
             f"hf download --repo-type dataset{revision} {wanted.repository} {wanted.filename}"
         ) from error
