@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Int
 from torch import Tensor
 
-from besa_exp.blocks.block import discover_blocks
 from besa_exp.errors import Unavailable, as_unavailable
 from besa_exp.evaluation.checks import perplexity_window, prompts_of
 from besa_exp.evaluation.cost import counts_of, speeds_of
@@ -331,10 +330,7 @@ def _harness(loaded: LoadedModel, settings: EvaluatorSettings) -> Any:
 
 def callable_model(loaded: LoadedModel) -> AbstractContextManager[None]:
     """The model as a whole can be called for as long as this lasts."""
-    if loaded.weights is None:
-        return nullcontext()
-    path, modules = discover_blocks(loaded.model)
-    return loaded.weights.on_demand({f"{path}.{index}": module for index, module in enumerate(modules)})
+    return loaded.weights.on_demand(loaded.model) if loaded.weights else nullcontext()
 
 
 def _tasks_record(model: Any, tokenizer: Any, settings: EvaluatorSettings, seed: int) -> dict[str, Any]:

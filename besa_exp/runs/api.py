@@ -33,6 +33,7 @@ from besa_exp.checkpoints.load import load_model as load
 from besa_exp.display.missed_target import out_of_reach
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine.device import compute_dtype
+from besa_exp.methods.budgets.trial import check_budget
 from besa_exp.methods.updates.updated import with_update
 from besa_exp.presets import METHOD_GROUPS, preset, preset_values, presets
 from besa_exp.report.loaded import linear_table, load_run
@@ -234,7 +235,7 @@ def _check_target(settings: RunSettings) -> list[str]:
     except ValueError as error:
         return [str(error)]
     problems = with_update(pruner, settings.update).check(sparsity, settings.pattern)
-    problems += settings.budget.check(sparsity, settings.pattern) if settings.budget else []
+    problems += check_budget(settings.budget, settings.pattern)
     return problems + (check_recovery_of(settings, sparsity, None) if settings.recovery else [])
 
 

@@ -129,6 +129,7 @@ class BlockLoop:
         state = self.loaded.model.state_dict()
         for name, weight in self.dense.items():
             state[name].copy_(weight)
+        self.dense.clear()  # a second model
         whole = self._whole(blocks, shown)
         done = 0
 

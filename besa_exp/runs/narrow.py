@@ -33,7 +33,7 @@ from besa_exp.evaluation.cost import counts_of as cost_counts
 from besa_exp.machine import atomic, distributed
 from besa_exp.machine.device import compute_dtype
 from besa_exp.methods.budgets.progress import Progress
-from besa_exp.methods.structure.method import DenseModel
+from besa_exp.methods.structure.method import DenseModel, StructureMethod
 from besa_exp.run_folder.identity import request_identity
 from besa_exp.runs.block_loop import indivisible, resident
 from besa_exp.runs.run import Run, Work, parameters, weights_in_linears
@@ -121,7 +121,7 @@ def _refused(act: Callable[[], T]) -> T:
 
 
 def _check(run: Run, loaded: LoadedModel, costs: Costs, dimensions: Dimensions) -> None:
-    method = run.settings.structure
+    method: StructureMethod = run.settings.structure
     uneven = method.saved_as is not None
     problems = family_problems(loaded.model.config.to_dict(), method.narrows, uneven)
     problems += [NOT_STREAMED] if uneven and loaded.weights else []

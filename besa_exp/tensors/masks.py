@@ -123,7 +123,7 @@ def goals_of_linears(sizes: Mapping[str, int], goal: Goal) -> dict[str, Goal]:
     }
 
 
-def round_to_total(counts: Float[Tensor, " rows"], total: int) -> Int[Tensor, " rows"]:
+def round_to_total(counts: Float[Tensor, " rows"], total: int | Int[Tensor, ""]) -> Int[Tensor, " rows"]:
     """Integers next to `counts` that sum to exactly `total`: the largest remainders are rounded up, ties by position.
 
     `total` must lie between the sums of the floors and of the ceilings."""

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.errors import RunError, check_fields, within
-from besa_exp.methods.budgets.budget import no_pattern
 from besa_exp.tensors.statistics import is_finite
 
 BINS = 100  # of the histogram that shows the densest place
@@ -50,10 +49,6 @@ class Alpha:
 
     def __post_init__(self) -> None:
         check_fields(self, "budget", within(least=0, below=1, note="the paper uses 0.3"), "epsilon")
-
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Nothing to deal out under N:M."""
-        return no_pattern("alpha", pattern)
 
     def sparsities(
         self, blocks: Iterable[Block], inputs: Hidden, sparsity: float, batch_size: int

@@ -24,10 +24,6 @@ T = TypeVar("T")
 class Budget(Protocol):
     """A method that knows the dense blocks and their inputs, and decides how much each gives up."""
 
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Problems with this goal, in complete sentences."""
-        ...
-
     def sparsities(
         self, blocks: Iterable[Block], inputs: Hidden, sparsity: float, batch_size: int
     ) -> Float[Tensor, " block"]:
@@ -83,12 +79,3 @@ def exact_goals(sparsities: Float[Tensor, " block"], weights: Sequence[int], spa
     wanted = project_to_budget(sparsities.double().cpu(), capacity, total)
     counts = round_to_total(wanted * capacity, total)
     return [Goal(int(count) / size, exact=True) for count, size in zip(counts, weights, strict=True)]
-
-
-def no_pattern(name: str, pattern: str) -> list[str]:
-    """The problem of a budget beside a pattern."""
-    if pattern == "unstructured":
-        return []
-    return [
-        f"budget={name} with pattern={pattern}: a budget over depth is for pattern=unstructured; leave one of them out"
-    ]
