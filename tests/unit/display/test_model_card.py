@@ -84,8 +84,9 @@ def test_no_absolute_path_is_told(tmp_path: Path) -> None:
     assert "'evaluator.perplexity_sets=[ev.txt,c4]'" in card
 
 
-def test_the_card_of_a_local_model_does_not_tell_where_it_lies() -> None:
-    card = model_card(RESULTS, COMMAND)
+@pytest.mark.parametrize("place", ["/home/somebody/tiny", "models/of/somebody/tiny/"])
+def test_the_card_of_a_local_model_does_not_tell_where_it_lies(place: str) -> None:
+    card = model_card(RESULTS | {"model": place}, COMMAND)
     assert "# tiny, pruned to 59.1% by besa" in card
     assert "- Base model: tiny\n" in card
     assert "somebody" not in card
