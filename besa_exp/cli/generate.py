@@ -4,7 +4,6 @@ what a model says while it skips, what it says without beside it, and how fast i
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from besa_exp.cli.preflight import check_model
+from besa_exp.display.terminal import console_of
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.evaluation.checks import PROMPTS
 from besa_exp.machine.environment_variables import set_before_imports
@@ -57,7 +57,7 @@ def generate(arguments: Sequence[str]) -> int:
     models = _models(asked.place, asked.no_dense)
     set_before_imports(offline=asked.offline)
     found = {which: _texts(settings, prompts, asked) for which, settings in models.items()}
-    _print_texts(console := _console(), prompts, {which: texts for which, (texts, _) in found.items()})
+    _print_texts(console := console_of(PLAIN_WIDTH), prompts, {which: texts for which, (texts, _) in found.items()})
     if not asked.chat and any(chats for _, chats in found.values()):
         console.print("The tokenizer has a chat template: --chat puts each prompt as its user does.", style="dim")
     return 0
@@ -89,7 +89,7 @@ def _generate_skipping(place: str, keys: Sequence[str], prompts: Sequence[str], 
     said = {"without skipping": continuations(model, loaded.tokenizer, prompts, tokens)}
     with decided.generating(model) as course:
         said[name] = continuations(model, loaded.tokenizer, prompts, tokens)
-    console = _console()
+    console = console_of(PLAIN_WIDTH)
     _print_texts(console, prompts, said)
     ids = prompt_ids(loaded.tokenizer, prompts[0], model.device)
     decoded = max(1, min(tokens, model_context(model) - ids.shape[1]))
@@ -127,10 +127,6 @@ def _asked(place: str, keys: Sequence[str], offline: bool) -> EvaluationSettings
     words = [f"checkpoint={place}", "evaluator=none", f"offline={str(offline).lower()}", *keys]
     composed("besa generate", CONFIG_NAME, words, read)
     return found[0]
-
-
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, emoji=False)
 
 
 def _print_texts(console: Console, prompts: Sequence[str], said: Mapping[str, Sequence[str]]) -> None:
@@ -190,14 +186,12 @@ def _texts(settings: ModelSettings, prompts: Sequence[str], asked: argparse.Name
 
 
 def _speaking(settings: ModelSettings, device: torch.device, offline: bool) -> LoadedModel:
-    """The model, whole and with its tokenizer. ConfigurationError, RunError: it cannot speak."""
+    """The model, whole and with its tokenizer. ConfigurationError: it cannot speak."""
     from besa_exp.checkpoints.load import load_model
 
-    loaded = load_model(settings, device, offline)
+    loaded = load_model(settings, device, offline, "text that is generated")
     if loaded.tokenizer is None:
         raise ConfigurationError(
             f"{settings.path}: it has no tokenizer, and text needs one; copy the dense model's there"
         )
-    if loaded.weights is not None:
-        raise RunError(f"{settings.path} does not fit the memory as a whole, and a streamed model is too slow to speak")
     return loaded

@@ -81,26 +81,40 @@ def prune(
         if warning := out_of_reach(settings):
             logger.warning(warning)
         console.outline(settings)
-        console.stage(f"loading {settings.model.path}")
-        with run.spent.timed("load"):
-            loaded = in_a_fast_dtype(load_model(settings.model, device, settings.offline), settings.model.dtype)
-        results = dense_results(run, loaded) if settings.is_dense else _pruned(run, loaded, calibrate)
-        results |= dequantised(loaded.folder)
+        results, source = _dense(run) if settings.is_dense else _pruned(run, calibrate)
+        results |= dequantised(source)
         results |= {"seconds": run.spent.seconds(), "peak_memory_bytes": run.spent.peak_memory()} | attempt_of(path)
-        _write(run, loaded, results)
+        _write(run, source, results)
     return results
 
 
-def _pruned(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Calibration] | None) -> dict[str, Any]:
-    """results.json but for times and memory."""
-    work = _begun(run, loaded, calibrate)
+def _loaded(run: Run) -> LoadedModel:
+    settings = run.settings
+    run.console.stage(f"loading {settings.model.path}")
+    with run.spent.timed("load"):
+        whole_for = "skipping" if settings.skipping else ""
+        loaded = load_model(settings.model, run.device, settings.offline, whole_for)
+        return in_a_fast_dtype(loaded, settings.model.dtype)
+
+
+def _dense(run: Run) -> tuple[dict[str, Any], Path]:
+    """As `_pruned`."""
+    loaded = _loaded(run)
+    return dense_results(run, loaded), loaded.folder
+
+
+def _pruned(run: Run, calibrate: Callable[[LoadedModel], Calibration] | None) -> tuple[dict[str, Any], Path]:
+    """results.json but for times and memory, and the dense model's folder. The work alone holds the model: what a stage
+    puts in its place takes its memory."""
+    work = _begun(run, _loaded(run), calibrate)
+    source = work.loaded.folder
     with tracking(run) as tracker:
         run = replace(run, tracker=tracker)
         for stage in STAGES:
             work = stage(run, work)
         results = results_of(run.settings, work, environment(run.device))
         tracker.log_summary({"target_missed": miss_of(results), "parameters_left": work.parameters.left})
-    return results
+    return results, source
 
 
 def _begun(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Calibration] | None) -> Work:
@@ -113,7 +127,7 @@ def _begun(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Cal
             run, loaded, calibrate or partial(calibration_of, settings.calibration, settings.offline)
         )
         own_ids, batch_size = distributed.own_samples(calibration.input_ids), settings.calibration.batch_size
-        check_blocks(loaded, own_ids, batch_size, Ignored(settings.ignore))
+        check_blocks(loaded, own_ids, batch_size, Ignored(settings.ignore), settings.pattern)
     check_recoverable(run, loaded, calibration)
     finished = FinishedBlocks(run.folder.blocks, run.spent.keep)
     identity = request_identity(run.config, calibration.tokens_sha256)
@@ -141,9 +155,9 @@ def _calibrate(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel],
     return calibration
 
 
-def _write(run: Run, loaded: LoadedModel, results: Mapping[str, Any]) -> None:
+def _write(run: Run, source: Path, results: Mapping[str, Any]) -> None:
     """results.json, the model card with the scores, and the tables."""
     run.folder.write_results(results)
     if run.settings.keeps_model and distributed.is_first():
-        write_card(run.folder.model, card(run, loaded, results))
+        write_card(run.folder.model, card(run, source, results))
     run.console.summary(results, run.folder.path)

@@ -50,7 +50,8 @@ class Work:
     the dense model, and what is left of them; zeros are left. `finished` holds the pruned blocks and `reports`
     describes them, both by their numbers in the pruned model. `dense_cost`: of the dense
     model where parts of it went whole. `saved`: what is scored, read again where it was saved.
-    `reloaded`: what a fresh process saw of it, as in results.json."""
+    From then on `loaded` holds no weights, and `token_loss` is what it had on a few tokens. `reloaded`: what a fresh
+    process saw of `saved`, as in results.json."""
 
     loaded: LoadedModel
     calibration: Calibration
@@ -62,6 +63,7 @@ class Work:
     reports: tuple[BlockReport, ...] = ()
     recovery: RecoveryReport | None = None
     saved: LoadedModel | None = None
+    token_loss: float | None = None
     scores: Scores | None = None
     reloaded: Mapping[str, Any] = field(default_factory=dict)
 

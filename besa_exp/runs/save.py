@@ -157,12 +157,22 @@ def save(run: Run, work: Work) -> Work:
         distributed.barrier()
         if not settings.save.model:
             return replace(work, saved=loaded)
+        work = replace(work, token_loss=_expected(run, work))
+        torch.nn.Module.to(loaded.model, "meta")  # two models may be more than the device holds
         load = "streamed" if loaded.weights else "whole"
         saved = replace(settings.model, path=str(folder.model), revision=None, dtype="auto", load=load)
         saved = replace(saved, trust_remote_code=_runs_code(settings))
         reloaded = replace(load_model(saved, run.device, offline=True), tokenizer=loaded.tokenizer)
         check_saved(reloaded, work.reports, _saved_as(settings) == "padded")
         return replace(work, saved=in_a_fast_dtype(reloaded, settings.model.dtype))
+
+
+def _expected(run: Run, work: Work) -> float | None:
+    """The loss that the saved model is to have in a fresh process; None: none will load it."""
+    if not run.settings.save.verify or not distributed.is_first():
+        return None
+    with callable_model(work.loaded):
+        return token_loss(work.loaded.model, work.calibration.input_ids[:1, :TOKENS])
 
 
 def _saved_as(settings: RunSettings) -> str | None:
@@ -186,11 +196,10 @@ def reread(run: Run, work: Work) -> Iterator[Callable[[], dict[str, Any]]]:
     if not save.verify:
         yield lambda: {"reloaded": {"skipped": "save.verify=false"}}
         return
-    tokens = work.calibration.input_ids[:1, :TOKENS]
-    with callable_model(loaded):
-        expected = token_loss(loaded.model, tokens)
     dtype, trusted = loaded.stored or loaded.model.dtype, _runs_code(run.settings)
     routes = any(linear.of_mixture for linear in discover_linears(discover_blocks(loaded.model)[1][-1]).values())
+    tokens, expected = work.calibration.input_ids[:1, :TOKENS], work.token_loss
+    assert expected is not None
     with reloading(run.folder.model, tokens, expected, dtype, trusted, routes) as answer:
 
         def reloaded() -> dict[str, Any]:
@@ -209,11 +218,11 @@ def _write_model(run: Run, work: Work) -> None:
         results = results_of(settings, work, environment(run.device))
         if _saved_as(settings) == "padded":
             loaded = replace(loaded, model=padded_model(loaded.model))
-        save_pruned(loaded, work.finished, folder.model, card(run, loaded, results))
+        save_pruned(loaded, work.finished, folder.model, card(run, loaded.folder, results))
 
 
-def card(run: Run, loaded: LoadedModel, results: Mapping[str, Any], base: str | None = None) -> str:
-    """The model card; a model that is neither embedded nor a folder is named by its hub id, another by that of its
-    `base`."""
+def card(run: Run, source: Path, results: Mapping[str, Any], base: str | None = None) -> str:
+    """The model card, with the licence of the dense model's folder `source`; a model that is neither embedded nor a
+    folder is named by its hub id, another by that of its `base`."""
     model = run.settings.model
-    return model_card(results, sys.argv, hub_id(model) or base, model.revision, base_licence(loaded.folder))
+    return model_card(results, sys.argv, hub_id(model) or base, model.revision, base_licence(source))

@@ -115,7 +115,7 @@ def tune_checkpoint(settings: TuneSettings, path: Path) -> dict[str, Any]:
         folder.write_results(results)
         if settings.save.model and distributed.is_first():
             base = base_licence(loaded.folder, "base_model").get("base_model") if made else None  # as that run knew it
-            write_card(folder.model, card(run, loaded, results, base))
+            write_card(folder.model, card(run, loaded.folder, results, base))
         console.summary(results, path)
     return results
 

@@ -213,6 +213,25 @@ def test_sizes_are_shown_only_where_something_was_removed_whole(browser: Any, tm
     assert browser.execute_script("return document.querySelector('#paper').hidden")  # no run is of its models
 
 
+def test_the_colour_of_a_result_says_in_five_steps_what_was_lost(browser: Any, tmp_path: Path) -> None:
+    lost = {"besa": 1.04, "wanda": 1.19, "ria": 1.99, "sparsegpt": 3.99, "magnitude": 4.1}
+    for method, times in lost.items():
+        scores = {"perplexity": {"wikitext2": 10 * times}, "dense": {"perplexity": {"wikitext2": 10.0}}}
+        finished_run(tmp_path / method, {"pruner": method, **scores})
+    write_page(read_report([str(tmp_path)]), tmp_path / "report.html")
+    browser.get((tmp_path / "report.html").as_uri())
+    until(lambda: browser.execute_script("return document.documentElement.dataset.ready"))
+    script = """return [...document.querySelectorAll('#results-tables tbody tr')].map((row) => {
+        const [head, cell] = row.cells;
+        return [head.textContent, cell.className, getComputedStyle(cell).backgroundColor]; })"""
+    (dense, own, _), *rows = browser.execute_script(script)
+    assert dense == "dense"
+    names = ("little", "some", "much", "high", "extreme")
+    assert not {*own.split()} & {*names}
+    assert [(method, *({*own.split()} & {*names})) for method, own, _ in rows] == [*zip(lost, names, strict=True)]
+    assert len({colour for *_, colour in rows}) == len(names)
+
+
 def test_the_theme_can_be_switched_and_the_size_is_drawn(opened: Any) -> None:
     look = """const chart = document.querySelector('#size .plot');
         return [getComputedStyle(document.body).backgroundColor, document.querySelector('#theme').textContent,

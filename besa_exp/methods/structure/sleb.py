@@ -204,8 +204,3 @@ def structure_of(removals: Sequence[Removal], num_blocks: int) -> Structure:
     """What stays after these removals."""
     gone = {removal.block for removal in removals}
     return Structure(tuple(block for block in range(num_blocks) if block not in gone))
-
-
-def plain_passes(alive: int, candidates: int) -> int:
-    """Block evaluations that a step takes where each model is run by itself."""
-    return candidates * (alive - 1)

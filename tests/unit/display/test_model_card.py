@@ -38,7 +38,9 @@ def test_the_card_names_method_target_measured_sparsity_and_command() -> None:
     assert "[org/tiny](https://huggingface.co/org/tiny), revision `abc123`" in card
     assert "besa, pattern unstructured, seed 7" in card
     assert "target 0.6000, measured 0.5905" in card
-    assert "c4, 128 samples of 2048 tokens" in card
+    assert "c4, 128 samples of 2048 tokens\n" in card
+    chat = RESULTS["calibration"] | {"provenance": {"chat_template": True}}
+    assert "2048 tokens of conversations\n" in model_card(RESULTS | {"calibration": chat}, COMMAND)
     assert "besa prune sparsity=0.6 '+hf_token=***' 'model.path=my models/tiny'" in card
 
 
