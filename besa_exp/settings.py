@@ -36,7 +36,7 @@ class CalibrationSettings:
     seed: int = 0
     batch_size: int = 8  # samples a forward pass of the block loop holds
     save_tokens: bool = False
-    chat_template: bool = False  # each text is what a user says, as the tokenizer's template puts it
+    chat_template: bool = False  # each text is a conversation or a user's turn, as the tokenizer's template writes it
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,7 @@ def in_words(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(map(str, inner))
     if origin in (Union, types.UnionType):
-        return " or ".join("null" if part is type(None) else in_words(part) for part in inner)
+        return " or ".join(filter(None, ("null" if part is type(None) else in_words(part) for part in inner)))
     if origin is tuple:
         return f"list of {in_words(inner[0])}"
     if origin is dict:
