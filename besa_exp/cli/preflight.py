@@ -14,7 +14,13 @@ from pathlib import Path
 from besa_exp.blocks.ignored import check_ignored, is_ignored
 from besa_exp.checkpoints.fetch import cached_folder
 from besa_exp.checkpoints.gguf_file import inspect_gguf, is_gguf
-from besa_exp.checkpoints.inspect import ModelFolder, inspect_config, inspect_model_folder, saved_dtype
+from besa_exp.checkpoints.inspect import (
+    BLOCK_AND_LINEAR,
+    ModelFolder,
+    inspect_config,
+    inspect_model_folder,
+    saved_dtype,
+)
 from besa_exp.cli.hub_needs import missing_offline, needs_of
 from besa_exp.errors import did_you_mean
 from besa_exp.evaluation.checks import check_evaluator, check_skipping
@@ -38,7 +44,6 @@ from besa_exp.texts.calibration_check import check_calibration
 from besa_exp.texts.embedded.text import MODEL_DIR
 
 BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}  # auto: as saved
-BLOCK_AND_LINEAR = re.compile(r"\.(\d+)\.(.+)\.weight$")  # model.layers.3.mlp.down_proj.weight
 TRACKER_MODES = ("offline", "online", "disabled")
 LARGEST_SEED = 2**32 - 1
 

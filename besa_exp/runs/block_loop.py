@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from besa_exp.blocks.activations import Allocate
+from besa_exp.blocks.activations import Allocate, activation_bytes, allocator
 from besa_exp.blocks.block import Block, Hidden, capture_blocks, embed
 from besa_exp.blocks.decided import Decided
 from besa_exp.blocks.head import head_of
@@ -26,12 +26,15 @@ from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
 from besa_exp.machine.background import ahead, one_at_a_time
+from besa_exp.machine.device import compute_dtype
 from besa_exp.methods.budgets.budget import Budget, exact_goals
 from besa_exp.methods.budgets.trial import DepthSearch, Trial
 from besa_exp.methods.budgets.uniform import SameForAll
+from besa_exp.methods.updates.updated import with_update
 from besa_exp.run_folder.finished_blocks import FinishedBlocks, block_tensors, load_block_tensors
 from besa_exp.runs.cpu_units import as_stored
 from besa_exp.runs.save import pruned_weights
+from besa_exp.settings import RunSettings
 from besa_exp.tensors.masks import Goal
 
 
@@ -42,12 +45,7 @@ def check_blocks(loaded: LoadedModel, input_ids: Tensor, batch_size: int, ignore
     blocks = capture_blocks(loaded.model, input_ids)
     if problems := ignored.check(blocks):
         raise ConfigurationError(*problems)
-    check_replay(loaded.model, blocks, input_ids[-min(2, batch_size) :], partial(resident, loaded))
-
-
-def resident(loaded: LoadedModel, blocks: list[Block]) -> Iterable[Block]:
-    """The blocks in order, each with its weights while it is out."""
-    return loaded.weights.resident(blocks) if loaded.weights else blocks
+    check_replay(loaded.model, blocks, input_ids[-min(2, batch_size) :], loaded.resident)
 
 
 @dataclass
@@ -68,6 +66,25 @@ class BlockLoop:
     ignored: Ignored = field(default_factory=Ignored)
     dense_sha256: dict[int, str] = field(default_factory=dict)
     dense: dict[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        settings: RunSettings, loaded: LoadedModel, input_ids: Tensor, finished: FinishedBlocks, done: int,
+        kept: tuple[int, ...] = (),
+    ) -> BlockLoop:  # fmt: skip
+        """As the settings ask for it. `kept`: of the dense model's blocks those that are left, where some went."""
+        traits, (samples, length) = with_update(settings.pruner, settings.update).traits, input_ids.shape
+        hidden, itemsize = loaded.model.config.get_text_config().hidden_size, loaded.model.dtype.itemsize
+        needed = activation_bytes(samples, length, hidden, itemsize, traits.dense_targets)
+        _, allocate = allocator(settings.activations, loaded.model.device, finished.folder.parent, needed)
+        dtype, ignored = compute_dtype(settings), Ignored(settings.ignore, kept)
+        batch_size, keeps_dense = settings.calibration.batch_size, bool(traits.refinements)
+        return BlockLoop(loaded, input_ids, batch_size, finished, done, allocate, dtype, keeps_dense, ignored)
+
+    def again(self, done: int) -> BlockLoop:
+        """The second walk, which writes what `refined` decided."""
+        refined = self.finished.refined
+        return replace(self, finished=refined, done=done, keeps_dense=False, dense_sha256={}, dense={})
 
     def run(
         self,
@@ -135,11 +152,11 @@ class BlockLoop:
     def _whole(self, blocks: list[Block], shown: list[Block]) -> Whole:
         """The dense model, its blocks as they are `shown`."""
         outputs = self._embed(blocks)
-        for block in self._resident(blocks):
+        for block in self.loaded.resident(blocks):
             block.outputs(outputs, self.batch_size, out=outputs)
 
         def resident(backwards: bool) -> Iterable[Block]:
-            return self._resident(shown[::-1] if backwards else shown)
+            return self.loaded.resident(shown[::-1] if backwards else shown)
 
         head = head_of(self.loaded.model, blocks, self.input_ids)
         return Whole(resident, self._embed(blocks), outputs, head, self.batch_size)
@@ -159,10 +176,6 @@ class BlockLoop:
             {name: linear.weight.detach().clone() for name, linear in block.linears.items()}
             for block in (streamed.resident(blocks) if streamed else blocks)
         ]
-
-    def _resident(self, blocks: list[Block]) -> Iterable[Block]:
-        """The blocks in order, each with its weights."""
-        return resident(self.loaded, blocks)
 
     def _embed(self, blocks: list[Block]) -> Hidden:
         return embed(self.loaded.model, blocks, self.input_ids, self.batch_size, self.allocate)
@@ -191,7 +204,7 @@ class BlockLoop:
         sizes: list[int] = []
 
         def measured() -> Iterable[Block]:
-            for block in self._resident(with_linears(blocks)):
+            for block in self.loaded.resident(with_linears(blocks)):
                 sizes.append(sum(linear.weight.numel() for linear in block.linears.values()))
                 yield block
 
@@ -201,17 +214,16 @@ class BlockLoop:
         """The sparsity that each block is to have, and its number of weights: the budget tries whole models, and goes
         on where an earlier attempt was."""
         head = head_of(self.loaded.model, blocks, self.input_ids)
-        inputs, outputs = self._embed(blocks), self._embed(blocks)
-        trial = Trial.begin(
-            partial(self._resident, with_linears(blocks)), inputs, outputs, head, self.batch_size, budget.importance
-        )
+        inputs, outputs, pruned = self._embed(blocks), self._embed(blocks), with_linears(blocks)
+        dense = partial(self.loaded.resident, pruned)
+        trial = Trial.begin(dense, inputs, outputs, head, self.batch_size, budget.importance)
         return budget.search(trial, sparsity, self.finished.search), [*trial.sizes]
 
     def _hashed(self, blocks: list[Block]) -> Iterable[Block]:
         """The blocks in order, each with its weights. On rank 0 `dense_sha256` holds the hash of a block's dense
         weights before it comes out; it is computed while the block before is out."""
         if not distributed.is_first():
-            return self._resident(blocks)
+            return self.loaded.resident(blocks)
         if self.loaded.weights:
             return self.loaded.weights.resident(blocks, self._hash)
         return ahead(self._hash_block, blocks)

@@ -32,7 +32,6 @@ from besa_exp.machine.device import compute_dtype
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel, StructureMethod
 from besa_exp.run_folder.identity import request_identity
-from besa_exp.runs.block_loop import resident
 from besa_exp.runs.run import Run, Work, parameters, weights_in_linears
 from besa_exp.tensors.masks import Goal
 
@@ -168,7 +167,7 @@ def _dense(run: Run, work: Work, costs: Costs, dimensions: Dimensions) -> DenseM
     dtype = compute_dtype(run.settings)
     blocks = [replace(block, compute_dtype=dtype) for block in capture_blocks(loaded.model, input_ids)]
     return DenseModel(
-        partial(resident, loaded, blocks),
+        partial(loaded.resident, blocks),
         lambda: embed(loaded.model, blocks, input_ids, batch_size),
         lambda: head_of(loaded.model, blocks, input_ids),
         input_ids,

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from besa_exp.blocks.block import capture_blocks, discover_blocks
+from besa_exp.blocks.block import discover_blocks
 from besa_exp.blocks.linears import discover_linears
 from besa_exp.blocks.reports import BlockReport
-from besa_exp.checkpoints.files import merge_masks, save_beside_weights, save_model, weights_sha256
+from besa_exp.checkpoints.files import merge_masks, save_beside_weights, save_model, weights_sha256, write_card
 from besa_exp.checkpoints.fresh_process import TOKENS, reloading, token_loss
 from besa_exp.checkpoints.inspect import read_header
 from besa_exp.checkpoints.load import LoadedModel, load_model, model_path
@@ -34,7 +34,7 @@ from besa_exp.machine import atomic, distributed
 from besa_exp.machine.environment import environment
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.runs.cpu_units import as_stored, in_a_fast_dtype
-from besa_exp.runs.results import results_of
+from besa_exp.runs.results import attempt_of, results_of
 from besa_exp.runs.run import Run, Work, num_blocks
 from besa_exp.settings import RunSettings
 from besa_exp.tensors.masks import Goal
@@ -64,10 +64,10 @@ def check_saved(saved: LoadedModel, reports: Sequence[BlockReport], padded: bool
     """RunError: a linear of the model that was saved and loaded again has another number of zeros than was reported,
     beside those that pad it, or there are other blocks. The reports are in the order of the saved blocks, whatever
     their numbers."""
-    blocks = capture_blocks(saved.model, torch.zeros(1, 1, dtype=torch.long))  # never called: nothing is captured
+    blocks = saved.blocks()
     if len(blocks) != len(reports):
         raise RunError(f"{saved.folder}: {len(blocks)} blocks as saved, not the {len(reports)} that were reported")
-    for block in saved.weights.resident(blocks) if saved.weights else blocks:
+    for block in saved.resident(blocks):
         for linear in reports[block.index].linears:
             weight = block.linears[linear.name].weight
             padding = weight.numel() - linear.weights if padded else 0
@@ -217,3 +217,14 @@ def card(run: Run, loaded: LoadedModel, results: Mapping[str, Any]) -> str:
     model = run.settings.model
     local = Path(model_path(model)).exists()
     return model_card(results, sys.argv, None if local else model.path, model.revision, base_licence(loaded.folder))
+
+
+def written(run: Run, loaded: LoadedModel, results: Mapping[str, Any]) -> dict[str, Any]:
+    """results.json with times and memory, the model card with the scores, and the tables."""
+    spent = {"seconds": run.spent.seconds(), "peak_memory_bytes": run.spent.peak_memory()}
+    complete = {**results, **spent, **attempt_of(run.folder.path)}
+    run.folder.write_results(complete)
+    if run.settings.keeps_model and distributed.is_first():
+        write_card(run.folder.model, card(run, loaded, complete))
+    run.console.summary(complete, run.folder.path)
+    return complete
