@@ -33,10 +33,10 @@ class Task:
     block: Block
     inputs: Hidden
     targets: Hidden
-    statistics: Mapping[str, Any]
+    statistics: dict[str, Any]
     goal: Goal
     on_step: Callable[[Step], None] = _ignore
-    gradients: Mapping[str, Float[Tensor, "_out _in"]] = field(default_factory=dict)
+    gradients: dict[str, Float[Tensor, "_out _in"]] = field(default_factory=dict)
 
     def score(self, importance: Importance, name: str) -> Float[Tensor, "out in"]:
         """The importance of a linear's weights."""
@@ -46,6 +46,11 @@ class Task:
     def weights(self) -> dict[str, Tensor]:
         """The dense weights by linear. They must not be changed."""
         return {name: linear.weight.detach() for name, linear in self.block.linears.items()}
+
+    def forget(self) -> None:
+        """Free what was observed, as much as the weights or more: whoever holds this task reads it no more."""
+        self.statistics.clear()
+        self.gradients.clear()
 
     def after(self, done: int) -> Task:
         """The same task, its steps numbered from `done`."""

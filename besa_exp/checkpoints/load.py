@@ -64,8 +64,9 @@ class LoadedModel:
         return self.weights.resident(given) if self.weights else given
 
 
-def load_model(settings: ModelSettings, device: torch.device, offline: bool) -> LoadedModel:
-    """The model on `device`, whole or streamed: the same one, by the same config, dtype, files and ties.
+def load_model(settings: ModelSettings, device: torch.device, offline: bool, whole_for: str = "") -> LoadedModel:
+    """The model on `device`, whole or streamed: the same one, by the same config, dtype, files and ties. `whole_for`:
+    what needs it whole; then one that would be streamed is refused, before a weight is read.
 
     ConfigurationError: it cannot be found, has no safetensors, its class is not known to transformers, its files do not
     make up its weights, or it cannot be streamed although that was asked for."""
@@ -75,10 +76,9 @@ def load_model(settings: ModelSettings, device: torch.device, offline: bool) -> 
         config, notes = read_config(folder, settings.trust_remote_code)
     except Exception as error:
         raise _cannot_load(settings, error) from error
-    model, weights = _streamed(settings, folder, device) or (None, None)
+    model, weights = _streamed(settings, folder, device, whole_for) or (None, None)
     if model is None:
-        model = _whole(settings, folder, config)
-        torch.nn.Module.to(model, device)  # transformers' own `to` is not typed
+        model = _whole(settings, folder, config, device)
     notes += _ties_undone(model)
     for note in notes:
         logger.warning("%s: %s", settings.path, note)
@@ -86,11 +86,17 @@ def load_model(settings: ModelSettings, device: torch.device, offline: bool) -> 
 
 
 def _streamed(
-    settings: ModelSettings, folder: Path, device: torch.device
+    settings: ModelSettings, folder: Path, device: torch.device, whole_for: str
 ) -> tuple[PreTrainedModel, StreamedWeights] | None:
     """The streamed model where that is asked for, or the whole one would be large; None: it is to be loaded whole."""
-    if not is_to_stream(settings, weight_bytes(folder), device):
+    size = weight_bytes(folder)
+    if not is_to_stream(settings, size, device):
         return None
+    if whole_for:
+        raise ConfigurationError(
+            f"model.load={settings.load}: {settings.path} ({size / 1e9:.1f} GB) would be streamed, one block in memory "
+            f"at a time, and {whole_for} needs it whole; set model.load=whole where it fits"
+        )
     try:
         return open_streamed(folder, settings.dtype, device, settings.trust_remote_code)
     except ValueError as error:
@@ -102,7 +108,8 @@ def _streamed(
         return None
 
 
-def _whole(settings: ModelSettings, folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
+def _whole(settings: ModelSettings, folder: Path, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+    """Each tensor goes from its file to the device by itself: the host never holds the model beside it."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -111,6 +118,7 @@ def _whole(settings: ModelSettings, folder: Path, config: PreTrainedConfig) -> P
             use_safetensors=True,
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
+            device_map={"": device},
         )
     except torch.OutOfMemoryError:
         raise
@@ -190,7 +198,8 @@ def load_tokenizer(settings: ModelSettings, folder: Path) -> PreTrainedTokenizer
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        logger.warning("%s has no tokenizer that loads (%s): only token files can be read", settings.path, error)
+        reason = str(error)  # a log that keeps the error keeps all that its frames hold: the model
+        logger.warning("%s has no tokenizer that loads (%s): only token files can be read", settings.path, reason)
         return None
 
 
@@ -251,6 +260,11 @@ def is_to_stream(settings: ModelSettings, size: int, device: torch.device) -> bo
 def model_path(settings: ModelSettings) -> str:
     """The folder or hub id that transformers is given."""
     return str(MODEL_DIR if settings.path == "embedded" else Path(settings.path).expanduser())
+
+
+def hub_id(settings: ModelSettings) -> str | None:
+    """The model's name on the hub; None: it is embedded, or a folder or file of this machine."""
+    return None if Path(model_path(settings)).exists() else settings.path
 
 
 def model_context(model: nn.Module) -> int:

@@ -40,6 +40,7 @@ def generate(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="besa generate", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("place", metavar="DIR", help="a run folder that kept its model, or a model folder")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="repeat it for several")
+    parser.add_argument("--chat", action="store_true", help="each prompt is a user's turn, as the chat template says")
     parser.add_argument("--tokens", type=int, default=40, metavar="N", help="new tokens at most (default: %(default)s)")
     parser.add_argument("--no-dense", action="store_true", help="the pruned model alone")
     parser.add_argument("--offline", action="store_true", help="never reach for the network")
@@ -49,11 +50,15 @@ def generate(arguments: Sequence[str]) -> int:
     if asked.tokens < 1 or not all(prompts):
         raise ConfigurationError("--tokens must be at least 1, and a --prompt must have a character")
     if asked.keys:
+        if asked.chat:
+            raise ConfigurationError("--chat goes without keys: what skipping says is compared on plain prompts")
         return _generate_skipping(asked.place, asked.keys, prompts, asked.tokens, asked.offline)
     models = _models(asked.place, asked.no_dense)
     set_before_imports(offline=asked.offline)
-    said = {which: _texts(settings, prompts, asked.tokens, asked.offline) for which, settings in models.items()}
-    _print_texts(console_of(PLAIN_WIDTH), prompts, said)
+    found = {which: _texts(settings, prompts, asked) for which, settings in models.items()}
+    _print_texts(console := console_of(PLAIN_WIDTH), prompts, {which: texts for which, (texts, _) in found.items()})
+    if not asked.chat and any(chats for _, chats in found.values()):
+        console.print("The tokenizer has a chat template: --chat puts each prompt as its user does.", style="dim")
     return 0
 
 
@@ -125,10 +130,15 @@ def _asked(place: str, keys: Sequence[str], offline: bool) -> EvaluationSettings
 
 def _print_texts(console: Console, prompts: Sequence[str], said: Mapping[str, Sequence[str]]) -> None:
     for number, prompt in enumerate(prompts):
-        table = Table(box=box.SIMPLE, title=Text(prompt, style="bold"), title_justify="left", show_edge=False)
+        if number:
+            console.print()
+        title = Text(prompt, style="bold")
+        table = Table(
+            box=box.SIMPLE_HEAD, title=title, title_justify="left", show_edge=False, pad_edge=False, expand=True
+        )
         for which in said:
             table.add_column(which, ratio=1, overflow="fold")
-        table.add_row(*(Text(texts[number]) for texts in said.values()))
+        table.add_row(*(Text(texts[number] or "(nothing: it ends the text here)") for texts in said.values()))
         console.print(table)
 
 
@@ -158,24 +168,26 @@ def _group(run: Path, name: str) -> dict[str, Any]:
     return group if isinstance(group, dict) else {}
 
 
-def _texts(settings: ModelSettings, prompts: Sequence[str], tokens: int, offline: bool) -> list[str]:
+def _texts(settings: ModelSettings, prompts: Sequence[str], asked: argparse.Namespace) -> tuple[list[str], bool]:
+    """What the model says, and whether its tokenizer has a chat template."""
     import torch
 
     from besa_exp.evaluation.continuations import continuations
 
-    loaded = _speaking(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"), offline)
-    return continuations(loaded.model, loaded.tokenizer, prompts, tokens)
+    loaded = _speaking(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"), asked.offline)
+    chats = bool(getattr(loaded.tokenizer, "chat_template", None))
+    if asked.chat and not chats:
+        raise ConfigurationError(f"--chat: the tokenizer of {settings.path} has no chat template; leave it out")
+    return continuations(loaded.model, loaded.tokenizer, prompts, asked.tokens, asked.chat), chats
 
 
 def _speaking(settings: ModelSettings, device: torch.device, offline: bool) -> LoadedModel:
-    """The model, whole and with its tokenizer. ConfigurationError, RunError: it cannot speak."""
+    """The model, whole and with its tokenizer. ConfigurationError: it cannot speak."""
     from besa_exp.checkpoints.load import load_model
 
-    loaded = load_model(settings, device, offline)
+    loaded = load_model(settings, device, offline, "text that is generated")
     if loaded.tokenizer is None:
         raise ConfigurationError(
             f"{settings.path}: it has no tokenizer, and text needs one; copy the dense model's there"
         )
-    if loaded.weights is not None:
-        raise RunError(f"{settings.path} does not fit the memory as a whole, and a streamed model is too slow to speak")
     return loaded

@@ -54,7 +54,8 @@ def prefetch(arguments: Sequence[str]) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     jobs = _settings_of_jobs(arguments)
-    needs = list(dict.fromkeys(need for job in jobs for need in needs_of(job.model, job.calibration, job.evaluator)))
+    of_jobs = (needs_of(job.model, job.calibration, job.evaluator, job.recovery) for job in jobs)
+    needs = list(dict.fromkeys(need for needs in of_jobs for need in needs))
     if not needs:
         print("nothing is needed of the hub: model, text and tasks are on this machine")
         return 0

@@ -34,6 +34,7 @@ from besa_exp.settings import (
     EvaluationSettings,
     EvaluatorSettings,
     ModelSettings,
+    RecoverySettings,
     RunSettings,
     SaveSettings,
     TrackerSettings,
@@ -147,10 +148,11 @@ def _check_teacher(settings: TuneSettings) -> list[str]:
 
 def _known(
     settings: RunSettings | EvaluationSettings, unknown: Collection[str], calibration: CalibrationSettings | None
-) -> tuple[ModelSettings | None, CalibrationSettings | None, EvaluatorSettings | None]:
+) -> tuple[ModelSettings | None, CalibrationSettings | None, EvaluatorSettings | None, RecoverySettings | None]:
     """What may be looked for in the caches."""
     model = None if "model" in unknown else settings.model
-    return model, calibration, None if "evaluator" in unknown else settings.evaluator
+    recovery = None if "recovery" in unknown else getattr(settings, "recovery", None)
+    return model, calibration, None if "evaluator" in unknown else settings.evaluator, recovery
 
 
 def _check_shared(

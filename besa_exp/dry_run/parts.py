@@ -20,6 +20,7 @@ from besa_exp.settings import RunSettings
 Place = Literal["device", "host", "disk"]
 Phase = Literal["load", "prune", "recover", "save", "evaluate"]
 PHASES: tuple[Phase, ...] = ("load", "prune", "recover", "save", "evaluate")
+SHARD_BYTES = 5 * 10**9  # transformers' own, and `files.SHARD_SIZE`
 LIBRARIES = "Python and libraries"  # held by this process too: they do not lessen what is free
 LOGS = ("logs and metrics", "W&B")
 STEP_BYTES = 170  # a line of metrics.jsonl for a step (seen: 150 to 165)
@@ -56,10 +57,7 @@ def memory_parts(
         ]
     else:
         parts.append(Part("weights", memory, size.total, remedy="model.load=streamed"))
-        parts += [Part("weights on their way", "host", size.total, ("load", "save"), "model.load=streamed")] * on_cuda
-    if settings.keeps_model:
-        phases: tuple[Phase, ...] = ("save", "evaluate") if on_cuda or streamed else ("evaluate",)  # a CPU maps files
-        parts.append(Part("saved model, loaded again", memory, size.outside if streamed else size.total, phases))
+        parts += [Part("a shard on its way", "host", min(size.total, SHARD_BYTES), ("save",))] * on_cuda
     if settings.is_dense:
         parts = [part for part in parts if "load" in part.phases or "evaluate" in part.phases]
     else:

@@ -71,7 +71,8 @@ def evaluate(
         asked.unavailable.update(dict.fromkeys([*settings.perplexity_sets, *scored_names(settings)], str(error)))
         scores += [perplexity_score(name, None, {}) for name in settings.perplexity_sets]
     else:
-        finished = finished and replace(finished, given={"skipping": skipping.request} if skipping else {})
+        if finished and skipping:
+            finished = replace(finished, given={**finished.given, "skipping": skipping.request})
         under = replace(asked, finished=finished, decided=decided)
         scores += _score_sets(under)
         if settings.tasks:

@@ -27,7 +27,7 @@ SHRINK = 0.4  # of the step size, where the steps that were taken with it did no
 
 
 def project_to_budget(
-    sparsity: Float[Tensor, " cell"], capacity: Float[Tensor, " cell"], total: int
+    sparsity: Float[Tensor, " cell"], capacity: Float[Tensor, " cell"], total: int | Int[Tensor, ""]
 ) -> Float[Tensor, " cell"]:
     """clip(sparsity - shift, 0, 1) with the shift at which sum(capacity * sparsity) = total: the nearest allocation
     that meets the budget, cells weighted by their `capacity` in weights."""
@@ -35,7 +35,9 @@ def project_to_budget(
     return (sparsity - shift(sparsity, capacity, total)).clamp(0, 1)
 
 
-def _shift(sparsity: Float[Tensor, " cell"], capacity: Float[Tensor, " cell"], total: int) -> Float[Tensor, ""]:
+def _shift(
+    sparsity: Float[Tensor, " cell"], capacity: Float[Tensor, " cell"], total: int | Int[Tensor, ""]
+) -> Float[Tensor, ""]:
     """The sum falls with the shift in straight pieces that begin where a cell leaves 1 (shift = sparsity - 1) and end
     where it reaches 0 (shift = sparsity); so sorting these places finds the piece, and the piece the shift."""
     places, order = torch.cat([sparsity - 1, sparsity]).sort()
@@ -48,7 +50,7 @@ def _shift(sparsity: Float[Tensor, " cell"], capacity: Float[Tensor, " cell"], t
 
 
 def shift_by_narrowing(
-    sparsity: Float[Tensor, " cell"], capacity: Float[Tensor, " cell"], total: int
+    sparsity: Float[Tensor, " cell"], capacity: Float[Tensor, " cell"], total: int | Int[Tensor, ""]
 ) -> Float[Tensor, ""]:
     """The same shift for a GPU, where sums of floats have no deterministic form that runs along, and reading an index
     waits for all that was computed. Each of ROUNDS divides the interval that holds the shift by WAYS: the last, 1e-12

@@ -165,13 +165,13 @@ def tune(
         course.wait()
         loss = state.probe_loss(inputs, targets)
         if loss < best_loss:
-            best, best_loss = state.copy(), loss
+            best, best_loss = state.copy(best), loss
         else:
             state.go_back(best)
             shrunk *= SHRINK
         if sparsity is not None:
             state.prune_to(sparsity)
-            best, best_loss = state.copy(), state.probe_loss(inputs, targets)
+            best, best_loss = state.copy(best), state.probe_loss(inputs, targets)
     logger.info("%s: a first step size of %g, %.2g at the end", block.name, lr, lr * shrunk)
     found = state.found()
     weights, norms = ({name: found[name] for name in names} for names in (state.latent, state.norms))
@@ -291,9 +291,11 @@ class _State:
         self._fill()
         return probe_loss(self.block, inputs, targets, self.masked)
 
-    def copy(self) -> dict[str, Tensor]:
-        """The weights and norms as they are now, in fp32."""
-        return {name: value.clone() for name, value in (self.latent | self.norms).items()}
+    @torch.no_grad()
+    def copy(self, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The weights and norms as they are now, in fp32; in the place of an older copy where one is given."""
+        now = self.latent | self.norms
+        return {name: into[name].copy_(value) if into else value.clone() for name, value in now.items()}
 
     @torch.no_grad()
     def go_back(self, to: Mapping[str, Tensor]) -> None:

@@ -283,7 +283,7 @@ def _pruned_in_place(
         check_finite_weights(loaded.model, settings.model.path)
         calibration = read(loaded)
         input_ids, batch_size = calibration.input_ids, settings.calibration.batch_size
-        check_blocks(loaded, input_ids, batch_size, Ignored(settings.ignore))
+        check_blocks(loaded, input_ids, batch_size, Ignored(settings.ignore), settings.pattern)
         finished = FinishedBlocks(Path(folder) / "blocks")
         finished.begin({})
         reports: list[BlockReport] = []
@@ -296,7 +296,8 @@ def _pruned_in_place(
             decided = loop.refined(later, reports, _ignored)
             reports, finished = _written(loop, decided, settings, goal, on_block), finished.refined
         masks = {name: m for file in finished.mask_files(len(reports)) for name, m in load_masks(file).items()}
-    return PruneReport(tuple(reports), goal.sparsity, masks, calibration.tokens_sha256)
+    target = 0.0 if settings.keeps_weights else goal.sparsity
+    return PruneReport(tuple(reports), target, masks, calibration.tokens_sha256)
 
 
 def _written(

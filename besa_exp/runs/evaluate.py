@@ -81,13 +81,13 @@ def evaluate_checkpoint(settings: EvaluationSettings, path: Path, config: Mappin
     ConfigurationError: the folder holds scores of another model, or under other conditions."""
     imports_are_done()
     device = prepared_device(settings)
-    with distributed.joined(device), _opened(path) as folder, RunConsole() as console:
+    with distributed.joined(device), opened(path) as folder, RunConsole() as console:
         if settings.overwrite and distributed.is_first():
             atomic.remove(folder.spent)
         spent = Spent(folder.spent, partial(peak_memory, device))
         evaluation = _Evaluation(settings, folder, console, device, spent)
         console.stage(f"loading {settings.checkpoint}")
-        loaded = load_model(settings.model, evaluation.device, settings.offline)
+        loaded = load_model(settings.model, device, settings.offline, "skipping" if settings.skipping else "")
         loaded = in_a_fast_dtype(loaded, settings.model.dtype)
         results = _scored(evaluation, loaded, config)
         console.tables(results)
@@ -96,13 +96,14 @@ def evaluate_checkpoint(settings: EvaluationSettings, path: Path, config: Mappin
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[RunFolder]:
-    """The folder, which of several ranks the first alone locks and writes."""
+def opened(path: Path) -> Iterator[RunFolder]:
+    """The folder, which of several ranks the first alone locks and writes. Its status stays that of the run whose
+    folder it is: why an evaluation failed stands in run.log."""
     with ExitStack() as held:
         if distributed.is_first():
             held.enter_context(locked(path))
             held.enter_context(logging_to(path / "run.log"))
-        held.enter_context(distributed.failing_together())
+        held.enter_context(distributed.failing_together(lambda error: logger.error("the evaluation failed: %s", error)))
         yield RunFolder(path, writes=distributed.is_first())
 
 
@@ -155,7 +156,8 @@ def _renew_card(folder: RunFolder, results: Mapping[str, Any]) -> None:
 def _measured(evaluation: _Evaluation, loaded: LoadedModel, digest: str, left: Any) -> Scores:
     """The scores that were not known; those of an evaluation that was cut off are taken from it."""
     settings, folder = evaluation.settings, evaluation.folder
-    finished = FinishedScores(folder.scores, f"checkpoint {digest}", evaluation.spent.keep)
+    asked = {"dtype": str(loaded.model.dtype)}
+    finished = FinishedScores(folder.scores, f"checkpoint {digest}", evaluation.spent.keep, asked)
     skipping = skipping_of(settings.skipping, lambda: tokens_of(settings, loaded))
     console = evaluation.console
     scores = evaluate(loaded, left, settings.offline, settings.seed, console.stage, finished, console.count, skipping)
@@ -221,9 +223,9 @@ def check_same_zeros(run: Path, reported: list[dict[str, Any]], counted: list[di
             padding = found["weights"] - linear["weights"] if found else 0  # of uneven widths
             if found is not None and found["pruned"] - padding != linear["pruned"]:
                 raise ConfigurationError(
-                    f"{run / 'model'}: block {place}, {name} holds {found['pruned'] - padding} zeros where results.json"
-                    f" says {linear['pruned']}: it is not the model that the run made; name another folder with "
-                    "hydra.run.dir="
+                    f"{run / 'model'}: block index {place}, {name} holds {found['pruned'] - padding} zeros where "
+                    f"results.json says {linear['pruned']}: it is not the model that the run made; name another folder "
+                    "with hydra.run.dir="
                 )
 
 

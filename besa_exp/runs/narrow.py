@@ -12,8 +12,9 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from besa_exp.blocks.block import capture_blocks, discover_blocks, discover_linears, embed
+from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.blocks.head import head_of
+from besa_exp.blocks.ignored import Ignored
 from besa_exp.blocks.reports import Narrowed, Removed, Size, StructureReport
 from besa_exp.checkpoints.load import LoadedModel, load_model, model_context
 from besa_exp.checkpoints.narrowed_facts import NOT_STREAMED, family_problems
@@ -32,8 +33,8 @@ from besa_exp.machine.device import compute_dtype
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel, StructureMethod
 from besa_exp.run_folder.identity import request_identity
+from besa_exp.runs.block_loop import indivisible
 from besa_exp.runs.run import Run, Work, parameters, weights_in_linears
-from besa_exp.tensors.masks import Goal
 
 T = TypeVar("T")
 
@@ -49,7 +50,7 @@ def narrow(run: Run, work: Work) -> Work:
     with run.spent.timed("structure"):
         structure = _structure(run, work, costs, dimensions)
         narrower = _refused(lambda: _narrowed(run, loaded, structure, dimensions))
-    _check_pattern(run, narrower)
+    _check_pattern(run, narrower, structure)
     report = report_of(_name(run), loaded, narrower, structure, costs, dimensions)
     report = replace(report, saved_as=run.settings.structure.saved_as)
     assert report.parameters.left == parameters(narrower), "what is left is counted twice"
@@ -126,19 +127,12 @@ def _check(run: Run, loaded: LoadedModel, costs: Costs, dimensions: Dimensions) 
         raise ConfigurationError(*problems)
 
 
-def _check_pattern(run: Run, narrower: LoadedModel) -> None:
-    goal = Goal.parse(run.settings.sparsity, run.settings.pattern)
-    group = goal.pattern[1] if goal.pattern else goal.group
-    if group is None:
-        return
-    linears = discover_linears(discover_blocks(narrower.model)[1][0])
-    inputs = {name: linear.weight.shape[1] for name, linear in linears.items()}
-    odd = [f"{name} ({count})" for name, count in inputs.items() if count % group]
-    if odd:
-        raise ConfigurationError(
-            f"pattern={run.settings.pattern}: after structure={_name(run)} the inputs of {', '.join(odd[:2])} are not "
-            f"divisible by {group}; set structure.multiple={group}"
-        )
+def _check_pattern(run: Run, narrower: LoadedModel, structure: Structure) -> None:
+    """ConfigurationError: rows of what is left cannot be divided into the pattern's groups."""
+    pattern, ignored = run.settings.pattern, Ignored(run.settings.ignore, structure.blocks)
+    remedy = f"structure={_name(run)} left them so: set structure.multiple={pattern.rpartition(':')[2]}"
+    if problems := indivisible(map(ignored.rest, narrower.blocks()), pattern, remedy):
+        raise ConfigurationError(*problems)
 
 
 def _structure(run: Run, work: Work, costs: Costs, dimensions: Dimensions) -> Structure:

@@ -72,23 +72,28 @@ def prune(
         if warning := out_of_reach(settings):
             logger.warning(warning)
         run.console.outline(settings)
-        run.console.stage(f"loading {settings.model.path}")
-        loaded = load(run)
-        results = dense_results(run, loaded) if settings.is_dense else _pruned(run, loaded, calibrate)
-        results |= dequantised(loaded.folder)
-        return written(run, loaded, results)
+        results, source = _dense(run) if settings.is_dense else _pruned(run, calibrate)
+        return written(run, source, results | dequantised(source))
 
 
-def _pruned(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Calibration] | None) -> dict[str, Any]:
-    """results.json but for times and memory."""
-    work = _begun(run, loaded, calibrate)
+def _dense(run: Run) -> tuple[dict[str, Any], Path]:
+    """As `_pruned`."""
+    loaded = load(run, run.settings.model.path)
+    return dense_results(run, loaded), loaded.folder
+
+
+def _pruned(run: Run, calibrate: Callable[[LoadedModel], Calibration] | None) -> tuple[dict[str, Any], Path]:
+    """results.json but for times and memory, and the dense model's folder. The work alone holds the model: what a stage
+    puts in its place takes its memory."""
+    work = _begun(run, load(run, run.settings.model.path), calibrate)
+    source = work.loaded.folder
     with tracking(run) as tracker:
         run = replace(run, tracker=tracker)
         for stage in STAGES:
             work = stage(run, work)
         results = results_of(run.settings, work, environment(run.device))
         tracker.log_summary({"target_missed": miss_of(results), "parameters_left": work.parameters.left})
-    return results
+    return results, source
 
 
 def _begun(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Calibration] | None) -> Work:
@@ -101,7 +106,7 @@ def _begun(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Cal
             run, loaded, calibrate or partial(calibration_of, settings.calibration, settings.offline)
         )
         own_ids, batch_size = distributed.own_samples(calibration.input_ids), settings.calibration.batch_size
-        check_blocks(loaded, own_ids, batch_size, Ignored(settings.ignore))
+        check_blocks(loaded, own_ids, batch_size, Ignored(settings.ignore), settings.pattern)
     check_recoverable(run, loaded, calibration)
     finished = begin_blocks(run, calibration)
     samples, length = calibration.input_ids.shape

@@ -59,7 +59,8 @@ class Work:
     the dense model, and what is left of them; zeros are left. `finished` holds the pruned blocks and `reports`
     describes them, both by their numbers in the pruned model. `dense_cost`: of the dense
     model where parts of it went whole. `saved`: what is scored, read again where it was saved.
-    `reloaded`: what a fresh process saw of it, as in results.json."""
+    From then on `loaded` holds no weights, and `token_loss` is what it had on a few tokens. `reloaded`: what a fresh
+    process saw of `saved`, as in results.json."""
 
     loaded: LoadedModel
     calibration: Calibration
@@ -71,6 +72,7 @@ class Work:
     reports: tuple[BlockReport, ...] = ()
     recovery: RecoveryReport | None = None
     saved: LoadedModel | None = None
+    token_loss: float | None = None
     scores: Scores | None = None
     reloaded: Mapping[str, Any] = field(default_factory=dict)
 
@@ -152,11 +154,14 @@ def started(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> Ite
         yield Run(settings, config, device, folder, console, Spent(folder.spent, partial(peak_memory, device)))
 
 
-def load(run: Run) -> LoadedModel:
-    """The model that is asked for, timed."""
+def load(run: Run, name: str) -> LoadedModel:
+    """The model that is asked for, shown under its `name` and timed."""
     settings = run.settings
+    run.console.stage(f"loading {name}")
     with run.spent.timed("load"):
-        return in_a_fast_dtype(load_model(settings.model, run.device, settings.offline), settings.model.dtype)
+        whole_for = "skipping" if settings.skipping else ""
+        loaded = load_model(settings.model, run.device, settings.offline, whole_for)
+        return in_a_fast_dtype(loaded, settings.model.dtype)
 
 
 def begin_blocks(run: Run, calibration: Calibration) -> FinishedBlocks:

@@ -22,7 +22,7 @@ from besa_exp.blocks.reports import BlockReport
 from besa_exp.checkpoints.files import merge_masks, save_beside_weights, save_model, weights_sha256, write_card
 from besa_exp.checkpoints.fresh_process import TOKENS, reloading, token_loss
 from besa_exp.checkpoints.inspect import read_header
-from besa_exp.checkpoints.load import LoadedModel, load_model, model_path
+from besa_exp.checkpoints.load import LoadedModel, hub_id, load_model
 from besa_exp.checkpoints.narrowed_model import padded_model
 from besa_exp.checkpoints.shards import shard_names, write_index, write_shards
 from besa_exp.checkpoints.streaming import StreamedWeights
@@ -157,12 +157,22 @@ def save(run: Run, work: Work) -> Work:
         distributed.barrier()
         if not settings.save.model:
             return replace(work, saved=loaded)
+        work = replace(work, token_loss=_expected(run, work))
+        torch.nn.Module.to(loaded.model, "meta")  # two models may be more than the device holds
         load = "streamed" if loaded.weights else "whole"
         saved = replace(settings.model, path=str(folder.model), revision=None, dtype="auto", load=load)
         saved = replace(saved, trust_remote_code=_runs_code(settings))
         reloaded = replace(load_model(saved, run.device, offline=True), tokenizer=loaded.tokenizer)
         check_saved(reloaded, work.reports, _saved_as(settings) == "padded")
         return replace(work, saved=in_a_fast_dtype(reloaded, settings.model.dtype))
+
+
+def _expected(run: Run, work: Work) -> float | None:
+    """The loss that the saved model is to have in a fresh process; None: none will load it."""
+    if not run.settings.save.verify or not distributed.is_first():
+        return None
+    with callable_model(work.loaded):
+        return token_loss(work.loaded.model, work.calibration.input_ids[:1, :TOKENS])
 
 
 def _saved_as(settings: RunSettings) -> str | None:
@@ -186,11 +196,10 @@ def reread(run: Run, work: Work) -> Iterator[Callable[[], dict[str, Any]]]:
     if not save.verify:
         yield lambda: {"reloaded": {"skipped": "save.verify=false"}}
         return
-    tokens = work.calibration.input_ids[:1, :TOKENS]
-    with callable_model(loaded):
-        expected = token_loss(loaded.model, tokens)
     dtype, trusted = loaded.stored or loaded.model.dtype, _runs_code(run.settings)
     routes = any(linear.of_mixture for linear in discover_linears(discover_blocks(loaded.model)[1][-1]).values())
+    tokens, expected = work.calibration.input_ids[:1, :TOKENS], work.token_loss
+    assert expected is not None
     with reloading(run.folder.model, tokens, expected, dtype, trusted, routes) as answer:
 
         def reloaded() -> dict[str, Any]:
@@ -209,22 +218,22 @@ def _write_model(run: Run, work: Work) -> None:
         results = results_of(settings, work, environment(run.device))
         if _saved_as(settings) == "padded":
             loaded = replace(loaded, model=padded_model(loaded.model))
-        save_pruned(loaded, work.finished, folder.model, card(run, loaded, results))
+        save_pruned(loaded, work.finished, folder.model, card(run, loaded.folder, results))
 
 
-def card(run: Run, loaded: LoadedModel, results: Mapping[str, Any]) -> str:
-    """The model card; a model that is neither embedded nor a folder is named by its hub id."""
+def card(run: Run, source: Path, results: Mapping[str, Any], base: str | None = None) -> str:
+    """The model card, with the licence of the dense model's folder `source`; a model that is neither embedded nor a
+    folder is named by its hub id, another by that of its `base`."""
     model = run.settings.model
-    local = Path(model_path(model)).exists()
-    return model_card(results, sys.argv, None if local else model.path, model.revision, base_licence(loaded.folder))
+    return model_card(results, sys.argv, hub_id(model) or base, model.revision, base_licence(source))
 
 
-def written(run: Run, loaded: LoadedModel, results: Mapping[str, Any]) -> dict[str, Any]:
-    """results.json with times and memory, the model card with the scores, and the tables."""
+def written(run: Run, source: Path, results: Mapping[str, Any], base: str | None = None) -> dict[str, Any]:
+    """results.json with times and memory, the model card (see `card`) with the scores, and the tables."""
     spent = {"seconds": run.spent.seconds(), "peak_memory_bytes": run.spent.peak_memory()}
     complete = {**results, **spent, **attempt_of(run.folder.path)}
     run.folder.write_results(complete)
     if run.settings.keeps_model and distributed.is_first():
-        write_card(run.folder.model, card(run, loaded, complete))
+        write_card(run.folder.model, card(run, source, complete, base))
     run.console.summary(complete, run.folder.path)
     return complete

@@ -14,6 +14,7 @@ from besa_exp.blocks.reports import BlockReport, LinearReport, Size
 from besa_exp.checkpoints.files import weights_sha256
 from besa_exp.checkpoints.finite_weights import check_finite_weights
 from besa_exp.checkpoints.load import LoadedModel, model_context
+from besa_exp.display.model_card import base_licence
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
 from besa_exp.machine.environment import environment
@@ -93,14 +94,14 @@ def tune_checkpoint(settings: TuneSettings, path: Path) -> dict[str, Any]:
     asked = as_run(settings)
     config = config_of(asked) | {"checkpoint": settings.checkpoint, "dense": settings.dense}
     with started(asked, path, config) as begun:
-        begun.console.stage(f"loading {settings.checkpoint}")
-        loaded = load(begun)
+        loaded = load(begun, settings.checkpoint)
         run, work = _begun(begun, loaded, settings)
         results = _tuned(run, work, teacher_of(settings)) | {"checkpoint": settings.checkpoint}
         made = made_by(settings)
         results["model_name"] = made.get("model_name") or Path(made.get("model", settings.checkpoint)).name
         results |= {key: made[key] for key in ("model", "budget", "update", "ignore") if key in made}
-        return written(run, loaded, results)
+        base = base_licence(loaded.folder, "base_model").get("base_model") if made else None  # as that run knew it
+        return written(run, loaded.folder, results, base)
 
 
 def _begun(run: Run, loaded: LoadedModel, asked: TuneSettings) -> tuple[Run, Work]:

@@ -77,6 +77,7 @@ def _smallest_of_rows(importance: Float[Tensor, "out in"], k: int) -> Float[Tens
 def rank_in_group(importance: Float[Tensor, "out in"], group: int) -> Int[Tensor, "out in"]:
     """Position of each weight among its `group` consecutive inputs of the row, 0 = least important;
     `group` must divide `in`."""
+    assert importance.shape[1] % group == 0, "a group would lie in two rows"
     return kernels.rank_in_row(importance.reshape(-1, group)).view(importance.shape)
 
 
@@ -122,7 +123,7 @@ def goals_of_linears(sizes: Mapping[str, int], goal: Goal) -> dict[str, Goal]:
     }
 
 
-def round_to_total(counts: Float[Tensor, " rows"], total: int) -> Int[Tensor, " rows"]:
+def round_to_total(counts: Float[Tensor, " rows"], total: int | Int[Tensor, ""]) -> Int[Tensor, " rows"]:
     """Integers next to `counts` that sum to exactly `total`: the largest remainders are rounded up, ties by position.
 
     `total` must lie between the sums of the floors and of the ceilings."""

@@ -15,7 +15,7 @@ def check_calibration(settings: CalibrationSettings, context: int | None) -> lis
     known yet."""
     problems = too_low(settings, "calibration", num_samples=1, seq_len=2, batch_size=1, seed=0)
     source, key = (settings.path, "calibration.path") if settings.path else (settings.name, "calibration")
-    if unreadable := check_source(source, key, "calibration", settings.column):
+    if unreadable := check_source(source, key, "calibration", settings.column, settings.chat_template):
         return problems + unreadable
     seq_len, remedy = settings.seq_len, f"set calibration.seq_len={context} or less"
     if is_token_file(source):

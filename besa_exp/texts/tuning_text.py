@@ -61,7 +61,7 @@ def _documents(
             yield encode_document(tokenizer, documents[index], len(documents) == 1)
 
 
-def _read(source: str, offline: bool, column: str) -> tuple[str, ...]:
+def _read(source: str, offline: bool, column: str) -> Sequence[str]:
     try:
         return read_text(source, "calibration", offline, column).documents
     except Unavailable as error:

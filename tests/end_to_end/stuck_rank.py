@@ -1,7 +1,7 @@
 """Two ranks of a run, of which the second fails while the first waits and hears no signal, as one does in NCCL: a
 script for `run_ready`, because it must fork before torch has computed anything.
 
-    stuck_rank.py FOLDER
+    stuck_rank.py FOLDER run|evaluate
 """
 
 import signal
@@ -10,15 +10,17 @@ import time
 from pathlib import Path
 
 
-def rank(folder: str) -> None:
+def rank(folder: str, which: str) -> None:
     import torch
 
     from besa_exp.errors import RunError
     from besa_exp.machine import distributed
-    from besa_exp.runs.run import opened
+    from besa_exp.runs import evaluate, run
 
     distributed.PATIENCE = 1.0
-    with distributed.joined(torch.device("cpu")), opened(Path(folder), False, None):
+    path = Path(folder)
+    opened = run.opened(path, False, None) if which == "run" else evaluate.opened(path)
+    with distributed.joined(torch.device("cpu")), opened:
         if distributed.rank() == 1:
             raise RunError("block 3: the loss is nan")
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from besa_exp.methods.allocation import project_to_budget
-from besa_exp.methods.n_of_m import round_to_worth
+from besa_exp.methods.n_of_m import round_to_worth, rows_alike
 from besa_exp.methods.pruners.candidates import CandidateMask, float_candidates
 from besa_exp.tensors.kernels import count_gradient, rank_in_row
 from besa_exp.tensors.masks import (
@@ -143,7 +143,7 @@ def test_rounding_by_worth_meets_the_nearest_total_that_whole_levels_reach(worth
     total = round(share * int((levels * worth).sum()))
     wished = torch.rand(len(worth), generator=generator, dtype=torch.float64) * 0.4 + share - 0.2
     counts = 8 * project_to_budget(wished, (levels * worth).double(), total)
-    rounded = round_to_worth(levels, worth, counts, total)
+    rounded = round_to_worth(rows_alike(levels, worth), counts, total)
     assert 0 <= int(rounded.min()) <= int(rounded.max()) <= 8
     assert abs(int((rounded * worth).sum()) - total) <= math.gcd(*worths) / 2
     assert float((rounded - counts).abs().mean()) < 1

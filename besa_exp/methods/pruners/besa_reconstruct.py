@@ -70,6 +70,7 @@ class BesaReconstruct:
         ramped = self.start < 1 and not goal.pattern
         ramp = Ramp(self.start * goal.sparsity, goal.sparsity, self.until, self.every) if ramped else None
         begun, weights = self._begun(replace(task, goal=goal if ramp is None else Goal(ramp.first)))
+        task.forget()
         done = len(begun.steps)
         on_step = task.after(done).on_step
         tuned = tune(task.block, task.inputs, task.targets, weights, begun.keep_masks, self.tuning, on_step, ramp)

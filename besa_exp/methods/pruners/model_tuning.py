@@ -96,7 +96,7 @@ class _Tuned:
                 for name, weight in own.items()
             ]
             latent.append(own)
-            optimizers.append(torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-16))
+            optimizers.append(torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-16, fused=block.device.type == "cuda"))
         return _Tuned(whole, keep_masks, latent, optimizers)
 
     def weights(self, number: int, block: Block) -> dict[str, Tensor]:

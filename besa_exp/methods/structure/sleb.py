@@ -161,7 +161,8 @@ class Sleb:
             removals.append(removal)
             progress.write({"removals": [one.to_dict() for one in removals]})
             on_progress(
-                f"{len(removals)} of {count}: block {removal.block}, {self.loss} {removal.losses[removal.block]:.4g}"
+                f"{len(removals)} of {count}: block index {removal.block}, {self.loss} "
+                f"{removal.losses[removal.block]:.4g}"
             )
         return structure_of(removals, len(dense.costs.blocks))
 

@@ -22,6 +22,7 @@ class Reconstruct:
 
     def update_block(self, task: Task, pruned: PrunedBlock) -> PrunedBlock:
         """Tune under the pruner's keep masks."""
+        task.forget()
         begun = task.weights if pruned.weights is None else pruned.weights
         tuned = tune(task.block, task.inputs, task.targets, begun, pruned.keep_masks, self.tuning, task.on_step)
         found = replace(pruned, weights=tuned.weights, norms=tuned.norms)

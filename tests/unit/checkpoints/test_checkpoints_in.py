@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import tiny
 
+from besa_exp.checkpoints import load
 from besa_exp.checkpoints import pickles as pickled_weights
 from besa_exp.checkpoints.fetch import wanted_files
 from besa_exp.checkpoints.inspect import inspect_model_folder
@@ -205,3 +206,20 @@ def test_a_hub_id_and_revision_name_the_cached_snapshot(folder, tmp_path, monkey
     assert "quantised (awq" in problem
     with pytest.raises(ConfigurationError, match="awq"):
         load_model(older, CPU, offline=True)
+
+
+def test_each_tensor_is_read_straight_to_the_device(folder: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"and 18 more of .* without data"):  # meta: where none has data
+        load_model(settings(folder), torch.device("meta"), offline=True)
+
+
+def test_a_model_that_is_needed_whole_and_would_be_streamed_is_refused_before_a_weight_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "free_memory", lambda: 1000)
+    monkeypatch.setattr(load, "open_streamed", None)  # it would read the embeddings
+    with pytest.raises(
+        ConfigurationError, match=r"model\.load=auto: .* would be streamed, .* and skipping needs it whole"
+    ):
+        load_model(settings(folder), CPU, True, "skipping")
+    assert load_model(settings(folder, load="whole"), CPU, True, "skipping").weights is None

@@ -18,7 +18,7 @@ from besa_exp.blocks.course import Course
 from besa_exp.errors import RunError
 from besa_exp.methods.allocation import Rows, descend, project_to_budget, shift_by_narrowing
 from besa_exp.methods.cuts import Buffers, count_gradient, cut_block
-from besa_exp.methods.n_of_m import rows_of_groups
+from besa_exp.methods.n_of_m import Alike, round_to_worth, rows_of_groups
 from besa_exp.methods.pruners.besa import besa_step
 from besa_exp.tensors.quantisation import Quantiser, quantise, rounded
 
@@ -217,7 +217,8 @@ def on_meta(values):
     return tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), values)
 
 
-def test_a_step_and_its_projection_read_no_number_that_they_compute(monkeypatch):
+@pytest.mark.parametrize("group", [None, 4])
+def test_a_step_and_its_projection_read_no_number_that_they_compute(group, monkeypatch):
     """On the meta device every host read of a value fails: what a GPU's queue would wait for. The cuts are those of a
     GPU; a gradient in fp16 is scaled too."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which meta does not know
@@ -225,7 +226,11 @@ def test_a_step_and_its_projection_read_no_number_that_they_compute(monkeypatch)
     block, inputs, _, weights = drawn(torch.float16)
     arguments = on_meta(block.arguments(1))
     block = replace(block, module=block.module.to("meta"), arguments=lambda samples: arguments)
-    rows = rows_of(weights)
+    rows = rows_of(weights, group=group)
+    if group:
+        kinds = tuple(Alike(**on_meta(vars(kind))) for kind in rows.rounded.args[0])
+        assert len(kinds) == 2
+        rows = replace(rows, rounded=partial(round_to_worth, kinds))
     rows = replace(rows, **{name: on_meta(getattr(rows, name)) for name in ("weights", "ranks", "columns", "cell")})
     rows = replace(rows, capacity=on_meta(rows.capacity))
     sparsity, sample = torch.empty_like(rows.capacity), on_meta(inputs)[torch.zeros(1, dtype=torch.long, device="meta")]

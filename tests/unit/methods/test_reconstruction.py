@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from besa_exp.blocks.linears import find_norms
 from besa_exp.blocks.loop import prune_blocks
 from besa_exp.blocks.probe import probe_loss
 from besa_exp.blocks.pruner import Task
+from besa_exp.blocks.reports import Step
 from besa_exp.methods.pruners.besa_reconstruct import BesaReconstruct
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
 from besa_exp.methods.pruners.uniform import Uniform
@@ -21,6 +23,7 @@ from besa_exp.methods.updates.obs import Obs
 from besa_exp.methods.updates.reconstruct import Reconstruct
 from besa_exp.methods.updates.updated import Updated
 from besa_exp.tensors.masks import Goal, keep_per_row
+from besa_exp.tensors.statistics import Hessian
 
 INPUT_IDS = torch.randint(0, 258, (16, 24), generator=torch.Generator().manual_seed(1))
 DENSE = tiny_llama(context=32).requires_grad_(False)
@@ -273,3 +276,28 @@ def test_norms_are_found_by_what_they_hold_biases_of_linears_are_not_among_them(
         {"a": torch.nn.Linear(4, 4), "b": torch.nn.LayerNorm(4), "c": torch.nn.Sequential(torch.nn.RMSNorm(4))}
     )
     assert [list(norm) for norm in find_norms(module)] == [["b.weight", "b.bias"], ["c.0.weight"]]
+
+
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        BesaReconstruct(Tuning(1, 4, lr=0.01), begin="sparsegpt", start=0.5),
+        Updated(SparseGPT(group_size=32), Reconstruct(Tuning(1, 4, lr=0.01))),
+    ],
+)
+def test_no_statistic_is_held_while_weights_are_tuned(pruner) -> None:
+    model = copy.deepcopy(DENSE)
+    blocks = capture_blocks(model, INPUT_IDS)[:1]
+    inputs, held = embed(model, blocks, INPUT_IDS, 4), []
+
+    def on_step(step: Step) -> None:
+        held.append(sum(isinstance(found, Hessian) for found in gc.get_objects()))
+
+    assert list(prune_blocks(blocks, inputs, pruner, Goal.parse(0.6, "unstructured"), 4, on_step))
+    assert held
+    assert not any(held)
+
+
+def test_an_update_that_needs_what_was_observed_has_it_after_a_pruner_that_forgot_it() -> None:
+    updated = reports_of(Updated(BesaReconstruct(Tuning(1, 4, lr=0.01)), Obs()))
+    assert all(report.loss_before is not None for report in updated)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +128,42 @@ def test_blocks_that_are_left_are_pruned_and_told_under_their_numbers_in_the_den
 
 
 @pytest.mark.parametrize("load", LOADS)
+def test_no_second_model_is_held_while_the_saved_one_is_read_and_scored(load, request_of, tmp_path, monkeypatch):
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def noting(run: Run, work: Work) -> Work:
+        held.extend(weakref.ref(parameter) for parameter in work.loaded.model.parameters())
+        return work
+
+    def scoring(run: Run, work: Work) -> Work:
+        left = [parameter for found in held if (parameter := found()) is not None and not parameter.is_meta]
+        assert held
+        assert not left
+        return score_pruned(run, work)
+
+    monkeypatch.setattr(prune_run, "STAGES", (prune_model, noting, save, scoring))
+    settings = request_of(load)
+    verified = replace(settings, save=SaveSettings(), evaluator=replace(settings.evaluator, dense=False))
+    results = prune_run.prune(verified, tmp_path / "run", {"model": {"path": settings.model.path}})
+    assert results["reloaded"]["token_loss"] == pytest.approx(results["reloaded"]["expected"], rel=1e-3)
+
+
+def test_the_dense_model_goes_when_a_structure_has_put_another_in_its_place(request_of, tmp_path, monkeypatch):
+    dense: list[weakref.ref[torch.nn.Module]] = []
+
+    def noting(run: Run, work: Work) -> Work:
+        dense.append(weakref.ref(work.loaded.model))
+        return work
+
+    def pruning(run: Run, work: Work) -> Work:
+        gc.collect()
+        assert dense[0]() is None
+        return prune_model(run, work)
+
+    run_with(monkeypatch, request_of("whole"), tmp_path / "run", noting, without_block_1, pruning)
+
+
+@pytest.mark.parametrize("load", LOADS)
 def test_what_a_recovery_makes_of_the_weights_is_saved_scored_and_told(load, request_of, tmp_path, monkeypatch, capsys):
     plain, tuned = tmp_path / "plain", tmp_path / "tuned"
     before = run_with(monkeypatch, request_of(load), plain, prune_model)
@@ -170,6 +208,20 @@ def test_a_recovery_that_fills_a_pruned_weight_is_an_error(load, request_of, tmp
 
     with pytest.raises(RunError, match=r"layers\.0\.mlp\.up_proj: \d+ pruned weights are not zero"):
         run_with(monkeypatch, request_of(load), tmp_path / "run", prune_model, recovery_by(fill))
+
+
+def test_kept_scores_are_those_of_the_very_model_that_is_asked_for(request_of, tmp_path, monkeypatch):
+    def interrupted(run: Run, work: Work) -> Work:
+        raise Interrupted("by hand")
+
+    settings = request_of("whole")
+    narrower = replace(settings, model=replace(settings.model, dtype="bfloat16"))
+    with pytest.raises(Interrupted):  # no block is there that would say what was asked
+        run_with(monkeypatch, settings, tmp_path / "run", interrupted)
+    found = run_with(monkeypatch, narrower, tmp_path / "run", prune_model)["dense"]["perplexity"]
+    fresh = run_with(monkeypatch, narrower, tmp_path / "elsewhere" / "run", prune_model)["dense"]["perplexity"]
+    assert found == fresh
+    assert found != run_with(monkeypatch, settings, tmp_path / "wide", prune_model)["dense"]["perplexity"]
 
 
 def test_a_kept_weight_that_became_zero_is_counted(request_of, tmp_path, monkeypatch):

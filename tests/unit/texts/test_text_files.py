@@ -15,7 +15,8 @@ import pyarrow.parquet
 import pytest
 
 from besa_exp.errors import ConfigurationError
-from besa_exp.texts.files import column_texts, format_of, plain_text, rows
+from besa_exp.texts import files
+from besa_exp.texts.files import Lines, column_texts, format_of, plain_text, rows
 from besa_exp.texts.sources import check_source, read_text
 
 DOCUMENTS = ["a\u2028b\u0085c", "caf\u00e9 \U0001f600", " x "]
@@ -110,3 +111,25 @@ def test_names_say_which_format_a_file_has():
     assert {name: format_of(name) for name in names} == names
     assert [format_of(name) for name in ("a.parquet.gz", "b.docx", "c", "d.gz")] == [None] * 4
     assert format_of(str(Path("x.txt") / "y")) is None
+
+
+def test_lines_are_parsed_when_they_are_asked_for_and_give_the_texts_of_the_whole_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.json.gz"
+    texts = [*DOCUMENTS, None, "a null in a text", *(f"document {number}" for number in range(95))]
+    path.write_bytes(gzip.compress(json_lines(texts[:3]) + b"\n" + json_lines(texts[3:])))
+    parsed: list[bytes] = []
+    parse = files._json_object
+    monkeypatch.setattr(files, "_json_object", lambda raw: parsed.append(raw) or parse(raw))
+    lines, nulls = Lines.of(path, "text", "calibration.column")
+    assert (len(lines), nulls, len(parsed)) == (99, 1, 2)  # those two alone have the word in them
+    assert lines[50] == texts[51]
+    assert len(parsed) == 3
+    assert list(lines) == [text for text in column_texts(path, "text", "calibration.column") if text is not None]
+
+
+def test_what_is_wrong_with_a_line_that_is_parsed_later_names_the_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["one"]) + b"\n" + b'{"text": 3}\n{"text": \n')
+    lines, _ = Lines.of(tmp_path / "a.jsonl", "text", "calibration.column")
+    for place, told in ((1, "line 3: 'text' holds int, not text"), (2, "line 4: cannot be read: Expecting value")):
+        with pytest.raises(ConfigurationError, match=told):
+            lines[place]
