@@ -5,7 +5,6 @@ Every block is pruned on the outputs of the pruned blocks before it (the pruned 
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -21,8 +20,6 @@ from besa_exp.errors import RunError
 from besa_exp.machine import distributed
 from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.statistics import is_finite
-
-logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()

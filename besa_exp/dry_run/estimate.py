@@ -34,6 +34,8 @@ from besa_exp.machine import atomic
 from besa_exp.machine.device import prepared_device, seconds_of
 from besa_exp.machine.disk import existing
 from besa_exp.machine.memory import free_memory
+from besa_exp.methods.budgets.budget import Budget
+from besa_exp.methods.budgets.trial import DepthSearch
 from besa_exp.methods.updates.updated import with_update
 from besa_exp.settings import RunSettings
 from besa_exp.tensors.masks import Goal
@@ -136,7 +138,7 @@ def estimate_from_counts(settings: RunSettings, folder: Path) -> Estimate:
 
 def _not_estimated(settings: RunSettings) -> list[str]:
     missing = {
-        "the memory of a budget over depth is not estimated": settings.budget is not None,
+        "the memory of a budget over depth is not estimated": isinstance(settings.budget, DepthSearch | Budget),
         "the structure is not estimated: time and memory are those of the dense model's blocks": settings.structure,
         "time and memory of the search over the whole model that follows the block loop are not estimated": (
             settings.pruner.traits.refinements

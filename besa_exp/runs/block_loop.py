@@ -36,7 +36,7 @@ from besa_exp.runs.cpu_units import as_stored
 from besa_exp.runs.save import pruned_weights
 from besa_exp.settings import RunSettings
 from besa_exp.tensors.masks import Goal
-from besa_exp.tensors.pattern import parse_pattern
+from besa_exp.tensors.pattern import indivisible
 
 
 def check_blocks(loaded: LoadedModel, input_ids: Tensor, batch_size: int, ignored: Ignored, pattern: str) -> None:
@@ -44,21 +44,14 @@ def check_blocks(loaded: LoadedModel, input_ids: Tensor, batch_size: int, ignore
     first. RunError: the model cannot be pruned block by block; what it does that forbids it. ConfigurationError: what
     is `ignored` is nothing, or everything, or a row cannot be divided into the pattern's groups."""
     blocks = capture_blocks(loaded.model, input_ids)
-    if problems := ignored.check(blocks) or indivisible(map(ignored.rest, blocks), pattern):
+    if problems := ignored.check(blocks) or indivisible(inputs_of(map(ignored.rest, blocks)), pattern):
         raise ConfigurationError(*problems)
     check_replay(loaded.model, blocks, input_ids[-min(2, batch_size) :], loaded.resident)
 
 
-def indivisible(
-    blocks: Iterable[Block], pattern: str, remedy: str = "choose another pattern or pattern=unstructured"
-) -> list[str]:
-    """The problem where the inputs of linears that are to be pruned are no multiple of the pattern's M."""
-    group = (parse_pattern(pattern) or (None, 1))[1]
-    inputs = {f"{block.name}.{name}": one.weight.shape[1] for block in blocks for name, one in block.linears.items()}
-    odd = [f"{name} ({count})" for name, count in inputs.items() if count % group]
-    more = f" and {len(odd) - 2} more" if len(odd) > 2 else ""
-    told = f"the inputs of a linear must be divisible by {group}, not as those of {', '.join(odd[:2])}{more}; {remedy}"
-    return [f"pattern={pattern}: {told}"] if odd else []
+def inputs_of(blocks: Iterable[Block]) -> dict[str, int]:
+    """How many inputs each linear has, by its name in the model."""
+    return {f"{block.name}.{name}": one.weight.shape[1] for block in blocks for name, one in block.linears.items()}
 
 
 @dataclass

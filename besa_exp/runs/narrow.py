@@ -33,8 +33,9 @@ from besa_exp.machine.device import compute_dtype
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel, StructureMethod
 from besa_exp.run_folder.identity import request_identity
-from besa_exp.runs.block_loop import indivisible
+from besa_exp.runs.block_loop import inputs_of
 from besa_exp.runs.run import Run, Work, parameters, weights_in_linears
+from besa_exp.tensors.pattern import indivisible
 
 T = TypeVar("T")
 
@@ -131,7 +132,7 @@ def _check_pattern(run: Run, narrower: LoadedModel, structure: Structure) -> Non
     """ConfigurationError: rows of what is left cannot be divided into the pattern's groups."""
     pattern, ignored = run.settings.pattern, Ignored(run.settings.ignore, structure.blocks)
     remedy = f"structure={_name(run)} left them so: set structure.multiple={pattern.rpartition(':')[2]}"
-    if problems := indivisible(map(ignored.rest, narrower.blocks()), pattern, remedy):
+    if problems := indivisible(inputs_of(map(ignored.rest, narrower.blocks())), pattern, remedy):
         raise ConfigurationError(*problems)
 
 

@@ -6,7 +6,7 @@ load -> its zeros are the masks -> scores -> recovery -> save -> scores -> resul
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +66,13 @@ def as_run(settings: TuneSettings) -> RunSettings:
     """The same as a run's settings: method, pattern and target are those of the run that made the checkpoint, the
     recovery added; without one the target is what is there."""
     made = made_by(settings)
+    both = {field.name for field in fields(RunSettings)} & {field.name for field in fields(settings)}
     return RunSettings(
-        model=settings.model,
-        calibration=settings.calibration,
         pruner=Dense(),
         pruner_name=f"{made.get('pruner', 'checkpoint')}+{settings.recovery.name}",
-        evaluator=settings.evaluator,
-        tracker=settings.tracker,
-        recovery=settings.recovery,
         sparsity=made.get("target_sparsity", 0.0),
         pattern=made.get("pattern", "unstructured"),
-        seed=settings.seed,
-        device=settings.device,
-        deterministic=settings.deterministic,
-        offline=settings.offline,
-        resume=settings.resume,
-        overwrite=settings.overwrite,
-        save=settings.save,
+        **{name: getattr(settings, name) for name in both},
     )
 
 
