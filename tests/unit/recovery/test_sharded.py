@@ -19,8 +19,8 @@ PLAN = Plan(Schedule(6, warm_up=2), batch_size=4, judge_every=2)
 
 
 @pytest.fixture
-def alone():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def alone(tmp_path_factory):
+    dist.init_process_group("gloo", f"file://{tmp_path_factory.mktemp('ranks') / 'store'}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
