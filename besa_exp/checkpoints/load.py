@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,10 @@ class LoadedModel:
         """The blocks (None: all, none of which is called) in order, each with its weights while it is out."""
         given = self.blocks() if blocks is None else blocks
         return self.weights.resident(given) if self.weights else given
+
+    def callable(self) -> AbstractContextManager[None]:
+        """The model as a whole can be called for as long as this lasts."""
+        return self.weights.on_demand(self.model) if self.weights else nullcontext()
 
 
 def load_model(settings: ModelSettings, device: torch.device, offline: bool, whole_for: str = "") -> LoadedModel:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -312,11 +312,6 @@ def _harness(asked: _Asked) -> Any:
     scored: Any = harness(loaded.model, loaded.tokenizer, asked.settings.batch_size, asked.context, loaded.weights)
     scored.on_count = asked.on_count
     return scored
-
-
-def callable_model(loaded: LoadedModel) -> AbstractContextManager[None]:
-    """The model as a whole can be called for as long as this lasts."""
-    return loaded.weights.on_demand(loaded.model) if loaded.weights else nullcontext()
 
 
 def _tasks_record(asked: _Asked) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from besa_exp.checkpoints.streaming import StreamedWeights
 from besa_exp.checkpoints.tensor_sources import as_saved
 from besa_exp.display.model_card import base_licence, model_card
 from besa_exp.errors import RunError
-from besa_exp.evaluation.scores import callable_model
 from besa_exp.machine import atomic, distributed
 from besa_exp.machine.environment import environment
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
@@ -171,7 +170,7 @@ def _expected(run: Run, work: Work) -> float | None:
     """The loss that the saved model is to have in a fresh process; None: none will load it."""
     if not run.settings.save.verify or not distributed.is_first():
         return None
-    with callable_model(work.loaded):
+    with work.loaded.callable():
         return token_loss(work.loaded.model, work.calibration.input_ids[:1, :TOKENS])
 
 
