@@ -145,13 +145,14 @@ def full_errors() -> bool:
 def told(work: Callable[[], str], folder: Path) -> int:
     """The exit code of work in a run folder; what it returns, or its failure, is printed."""
     try:
-        print(f"done: {work()}")
-        return 0
+        said = work()
     except (RunError, OSError) as error:
         if full_errors():
             traceback.print_exc()
         print(f"failed: {error}; what is finished is kept; see {folder / 'run.log'}", file=sys.stderr)
         return 1
+    print(f"done: {said}")
+    return 0
 
 
 def launch(request: Request) -> list[Outcome]:
