@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,19 +31,15 @@ def check_replay(
     its weights while it is out. RunError names the first block that does not, or a linear that is not called."""
     used = [block.arguments(len(input_ids)) for block in blocks]  # by passes that must not meet the hooks
     replay = _Replay(blocks, resident, embed(model, blocks, input_ids, len(input_ids)))
-    hooks = []
-    for block in blocks:
-        note = partial(_note, replay.called, block.index)
-        hooks += watch(block.linears, note, note)
-        hooks.append(block.module.register_forward_pre_hook(partial(replay.before, block)))
-        hooks.append(block.module.register_forward_hook(partial(replay.after, block)))
-    try:
+    with ExitStack() as hooks:
+        hooks.callback(replay.end)
+        for block in blocks:
+            note = partial(_note, replay.called, block.index)
+            hooks.enter_context(watch(block.linears, note, note))
+            hooks.enter_context(block.module.register_forward_pre_hook(partial(replay.before, block)))
+            hooks.enter_context(block.module.register_forward_hook(partial(replay.after, block)))
         with suppress(Reached):
             model(input_ids.to(next(model.parameters()).device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        replay.end()
     check_unwritten(model, discover_blocks(model)[1], input_ids, used)
 
 

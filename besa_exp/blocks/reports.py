@@ -43,6 +43,12 @@ class LinearReport:
     pruned: int
     allocated: float
 
+    @staticmethod
+    def counted(name: str, weight: Any, allocated: float) -> LinearReport:
+        """Of a weight as it is."""
+        zeros = weight.numel() - int(weight.bool().count_nonzero())  # of floats 15 x slower
+        return LinearReport(name, weight.numel(), zeros, allocated)
+
     @property
     def sparsity(self) -> float:
         """Measured fraction of zeros in [0, 1]."""

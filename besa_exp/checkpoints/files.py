@@ -197,7 +197,7 @@ def count_zeros(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int]
     """(weights, zeros) of each named tensor, counted in the saved files one tensor at a time.
 
     Raises RunError, naming folder and tensor, for a name that the files do not hold."""
-    shards = _shards(folder)
+    shards = {name: file.name for file in weight_files(folder)[0] for name in read_header(file)[0]}
     counts = {}
     for name in names:
         if name not in shards:
@@ -215,8 +215,3 @@ def _copy_missing(sources: Path | None, folder: Path) -> None:
         for file in sources.glob(pattern):
             if file.is_file() and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
-
-
-def _shards(folder: Path) -> dict[str, str]:
-    """Tensor name to the file that holds it."""
-    return {name: file.name for file in weight_files(folder)[0] for name in read_header(file)[0]}

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from besa_exp.blocks.block import discover_blocks
-from besa_exp.dry_run.probe import BlockProbe, line, seconds_of
+from besa_exp.dry_run.probe import BlockProbe, line
+from besa_exp.machine.device import seconds_of
 from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears
 from besa_exp.recovery.recipe import follows_dense, method_of, objective_of, plan_of, steps_of
 from besa_exp.recovery.tuner import Tuner

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -43,3 +44,16 @@ def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
     return found
+
+
+def seconds_of(device: torch.device, work: Callable[[], object]) -> float:
+    """How long `work` takes, the device's part included."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    started = now()
+    work()
+    return now() - started
