@@ -29,7 +29,7 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.course import Course
-from besa_exp.blocks.linears import find_norms
+from besa_exp.blocks.linears import find_norms, room_like
 from besa_exp.blocks.probe import num_probe_samples, probe_loss
 from besa_exp.blocks.reports import Step
 from besa_exp.errors import check_fields, within
@@ -231,7 +231,8 @@ class _State:
     @staticmethod
     def of(block: Block, weights: Weights, keep_masks: KeepMasks, with_norms: bool, lr: float) -> _State:
         latent = {name: weight.detach().float() * keep_masks[name] for name, weight in weights.items()}
-        masked = {name: torch.empty_like(block.linears[name].weight).requires_grad_() for name in latent}
+        masked = room_like({name: block.linears[name].weight.detach() for name in latent})
+        masked = {name: room.requires_grad_() for name, room in masked.items()}
         groups = [
             {
                 "params": [weight],
