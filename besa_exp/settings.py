@@ -129,12 +129,17 @@ class RecoverySettings:
     lr: float
     path: str | None = None  # a local text or token file in place of the calibration's source
     column: str = "text"
+    task: str | None = None  # in place of a text; `path` is then a file of its rows
+    task_loss: str = "options"  # or answer, accuracy
+    shots: int = 500  # examples of each label of the task to learn from
+    tested: int = 500  # examples of the task that are scored
     steps: int = 200
     tokens: int | None = None  # in the place of steps
     seq_len: int | None = None  # None: the calibration's
     batch_size: int = 8
     micro_batch: int = 8  # windows that pass the model together
     checkpointing: bool = False
+    shard: bool = False  # full: the model is dealt out to the processes of torchrun
     schedule: str = "cosine"  # or linear, constant
     warm_up: float = 0.1  # share of the steps
     held_out: int = 32  # windows that choose the state that is kept

@@ -8,6 +8,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from besa_exp.blocks.block import capture_blocks, embed
+from besa_exp.evaluation.skipping import middle_of
+
 BOS, EOS = "<s>", "</s>"
 INPUT_IDS = torch.randint(1, 64, (5, 24), generator=torch.Generator().manual_seed(3))
 
@@ -44,3 +47,9 @@ def tiny_llama(context: int = 64, seed: int = 0, **changes: Any) -> LlamaForCaus
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(LlamaConfig(**(values | changes))).eval()
+
+
+def middle_of_model(model: Any, input_ids: torch.Tensor) -> str:
+    """The module between attention and FFN, as the first block has it."""
+    blocks = capture_blocks(model, input_ids[:1])
+    return middle_of(blocks[0], embed(model, blocks, input_ids[:1], 1))

@@ -19,6 +19,7 @@ from besa_exp.blocks.block import Block
 from besa_exp.blocks.reports import Step
 from besa_exp.errors import RunError
 
+NOTHING_PASSES = "so much of the block is zero that nothing passes; ask for a lower sparsity"
 logger = logging.getLogger(__name__)
 
 
@@ -31,6 +32,7 @@ class Course:
     on_step: Callable[[Step], None] = lambda step: None
     steps: list[Step] = field(default_factory=list)
     coming: deque[tuple[Tensor, torch.cuda.Event | None]] = field(default_factory=deque)
+    warned: bool = False
 
     def add(
         self,
@@ -41,8 +43,8 @@ class Course:
         penalty: Tensor | float = 0.0,
     ) -> None:
         """The next step. RunError: the loss of a step that has arrived, or its `gradient`, is not finite; its block and
-        number are named. Where a gradient is all zero although there is a loss, a warning is logged: the search learns
-        nothing in such a step."""
+        number are named. Where a gradient is all zero although there is a loss, a warning is logged, once: the search
+        learns nothing in such a step."""
         largest = -1.0 if gradient is None else gradient.abs().max()
         numbers = (loss, loss if reconstruction is None else reconstruction, penalty, sparsity, largest)
         values = torch.stack([_on(loss.device, number) for number in numbers])
@@ -80,13 +82,16 @@ class Course:
                 f"{name}: the gradient is {largest} at step {number}; the dtype overflows: compute in float32 or "
                 "bfloat16 (compute_dtype or model.dtype)."
             )
-        if largest == 0 and reconstruction > 0:
+        if largest == 0 and reconstruction > 0 and not self.warned:
+            self.warned = True
+            half = self.block.product_dtype == torch.float16
             logger.warning(
                 "%s: the gradient of step %d is zero everywhere although the loss is %.3g, so nothing is learned from "
-                "it; compute in float32 or bfloat16 (compute_dtype or model.dtype)",
+                "it; %s",
                 name,
                 number,
                 reconstruction,
+                "compute in float32 or bfloat16 (compute_dtype or model.dtype)" if half else NOTHING_PASSES,
             )
 
 

@@ -28,6 +28,14 @@ def fetched_config(settings: ModelSettings, offline: bool) -> Path:
     return HubModel.asked(settings.path, settings.revision, offline).fetched(["*.json", "*.py"])
 
 
+def cached_folder(settings: ModelSettings) -> Path | None:
+    """The folder of the hub's model in the local cache; None: its config is not there."""
+    from huggingface_hub import try_to_load_from_cache  # half a second that only hub models need
+
+    found = try_to_load_from_cache(settings.path, "config.json", revision=settings.revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def wanted_files(settings: ModelSettings, folder: Path, names: Sequence[str]) -> list[str]:
     """Patterns of the files to fetch; `names` are all that the hub has, or the cache where it was not asked.
     ConfigurationError: as above."""

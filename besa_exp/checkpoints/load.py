@@ -80,7 +80,7 @@ def _streamed(
 ) -> tuple[PreTrainedModel, StreamedWeights] | None:
     """The streamed model where that is asked for, or the whole one would be large; None: it is to be loaded whole."""
     size = weight_bytes(folder)
-    if settings.load != "streamed" and not (settings.load == "auto" and is_large(size, device)):
+    if not is_to_stream(settings, size, device):
         return None
     if whole_for:
         raise ConfigurationError(
@@ -242,9 +242,19 @@ def is_large(size: int, device: torch.device) -> bool:
     return size > SHARE_OF_FREE * min(free, free_memory())
 
 
+def is_to_stream(settings: ModelSettings, size: int, device: torch.device) -> bool:
+    """Whether files of `size` bytes are streamed, if they can be."""
+    return settings.load == "streamed" or (settings.load == "auto" and is_large(size, device))
+
+
 def model_path(settings: ModelSettings) -> str:
     """The folder or hub id that transformers is given."""
     return str(MODEL_DIR if settings.path == "embedded" else Path(settings.path).expanduser())
+
+
+def hub_id(settings: ModelSettings) -> str | None:
+    """The model's name on the hub; None: it is embedded, or a folder or file of this machine."""
+    return None if Path(model_path(settings)).exists() else settings.path
 
 
 def model_context(model: nn.Module) -> int:

@@ -78,16 +78,6 @@ class Narrowing:
                 made[new] = self._cut(name, tensor)
         return made
 
-    def dense_of(self, tensor: Tensor, name: str) -> Tensor:
-        """The tensor with zeros where the structure removes rows and columns, in its own shape. A removed block's is
-        all zero."""
-        if self.new_name(name) is None:
-            return torch.zeros_like(tensor)
-        if (found := self._role(name)) is None:
-            return tensor
-        kept = self.sources(found, name).to(tensor.device)
-        return torch.zeros_like(tensor).index_copy(found.axis, kept, tensor.index_select(found.axis, kept))
-
     def sources(self, role: Role, name: str) -> Int[Tensor, " row"]:
         """Along the role's axis, the row of the dense tensor that each row of the narrowed one is."""
         block = self.block_of(name)

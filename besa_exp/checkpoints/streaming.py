@@ -74,8 +74,10 @@ class StreamedWeights:
                     inner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
         give_back_memory()
 
-    def on_demand(self, blocks: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
+    def on_demand(self, model: nn.Module) -> AbstractContextManager[None]:
         """Lets the model be called as a whole: each block's weights are read again in each of its forward passes."""
+        path, modules = discover_blocks(model)
+        blocks = {f"{path}.{index}": module for index, module in enumerate(modules)}
         return on_demand(blocks, self.load, self.release)
 
     def resident(

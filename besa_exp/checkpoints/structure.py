@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 FORMAT = 1
@@ -101,27 +101,6 @@ class Structure:
         return left
 
 
-def whole(dimensions: Dimensions) -> Structure:
-    """All of it."""
-    return Structure(tuple(range(dimensions.blocks)))
-
-
-def without_blocks(structure: Structure, removed: Sequence[int]) -> Structure:
-    """Fewer blocks; `removed` by original number. ValueError: one that is not there, or none would be left."""
-    gone = set(removed)
-    if absent := sorted(gone - set(structure.blocks)):
-        raise ValueError(f"structure: block {absent[0]} cannot be removed: the blocks are {[*structure.blocks]}")
-    if len(gone) == len(structure.blocks):
-        raise ValueError(f"structure: all {len(gone)} blocks would be removed; at least one must stay")
-    stay = [place for place, block in enumerate(structure.blocks) if block not in gone]
-    return replace(
-        structure,
-        blocks=tuple(structure.blocks[place] for place in stay),
-        groups=_chosen(structure.groups, stay),
-        channels=_chosen(structure.channels, stay),
-    )
-
-
 def to_json(structure: Structure, dimensions: Dimensions) -> str:
     """The text of structure.json. What is kept whole is not listed."""
     fields: dict[str, Any] = {
@@ -155,10 +134,6 @@ def from_json(text: str, where: str = "structure.json") -> Structure:
 
 def _units(fields: Mapping[str, Sequence[int]] | None, blocks: Sequence[int]) -> Units | None:
     return None if fields is None else tuple(tuple(fields[str(block)]) for block in blocks)
-
-
-def _chosen(units: Units | None, places: Sequence[int]) -> Units | None:
-    return None if units is None else tuple(units[place] for place in places)
 
 
 def _problems(what: str, kept: Sequence[int], count: int) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.text import Text
 
+from besa_exp.display.terminal import console_of
 from besa_exp.errors import ConfigurationError
 from besa_exp.report.comparison import BY, Comparison, compare
 from besa_exp.report.comparison_formats import csv_of, latex, terminal_table
@@ -49,7 +49,7 @@ def comparison(arguments: Sequence[str]) -> int:
 
 def show(runs: Sequence[RunRecord], found: Sequence[Comparison]) -> None:
     """The tables on standard output, as wide as the terminal is."""
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, emoji=False)
+    console = console_of(PLAIN_WIDTH)
     console.print(Group(*tables(runs, found, console.width)))
 
 

@@ -64,6 +64,11 @@ LATER_KEYS = (
     ("evaluator", "max_windows", None),
     ("evaluator", "prompts", None),
     ("recovery", "exchange", False),
+    ("recovery", "shard", False),
+    ("recovery", "task", None),
+    ("recovery", "task_loss", "options"),
+    ("recovery", "shots", 500),
+    ("recovery", "tested", 500),
 )
 LATER_GROUPS = ("structure", "ignore")  # that make no part of a name where they say nothing, for the same reason
 WANDB_MODES_ONCE = {"dryrun": "offline", "run": "online"}  # as its older versions called them

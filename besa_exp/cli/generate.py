@@ -4,7 +4,6 @@ what a model says while it skips, what it says without beside it, and how fast i
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from besa_exp.display.terminal import console_of
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.evaluation.checks import PROMPTS
 from besa_exp.machine.environment_variables import set_before_imports
@@ -40,6 +40,7 @@ def generate(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="besa generate", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("place", metavar="DIR", help="a run folder that kept its model, or a model folder")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="repeat it for several")
+    parser.add_argument("--chat", action="store_true", help="each prompt is a user's turn, as the chat template says")
     parser.add_argument("--tokens", type=int, default=40, metavar="N", help="new tokens at most (default: %(default)s)")
     parser.add_argument("--no-dense", action="store_true", help="the pruned model alone")
     parser.add_argument("--offline", action="store_true", help="never reach for the network")
@@ -49,11 +50,15 @@ def generate(arguments: Sequence[str]) -> int:
     if asked.tokens < 1 or not all(prompts):
         raise ConfigurationError("--tokens must be at least 1, and a --prompt must have a character")
     if asked.keys:
+        if asked.chat:
+            raise ConfigurationError("--chat goes without keys: what skipping says is compared on plain prompts")
         return _generate_skipping(asked.place, asked.keys, prompts, asked.tokens, asked.offline)
     models = _models(asked.place, asked.no_dense)
     set_before_imports(offline=asked.offline)
-    said = {which: _texts(settings, prompts, asked.tokens, asked.offline) for which, settings in models.items()}
-    _print_texts(_console(), prompts, said)
+    found = {which: _texts(settings, prompts, asked) for which, settings in models.items()}
+    _print_texts(console := console_of(PLAIN_WIDTH), prompts, {which: texts for which, (texts, _) in found.items()})
+    if not asked.chat and any(chats for _, chats in found.values()):
+        console.print("The tokenizer has a chat template: --chat puts each prompt as its user does.", style="dim")
     return 0
 
 
@@ -83,7 +88,7 @@ def _generate_skipping(place: str, keys: Sequence[str], prompts: Sequence[str], 
     said = {"without skipping": continuations(model, loaded.tokenizer, prompts, tokens)}
     with decided.generating(model) as course:
         said[name] = continuations(model, loaded.tokenizer, prompts, tokens)
-    console = _console()
+    console = console_of(PLAIN_WIDTH)
     _print_texts(console, prompts, said)
     ids = prompt_ids(loaded.tokenizer, prompts[0], model.device)
     decoded = max(1, min(tokens, model_context(model) - ids.shape[1]))
@@ -123,16 +128,17 @@ def _asked(place: str, keys: Sequence[str], offline: bool) -> EvaluationSettings
     return found[0]
 
 
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, emoji=False)
-
-
 def _print_texts(console: Console, prompts: Sequence[str], said: Mapping[str, Sequence[str]]) -> None:
     for number, prompt in enumerate(prompts):
-        table = Table(box=box.SIMPLE, title=Text(prompt, style="bold"), title_justify="left", show_edge=False)
+        if number:
+            console.print()
+        title = Text(prompt, style="bold")
+        table = Table(
+            box=box.SIMPLE_HEAD, title=title, title_justify="left", show_edge=False, pad_edge=False, expand=True
+        )
         for which in said:
             table.add_column(which, ratio=1, overflow="fold")
-        table.add_row(*(Text(texts[number]) for texts in said.values()))
+        table.add_row(*(Text(texts[number] or "(nothing: it ends the text here)") for texts in said.values()))
         console.print(table)
 
 
@@ -162,13 +168,17 @@ def _group(run: Path, name: str) -> dict[str, Any]:
     return group if isinstance(group, dict) else {}
 
 
-def _texts(settings: ModelSettings, prompts: Sequence[str], tokens: int, offline: bool) -> list[str]:
+def _texts(settings: ModelSettings, prompts: Sequence[str], asked: argparse.Namespace) -> tuple[list[str], bool]:
+    """What the model says, and whether its tokenizer has a chat template."""
     import torch
 
     from besa_exp.evaluation.continuations import continuations
 
-    loaded = _speaking(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"), offline)
-    return continuations(loaded.model, loaded.tokenizer, prompts, tokens)
+    loaded = _speaking(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"), asked.offline)
+    chats = bool(getattr(loaded.tokenizer, "chat_template", None))
+    if asked.chat and not chats:
+        raise ConfigurationError(f"--chat: the tokenizer of {settings.path} has no chat template; leave it out")
+    return continuations(loaded.model, loaded.tokenizer, prompts, asked.tokens, asked.chat), chats
 
 
 def _speaking(settings: ModelSettings, device: torch.device, offline: bool) -> LoadedModel:

@@ -19,10 +19,10 @@ from besa_exp.checkpoints.inspect import inspect_model_folder
 from besa_exp.errors import ConfigurationError, Unavailable, first_line
 from besa_exp.evaluation.task_definitions import needed
 from besa_exp.hub.client import NOT_CACHED, is_hub_id, offline_hub
-from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings
-from besa_exp.texts.sources import HUB_FILES, Use, commit_of, fetch
+from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings, RecoverySettings
+from besa_exp.texts.sources import HUB_FILES, TASK_FILES, Use, commit_of, fetch, fetched
 
-Kind = Literal["model", "calibration", "perplexity", "task"]
+Kind = Literal["model", "calibration", "perplexity", "task", "recovery"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,10 @@ class Held:
 
 
 def needs_of(
-    model: ModelSettings | None, calibration: CalibrationSettings | None, evaluator: EvaluatorSettings | None
+    model: ModelSettings | None,
+    calibration: CalibrationSettings | None,
+    evaluator: EvaluatorSettings | None,
+    recovery: RecoverySettings | None = None,
 ) -> list[Need]:
     """All that these settings take from the hub, without what they take from this machine. None: not to be looked at,
     as where it is refused already."""
@@ -63,6 +66,8 @@ def needs_of(
     if evaluator is not None:
         needs += [_file_of(name, "perplexity") for name in evaluator.perplexity_sets if name in HUB_FILES]
         needs += [need for task in evaluator.tasks for need in _task_data(task, evaluator)]
+    if recovery is not None and recovery.path is None and (wanted := TASK_FILES.get(recovery.task or "")):
+        needs.append(Need("recovery", str(recovery.task), wanted.repository, wanted.revision, wanted.filename))
     return list(dict.fromkeys(needs))
 
 
@@ -89,6 +94,8 @@ def bring(need: Need) -> None:
         from besa_exp.evaluation.task_loading import load_task  # lm-eval's own way to it
 
         load_task(need.name, EvaluatorSettings("prefetch", include_path=need.include_path), offline=False)
+    elif need.kind == "recovery":
+        fetched(TASK_FILES[need.name], need.name, offline=False)
     else:
         fetch(need.name, need.kind, offline=False)
 
@@ -112,7 +119,7 @@ def missing_offline(needs: Sequence[Need]) -> list[str]:
 
 def described(need: Need) -> str:
     """`calibration c4 (en/... of allenai/c4)`."""
-    what = {"perplexity": "perplexity set"}.get(need.kind, need.kind)
+    what = {"perplexity": "perplexity set", "recovery": "task to learn"}.get(need.kind, need.kind)
     part = need.filename or need.config
     source = f"{part} of {need.repository}" if part else need.repository
     revision = f", revision {need.revision}" if need.revision else ""
@@ -128,6 +135,8 @@ def prefetch_command(needs: Sequence[Need]) -> str:
             words += ["model.convert=true"] if need.convert else []
         elif need.kind == "calibration":
             words.append(f"calibration={need.name}")
+        elif need.kind == "recovery":
+            words += ["recovery=full", f"recovery.task={need.name}"]
     words.append("evaluator=none")
     for kind, key in (("perplexity", "perplexity_sets"), ("task", "tasks")):
         if names := [need.name for need in needs if need.kind == kind]:

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 
 from besa_exp import __version__
 from besa_exp.errors import ConfigurationError, Interrupted, RunError, did_you_mean
@@ -107,84 +108,33 @@ def _list(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _prune(arguments: Sequence[str]) -> int:
-    from besa_exp.cli.prune import prune
-
-    return prune(arguments)
-
-
-def _masks(arguments: Sequence[str]) -> int:
-    from besa_exp.cli.masks import masks
-
-    return masks(arguments)
-
-
-def _report(arguments: Sequence[str]) -> int:
-    from besa_exp.report.command import report
-
-    return report(arguments)
-
-
-def _compare(arguments: Sequence[str]) -> int:
-    from besa_exp.cli.compare import comparison
-
-    return comparison(arguments)
-
-
-def _status(arguments: Sequence[str]) -> int:
-    from besa_exp.cli.status import status
-
-    return status(arguments)
-
-
-def _show(arguments: Sequence[str]) -> int:
-    from besa_exp.cli.show import show
-
-    return show(arguments)
-
-
-def _generate(arguments: Sequence[str]) -> int:
-    from besa_exp.cli.generate import generate
-
-    return generate(arguments)
-
-
-def _evaluate(arguments: Sequence[str]) -> int:
-    from besa_exp.cli.evaluate import evaluate
-
-    return evaluate(arguments)
-
-
-def _tune(arguments: Sequence[str]) -> int:
-    from besa_exp.cli.tune import tune
-
-    return tune(arguments)
-
-
-def _prefetch(arguments: Sequence[str]) -> int:
-    from besa_exp.cli.prefetch import prefetch
-
-    return prefetch(arguments)
-
-
 def _complete(arguments: Sequence[str]) -> int:
     from besa_exp.cli.completion import complete
 
     return complete(arguments, [name for name in COMMANDS if name[0] != "-"])
 
 
+def _imported(name: str) -> Callable[[Sequence[str]], int]:
+    """A command that is imported when it is called: torch and Hydra take seconds."""
+
+    def run(arguments: Sequence[str]) -> int:
+        return resolve_name(name)(arguments)
+
+    return run
+
+
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
-    "prune": _prune,
-    "evaluate": _evaluate,
-    "tune": _tune,
-    "masks": _masks,
-    "prefetch": _prefetch,
+    "prune": _imported("besa_exp.cli.prune:prune"),
+    "evaluate": _imported("besa_exp.cli.evaluate:evaluate"),
+    "tune": _imported("besa_exp.cli.tune:tune"),
+    "masks": _imported("besa_exp.cli.masks:masks"),
+    "prefetch": _imported("besa_exp.cli.prefetch:prefetch"),
     "list": _list,
-    "show": _show,
-    "compare": _compare,
-    "status": _status,
-    "generate": _generate,
-    "report": _report,
+    "show": _imported("besa_exp.cli.show:show"),
+    "compare": _imported("besa_exp.cli.compare:comparison"),
+    "status": _imported("besa_exp.cli.status:status"),
+    "generate": _imported("besa_exp.cli.generate:generate"),
+    "report": _imported("besa_exp.report.command:report"),
     "--help": _help,
     "-h": _help,
     "help": _help,

@@ -16,7 +16,6 @@ from typing import Any, Literal
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -25,6 +24,7 @@ from besa_exp.cli.hub_needs import Held, Need, bring, described, held, needs_of,
 from besa_exp.cli.preflight import check_model
 from besa_exp.cli.prune import composed
 from besa_exp.cli.request import CONFIG_NAME, composer_of
+from besa_exp.display.terminal import console_of
 from besa_exp.errors import ConfigurationError, Unavailable
 from besa_exp.evaluation.checks import check_evaluator
 from besa_exp.hub.client import hub_problem
@@ -54,7 +54,8 @@ def prefetch(arguments: Sequence[str]) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     jobs = _settings_of_jobs(arguments)
-    needs = list(dict.fromkeys(need for job in jobs for need in needs_of(job.model, job.calibration, job.evaluator)))
+    of_jobs = (needs_of(job.model, job.calibration, job.evaluator, job.recovery) for job in jobs)
+    needs = list(dict.fromkeys(need for needs in of_jobs for need in needs))
     if not needs:
         print("nothing is needed of the hub: model, text and tasks are on this machine")
         return 0
@@ -136,7 +137,7 @@ def _show(items: Sequence[Item]) -> None:
         where = str(item.held.where) if item.held else item.reason
         style = "red" if item.status == "missing" else None
         table.add_row(item.status, escape(described(item.need)), size, commit, escape(where), style=style)
-    Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES).print(table)
+    console_of(WIDTH_OF_FILES).print(table)
 
 
 def _write_manifest(items: Sequence[Item]) -> Path:

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from besa_exp.blocks.ignored import check_ignored, is_ignored
+from besa_exp.checkpoints.fetch import cached_folder
 from besa_exp.checkpoints.gguf_file import inspect_gguf, is_gguf
 from besa_exp.checkpoints.inspect import ModelFolder, inspect_config, inspect_model_folder, saved_dtype
 from besa_exp.cli.hub_needs import missing_offline, needs_of
@@ -27,6 +28,7 @@ from besa_exp.settings import (
     EvaluationSettings,
     EvaluatorSettings,
     ModelSettings,
+    RecoverySettings,
     RunSettings,
     SaveSettings,
     TrackerSettings,
@@ -141,10 +143,11 @@ def _check_teacher(settings: TuneSettings) -> list[str]:
 
 def _known(
     settings: RunSettings | EvaluationSettings, unknown: Collection[str], calibration: CalibrationSettings | None
-) -> tuple[ModelSettings | None, CalibrationSettings | None, EvaluatorSettings | None]:
+) -> tuple[ModelSettings | None, CalibrationSettings | None, EvaluatorSettings | None, RecoverySettings | None]:
     """What may be looked for in the caches."""
     model = None if "model" in unknown else settings.model
-    return model, calibration, None if "evaluator" in unknown else settings.evaluator
+    recovery = None if "recovery" in unknown else getattr(settings, "recovery", None)
+    return model, calibration, None if "evaluator" in unknown else settings.evaluator, recovery
 
 
 def _check_shared(
@@ -198,14 +201,12 @@ def _check_hub_id(settings: ModelSettings, key: str) -> tuple[ModelFolder | None
         return None, [f"{key}={path}: is a file; give the folder that holds config.json and the safetensors"]
     if not is_hub_id(path):
         return None, [f"{key}={path}: there is no such folder, and it is no hub id (owner/name); check the path"]
-    from huggingface_hub import try_to_load_from_cache  # half a second that only hub models need
-
-    cached = try_to_load_from_cache(path, "config.json", revision=settings.revision)
+    folder = cached_folder(settings)
     # What is missing or broken in the cache is fetched, or named with all else that is missing where offline=true; but
     # not what the config says against the model.
-    if not isinstance(cached, str):
+    if folder is None:
         return None, []
-    folder, trusted = Path(cached).parent, settings.trust_remote_code
+    trusted = settings.trust_remote_code
     problems = inspect_config(folder, f"{key}={path}", trusted)[1]
     return inspect_model_folder(folder, key, settings.convert, trusted)[0], problems
 
@@ -226,10 +227,11 @@ def _check_target(settings: RunSettings, facts: ModelFolder | None, with_pruner:
     if pattern and facts:
         problems += _indivisible(settings, pattern[1], facts)
     if with_pruner and not problems:
-        from besa_exp.methods.updates.updated import with_update  # torch is there already: it came with the pruner
+        from besa_exp.methods.budgets.trial import check_budget  # torch is there already: it came with the pruner
+        from besa_exp.methods.updates.updated import with_update
 
         problems += with_update(settings.pruner, settings.update).check(sparsity, settings.pattern)
-        problems += settings.budget.check(sparsity, settings.pattern) if settings.budget else []
+        problems += check_budget(settings.budget, settings.pattern)
         problems += _check_recovery(settings, sparsity, facts) if settings.recovery else []
         problems += _check_structure(settings) if settings.structure and facts else []
     return problems
@@ -264,12 +266,7 @@ def _check_structure(settings: RunSettings) -> list[str]:
 def _known_folder(settings: ModelSettings) -> Path | None:
     """The local folder, or that of the hub's cache; None: there is none yet."""
     folder = model_folder(settings)
-    if folder is not None or not is_hub_id(settings.path):
-        return folder
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(settings.path, "config.json", revision=settings.revision)
-    return Path(cached).parent if isinstance(cached, str) else None
+    return cached_folder(settings) if folder is None and is_hub_id(settings.path) else folder
 
 
 def _check_ignored(settings: RunSettings, facts: ModelFolder) -> list[str]:

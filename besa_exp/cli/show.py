@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from besa_exp.display.terminal import console_of
 from besa_exp.errors import ConfigurationError, did_you_mean
 from besa_exp.presets import CONF_DIR, default_preset, first_comment, groups, listing, presets
 
@@ -44,7 +44,7 @@ def show(arguments: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in arguments):
         print("besa show [GROUP=PRESET ...]: what each key means, its type and value (besa list: all presets)")
         return 0
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, emoji=False)
+    console = console_of(PLAIN_WIDTH)
     if not arguments:
         _tell(console, "besa prune", CONF_DIR / "prune.yaml", "", _run_settings())
     for number, word in enumerate(arguments):

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from besa_exp.display.console import duration
+from besa_exp.display.terminal import console_of
 from besa_exp.report.folders import find_runs
 from besa_exp.report.runs import RunRecord, read_run
 from besa_exp.run_folder.status import KILLED, read_status
@@ -35,7 +35,7 @@ def status(arguments: Sequence[str]) -> int:
     parser.add_argument("--all", action="store_true", help="finished runs a line each too")
     asked = parser.parse_args(arguments)
     runs = [read_run(folder) for folder in find_runs(asked.places)]
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, emoji=False)
+    console = console_of(PLAIN_WIDTH)
     console.print(Group(*status_tables(runs, everything=asked.all)))
     return int(any(run.status in ("failed", "unreadable") for run in runs))
 

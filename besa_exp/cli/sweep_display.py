@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +15,7 @@ from besa_exp.cli.compare import tables
 from besa_exp.cli.outcome import Outcome
 from besa_exp.cli.request import Job
 from besa_exp.display.console import duration
+from besa_exp.display.terminal import console_of
 from besa_exp.report.comparison import compare
 from besa_exp.report.runs import read_run
 
@@ -51,7 +50,7 @@ class Course:
 
 def show_sweep(outcomes: Sequence[Outcome], seconds: float | None = None) -> None:
     """The jobs, a line each with its error, then what `besa compare` shows of their folders."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES, highlight=False, emoji=False)
+    console = console_of(WIDTH_OF_FILES)
     counts = {state: sum(o.status == state for o in outcomes) for state in dict.fromkeys(o.status for o in outcomes)}
     took = f", {duration(seconds)}" if seconds is not None else ""
     counted = ", ".join(f"{number} {state}" for state, number in counts.items())

@@ -68,6 +68,8 @@ def outcome(results: Mapping[str, Any]) -> str:
     """`60.00 % zeros, held-out loss 3.0031 -> 2.6450, perplexity embedded 20.1 -> 15.2`."""
     loss = results["recovery"]["loss"]
     parts = [f"{results['measured_sparsity']:.2%} zeros", f"held-out loss {loss['before']:.4f} -> {loss['after']:.4f}"]
+    if task := results["recovery"].get("task"):
+        parts.append(f"{task['name']} {task['accuracy']['before']:.4f} -> {task['accuracy']['after']:.4f}")
     before = score_rows(results["before"])
     for name, value in score_rows(results).items():
         if value is not None and (earlier := before.get(name)) is not None:

@@ -36,10 +36,12 @@ def model_card(
     """Markdown from the content of results.json (without scores: a card that names none) and the command's words.
 
     `hub_id` is the dense model's name on the Hugging Face hub, where it has one, `licence` what its own card says of
-    that (`base_licence`). The program, first word of
-    `command`, is shown as `besa`: where it is installed is private."""
-    name = hub_id or results.get("model_name") or results["model"].rstrip("/").rpartition("/")[2]  # no folder: private
-    model = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else escaped(name)
+    that (`base_licence`). The title has the name that was given to the run's model, the base model its own. The
+    program, first word of `command`, is shown as `besa`: where it is installed is private."""
+    folder = results["model"].rstrip("/").rpartition("/")[2]  # the last part alone: the rest is private
+    given = results.get("model_name")
+    name = given if given not in (None, folder) else hub_id or folder
+    model = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else escaped(folder)
     target, measured = results["target_sparsity"], results["measured_sparsity"]
     calibration = results.get("calibration")
     lines = [

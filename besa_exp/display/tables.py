@@ -148,18 +148,18 @@ def as_text(content: RenderableType, width: int) -> str:
 
 
 def _sparsity_table(blocks: Sequence[Mapping[str, Any]], types: Sequence[str], style: box.Box) -> Table:
-    """Percent of zeros: a row a block, counted from 1, a column each of `types`, then the whole block and, where known,
-    its reconstruction loss; that of the starting mask too, where a method betters it."""
+    """Percent of zeros: a row a block, under its index from 0 as in tensor names, a column each of `types`, then the
+    whole block and, where known, its reconstruction loss; that of the starting mask too, where a method betters it."""
     heads = _loss_heads(blocks)
-    table = _table("zeros in %" + (", reconstruction loss" if heads else ""), style)
+    table = _table("zeros in %" + (", reconstruction loss" if heads else "") + ", by block index (from 0)", style)
     names = short_names(type_counts(blocks))
-    for head in ("block", *(names[kind] for kind in types), "all", *heads):
+    for head in ("index", *(names[kind] for kind in types), "all", *heads):
         table.add_column(head, justify="right", no_wrap=True)
     for block in blocks:
         counts = type_counts([block])
         cells = [_percent(*counts[kind]) if kind in counts else "" for kind in types]
         losses = [f"{block['reconstruction_loss'][when]:.4g}" for when in heads.values()]
-        table.add_row(str(block["index"] + 1), *cells, _percent(*block_counts(block)), *losses)
+        table.add_row(str(block["index"]), *cells, _percent(*block_counts(block)), *losses)
     counts = type_counts(blocks)
     weights, pruned = (sum(column) for column in zip(*counts.values(), strict=True))
     table.add_section()

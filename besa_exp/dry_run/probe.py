@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from besa_exp.blocks.activations import Allocate
 from besa_exp.blocks.block import Block, Hidden, capture_blocks, discover_blocks
+from besa_exp.blocks.head import head_of
 from besa_exp.blocks.loop import prune_blocks
 from besa_exp.blocks.probe import num_probe_samples
 from besa_exp.blocks.pruner import Pruner
@@ -84,6 +85,13 @@ class BlockProbe:
         """Of one forward pass of `rows` samples through a block, the better of two."""
         block, hidden = self.block_of_noise(rows, length)
         return min(seconds_of(self.device, lambda: block.outputs(hidden, rows)) for _ in range(2)) / len(block.layers)
+
+    def head_seconds(self, rows: int, length: int) -> float:
+        """Of `rows` samples outside the blocks, their log-probabilities included, the better of two."""
+        block, hidden = self.block_of_noise(rows, length)
+        head = head_of(self.model, block.layers, torch.zeros(rows, length, dtype=torch.int64))
+        with torch.no_grad():
+            return min(seconds_of(self.device, lambda: head(hidden).float().log_softmax(-1)) for _ in range(2))
 
     def passes(self, ask: Callable[[Iterable[Block], Hidden], object], num_blocks: int, samples: int) -> float:
         """How many times a sample passes a block when `ask` is given a model of so many blocks. Counted on samples of a

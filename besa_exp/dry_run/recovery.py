@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from besa_exp.blocks.block import discover_blocks
-from besa_exp.blocks.head import head_of
 from besa_exp.dry_run.probe import BlockProbe, line, seconds_of
 from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears
 from besa_exp.recovery.recipe import follows_dense, method_of, objective_of, plan_of, steps_of
 from besa_exp.recovery.tuner import Tuner
 from besa_exp.settings import RecoverySettings
+from besa_exp.texts.tasks import TASKS
 
 STEP = 1.0  # seconds that a measured step should take at most
 BACKWARD = 3  # forward passes that one both ways costs
@@ -32,16 +32,17 @@ BACKWARD = 3  # forward passes that one both ways costs
 @dataclass(frozen=True)
 class RecoveryCost:
     """Seconds of all steps and judgements, how often checkpoints are written, and bytes of what the method holds and of
-    the parameters that it moves."""
+    a checkpoint: that, and the parameters it moves."""
 
     seconds: float
     checkpoints: int
     state_bytes: int
-    moved_bytes: int
+    kept_bytes: int
 
 
 def recovery_cost(probe: BlockProbe, asked: RecoverySettings, seq_len: int, num_blocks: int) -> RecoveryCost:
-    """Expected of a run on windows of `seq_len` tokens. The probe's model is left pruned."""
+    """Expected of a run on windows of `seq_len` tokens, which examples of a task have at most. The probe's model is
+    left pruned."""
     model, steps = probe.model, steps_of(asked, seq_len)
     teacher = copy.deepcopy(model) if follows_dense(asked) else None
     keep = pruned_at_random(model, probe.goal.sparsity)
@@ -54,7 +55,7 @@ def recovery_cost(probe: BlockProbe, asked: RecoverySettings, seq_len: int, num_
 
     def step(number: int, length: int) -> float:
         windows = torch.randint(0, 2, (1, length), generator=torch.Generator().manual_seed(number))
-        objective = objective_of(replace(asked, micro_batch=1), method, model, teacher, length)
+        objective = objective_of(replace(asked, micro_batch=1, task=None), method, model, teacher, length)
         return seconds_of(probe.device, lambda: tuner.step(objective, windows, number, 1e-6))
 
     lengths = (longer, longer // 2, longer // 2, longer)  # the first step of a length does what is done once
@@ -64,13 +65,16 @@ def recovery_cost(probe: BlockProbe, asked: RecoverySettings, seq_len: int, num_
     times = num_blocks / len(modules)
     state = extrapolated(tuner.state(), path, times)
     moved = extrapolated({name: own.data for name, own in tuner.parameters.items()}, path, times)
-    head = head_seconds(probe, longer)
+    head = probe.head_seconds(1, longer) / longer
     outside = min(per_token, BACKWARD * head)
     a_step = fixed * state / max(1, extrapolated(tuner.state(), path, 1))
-    a_step += asked.batch_size * seq_len * (times * (per_token - outside) + outside)
-    a_judgement = asked.held_out * seq_len * (num_blocks * a_token + head)
+    options = 1 if asked.task is None else len(TASKS[asked.task].words)
+    a_step += asked.batch_size * options * seq_len * (times * (per_token - outside) + outside)
+    a_judgement = asked.held_out * options * seq_len * (num_blocks * a_token + head)
     judgements = 1 + sum(plan_of(asked, steps).judges_after(number) for number in range(1, steps + 1))
-    return RecoveryCost(preparing * times + steps * a_step + judgements * a_judgement, judgements, state, moved)
+    scored = 0 if asked.task is None else 2 * asked.tested / asked.held_out  # before and after
+    seconds = preparing * times + steps * a_step + (judgements + scored) * a_judgement
+    return RecoveryCost(seconds, judgements, state, state + moved)
 
 
 @torch.no_grad()
@@ -84,14 +88,6 @@ def pruned_at_random(model: PreTrainedModel, sparsity: float) -> dict[str, KeepB
         keep[name] = KeepBits.of(mask.to(parameter.device))
         keep[name].clear_(parameter)
     return keep
-
-
-def head_seconds(probe: BlockProbe, length: int) -> float:
-    """Of a token's forward pass outside the blocks."""
-    block, hidden = probe.block_of_noise(1, length)
-    head = head_of(probe.model, block.layers, torch.zeros(1, length, dtype=torch.int64))
-    with torch.no_grad():
-        return min(seconds_of(probe.device, lambda: head(hidden)) for _ in range(2)) / length
 
 
 def extrapolated(tensors: Mapping[str, Tensor], path: str, times: float) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,7 +13,10 @@ from rich.text import Text
 
 from besa_exp.display.console import PLAIN_WIDTH, duration
 from besa_exp.display.missed_target import out_of_reach
-from besa_exp.dry_run.estimate import LIBRARIES, PHASES, Estimate, Place, estimate, peak, remedies
+from besa_exp.display.terminal import console_of
+from besa_exp.dry_run.estimate import Estimate, estimate
+from besa_exp.dry_run.parts import LIBRARIES, PHASES, Place, peak, remedies
+from besa_exp.machine.disk import size_in_words
 from besa_exp.settings import RunSettings
 
 NOT = "does NOT fit"
@@ -24,7 +26,7 @@ NOT_ESTIMATED = "not estimated"
 def show_estimates(jobs: Sequence[tuple[RunSettings, Path, bool]]) -> None:
     """Estimates of the jobs (settings, run folder, whether a finished run is there); of several a line each, and of a
     finished one no more than that. Jobs that differ in seed and sparsity alone are measured once."""
-    out, progress = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH), Console(stderr=True)
+    out, progress = console_of(PLAIN_WIDTH), Console(stderr=True)
     known: dict[str, Estimate] = {}
     found: list[Estimate] = []
     done = [folder for _, folder, finished in jobs if finished] if len(jobs) > 1 else []
@@ -67,14 +69,14 @@ def sweep_table(jobs: Sequence[Estimate], done: Sequence[Path] = ()) -> Renderab
     for folder in done:
         table.add_row(str(folder), *[""] * (len(places) + 1), "finished before")
     for job in jobs:
-        sizes = [_size(_peak(job, place)) for place in places]
-        table.add_row(str(job.folder), *sizes, _size(job.kept), _time(job.seconds["total"]))
+        sizes = [size_in_words(_peak(job, place)) for place in places]
+        table.add_row(str(job.folder), *sizes, size_in_words(job.kept), _time(job.seconds["total"]))
     before = [sum(earlier.kept for earlier in jobs[:number]) for number in range(len(jobs))]
     most = {place: max((_peak(job, place) for job in jobs), default=0) for place in places}
     most["disk"] = max((_peak(job, "disk") + kept for job, kept in zip(jobs, before, strict=True)), default=0)
     kept = sum(job.kept for job in jobs)
     table.add_section()
-    row = [*(_size(most[place]) for place in places), _size(kept), _time(sweep_seconds(jobs))]
+    row = [*(size_in_words(most[place]) for place in places), size_in_words(kept), _time(sweep_seconds(jobs))]
     table.add_row("one after the other", *row, style="bold")
     lines = [f"{job.folder}: {line}" for job in jobs for line in verdicts(job) if NOT in line]
     notes = dict.fromkeys(note for job in jobs for note in _remarks(job))
@@ -104,7 +106,7 @@ def verdicts(found: Estimate) -> list[str]:
         needed, phase = peak([part for part in found.parts if part.name != LIBRARIES], place)
         fits = needed <= free
         said = "fits" if fits else NOT
-        line = f"{names[place]}: {said}: {_size(needed)} more while it runs {phase}, {_size(free)} free"
+        line = f"{names[place]}: {said}: {size_in_words(needed)} more while it runs {phase}, {size_in_words(free)} free"
         cures = remedies(found.parts, place)
         lines.append(line if fits else "; ".join([line, *([f"try {', or '.join(cures)}"] if cures else [])]))
     return lines
@@ -118,14 +120,14 @@ def _bytes_table(found: Estimate) -> Table:
         table.add_column(place, justify="right")
     table.add_column("during")
     for part in found.parts:
-        shown = NOT_ESTIMATED if part.size is None else _size(part.size)
+        shown = NOT_ESTIMATED if part.size is None else size_in_words(part.size)
         when = "all of it" if len(part.phases) == len(PHASES) else ", ".join(part.phases)
         table.add_row(part.name, *(shown if place == part.place else "" for place in places), when)
     table.add_section()
     peaks = [peak(found.parts, place) for place in places]
     phases = ", ".join(dict.fromkeys(phase for _, phase in peaks))
-    table.add_row("at once, at most", *(_size(size) for size, _ in peaks), phases, style="bold")
-    table.add_row("kept in the end", *(_size(found.kept) if place == "disk" else "" for place in places), "")
+    table.add_row("at once, at most", *(size_in_words(size) for size, _ in peaks), phases, style="bold")
+    table.add_row("kept in the end", *(size_in_words(found.kept) if place == "disk" else "" for place in places), "")
     return table
 
 
@@ -155,10 +157,3 @@ def _peak(found: Estimate, place: Place) -> int:
 
 def _time(value: float | None) -> str:
     return NOT_ESTIMATED if value is None else duration(value)
-
-
-def _size(number: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= size:
-            return f"{number / size:,.{1 if unit != 'kB' else 0}f} {unit}"
-    return f"{number} B"

@@ -11,18 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from besa_exp.checkpoints.load import config_folder, load_tokenizer, model_context, model_path, unpacked_gguf
-from besa_exp.checkpoints.streaming import dtype_of
-from besa_exp.checkpoints.transformers_config import read_config
-from besa_exp.dry_run.architectures import known_config
+from besa_exp.checkpoints.load import load_tokenizer, model_context
+from besa_exp.dry_run.sizes import local_folder
 from besa_exp.errors import ConfigurationError, Unavailable, as_unavailable, first_line
 from besa_exp.evaluation.checks import perplexity_window
 from besa_exp.evaluation.scores import windows_of
 from besa_exp.evaluation.task_definitions import scored_names
-from besa_exp.settings import ModelSettings, RunSettings
+from besa_exp.settings import RunSettings
 from besa_exp.texts.calibration import load_calibration
 from besa_exp.texts.sources import HUB_FILES, Use, fetch
 
@@ -42,35 +39,6 @@ class Texts:
     requests: list[tuple[int, float]]
     read: float | None
     notes: list[str]
-
-
-def model_without_weights(settings: ModelSettings, offline: bool) -> PreTrainedModel:
-    """The whole model on the meta device. ConfigurationError: its config cannot be loaded or is not known."""
-    known = None if local_folder(settings) else known_config(settings.path)
-    folder = Path() if known else config_folder(settings, offline)
-    try:
-        config = known or read_config(folder, settings.trust_remote_code)[0]
-        dtype = dtype_of(config, settings.dtype, folder)
-        with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"model.path={settings.path}: no model can be built from its config ({first_line(error)}); it must be a "
-            "decoder-only model that transformers knows"
-        ) from error
-    model.tie_weights()
-    return model.eval()
-
-
-def local_folder(settings: ModelSettings) -> Path | None:
-    """Where the model's files lie on this machine; None: they are not there."""
-    path = unpacked_gguf(settings) or Path(model_path(settings))
-    if path.is_dir():
-        return path
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(settings.path, "config.json", revision=settings.revision)
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def read_texts(settings: RunSettings, model: PreTrainedModel) -> Texts:

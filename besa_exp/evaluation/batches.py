@@ -26,12 +26,12 @@ SHARE_OF_FREE_MEMORY = 0.6  # the rest is for what the estimate does not know
 
 def tokens_at_once(model: Any) -> int:
     """Tokens of an automatic batch on the model's device."""
-    device, bytes_per_token = next(model.parameters()).device, _bytes_per_token(model)
+    device, needed = next(model.parameters()).device, bytes_per_token(model)
     if device.type != "cuda":
-        return min(TOKENS_ON_CPU, BYTES_ON_CPU // bytes_per_token)
+        return min(TOKENS_ON_CPU, BYTES_ON_CPU // needed)
     free = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(TOKENS_ON_CUDA, int(free * SHARE_OF_FREE_MEMORY) // bytes_per_token)
+    return min(TOKENS_ON_CUDA, int(free * SHARE_OF_FREE_MEMORY) // needed)
 
 
 def rows_at_once(tokens: int, length: int) -> int:
@@ -53,7 +53,7 @@ def halved_until_it_fits(attempt: Callable[[int], T], size: int, what: str) -> t
         torch.cuda.empty_cache()  # does nothing where CUDA was not used; here the failed attempt's tensors are gone
 
 
-def _bytes_per_token(model: Any) -> int:
+def bytes_per_token(model: Any) -> int:
     """What a token of a batch takes: its logits twice (the matrix product and what is made of it), a block's states."""
     config = model.config.get_text_config()
     hidden = config.hidden_size

@@ -10,20 +10,25 @@ from jaxtyping import Int
 from torch import Tensor
 
 
-def prompt_ids(tokenizer: Any, prompt: str, device: torch.device) -> Int[Tensor, "one seq"]:
-    """One prompt's tokens, as the tokenizer begins a text."""
+def prompt_ids(tokenizer: Any, prompt: str, device: torch.device, chat: bool = False) -> Int[Tensor, "one seq"]:
+    """One prompt's tokens, as the tokenizer begins a text; with `chat` as a user's turn, the answer next."""
+    if chat:
+        turn = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        return tokenizer(turn, add_special_tokens=False, return_tensors="pt").input_ids.to(device)
     return tokenizer(prompt, return_tensors="pt").input_ids.to(device)
 
 
 @torch.no_grad()
-def continuations(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -> list[str]:
+def continuations(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, chat: bool = False) -> list[str]:
     """At most `tokens` new tokens after each prompt, without the prompt; fewer at the end of text or of the context.
 
     Prompts go one by one, without padding: what a model says does not depend on what it is asked besides."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     texts = []
     for prompt in prompts:
-        ids = prompt_ids(tokenizer, prompt, model.device)
+        ids = prompt_ids(tokenizer, prompt, model.device, chat)
         room = tokens if context is None else max(1, min(tokens, context - ids.shape[1]))
         given = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": room}
         given |= {

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Int
 from torch import Tensor
 
-from besa_exp.blocks.block import discover_blocks
 from besa_exp.errors import Unavailable, as_unavailable
 from besa_exp.evaluation.checks import perplexity_window, prompts_of
 from besa_exp.evaluation.cost import counts_of, speeds_of
@@ -72,7 +71,8 @@ def evaluate(
         unavailable |= dict.fromkeys([*settings.perplexity_sets, *scored_names(settings)], str(error))
         scores += [perplexity_score(name, None, {}) for name in settings.perplexity_sets]
     else:
-        finished = finished and replace(finished, given={"skipping": skipping.request} if skipping else {})
+        if finished and skipping:
+            finished = replace(finished, given={**finished.given, "skipping": skipping.request})
         scores += _score_sets(loaded, settings, offline, on_progress, unavailable, finished, on_count, decided)
         if settings.tasks:
             common, of_tasks = _score_tasks(
@@ -330,10 +330,7 @@ def _harness(loaded: LoadedModel, settings: EvaluatorSettings) -> Any:
 
 def callable_model(loaded: LoadedModel) -> AbstractContextManager[None]:
     """The model as a whole can be called for as long as this lasts."""
-    if loaded.weights is None:
-        return nullcontext()
-    path, modules = discover_blocks(loaded.model)
-    return loaded.weights.on_demand({f"{path}.{index}": module for index, module in enumerate(modules)})
+    return loaded.weights.on_demand(loaded.model) if loaded.weights else nullcontext()
 
 
 def _tasks_record(model: Any, tokenizer: Any, settings: EvaluatorSettings, seed: int) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from besa_exp.blocks.block import Block, Hidden, capture_blocks, discover_blocks, embed
+from besa_exp.blocks.block import Block, Hidden, discover_blocks
 from besa_exp.blocks.call_arguments import Reached, hidden_of
 from besa_exp.blocks.linears import replaced_forwards
 from besa_exp.blocks.units import sub_blocks
@@ -51,12 +51,6 @@ def middle_of(block: Block, inputs: Hidden) -> str:
         ) from error
     _, end = until.block_and_end
     return next(name for name, module in block.module.named_modules() if module is end)
-
-
-def middle_of_model(model: nn.Module, input_ids: Int[Tensor, "sample seq"]) -> str:
-    """The same for all blocks of a model, found in the first."""
-    blocks = capture_blocks(model, input_ids[:1])
-    return middle_of(blocks[0], embed(model, blocks, input_ids[:1], 1))
 
 
 def through_block(

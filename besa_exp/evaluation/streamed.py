@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from besa_exp.blocks.block import capture_blocks, discover_blocks, embed
+from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.blocks.call_arguments import NotAlone, check_unwritten
 from besa_exp.blocks.head import head_logits
 from besa_exp.checkpoints.streaming import StreamedWeights
@@ -53,8 +53,7 @@ def _sum(
             return _sum_of(streamed_logits(model, weights, windows, batch_size, on_count) if len(windows) else ())
         except NotAlone as error:
             logger.warning("each block is read again for each of the batches: %s", error)
-        path, modules = discover_blocks(model)
-        with weights.on_demand({f"{path}.{index}": module for index, module in enumerate(modules)}):
+        with weights.on_demand(model):
             batches = windows.split(batch_size)
             return _sum_of((ids, model(input_ids=ids, use_cache=False).logits) for ids in batches)
 

@@ -25,7 +25,6 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from besa_exp.blocks.block import discover_blocks
 from besa_exp.blocks.call_arguments import NotAlone
 from besa_exp.checkpoints.streaming import StreamedWeights
 from besa_exp.errors import Unavailable, as_unavailable
@@ -172,10 +171,7 @@ class Harness(_HFLM):
 
     def _whole(self) -> contextlib.AbstractContextManager[None]:
         """The model as a whole can be called for as long as this lasts."""
-        if self.weights is None:
-            return contextlib.nullcontext()
-        path, modules = discover_blocks(self.model)
-        return self.weights.on_demand({f"{path}.{index}": module for index, module in enumerate(modules)})
+        return self.weights.on_demand(self.model) if self.weights else contextlib.nullcontext()
 
     def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Any]) -> int:
         """The size of the batch that request number `pos` is in. lm-eval asks for each request in turn and closes a

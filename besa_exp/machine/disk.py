@@ -29,19 +29,27 @@ def check_disk(
 ) -> list[str]:
     """The problem, if any, of writing `needed` bytes in `folder`, which need not exist yet. `key` names it; `less` says
     how to need less."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
+    place = existing(folder)
     if not place.is_dir() or not os.access(place, os.W_OK):
         return [f"{key}={folder}: {place} cannot be written to; name another folder with {key}="]
     free = shutil.disk_usage(place).free
     if free >= needed:
         return []
     return [
-        f"{key}={folder}: about {_size(needed)} are to be written but {_size(free)} are free on that disk; "
-        f"free some, choose another disk{less}"
+        f"{key}={folder}: about {size_in_words(needed)} are to be written but {size_in_words(free)} are free on that "
+        f"disk; free some, choose another disk{less}"
     ]
 
 
-def _size(number: int) -> str:
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+def existing(folder: Path) -> Path:
+    """`folder`, or the nearest folder above it that exists."""
+    place = folder.absolute()
+    return next(found for found in (place, *place.parents) if found.exists())
+
+
+def size_in_words(number: int) -> str:
+    """`1.2 GB`, `34.5 MB`, `6 kB`, `7 B`."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= size:
+            return f"{number / size:,.{1 if unit != 'kB' else 0}f} {unit}"
+    return f"{number} B"

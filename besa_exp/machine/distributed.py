@@ -125,6 +125,19 @@ def gathered(value: T) -> list[T]:
     return values
 
 
+def end_to_end(own: Tensor) -> Tensor:
+    """The vectors of all ranks, one after the other."""
+    sizes = gathered(len(own))
+    found = own.new_zeros(sum(sizes))
+    found[sum(sizes[: rank()]) :][: len(own)] = own
+    return all_sum(found)
+
+
+def own_part(vectors: Tensor, count: int) -> Tensor:
+    """The `count` numbers that this rank gave to `end_to_end`."""
+    return vectors[sum(gathered(count)[: rank()]) :][:count]
+
+
 def from_first(act: Callable[[], T]) -> T:
     """Calls `act` on rank 0 alone; every rank gets what it returns, or the Unavailable that it raises."""
     if num_ranks() == 1:

@@ -9,10 +9,10 @@ fp32 by PyTorch's fused kernel, and the new W written into the model in its dtyp
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,7 @@ from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
 from besa_exp.recovery.gradients import taking_gradients
 from besa_exp.recovery.keep_bits import KeepBits
+from besa_exp.recovery.sharded import is_dealt_out, own
 from besa_exp.recovery.tuner import Objective, Taken, Windows
 
 
@@ -65,6 +66,7 @@ class Descent:
     def __init__(self, model: nn.Module, forms: Mapping[str, Form], adam: Adam, keep: Mapping[str, KeepBits]) -> None:
         self.forms, self.adam, self.keep = forms, adam, keep
         self.parameters = {name: model.get_parameter(name) for name in forms}
+        self.sharded: Any = model if any(map(is_dealt_out, self.parameters.values())) else None
         self.leaves = {f"{name}/{key}": leaf for name, form in forms.items() for key, leaf in form.trained.items()}
         decayed = [leaf for name, leaf in self.leaves.items() if self._owner(name).dim() > 1]
         spared = [leaf for name, leaf in self.leaves.items() if self._owner(name).dim() <= 1]
@@ -86,9 +88,12 @@ class Descent:
         self.optimizer.zero_grad()
         return Taken(loss, norm)
 
-    def ready(self) -> AbstractContextManager[None]:
-        """All is in memory."""
-        return nullcontext()
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """All is in memory. A pass without gradients leaves what is in no block whole, and it would stay as it is."""
+        yield
+        if self.sharded:
+            self.sharded.reshard()
 
     def state(self) -> dict[str, Tensor]:
         """What is trained, and AdamW's moments and count of steps."""
@@ -97,16 +102,20 @@ class Descent:
             for name, leaf in self.leaves.items()
             for key, value in self.optimizer.state[leaf].items()
         }
-        return {name: leaf.detach() for name, leaf in self.leaves.items()} | moments
+        held = {name: leaf.detach() for name, leaf in self.leaves.items()} | moments
+        if not self.sharded:
+            return held
+        return {name: distributed.end_to_end(value).cpu() if value.dim() else value for name, value in held.items()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state`."""
         for name, leaf in self.leaves.items():
-            leaf.copy_(state[name])
-            moments = {
-                key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")
-            }
+            held = {key: value for key, value in state.items() if key == name or key.startswith(f"{name}/")}
+            if self.sharded:
+                held = {key: distributed.own_part(v, len(leaf)) if v.dim() else v for key, v in held.items()}
+            leaf.copy_(held.pop(name))
+            moments = {key.removeprefix(f"{name}/"): value for key, value in held.items()}
             self.optimizer.state[leaf] = {
                 key: value.to(leaf.device if key != "step" else value.device, copy=True)
                 for key, value in moments.items()
@@ -118,19 +127,22 @@ class Descent:
 
     def _take(self, name: str, gradient: Tensor) -> None:
         form = self.forms[name]
-        for key, found in form.gradients(gradient).items():
+        for key, found in form.gradients(own(gradient)).items():
             leaf = form.trained[key]
             leaf.grad = found if leaf.grad is None else leaf.grad.add_(found)
 
     @torch.no_grad()
     def _finish_gradients(self, multiple: float) -> float:
-        """Sum over ranks, divide, clip. The norm before it was clipped."""
-        squares = 0.0
+        """Sum over ranks, divide, clip. The norm before it was clipped. FSDP2 has taken the mean over ranks."""
+        squares = torch.zeros((), dtype=torch.float64)
         for leaf in self.leaves.values():
-            own = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad  # a rank without a window of the batch
-            leaf.grad = distributed.all_sum(own).div_(multiple)
-            squares += float(torch.linalg.vector_norm(leaf.grad).double().square())
-        norm = math.sqrt(squares)
+            found = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad  # a rank without a window of the batch
+            if self.sharded:
+                leaf.grad = found.mul_(distributed.num_ranks() / multiple)
+            else:
+                leaf.grad = distributed.all_sum(found).div_(multiple)
+            squares += torch.linalg.vector_norm(leaf.grad).double().square().cpu()
+        norm = math.sqrt(float(distributed.all_sum(squares) if self.sharded else squares))
         if self.adam.clip is not None and norm > self.adam.clip:
             for leaf in self.leaves.values():
                 assert leaf.grad is not None
@@ -140,4 +152,4 @@ class Descent:
     @torch.no_grad()
     def _write(self) -> None:
         for name, form in self.forms.items():
-            form.write(self.parameters[name])
+            form.write(own(self.parameters[name]))

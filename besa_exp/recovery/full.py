@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from besa_exp.blocks.block import discover_blocks
 from besa_exp.recovery.descent import Adam, Descent
 from besa_exp.recovery.keep_bits import KeepBits, without_negative_zeros
+from besa_exp.recovery.sharded import own, own_keep
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,16 @@ class Full:
         return []
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> Descent:
-        """All parameters, each tied one once."""
+        """All parameters, each tied one once; of a model that is dealt out (`sharded`) the own rows."""
         named = dict(model.named_parameters())
         left = set() if self.embeddings else embeddings_of(model)
         return Descent(
             model,
-            {name: Kept.of(parameter, keep.get(name)) for name, parameter in named.items() if name not in left},
+            {
+                name: Kept.of(own(parameter), own_keep(keep.get(name), parameter))
+                for name, parameter in named.items()
+                if name not in left
+            },
             self.adam,
             keep,
         )

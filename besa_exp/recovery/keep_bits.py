@@ -144,17 +144,6 @@ def masks_of_keep(
     return masks
 
 
-def check_against_zeros(model: nn.Module, keep: Mapping[str, KeepBits]) -> None:
-    """ValueError: a weight that the bits call pruned is not 0, so that model and masks do not belong together."""
-    for name, bits in keep.items():
-        parameter = model.get_parameter(name).detach()
-        if wrong := int((parameter[~bits.mask()] != 0).sum()):
-            raise ValueError(
-                f"{name}: {wrong} weights are not 0 although the masks call them pruned; give the masks of the run "
-                "that pruned this model, or none, and its zeros are the mask"
-            )
-
-
 def sparsity_of(model: nn.Module, keep: Mapping[str, KeepBits]) -> float:
     """The fraction of the weights of the blocks' linears that is pruned."""
     weights = sum(parameter.numel() for parameter in parameters_of_linears(model).values())

@@ -20,7 +20,7 @@ the factors. A step costs the products of full tuning: G must be whole before it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -82,11 +82,12 @@ class Factored:
 
 @dataclass(frozen=True)
 class Lora:
-    """`rank` r and `alpha`; `norms`: norms and biases are trained beside the factors, as PERP does."""
+    """`rank` r and `alpha`, None: the factors multiply the weights (`scale`); `norms`: norms and biases are trained
+    beside the factors, as PERP does."""
 
     adam: Adam = field(default_factory=lambda: Adam(lr=1e-3))
     rank: int = 16
-    alpha: float = 32.0
+    alpha: float | None = 32.0
     norms: bool = True
 
     def __post_init__(self) -> None:
@@ -97,56 +98,23 @@ class Lora:
         return []
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> Descent:
-        """A pair of factors for each linear of the blocks."""
+        """A pair of factors for each linear of the blocks, and norms and biases where they are trained too."""
 
         def form(name: str, parameter: Tensor) -> Factored:
             A, B = factors(parameter, self.rank)
-            bound = 3**0.5 / parameter.shape[-1] ** 0.5  # a variance of 1 / in, whatever the rank
-            A.copy_(uniform(A.shape, key_of("lora", seed, name)).mul_(bound))
-            base = kept_of(parameter, keep.get(name))
-            return Factored(base, A, B.zero_(), keep.get(name), self.alpha / self.rank)
+            if self.alpha is None:
+                A.copy_(uniform(A.shape, key_of("scale", seed, name)).mul_((3 / self.rank) ** 0.5))
+                A[..., 0, :], B[..., 0] = 1, 1
+                B[..., 1:] = 0
+            else:
+                bound = 3**0.5 / parameter.shape[-1] ** 0.5  # a variance of 1 / in, whatever the rank
+                A.copy_(uniform(A.shape, key_of("lora", seed, name)).mul_(bound))
+                B.zero_()
+            scaling = None if self.alpha is None else self.alpha / self.rank
+            return Factored(kept_of(parameter, keep.get(name)), A, B, keep.get(name), scaling)
 
-        return begun(model, keep, form, self.adam, self.norms)
-
-
-@dataclass(frozen=True)
-class Scale:
-    """`rank` r; `norms`: norms and biases are trained beside the factors."""
-
-    adam: Adam = field(default_factory=lambda: Adam(lr=1e-3))
-    rank: int = 16
-    norms: bool = True
-
-    def __post_init__(self) -> None:
-        check_fields(self, "recovery", within(least=1), "rank")
-
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Any model."""
-        return []
-
-    def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> Descent:
-        """A pair of factors for each linear of the blocks."""
-
-        def form(name: str, parameter: Tensor) -> Factored:
-            A, B = factors(parameter, self.rank)
-            A.copy_(uniform(A.shape, key_of("scale", seed, name)).mul_((3 / self.rank) ** 0.5))
-            A[..., 0, :], B[..., 0] = 1, 1
-            B[..., 1:] = 0
-            return Factored(kept_of(parameter, keep.get(name)), A, B, keep.get(name))
-
-        return begun(model, keep, form, self.adam, self.norms)
-
-
-def begun(
-    model: nn.Module,
-    keep: Mapping[str, KeepBits],
-    form: Callable[[str, Tensor], Factored],
-    adam: Adam,
-    norms: bool,
-) -> Descent:
-    """The tuner of each linear's factors, and of norms and biases where they are trained too."""
-    forms: dict[str, Form] = {name: form(name, own) for name, own in parameters_of_linears(model).items()}
-    return Descent(model, forms | (norms_and_biases(model) if norms else {}), adam, keep)
+        forms: dict[str, Form] = {name: form(name, own) for name, own in parameters_of_linears(model).items()}
+        return Descent(model, forms | (norms_and_biases(model) if self.norms else {}), self.adam, keep)
 
 
 def factors(parameter: Tensor, rank: int) -> tuple[Tensor, Tensor]:

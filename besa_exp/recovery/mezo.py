@@ -41,6 +41,7 @@ from besa_exp.checkpoints.streaming import on_demand
 from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
 from besa_exp.recovery.keep_bits import KeepBits, without_negative_zeros
+from besa_exp.recovery.objective import sequences
 from besa_exp.recovery.schedule import key_of
 from besa_exp.recovery.tuner import Objective, Taken, Windows
 
@@ -152,8 +153,9 @@ class MezoTuner:
         own = distributed.own_samples(windows)
         totals = torch.zeros(2, dtype=torch.float64)
         if len(own):
-            blocks = self._blocks(own)
-            states = self._embedded(blocks, own, number)
+            rows = sequences(own)
+            blocks = self._blocks(rows)
+            states = self._embedded(blocks, rows, number)
             for block in self._resident(blocks):
                 for sign, hidden in zip(SIGNS, states, strict=True):
                     with self._perturbed(_named(block), number, sign):
@@ -228,13 +230,19 @@ class MezoTuner:
                 states.append(embed(self.model, blocks, windows, self.settings.together))
         return states
 
-    def _loss(self, objective: Objective, blocks: list[Block], windows: Windows, hidden: Hidden) -> Tensor:
+    def _loss(
+        self,
+        objective: Objective,
+        blocks: list[Block],
+        windows: Windows,
+        hidden: Float[Tensor, "sequence _seq hidden"],
+    ) -> Tensor:
         modules = [block.module for block in blocks]
         total = torch.zeros((), dtype=torch.float64)
-        for part, states in zip(
-            windows.split(self.settings.together), hidden.split(self.settings.together), strict=True
-        ):
-            logits = head_logits(self.model, modules, part.to(hidden.device), states)
+        together = self.settings.together
+        options = len(hidden) // len(windows)  # of an example; a window has one sequence
+        for part, states in zip(windows.split(together), hidden.split(together * options), strict=True):
+            logits = head_logits(self.model, modules, sequences(windows)[: len(states)].to(hidden.device), states)
             total += objective.of_logits(logits, part.to(logits.device)).double().cpu()
         return total
 

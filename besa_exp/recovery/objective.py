@@ -13,7 +13,7 @@ of fp32 numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,10 @@ from besa_exp.blocks.head import divergence
 from besa_exp.blocks.linears import replaced_forwards
 from besa_exp.machine import distributed
 from besa_exp.recovery.tuner import Logits, Windows
+from besa_exp.texts.tasks import Options
+
+Losses = Callable[[Logits, Windows], Float[Tensor, " sample"]]
+"""The loss of each window, or of each example of a task, by the logits of its `sequences`."""
 
 KINDS = ("none", "logits", "squarehead")
 SMALLEST = 1e-30  # of a sum of squares: a state of zeros is not divided by zero
@@ -50,17 +54,25 @@ class Distillation:
             raise ValueError(f"recovery.temperature={self.temperature}: must be above 0")
 
 
+def next_token_losses(logits: Logits, windows: Windows) -> Float[Tensor, " sample"]:
+    """The mean over the tokens of each window, but the first, of -log q(token), in fp32."""
+    flat = logits[:, :-1].float().flatten(0, 1)
+    losses = nn.functional.cross_entropy(flat, windows[:, 1:].flatten(), reduction="none")
+    return losses.view(len(windows), -1).mean(dim=1)
+
+
 @dataclass(frozen=True)
 class NextToken:
     """The loss of `model`, whose `teacher`, the dense model, is there where one is followed. `micro_batch` windows pass
     the model together; `checkpointing`: of each block the inputs alone are kept for the way back, and it is computed
-    twice."""
+    twice. `losses`: those of a task's options in the place of the next token's."""
 
     model: nn.Module
     distillation: Distillation = Distillation()
     teacher: nn.Module | None = None
     micro_batch: int = 1
     checkpointing: bool = False
+    losses: Losses = next_token_losses
 
     def __post_init__(self) -> None:
         if (self.distillation.kind != "none") != (self.teacher is not None):
@@ -98,7 +110,7 @@ class NextToken:
     def _of(self, logits: Logits, states: tuple[Tensor, ...], windows: Windows) -> Float[Tensor, ""]:
         windows = windows.to(logits.device)
         distillation = self.distillation
-        loss = next_token_losses(logits, windows).sum()
+        loss = self.losses(logits, windows).sum()
         if distillation.kind == "none" or self.teacher is None:
             return loss
         with torch.no_grad():
@@ -113,15 +125,8 @@ class NextToken:
 def called(model: Any, windows: Windows, with_states: bool) -> tuple[Logits, tuple[Tensor, ...]]:
     """Logits, and the hidden state after each block where that is asked for."""
     device = next(model.parameters()).device
-    output = model(input_ids=windows.to(device), use_cache=False, output_hidden_states=with_states)
+    output = model(input_ids=sequences(windows).to(device), use_cache=False, output_hidden_states=with_states)
     return output.logits, tuple(output.hidden_states[1:]) if with_states else ()  # the first enters block 0
-
-
-def next_token_losses(logits: Logits, windows: Windows) -> Float[Tensor, " sample"]:
-    """The mean over the tokens of each window, but the first, of -log q(token), in fp32."""
-    flat = logits[:, :-1].float().flatten(0, 1)
-    losses = nn.functional.cross_entropy(flat, windows[:, 1:].flatten(), reduction="none")
-    return losses.view(len(windows), -1).mean(dim=1)
 
 
 def soft_divergence(dense: Logits, found: Logits, temperature: float) -> Float[Tensor, " sample"]:
@@ -138,21 +143,44 @@ def square_head(
     return (dense - found.float()).square().sum(dim=(1, 2)) / size
 
 
-def option_loss(
-    logits: Logits,
-    windows: Windows,
-    answer_tokens: Int[Tensor, " sample"],
-    options: int,
-    right: Int[Tensor, " example"],
-) -> Float[Tensor, ""]:
-    """The cross-entropy of a task's options: each is a window that ends in `answer_tokens` tokens of its own, its logit
-    is their mean log-probability, and the `options` windows of an example lie together; summed over examples. (MeZO,
-    arXiv 2305.17333, its classification loss.)"""
-    log_q = logits[:, :-1].float().log_softmax(dim=-1).gather(2, windows[:, 1:, None]).squeeze(2)
-    places = torch.arange(log_q.shape[1], device=log_q.device)
-    own = places >= log_q.shape[1] - answer_tokens[:, None]
-    means = (log_q * own).sum(dim=1) / answer_tokens
-    return nn.functional.cross_entropy(means.view(-1, options), right, reduction="sum")
+def sequences(windows: Windows) -> Int[Tensor, "sequence _seq"]:
+    """What passes the model: windows as they are; each option of examples (`texts.tasks.Options`), up to the last token
+    that counts."""
+    if windows.dim() == 2:
+        return windows
+    rows = windows.flatten(0, 1)
+    rows = rows[:, : int((rows < 0).any(dim=0).nonzero().max()) + 1]
+    return torch.where(rows < 0, ~rows, rows)
+
+
+def option_scores(logits: Logits, examples: Options) -> Float[Tensor, "_example option"]:
+    """The mean log-probability of the tokens of each option, in fp32."""
+    rows = examples.flatten(0, 1)[:, 1 : logits.shape[1]]
+    own = rows < 0
+    found = nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), torch.where(own, ~rows, rows).flatten(), reduction="none"
+    )
+    return -((found.view_as(rows) * own).sum(dim=1) / own.sum(dim=1)).view(examples.shape[:2])
+
+
+def option_losses(logits: Logits, examples: Options) -> Float[Tensor, " _example"]:
+    """-log softmax over the options of their scores, at the right one."""
+    return -option_scores(logits, examples).log_softmax(dim=1)[:, 0]
+
+
+def answer_losses(logits: Logits, examples: Options) -> Float[Tensor, " _example"]:
+    """The mean over the right option's tokens of -log q(token)."""
+    return -option_scores(logits, examples)[:, 0]
+
+
+def option_errors(logits: Logits, examples: Options) -> Float[Tensor, " _example"]:
+    """0 where the right option has the greatest score by itself, else 1: their mean is 1 - accuracy."""
+    scores = option_scores(logits, examples)
+    return (scores[:, 0] <= scores[:, 1:].amax(dim=1)).float()
+
+
+TASK_LOSSES: Mapping[str, Losses] = {"options": option_losses, "answer": answer_losses, "accuracy": option_errors}
+"""By `recovery.task_loss`: MeZO's two losses (arXiv 2305.17333), and what has no gradient."""
 
 
 @contextmanager
@@ -168,11 +196,11 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, windows: Windows, batch_size: int) -> float:
-    """The mean next-token loss of the windows, in fp64 over fp32 losses of each."""
+def mean_loss(model: nn.Module, windows: Windows, batch_size: int, losses: Losses = next_token_losses) -> float:
+    """The mean loss of the windows, in fp64 over fp32 losses of each."""
     total = torch.zeros((), dtype=torch.float64)
     for part in distributed.own_samples(windows).split(batch_size):
         if len(part):
             logits, _ = called(model, part, False)
-            total += next_token_losses(logits, part.to(logits.device)).double().sum().cpu()
+            total += losses(logits, part.to(logits.device)).double().sum().cpu()
     return float(distributed.all_sum(total)) / len(windows)

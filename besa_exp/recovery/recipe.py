@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from besa_exp.errors import RunError, did_you_mean
 from besa_exp.machine import distributed
 from besa_exp.recovery.descent import Adam
 from besa_exp.recovery.full import Full
-from besa_exp.recovery.lora import Lora, Scale
+from besa_exp.recovery.lora import Lora
 from besa_exp.recovery.mezo import Mezo
 from besa_exp.recovery.norms import Norms
-from besa_exp.recovery.objective import Distillation, NextToken
+from besa_exp.recovery.objective import TASK_LOSSES, Distillation, Losses, NextToken, next_token_losses
 from besa_exp.recovery.reconstruction import Blocks, Reconstruction
 from besa_exp.recovery.schedule import Schedule
 from besa_exp.recovery.sketch import Sketch
@@ -28,10 +29,11 @@ from besa_exp.recovery.tuner import Method, Objective
 from besa_exp.recovery.tuning import Plan
 from besa_exp.settings import RecoverySettings
 from besa_exp.texts.sources import check_source
+from besa_exp.texts.tasks import check_task
 
 WITHOUT_ADAM = {"mezo": Mezo, "spiel": Spiel}
 BY_ADAM = {
-    "full": Full, "lora": Lora, "scale": Scale, "norms": Norms, "blocks": Blocks, "sketch": Sketch,
+    "full": Full, "lora": Lora, "scale": partial(Lora, alpha=None), "norms": Norms, "blocks": Blocks, "sketch": Sketch,
     "sparsegrad": SparseGrad,
 }  # fmt: skip
 OWN_KEYS = {
@@ -84,6 +86,11 @@ def distillation_of(asked: RecoverySettings) -> Distillation:
     return Distillation(asked.distill, asked.distill_weight, asked.task_weight, asked.temperature)
 
 
+def losses_of(asked: RecoverySettings) -> Losses:
+    """The loss of each window, or of each example of the task."""
+    return next_token_losses if asked.task is None else TASK_LOSSES[asked.task_loss]
+
+
 def follows_dense(asked: RecoverySettings) -> bool:
     """Whether the dense model is needed beside the pruned one."""
     return asked.name == "blocks" or asked.distill != "none"
@@ -94,7 +101,8 @@ def objective_of(
 ) -> Objective:
     """What is minimised. ValueError: a dense model is not given exactly where one is followed, or has other blocks."""
     if not isinstance(method, Blocks):
-        return NextToken(model, distillation_of(asked), teacher, asked.micro_batch, asked.checkpointing)
+        distillation, losses = distillation_of(asked), losses_of(asked)
+        return NextToken(model, distillation, teacher, asked.micro_batch, asked.checkpointing, losses)
     if teacher is None:
         raise ValueError("recovery=blocks: the dense model is needed too, whose states are followed")
     return Reconstruction.of(model, teacher, method.scope, asked.micro_batch, seq_len)
@@ -107,6 +115,8 @@ def check_fit(asked: RecoverySettings, model: nn.Module) -> list[str]:
         problems.append("recovery=mezo: steps are lost in float16; set model.dtype=bfloat16 or float32")
     if asked.name == "spiel" and distributed.num_ranks() > 1:
         problems.append("recovery=spiel: runs in one process; start it without torchrun")
+    if asked.shard:
+        problems += _check_dealt_out(asked)
     if asked.name == "blocks" and asked.scope == "sub_block":
         first = capture_blocks(model, torch.zeros(1, 2, dtype=torch.long))[0]
         try:
@@ -130,14 +140,19 @@ def check_recovery(
 ) -> list[str]:
     """All that speaks against tuning a model of this sparsity, pattern and context so, in complete sentences.
     `blocks_removed`: the pruned model has fewer blocks than the dense one."""
-    problems = check_source(asked.path, "recovery.path", "calibration", asked.column) if asked.path else []
-    for name in ("batch_size", "micro_batch", "held_out", "steps", "tokens"):
+    if asked.task is not None:
+        problems = check_task(asked.task, asked.path) + _check_task_loss(asked)
+    else:
+        problems = check_source(asked.path, "recovery.path", "calibration", asked.column) if asked.path else []
+    for name in ("batch_size", "micro_batch", "held_out", "steps", "tokens", "shots", "tested"):
         if (value := getattr(asked, name)) is not None and value < 1:
             problems.append(f"recovery.{name}={value}: must be at least 1")
     if seq_len < 2 or (context is not None and seq_len > context):
         problems.append(f"recovery.seq_len={seq_len}: must be from 2 to the model's context, {context or 'as it is'}")
     if asked.name == "mezo" and asked.distill == "squarehead":
         problems.append("recovery.distill=squarehead: needs hidden states, which mezo has not; use logits")
+    if asked.shard and asked.name != "full":
+        problems.append("recovery.shard=true: is for recovery=full; the other methods hold little beside the model")
     problems += _check_followed(asked, blocks_removed)
     if quantised and asked.name != "norms":
         problems.append(
@@ -150,6 +165,35 @@ def check_recovery(
     refused = _refused(lambda: method_of(asked, steps))
     found += [refused] if refused else [method_of(asked, steps).check(sparsity, pattern)]
     return [problem for problems in found for problem in problems]
+
+
+def _check_dealt_out(asked: RecoverySettings) -> list[str]:
+    """All processes compute a block at the same time, so that each must have as many windows as any other."""
+    ranks = distributed.num_ranks()
+    if ranks == 1:
+        return ["recovery.shard=true: deals the model out to processes; start several with torchrun"]
+    sizes = ["batch_size", "held_out", *(["tested"] if asked.task else [])]
+    return [
+        f"recovery.{name}={getattr(asked, name)}: recovery.shard=true needs a multiple of the {ranks} processes"
+        for name in sizes
+        if getattr(asked, name) % ranks
+    ]
+
+
+def _check_task_loss(asked: RecoverySettings) -> list[str]:
+    problems = []
+    if asked.task_loss not in TASK_LOSSES:
+        near = did_you_mean(asked.task_loss, TASK_LOSSES)
+        problems.append(f"recovery.task_loss={asked.task_loss}: must be one of {', '.join(TASK_LOSSES)}{near}")
+    if asked.task_loss == "accuracy" and asked.name != "mezo":
+        problems.append(
+            "recovery.task_loss=accuracy: has no gradient; use recovery=mezo, or recovery.task_loss=options"
+        )
+    if follows_dense(asked):
+        problems.append(
+            "recovery.task: its options are all that is followed; use another method than blocks, and distill=none"
+        )
+    return problems
 
 
 def _check_followed(asked: RecoverySettings, blocks_removed: bool) -> list[str]:

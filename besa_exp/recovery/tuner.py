@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from besa_exp.recovery.keep_bits import KeepBits
 
-Windows = Int[Tensor, "sample seq"]
-Logits = Float[Tensor, "sample seq vocabulary"]
+Windows = Int[Tensor, "sample *options seq"]
+"""Of text, or examples of a task with their options (`texts.tasks.Options`)."""
+Logits = Float[Tensor, "sequence _seq vocabulary"]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -21,9 +22,10 @@ from torch import Tensor, nn
 
 from besa_exp.errors import check_fields, within
 from besa_exp.recovery.keep_bits import KeepBits
-from besa_exp.recovery.objective import mean_loss
+from besa_exp.recovery.objective import Losses, mean_loss, next_token_losses
 from besa_exp.recovery.saved_states import SavedStates
 from besa_exp.recovery.schedule import Schedule, batch_at
+from besa_exp.recovery.sharded import own, own_keep, own_rows, whole
 from besa_exp.recovery.tuner import Method, Objective, Tuner, Windows
 
 KEEP = "/keep"  # ends the name under which the bits of a tensor lie beside the best weights
@@ -117,17 +119,20 @@ def tune(
     plan: Plan,
     states: SavedStates | None = None,
     on_point: Callable[[Point], None] = lambda point: None,
+    losses: Losses = next_token_losses,
 ) -> Recovery:
-    """Tune `model`, which holds the pruned weights, in place; `keep` names its zeros. It ends with the best weights.
+    """Tune `model`, which holds the pruned weights, in place; `keep` names its zeros. It ends with the best weights, by
+    the mean of `losses` over the held-out windows.
 
     `on_point` is called with each step once, also of those that an earlier attempt did; what that did after its last
     checkpoint is done again and reported again."""
     clear_pruned(model, keep)
     tuner = method.begin(model, keep, plan.seed)
     keeper = _Best(model, tuner, states)
+    judge = partial(_held_out, model, tuner, held_out, plan.judged, losses)
     course = _go_on(tuner, keeper, states, on_point)
     if course is None:
-        before = _held_out(model, tuner, held_out, plan)
+        before = judge()
         course = _Course(0, before, before, 0)
         keeper.keep(0)
         _save(states, course, tuner, keeper)
@@ -135,7 +140,7 @@ def tune(
         point = _step(tuner, objective, learned, plan, course.steps)
         course.steps += 1
         if plan.judges_after(course.steps) and math.isfinite(point.loss):
-            point = _judged(point, _held_out(model, tuner, held_out, plan))
+            point = _judged(point, judge())
         course.points.append(point)
         course.stopped = _reason(point)
         if point.held_out is not None and point.held_out < course.after:
@@ -152,8 +157,8 @@ def tune(
 def clear_pruned(model: nn.Module, keep: Mapping[str, KeepBits]) -> None:
     """Write +0.0 into every pruned place of what is in memory; blocks in files hold +0.0 there."""
     for name, bits in keep.items():
-        if not (parameter := model.get_parameter(name)).is_meta:
-            bits.clear_(parameter)
+        if not (parameter := model.get_parameter(name)).is_meta and (kept := own_keep(bits, parameter)):
+            kept.clear_(own(parameter))
 
 
 def _go_on(
@@ -180,9 +185,9 @@ def _step(tuner: Tuner, objective: Objective, learned: Text, plan: Plan, number:
     return Point(number, taken.loss, taken.gradient_norm, scale, windows.numel(), seconds)
 
 
-def _held_out(model: nn.Module, tuner: Tuner, windows: Windows, plan: Plan) -> float:
+def _held_out(model: nn.Module, tuner: Tuner, windows: Windows, batch_size: int, losses: Losses) -> float:
     with tuner.ready():
-        return mean_loss(model, windows, plan.judged)
+        return mean_loss(model, windows, batch_size, losses)
 
 
 def _judged(point: Point, held_out: float) -> Point:
@@ -219,7 +224,7 @@ class _Best:
 
     def keep(self, step: int) -> None:
         """The weights are the best now, after so many steps."""
-        now = {name: parameter.detach() for name, parameter in self.tuner.parameters.items()}
+        now = {name: whole(parameter.detach()) for name, parameter in self.tuner.parameters.items()}
         now |= {f"{name}{KEEP}": bits.bits for name, bits in self.tuner.keep.items()}
         if self.states is None:
             self.copies = {name: tensor.to("cpu", copy=True) for name, tensor in now.items()}
@@ -234,7 +239,7 @@ class _Best:
             assert self.name is not None
             best = self.states.read_best(self.name)
         for name, parameter in self.tuner.parameters.items():
-            parameter.copy_(best[name])
+            own(parameter).copy_(own_rows(best[name], parameter))
         return {
             name: KeepBits.packed(best[f"{name}{KEEP}"].to(bits.bits.device), bits.shape)
             for name, bits in self.tuner.keep.items()

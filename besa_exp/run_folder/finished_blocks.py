@@ -103,8 +103,8 @@ class FinishedBlocks:
             atomic.write_text(record, json.dumps(content) + "\n")
         except (OSError, SafetensorError) as error:
             raise RunError(
-                f"block {report.index} could not be written to {self.folder} ({error}); the blocks before it are kept: "
-                "make space and give the same command again"
+                f"block index {report.index} could not be written to {self.folder} ({error}); the blocks before it are "
+                "kept: make space and give the same command again"
             ) from error
 
     @property
@@ -126,8 +126,8 @@ class FinishedBlocks:
         weights, _, record = self._files(index)
         if dense_sha256 not in (None, json.loads(record.read_text(encoding="utf-8"))["dense_sha256"]):
             raise ConfigurationError(
-                f"{self.folder}: block {index} was pruned from other dense weights than the model has now; put the "
-                "model back, or start again with overwrite=true"
+                f"{self.folder}: block index {index} was pruned from other dense weights than the model has now; put "
+                "the model back, or start again with overwrite=true"
             )
         return load_file(weights)
 

@@ -192,7 +192,7 @@ class RunFolder:
 
     def log_step(self, step: Step) -> None:
         """One line of metrics.jsonl. Raises RunError, naming block and step, on a number that is not finite."""
-        self._append(_step_line(step), f"block {step.block}, step {step.step}")
+        self._append(_step_line(step), f"block index {step.block}, step {step.step}")
 
     def log_model_step(self, step: ModelStep) -> None:
         """One line of metrics.jsonl for a step of a search over the whole model."""
@@ -204,12 +204,12 @@ class RunFolder:
 
     def log_block(self, report: BlockReport) -> None:
         """One line of metrics.jsonl, and one row a linear of sparsity.csv."""
-        self._append(_block_line(report), f"block {report.index}")
+        self._append(_block_line(report), f"block index {report.index}")
         self._append_sparsity(report)
 
     def log_rows(self, block: int, linears: Mapping[str, Sequence[float]]) -> None:
         """One line of metrics.jsonl: quantiles over the rows' sparsities of each linear of a block."""
-        self._append({"kind": "rows", "block": block, "linears": linears}, f"block {block}")
+        self._append({"kind": "rows", "block": block, "linears": linears}, f"block index {block}")
 
     def _append_sparsity(self, report: BlockReport) -> None:
         if not self.writes:

@@ -33,6 +33,7 @@ from besa_exp.checkpoints.load import load_model as load
 from besa_exp.display.missed_target import out_of_reach
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine.device import compute_dtype
+from besa_exp.methods.budgets.trial import check_budget
 from besa_exp.methods.updates.updated import with_update
 from besa_exp.presets import METHOD_GROUPS, preset, preset_values, presets
 from besa_exp.report.loaded import linear_table, load_run
@@ -234,7 +235,7 @@ def _check_target(settings: RunSettings) -> list[str]:
     except ValueError as error:
         return [str(error)]
     problems = with_update(pruner, settings.update).check(sparsity, settings.pattern)
-    problems += settings.budget.check(sparsity, settings.pattern) if settings.budget else []
+    problems += check_budget(settings.budget, settings.pattern)
     return problems + (check_recovery_of(settings, sparsity, None) if settings.recovery else [])
 
 
@@ -280,7 +281,7 @@ def _pruned_in_place(
         check_finite_weights(loaded.model, settings.model.path)
         calibration = read(loaded)
         input_ids, batch_size = calibration.input_ids, settings.calibration.batch_size
-        check_blocks(loaded, input_ids, batch_size, Ignored(settings.ignore))
+        check_blocks(loaded, input_ids, batch_size, Ignored(settings.ignore), settings.pattern)
         finished = FinishedBlocks(Path(folder) / "blocks")
         finished.begin({})
         reports: list[BlockReport] = []
@@ -293,7 +294,8 @@ def _pruned_in_place(
             decided = loop.refined(later, reports, _ignored)
             reports, finished = _written(loop, decided, settings, goal, on_block), finished.refined
         masks = {name: m for file in finished.mask_files(len(reports)) for name, m in load_masks(file).items()}
-    return PruneReport(tuple(reports), goal.sparsity, masks, calibration.tokens_sha256)
+    target = 0.0 if settings.keeps_weights else goal.sparsity
+    return PruneReport(tuple(reports), target, masks, calibration.tokens_sha256)
 
 
 def _loop(

@@ -33,16 +33,29 @@ from besa_exp.run_folder.finished_blocks import FinishedBlocks, block_tensors, l
 from besa_exp.runs.cpu_units import as_stored
 from besa_exp.runs.save import pruned_weights
 from besa_exp.tensors.masks import Goal
+from besa_exp.tensors.pattern import parse_pattern
 
 
-def check_blocks(loaded: LoadedModel, input_ids: Tensor, batch_size: int, ignored: Ignored) -> None:
+def check_blocks(loaded: LoadedModel, input_ids: Tensor, batch_size: int, ignored: Ignored, pattern: str) -> None:
     """The self-check, through all blocks, before any long work: on the last two samples, with the arguments of the
     first. RunError: the model cannot be pruned block by block; what it does that forbids it. ConfigurationError: what
-    is `ignored` is nothing, or everything."""
+    is `ignored` is nothing, or everything, or a row cannot be divided into the pattern's groups."""
     blocks = capture_blocks(loaded.model, input_ids)
-    if problems := ignored.check(blocks):
+    if problems := ignored.check(blocks) or indivisible(map(ignored.rest, blocks), pattern):
         raise ConfigurationError(*problems)
     check_replay(loaded.model, blocks, input_ids[-min(2, batch_size) :], partial(resident, loaded))
+
+
+def indivisible(
+    blocks: Iterable[Block], pattern: str, remedy: str = "choose another pattern or pattern=unstructured"
+) -> list[str]:
+    """The problem where the inputs of linears that are to be pruned are no multiple of the pattern's M."""
+    group = (parse_pattern(pattern) or (None, 1))[1]
+    inputs = {f"{block.name}.{name}": one.weight.shape[1] for block in blocks for name, one in block.linears.items()}
+    odd = [f"{name} ({count})" for name, count in inputs.items() if count % group]
+    more = f" and {len(odd) - 2} more" if len(odd) > 2 else ""
+    told = f"the inputs of a linear must be divisible by {group}, not as those of {', '.join(odd[:2])}{more}; {remedy}"
+    return [f"pattern={pattern}: {told}"] if odd else []
 
 
 def resident(loaded: LoadedModel, blocks: list[Block]) -> Iterable[Block]:

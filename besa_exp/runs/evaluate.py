@@ -160,7 +160,8 @@ def _renew_card(folder: RunFolder, results: Mapping[str, Any]) -> None:
 def _measured(evaluation: _Evaluation, loaded: LoadedModel, digest: str, left: Any) -> Scores:
     """The scores that were not known; those of an evaluation that was cut off are taken from it."""
     settings, folder = evaluation.settings, evaluation.folder
-    finished = FinishedScores(folder.scores, f"checkpoint {digest}", evaluation.spent.keep)
+    asked = {"dtype": str(loaded.model.dtype)}
+    finished = FinishedScores(folder.scores, f"checkpoint {digest}", evaluation.spent.keep, asked)
     skipping = skipping_of(settings.skipping, lambda: _calibration_tokens(settings, loaded))
     console = evaluation.console
     scores = evaluate(loaded, left, settings.offline, settings.seed, console.stage, finished, console.count, skipping)
@@ -233,9 +234,9 @@ def check_same_zeros(run: Path, reported: list[dict[str, Any]], counted: list[di
             padding = found["weights"] - linear["weights"] if found else 0  # of uneven widths
             if found is not None and found["pruned"] - padding != linear["pruned"]:
                 raise ConfigurationError(
-                    f"{run / 'model'}: block {place}, {name} holds {found['pruned'] - padding} zeros where results.json"
-                    f" says {linear['pruned']}: it is not the model that the run made; name another folder with "
-                    "hydra.run.dir="
+                    f"{run / 'model'}: block index {place}, {name} holds {found['pruned'] - padding} zeros where "
+                    f"results.json says {linear['pruned']}: it is not the model that the run made; name another folder "
+                    "with hydra.run.dir="
                 )
 
 

@@ -12,8 +12,11 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from besa_exp.blocks.block import capture_blocks, discover_blocks, discover_linears, embed
+import torch
+
+from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.blocks.head import head_of
+from besa_exp.blocks.ignored import Ignored
 from besa_exp.blocks.reports import Narrowed, Removed, Size, StructureReport
 from besa_exp.checkpoints.load import LoadedModel, load_model, model_context
 from besa_exp.checkpoints.narrowed_facts import NOT_STREAMED, family_problems
@@ -30,11 +33,10 @@ from besa_exp.evaluation.cost import counts_of as cost_counts
 from besa_exp.machine import atomic, distributed
 from besa_exp.machine.device import compute_dtype
 from besa_exp.methods.budgets.progress import Progress
-from besa_exp.methods.structure.method import DenseModel
+from besa_exp.methods.structure.method import DenseModel, StructureMethod
 from besa_exp.run_folder.identity import request_identity
-from besa_exp.runs.block_loop import resident
+from besa_exp.runs.block_loop import indivisible, resident
 from besa_exp.runs.run import Run, Work, parameters, weights_in_linears
-from besa_exp.tensors.masks import Goal
 
 T = TypeVar("T")
 
@@ -50,7 +52,7 @@ def narrow(run: Run, work: Work) -> Work:
     with run.spent.timed("structure"):
         structure = _structure(run, work, costs, dimensions)
         narrower = _refused(lambda: _narrowed(run, loaded, structure, dimensions))
-    _check_pattern(run, narrower)
+    _check_pattern(run, narrower, structure)
     report = report_of(_name(run), loaded, narrower, structure, costs, dimensions)
     report = replace(report, saved_as=run.settings.structure.saved_as)
     assert report.parameters.left == parameters(narrower), "what is left is counted twice"
@@ -119,7 +121,7 @@ def _refused(act: Callable[[], T]) -> T:
 
 
 def _check(run: Run, loaded: LoadedModel, costs: Costs, dimensions: Dimensions) -> None:
-    method = run.settings.structure
+    method: StructureMethod = run.settings.structure
     uneven = method.saved_as is not None
     problems = family_problems(loaded.model.config.to_dict(), method.narrows, uneven)
     problems += [NOT_STREAMED] if uneven and loaded.weights else []
@@ -127,19 +129,13 @@ def _check(run: Run, loaded: LoadedModel, costs: Costs, dimensions: Dimensions) 
         raise ConfigurationError(*problems)
 
 
-def _check_pattern(run: Run, narrower: LoadedModel) -> None:
-    goal = Goal.parse(run.settings.sparsity, run.settings.pattern)
-    group = goal.pattern[1] if goal.pattern else goal.group
-    if group is None:
-        return
-    linears = discover_linears(discover_blocks(narrower.model)[1][0])
-    inputs = {name: linear.weight.shape[1] for name, linear in linears.items()}
-    odd = [f"{name} ({count})" for name, count in inputs.items() if count % group]
-    if odd:
-        raise ConfigurationError(
-            f"pattern={run.settings.pattern}: after structure={_name(run)} the inputs of {', '.join(odd[:2])} are not "
-            f"divisible by {group}; set structure.multiple={group}"
-        )
+def _check_pattern(run: Run, narrower: LoadedModel, structure: Structure) -> None:
+    """ConfigurationError: rows of what is left cannot be divided into the pattern's groups."""
+    pattern, ignored = run.settings.pattern, Ignored(run.settings.ignore, structure.blocks)
+    blocks = capture_blocks(narrower.model, torch.zeros(1, 1, dtype=torch.long))  # never called: nothing is captured
+    remedy = f"structure={_name(run)} left them so: set structure.multiple={pattern.rpartition(':')[2]}"
+    if problems := indivisible(map(ignored.rest, blocks), pattern, remedy):
+        raise ConfigurationError(*problems)
 
 
 def _structure(run: Run, work: Work, costs: Costs, dimensions: Dimensions) -> Structure:

@@ -127,7 +127,7 @@ def _begun(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Cal
             run, loaded, calibrate or partial(calibration_of, settings.calibration, settings.offline)
         )
         own_ids, batch_size = distributed.own_samples(calibration.input_ids), settings.calibration.batch_size
-        check_blocks(loaded, own_ids, batch_size, Ignored(settings.ignore))
+        check_blocks(loaded, own_ids, batch_size, Ignored(settings.ignore), settings.pattern)
     check_recoverable(run, loaded, calibration)
     finished = FinishedBlocks(run.folder.blocks, run.spent.keep)
     identity = request_identity(run.config, calibration.tokens_sha256)

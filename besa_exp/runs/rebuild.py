@@ -21,7 +21,7 @@ from besa_exp.blocks.block import Block, capture_blocks
 from besa_exp.blocks.loop import write_weights
 from besa_exp.blocks.pruner import PrunedBlock
 from besa_exp.checkpoints.files import SHARD_SIZE, read_masks, save_beside_weights, save_model, weights_sha256
-from besa_exp.checkpoints.load import LoadedModel, load_model
+from besa_exp.checkpoints.load import LoadedModel, hub_id, load_model
 from besa_exp.checkpoints.shards import streamed_layout, whole_layout, write_index, write_shards
 from besa_exp.checkpoints.streaming import saves_blocks_anew
 from besa_exp.checkpoints.tensor_sources import as_saved
@@ -91,14 +91,14 @@ def rebuild(
                 loaded.model,
                 loaded.tokenizer,
                 out,
-                _card(loaded.folder, masks, blocks, counts, command),
+                _card(loaded.folder, hub_id(model), masks, blocks, counts, command),
                 loaded.folder,
                 shard_size,
             )
         else:
             with atomic.replaced_folder(out) as partial:
                 _write_streamed(loaded, blocks, pruned, partial, masks.description["layout"], shard_size)
-                card = _card(loaded.folder, masks, blocks, counts, command)
+                card = _card(loaded.folder, hub_id(model), masks, blocks, counts, command)
                 save_beside_weights(loaded.model, loaded.tokenizer, partial, card, loaded.folder)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out} could not be written ({error}); free disk space or give another --out") from error
@@ -125,7 +125,7 @@ def _pruned(
     hashes = masks.description["dense_sha256"]
     for block in loaded.weights.resident(blocks) if loaded.weights else blocks:
         masks.check(
-            f"block {block.index}", weights_sha256(block_tensors(block.module, block.name)), hashes[block.index]
+            f"block index {block.index}", weights_sha256(block_tensors(block.module, block.name)), hashes[block.index]
         )
         keep_masks = masks.of(block)
         masked = replace(block, linears={name: block.linears[name] for name in keep_masks})
@@ -162,7 +162,12 @@ def _then(first: Mapping[str, Tensor], others: Iterator[Mapping[str, Tensor]]) -
 
 
 def _card(
-    folder: Path, masks: Masks, blocks: Sequence[Block], counts: Mapping[str, tuple[int, int]], command: Sequence[str]
+    folder: Path,
+    base: str | None,
+    masks: Masks,
+    blocks: Sequence[Block],
+    counts: Mapping[str, tuple[int, int]],
+    command: Sequence[str],
 ) -> str:
     """What a model card can say from the masks alone: without calibration and scores."""
     said, total, zeros = masks.description, *map(sum, zip(*counts.values(), strict=True))
@@ -186,4 +191,4 @@ def _card(
         "measured_sparsity": zeros / total,
         "blocks": blocks_of_card,
     }
-    return model_card(results, command, licence=base_licence(folder))
+    return model_card(results, command, base, licence=base_licence(folder))

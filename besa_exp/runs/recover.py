@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
-from functools import partial
 from math import isfinite
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from besa_exp.blocks.block import Block, discover_blocks
-from besa_exp.blocks.reports import RecoveryReport
+from besa_exp.blocks.block import Block
 from besa_exp.checkpoints.files import load_masks
 from besa_exp.checkpoints.load import LoadedModel, load_model, vocabulary_size
 from besa_exp.errors import ConfigurationError
@@ -20,16 +19,19 @@ from besa_exp.machine import distributed
 from besa_exp.recovery.keep_bits import KeepBits, keep_of_masks, sparsity_of
 from besa_exp.recovery.mezo import BlockFiles, Mezo, StreamedMezo
 from besa_exp.recovery.objective import mean_loss
+from besa_exp.recovery.parts import Parts, parts_of, report_of
 from besa_exp.recovery.recipe import (
     check_fit,
     check_recovery,
     follows_dense,
+    losses_of,
     method_of,
     objective_of,
     plan_of,
     steps_of,
 )
 from besa_exp.recovery.saved_states import SavedStates
+from besa_exp.recovery.sharded import sharded, take_back
 from besa_exp.recovery.tuner import Method, Objective
 from besa_exp.recovery.tuning import Point, Recovery, tune
 from besa_exp.run_folder.identity import as_plain, request_identity
@@ -39,8 +41,6 @@ from besa_exp.runs.run import Run, Work, num_blocks
 from besa_exp.settings import CalibrationSettings, ModelSettings, RecoverySettings, RunSettings
 from besa_exp.texts.calibration import Calibration
 from besa_exp.texts.sources import SET_NAMES
-from besa_exp.texts.token_stream import TokenStream, Windows
-from besa_exp.texts.tuning_text import tuning_tokens
 
 
 def recover(run: Run, work: Work, dense: ModelSettings | None = None) -> Work:
@@ -53,23 +53,18 @@ def recover(run: Run, work: Work, dense: ModelSettings | None = None) -> Work:
         keep = _keep(work)
         sparsity = sparsity_of(work.loaded.model, keep)
         run.console.stage(f"recovery: {asked.name}, {sparsity:.2%} of the weights stay zero")
+        parts = _parts(run, work.loaded, work.calibration, asked)
+        before = _accuracy(work.loaded, parts, asked)
         if work.loaded.weights is None:
-            found, seen = _tuned(run, work, asked, keep, dense or run.settings.model)
+            found = _tuned(run, work, asked, keep, dense or run.settings.model, parts)
             work = rewritten(work, _unchanged, keep=found.keep if asked.exchange else None)
         else:
-            found, seen, work = _tuned_streamed(run, work, asked, keep)
-    report = RecoveryReport(
-        method=asked.name,
-        loss_before=found.before,
-        loss_after=found.after,
-        steps=len(found.points),
-        best_step=found.best_step,
-        tokens=seen,
-        stopped=found.stopped,
-    )
+            found, work = _tuned_streamed(run, work, asked, keep, parts)
+        report = report_of(asked, found, parts, before, _accuracy(work.loaded, parts, asked))
     run.console.stage(
         f"recovery: held-out loss {report.loss_before:.4f} before, {report.loss_after:.4f} after step "
-        f"{report.best_step} of {report.steps}" + (f"; stopped: {report.stopped}" if report.stopped else "")
+        f"{report.best_step} of {report.steps}{report.task_said}"
+        + (f"; stopped: {report.stopped}" if report.stopped else "")
     )
     run.tracker.log_summary({"recovery/loss_before": report.loss_before, "recovery/loss_after": report.loss_after})
     return replace(work, recovery=report)
@@ -86,7 +81,7 @@ def check_recoverable(run: Run, loaded: LoadedModel, calibration: Calibration) -
     if problems := check_fit(asked, loaded.model):
         raise ConfigurationError(*problems)
     with run.spent.timed("recover"):
-        _text(run, loaded, calibration, asked)
+        _parts(run, loaded, calibration, asked)
 
 
 def _unchanged(block: Block) -> None:
@@ -103,23 +98,23 @@ def _keep(work: Work) -> dict[str, KeepBits]:
 
 
 def _tuned(
-    run: Run, work: Work, asked: RecoverySettings, keep: Mapping[str, KeepBits], dense: ModelSettings
-) -> tuple[Recovery, int]:
-    """What became of it, and the number of tokens that were learned from; the model holds the best weights."""
+    run: Run, work: Work, asked: RecoverySettings, keep: Mapping[str, KeepBits], dense: ModelSettings, parts: Parts
+) -> Recovery:
+    """What became of it; the model holds the best weights."""
     loaded, seq_len = work.loaded, length_of(asked, run.settings.calibration, work.calibration)
     method = method_of(asked, steps_of(asked, seq_len))
     teacher = _dense(run, loaded, dense) if follows_dense(asked) else None
-    objective = objective_of(asked, method, loaded.model, teacher, seq_len)
-    found, windows, _ = _course(run, work, asked, keep, method, objective)
-    if loaded.stored is not None:
-        _round(loaded.model, loaded.stored)
-        found = replace(found, after=mean_loss(loaded.model, windows, asked.micro_batch))
-    return found, sum(point.tokens for point in found.points)
+    model = sharded(loaded.model) if asked.shard else loaded.model
+    objective = objective_of(asked, method, model, teacher, seq_len)
+    found, _ = _course(run, work, model, keep, method, objective, parts)
+    if asked.shard:
+        take_back(loaded.model, model)
+    return _rounded(loaded, found, parts, asked)
 
 
 def _tuned_streamed(
-    run: Run, work: Work, asked: RecoverySettings, keep: Mapping[str, KeepBits]
-) -> tuple[Recovery, int, Work]:
+    run: Run, work: Work, asked: RecoverySettings, keep: Mapping[str, KeepBits], parts: Parts
+) -> tuple[Recovery, Work]:
     """The same of a model whose blocks lie in files, by MeZO: the best weights are the pruned ones after as many of the
     steps, which are taken once more."""
     loaded, model = work.loaded, work.loaded.model
@@ -129,30 +124,31 @@ def _tuned_streamed(
     folder = run.folder.recovery / f"blocks-{distributed.rank()}"
     method = StreamedMezo(mezo, BlockFiles(loaded.weights.load, loaded.weights.release, folder))
     objective = objective_of(asked, mezo, model, None, 0)
-    found, windows, states = _course(run, work, asked, keep, method, objective)
+    found, states = _course(run, work, model, keep, method, objective, parts)
     saved = states.read()
     assert saved is not None
     tuner = method.begin(model, keep, asked.seed)
     tuner.projected, tuner.rates = (saved[1][name][: found.best_step].tolist() for name in ("projected", "rates"))
     outside = {name: parameter.detach().clone() for name, parameter in tuner.parameters.items()}
     work = rewritten(work, lambda block: tuner.catch_up(block.name, block.module, 0), outside)
-    if work.loaded.stored is not None and work.loaded.weights is not None:
-        path, modules = discover_blocks(model)
-        _round(model, work.loaded.stored)
-        with work.loaded.weights.on_demand({f"{path}.{index}": module for index, module in enumerate(modules)}):
-            found = replace(found, after=mean_loss(model, windows, asked.micro_batch))
-    return found, sum(point.tokens for point in found.points), work
+    return _rounded(work.loaded, found, parts, asked), work
 
 
 def _course(
-    run: Run, work: Work, asked: RecoverySettings, keep: Mapping[str, KeepBits], method: Method, objective: Objective
-) -> tuple[Recovery, Tensor, SavedStates]:
-    """All steps; the held-out windows, and where the states lie."""
-    stream, (learned, held_out) = _text(run, work.loaded, work.calibration, asked)
+    run: Run,
+    work: Work,
+    model: nn.Module,
+    keep: Mapping[str, KeepBits],
+    method: Method,
+    objective: Objective,
+    parts: Parts,
+) -> tuple[Recovery, SavedStates]:
+    """All steps, and where the states lie."""
+    asked = run.settings.recovery
+    assert asked is not None
     plan = plan_of(asked, steps_of(asked, length_of(asked, run.settings.calibration, work.calibration)))
     identity = as_plain(request_identity(run.config, work.calibration.tokens_sha256))
-    states = SavedStates(run.folder.recovery, identity | {"text_sha256": stream.sha256})
-    windows = held_out.all()
+    states = SavedStates(run.folder.recovery, identity | {"text_sha256": parts.sha256})
     with run.console.tuning(plan.schedule.steps) as progress:
 
         def on_point(point: Point) -> None:
@@ -163,35 +159,57 @@ def _course(
             if point.held_out is not None and distributed.is_first():
                 run.spent.keep()
 
-        found = tune(work.loaded.model, keep, method, objective, learned, windows, plan, states, on_point)
-    return found, windows, states
+        found = tune(
+            model,
+            keep,
+            method,
+            objective,
+            parts.learned,
+            parts.held_out,
+            plan,
+            states,
+            on_point,
+            losses_of(asked),
+        )
+    return found, states
 
 
-def _text(
-    run: Run, loaded: LoadedModel, calibration: Calibration, asked: RecoverySettings
-) -> tuple[TokenStream, tuple[Windows, Windows]]:
-    """The tokens, and the windows that are learned from and held out."""
+def _parts(run: Run, loaded: LoadedModel, calibration: Calibration, asked: RecoverySettings) -> Parts:
+    """What is learned from, held out and scored."""
     settings = run.settings
-    source, seq_len = asked.path or source_of(settings.calibration), length_of(asked, settings.calibration, calibration)
-    read = partial(
-        tuning_tokens,
+    source = source_of(settings.calibration)
+    return parts_of(
+        asked,
+        length_of(asked, settings.calibration, calibration),
         calibration.input_ids if source is None else source,
         run.folder.recovery / "tokens.safetensors",
-        tokenizer=loaded.tokenizer,
-        vocabulary=vocabulary_size(loaded.model),
-        most=(steps_of(asked, seq_len) * asked.batch_size + asked.held_out) * seq_len,
-        seed=asked.seed,
-        offline=settings.offline,
-        column=asked.column if asked.path else settings.calibration.column,
+        loaded.tokenizer,
+        vocabulary_size(loaded.model),
+        settings.offline,
+        settings.calibration.column,
     )
-    if distributed.is_first():
-        read()
-    distributed.barrier()
-    stream = read()
-    try:
-        return stream, stream.windows(seq_len).split(asked.held_out)
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from error
+
+
+def _accuracy(loaded: LoadedModel, parts: Parts, asked: RecoverySettings) -> float | None:
+    with _whole(loaded):
+        return parts.accuracy(loaded.model, asked.micro_batch)
+
+
+def _whole(loaded: LoadedModel) -> AbstractContextManager[None]:
+    """With it the model can be called: blocks in files come when they are."""
+    if loaded.weights is None:
+        return nullcontext()
+    return loaded.weights.on_demand(loaded.model)
+
+
+def _rounded(loaded: LoadedModel, found: Recovery, parts: Parts, asked: RecoverySettings) -> Recovery:
+    """Where weights are saved in another dtype they become what will be saved, and are judged so."""
+    if loaded.stored is None:
+        return found
+    _round(loaded.model, loaded.stored)
+    with _whole(loaded):
+        after = mean_loss(loaded.model, parts.held_out, asked.micro_batch, losses_of(asked))
+    return replace(found, after=after)
 
 
 def source_of(calibration: CalibrationSettings) -> str | None:

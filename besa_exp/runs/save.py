@@ -22,7 +22,7 @@ from besa_exp.blocks.reports import BlockReport
 from besa_exp.checkpoints.files import merge_masks, save_beside_weights, save_model, weights_sha256
 from besa_exp.checkpoints.fresh_process import TOKENS, reloading, token_loss
 from besa_exp.checkpoints.inspect import read_header
-from besa_exp.checkpoints.load import LoadedModel, load_model, model_path
+from besa_exp.checkpoints.load import LoadedModel, hub_id, load_model
 from besa_exp.checkpoints.narrowed_model import padded_model
 from besa_exp.checkpoints.shards import shard_names, write_index, write_shards
 from besa_exp.checkpoints.streaming import StreamedWeights
@@ -221,9 +221,8 @@ def _write_model(run: Run, work: Work) -> None:
         save_pruned(loaded, work.finished, folder.model, card(run, loaded.folder, results))
 
 
-def card(run: Run, source: Path, results: Mapping[str, Any]) -> str:
+def card(run: Run, source: Path, results: Mapping[str, Any], base: str | None = None) -> str:
     """The model card, with the licence of the dense model's folder `source`; a model that is neither embedded nor a
-    folder is named by its hub id."""
+    folder is named by its hub id, another by that of its `base`."""
     model = run.settings.model
-    local = Path(model_path(model)).exists()
-    return model_card(results, sys.argv, None if local else model.path, model.revision, base_licence(source))
+    return model_card(results, sys.argv, hub_id(model) or base, model.revision, base_licence(source))

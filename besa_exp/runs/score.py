@@ -58,7 +58,8 @@ def dense_scores(run: Run, loaded: LoadedModel, skipping: Skipping | None = None
 def score(run: Run, which: str, loaded: LoadedModel, skipping: Skipping | None = None) -> Scores:
     """Scores of the dense or the pruned model, recorded in metrics.jsonl as soon as they are known."""
     settings, console = run.settings, run.console
-    earlier = FinishedScores(run.folder.scores, which, run.spent.keep)
+    asked = {"model": [settings.model.path, settings.model.revision], "dtype": str(loaded.model.dtype)}
+    earlier = FinishedScores(run.folder.scores, which, run.spent.keep, asked)
 
     def on_progress(text: str) -> None:
         console.stage(f"{which} model: {text}")

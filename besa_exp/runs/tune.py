@@ -19,6 +19,7 @@ from besa_exp.checkpoints.files import weights_sha256, write_card
 from besa_exp.checkpoints.finite_weights import check_finite_weights
 from besa_exp.checkpoints.load import LoadedModel, load_model, model_context
 from besa_exp.display.console import RunConsole
+from besa_exp.display.model_card import base_licence
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
 from besa_exp.machine.device import peak_memory, prepared_device
@@ -113,7 +114,8 @@ def tune_checkpoint(settings: TuneSettings, path: Path) -> dict[str, Any]:
         results |= {"seconds": run.spent.seconds(), "peak_memory_bytes": run.spent.peak_memory()} | attempt_of(path)
         folder.write_results(results)
         if settings.save.model and distributed.is_first():
-            write_card(folder.model, card(run, loaded.folder, results))
+            base = base_licence(loaded.folder, "base_model").get("base_model") if made else None  # as that run knew it
+            write_card(folder.model, card(run, loaded.folder, results, base))
         console.summary(results, path)
     return results
 

@@ -17,13 +17,20 @@ from besa_exp.checkpoints.load import model_context, vocabulary_size
 from besa_exp.errors import ConfigurationError
 from besa_exp.presets import preset
 from besa_exp.recovery.keep_bits import keep_of_zeros, sparsity_of
-from besa_exp.recovery.recipe import check_fit, check_recovery, method_of, objective_of, plan_of, steps_of
+from besa_exp.recovery.parts import parts_of, report_of
+from besa_exp.recovery.recipe import (
+    check_fit,
+    check_recovery,
+    losses_of,
+    method_of,
+    objective_of,
+    plan_of,
+    steps_of,
+)
 from besa_exp.recovery.tuning import Point
 from besa_exp.recovery.tuning import tune as tune_model
 from besa_exp.runs.api import SEQ_LEN, as_a_run
 from besa_exp.settings import RecoverySettings
-from besa_exp.texts.token_stream import TokenStream
-from besa_exp.texts.tuning_text import tuning_tokens
 
 
 def tune(
@@ -58,34 +65,22 @@ def tune(
     method, plan = method_of(asked, steps), plan_of(asked, steps)
     with as_a_run(model, asked.seed), tempfile.TemporaryDirectory(prefix="besa-") as folder:
         check_finite_weights(model, type(model).__name__)
-        stream = _stream(model, tokenizer, texts_or_tokens, asked, steps, Path(folder))
+        file = Path(folder) / "tokens.safetensors"
+        parts = parts_of(asked, asked.seq_len, texts_or_tokens, file, tokenizer, vocabulary_size(model))
         try:
-            learned, held_out = stream.windows(asked.seq_len).split(asked.held_out)
             objective = objective_of(asked, method, model, teacher, asked.seq_len)
         except ValueError as error:
             raise ConfigurationError(str(error)) from error
-        found = tune_model(model, keep, method, objective, learned, held_out.all(), plan, on_point=on_step)
-    seen = sum(point.tokens for point in found.points)
-    taken = len(found.points)
-    return RecoveryReport(asked.name, found.before, found.after, taken, found.best_step, seen, found.stopped)
-
-
-def _stream(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    given: str | Sequence[str] | Tensor,
-    asked: RecoverySettings,
-    steps: int,
-    folder: Path,
-) -> TokenStream:
-    assert asked.seq_len is not None
-    return tuning_tokens(
-        asked.path or given,
-        folder / "tokens.safetensors",
-        tokenizer=tokenizer,
-        vocabulary=vocabulary_size(model),
-        most=(steps * asked.batch_size + asked.held_out) * asked.seq_len,
-        seed=asked.seed,
-        offline=False,
-        column=asked.column,
-    )
+        before = parts.accuracy(model, asked.micro_batch)
+        found = tune_model(
+            model,
+            keep,
+            method,
+            objective,
+            parts.learned,
+            parts.held_out,
+            plan,
+            on_point=on_step,
+            losses=losses_of(asked),
+        )
+        return report_of(asked, found, parts, before, parts.accuracy(model, asked.micro_batch))

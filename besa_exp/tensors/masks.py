@@ -77,6 +77,7 @@ def _smallest_of_rows(importance: Float[Tensor, "out in"], k: int) -> Float[Tens
 def rank_in_group(importance: Float[Tensor, "out in"], group: int) -> Int[Tensor, "out in"]:
     """Position of each weight among its `group` consecutive inputs of the row, 0 = least important;
     `group` must divide `in`."""
+    assert importance.shape[1] % group == 0, "a group would lie in two rows"
     return kernels.rank_in_row(importance.reshape(-1, group)).view(importance.shape)
 
 

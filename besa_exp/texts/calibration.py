@@ -28,7 +28,7 @@ from besa_exp.texts.calibration_check import check_calibration
 from besa_exp.texts.sources import is_token_file, read_text
 from besa_exp.texts.tokens import (
     Tokenizer,
-    encode_as_user,
+    encode_chat,
     encode_document,
     read_token_file,
     special_tokens_record,
@@ -131,7 +131,7 @@ def _windows_of_text(
     source: str, settings: CalibrationSettings, tokenizer: Tokenizer, offline: bool
 ) -> tuple[Int[Tensor, "sample seq"], dict[str, Any]]:
     try:
-        text = read_text(source, "calibration", offline, settings.column)
+        text = read_text(source, "calibration", offline, settings.column, settings.chat_template)
     except Unavailable as error:
         raise ConfigurationError(f"calibration={error}") from error
     input_ids, record = _windows(source, text.documents, settings, tokenizer)
@@ -146,7 +146,7 @@ def _windows(
     plain = partial(encode_document, tokenizer, alone=alone)
     input_ids, packed = draw_windows(
         documents,
-        partial(encode_as_user, tokenizer) if settings.chat_template else plain,
+        partial(encode_chat, tokenizer) if settings.chat_template else plain,
         settings.num_samples,
         settings.seq_len,
         torch.Generator().manual_seed(settings.seed),
@@ -159,8 +159,8 @@ def _windows(
             settings.seq_len,
         )
     record = {"seed": settings.seed, "windows": "packed" if packed else "single documents"}
-    record |= {"chat_template": True} if settings.chat_template else {}
-    return input_ids, special_tokens_record(tokenizer, documents) | record
+    special = {"chat_template": True} if settings.chat_template else special_tokens_record(tokenizer, documents)
+    return input_ids, special | record
 
 
 def draw_windows(

@@ -20,7 +20,7 @@ def check_calibration(settings: CalibrationSettings, context: int | None) -> lis
         if getattr(settings, key) < least
     ]
     source, key = (settings.path, "calibration.path") if settings.path else (settings.name, "calibration")
-    if unreadable := check_source(source, key, "calibration", settings.column):
+    if unreadable := check_source(source, key, "calibration", settings.column, settings.chat_template):
         return problems + unreadable
     seq_len, remedy = settings.seq_len, f"set calibration.seq_len={context} or less"
     if is_token_file(source):

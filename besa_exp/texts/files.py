@@ -58,11 +58,12 @@ def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     return _parquet_rows(path, None) if format_of(path.name) == "parquet" else _json_rows(path)
 
 
-def column_texts(path: Path, column: str, key: str) -> Iterator[str | None]:
-    """The texts under `column`, None where a null stands. `key` is what a person sets to choose another column."""
+def column_texts(path: Path, column: str, key: str, chats: bool = False) -> Iterator[str | None]:
+    """The texts under `column`, None where a null stands. `key` is what a person sets to choose another column. With
+    `chats` a conversation is a text too, as JSON writes it."""
     parquet = format_of(path.name) == "parquet"
     for number, row in _parquet_rows(path, (column, key)) if parquet else _json_rows(path):
-        yield _text(row, column, key, f"{path}, {'row' if parquet else 'line'} {number}")
+        yield _text(row, column, key, f"{path}, {'row' if parquet else 'line'} {number}", chats)
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,27 @@ class Lines(Sequence[str]):
             return _text(_json_object(raw), self.column, self.key, f"{self.path}, line {number}")
 
 
-def _text(row: dict[str, Any], column: str, key: str, where: str) -> str | None:
+def _text(row: dict[str, Any], column: str, key: str, where: str, chats: bool = False) -> str | None:
     if column not in row:
         raise ConfigurationError(f"{where}: {_no_column(column, list(row), key)}")
     text = row[column]
+    if chats and is_conversation(text):
+        return json.dumps(text, ensure_ascii=False)
     if text is not None and not isinstance(text, str):
+        other = ", or give calibration.chat_template=true" if is_conversation(text) and "calibration" in key else ""
         raise ConfigurationError(
-            f"{where}: {column!r} holds {type(text).__name__}, not text; choose another column with {key}"
+            f"{where}: {column!r} holds {type(text).__name__}, not text; choose another column with {key}{other}"
         )
     return text
+
+
+def is_conversation(value: Any) -> bool:
+    """[{"role": ..., "content": ...}, ...], all of them texts."""
+    turns = value if isinstance(value, list) else []
+    return bool(turns) and all(
+        isinstance(turn, dict) and all(isinstance(turn.get(part), str) for part in ("role", "content"))
+        for turn in turns
+    )
 
 
 def _no_column(column: str, there: list[str], key: str) -> str:

@@ -75,6 +75,11 @@ HUB_FILES: dict[str, dict[Use, HubFile]] = {
     },
 }
 SET_NAMES = (EMBEDDED, *HUB_FILES)
+TASK_FILES = {
+    "sst2": HubFile("nyu-mll/glue", "sst2/train-00000-of-00001.parquet"),
+    "rte": HubFile("nyu-mll/glue", "rte/train-00000-of-00001.parquet"),
+    "boolq": HubFile("google/boolq", "data/train-00000-of-00001.parquet"),
+}  # what recovery.task learns from
 
 
 def is_token_file(source: str) -> bool:
@@ -82,7 +87,7 @@ def is_token_file(source: str) -> bool:
     return source.lower().endswith(TOKENS)
 
 
-def check_source(source: str, key: str, use: Use, column: str = COLUMN) -> list[str]:
+def check_source(source: str, key: str, use: Use, column: str = COLUMN, chats: bool = False) -> list[str]:
     """What is wrong with `source` (the name of a set, or a path) as the value of `key`, in complete sentences. Of a
     file with columns the first row is read."""
     if source in SET_NAMES:
@@ -103,15 +108,15 @@ def check_source(source: str, key: str, use: Use, column: str = COLUMN) -> list[
         return [f"{key}={source}: you may not read this file; change its permissions or name another"]
     if format_of(path.name) not in (None, "plain"):
         try:
-            next(column_texts(path, column, COLUMN_KEYS[use]), None)
+            next(column_texts(path, column, COLUMN_KEYS[use], chats), None)
         except ConfigurationError as error:
             return list(error.problems)
     return []
 
 
-def read_text(source: str, use: Use, offline: bool, column: str = COLUMN) -> Text:
-    """The documents of a named set or a local text file, there from `column` where it has columns. Nulls are left out,
-    counted and reported.
+def read_text(source: str, use: Use, offline: bool, column: str = COLUMN, chats: bool = False) -> Text:
+    """The documents of a named set or a local text file, there from `column` where it has columns, where with `chats`
+    conversations may stand. Nulls are left out, counted and reported.
 
     Raises Unavailable for a set of the hub that cannot be loaded, ConfigurationError for a file that cannot be read.
     """
@@ -119,11 +124,11 @@ def read_text(source: str, use: Use, offline: bool, column: str = COLUMN) -> Tex
         return _embedded(use)
     if source in HUB_FILES:
         return _from_hub(source, use, offline)
-    if problems := check_source(source, "path", use, column):
+    if problems := check_source(source, "path", use, column, chats):
         raise ConfigurationError(*problems)
     path = Path(source).expanduser()
     plain = format_of(path.name) == "plain"
-    found, nulls = (_plain_documents(path), 0) if plain else _column(path, column, COLUMN_KEYS[use], None)
+    found, nulls = (_plain_documents(path), 0) if plain else _column(path, column, COLUMN_KEYS[use], None, chats)
     documents = tuple(text for text in found if text.strip())
     if not documents:
         raise ConfigurationError(f"{source}: holds no text; give a file with some")
@@ -139,10 +144,14 @@ def file_sha256(path: Path) -> str:
 
 def fetch(source: str, use: Use, offline: bool) -> Path:
     """The local path of a named set's file, downloaded unless it is in the cache. Raises Unavailable."""
+    return fetched(HUB_FILES[source][use], source, offline)
+
+
+def fetched(wanted: HubFile, name: str, offline: bool) -> Path:
+    """The same of a file that a person calls `name`."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
 
-    wanted = HUB_FILES[source][use]
     silent = None if offline else hub_problem()
     cached = offline or silent is not None
     try:
@@ -154,7 +163,7 @@ def fetch(source: str, use: Use, offline: bool) -> Path:
         cause = f"{why} and it is not in the local cache" if cached else first_line(error)
         revision = f" --revision {wanted.revision}" if wanted.revision else ""
         raise Unavailable(
-            f"{source}: cannot get {wanted.filename} of the data set {wanted.repository} ({cause}); give a local file "
+            f"{name}: cannot get {wanted.filename} of the data set {wanted.repository} ({cause}); give a local file "
             "instead of the name, or fetch it where there is a network: "
             f"hf download --repo-type dataset{revision} {wanted.repository} {wanted.filename}"
         ) from error
@@ -201,11 +210,13 @@ def _plain_documents(path: Path) -> tuple[str, ...]:
     return tuple(document.strip("\n") for document in text.split(SEPARATOR)) if SEPARATOR in text else (text,)
 
 
-def _column(path: Path, column: str, key: str, max_rows: int | None) -> tuple[tuple[str, ...], int]:
+def _column(
+    path: Path, column: str, key: str, max_rows: int | None, chats: bool = False
+) -> tuple[tuple[str, ...], int]:
     """The first `max_rows` texts of a column, and the number of nulls that were passed over."""
     texts: list[str] = []
     nulls = 0
-    for text in column_texts(path, column, key):
+    for text in column_texts(path, column, key, chats):
         if len(texts) == max_rows:
             break
         if text is None:

@@ -8,7 +8,9 @@ end of a document would run into the start of the next, and models trained on se
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,8 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from besa_exp.errors import ConfigurationError
+from besa_exp.errors import ConfigurationError, first_line
 from besa_exp.machine.atomic import replaced_file
+from besa_exp.texts.files import is_conversation
 from besa_exp.texts.token_files import TOKENS_KEY, token_file_shape
 
 
@@ -57,17 +60,33 @@ def encode_document(tokenizer: Tokenizer, text: str, alone: bool) -> Int[Tensor,
     return torch.cat([torch.tensor([start]), ids])
 
 
-def encode_as_user(tokenizer: Any, text: str) -> Int[Tensor, " tokens"]:
-    """The text as a user's turn, as the tokenizer's chat template writes it, its special tokens included.
-    ConfigurationError: there is no template."""
+def encode_chat(tokenizer: Any, text: str) -> Int[Tensor, " tokens"]:
+    """A conversation as the tokenizer's chat template writes it, its special tokens included; any other text is what a
+    user says. ConfigurationError: there is no template, or it refuses the conversation."""
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigurationError(
             "calibration.chat_template=true: the tokenizer has no chat template, so its model follows none; leave it "
             "out, or put the instruct model's chat_template.jinja (or tokenizer_config.json) into the model's folder"
         )
-    turn = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
-    ids = tokenizer(turn, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    from jinja2 import TemplateError  # a template is text for jinja, which transformers imports for it
+
+    try:
+        written = tokenizer.apply_chat_template(conversation_in(text), tokenize=False)
+    except TemplateError as error:
+        raise ConfigurationError(
+            f"calibration.chat_template=true: the tokenizer's template refuses a conversation ({first_line(error)}): "
+            f"{text[:80]}; leave it out"
+        ) from error
+    ids = tokenizer(written, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def conversation_in(text: str) -> list[dict[str, str]]:
+    """What `text` writes as JSON, a list of {"role", "content"}; else it is the one turn of a user."""
+    with suppress(ValueError):
+        if text.startswith("[") and is_conversation(turns := json.loads(text)):
+            return turns
+    return [{"role": "user", "content": text}]
 
 
 def token_stream(tokenizer: Tokenizer, documents: Sequence[str]) -> Int[Tensor, " tokens"]:

@@ -20,7 +20,7 @@ from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.blocks.head import head_of
 from besa_exp.checkpoints.load import load_model
 from besa_exp.checkpoints.narrowed_model import costs_of_model, dimensions_of_model, narrowed_model
-from besa_exp.checkpoints.structure import Structure, whole
+from besa_exp.checkpoints.structure import Structure
 from besa_exp.display.markdown import markdown_table
 from besa_exp.evaluation.perplexity import perplexity
 from besa_exp.methods.budgets.progress import Progress
@@ -48,7 +48,7 @@ def decided(model, method, ids: torch.Tensor) -> Structure:
     """What stays of the model."""
     costs, dimensions = costs_of_model(model), dimensions_of_model(model)
     if method is None:
-        return whole(dimensions)
+        return Structure(tuple(range(dimensions.blocks)))
     blocks = capture_blocks(model, ids)
     dense = DenseModel(
         lambda: blocks,

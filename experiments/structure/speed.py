@@ -16,7 +16,7 @@ import torch
 
 from besa_exp.checkpoints.load import load_model
 from besa_exp.checkpoints.narrowed_model import costs_of_model, dimensions_of_model, narrowed_model
-from besa_exp.checkpoints.structure import whole, without_blocks
+from besa_exp.checkpoints.structure import Structure
 from besa_exp.display.markdown import markdown_table
 from besa_exp.evaluation.cost import counts_of
 from besa_exp.methods.structure.widths import chosen, random_importances
@@ -47,9 +47,8 @@ def main() -> None:
     models = {"dense": dense}
     for count in asked.remove:
         removed = [*range(1, 1 + count)]
-        models[f"{count} of {dimensions.blocks} blocks"] = narrowed_model(
-            dense, without_blocks(whole(dimensions), removed)
-        )
+        left = Structure(tuple(block for block in range(dimensions.blocks) if block not in removed))
+        models[f"{count} of {dimensions.blocks} blocks"] = narrowed_model(dense, left)
         gone = sum(costs.blocks[block] for block in removed) / costs.total
         widths = chosen(random_importances(dimensions, 0), costs, dimensions, gone, shape="uniform")
         models[f"heads and channels, {gone:.1%}"] = narrowed_model(dense, widths)

@@ -184,16 +184,22 @@ def test_a_click_in_the_legend_hides_a_method_in_every_chart(opened: Any) -> Non
     assert len(points_drawn(opened, "perplexity")) == before
 
 
-def test_a_link_restores_what_was_chosen(opened: Any, report_html: Path) -> None:
-    opened.get("about:blank")
-    opened.get(f"{report_html.as_uri()}#without=model:0;target:1")
-    until(lambda: opened.execute_script("return document.documentElement.dataset.ready"))
-    shown = text_of(opened, "#count")
-    assert not shown.startswith("19")
-    checked = (
-        """return [...document.querySelectorAll('#filters [data-filter="target"] input')].map((box) => box.checked)"""
+def test_a_link_restores_what_was_chosen(opened: Any) -> None:
+    chosen = "return [...document.querySelectorAll('#filters input')].map((box) => box.checked)"
+    for label in ("alpha", "wanda", "70 %"):
+        click(opened, label)
+    before = (text_of(opened, "#count"), opened.execute_script(chosen))
+    opened.execute_script(
+        """const clipboard = { writeText: async (text) => { window.copied = text; } };
+        Object.defineProperty(navigator, 'clipboard', { value: clipboard });
+        document.querySelector('#permalink').click();"""
     )
-    assert opened.execute_script(checked) == [True, False]
+    link = until(lambda: opened.execute_script("return window.copied"))
+    opened.get("about:blank")
+    opened.get(link)
+    until(lambda: opened.execute_script("return document.documentElement.dataset.ready"))
+    assert (text_of(opened, "#count"), opened.execute_script(chosen)) == before
+    assert before[0] == "3 of 19 finished runs shown"
 
 
 def test_sizes_are_shown_only_where_something_was_removed_whole(browser: Any, tmp_path: Path) -> None:
@@ -204,17 +210,37 @@ def test_sizes_are_shown_only_where_something_was_removed_whole(browser: Any, tm
         browser.get((runs / "report.html").as_uri())
         until(lambda: browser.execute_script("return document.documentElement.dataset.ready"))
         assert browser.execute_script("return document.querySelector('#size').hidden") == (left != 80), left
+    assert browser.execute_script("return document.querySelector('#paper').hidden")  # no run is of its models
+
+
+def test_the_colour_of_a_result_says_in_five_steps_what_was_lost(browser: Any, tmp_path: Path) -> None:
+    lost = {"besa": 1.04, "wanda": 1.19, "ria": 1.99, "sparsegpt": 3.99, "magnitude": 4.1}
+    for method, times in lost.items():
+        scores = {"perplexity": {"wikitext2": 10 * times}, "dense": {"perplexity": {"wikitext2": 10.0}}}
+        finished_run(tmp_path / method, {"pruner": method, **scores})
+    write_page(read_report([str(tmp_path)]), tmp_path / "report.html")
+    browser.get((tmp_path / "report.html").as_uri())
+    until(lambda: browser.execute_script("return document.documentElement.dataset.ready"))
+    script = """return [...document.querySelectorAll('#results-tables tbody tr')].map((row) => {
+        const [head, cell] = row.cells;
+        return [head.textContent, cell.className, getComputedStyle(cell).backgroundColor]; })"""
+    (dense, own, _), *rows = browser.execute_script(script)
+    assert dense == "dense"
+    names = ("little", "some", "much", "high", "extreme")
+    assert not {*own.split()} & {*names}
+    assert [(method, *({*own.split()} & {*names})) for method, own, _ in rows] == [*zip(lost, names, strict=True)]
+    assert len({colour for *_, colour in rows}) == len(names)
 
 
 def test_the_theme_can_be_switched_and_the_size_is_drawn(opened: Any) -> None:
-    ground = "return getComputedStyle(document.body).backgroundColor"
-    before, theme = opened.execute_script(ground), text_of(opened, "#theme")
+    look = """const chart = document.querySelector('#size .plot');
+        return [getComputedStyle(document.body).backgroundColor, document.querySelector('#theme').textContent,
+            chart.layout.font.color, chart.data[0].marker.color];"""
+    assert points_drawn(opened, "size") == [4, 4]  # wanda's runs of each model: of the others nothing was removed
+    before = opened.execute_script(look)
     opened.execute_script("document.querySelector('#theme').click()")
-    assert (opened.execute_script(ground) != before, text_of(opened, "#theme") != theme) == (True, True)
-    assert sorted(points_drawn(opened, "size")) == [
-        4,
-        4,
-    ]  # wanda's runs of each model: of the others nothing was removed
+    points_drawn(opened, "size")
+    assert all(new != old for new, old in zip(opened.execute_script(look), before, strict=True))
     assert "upon <img" in text_of(opened, "#run-body")
 
 
@@ -239,9 +265,10 @@ def test_two_runs_beside_each_other_have_one_range_of_colours(opened: Any) -> No
     opened.execute_script(script)
     points_drawn(opened, "run")
     ranges = """return [...document.querySelectorAll('#run .plot')].flatMap((plot) => plot.data)
-        .filter((trace) => trace.type === 'heatmap').map((trace) => trace.zmax - trace.zmin);"""
+        .filter((trace) => trace.type === 'heatmap').map((trace) => [trace.zmin, trace.zmax]);"""
     one, other = opened.execute_script(ranges)
     assert one == pytest.approx(other)
+    assert one == pytest.approx([0.375, 0.825])  # between both runs' 50 and 70 %, as far as any linear is from that
 
 
 def test_no_heading_is_hidden_below_the_bar(opened: Any) -> None:
@@ -255,12 +282,32 @@ def test_no_heading_is_hidden_below_the_bar(opened: Any) -> None:
         assert head >= bar
 
 
-def test_axes_show_no_share_below_zero_or_above_one(opened: Any) -> None:
-    points_drawn(opened, "zero-shot")
-    script = """return [...document.querySelectorAll('#zero-shot .plot')].flatMap((plot) =>
-        [plot.layout.xaxis, plot.layout.yaxis].filter((one) => one.type !== 'category').map((one) => one.range));"""
-    for low, high in opened.execute_script(script):
-        assert 0 <= low < high <= 1
+def test_axes_show_no_share_below_zero_or_above_one(browser: Any, tmp_path: Path) -> None:
+    for at, share in enumerate((0.001, 0.999)):
+        changes = {"target_sparsity": share, "measured_sparsity": share, "zero_shot": {"piqa": {"acc,none": float(at)}}}
+        finished_run(tmp_path / str(at), changes)
+    write_page(read_report([str(tmp_path)]), tmp_path / "report.html")
+    browser.get((tmp_path / "report.html").as_uri())
+    until(lambda: browser.execute_script("return document.documentElement.dataset.ready"))
+    for section, axes in (("perplexity", ("xaxis",)), ("zero-shot", ("xaxis", "yaxis"))):
+        points_drawn(browser, section)
+        for axis in axes:
+            script = "return document.querySelector(`#${arguments[0]} .plot`).layout[arguments[1]].range"
+            assert browser.execute_script(script, section, axis) == [0, 1], (section, axis)
+
+
+def test_paper_gets_whole_tables_and_all_charts_and_no_controls(opened: Any) -> None:
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    opened.execute_script("window.dispatchEvent(new Event('beforeprint'))")
+    drawn = "return [...document.querySelectorAll('.plot')].map((plot) => Boolean(plot.querySelector('svg.main-svg')))"
+    assert set(opened.execute_script(drawn)) == {True}
+    style = "return [...document.querySelectorAll(arguments[0])].map((one) => getComputedStyle(one)[arguments[1]])"
+    for hidden in ("#filters", "nav", ".controls", "footer", "#run pre", "#runs td:last-child"):
+        assert set(opened.execute_script(style, hidden, "display")) == {"none"}, hidden
+    assert set(opened.execute_script(style, ".scroll", "overflowX")) == {"visible"}
+    assert set(opened.execute_script(style, ".tall", "maxHeight")) == {"none"}
+    assert set(opened.execute_script(style, "section", "contentVisibility")) == {"visible"}
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 def test_nothing_is_logged_fetched_or_run_but_the_page(opened: Any, report_html: Path) -> None:
@@ -275,7 +322,7 @@ def test_nothing_is_logged_fetched_or_run_but_the_page(opened: Any, report_html:
     assert opened.title == "besa report"
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (400, "light")])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])
 def test_no_width_makes_the_page_scroll_sideways(opened: Any, width: int, scheme: str) -> None:
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
     opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)

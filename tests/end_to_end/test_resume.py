@@ -127,7 +127,7 @@ def test_another_model_under_the_same_path_is_refused(unfinished, request_argume
         assert main([*request_arguments, f"hydra.run.dir={unfinished}"]) == 2
     finally:
         shutil.copytree(tmp_path / "kept", path, dirs_exist_ok=True)
-    assert "block 0 was pruned from other dense weights" in capsys.readouterr().err
+    assert "block index 0 was pruned from other dense weights" in capsys.readouterr().err
 
 
 def test_seconds_are_those_of_all_attempts(unfinished, request_arguments):

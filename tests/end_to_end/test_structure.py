@@ -191,7 +191,7 @@ def test_widths_that_break_the_pattern_are_refused_with_the_remedy(
 ) -> None:
     arguments = ["structure=random_sp", "structure.ratio=0.2", "pruner=wanda", "pattern=2:4"]
     assert main([*asked, *arguments, f"hydra.run.dir={tmp_path / 'run'}"]) == 2
-    assert "not divisible by 4; set structure.multiple=4" in " ".join(capsys.readouterr().err.split())
+    assert "set structure.multiple=4" in " ".join(capsys.readouterr().err.split())
     assert main([*asked, *arguments, "structure.multiple=4", f"hydra.run.dir={tmp_path / 'again'}"]) == 0
 
 

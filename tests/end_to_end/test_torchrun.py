@@ -30,6 +30,7 @@ EMBEDDING = "model.embed_tokens.weight"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "besa_exp"]
 KEYS = ["prune", "tracker=none", "device=cpu", "evaluator.limit=6", "evaluator.dense=false", "sparsity=0.6"]
 KEYS += ["save.verify=false"]
+SHARDED = ["recovery.shard=true", "recovery.checkpointing=true", "recovery.micro_batch=1"]
 
 
 def on_two(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -96,19 +97,28 @@ def test_two_processes_give_the_masks_losses_and_scores_of_one(short, tokens, tm
     assert two["zero_shot"].keys() == one["zero_shot"].keys()  # values: of one and the same model, below
 
 
-@pytest.mark.parametrize("recovery", ["full", "blocks"])
-def test_two_processes_recover_as_one_does(short, tokens, tmp_path, recovery):
-    """A step's three windows are dealt out unevenly, and gradients are summed over the ranks."""
-    course = ["recovery.steps=4", "recovery.batch_size=3", "recovery.held_out=5", "recovery.checks=2"]
+def steps_of(folder: Path) -> list[dict]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == "recovery_step"]
+
+
+@pytest.mark.parametrize(("recovery", "batch", "shared"), [("full", 3, []), ("blocks", 3, []), ("full", 4, SHARDED)])
+def test_two_processes_recover_as_one_does(short, tokens, tmp_path, recovery, batch, shared):
+    """A step's three windows are dealt out unevenly, and gradients are summed over the ranks; or the model is dealt
+    out."""
+    course = ["recovery.steps=4", f"recovery.batch_size={batch}", "recovery.checks=2"]
+    course.append(f"recovery.held_out={batch + 2}")
     asked = [*KEYS, f"model.path={short}", f"calibration.path={tokens}", "pruner=magnitude", "evaluator=none"]
     asked += [f"recovery={recovery}", *course]
     assert main([*asked, f"hydra.run.dir={tmp_path / 'one'}"]) == 0
-    done = run_ready("two_ranks.py", *asked, f"hydra.run.dir={tmp_path / 'two'}")
+    done = run_ready("two_ranks.py", *asked, *shared, f"hydra.run.dir={tmp_path / 'two'}")
     assert done.returncode == 0, done.stdout
     one, two = (results(tmp_path / name)["recovery"]["loss"] for name in ("one", "two"))
     assert two["before"] == pytest.approx(one["before"], rel=1e-5)
     assert two["after"] == pytest.approx(one["after"], rel=1e-4)
     assert one["after"] < one["before"]
+    norms = [[step.get("gradient_norm") for step in steps_of(tmp_path / name)] for name in ("one", "two")]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)  # AdamW forgives any factor
     first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
     for name, weight in first.items():
         assert torch.equal(weight == 0, second[name] == 0), name

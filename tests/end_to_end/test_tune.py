@@ -66,8 +66,11 @@ def results_in(folder: str) -> dict[str, Any]:
 
 
 def test_a_run_is_tuned_under_its_zeros_and_scored_before_and_after(pruned: Path, ask: Ask) -> None:
+    card = Path("run/model/README.md")
+    card.write_text(card.read_text().replace("---\n", "---\nbase_model: org/tiny\n", 1))
     code, said = ask("checkpoint=run")
     assert code == 0
+    assert "- Base model: [org/tiny](" in Path("tuned/model/README.md").read_text()  # as the run knew it
     results, before = results_in("tuned"), load_file("run/model/model.safetensors")
     (earlier,), (later,) = results["before"]["perplexity"].values(), results["perplexity"].values()
     assert later < earlier / 2

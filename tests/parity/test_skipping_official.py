@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from neighbours import recorded, recorded_model, recorded_tokens
+from tiny_llama import middle_of_model
 
 from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.evaluation.prompt_skipping import prefill_skipping
-from besa_exp.evaluation.skipping import middle_of_model, pass_under, skipping
+from besa_exp.evaluation.skipping import pass_under, skipping
 from besa_exp.evaluation.skipping_rules import FfnSkipping, decoded_numbers
 
 KEYS = ("threshold", "span", "cold_first", "cold_last", "warm_tokens")

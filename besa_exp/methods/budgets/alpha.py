@@ -5,12 +5,14 @@ The eigenvalues lambda of W^T W above lambda_min follow a power law; its exponen
     alpha = 1 + n / sum_i ln(lambda_i / lambda_min),    the n eigenvalues from lambda_min on.
 
 lambda_min is the place where the density of the eigenvalues on a logarithmic axis is highest. A well-trained matrix has
-a heavy tail: a small alpha. A block's alpha is the mean of its linears'; sparsities are s times a factor that is linear
-in alpha from 1 - epsilon to 1 + epsilon, scaled to the total.
+a heavy tail: a small alpha. A block's alpha is the mean of its linears', without those that have no tail; of a block
+of such alone it is the mean of the other blocks'. Sparsities are s times a factor that is linear in alpha from
+1 - epsilon to 1 + epsilon, scaled to the total.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,22 +22,23 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.errors import RunError, check_fields, within
-from besa_exp.methods.budgets.budget import no_pattern
 from besa_exp.tensors.statistics import is_finite
 
 BINS = 100  # of the histogram that shows the densest place
 
 
 def hill_exponent(weight: Float[Tensor, "out in"]) -> float:
-    """alpha of one linear; NaN where all its eigenvalues are equal."""
+    """alpha of one linear; NaN where all its eigenvalues are equal, so that they have no tail."""
     narrow = (weight if len(weight) <= weight.shape[1] else weight.T).double()  # in fp64 the product loses nothing
     eigenvalues = torch.linalg.eigvalsh(narrow @ narrow.T)
     logarithms = eigenvalues[eigenvalues > eigenvalues.max() * 1e-12].log().cpu()
+    if not len(logarithms):  # of zeros
+        return math.nan
     counts = torch.histc(logarithms, bins=BINS)
     low, high = logarithms.min(), logarithms.max()
     densest = low + (high - low) * counts.argmax() / BINS
     above = logarithms[logarithms >= densest] - densest
-    return float(1 + len(above) / above.sum())
+    return float(1 + len(above) / above.sum()) if above.any() else math.nan
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,6 @@ class Alpha:
     def __post_init__(self) -> None:
         check_fields(self, "budget", within(least=0, below=1, note="the paper uses 0.3"), "epsilon")
 
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Nothing to deal out under N:M."""
-        return no_pattern("alpha", pattern)
-
     def sparsities(
         self, blocks: Iterable[Block], inputs: Hidden, sparsity: float, batch_size: int
     ) -> Float[Tensor, " block"]:
@@ -61,9 +60,11 @@ class Alpha:
                 if not is_finite(linear.weight):
                     raise RunError(f"{block.name}.{name}: its weights are not finite; check the checkpoint")
             linears = [linear.weight.detach() for linear in block.linears.values()]
-            exponents.append(sum(map(hill_exponent, linears)) / len(linears))
+            found = [alpha for alpha in map(hill_exponent, linears) if not math.isnan(alpha)]
+            exponents.append(sum(found) / len(found) if found else math.nan)
             sizes.append(sum(weight.numel() for weight in linears))
         alpha, weights = torch.tensor(exponents, dtype=torch.float64), torch.tensor(sizes, dtype=torch.float64)
+        alpha = alpha.where(~alpha.isnan(), alpha.nanmean())
         spread = alpha.max() - alpha.min()
         place = (alpha - alpha.min()) / spread if spread > 0 else torch.full_like(alpha, 0.5)
         factor = 1 - self.epsilon + 2 * self.epsilon * place

@@ -19,7 +19,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.errors import check_fields, within
-from besa_exp.methods.budgets.budget import no_pattern
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.budgets.trial import Trial, Work
 from besa_exp.tensors.importance import Importance, ImportanceName
@@ -37,10 +36,6 @@ class Atp:
         check_fields(self, "budget", within(above=0, below=1, note="0.06 is the default"), "step")
         check_fields(self, "budget", within(least=1, note="8 is the default"), "num_samples")
 
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Nothing to deal out under N:M."""
-        return no_pattern("atp", pattern)
-
     def progressions(self, sparsity: float, num_blocks: int) -> list[Float[Tensor, " block"]]:
         """The progressions that are tried, the uniform one first."""
         place = torch.arange(num_blocks, dtype=torch.float64) / max(1, num_blocks - 1)
@@ -57,4 +52,4 @@ class Atp:
     def work(self, num_blocks: int, num_samples: int, seq_len: int, sparsity: float) -> Work:
         """All progressions, once."""
         samples = len(self.progressions(sparsity, num_blocks)) * min(self.num_samples, num_samples)
-        return Work(1, samples * seq_len, samples)
+        return Work(1, samples * seq_len)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.observation import Observed
+from besa_exp.errors import RunError
 from besa_exp.methods.allocation import project_to_budget
 from besa_exp.tensors import kernels
 from besa_exp.tensors.importance import Importance
@@ -22,10 +23,6 @@ T = TypeVar("T")
 @runtime_checkable
 class Budget(Protocol):
     """A method that knows the dense blocks and their inputs, and decides how much each gives up."""
-
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Problems with this goal, in complete sentences."""
-        ...
 
     def sparsities(
         self, blocks: Iterable[Block], inputs: Hidden, sparsity: float, batch_size: int
@@ -73,18 +70,12 @@ def around(shares: Float[Tensor, " block"], center: float, width: float) -> Floa
 
 def exact_goals(sparsities: Float[Tensor, " block"], weights: Sequence[int], sparsity: float) -> list[Goal]:
     """A goal for each block such that round(sparsity * sum(weights)) weights go in all: the sparsities, clipped to
-    [0, 1], are moved by one shift and rounded by largest remainder. `weights`: of the linears of each block."""
+    [0, 1], are moved by one shift and rounded by largest remainder. `weights`: of the linears of each block. RunError:
+    a sparsity is no finite number."""
+    if wrong := [number for number, one in enumerate(sparsities.isfinite().tolist()) if not one]:
+        raise RunError(f"block {wrong[0]} of the budget is {float(sparsities[wrong[0]])}; choose another budget")
     capacity = torch.tensor(weights, dtype=torch.float64)
     total = round(sparsity * sum(weights))
     wanted = project_to_budget(sparsities.double().cpu(), capacity, total)
     counts = round_to_total(wanted * capacity, total)
     return [Goal(int(count) / size, exact=True) for count, size in zip(counts, weights, strict=True)]
-
-
-def no_pattern(name: str, pattern: str) -> list[str]:
-    """The problem of a budget beside a pattern."""
-    if pattern == "unstructured":
-        return []
-    return [
-        f"budget={name} with pattern={pattern}: a budget over depth is for pattern=unstructured; leave one of them out"
-    ]

@@ -3,7 +3,8 @@
     u_l = 1 / median of the block's Wanda scores,    s_l = s + alpha' (u_l - mean u),
 
 alpha' such that the sparsities span 2 alpha; alpha = 0.15 at 70 % is the authors' choice. Their code takes the mean of
-the scores where the paper says median; here it is the median.
+the scores where the paper says median; here it is the median. A block of median 0, half of whose weights are zero
+already, gives up `width` more than all others, which is the limit of the formula.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from torch import Tensor
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.observation import Observed
 from besa_exp.errors import check_fields, within
-from besa_exp.methods.budgets.budget import around, no_pattern, survey
+from besa_exp.methods.budgets.budget import around, survey
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
 from besa_exp.tensors.selection import kth_smallest
+
+NEAR_ZERO = 1e-12  # of the largest median: smaller ones count as that
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,6 @@ class Dlp:
     def __post_init__(self) -> None:
         check_fields(self, "budget", within(least=0, below=1, note="the paper uses 0.3"), "width")
 
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Nothing to deal out under N:M."""
-        return no_pattern("dlp", pattern)
-
     def sparsities(
         self, blocks: Iterable[Block], inputs: Hidden, sparsity: float, batch_size: int
     ) -> Float[Tensor, " block"]:
@@ -44,7 +43,8 @@ class Dlp:
         medians = torch.tensor(
             survey(blocks, inputs, importance_of(self.importance), batch_size, median_score), dtype=torch.float64
         )
-        return around(1 / medians, sparsity, self.width)
+        least = max(float(medians.max()) * NEAR_ZERO, torch.finfo(medians.dtype).tiny)
+        return around(1 / medians.clamp(min=least), sparsity, self.width)
 
 
 def median_score(block: Block, observed: Observed) -> float:

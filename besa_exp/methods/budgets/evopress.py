@@ -30,7 +30,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.errors import check_fields, within
-from besa_exp.methods.budgets.budget import no_pattern
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.budgets.trial import Sparsities, Trial, Work
 from besa_exp.tensors.importance import Importance, ImportanceName
@@ -66,10 +65,6 @@ class EvoPress:
         if self.survivors[-1] != 1:
             raise ValueError(f"budget.survivors={[*self.survivors]}: must end with 1, the next parent")
 
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Nothing to deal out under N:M."""
-        return no_pattern("evopress", pattern)
-
     def search(self, trial: Trial, sparsity: float, progress: Progress) -> Float[Tensor, " block"]:
         """All generations that are left, each kept as it ends."""
         space = Space.around(sparsity, trial.sizes, self.width, self.levels)
@@ -100,7 +95,7 @@ class EvoPress:
         standing[-1] += 1  # the parent
         each = [samples_of(tokens, num_samples, seq_len) for tokens in self.tokens]
         samples = [count * size for count, size in zip(standing, each, strict=True)]
-        return Work(self.generations * len(samples), self.generations * sum(samples) * seq_len, max(samples))
+        return Work(self.generations * len(samples), self.generations * sum(samples) * seq_len)
 
 
 def samples_of(tokens: int, num_samples: int, seq_len: int) -> int:

@@ -29,7 +29,7 @@ from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.observation import Observed
 from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
-from besa_exp.methods.budgets.budget import no_pattern, pruned_to
+from besa_exp.methods.budgets.budget import pruned_to
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
 
 SHARES = 400  # steps in which a block's sparsity is dealt out
@@ -46,10 +46,6 @@ class Learned:
     def __post_init__(self) -> None:
         check_fields(self, "budget", within(above=0, below=1, note="0.2 is the default"), "width")
         check_fields(self, "budget", within(least=1, note="4 is the default"), "num_samples")
-
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Nothing to deal out under N:M."""
-        return no_pattern("learned", pattern)
 
     def levels(self, sparsity: float) -> list[float]:
         """The sparsities that are tried, within (0, 1) and `width` of the target."""

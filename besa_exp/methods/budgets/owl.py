@@ -18,7 +18,7 @@ from torch import Tensor
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.observation import Observed
 from besa_exp.errors import check_fields, within
-from besa_exp.methods.budgets.budget import around, no_pattern, survey
+from besa_exp.methods.budgets.budget import around, survey
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
 
 
@@ -33,10 +33,6 @@ class Owl:
     def __post_init__(self) -> None:
         check_fields(self, "budget", within(above=0, note="the paper uses 5"), "outlier")
         check_fields(self, "budget", within(least=0, below=1, note="the paper uses 0.16"), "width")
-
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Nothing to deal out under N:M."""
-        return no_pattern("owl", pattern)
 
     def sparsities(
         self, blocks: Iterable[Block], inputs: Hidden, sparsity: float, batch_size: int

@@ -23,7 +23,7 @@ from besa_exp.blocks.head import Head, divergence
 from besa_exp.blocks.observation import Observed
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
-from besa_exp.methods.budgets.budget import exact_goals, pruned_to, survey
+from besa_exp.methods.budgets.budget import Budget, exact_goals, pruned_to, survey
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
 
@@ -33,12 +33,10 @@ TOKENS = 2048  # that pass the head together: their logits are the largest thing
 
 @dataclass(frozen=True)
 class Work:
-    """What a search asks for at most: passes over the blocks, the tokens of all models that it tries, and the samples
-    of the models that are tried side by side."""
+    """What a search asks for at most: passes over the blocks, and the tokens of all models that it tries."""
 
     passes: int
     tokens: int
-    side_by_side: int
 
 
 @runtime_checkable
@@ -50,10 +48,6 @@ class DepthSearch(Protocol):
         """What the tried models are pruned by."""
         ...
 
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Problems with this goal, in complete sentences."""
-        ...
-
     def search(self, trial: Trial, sparsity: float, progress: Progress) -> Float[Tensor, " block"]:
         """The sparsity of each block in order, as `Budget.sparsities` gives them. Goes on from `progress`."""
         ...
@@ -61,6 +55,16 @@ class DepthSearch(Protocol):
     def work(self, num_blocks: int, num_samples: int, seq_len: int, sparsity: float) -> Work:
         """What it will ask for."""
         ...
+
+
+def check_budget(budget: object, pattern: str) -> list[str]:
+    """The problem of a budget beside a pattern, which leaves nothing to deal out."""
+    if pattern == "unstructured" or not isinstance(budget, Budget | DepthSearch):
+        return []
+    return [
+        f"budget={type(budget).__name__.lower()} with pattern={pattern}: a budget over depth is for "
+        "pattern=unstructured; leave one of them out"
+    ]
 
 
 @dataclass(frozen=True)

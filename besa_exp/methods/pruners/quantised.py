@@ -57,9 +57,10 @@ class Quantised:
 
 @torch.no_grad()
 def _rounded_copy(block: Block, quantiser: Quantiser) -> Block:
-    """A block of its own with rounded weights."""
+    """A block of its own whose linears have rounded weights."""
     module = copy.deepcopy(block.module)
-    linears = discover_linears(module)
+    found = discover_linears(module)
+    linears = {name: found[name] for name in block.linears}  # what is ignored stays as it is
     for linear in linears.values():
         linear.weight.copy_(quantise(linear.weight, quantiser))
     return replace(block, module=module, linears=linears)

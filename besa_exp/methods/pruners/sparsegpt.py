@@ -126,14 +126,15 @@ class SparseGPT:
         self, task: Task, given: Mapping[str, Tensor] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Keep masks and updated weights [out, in] in fp32 of the block's linears, which are not changed.
-        Masks that are `given` are not chosen."""
+        Masks that are `given` are not chosen, and keep as many weights as they say; else those of dead inputs go."""
         weights, keep_masks, dense = {}, {}, task.weights
         goals = goals_of_linears({name: weight.numel() for name, weight in dense.items()}, task.goal)
         for hessian, names in by_shared_input(task.statistics):
             H = hessian.matrix
             factor = upper_factor(H, self.damping, f"{task.block.name}.{names[0]}")
             for name in names:
-                weight = dense[name].float().masked_fill(dead_inputs(H), 0)
-                keep_mask = given[name] if given else None
+                keep_mask, weight = given[name] if given else None, dense[name].float()
+                if keep_mask is None:
+                    weight = weight.masked_fill(dead_inputs(H), 0)
                 weights[name], keep_masks[name] = sparsegpt(weight, factor, goals[name], self.group_size, keep_mask)
         return keep_masks, weights

@@ -161,7 +161,8 @@ class Sleb:
             removals.append(removal)
             progress.write({"removals": [one.to_dict() for one in removals]})
             on_progress(
-                f"{len(removals)} of {count}: block {removal.block}, {self.loss} {removal.losses[removal.block]:.4g}"
+                f"{len(removals)} of {count}: block index {removal.block}, {self.loss} "
+                f"{removal.losses[removal.block]:.4g}"
             )
         return structure_of(removals, len(dense.costs.blocks))
 
@@ -203,8 +204,3 @@ def structure_of(removals: Sequence[Removal], num_blocks: int) -> Structure:
     """What stays after these removals."""
     gone = {removal.block for removal in removals}
     return Structure(tuple(block for block in range(num_blocks) if block not in gone))
-
-
-def plain_passes(alive: int, candidates: int) -> int:
-    """Block evaluations that a step takes where each model is run by itself."""
-    return candidates * (alive - 1)

@@ -65,7 +65,7 @@ class Updated:
         # The pruner may forget what was observed, of which the update is given the rest
         pruned = self.pruner.prune_block(replace(task, statistics={**task.statistics}, gradients={**task.gradients}))
         done = len(pruned.steps)
-        updated = self.update.update_block(task.after(done), pruned)
+        updated = self.update.update_block(task.after(done), replace(pruned, steps=()))
         return replace(updated, steps=(*pruned.steps, *updated.after(done).steps))
 
 

@@ -6,7 +6,8 @@ const comparable = (kind) => data.cells.filter((cell) => !cell.apart && data.mea
 const plotted = (cells) => cells.filter((cell) => !hidden.has(cell.method));
 
 // ---- the table of results: methods down, targets across; with one target the scores across
-const LOSSES = { perplexity: [0.05, 0.2], zero_shot: [0.01, 0.05] };
+const LOSSES = { perplexity: [0.05, 0.2, 1, 3], zero_shot: [0.01, 0.05, 0.1, 0.2] };
+const TINTS = ["little", "some", "much", "high", "extreme"];
 
 function lossOf(cell) {
   const dense = data.cells.find((other) => !other.apart && other.model === cell.model && other.measure === cell.measure && isDense(other.method));
@@ -19,7 +20,7 @@ function lossOf(cell) {
 function tint(cell) {
   const loss = cell && !isDense(cell.method) ? lossOf(cell) : null;
   const bounds = cell && LOSSES[data.measures[cell.measure].kind];
-  return unknown(loss) || !bounds ? null : loss <= bounds[0] ? "little" : loss <= bounds[1] ? "some" : "much";
+  return unknown(loss) || !bounds ? null : TINTS[bounds.filter((bound) => loss > bound).length];
 }
 
 function lossText(cell) {

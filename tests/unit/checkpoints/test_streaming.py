@@ -51,7 +51,7 @@ def test_streamed_blocks_give_the_whole_models_hidden_states_one_block_in_memory
     assert weights_in_memory(modules) == 0
     expected = perplexity(whole, INPUT_IDS, 24, 2).value
     assert streamed_perplexity(model, weights, INPUT_IDS, 2).value == pytest.approx(expected, rel=1e-5)
-    with weights.on_demand({block.name: block.module for block in blocks}):
+    with weights.on_demand(model):
         assert perplexity(model, INPUT_IDS, 24, 2).value == pytest.approx(expected, rel=1e-5)
     assert weights_in_memory(modules) == 0
 

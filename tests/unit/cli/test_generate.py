@@ -72,6 +72,8 @@ def test_the_command_shows_texts_speeds_and_the_skipped_share(capsys: pytest.Cap
     [
         (["evaluator=paper"], "evaluator=paper: besa generate takes skipping=NAME"),
         (["skipping.fraction=0.5"], "besa generate takes skipping=NAME"),
+        (["skipping=ffn", "--chat"], "--chat goes without keys"),
+        (["--chat"], "--chat: the tokenizer of embedded has no chat template"),
         (["skipping=ffn", "skipping.span=0"], r"skipping\.span=0: must be at least 1"),
     ],
 )

@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,9 +158,9 @@ def test_warnings_are_shown_as_such_and_only_while_the_console_is_open(capsys: p
 
 def test_the_summary_has_a_row_a_block_with_each_linear_type_and_the_losses() -> None:
     head, _, first, second, _, total = rows(plain_lines())[:6]
-    assert head == ["block", "q", "k", "v", "o", "gate", "up", "down", "all", "start", "loss"]
-    assert first == ["1", "40.00", "40.01", "40.02", "40.03", "40.04", "40.05", "40.06", "40.03", "0.25", "0.125"]
-    assert second[:2] + second[-3:] == ["2", "41.00", "41.03", "0.25", "1.125"]
+    assert head == ["index", "q", "k", "v", "o", "gate", "up", "down", "all", "start", "loss"]
+    assert first == ["0", "40.00", "40.01", "40.02", "40.03", "40.04", "40.05", "40.06", "40.03", "0.25", "0.125"]
+    assert second[:2] + second[-3:] == ["1", "41.00", "41.03", "0.25", "1.125"]
     assert total[:2] + total[-3:] == ["all", "40.50", "40.53", "", ""]
 
 
@@ -273,9 +274,34 @@ def test_a_terminal_of_100_columns_shows_progress_then_whole_tables() -> None:
     assert re.search(r"block 2 of 2 · about .* left", shown)
     assert re.search(r"step [234] of 4 · loss 0.75", shown)  # the number of steps is known from the first block
     assert "W&B is [left] out" in shown
-    assert re.search(r"  1 +40\.00 +40\.01 +40\.02 +40\.03 +40\.04 +40\.05 +40\.06 +40\.03 +0\.25 +0\.125", shown)
+    assert re.search(r"  0 +40\.00 +40\.01 +40\.02 +40\.03 +40\.04 +40\.05 +40\.06 +40\.03 +0\.25 +0\.125", shown)
     assert re.search(r"perplexity embedded ↓ +10\.0000 +12\.5000 +\+25\.00%", shown)
     assert "block 1 of 2: sparsity" not in shown  # that line is for files
+
+
+@pytest.mark.parametrize("no_colour", [False, True])
+def test_a_narrow_terminal_breaks_no_line_and_has_colours_where_they_are_wanted(
+    no_colour: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"TTY_COMPATIBLE": "1", "TERM": "xterm-256color", "COLUMNS": "64", "LINES": "24"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_colour:
+        monkeypatch.setenv("NO_COLOR", "1")
+    with RunConsole(quiet=False) as console:
+        console.outline(SETTINGS)
+        with console.pruning(2, [9.0]) as progress:
+            progress.step(Step(1, 0, 0.75, 0.5, 0.25, 0.5))
+            time.sleep(0.25)  # the line is drawn ten times a second
+        console.stage("pruned model: zero-shot a_task_with_a_rather_long_name_of_its_own")
+        console.count(64, 1838, "questions")
+        console.summary(RESULTS, Path("outputs/a-run"))
+    shown = capsys.readouterr().out
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown).replace("\r", "\n")
+    assert max(map(len, plain.splitlines())) <= 64
+    for whole in ("block 2 of 2 · about 9 s left · ", "✓ pruning (1 of 2 blocks from before)", "+25.00%"):
+        assert whole in plain
+    assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]m", shown)) != no_colour
 
 
 def test_a_terminal_run_logs_the_same_lines_for_run_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -91,6 +91,14 @@ def test_the_card_of_a_local_model_does_not_tell_where_it_lies() -> None:
     assert "somebody" not in card
 
 
+@pytest.mark.parametrize(("hub_id", "base"), [("org/tiny", "[org/tiny]"), (None, "tiny\n")])
+def test_the_title_has_the_name_that_was_given_and_the_base_model_its_own(hub_id: str | None, base: str) -> None:
+    card = model_card(RESULTS | {"model_name": "mine"}, COMMAND, hub_id)
+    assert "# mine, pruned to 59.1% by besa" in card
+    assert f"- Base model: {base}" in card
+    assert f"# {hub_id or 'tiny'}, pruned" in model_card(RESULTS | {"model_name": "tiny"}, COMMAND, hub_id)
+
+
 def test_the_card_gives_the_sparsity_of_each_linear_type() -> None:
     card = model_card(RESULTS, COMMAND)
     assert "| self_attn.q_proj | 200 | 80 | 0.4000 |" in card

@@ -6,6 +6,7 @@ import json
 import random
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from wandb_file import history, one, step_metrics, summary
 
 from besa_exp.blocks.reports import BlockReport, LinearReport, Step
-from besa_exp.display.tracker import NoTracker, start_tracker
+from besa_exp.display.tracker import NoTracker, WandbTracker, start_tracker
 from besa_exp.evaluation.score import Scores
 from besa_exp.run_folder.folder import RunFolder
 from besa_exp.run_folder.status import write_status
@@ -177,14 +178,20 @@ def test_the_run_has_its_config_masked_and_its_name_tags_and_group(tracked: Path
     assert one(tracked, "exit").exit_code == 0
 
 
-def test_wandbs_own_name_and_kind_of_job_win_over_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandbs_own_name_and_kind_of_job_win_over_the_runs_and_the_machine_is_watched_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_NAME", "mine")
     monkeypatch.setenv("WANDB_JOB_TYPE", "ablation")
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
-    start_tracker(SETTINGS, tmp_path, CONFIG, "tiny-besa-0.5", "besa").finish()
+    tracker = start_tracker(replace(SETTINGS, system_metrics=True), tmp_path, CONFIG, "tiny-besa-0.5", "besa")
+    assert isinstance(tracker, WandbTracker)
+    settings = tracker._run.settings
+    tracker.finish()
     run = one(tmp_path, "run")
     assert (run.display_name, run.job_type) == ("mine", "ablation")
+    assert (settings.x_disable_stats, settings.x_disable_machine_info) == (False, False)
 
 
 def test_the_table_and_the_heat_map_of_sparsity_lie_in_the_run_folder(tracked: Path) -> None:

@@ -16,11 +16,12 @@ from transformers import LlamaForCausalLM
 from besa_exp.blocks.activations import allocator
 from besa_exp.display.tables import as_text
 from besa_exp.dry_run.counts import Passes, passes_of
-from besa_exp.dry_run.estimate import LIBRARIES, Estimate, Part, disk_speed, estimate, model_size, peak, remedies
+from besa_exp.dry_run.estimate import Estimate, disk_speed, estimate
+from besa_exp.dry_run.parts import LIBRARIES, Part, peak, remedies
 from besa_exp.dry_run.probe import BlockProbe, cut_down
 from besa_exp.dry_run.recovery import pruned_at_random, recovery_cost
+from besa_exp.dry_run.sizes import model_size, model_without_weights
 from besa_exp.dry_run.tables import estimate_tables, sweep_table, verdicts
-from besa_exp.dry_run.texts import model_without_weights
 from besa_exp.methods.budgets.learned import Learned
 from besa_exp.methods.budgets.owl import Owl
 from besa_exp.methods.pruners.besa import Besa
@@ -181,7 +182,8 @@ def test_a_recovery_is_priced_by_its_own_steps(method: str) -> None:
         model = tiny_llama(32, num_hidden_layers=3)
         state = Full().begin(model, pruned_at_random(model, 0.5), 0).leaves
         assert found.state_bytes == pytest.approx(3 * sum(leaf.nbytes for leaf in state.values()), rel=0.02)
-        assert found.moved_bytes == sum(parameter.nbytes for parameter in model.parameters())
+        moved = sum(parameter.nbytes for parameter in model.parameters())
+        assert found.kept_bytes == found.state_bytes + moved
 
 
 def paper_run(model: str, pruner, device_name) -> Estimate:

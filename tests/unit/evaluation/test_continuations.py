@@ -30,6 +30,17 @@ def test_each_prompt_goes_on_along_the_most_likely_tokens() -> None:
     assert expected[0] != expected[1]
 
 
+def test_a_chat_prompt_is_a_users_turn_that_waits_for_its_answer() -> None:
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    tokenizer.chat_template = (
+        "<s>{{ messages[0]['role'] }}:{{ messages[0]['content'] }}{% if add_generation_prompt %};{% endif %}"
+    )
+    ids = tokenizer("user:Once;").input_ids  # with its own BOS, and no second
+    expected = str(tokenizer.decode(greedy(model, ids, 12), skip_special_tokens=True)).strip()
+    assert continuations(model, tokenizer, ["Once"], 12, chat=True) == [expected]
+    assert continuations(model, tokenizer, ["Once"], 12) != [expected]
+
+
 def test_what_is_said_ends_with_the_context() -> None:
     model, tokenizer = tiny_llama(context=16), byte_tokenizer()
     (told,) = continuations(model, tokenizer, ["Ten bytes."], 100)

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, tiny
-from tiny_llama import tiny_llama
+from tiny_llama import middle_of_model, tiny_llama
 
 from besa_exp.errors import RunError
 from besa_exp.evaluation.perplexity import perplexity
 from besa_exp.evaluation.prompt_skipping import prefill_skipping
-from besa_exp.evaluation.skipping import middle_of_model, skipping
+from besa_exp.evaluation.skipping import skipping
 from besa_exp.evaluation.skipping_rules import FfnSkipping, RandomSkipping, StaticSkipping, threshold_for
 
 IDS = torch.randint(3, 200, (3, 14), generator=torch.Generator().manual_seed(9))

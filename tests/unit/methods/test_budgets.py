@@ -18,6 +18,7 @@ from tiny_llama import tiny_llama
 from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.blocks.head import head_of
 from besa_exp.blocks.loop import prune_blocks
+from besa_exp.errors import RunError
 from besa_exp.methods.budgets.alpha import Alpha, hill_exponent
 from besa_exp.methods.budgets.atp import Atp
 from besa_exp.methods.budgets.budget import Budget, exact_goals
@@ -26,7 +27,7 @@ from besa_exp.methods.budgets.evopress import EvoPress, Levels, Space
 from besa_exp.methods.budgets.learned import Learned, deal_out
 from besa_exp.methods.budgets.owl import Owl
 from besa_exp.methods.budgets.progress import Progress
-from besa_exp.methods.budgets.trial import DepthSearch, Trial
+from besa_exp.methods.budgets.trial import DepthSearch, Trial, check_budget
 from besa_exp.methods.budgets.uniform import SameForAll
 from besa_exp.methods.pruners.besa import Besa
 from besa_exp.methods.pruners.besa_reconstruct import BesaReconstruct
@@ -118,6 +119,32 @@ def test_dlp_is_its_formula() -> None:
     unimportance = torch.stack([1 / score.median() for score in scores_of_blocks()])
     scaled = (unimportance - unimportance.min()) / (unimportance.max() - unimportance.min()) * 0.3
     torch.testing.assert_close(Dlp().sparsities(*loaded(), 0.7, 4), 0.7 + scaled - scaled.mean(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+@pytest.mark.parametrize("spoil", [0.6, 1.0], ids=["mostly zeros", "a linear of zeros"])
+def test_a_block_of_zeros_gets_a_finite_goal_and_the_total_is_met(name: str, spoil: float) -> None:
+    """As in a model that was pruned before: medians, tails and errors of 0."""
+    model = copy.deepcopy(DENSE)
+    for path, weight in model.get_submodule("model.layers.0").named_parameters():
+        if weight.dim() == 2 and (spoil < 1 or "down_proj" in path):
+            weight[:, : round(spoil * weight.shape[1])] = 0
+    blocks = capture_blocks(model, INPUT_IDS)
+    inputs, outputs = (embed(model, blocks, INPUT_IDS, 4) for _ in range(2))
+    budget, sizes = BUDGETS[name], [sum(linear.weight.numel() for linear in b.linears.values()) for b in blocks]
+    if isinstance(budget, DepthSearch):
+        tried = Trial.begin(lambda: blocks, inputs, outputs, head_of(model, blocks, INPUT_IDS), 4)
+        goals = exact_goals(budget.search(tried, 0.5, Progress()), sizes, 0.5)
+    else:
+        goals = exact_goals(budget.sparsities(blocks, inputs, 0.5, 4), sizes, 0.5)
+    assert sum(goal.sparsity * size for goal, size in zip(goals, sizes, strict=True)) == pytest.approx(0.5 * sum(sizes))
+    if name == "dlp" and spoil < 1:
+        assert goals[0].sparsity == pytest.approx(0.65, abs=1e-3)  # as much more than the other as the width allows
+
+
+def test_a_budget_that_is_no_number_is_named() -> None:
+    with pytest.raises(RunError, match="block 1 of the budget is nan"):
+        exact_goals(torch.tensor([0.5, torch.nan]), [8, 8], 0.5)
 
 
 def test_the_hill_exponent_finds_the_exponent_of_a_power_law() -> None:
@@ -337,7 +364,7 @@ def test_a_search_asks_for_no_more_work_than_it_says() -> None:
 
 
 def test_the_uniform_budget_takes_any_target() -> None:
-    assert SameForAll().check(0.5, "unstructured") == SameForAll().check(0.5, "2:4") == []
+    assert check_budget(SameForAll(), "2:4") == []
     assert not isinstance(SameForAll(), Budget | DepthSearch)
 
 
@@ -348,5 +375,5 @@ def test_a_budget_is_either_measured_or_searched_for(name: str) -> None:
 
 @pytest.mark.parametrize("name", BUDGETS)
 def test_a_budget_refuses_n_m(name: str) -> None:
-    assert BUDGETS[name].check(0.5, "unstructured") == []
-    assert f"budget={name}" in BUDGETS[name].check(0.5, "2:4")[0]
+    assert check_budget(BUDGETS[name], "unstructured") == []
+    assert f"budget={name} with" in check_budget(BUDGETS[name], "2:4")[0]

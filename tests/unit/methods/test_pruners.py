@@ -17,8 +17,11 @@ from besa_exp.methods.pruners.besa_joint import BesaJoint
 from besa_exp.methods.pruners.besa_paper import BesaPaper
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
 from besa_exp.methods.pruners.uniform import Uniform
+from besa_exp.methods.tuning import Tuning
+from besa_exp.methods.updates.barber import Barber
 from besa_exp.methods.updates.dsnot import Dsnot
 from besa_exp.methods.updates.obs import Obs
+from besa_exp.methods.updates.reconstruct import Reconstruct
 from besa_exp.methods.updates.updated import Updated
 from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.quantisation import Quantiser, quantise
@@ -117,6 +120,14 @@ def test_what_an_update_observes_leaves_the_pruners_own_choice_as_it_was(pruner,
     """The norms come from another statistic, summed in another precision."""
     (_, alone), (_, updated) = prune_tiny(pruner)[1][0], prune_tiny(Updated(pruner, update))[1][0]
     assert_allocations_agree(updated.keep_masks, alone.keep_masks, 2e-3 if pruner in LEARNS else 0)
+
+
+@pytest.mark.parametrize("update", [Obs(), Barber(), Reconstruct(Tuning(epochs=1))])
+def test_each_step_of_a_search_is_reported_once_whatever_update_follows(update):
+    (_, alone), (_, updated) = (prune_tiny(pruner)[1][1] for pruner in (Besa(), Updated(Besa(), update)))
+    steps = [step.step for step in updated.steps]
+    assert steps == [*range(len(steps))]
+    assert (len(steps) > len(alone.steps)) == isinstance(update, Reconstruct)
 
 
 @pytest.mark.parametrize("granularity", ["row", "linear"])

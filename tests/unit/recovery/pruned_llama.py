@@ -8,6 +8,12 @@ from tiny_llama import tiny_llama
 from besa_exp.recovery.keep_bits import keep_of_zeros, parameters_of_linears
 
 WINDOWS = torch.randint(0, 256, (12, 24), generator=torch.Generator().manual_seed(3))
+LENGTHS, OWN = [(9, 20), (12, 3), (7, 7)], [(2, 5), (1, 2), (3, 3)]  # of options of examples, and what they add
+EXAMPLES = torch.zeros(3, 2, 24, dtype=torch.int64)
+for _example, (_lengths, _owns) in enumerate(zip(LENGTHS, OWN, strict=True)):
+    for _option, (_length, _own) in enumerate(zip(_lengths, _owns, strict=True)):
+        EXAMPLES[_example, _option, :_length] = WINDOWS[2 * _example + _option, :_length]
+        EXAMPLES[_example, _option, _length - _own : _length] = ~WINDOWS[_example, :_own]
 
 
 def pruned_llama(pruned=2, dtype=torch.float32, seed=0, **changes):

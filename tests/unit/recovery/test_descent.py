@@ -9,7 +9,7 @@ from pruned_llama import WINDOWS, as_bytes, assert_zeros_exact, pruned_llama, we
 from besa_exp.recovery.descent import Adam
 from besa_exp.recovery.full import Full, Kept
 from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears
-from besa_exp.recovery.lora import Factored, Lora, Scale
+from besa_exp.recovery.lora import Factored, Lora
 from besa_exp.recovery.norms import Norms
 from besa_exp.recovery.objective import NextToken
 
@@ -18,7 +18,7 @@ METHODS = {
     "full_blocks": Full(Adam(lr=1e-2), embeddings=False),
     "lora": Lora(Adam(lr=1e-2), rank=4),
     "lora_alone": Lora(Adam(lr=1e-2), rank=4, norms=False),
-    "scale": Scale(Adam(lr=1e-2), rank=4),
+    "scale": Lora(Adam(lr=1e-2), rank=4, alpha=None),
     "norms": Norms(Adam(lr=1e-2)),
 }
 
@@ -177,7 +177,7 @@ def test_norms_alone_leave_every_linear_as_it_is():
 def test_published_beginning_of_scale_stays_of_rank_one_and_ours_does_not():
     """All entries 1 / sqrt(r): the columns of B are equal and get equal gradients."""
     model, keep = pruned_llama()
-    tuner = Scale(Adam(lr=1e-2), rank=4).begin(model, keep, 0)
+    tuner = Lora(Adam(lr=1e-2), rank=4, alpha=None).begin(model, keep, 0)
     steps(tuner, NextToken(model), range(3))
     name = next(iter(parameters_of_linears(model)))
     form = tuner.forms[name]

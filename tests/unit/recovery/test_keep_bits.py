@@ -10,7 +10,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from besa_exp.recovery.keep_bits import (
     KeepBits,
-    check_against_zeros,
     keep_of_masks,
     keep_of_zeros,
     parameters_of_linears,
@@ -85,16 +84,13 @@ def test_masks_of_linears_become_bits_of_parameters_as_they_are_stored():
     assert torch.equal(bits.mask(), mask.T)
 
 
-def test_masks_that_fit_nothing_or_contradict_the_weights_are_refused():
+def test_masks_that_fit_nothing_are_refused():
     model, keep = pruned_llama()
     name = next(iter(keep))
     with pytest.raises(ValueError, match=r"fit no linear.*give the masks of the run"):
         keep_of_masks(model, {"model.layers.9.mlp.up_proj.weight": random_mask(4, 4)})
     with pytest.raises(ValueError, match=r"has the shape \[4, 4\]"):
         keep_of_masks(model, {name: random_mask(4, 4)})
-    check_against_zeros(model, keep)
-    with pytest.raises(ValueError, match=f"{name}: .* weights are not 0"):
-        check_against_zeros(model, keep | {name: KeepBits.of(~keep[name].mask())})
 
 
 def test_a_mask_of_a_model_is_the_same_from_zeros_and_from_a_masks_file():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pruned_llama import WINDOWS, as_bytes, assert_zeros_exact, pruned_llama, weights_of
+from pruned_llama import EXAMPLES, WINDOWS, as_bytes, assert_zeros_exact, pruned_llama, weights_of
 
 from besa_exp.recovery.mezo import BlockFiles, Mezo, StreamedMezo, normal, rounded_at_random
-from besa_exp.recovery.objective import NextToken, mean_loss
+from besa_exp.recovery.objective import NextToken, mean_loss, next_token_losses, option_losses
 from besa_exp.recovery.saved_states import SavedStates
 from besa_exp.recovery.schedule import Schedule
 from besa_exp.recovery.tuning import Plan, tune
@@ -20,11 +20,14 @@ def begun(dtype=torch.float32, told=TOLD, seed=0, **changes):
     return model, keep, told.begin(model, keep, seed)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_both_losses_are_those_of_the_whole_model_with_perturbed_weights(tied):
+@pytest.mark.parametrize(
+    ("tied", "windows", "losses"),
+    [(False, WINDOWS[:3], next_token_losses), (True, WINDOWS[:3], next_token_losses), (False, EXAMPLES, option_losses)],
+)
+def test_both_losses_are_those_of_the_whole_model_with_perturbed_weights(tied, windows, losses):
     model, keep, tuner = begun(tie_word_embeddings=tied)
     before = weights_of(model)
-    found = tuner.losses(NextToken(model), WINDOWS[:3], 7)
+    found = tuner.losses(NextToken(model, losses=losses), windows, 7)
     for sign, loss in zip((1, -1), found, strict=True):
         other, _ = pruned_llama(tie_word_embeddings=tied)
         for name, parameter in other.named_parameters():
@@ -34,7 +37,7 @@ def test_both_losses_are_those_of_the_whole_model_with_perturbed_weights(tied):
                 parameter[keep[name].mask()] += sign * 1e-3 * z
             else:
                 parameter.add_(sign * 1e-3 * z.view(parameter.shape))
-        assert loss == pytest.approx(mean_loss(other, WINDOWS[:3], 3), rel=2e-6)
+        assert loss == pytest.approx(mean_loss(other, windows, 3, losses), rel=2e-6)
     for name, value in before.items():
         assert torch.equal(as_bytes(value), as_bytes(model.get_parameter(name))), f"{name} drifted"
 

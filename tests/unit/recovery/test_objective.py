@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from pruned_llama import WINDOWS, pruned_llama
+from pruned_llama import EXAMPLES, LENGTHS, OWN, WINDOWS, pruned_llama
 
 from besa_exp.recovery.descent import Adam
 from besa_exp.recovery.full import Full
-from besa_exp.recovery.objective import Distillation, NextToken, mean_loss, option_loss
+from besa_exp.recovery.objective import (
+    Distillation,
+    NextToken,
+    answer_losses,
+    called,
+    mean_loss,
+    option_errors,
+    option_losses,
+    option_scores,
+)
 
 
 def value(objective, windows):
@@ -75,15 +86,25 @@ def test_squarehead_is_followed_through_checkpointed_blocks_too():
 
 
 def test_options_are_told_apart_by_the_mean_log_probability_of_their_own_tokens():
+    """Against each option alone, without what fills it up."""
     model, _ = pruned_llama()
-    windows, lengths, right = WINDOWS[:4], torch.tensor([2, 5, 1, 3]), torch.tensor([1, 0])
-    logs = log_q(model, windows)[:, :-1].gather(2, windows[:, 1:, None])[..., 0]
-    means = [logs[row, -length:].mean() for row, length in enumerate(lengths.tolist())]
-    expected = sum(
-        torch.logsumexp(torch.stack(means[2 * e : 2 * e + 2]), 0) - means[2 * e + int(right[e])] for e in range(2)
-    )
-    logits = model(windows, use_cache=False).logits
-    assert float(option_loss(logits, windows, lengths, 2, right)) == pytest.approx(float(expected), rel=1e-5)
+    scores = torch.zeros(3, 2)
+    for example, option in itertools.product(range(3), range(2)):
+        row = EXAMPLES[example, option][: LENGTHS[example][option]]
+        own = OWN[example][option]
+        ids = torch.cat([row[:-own], ~row[-own:]])[None]
+        scores[example, option] = log_q(model, ids)[0, :-1].gather(1, ids[0, 1:, None])[-own:].mean()
+    logits, _ = called(model, EXAMPLES, False)
+    assert logits.shape[:2] == (6, 20)
+    torch.testing.assert_close(option_scores(logits, EXAMPLES), scores, rtol=1e-5, atol=1e-6)
+    expected = torch.logsumexp(scores, dim=1) - scores[:, 0]
+    torch.testing.assert_close(option_losses(logits, EXAMPLES), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(answer_losses(logits, EXAMPLES), -scores[:, 0], rtol=1e-5, atol=1e-6)
+    assert option_errors(logits, EXAMPLES).tolist() == [float(right <= wrong) for right, wrong in scores.tolist()]
+    assert mean_loss(model, EXAMPLES, 2, option_losses) == pytest.approx(float(expected.mean()), rel=1e-5)
+    same = EXAMPLES[:1].clone()
+    same[:, 1] = same[:, 0]
+    assert option_errors(called(model, same, False)[0], same).tolist() == [1]  # nothing says which
 
 
 def test_faults_are_told():

@@ -26,7 +26,8 @@ def asked(name: str = "full", **changes) -> RecoverySettings:
 def test_each_preset_is_the_method_of_its_name(name: str) -> None:
     method = method_of(asked(name), 200)
     assert isinstance(method, Method)
-    assert type(method).__name__.lower() == name
+    assert type(method).__name__.lower() == name.replace("scale", "lora")
+    assert not isinstance(method, Lora) or (method.alpha is None) == (name == "scale")
     assert check_recovery(asked(name), 0.0, "unstructured", 256, 512) == []
 
 
@@ -66,6 +67,11 @@ def test_the_plan_warms_up_and_judges_as_asked() -> None:
         ({"distill": "all"}, "recovery.distill=all"),
         ({"temperature": 0.0}, "recovery.temperature"),
         ({"path": "nowhere.txt"}, "recovery.path=nowhere.txt"),
+        ({"task": "bolq"}, "did you mean boolq"),
+        ({"task": "rte", "task_loss": "f1"}, "recovery.task_loss=f1"),
+        ({"task": "rte", "task_loss": "accuracy"}, "has no gradient"),
+        ({"task": "rte", "distill": "logits"}, "its options are all that is followed"),
+        ({"name": "norms", "shard": True}, "is for recovery=full"),
         ({"name": "mezo"}, "clips no gradient"),
         ({"name": "blocks", "scope": "half"}, "recovery.scope=half"),
         ({"name": "blocks", "distill": "logits"}, "follows the dense model's states"),
@@ -83,6 +89,7 @@ def test_what_only_the_loaded_model_shows_is_refused() -> None:
     blocks = asked("blocks", scope="sub_block")
     assert "use recovery.scope=block" in check_fit(blocks, side_by_side)[0]
     assert check_fit(blocks, one_after_the_other) == []
+    assert "start several with torchrun" in check_fit(asked(shard=True), one_after_the_other)[0]
     assert "model.dtype=bfloat16" in check_fit(asked("mezo"), one_after_the_other.half())[0]
 
 

@@ -164,7 +164,7 @@ def test_metrics_hold_a_line_for_each_step_block_and_score(tmp_path: Path) -> No
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_number_that_is_not_finite_stops_the_run_and_is_not_written(tmp_path: Path, value: float) -> None:
     with RunFolder.open(tmp_path) as folder:
-        with pytest.raises(RunError, match=f"block 3, step 12, loss is {value}"):
+        with pytest.raises(RunError, match=f"block index 3, step 12, loss is {value}"):
             folder.log_step(Step(3, 12, value, 0.5, 0.25, 0.125))
         with pytest.raises(RunError, match=r"results.json, dense, perplexity, ptb is"):
             folder.write_results({"dense": {"perplexity": {"ptb": value}}})

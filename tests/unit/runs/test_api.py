@@ -100,6 +100,15 @@ def test_the_report_counts_what_the_model_holds() -> None:
     assert set(table.columns) >= {"weights", "sparsity", "allocated", "loss_before", "loss_after"}
 
 
+@pytest.mark.parametrize("update", ["obs", "admm", "reconstruct"])
+def test_weights_of_dead_inputs_that_the_mask_keeps_stay_under_an_update(update: str) -> None:
+    model = tiny()
+    model.get_parameter("model.layers.1.post_attention_layernorm.weight").detach().zero_()
+    report = besa_exp.prune(model, None, TOKENS, pruner="wanda", update=update)
+    assert report.sparsity == 0.5
+    assert all(bool(model.get_parameter(name)[mask].all()) for name, mask in report.keep_masks.items())
+
+
 def test_mode_gradients_and_random_numbers_are_put_back() -> None:
     torch.use_deterministic_algorithms(False)
     model = tiny().train()
@@ -165,6 +174,8 @@ def test_settings_alone_say_what_a_configuration_says() -> None:
         ({"sparsity": 50}, r"must be in \[0, 1\)"),
         ({"sparsity": -0.1}, r"must be in \[0, 1\)"),
         ({"pattern": "2:4"}, "use pattern=N:4"),
+        ({"pattern": "2:5", "pruner": "wanda"}, "must be divisible by 5"),
+        ({"pattern": "N:64"}, r"divisible by 64, not as those of model.layers.0.mlp.down_proj \(96\)"),  # of 64 rows
         ({"pattern": "four"}, "must be 'unstructured' or 'N:M'"),
         ({"pruner": "magnitude", "update": "obs", "pattern": "N:8"}, "does not choose N"),
         ({"pruner": object()}, "a pruner has .*prune_block"),

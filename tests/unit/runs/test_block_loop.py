@@ -52,7 +52,7 @@ def test_a_block_that_cannot_be_written_ends_the_loop_with_the_reason_and_keeps_
     reported = []
     run, _ = looped(tmp_path / "model", "streamed", tmp_path / "blocks", reported)
     (tmp_path / "blocks" / "000001.safetensors" / "in the way").mkdir(parents=True)
-    with pytest.raises(RunError, match=r"block 1 could not be written.*the blocks before it are kept"):
+    with pytest.raises(RunError, match=r"block index 1 could not be written.*the blocks before it are kept"):
         run()
     assert [report.index for report in reported] == [0, 1]
     assert sorted(file.name for file in (tmp_path / "blocks").glob("*.json")) == ["000000.json", "identity.json"]

@@ -31,6 +31,7 @@ ASKED = [
     {"pruner": "wanda", "pattern": "2:4"},
     {"pruner": "best"},
     {"pruner": "wanda", "budget": "owl"},
+    {"pruner": "quantise_then_wanda", "budget": "owl"},
     {"pruner": "wanda", "budget": "alpha", "update": "obs"},
     {"pruner": "wanda", "budget": "learned"},
     {"pruner": "wanda", "budget": "atp"},

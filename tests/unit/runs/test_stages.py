@@ -210,6 +210,20 @@ def test_a_recovery_that_fills_a_pruned_weight_is_an_error(load, request_of, tmp
         run_with(monkeypatch, request_of(load), tmp_path / "run", prune_model, recovery_by(fill))
 
 
+def test_kept_scores_are_those_of_the_very_model_that_is_asked_for(request_of, tmp_path, monkeypatch):
+    def interrupted(run: Run, work: Work) -> Work:
+        raise Interrupted("by hand")
+
+    settings = request_of("whole")
+    narrower = replace(settings, model=replace(settings.model, dtype="bfloat16"))
+    with pytest.raises(Interrupted):  # no block is there that would say what was asked
+        run_with(monkeypatch, settings, tmp_path / "run", interrupted)
+    found = run_with(monkeypatch, narrower, tmp_path / "run", prune_model)["dense"]["perplexity"]
+    fresh = run_with(monkeypatch, narrower, tmp_path / "elsewhere" / "run", prune_model)["dense"]["perplexity"]
+    assert found == fresh
+    assert found != run_with(monkeypatch, settings, tmp_path / "wide", prune_model)["dense"]["perplexity"]
+
+
 def test_a_kept_weight_that_became_zero_is_counted(request_of, tmp_path, monkeypatch):
     def one_less(block: Block) -> None:
         weight = block.linears["mlp.up_proj"].weight.data

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from letters import Letters
 from tiny_llama import tiny_llama
 
 import besa_exp
+from besa_exp.blocks.reports import RecoveryReport
 from besa_exp.errors import ConfigurationError
 
 RULE = torch.arange(60 * 16).view(60, 16) % 7
@@ -51,3 +54,23 @@ def test_what_cannot_be_tuned_is_refused() -> None:
 def test_the_dense_model_can_be_followed() -> None:
     asked = replace(ASKED, distill="logits", steps=2, lr=1e-3)
     assert besa_exp.tune(pruned(), None, RULE, recovery=asked, teacher=tiny_llama(context=32)).steps == 2
+
+
+@pytest.mark.parametrize(("name", "task_loss", "lr"), [("full", "options", 1e-2), ("mezo", "accuracy", 1e-3)])
+def test_a_task_is_learned_and_its_accuracy_on_other_examples_told(tmp_path, name, task_loss, lr) -> None:
+    """The prompts' first words say what is right."""
+    rows = [{"sentence": f"{('bad', 'good')[n % 2]} {n}", "label": n % 2} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = replace(
+        besa_exp.preset("recovery", name), task="sst2", path=str(tmp_path / "rows.jsonl"), task_loss=task_loss, lr=lr,
+        seq_len=32, steps=12, batch_size=8, shots=8, tested=20, held_out=8, checks=3,
+    )  # fmt: skip
+    report = besa_exp.tune(pruned(), Letters(), recovery=asked)  # type: ignore[arg-type]
+    assert report.task is not None
+    assert (report.task["name"], report.task["examples"]) == ("sst2", 20)
+    accuracy = report.task["accuracy"]
+    assert accuracy["before"] < 0.8
+    if name == "full":
+        assert accuracy["after"] == 1
+    assert report.loss_after <= report.loss_before
+    assert RecoveryReport.from_dict(report.to_dict()) == report

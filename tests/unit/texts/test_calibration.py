@@ -371,10 +371,26 @@ def test_each_text_is_a_users_turn_where_the_chat_template_is_asked_for(tmp_path
     assert (found.input_ids[:, 0] == 256).all()
     assert (found.input_ids[:, 1] != 256).all()  # the template's, and no other
     assert found.provenance["chat_template"] is True
-    assert (
-        "chat_template"
-        not in load_calibration(replace(chat, chat_template=False, seq_len=8), tokenizer, CONTEXT, True).provenance
-    )
+    plain = load_calibration(replace(chat, chat_template=False, seq_len=8), tokenizer, CONTEXT, True).provenance
+    assert "chat_template" not in plain
+    assert found.provenance.keys() == plain.keys() - {"tokenizer_adds_bos", "document_start_token"} | {"chat_template"}
     tokens = tmp_path / "tokens.safetensors"
     save_tokens(found, tokens)
     assert "exact tokens already" in check_calibration(replace(chat, path=str(tokens)), CONTEXT)[0]
+
+
+def test_a_conversation_is_written_whole_by_the_chat_template(tmp_path):
+    turns = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "told"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in (turns, "[1] is it")))
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn['role'][0] }}:{{ turn['content'] }}{% endfor %}"
+    chat = settings(path, num_samples=2, seq_len=11, chat_template=True, column="messages")
+    assert check_calibration(chat, CONTEXT) == []
+    found = load_calibration(chat, tokenizer, CONTEXT, offline=True)
+    assert sorted(decoded(found.input_ids)) == ["u:[1] is it", "u:aska:told"]
+    (problem,) = check_calibration(replace(chat, chat_template=False), CONTEXT)
+    assert problem.endswith("with calibration.column, or give calibration.chat_template=true")
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ConfigurationError, match=r"template refuses a conversation.*roles must alternate"):
+        load_calibration(chat, tokenizer, CONTEXT, offline=True)

@@ -1,0 +1,86 @@
+"""Tasks as text: prompts as MeZO writes them, the right option first, and parts that do not overlap."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from letters import Letters
+
+from besa_exp.errors import ConfigurationError
+from besa_exp.texts.tasks import check_task, read_examples
+
+ROWS = {
+    "sst2": {"sentence": "a fine film ", "label": 1},
+    "rte": {"sentence1": "It rains.", "sentence2": "It is wet.", "label": 0},
+    "boolq": {"passage": "Ice floats.", "question": "does ice sink", "answer": False},
+}
+SAID = {
+    "sst2": ["a fine film It was| great", "a fine film It was| terrible"],
+    "rte": [f'It rains.\nDoes this mean that "It is wet." is true? Yes or No?\n|{word}' for word in ("Yes", "No")],
+    "boolq": ["Ice floats. Does ice sink?| No", "Ice floats. Does ice sink?| Yes"],
+}
+
+
+def written(folder: Path, rows: list[dict]) -> str:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def said(options: torch.Tensor) -> list[str]:
+    """The text of each option, a bar before the tokens it is judged by."""
+    texts = []
+    for row in options.tolist():
+        shown = [chr(~token if token < 0 else token) for token in row[1:] if token != 0]
+        begun = next(place for place, token in enumerate(row[1:]) if token < 0)
+        texts.append("".join(shown[:begun]) + "|" + "".join(shown[begun:]))
+    return texts
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_prompts_and_words_are_those_of_the_paper_and_the_right_one_is_first(tmp_path: Path, name: str) -> None:
+    key = "answer" if name == "boolq" else "label"
+    rows = [ROWS[name] | {key: value} for value in (0, 1)] * 4
+    found = read_examples(name, written(tmp_path, rows), Letters(), 99, (1, 1, 1), 1, True)
+    by_right = {said(example)[0]: said(example) for part in vars(found).values() for example in part}
+    assert by_right[SAID[name][0]] == SAID[name]
+    assert set(by_right) <= {*SAID[name]}
+    assert (found.learned[:, :, 0] == Letters.bos_token_id).all()
+
+
+def test_parts_are_disjoint_drawn_by_the_seed_and_have_shots_of_each_label(tmp_path: Path) -> None:
+    rows = [{"sentence": f"film {number}", "label": int(number % 4 == 0)} for number in range(60)]
+
+    def drawn(seed: int) -> list[list[str]]:
+        found = read_examples("sst2", written(tmp_path, rows), Letters(), 99, (5, 7, 11), seed, True)
+        return [[said(example)[0] for example in part] for part in vars(found).values()]
+
+    learned, held_out, tested = drawn(3)
+    assert (len(held_out), len(tested)) == (7, 11)
+    assert sorted(text.endswith("great") for text in learned) == [False] * 5 + [True] * 5
+    assert len({*learned, *held_out, *tested}) == 28
+    assert drawn(3) == [learned, held_out, tested]
+    assert drawn(4)[1] != held_out
+
+
+def test_a_long_prompt_loses_its_beginning_and_keeps_bos_and_the_option(tmp_path: Path) -> None:
+    rows = [{"sentence": "x" * 50 + "end", "label": number % 2} for number in range(9)]
+    found = read_examples("sst2", written(tmp_path, rows), Letters(), 20, (1, 1, 1), 0, True)
+    texts = {text for example in found.learned for text in said(example)}
+    assert texts == {"end It was| terrible"[-20:], "xxxend It was| great"}
+    assert (found.learned[:, :, 0] == Letters.bos_token_id).all()
+
+
+def test_what_is_no_row_of_the_task_is_refused_with_its_place(tmp_path: Path) -> None:
+    assert "did you mean boolq" in check_task("bolq", None)[0]
+    assert "must be a file" in check_task("rte", str(tmp_path / "none.jsonl"))[0]
+    assert "no row of rte (has no label)" in check_task("rte", written(tmp_path, [ROWS["sst2"] | {"label": None}]))[0]
+    assert "has no 'sentence1'" in check_task("rte", written(tmp_path, [ROWS["sst2"]]))[0]
+    assert check_task("sst2", written(tmp_path, [ROWS["sst2"]])) == []
+    for rows, why in (([ROWS["sst2"] | {"label": 2}], "row 1: .*its label is 2"), ([ROWS["sst2"]] * 3, "too few")):
+        path = written(tmp_path, rows)
+        with pytest.raises(ConfigurationError, match=why):
+            read_examples("sst2", path, Letters(), 20, (1, 1, 1), 0, True)
