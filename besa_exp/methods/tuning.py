@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.block import Block, Hidden, samples_at
 from besa_exp.blocks.course import Course
 from besa_exp.blocks.linears import find_norms, room_like
 from besa_exp.blocks.probe import num_probe_samples, probe_loss
@@ -153,9 +153,9 @@ def tune(
     best_loss, shrunk = before, 1.0
     course = Course(block, on_step)
     for number, samples in enumerate(_batches(learn, tuning)):
-        own = distributed.own_places(samples).to(inputs.device)
+        own = distributed.own_places(samples)
         scale = shrunk * tuning.scale(number, num_steps)
-        state.step(inputs[own], targets[own], scale, course)
+        state.step(samples_at(inputs, own), samples_at(targets, own), scale, course)
         sparsity = ramp.sparsity_after(number, num_steps) if ramp else None
         if sparsity is None and (number not in judged or number < settles):
             continue
@@ -183,8 +183,8 @@ def _first_step_size(
         state = begin(lr)
         course = Course(state.block)
         for _, samples in zip(range(TRIED), _batches(learn, tuning), strict=False):
-            own = distributed.own_places(samples).to(inputs.device)
-            state.step(inputs[own], targets[own], 1.0, course)
+            own = distributed.own_places(samples)
+            state.step(samples_at(inputs, own), samples_at(targets, own), 1.0, course)
         course.wait()
         return state.probe_loss(inputs, targets)
 
