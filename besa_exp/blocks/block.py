@@ -111,6 +111,12 @@ class Block:
         return {**weights, **{name: weights.get(name, weight).to(dtype) for name, weight in own.items()}}
 
 
+def samples_at(states: Hidden, places: Int[Tensor, " place"]) -> Float[Tensor, "place seq hidden"]:
+    """states[places], by places that the host knows: a GPU that is sent an index keeps the host waiting until all that
+    was asked of it before is done."""
+    return torch.cat([states[place : place + 1] for place in places.tolist()] or [states[:0]])
+
+
 def discover_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     """The decoder layers with their path: the ModuleList that holds the most weights of linears in equal modules.
 

@@ -116,8 +116,47 @@ def with_weights(module: nn.Module, linears: Mapping[str, Linear], weights: Mapp
             stacks.setdefault(linear.path, {})[linear.expert] = stored
     for path, experts in stacks.items():
         own = module.get_parameter(path)
-        parameters[path] = torch.stack([experts.get(number, own[number]) for number in range(len(own))])
+        parameters[path] = stacked([experts.get(number, own[number]) for number in range(len(own))])
     return parameters
+
+
+def room_like(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An empty tensor like each. Those of a stack, which fill one piece of memory, do so again: `stacked` takes it."""
+    sizes: dict[int, int] = {}
+    for weight in weights.values():
+        key = weight.untyped_storage()._cdata
+        sizes[key] = sizes.get(key, 0) + weight.numel()
+    pieces, rooms = {}, {}
+    for name, weight in weights.items():
+        key, held = weight.untyped_storage()._cdata, weight.untyped_storage().nbytes() // weight.itemsize
+        if sizes[key] == held > weight.numel():
+            piece = pieces.setdefault(key, weight.new_empty(held))
+            rooms[name] = piece.as_strided(weight.shape, weight.stride(), weight.storage_offset())
+        else:
+            rooms[name] = torch.empty_like(weight)
+    return rooms
+
+
+def stacked(parts: Sequence[Float[Tensor, "_out _in"]]) -> Float[Tensor, "expert _out _in"]:
+    """torch.stack(parts), and no copy where they lie one after the other in one piece of memory. Differentiable."""
+    first = parts[0]
+    piece, start, size = first.untyped_storage()._cdata, first.storage_offset(), first.numel()
+    lie = all(
+        part.is_contiguous() and (part.untyped_storage()._cdata, part.storage_offset()) == (piece, start + size * place)
+        for place, part in enumerate(parts)
+    )
+    return _Lying.apply(*parts) if lie else torch.stack([*parts])
+
+
+class _Lying(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:
+        first = parts[0].detach()
+        return first.as_strided((len(parts), *first.shape), (first.numel(), *first.stride()), first.storage_offset())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient.unbind()
 
 
 @contextmanager
@@ -168,8 +207,14 @@ def _tell_experts(
     hidden, chosen = (*args, *kwargs.values())[:2]  # in the interface's order, whatever each family calls them
     hidden = hidden.reshape(-1, hidden.shape[-1])
     first = _first_projection(experts)
-    for expert in sorted({expert for expert, _ in names}):
-        tokens = hidden if all_tokens else hidden[(chosen == expert).any(dim=-1)]
+    ours = sorted({expert for expert, _ in names})
+    # Tokens in the order of their experts, by one sort; only where each expert's begin is read
+    by_expert, order = chosen.flatten().sort(stable=True)
+    edges = torch.arange(ours[-1] + 2, dtype=chosen.dtype, device=chosen.device)
+    begin = torch.searchsorted(by_expert, edges).tolist()
+    for expert in ours:
+        own = order[begin[expert] : begin[expert + 1]] // chosen.shape[-1]
+        tokens = hidden if all_tokens else hidden[own]
         on_tokens(names[expert, first], tokens)
         on_tokens(names[expert, "down_proj"], expert_activations(experts, expert, tokens))
 

@@ -27,9 +27,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.block import Block, Hidden, samples_at
 from besa_exp.blocks.course import Course
-from besa_exp.blocks.linears import find_norms
+from besa_exp.blocks.linears import find_norms, room_like
 from besa_exp.blocks.probe import num_learned, probe_loss
 from besa_exp.blocks.reports import Step
 from besa_exp.errors import check_fields, within
@@ -157,8 +157,9 @@ def tune(
     best_loss, shrunk = before, 1.0
     course = Course(block, on_step)
     for number, samples in enumerate(_batches(learn, tuning)):
-        own = distributed.own_places(samples).to(inputs.device)
-        state.step(inputs[own], targets[own], shrunk * tuning.scale(number, num_steps), course)
+        own = distributed.own_places(samples)
+        scale = shrunk * tuning.scale(number, num_steps)
+        state.step(samples_at(inputs, own), samples_at(targets, own), scale, course)
         sparsity = ramp.sparsity_after(number, num_steps) if ramp else None
         if sparsity is None and number not in judged:
             continue
@@ -186,8 +187,8 @@ def _first_step_size(
         state = begin(lr)
         course = Course(state.block)
         for _, samples in zip(range(TRIED), _batches(learn, tuning), strict=False):
-            own = distributed.own_places(samples).to(inputs.device)
-            state.step(inputs[own], targets[own], 1.0, course)
+            own = distributed.own_places(samples)
+            state.step(samples_at(inputs, own), samples_at(targets, own), 1.0, course)
         course.wait()
         return state.probe_loss(inputs, targets)
 
@@ -234,7 +235,8 @@ class _State:
     @staticmethod
     def of(block: Block, weights: Weights, keep_masks: KeepMasks, with_norms: bool, lr: float) -> _State:
         latent = {name: weight.detach().float() * keep_masks[name] for name, weight in weights.items()}
-        masked = {name: torch.empty_like(block.linears[name].weight).requires_grad_() for name in latent}
+        masked = room_like({name: block.linears[name].weight.detach() for name in latent})
+        masked = {name: room.requires_grad_() for name, room in masked.items()}
         groups = [
             {
                 "params": [weight],

@@ -26,7 +26,7 @@ from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
 from besa_exp.machine.background import ahead, one_at_a_time
-from besa_exp.machine.device import compute_dtype
+from besa_exp.machine.device import compute_dtype, on_host
 from besa_exp.methods.budgets.budget import Budget, exact_goals
 from besa_exp.methods.budgets.trial import DepthSearch, Trial
 from besa_exp.methods.budgets.uniform import SameForAll
@@ -237,7 +237,7 @@ class BlockLoop:
 
     def _hash_block(self, block: Block) -> Block:
         for layer in block.layers:
-            self._hash(layer, self._stored_tensors(layer))
+            self._hash(layer, on_host(self._stored_tensors(layer)))
         return block
 
     def _hash(self, block: Block, tensors: Mapping[str, Tensor]) -> None:
