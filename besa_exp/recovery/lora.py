@@ -84,7 +84,7 @@ class Factored:
 class Lora:
     """`rank` r and `alpha`; `norms`: norms and biases are trained beside the factors, as PERP does."""
 
-    adam: Adam = field(default_factory=lambda: Adam(lr=1e-3))
+    adam: Adam = field(default_factory=lambda: Adam(lr=3e-3))
     rank: int = 16
     alpha: float = 32.0
     norms: bool = True
@@ -113,7 +113,7 @@ class Lora:
 class Scale:
     """`rank` r; `norms`: norms and biases are trained beside the factors."""
 
-    adam: Adam = field(default_factory=lambda: Adam(lr=1e-3))
+    adam: Adam = field(default_factory=lambda: Adam(lr=3e-3))
     rank: int = 16
     norms: bool = True
 
