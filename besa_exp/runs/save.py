@@ -31,6 +31,7 @@ from besa_exp.display.model_card import base_licence, model_card
 from besa_exp.errors import RunError
 from besa_exp.evaluation.scores import callable_model
 from besa_exp.machine import atomic, distributed
+from besa_exp.machine.disk import ONE_FILE
 from besa_exp.machine.environment import environment
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.runs.cpu_units import as_stored, in_a_fast_dtype
@@ -38,8 +39,6 @@ from besa_exp.runs.results import results_of
 from besa_exp.runs.run import Run, Work, num_blocks
 from besa_exp.settings import RunSettings
 from besa_exp.tensors.masks import Goal
-
-ONE_FILE = 5 * 10**9  # bytes: a model of more is saved in several files
 
 
 def by_block(settings: RunSettings, work: Work) -> bool:
