@@ -97,11 +97,20 @@ def _checked(
     except (OSError, ValueError) as error:
         composer.problems[str(folder)] = f"{folder / 'results.json'} cannot be read ({error}); remove it"
         return settings, None
+    asked = settings.model.dtype
+    others = {entry["dtype"] for entry in results.get("evaluations", [])} - {asked}
+    if others and asked != "auto" and not settings.overwrite:
+        composer.problems["model.dtype"] = (
+            f"model.dtype={asked}: {folder} holds scores of the model in {', '.join(sorted(others))}; overwrite=true "
+            "scores again, hydra.run.dir= keeps both"
+        )
     context = facts.context if facts else None
     left = remaining(settings.evaluator, settings.seed, context, results, settings.overwrite, settings.skipping)
     composer.problems |= {conflict: conflict for conflict in left.conflicts}
-    asked = left.settings
-    nothing = not (asked.perplexity_sets or asked.tasks or asked.simulated_speed or asked.speed or asked.prompts)
+    to_score = left.settings
+    nothing = not (
+        to_score.perplexity_sets or to_score.tasks or to_score.simulated_speed or to_score.speed or to_score.prompts
+    )
     return settings, left.known if nothing and left.known else None
 
 

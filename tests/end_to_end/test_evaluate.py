@@ -191,6 +191,18 @@ def test_scores_of_files_that_have_changed_are_not_mixed(
     assert set(results_in(folder)["perplexity"]) == {str(second)}
 
 
+def test_scores_in_another_dtype_are_not_taken_for_those_asked_for(ask: Ask, model_dir: Path, tmp_path: Path) -> None:
+    given = [f"checkpoint={model_dir}", f"evaluator.perplexity_sets=[{token_file(tmp_path / 'a.safetensors')}]"]
+    given += ["tracker=none", f"hydra.run.dir={tmp_path / 'scores'}"]
+    code, said = ask(*given, "model.dtype=float32")
+    assert code == 0, said
+    code, said = ask(*given, "model.dtype=bfloat16")
+    assert code == 2
+    assert f"model.dtype=bfloat16: {tmp_path / 'scores'} holds scores of the model in float32" in said
+    assert ask(*given, "model.dtype=float32")[1].startswith("perplexity on")  # known
+    assert ask(*given, "model.dtype=bfloat16", "overwrite=true")[0] == 0
+
+
 def test_scores_that_another_command_adds_while_the_model_loads_are_not_replaced(
     ask: Ask, given: list[str], model_dir: Path, tmp_path: Path
 ) -> None:
