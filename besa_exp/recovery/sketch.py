@@ -65,7 +65,7 @@ class Sketch:
     """`bits` b. Without Hessians all inputs weigh alike and codes are the nearest entries. `norms`: norms and biases
     are trained beside the tables."""
 
-    adam: Adam = field(default_factory=lambda: Adam(lr=1e-4))
+    adam: Adam = field(default_factory=lambda: Adam(lr=1e-3))
     bits: int = 4
     norms: bool = True
     factors: Mapping[str, Float[Tensor, "_in _in"]] = field(default_factory=dict)
