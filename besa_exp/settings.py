@@ -126,7 +126,7 @@ class RecoverySettings:
     `besa_exp.recovery.recipe` makes the method of it."""
 
     name: str
-    lr: float
+    lr: float | None = None  # None: found by trial
     path: str | None = None  # a local text or token file in place of the calibration's source
     column: str = "text"
     task: str | None = None  # in place of a text; `path` is then a file of its rows

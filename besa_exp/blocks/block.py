@@ -111,6 +111,12 @@ class Block:
         return {**weights, **{name: weights.get(name, weight).to(dtype) for name, weight in own.items()}}
 
 
+def samples_at(states: Hidden, places: Int[Tensor, " place"]) -> Float[Tensor, "place seq hidden"]:
+    """states[places], by places that the host knows: a GPU that is sent an index keeps the host waiting until all that
+    was asked of it before is done."""
+    return torch.cat([states[place : place + 1] for place in places.tolist()] or [states[:0]])
+
+
 def discover_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     """The decoder layers with their path: the ModuleList that holds the most weights of linears in equal modules.
 
@@ -164,10 +170,9 @@ def embed(
         states.append(args[0] if args else kwargs["hidden_states"])
         raise Reached
 
-    hook = blocks[0].module.register_forward_pre_hook(catch, with_kwargs=True)
     device = next(model.parameters()).device
     out: Tensor | None = None
-    try:
+    with blocks[0].module.register_forward_pre_hook(catch, with_kwargs=True):
         for start in range(0, len(input_ids), batch_size):
             batch = input_ids[start : start + batch_size]
             with suppress(Reached):
@@ -177,7 +182,5 @@ def embed(
                 shape = torch.Size([len(input_ids), *state.shape[1:]])
                 out = allocate(shape, state.dtype) if allocate else state.new_empty(shape)
             out[start : start + batch_size] = state
-    finally:
-        hook.remove()
     assert out is not None, "there are no samples"
     return out

@@ -9,7 +9,7 @@ expert's part is a linear of its own, `mlp.experts.3.down_proj`. Routers are lin
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from besa_exp.errors import RunError
 
@@ -117,28 +116,68 @@ def with_weights(module: nn.Module, linears: Mapping[str, Linear], weights: Mapp
             stacks.setdefault(linear.path, {})[linear.expert] = stored
     for path, experts in stacks.items():
         own = module.get_parameter(path)
-        parameters[path] = torch.stack([experts.get(number, own[number]) for number in range(len(own))])
+        parameters[path] = stacked([experts.get(number, own[number]) for number in range(len(own))])
     return parameters
 
 
+def room_like(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An empty tensor like each. Those of a stack, which fill one piece of memory, do so again: `stacked` takes it."""
+    sizes: dict[int, int] = {}
+    for weight in weights.values():
+        key = weight.untyped_storage()._cdata
+        sizes[key] = sizes.get(key, 0) + weight.numel()
+    pieces, rooms = {}, {}
+    for name, weight in weights.items():
+        key, held = weight.untyped_storage()._cdata, weight.untyped_storage().nbytes() // weight.itemsize
+        if sizes[key] == held > weight.numel():
+            piece = pieces.setdefault(key, weight.new_empty(held))
+            rooms[name] = piece.as_strided(weight.shape, weight.stride(), weight.storage_offset())
+        else:
+            rooms[name] = torch.empty_like(weight)
+    return rooms
+
+
+def stacked(parts: Sequence[Float[Tensor, "_out _in"]]) -> Float[Tensor, "expert _out _in"]:
+    """torch.stack(parts), and no copy where they lie one after the other in one piece of memory. Differentiable."""
+    first = parts[0]
+    piece, start, size = first.untyped_storage()._cdata, first.storage_offset(), first.numel()
+    lie = all(
+        part.is_contiguous() and (part.untyped_storage()._cdata, part.storage_offset()) == (piece, start + size * place)
+        for place, part in enumerate(parts)
+    )
+    return _Lying.apply(*parts) if lie else torch.stack([*parts])
+
+
+class _Lying(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:
+        first = parts[0].detach()
+        return first.as_strided((len(parts), *first.shape), (first.numel(), *first.stride()), first.storage_offset())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient.unbind()
+
+
+@contextmanager
 def watch(
     linears: Mapping[str, Linear], on_input: OnInput, on_tokens: OnInput, all_tokens: bool = False
-) -> list[RemovableHandle]:
-    """Hooks that hand over the inputs [*token in] of each of `linears` whenever they run: `on_input` of those that are
+) -> Iterator[None]:
+    """Hooks hand over the inputs [*token in] of each of `linears` whenever they run: `on_input` of those that are
     given a tensor of the block, which may be the same for several; `on_tokens` of the experts of a stack, each the
     tokens that the router sends it, none at all included, or with `all_tokens` what all tokens would be there."""
-    handles = []
     stacks: dict[nn.Module, dict[tuple[int, str], str]] = {}
-    for name, linear in linears.items():
-        if linear.expert is None:
-            handles.append(linear.module.register_forward_pre_hook(partial(_tell, on_input, name)))
-        else:
-            names = stacks.setdefault(linear.module, {})
-            names[linear.expert, linear.path.rpartition(".")[2]] = name
-    for experts, names in stacks.items():
-        hook = partial(_tell_experts, on_tokens, names, all_tokens)
-        handles.append(experts.register_forward_pre_hook(hook, with_kwargs=True))
-    return handles
+    with ExitStack() as hooks:
+        for name, linear in linears.items():
+            if linear.expert is None:
+                hooks.enter_context(linear.module.register_forward_pre_hook(partial(_tell, on_input, name)))
+            else:
+                names = stacks.setdefault(linear.module, {})
+                names[linear.expert, linear.path.rpartition(".")[2]] = name
+        for experts, names in stacks.items():
+            hook = partial(_tell_experts, on_tokens, names, all_tokens)
+            hooks.enter_context(experts.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
 
 
 @contextmanager
@@ -168,8 +207,14 @@ def _tell_experts(
     hidden, chosen = (*args, *kwargs.values())[:2]  # in the interface's order, whatever each family calls them
     hidden = hidden.reshape(-1, hidden.shape[-1])
     first = _first_projection(experts)
-    for expert in sorted({expert for expert, _ in names}):
-        tokens = hidden if all_tokens else hidden[(chosen == expert).any(dim=-1)]
+    ours = sorted({expert for expert, _ in names})
+    # Tokens in the order of their experts, by one sort; only where each expert's begin is read
+    by_expert, order = chosen.flatten().sort(stable=True)
+    edges = torch.arange(ours[-1] + 2, dtype=chosen.dtype, device=chosen.device)
+    begin = torch.searchsorted(by_expert, edges).tolist()
+    for expert in ours:
+        own = order[begin[expert] : begin[expert + 1]] // chosen.shape[-1]
+        tokens = hidden if all_tokens else hidden[own]
         on_tokens(names[expert, first], tokens)
         on_tokens(names[expert, "down_proj"], expert_activations(experts, expert, tokens))
 

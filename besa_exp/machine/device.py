@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -38,8 +40,28 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous on the CPU; a GPU's are copied together, into pinned memory, which takes a quarter of the time."""
-    found = {name: tensor.contiguous().to("cpu", non_blocking=True) for name, tensor in tensors.items()}
-    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()
+    """Contiguous on the CPU; a GPU's are copied together, into pinned memory, which takes a quarter of the time, and in
+    a stream of their own: what is computed meanwhile does not wait for the copies."""
+    sides = {tensor.device: torch.cuda.Stream(tensor.device) for tensor in tensors.values() if tensor.is_cuda}
+    for device, side in sides.items():
+        side.wait_stream(torch.cuda.current_stream(device))
+    found = {}
+    for name, tensor in tensors.items():
+        with torch.cuda.stream(sides[tensor.device]) if tensor.is_cuda else nullcontext():
+            found[name] = tensor.contiguous().to("cpu", non_blocking=True)
+    for side in sides.values():
+        side.synchronize()
     return found
+
+
+def seconds_of(device: torch.device, work: Callable[[], object]) -> float:
+    """How long `work` takes, the device's part included."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    started = now()
+    work()
+    return now() - started

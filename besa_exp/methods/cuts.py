@@ -28,6 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.linears import room_like
 from besa_exp.blocks.products import is_plain, product
 from besa_exp.methods.allocation import Rows
 from besa_exp.tensors import kernels
@@ -46,7 +47,7 @@ class Buffers:
         """For the masked weights of these linears."""
         largest = max(weights.values(), key=Tensor.numel)
         room = largest.numel() if largest.device.type == "cpu" else 0
-        return Buffers({name: torch.empty_like(W) for name, W in weights.items()}, largest.new_empty(room))
+        return Buffers(room_like(weights), largest.new_empty(room))
 
     @torch.no_grad()
     def fill(self, rows: Rows, counts: Mapping[str, Int[Tensor, " _out"]]) -> dict[str, Float[Tensor, "_out _in"]]:

@@ -14,7 +14,6 @@ from besa_exp.blocks.block import Block
 from besa_exp.checkpoints.files import load_masks
 from besa_exp.checkpoints.load import LoadedModel, load_model, vocabulary_size
 from besa_exp.errors import ConfigurationError
-from besa_exp.evaluation.scores import callable_model
 from besa_exp.machine import distributed
 from besa_exp.recovery.keep_bits import KeepBits, keep_of_masks, sparsity_of
 from besa_exp.recovery.mezo import BlockFiles, Mezo, StreamedMezo
@@ -191,7 +190,7 @@ def _parts(run: Run, loaded: LoadedModel, calibration: Calibration, asked: Recov
 
 
 def _accuracy(loaded: LoadedModel, parts: Parts, asked: RecoverySettings) -> float | None:
-    with callable_model(loaded):
+    with loaded.callable():
         return parts.accuracy(loaded.model, asked.micro_batch)
 
 
@@ -200,7 +199,7 @@ def _rounded(loaded: LoadedModel, found: Recovery, parts: Parts, asked: Recovery
     if loaded.stored is None:
         return found
     _round(loaded.model, loaded.stored)
-    with callable_model(loaded):
+    with loaded.callable():
         after = mean_loss(loaded.model, parts.held_out, asked.micro_batch, losses_of(asked))
     return replace(found, after=after)
 

@@ -106,12 +106,13 @@ def check_source(source: str, key: str, use: Use, column: str = COLUMN, chats: b
         return [f"{key}={source}: a file of this kind cannot be read; it must end in {readable_names()}, or {TOKENS}"]
     if not os.access(path, os.R_OK):
         return [f"{key}={source}: you may not read this file; change its permissions or name another"]
+    empty = path.stat().st_size == 0
     if format_of(path.name) not in (None, "plain"):
         try:
-            next(column_texts(path, column, COLUMN_KEYS[use], chats), None)
+            empty = not any(True for _ in column_texts(path, column, COLUMN_KEYS[use], chats))
         except ConfigurationError as error:
             return list(error.problems)
-    return []
+    return [f"{key}={source}: the file is empty; give one with text"] if empty else []
 
 
 def read_text(source: str, use: Use, offline: bool, column: str = COLUMN, chats: bool = False) -> Text:

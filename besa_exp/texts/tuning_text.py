@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -10,9 +11,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from besa_exp.errors import ConfigurationError, Unavailable
-from besa_exp.texts.sources import COLUMN, is_token_file, read_text
+from besa_exp.texts.files import column_texts, format_of
+from besa_exp.texts.sources import COLUMN, SET_NAMES, is_token_file, read_text
 from besa_exp.texts.token_stream import TokenStream, open_token_stream, write_token_stream
 from besa_exp.texts.tokens import Tokenizer, encode_document, read_token_file
+
+SHARD = 2**19  # documents of a file of rows that are held, and drawn from, at a time
 
 
 def tuning_tokens(
@@ -27,7 +31,8 @@ def tuning_tokens(
     column: str = COLUMN,
 ) -> TokenStream:
     """At most `most` tokens of `source` (a set, a text or token file, texts, or tokens) in the file `path`, which is
-    taken as it is where it is there and whole. Documents are drawn in random order; tokens stay in theirs.
+    taken as it is where it is there and whole. Documents are drawn in random order, of a large set from one shard after
+    the other, and no more shards are read than that takes; tokens stay in theirs.
 
     ConfigurationError: the source cannot be read, or does not fit the model."""
     if path.is_file():
@@ -37,6 +42,8 @@ def tuning_tokens(
     documents = _checked(_documents(source, tokenizer, seed, offline, column), vocabulary, named)
     try:
         write_token_stream(documents, path, vocabulary, most)
+    except ConfigurationError:
+        raise
     except ValueError as error:
         raise ConfigurationError(f"recovery: {named} holds no token; give a text with some") from error
     return open_token_stream(path)
@@ -55,17 +62,26 @@ def _documents(
             "folder, or set recovery.path to a .safetensors file of input_ids"
         )
     else:
-        documents = _read(source, offline, column) if isinstance(source, str) else source
-        order: list[int] = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
-        for index in order:
-            yield encode_document(tokenizer, documents[index], len(documents) == 1)
+        for number, shard in enumerate(_shards(source, offline, column)):
+            generator = torch.Generator().manual_seed(seed + number)
+            order: list[int] = torch.randperm(len(shard), generator=generator).tolist()
+            for index in order:
+                yield encode_document(tokenizer, shard[index], number == 0 and len(shard) == 1)
 
 
-def _read(source: str, offline: bool, column: str) -> Sequence[str]:
-    try:
-        return read_text(source, "calibration", offline, column).documents
-    except Unavailable as error:
-        raise ConfigurationError(f"recovery on {error}") from error
+def _shards(source: str | Sequence[str], offline: bool, column: str) -> Iterator[Sequence[str]]:
+    """A set, a plain text or given texts whole; of a file of rows as many texts at a time as are held together."""
+    if not isinstance(source, str):
+        yield source
+    elif source in SET_NAMES or format_of(source) == "plain":
+        try:
+            yield read_text(source, "calibration", offline, column).documents
+        except Unavailable as error:
+            raise ConfigurationError(f"recovery on {error}") from error
+    else:
+        texts = (text for text in column_texts(Path(source).expanduser(), column, "recovery.column") if text)
+        while shard := list(islice((text for text in texts if text.strip()), SHARD)):
+            yield shard
 
 
 def _checked(documents: Iterator[Int[Tensor, " tokens"]], vocabulary: int, named: str) -> Iterator[Tensor]:

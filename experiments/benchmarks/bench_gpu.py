@@ -5,8 +5,8 @@
 
 1. host syncs of BESA's steps, as CUDA's own sync debugging counts them (wanted: none);
 2. every kernel against its reference: the largest difference, both times, the floor of the memory (`kernels.py`);
-3. a 7B and a 70B block, 128 x 2048 tokens: Wanda, BESA, SparseGPT and best against their floors and the authors' way,
-   with peak memory (`blocks.py`);
+3. a 7B and a 70B block and one of Qwen3-30B-A3B, 128 x 2048 tokens: Wanda, BESA, SparseGPT and best against their
+   floors and the authors' way, with peak memory (`blocks.py`);
 4. a streamed model of 32 random 7B blocks: the prune stage as a run has it, with its reading, hashing and writing.
 
 A case begins only while there is time for it, and the file is written after each. Random weights and inputs. Needs
@@ -32,19 +32,14 @@ from typing import Any
 import authors_way
 import blocks
 import kernels
-import streaming
 import torch
 from machine import describe_machine
 
 from besa_exp.blocks.activations import allocator
-from besa_exp.checkpoints.load import LoadedModel
-from besa_exp.checkpoints.streaming import open_streamed
 from besa_exp.methods.pruners.besa import Besa
 from besa_exp.methods.pruners.besa_reconstruct import BesaReconstruct
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
 from besa_exp.methods.pruners.uniform import Uniform
-from besa_exp.run_folder.finished_blocks import FinishedBlocks
-from besa_exp.runs.block_loop import BlockLoop
 from besa_exp.tensors.kernels import HAS_TRITON
 from besa_exp.tensors.masks import Goal
 
@@ -53,8 +48,12 @@ MINUTES = 7.5  # after which no case begins; the last one may take half a minute
 LLAMA = (
     blocks.Case("Llama-2-7B block", 4096, 11008, 32, 32, 128, 2048),
     blocks.Case("Llama-2-70B block", 8192, 28672, 64, 8, 128, 2048),
+    blocks.Case("Qwen3-30B-A3B block", 2048, 768, 32, 4, 128, 2048, experts=128, chosen=8, head_dim=128),
 )
-TOY = (blocks.Case("toy block", 32, 48, 2, 1, 8, 16),)
+TOY = (
+    blocks.Case("toy block", 32, 48, 2, 1, 8, 16),
+    blocks.Case("toy mixture", 32, 24, 2, 1, 8, 16, experts=4, chosen=2),
+)
 Result = dict[str, Any]
 
 
@@ -84,14 +83,14 @@ def peak(device: torch.device, act: Callable[[], object]) -> Result:
     )
 
 
-def method(work: blocks.Work, theirs: blocks.Work, name: str) -> Result:
+def method(work: blocks.Work, theirs: blocks.Work | None, name: str) -> Result:
     """One method on one block, after a warm-up on few samples."""
     pruner, floor, authors = METHODS[name]
     device, few = work.inputs.device, blocks.replace(work, inputs=work.inputs[:8])
     blocks.prune(few, pruner)
     found: Result = {f"this {key}": value for key, value in peak(device, partial(blocks.prune, work, pruner)).items()}
     found["floor seconds"] = blocks.timed(device, partial(floor, work))
-    if authors:
+    if authors and theirs:
         try:
             their_own = peak(device, partial(blocks.authors, theirs, authors))
         except torch.OutOfMemoryError:
@@ -139,6 +138,13 @@ def kernel(case: kernels.Case, shape: tuple[int, int], device: torch.device, ban
 
 def whole(device: torch.device, toy: bool) -> Result:
     """The prune stage of a streamed model in a folder of its own."""
+    import streaming
+
+    from besa_exp.checkpoints.load import LoadedModel
+    from besa_exp.checkpoints.streaming import open_streamed
+    from besa_exp.run_folder.finished_blocks import FinishedBlocks
+    from besa_exp.runs.block_loop import BlockLoop  # of all that is measured this alone needs more: accelerate, rich
+
     with tempfile.TemporaryDirectory() as place:
         model_folder, num_blocks = Path(place) / "model", 3 if toy else 32
         model_folder.mkdir()
@@ -167,7 +173,7 @@ def cases(device: torch.device, toy: bool) -> Iterator[tuple[str, Callable[[], R
             yield f"{case.kernel}, {shape[0]} x {shape[1]}", partial(kernel, case, shape, device, bandwidth, 5)
     for shape in shapes:
         make = partial(blocks.make_work, shape, device, torch.float32 if toy else torch.bfloat16)
-        work, theirs = make(), blocks.stock(make())
+        work, theirs = make(), None if shape.experts else blocks.stock(make())  # whose code knows no mixture
         for name in METHODS:
             yield f"{shape.name}, {name}", partial(method, work, theirs, name)
         del work, theirs

@@ -27,7 +27,7 @@ import authors_way
 import torch
 from machine import describe_machine
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import besa_exp
 from besa_exp.blocks.block import Block, capture_blocks, embed
@@ -48,7 +48,8 @@ MODEL_DIR = Path(besa_exp.__file__).parent / "texts" / "embedded" / "model"
 
 @dataclass(frozen=True)
 class Case:
-    """A Llama block's sizes, the calibration samples it is given, and how many such blocks there are.
+    """A Llama block's sizes, the calibration samples it is given, and how many such blocks there are. With `experts` it
+    is Qwen3's mixture: `ffn` is the size of one expert, and a token goes to `chosen` of them.
 
     Of many blocks one lies on the device at a time, and is filled from host memory, as a streamed model is."""
 
@@ -60,6 +61,9 @@ class Case:
     samples: int
     seq_len: int
     blocks: int = 1
+    experts: int = 0
+    chosen: int = 0
+    head_dim: int = 0  # 0: hidden / heads
 
 
 CPU = (
@@ -67,10 +71,12 @@ CPU = (
     Case("768 / 2048, 2048 tokens", 768, 2048, 12, 12, 8, 2048),
     Case("2048 / 5632, 512 tokens", 2048, 5632, 16, 16, 8, 512),
     Case("2048 / 5632, 2048 tokens", 2048, 5632, 16, 16, 4, 2048),
+    Case("Qwen3-30B-A3B block, 16 of its 128 experts", 2048, 768, 32, 4, 8, 512, experts=16, chosen=2, head_dim=128),
 )
 CUDA = (
     Case("Llama-2-7B block", 4096, 11008, 32, 32, 128, 2048),
     Case("Llama-2-70B block", 8192, 28672, 64, 8, 128, 2048),
+    Case("Qwen3-30B-A3B block", 2048, 768, 32, 4, 128, 2048, experts=128, chosen=8, head_dim=128),
     Case("Llama-2-7B, 32 blocks", 4096, 11008, 32, 32, 128, 2048, blocks=32),
 )
 EMBEDDED = "embedded model, 64 x 256 tokens"
@@ -117,18 +123,25 @@ class Work:
 def make_work(case: Case, device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> Work:
     """A block with random weights on `device`, and random inputs for it."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=case.hidden,
-        intermediate_size=case.ffn,
-        num_hidden_layers=1,
-        num_attention_heads=case.heads,
-        num_key_value_heads=case.kv_heads,
-        max_position_embeddings=case.seq_len,
-        attn_implementation=attention,
-    )
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": case.hidden,
+        "intermediate_size": case.ffn,
+        "num_hidden_layers": 1,
+        "num_attention_heads": case.heads,
+        "num_key_value_heads": case.kv_heads,
+        "head_dim": case.head_dim or case.hidden // case.heads,
+        "max_position_embeddings": case.seq_len,
+        "attn_implementation": attention,
+    }
+    experts = {"moe_intermediate_size": case.ffn, "num_experts": case.experts, "num_experts_per_tok": case.chosen}
     with device:
-        model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+        model = (
+            Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts))
+            if case.experts
+            else LlamaForCausalLM(LlamaConfig(**sizes))
+        )
+    model = model.to(dtype).eval().requires_grad_(False)
     block = capture_blocks(model, torch.zeros(case.samples, case.seq_len, dtype=torch.long))[0]
     inputs = torch.randn(case.samples, case.seq_len, case.hidden, device=device, dtype=dtype)
     inputs *= torch.rand(case.hidden, device=device, dtype=dtype)  # channels of unequal size, as in life
@@ -295,7 +308,8 @@ def run_case(name: str, make: Callable[..., Work], rounds: int) -> list[Cell]:
     """A line for each method, and of a single block what it is made of."""
     work = make()
     peak = peak_bytes(work)  # before there is anything else on the device
-    theirs = {"authors": stock(make()), "authors_eager": stock(make(attention="eager"))}
+    mixture = any(linear.of_mixture for linear in work.blocks[0].linears.values())  # the authors' code knows none
+    theirs = {} if mixture else {"authors": stock(make()), "authors_eager": stock(make(attention="eager"))}
     for each in (work, *theirs.values()):
         next(iter(each))(each.inputs[:1])  # the first call of a shape is slower
 
@@ -311,7 +325,7 @@ def run_case(name: str, make: Callable[..., Work], rounds: int) -> list[Cell]:
     cells.append(cell(name, "Wanda", several(lambda: method_round(work, theirs, Uniform(), two_passes, None))))
     sparsegpt = several(lambda: method_round(work, theirs, SparseGPT(), two_passes, their_sparsegpt))
     cells.append(cell(name, "SparseGPT", sparsegpt))
-    if single:
+    if single and not mixture:
         cells.append(cell(name, "SparseGPT's Hessians and factors", several(lambda: factor_round(work))))
     return cells
 

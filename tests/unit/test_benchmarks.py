@@ -102,6 +102,7 @@ def test_all_that_is_asked_of_a_gpu_runs_in_small_and_is_written(bench_gpu, monk
     assert not [name for name, found in cases.items() if "failed" in found or "not run" in found]
     assert {f"toy block, {name}" for name in ("wanda", "besa", "sparsegpt", "best")} < cases.keys()
     assert cases["toy block, besa"].keys() == {"this seconds", "floor seconds", "authors seconds"}
+    assert cases["toy mixture, besa"].keys() == {"this seconds", "floor seconds"}
     assert cases["streamed model"]["blocks"] == 3
 
 

@@ -38,9 +38,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.block import Block, Hidden, samples_at
 from besa_exp.blocks.course import Course
-from besa_exp.blocks.probe import num_probe_samples, probe_loss
+from besa_exp.blocks.probe import num_learned, probe_loss
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
 from besa_exp.blocks.reports import Step
 from besa_exp.blocks.units import SCOPES
@@ -197,12 +197,11 @@ class Besa:
         sparsity, total = uniform(task, rows)
         room = Buffers.like(rows.weights)
         course = Course(block, task.on_step)
-        num_samples = distributed.total(len(inputs))
-        learn = max(1, num_samples - num_probe_samples(num_samples))
+        learn = num_learned(distributed.total(len(inputs)))
 
         def gradient(samples: Tensor, number: int, best_loss: float) -> list[Tensor]:
-            own = distributed.own_places(samples).to(inputs.device)
-            X, Y = inputs[own], targets[own]
+            own = distributed.own_places(samples)
+            X, Y = samples_at(inputs, own), samples_at(targets, own)
             leaves = [tensor for tensor, _ in also]
             loss, found = besa_step(block, X, Y, effective(), sparsity, total, self.window, room, loss_of, leaves)
             course.add(loss, total / rows.num_weights, found[0])

@@ -86,7 +86,7 @@ class _Tuned:
 
     @staticmethod
     def of(whole: Whole, keep_masks: Sequence[KeepMasks], weights: Sequence[Weights] | None, lr: float) -> _Tuned:
-        latent, optimizers = [], []
+        latent, optimizers, kept = [], [], []
         for number, block in enumerate(whole.blocks(False)):
             masks = {name: mask.to(block.device) for name, mask in keep_masks[number].items()}
             begun = weights[number] if weights else {name: block.linears[name].weight for name in masks}
@@ -96,8 +96,9 @@ class _Tuned:
                 for name, weight in own.items()
             ]
             latent.append(own)
+            kept.append(masks)
             optimizers.append(torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-16, fused=block.device.type == "cuda"))
-        return _Tuned(whole, keep_masks, latent, optimizers)
+        return _Tuned(whole, kept, latent, optimizers)
 
     def weights(self, number: int, block: Block) -> dict[str, Tensor]:
         """A block's, in its own dtype."""
@@ -131,7 +132,7 @@ class _Tuned:
         for name, weight in self.latent[number].items():
             found = leaves[name].grad
             own = torch.zeros_like(weight) if found is None else found.float() / multiple
-            weight.grad = distributed.all_sum(own).mul_(self.keep_masks[number][name].to(weight.device))
+            weight.grad = distributed.all_sum(own).mul_(self.keep_masks[number][name])
         optimizer = self.optimizers[number]
         for group in optimizer.param_groups:
             group["lr"] = group["full_lr"] * scale

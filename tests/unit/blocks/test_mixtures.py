@@ -12,7 +12,7 @@ from torch import nn
 
 from besa_exp.blocks import observation
 from besa_exp.blocks.block import Block, capture_blocks, embed
-from besa_exp.blocks.linears import discover_linears
+from besa_exp.blocks.linears import discover_linears, room_like, stacked, with_weights
 from besa_exp.blocks.loop import prune_blocks
 from besa_exp.blocks.observation import FEW_TOKENS, observe
 from besa_exp.methods.pruners.uniform import Uniform
@@ -121,3 +121,30 @@ def test_separate_experts_that_no_token_reaches_are_pruned_by_magnitude_and_name
     assert torch.equal(wanda["experts.1"], magnitude["experts.1"])
     assert "layers.0.experts.1: no token reached it; its weights' magnitude decides" in caplog.text
     assert "experts.0" not in caplog.text
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])  # stored [expert out in] and [expert in out]
+def test_masked_weights_of_a_stack_are_not_copied_to_be_stacked(family):
+    block = mixture(family)[0]
+    own = {name: linear.weight.detach() for name, linear in block.linears.items()}
+    rooms = room_like(own)
+    for name, room in rooms.items():
+        assert room.stride() == own[name].stride()
+        room.copy_(own[name])  # one does not write into another
+    parameters = with_weights(block.module, block.linears, rooms)
+    for kind in ("gate_up_proj", "down_proj"):
+        found = parameters[f"mlp.experts.{kind}"]
+        assert torch.equal(found, block.module.get_parameter(f"mlp.experts.{kind}"))
+        assert found.data_ptr() == rooms[f"mlp.experts.0.{kind}"].data_ptr()
+    apart = {name: room.clone() for name, room in rooms.items()}
+    assert torch.equal(with_weights(block.module, block.linears, apart)["mlp.experts.down_proj"], found)
+
+
+def test_what_lies_stacked_has_the_gradient_of_what_is_stacked():
+    piece = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    upstream = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(1))
+    for parts in (piece.unbind(), [part.clone() for part in piece.unbind()]):
+        leaves = [part.requires_grad_() for part in parts]
+        gradients = torch.autograd.grad(stacked(leaves), leaves, upstream)
+        assert torch.equal(torch.stack(gradients), upstream)
+    assert stacked([*piece.unbind()][::-1]).data_ptr() != piece.data_ptr()

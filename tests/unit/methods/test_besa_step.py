@@ -13,7 +13,7 @@ from families import tiny
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from besa_exp.blocks.block import capture_blocks, embed
+from besa_exp.blocks.block import capture_blocks, embed, samples_at
 from besa_exp.blocks.course import Course
 from besa_exp.errors import RunError
 from besa_exp.methods.allocation import Rows, descend, project_to_budget, shift_by_narrowing
@@ -281,3 +281,10 @@ def test_a_course_tells_of_steps_in_order_and_names_the_one_that_is_not_finite()
         course.add(torch.tensor(1.0), 0.25, torch.tensor([1.0, torch.nan]))
     with pytest.raises(RunError, match=r"layers\.0: the loss is inf at step 4"):
         course.add(torch.tensor(torch.inf), 0.25)
+
+
+@pytest.mark.parametrize("places", [[2], [3, 0, 2], []])
+def test_the_samples_of_a_step_are_taken_by_places_that_the_host_knows(places):
+    states, places = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0)), torch.tensor(places).long()
+    assert torch.equal(samples_at(states, places), states[places])
+    assert samples_at(states.to("meta"), places).shape == states[places].shape
