@@ -26,10 +26,14 @@ ITEMSIZES = {"U8": 1, "I32": 4}  # of the tensors of masks files
 
 def whole_layout(model: PreTrainedModel, shard_size: str) -> dict[str, list[str]]:
     """File name to tensors as `save_pretrained` deals them out; the model's weights may be absent (meta)."""
-    left_out = {*(getattr(model, "all_tied_weights_keys", None) or ()), *(model._keys_to_ignore_on_save or ())}
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
-    state = revert_weight_conversion(model, state)
+    state = revert_weight_conversion(model, saved_state(model))
     return split_torch_state_dict_into_shards(state, max_shard_size=shard_size).filename_to_tensors
+
+
+def saved_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors that are saved, by their names in the model: those that are tied to others are not."""
+    left_out = {*(getattr(model, "all_tied_weights_keys", None) or ()), *(model._keys_to_ignore_on_save or ())}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
 
 
 def streamed_layout(outside: Iterable[str], blocks: Sequence[Iterable[str]]) -> dict[str, list[str]]:

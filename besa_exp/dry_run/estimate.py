@@ -32,7 +32,7 @@ from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.streamed import HELD_BYTES
 from besa_exp.machine import atomic
 from besa_exp.machine.device import prepared_device, seconds_of
-from besa_exp.machine.disk import existing
+from besa_exp.machine.disk import ONE_FILE, existing
 from besa_exp.machine.memory import free_memory
 from besa_exp.methods.budgets.budget import Budget
 from besa_exp.methods.budgets.trial import DepthSearch
@@ -96,7 +96,8 @@ def estimate(settings: RunSettings, folder: Path, on_progress: Callable[[str], N
     disk = disk_speed(place)
     on_progress(f"pruning one block of random weights on {device}")
     found = measured(settings, model, size, texts, place, device)
-    saved_anew = 0 if not settings.keeps_model else size.outside if streamed and links else size.total
+    linked = links and (streamed or (size.total > ONE_FILE and settings.recovery is None))
+    saved_anew = 0 if not settings.keeps_model else size.outside if linked else size.total
     parts = memory_parts(settings, size, texts, found, streamed, device.type == "cuda")
     parts += disk_parts(settings, size, found, saved_anew)
     seconds = _seconds(settings, size, texts, found, disk, build, streamed, saved_anew)

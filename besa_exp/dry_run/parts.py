@@ -13,6 +13,7 @@ from besa_exp.blocks.pruner import Pruner
 from besa_exp.dry_run.measured import Measured
 from besa_exp.dry_run.sizes import ModelSize
 from besa_exp.dry_run.texts import Texts
+from besa_exp.machine.disk import ONE_FILE
 from besa_exp.methods.updates.updated import with_update
 from besa_exp.recovery.recipe import follows_dense
 from besa_exp.settings import RunSettings
@@ -20,7 +21,6 @@ from besa_exp.settings import RunSettings
 Place = Literal["device", "host", "disk"]
 Phase = Literal["load", "prune", "recover", "save", "evaluate"]
 PHASES: tuple[Phase, ...] = ("load", "prune", "recover", "save", "evaluate")
-SHARD_BYTES = 5 * 10**9  # transformers' own, and `files.SHARD_SIZE`
 LIBRARIES = "Python and libraries"  # held by this process too: they do not lessen what is free
 LOGS = ("logs and metrics", "W&B")
 STEP_BYTES = 170  # a line of metrics.jsonl for a step (seen: 150 to 165)
@@ -57,7 +57,7 @@ def memory_parts(
         ]
     else:
         parts.append(Part("weights", memory, size.total, remedy="model.load=streamed"))
-        parts += [Part("a shard on its way", "host", min(size.total, SHARD_BYTES), ("save",))] * on_cuda
+        parts += [Part("a shard on its way", "host", min(size.total, ONE_FILE), ("save",))] * on_cuda
     if settings.is_dense:
         parts = [part for part in parts if "load" in part.phases or "evaluate" in part.phases]
     else:

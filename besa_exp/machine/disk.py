@@ -8,16 +8,17 @@ from pathlib import Path
 
 from besa_exp.settings import SaveSettings
 
+ONE_FILE = 5 * 10**9  # bytes: a model of more is saved in several files, which are links to the finished blocks
 SPARE_BYTES = 64 * 2**20  # logs, metrics, W&B's files
 
 
 def required_bytes(model_bytes: int, pruned_weights: int, weights: int, save: SaveSettings, whole: bool) -> int:
     """Disk a run needs at least. Until it is done the finished blocks lie in its folder, with a bit a weight of the
-    linears; then the model, whose shards are links to them unless it was loaded `whole`; masks; and some to spare.
-    `weights`: of the model, `pruned_weights` of them in the blocks' linears."""
+    linears; then the model, whose shards are links to them unless it was loaded `whole` and makes ONE_FILE; masks; and
+    some to spare. `weights`: of the model, `pruned_weights` of them in the blocks' linears."""
     bits = -(-pruned_weights // 8)
     blocks = model_bytes * pruned_weights // max(1, weights)
-    saved = model_bytes - (0 if whole else blocks) if save.model else 0
+    saved = model_bytes - (0 if whole and model_bytes <= ONE_FILE else blocks) if save.model else 0
     return SPARE_BYTES + blocks + bits + saved + (bits if save.masks else 0)
 
 

@@ -24,12 +24,13 @@ from besa_exp.checkpoints.fresh_process import TOKENS, reloading, token_loss
 from besa_exp.checkpoints.inspect import read_header
 from besa_exp.checkpoints.load import LoadedModel, hub_id, load_model
 from besa_exp.checkpoints.narrowed_model import padded_model
-from besa_exp.checkpoints.shards import shard_names, write_index, write_shards
-from besa_exp.checkpoints.streaming import StreamedWeights
+from besa_exp.checkpoints.shards import saved_state, shard_names, write_index, write_shards
+from besa_exp.checkpoints.streaming import saves_blocks_anew
 from besa_exp.checkpoints.tensor_sources import as_saved
 from besa_exp.display.model_card import base_licence, model_card
 from besa_exp.errors import RunError
 from besa_exp.machine import atomic, distributed
+from besa_exp.machine.disk import ONE_FILE
 from besa_exp.machine.environment import environment
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.runs.cpu_units import as_stored, in_a_fast_dtype
@@ -39,19 +40,31 @@ from besa_exp.settings import RunSettings
 from besa_exp.tensors.masks import Goal
 
 
-def save_pruned(loaded: LoadedModel, finished: FinishedBlocks, folder: Path, card: str) -> None:
-    """Writes the pruned model to `folder`: from memory, or, when it is streamed, from the finished blocks' files.
+def by_block(settings: RunSettings, work: Work) -> bool:
+    """Whether the saved model has a file for each block, the finished block's: a streamed one, and one that would take
+    several files and that the finished blocks are the newest of."""
+    model = work.loaded.model
+    if work.loaded.weights is not None:
+        return True
+    newest = work.recovery is None and _saved_as(settings) is None and not saves_blocks_anew(model)
+    return newest and sum(parameter.nbytes for parameter in model.parameters()) > ONE_FILE
+
+
+def save_pruned(loaded: LoadedModel, finished: FinishedBlocks, folder: Path, card: str, linked: bool = False) -> None:
+    """Writes the pruned model to `folder`: from memory, or, when it is streamed or `linked`, from the finished blocks'
+    files.
 
     RunError: the disk is full or cannot be written to; the finished blocks stay."""
     if loaded.weights is None:
         held = loaded.model.state_dict(keep_vars=True)  # without what no file holds, as tables of positions
         for tensor in held.values():
             tensor.data = as_stored({"": tensor.data}, loaded.stored)[""]
+    if loaded.weights is None and not linked:
         save_model(loaded.model, loaded.tokenizer, folder, card, loaded.folder)
         return
     try:
         with atomic.replaced_folder(folder) as partial:
-            _write_shards(loaded, loaded.weights, finished, partial)
+            _write_shards(loaded, finished, partial)
             save_beside_weights(loaded.model, loaded.tokenizer, partial, card, loaded.folder)
     except OSError as error:
         raise RunError(
@@ -99,7 +112,7 @@ def masks_origin(settings: RunSettings, work: Work) -> dict[str, Any]:
     return of_stages | {
         "model": settings.model.path.rstrip("/").rpartition("/")[2],
         "dtype": settings.model.dtype,
-        "layout": "streamed" if loaded.weights else "whole",
+        "layout": "streamed" if by_block(settings, work) else "whole",
         "outside_sha256": weights_sha256(outside_blocks(loaded)),
         "method": settings.pruner_name,
         "pattern": settings.pattern,
@@ -115,11 +128,16 @@ def outside_blocks(loaded: LoadedModel) -> dict[str, Tensor]:
     return as_stored(outside, loaded.stored)
 
 
-def _write_shards(loaded: LoadedModel, weights: StreamedWeights, finished: FinishedBlocks, folder: Path) -> None:
+def _write_shards(loaded: LoadedModel, finished: FinishedBlocks, folder: Path) -> None:
     """One shard for what is outside the blocks, one for each block, and the index of them all."""
+    prefix = f"{discover_blocks(loaded.model)[0]}."
+    if loaded.weights:
+        held = loaded.weights.read_outside(prefix)
+    else:
+        held = {name: tensor for name, tensor in saved_state(loaded.model).items() if not name.startswith(prefix)}
     blocks = finished.weight_files(num_blocks(loaded))
     files = shard_names(len(blocks) + 1)
-    outside = as_saved(loaded.model, weights.read_outside(f"{discover_blocks(loaded.model)[0]}."))
+    outside = as_saved(loaded.model, held)
     write_shards(folder, {files[0]: list(outside)}, [outside])
     for source, file in zip(blocks, files[1:], strict=True):
         _write_block(loaded.model, source, folder / file)
@@ -218,7 +236,8 @@ def _write_model(run: Run, work: Work) -> None:
         results = results_of(settings, work, environment(run.device))
         if _saved_as(settings) == "padded":
             loaded = replace(loaded, model=padded_model(loaded.model))
-        save_pruned(loaded, work.finished, folder.model, card(run, loaded.folder, results))
+        linked = by_block(settings, work)
+        save_pruned(loaded, work.finished, folder.model, card(run, loaded.folder, results), linked)
 
 
 def card(run: Run, source: Path, results: Mapping[str, Any], base: str | None = None) -> str:

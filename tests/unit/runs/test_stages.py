@@ -24,6 +24,7 @@ from besa_exp.errors import ConfigurationError, Interrupted, RunError
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
 from besa_exp.run_folder.folder import read_results
 from besa_exp.runs import prune as prune_run
+from besa_exp.runs import save as save_run
 from besa_exp.runs.evaluate import check_same_zeros, counted_blocks
 from besa_exp.runs.prune_model import prune_model
 from besa_exp.runs.rewrite import rewritten
@@ -146,6 +147,29 @@ def test_no_second_model_is_held_while_the_saved_one_is_read_and_scored(load, re
     verified = replace(settings, save=SaveSettings(), evaluator=replace(settings.evaluator, dense=False))
     results = prune_run.prune(verified, tmp_path / "run", {"model": {"path": settings.model.path}})
     assert results["reloaded"]["token_loss"] == pytest.approx(results["reloaded"]["expected"], rel=1e-3)
+
+
+def test_a_model_of_several_files_is_saved_as_links_to_its_finished_blocks(request_of, tmp_path, monkeypatch):
+    settings, seen = request_of("whole"), []
+
+    def linked(run: Run, work: Work) -> Work:
+        files = [*run.folder.model.glob("*.safetensors")]
+        seen.extend([file.name for file in files if file.samefile(block)] for block in work.finished.weight_files(3))
+        return work
+
+    plain, by_block = tmp_path / "plain", tmp_path / "by_block"
+    monkeypatch.setattr(prune_run, "STAGES", (prune_model, save, linked, score_pruned))
+    asked = replace(settings, evaluator=replace(settings.evaluator, dense=False))
+    expected = prune_run.prune(asked, plain, {"model": {"path": settings.model.path}})
+    assert seen == [[], [], []]
+    monkeypatch.setattr(save_run, "ONE_FILE", 0)
+    found = prune_run.prune(asked, by_block, {"model": {"path": settings.model.path}})
+    assert seen[3:] == [[f"model-0000{number}-of-00004.safetensors"] for number in (2, 3, 4)]
+    assert found["perplexity"] == expected["perplexity"]
+    tensors = saved(by_block)
+    assert tensors.keys() == saved(plain).keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in saved(plain).items())
+    assert masks_description(by_block / "masks.safetensors")["layout"] == "streamed"
 
 
 def test_the_dense_model_goes_when_a_structure_has_put_another_in_its_place(request_of, tmp_path, monkeypatch):
