@@ -94,6 +94,16 @@ def check_fields(owner: object, group: str, rule: Rule, *keys: str) -> None:
         raise ConfigurationError(*problems)
 
 
+def too_low(owner: object, group: str, **least: int) -> list[str]:
+    """The problems of fields of `owner`, whose keys in `group` these are, that are numbers below their least."""
+    values = {key: getattr(owner, key) for key in least}
+    return [
+        f"{group}.{key}={value}: must be at least {least[key]}; set {group}.{key}={least[key]} or more"
+        for key, value in values.items()
+        if isinstance(value, int) and value < least[key]
+    ]
+
+
 def first_line(error: Exception) -> str:
     """What another library's error says, short enough to be part of a message: its type and its first line."""
     lines = str(error).strip().splitlines()
@@ -126,10 +136,10 @@ def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{folded[near[0]]}?" if near else ""
 
 
-def did_you_mean_one_of(word: str, names: Iterable[str], most: int = 3) -> str:
-    """As `did_you_mean`, with up to `most` names; those that go on where `word` ends come first, in the order given."""
+def did_you_mean_one_of(word: str, names: Iterable[str]) -> str:
+    """As `did_you_mean`, with up to three names; those that go on where `word` ends come first, in the order given."""
     valid = list(dict.fromkeys(names))
     longer = [name for name in valid if name.startswith(f"{word}_")]
-    near = difflib.get_close_matches(word, valid, n=most, cutoff=0.5)
-    found = list(dict.fromkeys([*longer[: most - 1], *near, *longer]))[:most]
+    near = difflib.get_close_matches(word, valid, n=3, cutoff=0.5)
+    found = list(dict.fromkeys([*longer[:2], *near, *longer]))[:3]
     return f"; did you mean {' or '.join(found)}?" if found else ""

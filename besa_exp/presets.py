@@ -5,11 +5,11 @@ A preset is read here without Hydra too, for the Python API: its YAML, those tha
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, get_args, get_type_hints
 
 import yaml
@@ -95,15 +95,10 @@ def _built(value: Any, hint: Any = None) -> Any:
         return tuple(map(_built, value))
     if not isinstance(value, Mapping):
         return value
-    cls = _class(value["_target_"]) if "_target_" in value else _dataclass_in(hint)
+    cls = resolve_name(value["_target_"]) if "_target_" in value else _dataclass_in(hint)
     hints = get_type_hints(cls) if cls else {}
     built = {key: _built(item, hints.get(key)) for key, item in value.items() if key != "_target_"}
     return cls(**built) if cls else built
-
-
-def _class(target: str) -> Any:
-    module, _, name = target.rpartition(".")
-    return getattr(importlib.import_module(module), name)
 
 
 def _dataclass_in(hint: Any) -> Any:

@@ -36,7 +36,7 @@ class CalibrationSettings:
     seed: int = 0
     batch_size: int = 8  # samples a forward pass of the block loop holds
     save_tokens: bool = False
-    chat_template: bool = False  # each text is what a user says, as the tokenizer's template puts it
+    chat_template: bool = False  # each text is a conversation or a user's turn, as the tokenizer's template writes it
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class RecoverySettings:
     `besa_exp.recovery.recipe` makes the method of it."""
 
     name: str
-    lr: float
+    lr: float | None = None  # None: found by trial
     path: str | None = None  # a local text or token file in place of the calibration's source
     column: str = "text"
     task: str | None = None  # in place of a text; `path` is then a file of its rows

@@ -6,6 +6,7 @@ the block loop holds them twice (inputs and targets), with targets from dense in
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from besa_exp.errors import RunError
 from besa_exp.machine.memory import free_memory
 
 Allocate = Callable[[torch.Size, torch.dtype], Tensor]
@@ -44,8 +46,17 @@ def _choose(device: torch.device, needed: int) -> str:
 
 
 def _in_a_file(shape: torch.Size, dtype: torch.dtype, folder: Path) -> Tensor:
-    """Mapped memory; the system writes it out when it needs the room."""
+    """Mapped memory; the system writes it out when it needs the room. RunError: the disk has not as much. All of it is
+    taken at once: a full disk met through mapped memory ends the process without a word (SIGBUS)."""
     size = shape.numel() * dtype.itemsize
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".activations-") as file:
-        file.truncate(size)
+        try:
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise RunError(
+                f"{folder}: {size / 1e6:.1f} MB of hidden states do not fit on this disk ({error.strerror}); make "
+                "space, lower calibration.num_samples, or set activations=host"
+            ) from error
         return torch.from_file(file.name, shared=True, size=shape.numel(), dtype=dtype).view(shape)

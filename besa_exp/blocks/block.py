@@ -170,10 +170,9 @@ def embed(
         states.append(args[0] if args else kwargs["hidden_states"])
         raise Reached
 
-    hook = blocks[0].module.register_forward_pre_hook(catch, with_kwargs=True)
     device = next(model.parameters()).device
     out: Tensor | None = None
-    try:
+    with blocks[0].module.register_forward_pre_hook(catch, with_kwargs=True):
         for start in range(0, len(input_ids), batch_size):
             batch = input_ids[start : start + batch_size]
             with suppress(Reached):
@@ -183,7 +182,5 @@ def embed(
                 shape = torch.Size([len(input_ids), *state.shape[1:]])
                 out = allocate(shape, state.dtype) if allocate else state.new_empty(shape)
             out[start : start + batch_size] = state
-    finally:
-        hook.remove()
     assert out is not None, "there are no samples"
     return out

@@ -9,7 +9,7 @@ expert's part is a linear of its own, `mlp.experts.3.down_proj`. Routers are lin
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from besa_exp.errors import RunError
 
@@ -160,24 +159,25 @@ class _Lying(torch.autograd.Function):
         return gradient.unbind()
 
 
+@contextmanager
 def watch(
     linears: Mapping[str, Linear], on_input: OnInput, on_tokens: OnInput, all_tokens: bool = False
-) -> list[RemovableHandle]:
-    """Hooks that hand over the inputs [*token in] of each of `linears` whenever they run: `on_input` of those that are
+) -> Iterator[None]:
+    """Hooks hand over the inputs [*token in] of each of `linears` whenever they run: `on_input` of those that are
     given a tensor of the block, which may be the same for several; `on_tokens` of the experts of a stack, each the
     tokens that the router sends it, none at all included, or with `all_tokens` what all tokens would be there."""
-    handles = []
     stacks: dict[nn.Module, dict[tuple[int, str], str]] = {}
-    for name, linear in linears.items():
-        if linear.expert is None:
-            handles.append(linear.module.register_forward_pre_hook(partial(_tell, on_input, name)))
-        else:
-            names = stacks.setdefault(linear.module, {})
-            names[linear.expert, linear.path.rpartition(".")[2]] = name
-    for experts, names in stacks.items():
-        hook = partial(_tell_experts, on_tokens, names, all_tokens)
-        handles.append(experts.register_forward_pre_hook(hook, with_kwargs=True))
-    return handles
+    with ExitStack() as hooks:
+        for name, linear in linears.items():
+            if linear.expert is None:
+                hooks.enter_context(linear.module.register_forward_pre_hook(partial(_tell, on_input, name)))
+            else:
+                names = stacks.setdefault(linear.module, {})
+                names[linear.expert, linear.path.rpartition(".")[2]] = name
+        for experts, names in stacks.items():
+            hook = partial(_tell_experts, on_tokens, names, all_tokens)
+            hooks.enter_context(experts.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
 
 
 @contextmanager

@@ -5,7 +5,6 @@ Every block is pruned on the outputs of the pruned blocks before it (the pruned 
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -21,8 +20,6 @@ from besa_exp.errors import RunError
 from besa_exp.machine import distributed
 from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.statistics import is_finite
-
-logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -72,16 +69,9 @@ def prune_blocks(
         if traits.dense_targets:
             block.outputs(dense_inputs, batch_size, out=targets)
         pruned = None
-        restored = restore(block)
-        if not restored and not block.linears:  # all of it stays dense
-            block.outputs(inputs, batch_size, out=observed)
-            pruned = PrunedBlock({}, {})
-        elif not restored:
-            statistics, _ = observe(block, inputs, traits.statistic, batch_size, observed)
-            gradients = squared_gradients(block, inputs) if traits.gradients else {}
+        if not restore(block):
             goal = goals if isinstance(goals, Goal) else goals[block.index]
-            pruned = pruner.prune_block(Task(block, inputs, targets, statistics, goal, on_step, gradients))
-            del statistics, gradients
+            pruned = _pruned(block, inputs, targets, observed, pruner, goal, batch_size, on_step)
             write_weights(block, pruned)
         block.outputs(inputs, batch_size, out=inputs)
         if pruned:
@@ -92,15 +82,23 @@ def prune_blocks(
             dense_inputs, targets = targets, dense_inputs
 
 
+def _pruned(
+    block: Block, inputs: Hidden, targets: Hidden, observed: Hidden, pruner: Pruner, goal: Goal, batch_size: int,
+    on_step: Callable[[Step], None],
+) -> PrunedBlock:  # fmt: skip
+    """What the pruner makes of one block, which is not changed; `observed` receives what it gives as it is."""
+    if not block.linears:  # all of it stays dense
+        block.outputs(inputs, batch_size, out=observed)
+        return PrunedBlock({}, {})
+    statistics, _ = observe(block, inputs, pruner.traits.statistic, batch_size, observed)
+    gradients = squared_gradients(block, inputs) if pruner.traits.gradients else {}
+    return pruner.prune_block(Task(block, inputs, targets, statistics, goal, on_step, gradients))
+
+
 def _report(block: Block, pruned: PrunedBlock, after: float, seconds: float) -> BlockReport:
     before = after if pruned.loss_before is None else pruned.loss_before
     linears = tuple(
-        LinearReport(
-            name,
-            linear.weight.numel(),
-            linear.weight.numel() - int(linear.weight.bool().count_nonzero()),  # of floats 15 x slower
-            float(pruned.allocated[name].float().mean()),
-        )
+        LinearReport.counted(name, linear.weight, float(pruned.allocated[name].float().mean()))
         for name, linear in block.linears.items()
     )
     return BlockReport(block.index, linears, before, after, seconds, pruned.steps)

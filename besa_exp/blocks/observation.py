@@ -129,17 +129,15 @@ def _pass(
     for batch in inputs.split(batch_size):
         block.arguments(len(batch))  # captured by a pass of the model, which must not meet the hooks below
     observer = _Observer(statistic)
-    hooks = watch(linears, observer.add_shared, observer.add, all_tokens=out is None)
-    hooks.append(block.module.register_forward_pre_hook(observer.next_batch, with_kwargs=True))
-    try:
+    with (
+        watch(linears, observer.add_shared, observer.add, all_tokens=out is None),
+        block.module.register_forward_pre_hook(observer.next_batch, with_kwargs=True),
+    ):
         if out is None:
             for batch in inputs.split(batch_size):
                 block(batch)
         else:
             block.outputs(inputs, batch_size, out=out)
-    finally:
-        for hook in hooks:
-            hook.remove()
     tokens: dict[str, int] = {}
     for counts in distributed.gathered(observer.tokens):
         tokens |= {name: tokens.get(name, 0) + count for name, count in counts.items()}

@@ -20,6 +20,11 @@ def num_probe_samples(num_samples: int) -> int:
     return max(1, min(16, num_samples // 8))
 
 
+def num_learned(num_samples: int) -> int:
+    """How many samples, the first ones, a search learns from; a single one judges too."""
+    return max(1, num_samples - num_probe_samples(num_samples))
+
+
 def own_probe(samples: Hidden) -> Float[Tensor, "probe seq hidden"]:
     """This rank's part of the probe samples, given all that it owns."""
     num_samples = distributed.total(len(samples))

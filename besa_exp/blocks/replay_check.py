@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from besa_exp.blocks.block import Block, Hidden, discover_blocks, embed
 from besa_exp.blocks.call_arguments import Reached, check_unwritten, hidden_of
 from besa_exp.blocks.linears import LOOKED_FOR, watch
 from besa_exp.errors import RunError
+from besa_exp.tensors.statistics import is_finite
 
 
 @torch.no_grad()
@@ -30,19 +31,15 @@ def check_replay(
     its weights while it is out. RunError names the first block that does not, or a linear that is not called."""
     used = [block.arguments(len(input_ids)) for block in blocks]  # by passes that must not meet the hooks
     replay = _Replay(blocks, resident, embed(model, blocks, input_ids, len(input_ids)))
-    hooks = []
-    for block in blocks:
-        note = partial(_note, replay.called, block.index)
-        hooks += watch(block.linears, note, note)
-        hooks.append(block.module.register_forward_pre_hook(partial(replay.before, block)))
-        hooks.append(block.module.register_forward_hook(partial(replay.after, block)))
-    try:
+    with ExitStack() as hooks:
+        hooks.callback(replay.end)
+        for block in blocks:
+            note = partial(_note, replay.called, block.index)
+            hooks.enter_context(watch(block.linears, note, note))
+            hooks.enter_context(block.module.register_forward_pre_hook(partial(replay.before, block)))
+            hooks.enter_context(block.module.register_forward_hook(partial(replay.after, block)))
         with suppress(Reached):
             model(input_ids.to(next(model.parameters()).device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        replay.end()
     check_unwritten(model, discover_blocks(model)[1], input_ids, used)
 
 
@@ -70,6 +67,12 @@ class _Replay:
         self.hidden = block(self.hidden)
         self.replaying = False
         expected = hidden_of(output).float()
+        if not is_finite(expected):
+            raise RunError(
+                f"{block.name}: the model's hidden states are not finite on the calibration tokens: it is broken as "
+                f"it is saved, or overflows in {str(self.hidden.dtype).removeprefix('torch.')}; set "
+                "model.dtype=float32 or bfloat16"
+            )
         error = (self.hidden.float() - expected).norm() / expected.norm()
         if not error < 1e-3:
             raise RunError(

@@ -10,8 +10,8 @@ whose attention and MLP work side by side (GPT-J, GPT-NeoX, Falcon, Phi) have no
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -172,23 +172,9 @@ class _Until(nn.Module):
             states.append(_given(args, kwargs))
             raise Reached
 
-        hook = end.register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            with suppress(Reached):
-                block(hidden, *args, **kwargs)
-        finally:
-            hook.remove()
+        with end.register_forward_pre_hook(catch, with_kwargs=True), suppress(Reached):
+            block(hidden, *args, **kwargs)
         return states[0].reshape(hidden.shape)
-
-
-@dataclass
-class _Watcher:
-    """Notes each call of a module inside a block with the first tensor that it is given."""
-
-    seen: list[tuple[nn.Module, Tensor | None]]
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.seen.append((module, _given(args, kwargs)))
 
 
 def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -199,15 +185,16 @@ def _watch(block: Block, sample: Hidden) -> tuple[list[tuple[nn.Module, Tensor |
     """The calls of all modules in order, the block itself first, with what they were given, and the output; all part of
     one graph."""
     block.arguments(len(sample))  # captured by a pass of the model, which must not meet the hooks
-    watcher = _Watcher([])
-    hooks = [module.register_forward_pre_hook(watcher, with_kwargs=True) for module in block.module.modules()]
-    try:
-        with torch.enable_grad():
-            output = block(sample.detach().clone().requires_grad_())
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return watcher.seen, output
+    seen: list[tuple[nn.Module, Tensor | None]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((module, _given(args, kwargs)))
+
+    with ExitStack() as hooks, torch.enable_grad():
+        for module in block.module.modules():
+            hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
+        output = block(sample.detach().clone().requires_grad_())
+    return seen, output
 
 
 def _call_of(module: nn.Module, name: str, first_calls: Mapping[int, int]) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.head import Head, divergence
-from besa_exp.blocks.probe import num_probe_samples
+from besa_exp.blocks.probe import num_learned
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
 
@@ -45,7 +45,7 @@ class Whole:
     def samples(self) -> tuple[int, Int[Tensor, " sample"]]:
         """How many samples, the first ones, are learned from, and the numbers of those that judge."""
         num_samples = distributed.total(len(self.inputs))
-        learn = max(1, num_samples - num_probe_samples(num_samples))
+        learn = num_learned(num_samples)
         return learn, torch.arange(min(learn, num_samples - 1), num_samples)
 
     @torch.no_grad()

@@ -15,14 +15,12 @@ from besa_exp.machine import atomic
 CONVERTED = Path("outputs") / "converted"
 
 
-def converted_once(
-    source: Path, files: Sequence[Path], write: Callable[[Path], None], converted: Path = CONVERTED
-) -> Path:
+def converted_once(source: Path, files: Sequence[Path], write: Callable[[Path], None]) -> Path:
     """The folder that `write` fills, unless it is there: it is named after `source` and after the names, sizes and
     times of change of the `files` that it is made of. RunError: it cannot be written."""
     stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     digest = hashlib.sha256(json.dumps([str(source.resolve()), stamps]).encode()).hexdigest()
-    target = converted / f"{source.resolve().name.removesuffix('.gguf')}-{digest[:12]}"
+    target = CONVERTED / f"{source.resolve().name.removesuffix('.gguf')}-{digest[:12]}"
     if target.is_dir():
         return target
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,20 @@ def save_model(
             save_beside_weights(model, tokenizer, partial, card, sources)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{folder} could not be written ({error}); free disk space or set save.model=false") from error
+
+
+def check_savable(model: PreTrainedModel, path: str) -> None:
+    """ConfigurationError, before any long work: transformers has read the model's configs and refuses to save them."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="besa-") as folder:
+            model.config.save_pretrained(folder)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(folder)
+    except Exception as error:  # of a type of its own in each library
+        raise ConfigurationError(
+            f"model.path={path}: its config cannot be saved again, so that what is pruned could not be kept "
+            f"({' '.join(str(error).split())}); correct config.json or generation_config.json there"
+        ) from error
 
 
 def save_beside_weights(
@@ -182,7 +197,7 @@ def count_zeros(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int]
     """(weights, zeros) of each named tensor, counted in the saved files one tensor at a time.
 
     Raises RunError, naming folder and tensor, for a name that the files do not hold."""
-    shards = _shards(folder)
+    shards = {name: file.name for file in weight_files(folder)[0] for name in read_header(file)[0]}
     counts = {}
     for name in names:
         if name not in shards:
@@ -200,8 +215,3 @@ def _copy_missing(sources: Path | None, folder: Path) -> None:
         for file in sources.glob(pattern):
             if file.is_file() and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
-
-
-def _shards(folder: Path) -> dict[str, str]:
-    """Tensor name to the file that holds it."""
-    return {name: file.name for file in weight_files(folder)[0] for name in read_header(file)[0]}

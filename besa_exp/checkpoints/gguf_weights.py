@@ -16,17 +16,17 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from besa_exp.checkpoints.conversion import CONVERTED, converted_once
+from besa_exp.checkpoints.conversion import converted_once
 from besa_exp.checkpoints.files import save_beside_weights
 from besa_exp.checkpoints.gguf_file import RECORD, packing_of, read_gguf, stored_dtype
 from besa_exp.errors import ConfigurationError, first_line
 from besa_exp.machine import atomic
 
 
-def converted_gguf(file: Path, converted: Path = CONVERTED) -> Path:
+def converted_gguf(file: Path) -> Path:
     """The folder of the file's model. ConfigurationError: transformers cannot unpack it, or its tensors are not those
     of the model; RunError: it cannot be written."""
-    return converted_once(file, [file], lambda folder: _write(file, folder), converted)
+    return converted_once(file, [file], lambda folder: _write(file, folder))
 
 
 def _write(file: Path, folder: Path) -> None:

@@ -21,6 +21,7 @@ CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq
 INDEX = "model.safetensors.index.json"
 CONV1D = ("gpt2", "openai-gpt")  # model types that save their linears as [in, out]
 IN_A_BLOCK = re.compile(r"\.\d+\.(?:.+\.)?\w+\.weight$")  # model.layers.3.mlp.down_proj.weight
+BLOCK_AND_LINEAR = re.compile(r"\.(\d+)\.(.+)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,17 @@ def _has_safetensors(folder: Path) -> bool:
 
 def saved_dtype(folder: Path) -> str | None:
     """The dtype that config.json gives the weights; None: it gives none, or cannot be read."""
+    config = _config(folder)
+    return config.get("dtype") or config.get("torch_dtype")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """config.json; {} where it cannot be read."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return config.get("dtype") or config.get("torch_dtype")
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], str | None]:
@@ -142,7 +149,7 @@ def weight_files(folder: Path, where: str | None = None) -> tuple[list[Path], li
     """The safetensors files that make up the model, in transformers' order: the file that config.json
     names (`transformers_weights`), model.safetensors, then those of the index; and what is wrong with the set. Where
     the files could mean two different sets, none is used."""
-    where, named = where or str(folder), _named_weights(folder)
+    where, named = where or str(folder), _config(folder).get("transformers_weights")
     index = _index(folder, named)
     whole = None if named and index else folder / (named or "model.safetensors")
     names, problem = _names_in(index) if index and index.is_file() else ([], None)
@@ -168,7 +175,7 @@ def weight_files(folder: Path, where: str | None = None) -> tuple[list[Path], li
 
 def index_without_metadata(folder: Path) -> list[str]:
     """The problem of an index that transformers itself cannot read, though it names all files."""
-    index = _index(folder, _named_weights(folder))
+    index = _index(folder, _config(folder).get("transformers_weights"))
     if index is None or not index.is_file() or weight_files(folder)[0] == [folder / "model.safetensors"]:
         return []
     if isinstance(json.loads(index.read_text(encoding="utf-8")).get("metadata"), dict):
@@ -181,13 +188,6 @@ def _index(folder: Path, named: str | None) -> Path | None:
     if named and not named.endswith(".index.json"):
         return None
     return folder / (named or INDEX)
-
-
-def _named_weights(folder: Path) -> str | None:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 def _names_in(index: Path) -> tuple[list[str], str | None]:

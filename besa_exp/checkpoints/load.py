@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from besa_exp.blocks.block import Block, capture_blocks
 from besa_exp.checkpoints.config import code_of
 from besa_exp.checkpoints.fetch import fetched_config, fetched_model
 from besa_exp.checkpoints.gguf_file import inspect_gguf, is_gguf
@@ -52,6 +54,19 @@ class LoadedModel:
     folder: Path
     notes: tuple[str, ...] = ()
     stored: torch.dtype | None = None
+
+    def blocks(self) -> list[Block]:
+        """All blocks, none of which is called: nothing is captured for them."""
+        return capture_blocks(self.model, torch.zeros(1, 1, dtype=torch.long))
+
+    def resident(self, blocks: Sequence[Block] | None = None) -> Iterable[Block]:
+        """The blocks (None: all, none of which is called) in order, each with its weights while it is out."""
+        given = self.blocks() if blocks is None else blocks
+        return self.weights.resident(given) if self.weights else given
+
+    def callable(self) -> AbstractContextManager[None]:
+        """The model as a whole can be called for as long as this lasts."""
+        return self.weights.on_demand(self.model) if self.weights else nullcontext()
 
 
 def load_model(settings: ModelSettings, device: torch.device, offline: bool, whole_for: str = "") -> LoadedModel:

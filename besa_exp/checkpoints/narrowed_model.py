@@ -89,7 +89,6 @@ def narrow_folder(
     structure: Structure,
     out: Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    card: str = "",
     trust_remote_code: bool = False,
 ) -> None:
     """Writes what is left of the model in `folder` to `out`, one shard for what is outside the blocks and one for each
@@ -112,7 +111,7 @@ def narrow_folder(
         layout = streamed_layout(saved[0], saved[1:])
         write_shards(partial, layout, _parts(model, weights, narrowing, {*outside}))
         write_index(partial, layout, target.num_parameters())
-        save_beside_weights(target, tokenizer, partial, card, folder)
+        save_beside_weights(target, tokenizer, partial, "", folder)
         (partial / STRUCTURE_FILE).write_text(to_json(structure, dimensions_of_model(model)), encoding="utf-8")
 
 

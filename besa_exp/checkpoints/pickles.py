@@ -16,18 +16,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from besa_exp.checkpoints.conversion import CONVERTED, converted_once
+from besa_exp.checkpoints.conversion import converted_once
 from besa_exp.checkpoints.inspect import pickled_files
 from besa_exp.errors import ConfigurationError, first_line
 
 NOT_COPIED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 
 
-def converted_folder(folder: Path, converted: Path = CONVERTED) -> Path:
+def converted_folder(folder: Path) -> Path:
     """The folder's model with safetensors in place of its .bin files. ConfigurationError: a file holds more than
     tensors, or tensors without data; RunError: it cannot be written."""
     sources = pickled_files(folder)
-    return converted_once(folder, sources, lambda partial: _write(folder, sources, partial), converted)
+    return converted_once(folder, sources, lambda partial: _write(folder, sources, partial))
 
 
 def _write(origin: Path, sources: list[Path], folder: Path) -> None:

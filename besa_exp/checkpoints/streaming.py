@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -121,19 +121,15 @@ def on_demand(
     release: Callable[[nn.Module], None],
 ) -> Iterator[None]:
     """Each block, by its name in the model, is loaded before each of its forward passes and released after it."""
-    hooks = []
-    for name, module in blocks.items():
-        hooks.append(module.register_forward_pre_hook(partial(_before, load, name)))
-        hooks.append(module.register_forward_hook(lambda module, *_: release(module)))
-    try:
+
+    def before(name: str, module: nn.Module, _: object) -> None:
+        load(name, module)
+
+    with ExitStack() as hooks:
+        for name, module in blocks.items():
+            hooks.enter_context(module.register_forward_pre_hook(partial(before, name)))
+            hooks.enter_context(module.register_forward_hook(lambda module, *_: release(module)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _before(load: Callable[[str, nn.Module], None], name: str, module: nn.Module, args: object) -> None:
-    load(name, module)
 
 
 def open_streamed(

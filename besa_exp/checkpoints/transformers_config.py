@@ -19,9 +19,13 @@ ATTENTIONS = (None, "eager", "sdpa")  # what PyTorch itself computes; all else i
 
 def read_config(folder: Path, trust_remote_code: bool) -> tuple[PreTrainedConfig, list[str]]:
     """The config, and a sentence for each replacement: attention by another package (flash attention) becomes what
-    transformers chooses here, and outputs are never bare tuples. OSError, ValueError: it cannot be read."""
+    transformers chooses here. Outputs are never bare tuples, and hold neither attention weights nor hidden states:
+    nothing reads them, and transformers saves no config that asks for the former. OSError, ValueError: it cannot be
+    read."""
     config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     config.return_dict = True
+    for part in (config, config.get_text_config()):
+        part.output_attentions, part.output_hidden_states = False, False
     asked = config._attn_implementation
     if asked in ATTENTIONS:
         return config, []

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -32,12 +32,12 @@ __all__ = [
     "Unreadable",
     "as_values",
     "evaluation_folder",
-    "read_evaluation",
+    "read_of_checkpoint",
     "read_settings",
-    "read_tuning",
     "run_name",
 ]
 
+Of = TypeVar("Of", EvaluationSettings, TuneSettings)
 # What determines a run's result, and therefore its folder. Tracker, offline and overwrite do not.
 DETERMINING_KEYS = (
     "model",
@@ -120,27 +120,16 @@ def read_settings(config: DictConfig, pruner_name: str, with_pruner: bool = True
     return _read(config, values, RunSettings, given)
 
 
-def read_evaluation(config: DictConfig) -> EvaluationSettings:
-    """Typed settings of `besa evaluate`; `model.path` is what `checkpoint` means.
+def read_of_checkpoint(config: DictConfig, cls: type[Of]) -> Of:
+    """Typed settings of `besa evaluate` or `besa tune`; `model.path` is what `checkpoint` means.
 
     Unreadable: unknown keys, missing or ill-typed values; all of them."""
-    return _read(config, _of_checkpoint(config), EvaluationSettings, {})
-
-
-def read_tuning(config: DictConfig) -> TuneSettings:
-    """Typed settings of `besa tune`; `model.path` is what `checkpoint` means.
-
-    Unreadable: unknown keys, missing or ill-typed values; all of them."""
-    return _read(config, _of_checkpoint(config), TuneSettings, {})
-
-
-def _of_checkpoint(config: DictConfig) -> dict[str, Any]:
     values = as_values(config)
     model, checkpoint = values.get("model"), values.get("checkpoint")
     if isinstance(model, dict):
         model["path"] = "embedded" if checkpoint == MISSING_VALUE else run_and_model(str(checkpoint))[1]
         model["name"] = _model_name(values)
-    return values
+    return _read(config, values, cls, {})
 
 
 def _read(config: DictConfig, values: Mapping[str, Any], cls: type, given: Mapping[str, Any]) -> Any:
@@ -182,10 +171,9 @@ def run_name(config: DictConfig) -> str:
         values.pop("sparsity", None)
     elif pattern != "unstructured":
         amount = f"{pattern}-{amount}"
-    content = _canonical(without_places(values) | {"method": method})
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    digest = _digest(without_places(values) | {"method": method})
     skipping = [f"skipping_{under['name']}"] if isinstance(under := values.get("skipping"), dict) else []
-    parts = [model, method, *differing, amount, *skipping, f"s{values.get('seed')}", digest[:HASH_LENGTH]]
+    parts = [model, method, *differing, amount, *skipping, f"s{values.get('seed')}", digest]
     return "-".join(_slug(part) for part in parts)
 
 
@@ -206,13 +194,9 @@ def evaluation_folder(config: DictConfig) -> str:
     under = _skipping_asked(values)
     if run is not None and not under:
         return str(run)
-    model = values.get("model")
-    deciding = {key: value for key, value in (model or {}).items() if key not in (*NOT_DECIDING, "path")}
-    place = str(Path(path).expanduser().resolve()) if Path(path).expanduser().is_dir() else path
-    content = json.dumps(_canonical([place, deciding, *under]), sort_keys=True)
-    digest = hashlib.sha256(content.encode()).hexdigest()
+    digest = _digest([_place(path), _deciding(values.get("model") or {}), *under])
     kind = f"skipping_{under[0]['name']}" if under else "scores"
-    return f"outputs/{_slug(run.name if run else Path(path).name)}-{kind}-{digest[:HASH_LENGTH]}"
+    return f"outputs/{_slug(run.name if run else Path(path).name)}-{kind}-{digest}"
 
 
 def _skipping_asked(values: Mapping[str, Any]) -> list[Any]:
@@ -235,14 +219,28 @@ def tuning_folder(config: DictConfig) -> str:
     deciding |= {"teacher": teacher} if (teacher := values.get("teacher")) else {}
     deciding |= _without_later_keys({"recovery": values.get("recovery")})
     if isinstance(model := values.get("model"), dict):
-        deciding["model"] = {key: value for key, value in model.items() if key not in (*NOT_DECIDING, "path")}
-    folder = Path(path).expanduser()
-    place = str(folder.resolve()) if folder.is_dir() else path
-    digest = hashlib.sha256(json.dumps(_canonical([place, without_places(deciding)]), sort_keys=True).encode())
+        deciding["model"] = _deciding(model)
+    digest = _digest([_place(path), without_places(deciding)])
     recovery = values.get("recovery")
     name = recovery.get("name") if isinstance(recovery, dict) else "recovery"
-    parts = [Path(run or path).name, name, f"s{values.get('seed')}", digest.hexdigest()[:HASH_LENGTH]]
+    parts = [Path(run or path).name, name, f"s{values.get('seed')}", digest]
     return "outputs/" + "-".join(_slug(part) for part in parts)
+
+
+def _digest(content: Any) -> str:
+    """The first letters of a hash, the same for equal settings."""
+    return hashlib.sha256(json.dumps(_canonical(content), sort_keys=True).encode()).hexdigest()[:HASH_LENGTH]
+
+
+def _place(path: str) -> str:
+    """Of a checkpoint: a folder is the same from wherever it is named."""
+    folder = Path(path).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else path
+
+
+def _deciding(model: Mapping[str, Any]) -> dict[str, Any]:
+    """How a checkpoint is loaded."""
+    return {key: value for key, value in model.items() if key not in (*NOT_DECIDING, "path")}
 
 
 def _without_later_keys(values: Mapping[str, Any]) -> dict[str, Any]:

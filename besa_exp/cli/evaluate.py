@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +14,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from besa_exp.cli.compose import Composer
-from besa_exp.cli.configuration import Unreadable, as_values, read_evaluation
-from besa_exp.cli.jobs import full_errors, summary_line
+from besa_exp.cli.configuration import Unreadable, as_values, read_of_checkpoint
+from besa_exp.cli.jobs import summary_line, told
 from besa_exp.cli.preflight import preflight_evaluation
 from besa_exp.cli.prune import composed
 from besa_exp.cli.request import composed_for_one, sets_one_of
-from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.merging import remaining
 from besa_exp.run_folder.folder import read_results
 from besa_exp.run_folder.inputs import check_scored_inputs
@@ -55,15 +53,10 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     from besa_exp.runs.evaluate import evaluate_checkpoint  # imports torch
 
-    try:
-        results = evaluate_checkpoint(asked.settings, asked.folder, asked.config)
-    except (RunError, OSError) as error:
-        if full_errors():
-            traceback.print_exc()
-        print(f"failed: {error}; what is finished is kept; see {asked.folder / 'run.log'}", file=sys.stderr)
-        return 1
-    print(f"done: {summary_line(results)} -> {results_path}")
-    return 0
+    def work() -> str:
+        return f"{summary_line(evaluate_checkpoint(asked.settings, asked.folder, asked.config))} -> {results_path}"
+
+    return told(work, asked.folder)
 
 
 def read_asked(arguments: argparse.Namespace) -> _Asked:
@@ -80,7 +73,7 @@ def _checked(
 ) -> tuple[EvaluationSettings | None, tuple[str, ...] | None]:
     """The settings, and what is known where nothing is left to be scored; all that is wrong is noted."""
     try:
-        settings = read_evaluation(config)
+        settings = read_of_checkpoint(config, EvaluationSettings)
     except Unreadable as error:
         of_another = {"checkpoint"} if "model" in unknown else set()  # it would have come with the model's preset
         found = {key: problem for key, problem in error.by_key.items() if key not in of_another}

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from besa_exp.cli.preflight import check_model
 from besa_exp.display.terminal import console_of
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.evaluation.checks import PROMPTS
@@ -142,17 +143,20 @@ def _print_texts(console: Console, prompts: Sequence[str], said: Mapping[str, Se
         console.print(table)
 
 
-def _models(place: str, alone: bool) -> dict[str, ModelSettings]:
+def _models(place: str, no_dense: bool) -> dict[str, ModelSettings]:
     """The dense model first; without a run there is none."""
     run, path = run_and_model(place)
     if run is None:
-        return {"model": ModelSettings(Path(path).name, path)}
+        alone = ModelSettings(Path(path).name, path)
+        if problems := check_model(alone, "DIR")[1]:
+            raise ConfigurationError(*problems)
+        return {"model": alone}
     if problems := check_run(run):
         raise ConfigurationError(*(problem.replace("checkpoint=", "") for problem in problems))
     given, structure = _group(run, "model"), _group(run, "structure")
     own_code = (structure.get("shape"), structure.get("save")) == ("uneven", "custom_code")  # that the run wrote itself
     pruned = ModelSettings(run.name, path, trust_remote_code=own_code or bool(given.get("trust_remote_code")))
-    if alone or "path" not in given or given["path"] == path:
+    if no_dense or "path" not in given or given["path"] == path:
         return {"pruned": pruned}
     keys = ("path", "revision", "dtype", "trust_remote_code", "convert")
     dense = ModelSettings(Path(str(given["path"])).name, **{key: given[key] for key in keys if key in given})

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -142,6 +142,19 @@ def full_errors() -> bool:
     return os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
+def told(work: Callable[[], str], folder: Path) -> int:
+    """The exit code of work in a run folder; what it returns, or its failure, is printed."""
+    try:
+        said = work()
+    except (RunError, OSError) as error:
+        if full_errors():
+            traceback.print_exc()
+        print(f"failed: {error}; what is finished is kept; see {folder / 'run.log'}", file=sys.stderr)
+        return 1
+    print(f"done: {said}")
+    return 0
+
+
 def launch(request: Request) -> list[Outcome]:
     """Runs the jobs by Hydra's launcher. Hydra must be initialized as it was for the request."""
     hydra = GlobalHydra.instance().hydra
@@ -227,17 +240,14 @@ def summary_line(results: Mapping[str, Any]) -> str:
     for score in scores:
         if score.kind == "perplexity":
             before = f" (dense {value:.3f})" if (value := dense.get(score.path)) else ""
-            parts.append(f"perplexity {Path(score.name).name}{score.under} {_number(score.value, 3)}{before}")
+            value = "n/a" if score.value is None else f"{score.value:.3f}"
+            parts.append(f"perplexity {Path(score.name).name}{score.under} {value}{before}")
     partly = partly_scored(scores)
     for score in main_scores(scores):
         beside = [partly[score.name]] if score.name in partly else []
         beside += [f"dense {value:.4f}"] if (value := dense.get(score.path)) else []
         parts.append(f"{score.label} {score.shown}" + (f" ({', '.join(beside)})" if beside else ""))
     return ", ".join(parts)
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "n/a" if value is None else f"{value:.{digits}f}"
 
 
 def show(outcomes: Sequence[Outcome], seconds: float | None = None) -> None:

@@ -28,7 +28,7 @@ besa: prunes language models block by block (BESA, arXiv 2402.16880) and compare
   besa report DIR... [--out DIR]
                                  compare run folders and sweeps: one page, tables, figures
   besa status DIR...             what runs, what failed and why, what is left
-  besa generate DIR [--prompt TEXT]
+  besa generate DIR [--prompt TEXT] [--chat]
                                  what a run's model says, the dense one beside it
   besa prefetch [key=value ...]  fetch all that a run of the same keys takes from the hub, or list what is missing
   besa list [group ...]          the presets there are, with a line each

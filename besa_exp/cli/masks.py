@@ -74,5 +74,5 @@ def _check(path: Path, model: ModelSettings, out: Path) -> tuple[dict, list[str]
         )
     if facts and "dtype" in description:
         a_weight = BYTES_OF_DTYPE.get(description["dtype"])
-        problems += check_disk(out, facts.weights * a_weight if a_weight else facts.saved_bytes, "--out")
+        problems += check_disk(out, facts.weights * a_weight if a_weight else facts.saved_bytes, "--out", "")
     return description, problems

@@ -14,7 +14,13 @@ from pathlib import Path
 from besa_exp.blocks.ignored import check_ignored, is_ignored
 from besa_exp.checkpoints.fetch import cached_folder
 from besa_exp.checkpoints.gguf_file import inspect_gguf, is_gguf
-from besa_exp.checkpoints.inspect import ModelFolder, inspect_config, inspect_model_folder, saved_dtype
+from besa_exp.checkpoints.inspect import (
+    BLOCK_AND_LINEAR,
+    ModelFolder,
+    inspect_config,
+    inspect_model_folder,
+    saved_dtype,
+)
 from besa_exp.cli.hub_needs import missing_offline, needs_of
 from besa_exp.errors import did_you_mean
 from besa_exp.evaluation.checks import check_evaluator, check_skipping
@@ -34,12 +40,11 @@ from besa_exp.settings import (
     TrackerSettings,
     TuneSettings,
 )
-from besa_exp.tensors.pattern import parse_pattern
+from besa_exp.tensors.pattern import indivisible, parse_pattern
 from besa_exp.texts.calibration_check import check_calibration
 from besa_exp.texts.embedded.text import MODEL_DIR
 
 BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}  # auto: as saved
-BLOCK_AND_LINEAR = re.compile(r"\.(\d+)\.(.+)\.weight$")  # model.layers.3.mlp.down_proj.weight
 TRACKER_MODES = ("offline", "online", "disabled")
 LARGEST_SEED = 2**32 - 1
 
@@ -219,13 +224,14 @@ def _check_target(settings: RunSettings, facts: ModelFolder | None, with_pruner:
             "write for example sparsity=0.5"
         )
     try:
-        pattern = parse_pattern(settings.pattern)
+        parse_pattern(settings.pattern)
     except ValueError as error:
         return [*problems, f"{error} (in a YAML file in quotes: pattern: '2:4')"]
     if facts:
         problems += _check_ignored(settings, facts)
-    if pattern and facts:
-        problems += _indivisible(settings, pattern[1], facts)
+        named = {name.removesuffix(".weight"): (_in_a_block(name), shape[1]) for name, shape in facts.linears.items()}
+        pruned = {name: size for name, (own, size) in named.items() if not is_ignored(own, settings.ignore)}
+        problems += indivisible(pruned, settings.pattern)
     if with_pruner and not problems:
         from besa_exp.methods.budgets.trial import check_budget  # torch is there already: it came with the pruner
         from besa_exp.methods.updates.updated import with_update
@@ -280,21 +286,6 @@ def _in_a_block(name: str) -> str:
     """`3.mlp.down_proj` of `model.layers.3.mlp.down_proj.weight`."""
     found = BLOCK_AND_LINEAR.search(name)
     return ".".join(found.groups()) if found else name
-
-
-def _indivisible(settings: RunSettings, group: int, facts: ModelFolder) -> list[str]:
-    pattern = settings.pattern
-    pruned = {
-        name: shape for name, shape in facts.linears.items() if not is_ignored(_in_a_block(name), settings.ignore)
-    }
-    odd = [f"{name.removesuffix('.weight')} ({shape[1]})" for name, shape in pruned.items() if shape[1] % group]
-    if not odd:
-        return []
-    more = f" and {len(odd) - 2} more" if len(odd) > 2 else ""
-    return [
-        f"pattern={pattern}: the inputs of a linear must be divisible by {group}, not as those of "
-        f"{', '.join(odd[:2])}{more}; choose another pattern or pattern=unstructured"
-    ]
 
 
 def _check_tracker(settings: TrackerSettings, offline: bool) -> list[str]:

@@ -5,11 +5,11 @@ Every problem is collected with the key it belongs to, so that all are reported 
 
 from __future__ import annotations
 
-import importlib
 import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
+from pkgutil import resolve_name
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from besa_exp.errors import did_you_mean
@@ -89,9 +89,8 @@ class Reader:
     def _class(self, target: str | None, hint: Any, key: str) -> Any:
         if target is None:
             return hint if is_dataclass(hint) else self.refuse(key, f"{key}: its preset lacks _target_, a dataclass")
-        module, _, name = target.rpartition(".")
         try:
-            cls = getattr(importlib.import_module(module), name)
+            cls = resolve_name(target)
         except (ImportError, AttributeError, ValueError) as error:
             return self.refuse(
                 key, f"{key}._target_={target}: cannot be imported ({error}); name an importable dataclass"

@@ -205,11 +205,8 @@ def _concerns_the_pruner(composer: Composer, job: Job) -> bool:
     own = any(key.startswith(tuple(f"{group}." for group in METHOD_GROUPS)) for key in keys)
     own = own or ("pruner" in keys and composer.search_path)
     asked = {"sparsity", "pattern", "experiment", *METHOD_GROUPS} - {"pruner"}  # a preset of ours is sound by itself
-    return bool(own) or any(key in keys and not _refused(composer, key) for key in asked)
-
-
-def _refused(composer: Composer, key: str) -> bool:
-    return any(problem.startswith(f"{key}=") for problem in composer.problems.values())
+    refused = {problem.partition("=")[0] for problem in composer.problems.values()}
+    return bool(own) or bool((asked & keys) - refused)
 
 
 def _check_settings(composer: Composer, job: Job, unknown: set[str]) -> None:

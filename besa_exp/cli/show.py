@@ -7,12 +7,12 @@ be out of date.
 
 from __future__ import annotations
 
-import importlib
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -157,11 +157,8 @@ def _flat(key: yaml.Node, value: yaml.Node, prefix: str, lines: Sequence[str]) -
 
 def _hints(key: str, target: str) -> dict[str, str]:
     """{dotted key: type in words} of the dataclass that `_target_` names; {} where it cannot be imported."""
-    prefix = key.removesuffix(TARGET)
-    module, _, name = target.rpartition(".")
     try:
-        cls = getattr(importlib.import_module(module), name)
-        return _fields_of(cls, prefix)
+        return _fields_of(resolve_name(target), key.removesuffix(TARGET))
     except (ImportError, AttributeError, NameError, ValueError):
         return {}
 
@@ -189,7 +186,7 @@ def in_words(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(map(str, inner))
     if origin in (Union, types.UnionType):
-        return " or ".join("null" if part is type(None) else in_words(part) for part in inner)
+        return " or ".join(filter(None, ("null" if part is type(None) else in_words(part) for part in inner)))
     if origin is tuple:
         return f"list of {in_words(inner[0])}"
     if origin is dict:

@@ -49,7 +49,8 @@ def status_tables(runs: Sequence[RunRecord], everything: bool = False) -> list[R
     parts: list[RenderableType] = [Text(head, style="bold")]
     listed = sorted((r for r in runs if everything or r.status != "done"), key=lambda r: (_order(r.status), r.folder))
     if listed:
-        parts.append(_table(listed, _blocks_by_model(runs)))
+        known = {run.model: len(run.blocks) for run in runs if run.blocks}  # as finished runs say
+        parts.append(_table(listed, known))
     left = [run for run in runs if run.status not in ("done", "running")]
     if left:
         parts.append(Text(f"{len(left)} left. The same command goes on with what is missing, for example:"))
@@ -77,11 +78,6 @@ def _table(runs: Sequence[RunRecord], blocks: dict[str, int]) -> Table:
             Text(error),
         )
     return table
-
-
-def _blocks_by_model(runs: Sequence[RunRecord]) -> dict[str, int]:
-    """How many blocks each model has, as finished runs say."""
-    return {run.model: len(run.blocks) for run in runs if run.blocks}
 
 
 def _progress(run: RunRecord, blocks: dict[str, int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,16 +57,21 @@ def show_sweep(outcomes: Sequence[Outcome], seconds: float | None = None) -> Non
     counted = ", ".join(f"{number} {state}" for state, number in counts.items())
     console.print(Text(f"{len(outcomes)} jobs: {counted}{took}", style="bold"))
     table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
-    for column in ("job", "status", "folder", "what happened"):
+    told = [_told(outcome) for outcome in outcomes]
+    for column in ("job", "status", "folder", *(["what happened"] if any(told) else [])):
         table.add_column(column, overflow="fold")
     for number, outcome in enumerate(outcomes):
         if outcome.exit_code or outcome.missed or len(outcomes) <= MANY:
             style = "red" if outcome.exit_code else "yellow" if outcome.missed else None
-            table.add_row(str(number + 1), outcome.status, Text(str(outcome.folder)), Text(_told(outcome)), style=style)
+            cells = (str(number + 1), outcome.status, Text(str(outcome.folder)), Text(told[number]))
+            table.add_row(*cells[: len(table.columns)], style=style)
     console.print(table)
     runs = [read_run(outcome.folder) for outcome in outcomes if (outcome.folder / "results.json").is_file()]
     for part in tables(runs, compare(runs), console.width):
         console.print(part)
+    if runs:
+        places = dict.fromkeys(shlex.quote(str(outcome.folder.parent)) for outcome in outcomes)
+        console.print(Text(f"charts and LaTeX: besa report {' '.join(places)}", style="dim"))
 
 
 def _told(outcome: Outcome) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +12,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from besa_exp.cli.compose import Composer
-from besa_exp.cli.configuration import Unreadable, read_tuning
-from besa_exp.cli.jobs import full_errors
+from besa_exp.cli.configuration import Unreadable, read_of_checkpoint
+from besa_exp.cli.jobs import told
 from besa_exp.cli.preflight import preflight_tuning
 from besa_exp.cli.prune import composed
 from besa_exp.cli.request import composed_for_one, sets_one_of
 from besa_exp.display.model_card import score_rows
-from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.errors import ConfigurationError
 from besa_exp.hub.publish import publish
 from besa_exp.run_folder.folder import read_results
 from besa_exp.run_folder.status import is_done
@@ -51,17 +49,13 @@ def _run(arguments: argparse.Namespace) -> int:
     from besa_exp.runs.interruption import interruptible
     from besa_exp.runs.tune import tune_checkpoint  # imports torch
 
-    try:
+    def work() -> str:
         with interruptible():
             results = tune_checkpoint(asked.settings, asked.folder)
         publish(asked.folder, asked.settings.save)
-    except (RunError, OSError) as error:
-        if full_errors():
-            traceback.print_exc()
-        print(f"failed: {error}; what is finished is kept; see {asked.folder / 'run.log'}", file=sys.stderr)
-        return 1
-    print(f"done: {outcome(results)} -> {asked.folder}")
-    return 0
+        return f"{outcome(results)} -> {asked.folder}"
+
+    return told(work, asked.folder)
 
 
 def outcome(results: Mapping[str, Any]) -> str:
@@ -95,7 +89,7 @@ def read_asked(arguments: argparse.Namespace) -> _Asked:
 def _settings(composer: Composer, lines: Sequence[str], config: DictConfig) -> TuneSettings | None:
     """None: values that cannot be read; they and what is wrong with the others are noted."""
     try:
-        return read_tuning(config)
+        return read_of_checkpoint(config, TuneSettings)
     except Unreadable as error:
         composer.problems |= error.by_key
         rest = [line for line in lines if not sets_one_of(composer, line, error.by_key)]

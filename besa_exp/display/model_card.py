@@ -63,7 +63,8 @@ def model_card(
         lines.append(f"- Dense weights: unpacked from {dense['file']} ({kinds}) and stored as {dense['dtype']}")
     if calibration:
         samples, length = calibration["num_samples"], calibration["seq_len"]
-        lines.append(f"- Calibration: {escaped(calibration['name'])}, {samples} samples of {length} tokens")
+        chat = " of conversations" if (calibration.get("provenance") or {}).get("chat_template") else ""
+        lines.append(f"- Calibration: {escaped(calibration['name'])}, {samples} samples of {length} tokens{chat}")
     counts = type_counts(results["blocks"]).items()
     rows = [[name, f"{weights:,}", f"{pruned:,}", f"{pruned / weights:.4f}"] for name, (weights, pruned) in counts]
     lines += ["", savings(results), "", "## Sparsity by linear type", ""]

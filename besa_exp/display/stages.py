@@ -41,7 +41,9 @@ def _structure(report: StructureReport) -> str:
 
 
 def _recovery(report: RecoveryReport) -> str:
-    """`full, 100 steps on 4,096 tokens, the weights after step 50 kept; held-out loss 3.5000 before, 3.2500 after`."""
-    course = f"{report.steps} steps on {report.tokens:,} tokens, the weights after step {report.best_step} kept"
+    """`full, 100 steps of size 0.003 on 4,096 tokens, the weights after step 50 kept; held-out loss 3.5000 before,
+    3.2500 after`."""
+    size = "" if report.lr is None else f" of size {report.lr:.2g}"
+    course = f"{report.steps} steps{size} on {report.tokens:,} tokens, the weights after step {report.best_step} kept"
     loss = f"held-out loss {report.loss_before:.4f} before, {report.loss_after:.4f} after{report.task_said}"
     return f"{report.method}, {course}; {loss}" + (f"; stopped early: {report.stopped}" if report.stopped else "")

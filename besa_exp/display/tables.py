@@ -104,7 +104,7 @@ def outline(settings: RunSettings) -> tuple[str, str]:
     scored = ["perplexity on " + ", ".join(Path(name).name for name in evaluator.perplexity_sets)]
     scored = (scored if evaluator.perplexity_sets else []) + [*evaluator.tasks]
     limit = f" ({evaluator.limit} questions each)" if evaluator.limit and evaluator.tasks else ""
-    second = [settings.pruner_name]
+    second = [f"pruner {settings.pruner_name}"]
     if not settings.is_dense:
         calibration = settings.calibration
         second.append(f"calibration {Path(calibration.path or calibration.name).name} {_windows(calibration)}")

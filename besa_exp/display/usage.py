@@ -27,10 +27,12 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("FOLDER"), AutoTokenizer
 lm_eval run --model hf --model_args pretrained=FOLDER --tasks piqa
 vllm serve FOLDER                                                     # as a dense model
 python llama.cpp/convert_hf_to_gguf.py FOLDER --outfile model.gguf    # as a dense model
-```"""
+```
+
+besa-exp's tests load such folders with transformers and lm-eval; vLLM and llama.cpp were not tried."""
 SEMI_STRUCTURED = """\
 Its 2:4 zeros save time and memory where the linears are converted, on a CUDA device of compute capability 8.0 or more
-and in 16 bits:
+and in 16 bits (besa-exp's tests do not cover this):
 
 ```python
 import torch

@@ -69,10 +69,9 @@ def passes_of(pruner: Pruner, goal: Goal, samples: int, batch_size: int) -> Pass
 
     for size in {*range(1, 17), batch_size}:  # captured by passes that are not counted
         blocks[-1].arguments(size)
-    hook = last.register_forward_pre_hook(count)
-    for _ in prune_blocks(units(blocks, together), inputs, pruner, goal, batch_size, steps.append):
-        pass
-    hook.remove()
+    with last.register_forward_pre_hook(count):
+        for _ in prune_blocks(units(blocks, together), inputs, pruner, goal, batch_size, steps.append):
+            pass
     return Passes(counts[False], counts[True], sum(step.block == blocks[-1].index for step in steps))
 
 

@@ -26,15 +26,16 @@ from besa_exp.checkpoints.tensor_sources import stored_tensors
 from besa_exp.dry_run.counts import CHIPS, DISK, HASH, block_seconds, passes_of
 from besa_exp.dry_run.measured import Measured, measured
 from besa_exp.dry_run.parts import LOGS, Part, Place, disk_parts, memory_parts, pruning_parts
-from besa_exp.dry_run.probe import seconds_of
 from besa_exp.dry_run.sizes import ModelSize, local_folder, model_size, model_without_weights
 from besa_exp.dry_run.texts import Texts, read_texts
 from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.streamed import HELD_BYTES
 from besa_exp.machine import atomic
-from besa_exp.machine.device import prepared_device
+from besa_exp.machine.device import prepared_device, seconds_of
 from besa_exp.machine.disk import ONE_FILE, existing
 from besa_exp.machine.memory import free_memory
+from besa_exp.methods.budgets.budget import Budget
+from besa_exp.methods.budgets.trial import DepthSearch
 from besa_exp.methods.updates.updated import with_update
 from besa_exp.settings import RunSettings
 from besa_exp.tensors.masks import Goal
@@ -138,7 +139,7 @@ def estimate_from_counts(settings: RunSettings, folder: Path) -> Estimate:
 
 def _not_estimated(settings: RunSettings) -> list[str]:
     missing = {
-        "the memory of a budget over depth is not estimated": settings.budget is not None,
+        "the memory of a budget over depth is not estimated": isinstance(settings.budget, DepthSearch | Budget),
         "the structure is not estimated: time and memory are those of the dense model's blocks": settings.structure,
         "time and memory of the search over the whole model that follows the block loop are not estimated": (
             settings.pruner.traits.refinements

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 from besa_exp.blocks.activations import activation_bytes, allocator
 from besa_exp.blocks.observation import Observed
 from besa_exp.checkpoints.streaming import give_back_memory
-from besa_exp.dry_run.probe import SHORTEST, BlockCost, BlockProbe, cut_down, seconds_of
+from besa_exp.dry_run.probe import SHORTEST, BlockCost, BlockProbe, cut_down
 from besa_exp.dry_run.recovery import RecoveryCost, recovery_cost
 from besa_exp.dry_run.sizes import ModelSize
 from besa_exp.dry_run.texts import Texts
 from besa_exp.errors import RunError, first_line
 from besa_exp.evaluation.batches import bytes_per_token, rows_at_once, tokens_at_once
-from besa_exp.machine.device import compute_dtype
+from besa_exp.machine.device import compute_dtype, seconds_of
 from besa_exp.machine.memory import free_memory
 from besa_exp.methods.budgets.budget import Budget, pruned_to
 from besa_exp.methods.budgets.trial import DepthSearch

@@ -121,8 +121,8 @@ def peak(parts: Sequence[Part], place: Place) -> tuple[int, Phase]:
     return sums[phase], phase
 
 
-def remedies(parts: Sequence[Part], place: Place, limit: int = 3) -> list[str]:
-    """What makes the phase of the peak smaller, the largest part first."""
+def remedies(parts: Sequence[Part], place: Place) -> list[str]:
+    """Up to three ways to make the phase of the peak smaller, the largest part first."""
     _, phase = peak(parts, place)
     here = [part for part in parts if part.place == place and phase in part.phases and part.remedy and part.size]
-    return list(dict.fromkeys(part.remedy for part in sorted(here, key=lambda part: -(part.size or 0))))[:limit]
+    return list(dict.fromkeys(part.remedy for part in sorted(here, key=lambda part: -(part.size or 0))))[:3]

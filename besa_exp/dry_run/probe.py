@@ -9,7 +9,6 @@ sample of the run's own length takes too long, shorter ones are taken and the sl
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -27,6 +26,7 @@ from besa_exp.blocks.probe import num_probe_samples
 from besa_exp.blocks.pruner import Pruner
 from besa_exp.blocks.units import units
 from besa_exp.checkpoints.streaming import give_back_memory
+from besa_exp.machine.device import seconds_of
 from besa_exp.tensors.masks import Goal
 
 SAMPLES = (3, 8)  # of the two measurements; of both a search holds back one
@@ -105,9 +105,8 @@ class BlockProbe:
             def count(_: nn.Module, given: tuple[Tensor, ...]) -> None:
                 counts[-1] += len(given[0])
 
-            hook = block.module.register_forward_pre_hook(count)
-            ask(repeat(block, depth), hidden.clone())
-            hook.remove()
+            with block.module.register_forward_pre_hook(count):
+                ask(repeat(block, depth), hidden.clone())
         rise = counts[1] - counts[0]
         bend = (counts[2] - counts[1]) - rise
         return counts[0] + (num_blocks - 1) * rise + bend * (num_blocks - 1) * (num_blocks - 2) / 2
@@ -224,16 +223,3 @@ class PeakMemory:
     def _watch(self) -> None:
         while not self._ended.wait(0.002):
             self._most = max(self._most, self._process.memory_info().rss)
-
-
-def seconds_of(device: torch.device, work: Callable[[], object]) -> float:
-    """How long `work` takes, the device's part included."""
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    started = now()
-    work()
-    return now() - started

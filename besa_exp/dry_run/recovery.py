@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from besa_exp.blocks.block import discover_blocks
-from besa_exp.dry_run.probe import BlockProbe, line, seconds_of
+from besa_exp.dry_run.probe import BlockProbe, line
+from besa_exp.machine.device import seconds_of
 from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears
 from besa_exp.recovery.recipe import follows_dense, method_of, objective_of, plan_of, steps_of
 from besa_exp.recovery.tuner import Tuner
@@ -26,6 +27,7 @@ from besa_exp.settings import RecoverySettings
 from besa_exp.texts.tasks import TASKS
 
 STEP = 1.0  # seconds that a measured step should take at most
+TRIED = 3  # step sizes, where none is given
 BACKWARD = 3  # forward passes that one both ways costs
 
 
@@ -73,7 +75,8 @@ def recovery_cost(probe: BlockProbe, asked: RecoverySettings, seq_len: int, num_
     a_judgement = asked.held_out * options * seq_len * (num_blocks * a_token + head)
     judgements = 1 + sum(plan_of(asked, steps).judges_after(number) for number in range(1, steps + 1))
     scored = 0 if asked.task is None else 2 * asked.tested / asked.held_out  # before and after
-    seconds = preparing * times + steps * a_step + (judgements + scored) * a_judgement
+    taken = steps + TRIED * plan_of(asked, steps).trial
+    seconds = preparing * times + taken * a_step + (judgements + scored) * a_judgement
     return RecoveryCost(seconds, judgements, state, state + moved)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from besa_exp.errors import ConfigurationError, did_you_mean_one_of
+from besa_exp.errors import ConfigurationError, did_you_mean_one_of, too_low
 from besa_exp.evaluation.task_definitions import TASK_FOLDERS, all_names, find, read_definitions, tasks_root, unreadable
 from besa_exp.settings import EvaluatorSettings, SkippingSettings
 from besa_exp.texts.sources import check_source, is_token_file
@@ -35,12 +35,7 @@ def check_evaluator(settings: EvaluatorSettings, context: int | None) -> list[st
 
 
 def _number_problems(settings: EvaluatorSettings, context: int | None) -> list[str]:
-    lower = {"seq_len": 2, "limit": 1, "max_windows": 1, "num_fewshot": 0, "batch_size": 1}
-    problems = [
-        f"evaluator.{key}={getattr(settings, key)}: must be at least {least}; set evaluator.{key}={least} or more"
-        for key, least in lower.items()
-        if isinstance(given := getattr(settings, key), int) and given < least
-    ]
+    problems = too_low(settings, "evaluator", seq_len=2, limit=1, max_windows=1, num_fewshot=0, batch_size=1)
     if context is not None and settings.seq_len is not None and settings.seq_len > context:
         problems.append(
             f"evaluator.seq_len={settings.seq_len}: a window exceeds the model's context of {context}; set "
@@ -125,13 +120,8 @@ def check_skipping(settings: SkippingSettings, load: str = "auto") -> list[str]:
         problems.append(
             f"skipping.threshold={of.threshold:g}: a cosine is in [-1, 1], and 2 never skips; give such a one"
         )
-    lower = {"span": 1, "cold_first": 0, "cold_last": 0, "warm_tokens": 0, "prompt_tokens": 0, "num_samples": 1}
-    lower |= {"prompt_tokens": 1} if of.name == "shortgpt_gen" else {}
-    problems += [
-        f"skipping.{key}={given}: must be at least {least}; set skipping.{key}={least} or more"
-        for key, least in lower.items()
-        if (given := getattr(of, key)) is not None and given < least
-    ]
+    problems += too_low(of, "skipping", span=1, cold_first=0, cold_last=0, warm_tokens=0, num_samples=1)
+    problems += too_low(of, "skipping", prompt_tokens=1 if of.name == "shortgpt_gen" else 0)
     if negative := [block for block in of.blocks if block < 0]:
         problems.append(f"skipping.blocks: {negative[0]} is no block; they are counted from 0")
     if load == "streamed":

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from besa_exp.blocks.block import Block, capture_blocks
 from besa_exp.errors import Unavailable
+from besa_exp.machine.device import seconds_of
 
 if TYPE_CHECKING:
     from besa_exp.checkpoints.load import LoadedModel
@@ -158,7 +159,7 @@ def _timed(model: Any, ids: Int[Tensor, "sample seq"], decoded: int) -> tuple[fl
             following = output.logits[:, -1:].argmax(dim=-1)
             output = model(following, past_key_values=output.past_key_values, use_cache=True)
 
-    return _seconds(prefill, ids.device), _seconds(decode, ids.device)
+    return seconds_of(ids.device, prefill), seconds_of(ids.device, decode)
 
 
 def _repeats(most: int = REPEATS) -> Iterator[int]:
@@ -167,16 +168,3 @@ def _repeats(most: int = REPEATS) -> Iterator[int]:
     for number in range(1 + most):
         if number < 2 or time.perf_counter() - begun < ENOUGH:
             yield number
-
-
-def _seconds(act: Callable[[], None], device: torch.device) -> float:
-    _wait(device)
-    begun = time.perf_counter()
-    act()
-    _wait(device)
-    return time.perf_counter() - begun
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -63,12 +63,9 @@ def prefill_skipping(model: nn.Module, blocks: Sequence[int], rotated: bool = Tr
             course.skipped += ids.numel() * len(blocks)
             course.counted += ids.numel() * len(modules)
 
-    hook = model.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        with replaced_forwards(chosen, [_passed_by(module, module.forward, rotated) for module in chosen]):
-            yield course
-    finally:
-        hook.remove()
+    forwards = [_passed_by(module, module.forward, rotated) for module in chosen]
+    with model.register_forward_pre_hook(count, with_kwargs=True), replaced_forwards(chosen, forwards):
+        yield course
 
 
 def _passed_by(module: Any, forward: Callable[..., Any], rotated: bool) -> Callable[..., Any]:

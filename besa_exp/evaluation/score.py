@@ -175,13 +175,10 @@ def skipped_parts(scores: Iterable[Score]) -> dict[str, str]:
     for score in scores:
         if under := score.conditions.get("skipping"):
             what = "prompts' blocks" if under["name"] == "shortgpt_gen" else "FFNs"
-            at = f", threshold {bound:.4f}" if (bound := _threshold(under)) is not None else ""
+            bound = under.get("threshold", (under.get("found") or {}).get("threshold"))
+            at = "" if bound is None else f", threshold {bound:.4f}"
             found[score.name] = f"{100 * under['skipped']:.1f} % of {what} skipped ({under['name']}{at})"
     return found
-
-
-def _threshold(under: Mapping[str, Any]) -> float | None:
-    return under.get("threshold", (under.get("found") or {}).get("threshold"))
 
 
 def asked_of(skipping: Mapping[str, Any] | None) -> dict[str, Any]:

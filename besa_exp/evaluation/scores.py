@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import astuple, replace
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,39 +62,58 @@ def evaluate(
 
     The global random states, the tokenizer and the weights are left as they were.
     """
-    unavailable: dict[str, str] = {}
+    asked = _Asked(loaded, settings, offline, seed, on_progress, on_count)
     scores: list[Score] = []
     common: Mapping[str, Any] = {}
     try:
-        decided = _decided(loaded, settings, skipping, on_progress)
+        decided = _decided(asked, skipping)
     except Unavailable as error:
-        unavailable |= dict.fromkeys([*settings.perplexity_sets, *scored_names(settings)], str(error))
+        asked.unavailable.update(dict.fromkeys([*settings.perplexity_sets, *scored_names(settings)], str(error)))
         scores += [perplexity_score(name, None, {}) for name in settings.perplexity_sets]
     else:
         if finished and skipping:
             finished = replace(finished, given={**finished.given, "skipping": skipping.request})
-        scores += _score_sets(loaded, settings, offline, on_progress, unavailable, finished, on_count, decided)
+        under = replace(asked, finished=finished, decided=decided)
+        scores += _score_sets(under)
         if settings.tasks:
-            common, of_tasks = _score_tasks(
-                loaded, settings, offline, seed, on_progress, unavailable, finished, on_count, decided
-            )
+            common, of_tasks = _score_tasks(under)
             scores += of_tasks
-    texts = {} if skipping else _texts(loaded, settings, on_progress, unavailable)
-    speeds = _speeds(loaded, settings, on_progress, unavailable)
-    return Scores(tuple(scores), unavailable, common, texts=texts, **speeds)
+    texts = {} if skipping else _texts(asked)
+    return Scores(tuple(scores), asked.unavailable, common, texts=texts, **_speeds(asked))
 
 
-def _decided(
-    loaded: LoadedModel, settings: EvaluatorSettings, skipping: Skipping | None, on_progress: Callable[[str], None]
-) -> Decided | None:
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked, and of which model. `unavailable` receives the reason for each score that is None; `decided`: what
+    the model skips."""
+
+    loaded: LoadedModel
+    settings: EvaluatorSettings
+    offline: bool
+    seed: int
+    on_progress: Callable[[str], None]
+    on_count: OnCount
+    unavailable: dict[str, str] = field(default_factory=dict)
+    finished: FinishedScores | None = None
+    decided: Decided | None = None
+
+    @property
+    def context(self) -> int:
+        """The longest window that the model takes."""
+        from besa_exp.checkpoints.load import model_context  # it imports transformers
+
+        return model_context(self.loaded.model)
+
+
+def _decided(asked: _Asked, skipping: Skipping | None) -> Decided | None:
     """What this model skips; None: nothing, or there is nothing to score. Unavailable: it cannot skip."""
-    if skipping is None or not (settings.perplexity_sets or settings.tasks):
+    if skipping is None or not (asked.settings.perplexity_sets or asked.settings.tasks):
         return None
-    on_progress(f"what skipping={skipping.settings.name} skips")
+    asked.on_progress(f"what skipping={skipping.settings.name} skips")
     with as_unavailable():
-        decided = decide(loaded, skipping)
+        decided = decide(asked.loaded, skipping)
     if decided.found:
-        on_progress(", ".join(f"skipping: {key} {value}" for key, value in decided.found.items()))
+        asked.on_progress(", ".join(f"skipping: {key} {value}" for key, value in decided.found.items()))
     return decided
 
 
@@ -111,28 +130,19 @@ def _recorded(
     record["skipping"] = decided.record(course)
 
 
-def _score_sets(
-    loaded: LoadedModel,
-    settings: EvaluatorSettings,
-    offline: bool,
-    on_progress: Callable[[str], None],
-    unavailable: dict[str, str],
-    finished: FinishedScores | None,
-    on_count: OnCount,
-    decided: Decided | None,
-) -> list[Score]:
-    """The perplexities; `unavailable` receives the reason for each that is None."""
-    scores = []
+def _score_sets(asked: _Asked) -> list[Score]:
+    """The perplexities."""
+    settings, finished, scores = asked.settings, asked.finished, []
     for source in settings.perplexity_sets:
         request = {"seq_len": settings.seq_len, "column": settings.column}
         request |= {"max_windows": settings.max_windows} if settings.max_windows else {}
         earlier = finished.find("perplexity", source, request) if finished else None
-        on_progress(f"perplexity on {source}" + (", scored before" if earlier else ""))
+        asked.on_progress(f"perplexity on {source}" + (", scored before" if earlier else ""))
         try:
             with as_unavailable():
-                value, record = earlier or _score_set(loaded, source, settings, offline, on_count, decided)
+                value, record = earlier or _score_set(asked, source)
         except Unavailable as error:
-            unavailable[source] = str(error)
+            asked.unavailable[source] = str(error)
             scores.append(perplexity_score(source, None, {}))
         else:
             scores.append(perplexity_score(source, value, record))
@@ -141,20 +151,15 @@ def _score_sets(
     return scores
 
 
-def _texts(
-    loaded: LoadedModel,
-    settings: EvaluatorSettings,
-    on_progress: Callable[[str], None],
-    unavailable: dict[str, str],
-) -> dict[str, str]:
+def _texts(asked: _Asked) -> dict[str, str]:
     """What the model says after each prompt. A model that cannot is n/a where the prompts were asked for, not where
     they came by themselves."""
-    prompts = prompts_of(settings)
+    loaded, prompts = asked.loaded, prompts_of(asked.settings)
     if not prompts:
         return {}
     lacks = "the model has no tokenizer" if loaded.tokenizer is None else ""
     lacks = "a streamed model would be read again for every token" if loaded.weights is not None else lacks
-    on_progress("text samples" + (f": none, {lacks}" if lacks else ""))
+    asked.on_progress("text samples" + (f": none, {lacks}" if lacks else ""))
     try:
         with as_unavailable():
             if lacks:
@@ -166,18 +171,13 @@ def _texts(
             )
             return dict(zip(prompts, said, strict=True))
     except Unavailable as error:
-        unavailable |= {"text samples": str(error)} if settings.prompts or not lacks else {}
+        asked.unavailable.update({"text samples": str(error)} if asked.settings.prompts or not lacks else {})
         return {}
 
 
-def _speeds(
-    loaded: LoadedModel,
-    settings: EvaluatorSettings,
-    on_progress: Callable[[str], None],
-    unavailable: dict[str, str],
-) -> dict[str, dict[str, Any]]:
+def _speeds(asked: _Asked) -> dict[str, dict[str, Any]]:
     """Simulated and measured speed where they are asked for; cost, which is counted always."""
-    context = _context(loaded.model)
+    loaded, settings, context = asked.loaded, asked.settings, asked.context
     parts: list[tuple[str, str, Callable[[], dict[str, Any]]]] = [
         ("cost", "", lambda: counts_of(loaded.model, context))
     ]
@@ -190,30 +190,23 @@ def _speeds(
     found: dict[str, dict[str, Any]] = {}
     for part, doing, measure in parts:
         if doing:
-            on_progress(doing)
+            asked.on_progress(doing)
         try:
             with as_unavailable():
                 found[part] = found.get(part, {}) | measure()
         except Unavailable as error:
-            unavailable[part.replace("_", " ")] = str(error)
+            asked.unavailable[part.replace("_", " ")] = str(error)
             found |= {"speed": {"unavailable": str(error)}} if part == "speed" else {}
     return found
 
 
-def _score_set(
-    loaded: LoadedModel,
-    source: str,
-    settings: EvaluatorSettings,
-    offline: bool,
-    on_count: OnCount,
-    decided: Decided | None,
-) -> tuple[float, dict[str, Any]]:
+def _score_set(asked: _Asked, source: str) -> tuple[float, dict[str, Any]]:
     """Perplexity of one set and its record. Raises Unavailable with the reason where there is none."""
+    loaded, settings, context = asked.loaded, asked.settings, asked.context
     model: Any = loaded.model
-    context = _context(model)
     window = perplexity_window(settings, context)
     windows, record = distributed.from_first(
-        lambda: windows_of(source, loaded.tokenizer, window, offline, settings.column, settings.max_windows)
+        lambda: windows_of(source, loaded.tokenizer, window, asked.offline, settings.column, settings.max_windows)
     )
     if windows.shape[1] < 2:
         raise Unavailable("its windows have one token each: nothing is predicted; give windows of two tokens or more")
@@ -223,12 +216,12 @@ def _score_set(
     if int(windows.max()) >= vocabulary:
         raise Unavailable(f"token id {int(windows.max())} is not in the model's vocabulary of {vocabulary}")
     if loaded.weights is None:
-        with _recorded(loaded, decided, record):
-            result = perplexity(model, windows, window, settings.batch_size, on_count)
+        with _recorded(loaded, asked.decided, record):
+            result = perplexity(model, windows, window, settings.batch_size, asked.on_count)
     else:
         from besa_exp.evaluation.streamed import streamed_perplexity
 
-        result = streamed_perplexity(model, loaded.weights, windows, settings.batch_size, on_count)
+        result = streamed_perplexity(model, loaded.weights, windows, settings.batch_size, asked.on_count)
     if not math.isfinite(result.value):
         raise Unavailable(
             f"the perplexity is not a finite number ({result.value}): the losses are beyond 709 nats a token"
@@ -273,43 +266,33 @@ def windows_of(
     return windows[:most], record | cut
 
 
-def _score_tasks(
-    loaded: LoadedModel,
-    settings: EvaluatorSettings,
-    offline: bool,
-    seed: int,
-    on_progress: Callable[[str], None],
-    unavailable: dict[str, str],
-    finished: FinishedScores | None,
-    on_count: OnCount,
-    decided: Decided | None,
-) -> tuple[Mapping[str, Any], list[Score]]:
-    """What all tasks have in common, and their scores; `unavailable` receives the reason for each that has none."""
-    on_progress("loading lm-eval")
+def _score_tasks(asked: _Asked) -> tuple[Mapping[str, Any], list[Score]]:
+    """What all tasks have in common, and their scores."""
+    loaded, settings, finished = asked.loaded, asked.settings, asked.finished
+    asked.on_progress("loading lm-eval")
     tasks, scores = list(scored_names(settings)), []
     try:
         with as_unavailable():
-            scored = _harness(loaded, settings)
-            scored.on_count = on_count
-            common = _tasks_record(loaded.model, loaded.tokenizer, settings, seed)
+            scored = _harness(asked)
+            common = _tasks_record(asked)
     except Unavailable as error:
-        unavailable.update(dict.fromkeys(tasks, str(error)))
+        asked.unavailable.update(dict.fromkeys(tasks, str(error)))
         return {}, []
     from besa_exp.evaluation.zero_shot import score_task
 
     keys = ("limit", "num_fewshot", "include_path")
-    request = {key: getattr(settings, key) for key in keys} | {"seed": seed, "data": settings.data_dir}
+    request = {key: getattr(settings, key) for key in keys} | {"seed": asked.seed, "data": settings.data_dir}
     for task in tasks:
         earlier = finished.find("zero_shot", task, request) if finished else None
-        on_progress(f"zero-shot {task}" + (", scored before" if earlier else ""))
+        asked.on_progress(f"zero-shot {task}" + (", scored before" if earlier else ""))
         try:
             with as_unavailable():
                 under: dict[str, Any] = {}
-                with _recorded(loaded, None if earlier else decided, under, PADDING):
-                    metrics, record = earlier or astuple(score_task(task, scored, settings, offline, seed))
+                with _recorded(loaded, None if earlier else asked.decided, under, PADDING):
+                    metrics, record = earlier or astuple(score_task(task, scored, settings, asked.offline, asked.seed))
                 record = {**record, **under}
         except Unavailable as error:
-            unavailable[task] = str(error)
+            asked.unavailable[task] = str(error)
             continue
         scores += task_scores(task, metrics, record)
         if finished and not earlier:
@@ -317,37 +300,30 @@ def _score_tasks(
     return common, scores
 
 
-def _harness(loaded: LoadedModel, settings: EvaluatorSettings) -> Any:
+def _harness(asked: _Asked) -> Any:
     """The model as lm-eval scores it. Unavailable: why no task can be scored."""
+    loaded = asked.loaded
     if loaded.tokenizer is None:
         raise Unavailable("the model has no tokenizer; a zero-shot task needs one")
     try:
         from besa_exp.evaluation.zero_shot import harness
     except ImportError as error:
         raise Unavailable(f"lm-eval cannot be imported ({error}); pip install 'lm-eval[hf]>=0.4.13'") from error
-    return harness(loaded.model, loaded.tokenizer, settings.batch_size, _context(loaded.model), loaded.weights)
+    scored: Any = harness(loaded.model, loaded.tokenizer, asked.settings.batch_size, asked.context, loaded.weights)
+    scored.on_count = asked.on_count
+    return scored
 
 
-def callable_model(loaded: LoadedModel) -> AbstractContextManager[None]:
-    """The model as a whole can be called for as long as this lasts."""
-    return loaded.weights.on_demand(loaded.model) if loaded.weights else nullcontext()
-
-
-def _tasks_record(model: Any, tokenizer: Any, settings: EvaluatorSettings, seed: int) -> dict[str, Any]:
+def _tasks_record(asked: _Asked) -> dict[str, Any]:
     """What all tasks have in common."""
     import lm_eval
 
+    assert asked.loaded.tokenizer is not None
     return {
         "lm_eval": lm_eval.__version__,
-        "batch_size": settings.batch_size,
-        "limit": settings.limit,
-        "seed": seed,
-        "max_length": _context(model),
-        "tokenizer_adds_bos": begins_with_bos(tokenizer),
+        "batch_size": asked.settings.batch_size,
+        "limit": asked.settings.limit,
+        "seed": asked.seed,
+        "max_length": asked.context,
+        "tokenizer_adds_bos": begins_with_bos(asked.loaded.tokenizer),
     }
-
-
-def _context(model: Any) -> int:
-    from besa_exp.checkpoints.load import model_context  # it imports transformers
-
-    return model_context(model)

@@ -24,7 +24,6 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from besa_exp.blocks.block import capture_blocks
 from besa_exp.blocks.sparsity_table import linear_type
 
 if TYPE_CHECKING:
@@ -102,7 +101,5 @@ def simulated_speed(weights: Iterable[tuple[str, Tensor]]) -> dict[str, dict[str
 @torch.no_grad()
 def simulate_model(loaded: LoadedModel) -> dict[str, Any]:
     """SIMULATED: `model` says by what, `linears` are the rows of `simulated_speed` for all linears in the blocks."""
-    blocks = capture_blocks(loaded.model, torch.empty(0, 0, dtype=torch.long))  # none is called
-    resident = loaded.weights.resident(blocks) if loaded.weights else blocks
-    weights = ((name, linear.weight) for block in resident for name, linear in block.linears.items())
+    weights = ((name, linear.weight) for block in loaded.resident() for name, linear in block.linears.items())
     return {"model": MODEL, "linears": simulated_speed(weights)}

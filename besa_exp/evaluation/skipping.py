@@ -79,13 +79,11 @@ def through_block(
         if ends:
             raise Reached
 
-    hook = middle.register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        outputs = hidden_of(forward())
-    except Reached:
-        outputs = between[0].reshape(*numbers.shape, -1)
-    finally:
-        hook.remove()
+    with middle.register_forward_pre_hook(catch, with_kwargs=True):
+        try:
+            outputs = hidden_of(forward())
+        except Reached:
+            outputs = between[0].reshape(*numbers.shape, -1)
     state = between[0].reshape(outputs.shape)
     if greedy is not None:
         similarity = similarity if ends else cosine(state, outputs)
@@ -180,11 +178,8 @@ class Call:
     @contextmanager
     def counting(self, model: nn.Module) -> Iterator[None]:
         """The tokens of each pass of the model are numbered for as long as this lasts."""
-        hook = model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        try:
+        with model.register_forward_pre_hook(self._begin, with_kwargs=True):
             yield
-        finally:
-            hook.remove()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)

@@ -15,10 +15,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from besa_exp.errors import check_fields, within
+
 Numbers = Int[Tensor, "sample seq"]
 """Of each token its number among the decoded ones, from 0; negative: it belongs to the prompt or pads."""
 Skipped = Bool[Tensor, "sample seq"]
 ALL = 2**30  # a span up to the cold end
+TRIES = 14  # of a bisection
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,9 @@ class FfnSkipping:
     warm_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if not -1 <= self.threshold <= 2:
-            raise ValueError(f"skipping.threshold={self.threshold}: a cosine is at most 1; 2 never skips")
-        if self.span is not None and self.span < 1:
-            raise ValueError(f"skipping.span={self.span}: must be at least 1, or null for all up to the last blocks")
-        for key in ("cold_first", "cold_last", "warm_tokens"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"skipping.{key}={getattr(self, key)}: must not be negative")
+        check_fields(self, "skipping", within(least=-1, most=2, note="2 never skips"), "threshold")
+        check_fields(self, "skipping", within(least=1, or_null=True, note="null: up to the last blocks"), "span")
+        check_fields(self, "skipping", within(least=0), "cold_first", "cold_last", "warm_tokens")
 
     def skips(self, block: int, num_blocks: int, left: Numbers, numbers: Numbers) -> Skipped:
         """Where any of the FFNs to skip are `left`, in blocks that are not cold."""
@@ -83,8 +82,7 @@ class RandomSkipping:
     warm_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.fraction <= 1:
-            raise ValueError(f"skipping.fraction={self.fraction}: must be in [0, 1]")
+        check_fields(self, "skipping", within(least=0, most=1), "fraction")
 
     def skips(self, block: int, num_blocks: int, left: Numbers, numbers: Numbers) -> Skipped:
         """By a hash of the three numbers, so that one pass and token by token draw alike."""
@@ -102,16 +100,15 @@ def decoded_numbers(shape: torch.Size | tuple[int, int], prompt_tokens: int) -> 
     return (torch.arange(shape[1]) - prompt_tokens).expand(shape).clone()
 
 
-def threshold_for(
-    wanted: float, fraction_of: Callable[[float], float], low: float = -1.0, high: float = 1.0, tries: int = 14
-) -> tuple[float, float]:
+def threshold_for(wanted: float, fraction_of: Callable[[float], float]) -> tuple[float, float]:
     """The threshold under which nearest to the `wanted` fraction of FFNs is skipped, of those that bisection tried, and
     that fraction. `fraction_of` computes a pass. The fraction need not fall with the threshold: what is skipped changes
     what comes after; so the nearest of all tried is taken."""
     if not 0 <= wanted <= 1:
         raise ValueError(f"skipping.fraction={wanted}: must be in [0, 1]")
+    low, high = -1.0, 1.0
     tried = {bound: fraction_of(bound) for bound in (low, high)}
-    for _ in range(tries):
+    for _ in range(TRIES):
         between = (low + high) / 2
         tried[between] = fraction_of(between)
         low, high = (between, high) if tried[between] > wanted else (low, between)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from besa_exp.blocks.block import capture_blocks
 from besa_exp.blocks.sparsity_table import linear_type
 from besa_exp.errors import Unavailable
 
@@ -47,9 +46,8 @@ def measure_model(loaded: LoadedModel) -> dict[str, Any]:
     `speed_up`, their quotient; `device` and `tokens` say where and of what. Unavailable: it cannot be measured here."""
     device = next(loaded.model.get_input_embeddings().parameters()).device
     check_device(device, loaded.model.dtype)
-    blocks = capture_blocks(loaded.model, torch.empty(0, 0, dtype=torch.long))[:1]  # none is called
     linears: dict[str, dict[str, float]] = {}
-    for block in loaded.weights.resident(blocks) if loaded.weights else blocks:
+    for block in loaded.resident(loaded.blocks()[:1]):
         for name, linear in block.linears.items():
             weight = linear.weight
             if not is_two_of_four(weight):

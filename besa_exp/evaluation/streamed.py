@@ -97,7 +97,9 @@ def logits_of_batches(
     """The model's logits of each batch, in order; the batches may be of any shapes. Each block is read once for as many
     batches as have HELD_BYTES of hidden states. NotAlone, before the first: the blocks cannot be called on their
     own."""
-    for group in _groups(batches, HELD_BYTES // _state_bytes(model)):
+    config: Any = model.config
+    state_bytes = config.get_text_config().hidden_size * next(model.parameters()).element_size()
+    for group in _groups(batches, HELD_BYTES // state_bytes):
         by_shape = {ids.shape: capture_blocks(model, ids) for ids in group}
         states = [embed(model, by_shape[ids.shape], ids, len(ids)) for ids in group]
         first = by_shape[group[0].shape]
@@ -108,11 +110,6 @@ def logits_of_batches(
         check_unwritten(model, modules, group[0], [block.arguments(len(group[0])) for block in first])
         for ids, hidden in zip(group, states, strict=True):
             yield head_logits(model, modules, ids, hidden)
-
-
-def _state_bytes(model: Any) -> int:
-    """Of a token's hidden state."""
-    return model.config.get_text_config().hidden_size * next(model.parameters()).element_size()
 
 
 def _groups(batches: Sequence[Tensor], tokens: int) -> Iterator[list[Tensor]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -51,3 +52,16 @@ def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for side in sides.values():
         side.synchronize()
     return found
+
+
+def seconds_of(device: torch.device, work: Callable[[], object]) -> float:
+    """How long `work` takes, the device's part included."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    started = now()
+    work()
+    return now() - started

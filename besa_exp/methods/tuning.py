@@ -30,7 +30,7 @@ from torch import Tensor
 from besa_exp.blocks.block import Block, Hidden, samples_at
 from besa_exp.blocks.course import Course
 from besa_exp.blocks.linears import find_norms, room_like
-from besa_exp.blocks.probe import num_probe_samples, probe_loss
+from besa_exp.blocks.probe import num_learned, probe_loss
 from besa_exp.blocks.reports import Step
 from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
@@ -75,6 +75,12 @@ class Tuning:
     def scale(self, step: int, num_steps: int) -> float:
         """The step size at `step`, as a fraction of `lr`."""
         return min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / num_steps)) / 2
+
+    def judged(self, num_steps: int, ramp: Ramp | None) -> set[int]:
+        """The steps after which the probe judges, the last among them; none before a `ramp` has settled."""
+        settles = ramp.settles(num_steps) if ramp else 0
+        steps = (num_steps - 1 - (num_steps - settles) * number // self.checks for number in range(self.checks))
+        return {step for step in steps if step >= settles}
 
 
 @dataclass(frozen=True)
@@ -141,11 +147,9 @@ def tune(
     What is tuned between two looks at the probe must lower its loss: else it is undone, and the step size shrinks. So
     the result is never worse on the probe than what it began with, or with a ramp than the mask just closed. RunError:
     a loss is not finite."""
-    num_samples = distributed.total(len(inputs))
-    learn = max(1, num_samples - num_probe_samples(num_samples))
+    learn = num_learned(distributed.total(len(inputs)))
     num_steps = tuning.num_steps(learn)
-    settles = ramp.settles(num_steps) if ramp else 0
-    judged = {num_steps - 1 - (num_steps - settles) * number // tuning.checks for number in range(tuning.checks)}
+    judged = tuning.judged(num_steps, ramp)
     begin = partial(_State.of, block, weights, keep_masks, tuning.norms)
     lr = tuning.lr or _first_step_size(begin, inputs, targets, tuning, learn)
     state = begin(lr)
@@ -157,7 +161,7 @@ def tune(
         scale = shrunk * tuning.scale(number, num_steps)
         state.step(samples_at(inputs, own), samples_at(targets, own), scale, course)
         sparsity = ramp.sparsity_after(number, num_steps) if ramp else None
-        if sparsity is None and (number not in judged or number < settles):
+        if sparsity is None and number not in judged:
             continue
         course.wait()
         loss = state.probe_loss(inputs, targets)

@@ -61,7 +61,7 @@ class Kept:
 class Full:
     """`embeddings`: whether embeddings and head are tuned too, which hold no zeros."""
 
-    adam: Adam = field(default_factory=lambda: Adam(lr=1e-4))
+    adam: Adam = field(default_factory=lambda: Adam(lr=1e-3))
     embeddings: bool = True
 
     def check(self, sparsity: float, pattern: str) -> list[str]:

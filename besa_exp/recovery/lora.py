@@ -85,7 +85,7 @@ class Lora:
     """`rank` r and `alpha`, None: the factors multiply the weights (`scale`); `norms`: norms and biases are trained
     beside the factors, as PERP does."""
 
-    adam: Adam = field(default_factory=lambda: Adam(lr=1e-3))
+    adam: Adam = field(default_factory=lambda: Adam(lr=3e-3))
     rank: int = 16
     alpha: float | None = 32.0
     norms: bool = True

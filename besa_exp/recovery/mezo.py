@@ -54,7 +54,7 @@ SIGNS = (1, -1)
 class Mezo:
     """`decay` spares norms and biases. `together`: how many windows pass a block at once."""
 
-    lr: float = 1e-6
+    lr: float = 1e-5
     eps: float = 1e-3
     decay: float = 0.0
     together: int = 8

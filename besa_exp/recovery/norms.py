@@ -20,7 +20,7 @@ from besa_exp.recovery.keep_bits import KeepBits
 class Norms:
     """All parameters of one axis are tuned."""
 
-    adam: Adam = field(default_factory=lambda: Adam(lr=1e-3))
+    adam: Adam = field(default_factory=lambda: Adam(lr=1e-2))
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """Any model."""

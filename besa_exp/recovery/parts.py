@@ -14,7 +14,7 @@ from besa_exp.blocks.reports import RecoveryReport
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
 from besa_exp.recovery.objective import mean_loss, option_errors
-from besa_exp.recovery.recipe import steps_of
+from besa_exp.recovery.recipe import method_of, step_size, steps_of
 from besa_exp.recovery.tuner import Windows
 from besa_exp.recovery.tuning import Recovery, Text
 from besa_exp.settings import RecoverySettings
@@ -84,6 +84,7 @@ def report_of(
     asked: RecoverySettings, found: Recovery, parts: Parts, before: float | None, after: float | None
 ) -> RecoveryReport:
     """What became of it, with a task's accuracies."""
+    lr = step_size(method_of(asked, len(found.points))) * found.factor
     return RecoveryReport(
         method=asked.name,
         loss_before=found.before,
@@ -92,6 +93,7 @@ def report_of(
         best_step=found.best_step,
         tokens=sum(point.tokens for point in found.points),
         stopped=found.stopped,
+        lr=lr,
         task=None
         if parts.tested is None
         else {"name": asked.task, "examples": len(parts.tested), "accuracy": {"before": before, "after": after}},

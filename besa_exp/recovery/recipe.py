@@ -31,6 +31,7 @@ from besa_exp.settings import RecoverySettings
 from besa_exp.texts.sources import check_source
 from besa_exp.texts.tasks import check_task
 
+TRIAL = 0.1  # of the steps, with which a step size is tried
 WITHOUT_ADAM = {"mezo": Mezo, "spiel": Spiel}
 BY_ADAM = {
     "full": Full, "lora": Lora, "scale": partial(Lora, alpha=None), "norms": Norms, "blocks": Blocks, "sketch": Sketch,
@@ -57,18 +58,25 @@ def steps_of(asked: RecoverySettings, seq_len: int) -> int:
 
 
 def method_of(asked: RecoverySettings, steps: int) -> Method:
-    """The method. ValueError: there is none of this name, or it refuses a value."""
+    """The method, with a step size to begin the search with where none is given. ValueError: there is none of this
+    name, or it refuses a value."""
     if asked.name not in OWN_KEYS:
         near = did_you_mean(asked.name, OWN_KEYS)
         raise ValueError(f"recovery.name={asked.name}: must be one of {', '.join(OWN_KEYS)}{near}")
     own: dict[str, Any] = {key: getattr(asked, key) for key in OWN_KEYS[asked.name] if getattr(asked, key) is not None}
     if asked.name in BY_ADAM:
-        return BY_ADAM[asked.name](adam=Adam(asked.lr, decay=asked.decay, clip=asked.clip), **own)
+        lr = BY_ADAM[asked.name]().adam.lr if asked.lr is None else asked.lr
+        return BY_ADAM[asked.name](adam=Adam(lr, decay=asked.decay, clip=asked.clip), **own)
     if asked.clip is not None:
         raise ValueError(f"recovery.clip={asked.clip:g}: recovery={asked.name} clips no gradient; set it to null")
     if asked.name == "mezo":
         return Mezo(together=asked.micro_batch, **own)
     return Spiel(steps=steps, **own)
+
+
+def step_size(method: Any) -> float:
+    """The method's, at its highest."""
+    return method.adam.lr if hasattr(method, "adam") else method.lr
 
 
 def plan_of(asked: RecoverySettings, steps: int) -> Plan:
@@ -78,7 +86,8 @@ def plan_of(asked: RecoverySettings, steps: int) -> Plan:
     if asked.checks < 1:
         raise ValueError(f"recovery.checks={asked.checks}: must be at least 1")
     schedule = Schedule(steps, int(asked.warm_up * steps), asked.schedule)
-    return Plan(schedule, asked.batch_size, math.ceil(steps / asked.checks), asked.micro_batch, asked.seed)
+    trial = math.ceil(TRIAL * steps) if asked.lr is None else 0
+    return Plan(schedule, asked.batch_size, math.ceil(steps / asked.checks), asked.micro_batch, asked.seed, trial)
 
 
 def distillation_of(asked: RecoverySettings) -> Distillation:

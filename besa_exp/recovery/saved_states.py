@@ -22,6 +22,8 @@ from besa_exp.machine import atomic, distributed
 from besa_exp.texts.sources import file_sha256
 
 logger = logging.getLogger(__name__)
+Saved = tuple[dict[str, Any], dict[str, Tensor], str]
+"""Of a state its record, its tensors and the name of its best weights."""
 SLOTS = ("state-a", "state-b")
 
 
@@ -64,9 +66,8 @@ class SavedStates:
                 raise self._not_written(error) from error
         return name
 
-    def read(self) -> tuple[dict[str, Any], dict[str, Tensor], str] | None:
-        """The newest whole state: its record, its tensors and the name of its best weights; None: there is none.
-        ConfigurationError: another run's are there."""
+    def read(self) -> Saved | None:
+        """The newest whole state; None: there is none. ConfigurationError: another run's are there."""
         distributed.barrier()  # rank 0 has written them
         newest = self._newest()
         if newest is None:

@@ -26,7 +26,9 @@ from besa_exp.recovery.norms import norms_and_biases
 
 BITS = range(2, 5)
 EXPONENT = 4  # of 1 / U_jj (LeanQuant)
-ITERATIONS = 100
+ITERATIONS = 1000
+ROWS = 256  # that are clustered together
+SMALLEST = torch.finfo(torch.float64).tiny
 Table = Float[Tensor, "out entry"]
 Codes = UInt8[Tensor, "out in"]
 
@@ -63,7 +65,7 @@ class Sketch:
     """`bits` b. Without Hessians all inputs weigh alike and codes are the nearest entries. `norms`: norms and biases
     are trained beside the tables."""
 
-    adam: Adam = field(default_factory=lambda: Adam(lr=1e-4))
+    adam: Adam = field(default_factory=lambda: Adam(lr=1e-3))
     bits: int = 4
     norms: bool = True
     factors: Mapping[str, Float[Tensor, "_in _in"]] = field(default_factory=dict)
@@ -96,7 +98,7 @@ def tables(
     bits: int,
     importances: Float[Tensor, " in"] | None = None,
 ) -> Table:
-    """2^b values of each row by weighted k-means (Lloyd), rising. With a mask entry 0 is 0 and the others are of the
+    """2^b values of each row by weighted k-means, rising. With a mask entry 0 is 0 and the others are of the
     kept weights alone.
 
     minimises sum_j importance_j (w_j - nearest value)^2 of each row."""
@@ -133,64 +135,97 @@ def sketch_codes(
 
 
 def _clustered(values: Float[Tensor, "out in"], shares: Float[Tensor, "out in"], count: int) -> Table:
-    """Of each row the best of three: begun evenly as LeanQuant does, by density, and at the values that are worst
-    served so far. The first alone ends in a poor place where importances are far apart."""
-    begun = (begin(values, shares, count) for begin in (_evenly, _by_density, _at_the_worst_served))
-    found = torch.stack([_lloyd(values, shares, centres) for centres in begun])
-    best = torch.stack([_error(values, shares, centres) for centres in found]).argmin(dim=0)
-    return found[best, torch.arange(len(values), device=values.device)]
+    """Begun by density, each edge goes to the best place between its neighbours, which Lloyd's steps need not find.
+    Where none moves any more the two clusters that cost least to join make room for the split that gains most, while
+    that lowers the error."""
+    rows = zip(values.double().split(ROWS), shares.double().split(ROWS), strict=True)
+    return torch.cat([_Rows.of(*part).clustered(count) for part in rows]).to(values.dtype)
 
 
-def _evenly(values: Float[Tensor, "out in"], shares: Float[Tensor, "out in"], count: int) -> Table:
-    """From the least to the greatest value that has a share; 0 in a row without one."""
-    low = values.masked_fill(shares == 0, torch.inf).amin(dim=1, keepdim=True)
-    high = values.masked_fill(shares == 0, -torch.inf).amax(dim=1, keepdim=True)
-    low, high = (torch.where(low <= high, edge, 0) for edge in (low, high))
-    return low + (high - low) * torch.linspace(0, 1, count, device=values.device, dtype=values.dtype)
+@dataclass(frozen=True)
+class _Rows:
+    """Values in rising order, and the sums of share, share x and share x^2 over the first of them: what a cluster of
+    neighbours costs is a difference of sums. `edges` of clusters are numbers of values, from 0 to all."""
 
+    rising: Float[Tensor, "out in"]
+    sums: Float[Tensor, "3 out _edge"]
 
-def _by_density(values: Float[Tensor, "out in"], shares: Float[Tensor, "out in"], count: int) -> Table:
-    """Quantiles by the density of values that is best for many of them, (density of the numbers * share)^(1/3) (Panter
-    and Dite, 1951): of a number that is share^(1/3) spacing^(2/3)."""
-    rising, order = values.sort(dim=1)
-    gaps = nn.functional.pad(rising.diff(dim=1), (1, 1))
-    spacing = (gaps[:, 1:] + gaps[:, :-1]) / 2
-    density = shares.gather(1, order).pow(1 / 3) * spacing.pow(2 / 3)
-    places = density.cumsum(dim=1) / density.sum(dim=1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
-    quantiles = (torch.arange(count, device=values.device, dtype=values.dtype) + 0.5) / count
-    found = torch.searchsorted(places, quantiles.expand(len(values), -1).contiguous())
-    return rising.gather(1, found.clamp(max=values.shape[1] - 1))
+    @staticmethod
+    def of(values: Float[Tensor, "out in"], shares: Float[Tensor, "out in"]) -> _Rows:
+        rising, order = values.sort(dim=1)
+        mass = shares.gather(1, order)
+        sums = torch.stack([mass, mass * rising, mass * rising.square()]).cumsum(dim=2)
+        return _Rows(rising, nn.functional.pad(sums, (1, 0)))
 
+    def clustered(self, count: int) -> Float[Tensor, "out _entry"]:
+        """The clusters' means, rising; of one without a share the value where it ends."""
+        edges = self._by_density(count)
+        for _ in range(ITERATIONS):
+            moved = self._settled(self._settled(edges, 1), 2)
+            if torch.equal(moved, edges):
+                moved = self._exchanged(edges)
+                if torch.equal(moved, edges):
+                    break
+            edges = moved
+        mass, mean, _ = self._between(edges[:, :-1], edges[:, 1:])
+        there = self.rising.gather(1, edges[:, 1:].clamp(max=self.rising.shape[1] - 1))
+        return torch.where(mass > 0, mean / mass.clamp(min=SMALLEST), there).cummax(dim=1).values
 
-def _at_the_worst_served(values: Float[Tensor, "out in"], shares: Float[Tensor, "out in"], count: int) -> Table:
-    """One after the other, where share times squared distance to the nearest is greatest; of equals the first."""
-    mean = (values * shares).sum(dim=1) / shares.sum(dim=1).clamp(min=torch.finfo(values.dtype).tiny)
-    nearest = (values - mean[:, None]).square()
-    centres = []
-    for _ in range(count):
-        centres.append(values.gather(1, (nearest * shares).argmax(dim=1, keepdim=True)))
-        nearest = torch.minimum(nearest, (values - centres[-1]).square())
-    return torch.cat(centres, dim=1).sort(dim=1).values
+    def _by_density(self, count: int) -> Int[Tensor, "out _edge"]:
+        """Quantiles by the density of values that is best for many of them, (density of the numbers * share)^(1/3)
+        (Panter and Dite, 1951): of a number that is share^(1/3) spacing^(2/3)."""
+        gaps = nn.functional.pad(self.rising.diff(dim=1), (1, 1))
+        spacing = (gaps[:, 1:] + gaps[:, :-1]) / 2
+        places = (self.sums[0].diff(dim=1).clamp(min=0).pow(1 / 3) * spacing.pow(2 / 3)).cumsum(dim=1)
+        quantiles = places[:, -1:] * torch.arange(1, count, device=places.device) / count
+        ends = torch.searchsorted(places, quantiles)
+        return nn.functional.pad(nn.functional.pad(ends, (1, 0)), (0, 1), value=self.rising.shape[1])
 
+    def _between(self, first: Int[Tensor, "out _n"], last: Int[Tensor, "out _n"]) -> Float[Tensor, "3 out _n"]:
+        return self.sums.gather(2, last.expand(3, -1, -1)) - self.sums.gather(2, first.expand(3, -1, -1))
 
-def _error(values: Float[Tensor, "out in"], shares: Float[Tensor, "out in"], centres: Table) -> Float[Tensor, " out"]:
-    return (shares * (values - centres.gather(1, _nearest(values, centres))).square()).sum(dim=1)
+    def _cost(self, first: Int[Tensor, "out _n"], last: Int[Tensor, "out _n"]) -> Float[Tensor, "out _n"]:
+        """sum share (x - mean)^2."""
+        mass, mean, square = self._between(first, last)
+        return (square - mean.square() / mass.clamp(min=SMALLEST)).clamp(min=0)
 
+    def _split(
+        self, edges: Int[Tensor, "out _edge"]
+    ) -> tuple[Float[Tensor, "out _cluster"], Int[Tensor, "out _cluster"]]:
+        """What the best split of each cluster gains, and where it is; -inf: there is none."""
+        places = torch.arange(1, self.rising.shape[1], device=edges.device).expand(len(edges), -1).contiguous()
+        own = torch.searchsorted(edges[:, 1:-1].contiguous(), places, right=True)
+        first, last = edges.gather(1, own), edges.gather(1, own + 1)
+        gains = self._cost(first, last) - self._cost(first, places) - self._cost(places, last)
+        none = gains.new_full((len(edges), edges.shape[1] - 1), -torch.inf)
+        best = none.scatter_reduce(1, own, gains, "amax")
+        found = places.masked_fill(gains < best.gather(1, own), self.rising.shape[1])
+        return best, torch.full_like(best, self.rising.shape[1], dtype=torch.long).scatter_reduce(1, own, found, "amin")
 
-def _nearest(values: Float[Tensor, "out in"], centres: Table) -> Int[Tensor, "out in"]:
-    """Centres rise, so that the nearest is the one between whose edges a value lies."""
-    edges = (centres[:, 1:] + centres[:, :-1]) / 2
-    return torch.searchsorted(edges.contiguous(), values)
+    def _settled(self, edges: Int[Tensor, "out _edge"], begin: int) -> Int[Tensor, "out _edge"]:
+        """Every second edge, from `begin` on, where the two clusters that it parts cost least."""
+        others = torch.ones(edges.shape[1], dtype=torch.bool, device=edges.device)
+        others[begin:-1:2] = False
+        joined, now = edges[:, others], edges[:, begin:-1:2]
+        theirs = slice(begin - 1, begin - 1 + now.shape[1])
+        first, last = joined[:, :-1][:, theirs], joined[:, 1:][:, theirs]
+        gain = self._cost(first, last) - self._cost(first, now) - self._cost(now, last)
+        best, place = (found[:, theirs] for found in self._split(joined))
+        moved = edges.clone()
+        moved[:, begin:-1:2] = torch.where(self._better(best, gain), place, now)
+        return moved
 
+    def _exchanged(self, edges: Int[Tensor, "out _edge"]) -> Int[Tensor, "out _edge"]:
+        """One edge less and another more, in rows where that helps."""
+        gains, places = self._split(edges)
+        gain, cut = gains.max(dim=1, keepdim=True)
+        apart = self._cost(edges[:, :-1], edges[:, 1:])
+        joined = self._cost(edges[:, :-2], edges[:, 2:]) - apart[:, :-1] - apart[:, 1:]
+        numbers = torch.arange(joined.shape[1], device=edges.device)
+        cost, gone = joined.masked_fill((numbers == cut) | (numbers == cut - 1), torch.inf).min(dim=1, keepdim=True)
+        changed = edges.scatter(1, gone + 1, places.gather(1, cut)).sort(dim=1).values
+        return torch.where(self._better(gain, cost), changed, edges)
 
-def _lloyd(values: Float[Tensor, "out in"], shares: Float[Tensor, "out in"], centres: Table) -> Table:
-    """Where an entry has no share it stays where it is."""
-    for _ in range(ITERATIONS):
-        place = _nearest(values, centres)
-        total = torch.zeros_like(centres).scatter_add_(1, place, shares)
-        summed = torch.zeros_like(centres).scatter_add_(1, place, shares * values)
-        moved = torch.where(total > 0, summed / total.clamp(min=torch.finfo(total.dtype).tiny), centres)
-        if torch.equal(moved, centres):
-            break
-        centres = moved
-    return centres
+    def _better(self, gain: Float[Tensor, "out _n"], cost: Float[Tensor, "out _n"]) -> Bool[Tensor, "out _n"]:
+        """By more than rounding, so that there is an end."""
+        return gain > cost + 1e-12 * self.sums[2, :, -1:]

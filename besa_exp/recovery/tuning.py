@@ -9,10 +9,11 @@ killed goes on from its last checkpoint, and ends with the same bits as one that
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -21,13 +22,16 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from besa_exp.errors import check_fields, within
+from besa_exp.methods.tuning import downhill
 from besa_exp.recovery.keep_bits import KeepBits
 from besa_exp.recovery.objective import Losses, mean_loss, next_token_losses
-from besa_exp.recovery.saved_states import SavedStates
+from besa_exp.recovery.saved_states import Saved, SavedStates
 from besa_exp.recovery.schedule import Schedule, batch_at
 from besa_exp.recovery.sharded import own, own_keep, own_rows, whole
 from besa_exp.recovery.tuner import Method, Objective, Tuner, Windows
 
+logger = logging.getLogger(__name__)
+FACTORS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # times a method's step size that are tried
 KEEP = "/keep"  # ends the name under which the bits of a tensor lie beside the best weights
 
 
@@ -43,13 +47,16 @@ class Text(Protocol):
 @dataclass(frozen=True)
 class Plan:
     """`batch_size` windows a step; held-out windows judge after each `judge_every` steps and after the last, `judged`
-    of them together; a checkpoint is written whenever they have judged."""
+    of them together; a checkpoint is written whenever they have judged. `trial`: so many steps, with the whole schedule
+    in them, are tried with several times the method's step size, and what held-out windows like best is taken; 0: it is
+    taken as it is."""
 
     schedule: Schedule
     batch_size: int = 8
     judge_every: int = 50
     judged: int = 8
     seed: int = 0
+    trial: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self, "recovery", within(least=1), "batch_size", "judge_every", "judged")
@@ -75,7 +82,7 @@ class Point:
 @dataclass(frozen=True)
 class Recovery:
     """What became of it: held-out loss before and of the best state, after how many steps that was, what is kept then,
-    the course, and why it ended early; None: it did not."""
+    the course, and why it ended early; None: it did not. `factor`: how many times the method's step size was taken."""
 
     before: float
     after: float
@@ -83,12 +90,14 @@ class Recovery:
     keep: Mapping[str, KeepBits]
     points: tuple[Point, ...]
     stopped: str | None = None
+    factor: float = 1.0
 
 
 @dataclass
 class _Course:
     """How far it is: what a checkpoint holds beside the tuner's state."""
 
+    factor: float
     steps: int
     before: float
     after: float
@@ -127,20 +136,23 @@ def tune(
     `on_point` is called with each step once, also of those that an earlier attempt did; what that did after its last
     checkpoint is done again and reported again."""
     clear_pruned(model, keep)
+    judge = partial(_held_out, model, held_out, plan.judged, losses)
+    saved = states.read() if states else None
+    factor = 1.0 if saved or not plan.trial else _found_factor(model, keep, method, objective, learned, judge, plan)
     tuner = method.begin(model, keep, plan.seed)
     keeper = _Best(model, tuner, states)
-    judge = partial(_held_out, model, tuner, held_out, plan.judged, losses)
-    course = _go_on(tuner, keeper, states, on_point)
-    if course is None:
-        before = judge()
-        course = _Course(0, before, before, 0)
+    if saved:
+        course = _go_on(tuner, keeper, saved, on_point)
+    else:
+        before = judge(tuner)
+        course = _Course(factor, 0, before, before, 0)
         keeper.keep(0)
         _save(states, course, tuner, keeper)
     while course.steps < plan.schedule.steps and course.stopped is None:
-        point = _step(tuner, objective, learned, plan, course.steps)
+        point = _step(tuner, objective, learned, plan, course.steps, course.factor)
         course.steps += 1
         if plan.judges_after(course.steps) and math.isfinite(point.loss):
-            point = _judged(point, judge())
+            point = _judged(point, judge(tuner))
         course.points.append(point)
         course.stopped = _reason(point)
         if point.held_out is not None and point.held_out < course.after:
@@ -149,8 +161,40 @@ def tune(
         on_point(point)
         if plan.judges_after(course.steps) or course.stopped:
             _save(states, course, tuner, keeper)
-    kept = keeper.put_back()
-    return Recovery(course.before, course.after, course.best_step, kept, tuple(course.points), course.stopped)
+    kept, points = keeper.put_back(), tuple(course.points)
+    return Recovery(course.before, course.after, course.best_step, kept, points, course.stopped, course.factor)
+
+
+def _found_factor(
+    model: nn.Module,
+    keep: Mapping[str, KeepBits],
+    method: Method,
+    objective: Objective,
+    learned: Text,
+    judge: Callable[[Tuner], float],
+    plan: Plan,
+) -> float:
+    """Of FACTORS, downhill from 1, the one with which the first steps, as if they were all, end at the least held-out
+    loss. The model is left as it was."""
+    before = {name: own(value.detach()).clone() for name, value in model.named_parameters() if not value.is_meta}
+    warm_up = plan.schedule.warm_up * plan.trial // plan.schedule.steps
+    short = replace(plan, schedule=replace(plan.schedule, steps=plan.trial, warm_up=warm_up))
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for name, value in before.items():
+            own(model.get_parameter(name)).copy_(value)
+
+    def loss_after(factor: float) -> float:
+        tuner = method.begin(model, keep, plan.seed)
+        taken = (_step(tuner, objective, learned, short, number, factor) for number in range(plan.trial))
+        stopped = any(_reason(point) for point in taken)
+        loss = math.inf if stopped else judge(tuner)
+        put_back()
+        logger.info("%d steps of %g times the step size: held-out loss %.4f", plan.trial, factor, loss)
+        return loss if math.isfinite(loss) else math.inf
+
+    return downhill(FACTORS, 1.0, loss_after)
 
 
 @torch.no_grad()
@@ -161,14 +205,9 @@ def clear_pruned(model: nn.Module, keep: Mapping[str, KeepBits]) -> None:
             kept.clear_(own(parameter))
 
 
-def _go_on(
-    tuner: Tuner, keeper: _Best, states: SavedStates | None, on_point: Callable[[Point], None]
-) -> _Course | None:
-    """Where an earlier attempt was; None: there was none."""
-    found = states.read() if states else None
-    if found is None:
-        return None
-    record, tensors, keeper.name = found
+def _go_on(tuner: Tuner, keeper: _Best, saved: Saved, on_point: Callable[[Point], None]) -> _Course:
+    """Where an earlier attempt was."""
+    record, tensors, keeper.name = saved
     tuner.load(tensors)
     course = _Course.of(record)
     for point in course.points:
@@ -176,16 +215,16 @@ def _go_on(
     return course
 
 
-def _step(tuner: Tuner, objective: Objective, learned: Text, plan: Plan, number: int) -> Point:
+def _step(tuner: Tuner, objective: Objective, learned: Text, plan: Plan, number: int, factor: float) -> Point:
     begun = time.monotonic()
     windows = learned[batch_at(number, len(learned), plan.batch_size, plan.seed)]
-    scale = plan.schedule.scale(number)
+    scale = factor * plan.schedule.scale(number)
     taken = tuner.step(objective, windows, number, scale)
     seconds = time.monotonic() - begun
     return Point(number, taken.loss, taken.gradient_norm, scale, windows.numel(), seconds)
 
 
-def _held_out(model: nn.Module, tuner: Tuner, windows: Windows, batch_size: int, losses: Losses) -> float:
+def _held_out(model: nn.Module, windows: Windows, batch_size: int, losses: Losses, tuner: Tuner) -> float:
     with tuner.ready():
         return mean_loss(model, windows, batch_size, losses)
 

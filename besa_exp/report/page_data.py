@@ -12,8 +12,9 @@ from besa_exp.report.comparability import RECONSTRUCTION
 from besa_exp.report.comparison import lower_is_better, main_measures
 from besa_exp.report.curves import Curve
 from besa_exp.report.depth import ErrorAlongDepth, allocation
-from besa_exp.report.figures import looks_of, usual_target
+from besa_exp.report.figures import looks_of
 from besa_exp.report.methods import Method, Style
+from besa_exp.report.panels import usual_target
 from besa_exp.report.paper import PaperTable, published
 from besa_exp.report.row_sparsities import row_quantiles
 from besa_exp.report.runs import Measure, RunRecord

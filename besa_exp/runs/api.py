@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from besa_exp.blocks.activations import activation_bytes, allocator
 from besa_exp.blocks.decided import Decided
 from besa_exp.blocks.ignored import Ignored
 from besa_exp.blocks.pruner import Pruner
@@ -32,7 +31,6 @@ from besa_exp.checkpoints.load import LoadedModel, model_context, vocabulary_siz
 from besa_exp.checkpoints.load import load_model as load
 from besa_exp.display.missed_target import out_of_reach
 from besa_exp.errors import ConfigurationError
-from besa_exp.machine.device import compute_dtype
 from besa_exp.methods.budgets.trial import check_budget
 from besa_exp.methods.updates.updated import with_update
 from besa_exp.presets import METHOD_GROUPS, preset, preset_values, presets
@@ -145,21 +143,25 @@ def prune(
     read = partial(_read_calibration, texts_or_tokens, settings, seq_len)
     if isinstance(model_or_path, (str, Path)):
         return _pruned_into(settings, out, tokenizer, read, on_block)
-    if structure is not None:
-        raise ConfigurationError(
-            "structure= is for a path: what is left of a model is another model, which is written to out="
-        )
-    if out is not None or settings.evaluator.name != "none":
-        raise ConfigurationError(
-            "out= and evaluator= are for a path; a model object is pruned in place: "
-            "save it with model.save_pretrained(...), and score what was saved with besa evaluate checkpoint=..."
-        )
-    if settings.recovery:
-        raise ConfigurationError(
-            "recovery= is for a path; tune a model object that is pruned with besa_exp.tune(model, tokenizer, texts, "
-            "recovery=...)"
-        )
+    if problems := _for_paths_alone(settings, out):
+        raise ConfigurationError(*problems)
     return _pruned_in_place(settings, LoadedModel(model_or_path, tokenizer, None, Path()), read, on_block)
+
+
+def _for_paths_alone(settings: RunSettings, out: str | Path | None) -> list[str]:
+    """What is asked that a model object cannot be given."""
+    problems = {
+        "structure= is for a path: what is left of a model is another model, which is written to out=": (
+            settings.structure is not None
+        ),
+        "out= and evaluator= are for a path; a model object is pruned in place: save it with "
+        "model.save_pretrained(...), and score what was saved with besa evaluate checkpoint=...": (
+            out is not None or settings.evaluator.name != "none"
+        ),
+        "recovery= is for a path; tune a model object that is pruned with besa_exp.tune(model, tokenizer, texts, "
+        "recovery=...)": settings.recovery is not None,
+    }
+    return [problem for problem, holds in problems.items() if holds]
 
 
 def _settings(
@@ -287,7 +289,7 @@ def _pruned_in_place(
         reports: list[BlockReport] = []
         later = settings.pruner.traits.refinements
         pruner = settings.pruner if later else with_update(settings.pruner, settings.update)
-        loop = _loop(loaded, settings, calibration, finished, pruner, keeps_dense=bool(later))
+        loop = BlockLoop.of(settings, loaded, input_ids, finished, 0)
         goal = Goal.parse(settings.sparsity, settings.pattern)
         loop.run(pruner, goal, settings.budget, _ignored, reports.append if later else _both(reports, on_block))
         if later:
@@ -296,23 +298,6 @@ def _pruned_in_place(
         masks = {name: m for file in finished.mask_files(len(reports)) for name, m in load_masks(file).items()}
     target = 0.0 if settings.keeps_weights else goal.sparsity
     return PruneReport(tuple(reports), target, masks, calibration.tokens_sha256)
-
-
-def _loop(
-    loaded: LoadedModel,
-    settings: RunSettings,
-    calibration: Calibration,
-    finished: FinishedBlocks,
-    pruner: Pruner,
-    keeps_dense: bool,
-) -> BlockLoop:
-    model, (samples, length) = loaded.model, calibration.input_ids.shape
-    hidden = model.config.get_text_config().hidden_size
-    needed = activation_bytes(samples, length, hidden, model.dtype.itemsize, pruner.traits.dense_targets)
-    _, allocate = allocator("auto", model.device, finished.folder.parent, needed)
-    dtype, batch_size = compute_dtype(settings), settings.calibration.batch_size
-    ids, ignored = calibration.input_ids, Ignored(settings.ignore)
-    return BlockLoop(loaded, ids, batch_size, finished, 0, allocate, dtype, keeps_dense, ignored)
 
 
 def _written(
@@ -324,10 +309,8 @@ def _written(
 ) -> list[BlockReport]:
     """The second walk through the blocks, which writes what a search over the whole model decided."""
     reports: list[BlockReport] = []
-    refined = loop.finished.refined
-    refined.begin({})
-    second = replace(loop, finished=refined, keeps_dense=False, dense_sha256={}, dense={})
-    second.run(with_update(decided, settings.update), goal, None, _ignored, _both(reports, on_block))
+    loop.finished.refined.begin({})
+    loop.again(0).run(with_update(decided, settings.update), goal, None, _ignored, _both(reports, on_block))
     return reports
 
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from besa_exp.blocks.activations import Allocate
+from besa_exp.blocks.activations import Allocate, activation_bytes, allocator
 from besa_exp.blocks.block import Block, Hidden, capture_blocks, embed
 from besa_exp.blocks.decided import Decided
 from besa_exp.blocks.head import head_of
@@ -26,15 +26,17 @@ from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
 from besa_exp.machine.background import ahead, one_at_a_time
-from besa_exp.machine.device import on_host
+from besa_exp.machine.device import compute_dtype, on_host
 from besa_exp.methods.budgets.budget import Budget, exact_goals
 from besa_exp.methods.budgets.trial import DepthSearch, Trial
 from besa_exp.methods.budgets.uniform import SameForAll
+from besa_exp.methods.updates.updated import with_update
 from besa_exp.run_folder.finished_blocks import FinishedBlocks, block_tensors, load_block_tensors
 from besa_exp.runs.cpu_units import as_stored
 from besa_exp.runs.save import pruned_weights
+from besa_exp.settings import RunSettings
 from besa_exp.tensors.masks import Goal
-from besa_exp.tensors.pattern import parse_pattern
+from besa_exp.tensors.pattern import indivisible
 
 
 def check_blocks(loaded: LoadedModel, input_ids: Tensor, batch_size: int, ignored: Ignored, pattern: str) -> None:
@@ -42,26 +44,14 @@ def check_blocks(loaded: LoadedModel, input_ids: Tensor, batch_size: int, ignore
     first. RunError: the model cannot be pruned block by block; what it does that forbids it. ConfigurationError: what
     is `ignored` is nothing, or everything, or a row cannot be divided into the pattern's groups."""
     blocks = capture_blocks(loaded.model, input_ids)
-    if problems := ignored.check(blocks) or indivisible(map(ignored.rest, blocks), pattern):
+    if problems := ignored.check(blocks) or indivisible(inputs_of(map(ignored.rest, blocks)), pattern):
         raise ConfigurationError(*problems)
-    check_replay(loaded.model, blocks, input_ids[-min(2, batch_size) :], partial(resident, loaded))
+    check_replay(loaded.model, blocks, input_ids[-min(2, batch_size) :], loaded.resident)
 
 
-def indivisible(
-    blocks: Iterable[Block], pattern: str, remedy: str = "choose another pattern or pattern=unstructured"
-) -> list[str]:
-    """The problem where the inputs of linears that are to be pruned are no multiple of the pattern's M."""
-    group = (parse_pattern(pattern) or (None, 1))[1]
-    inputs = {f"{block.name}.{name}": one.weight.shape[1] for block in blocks for name, one in block.linears.items()}
-    odd = [f"{name} ({count})" for name, count in inputs.items() if count % group]
-    more = f" and {len(odd) - 2} more" if len(odd) > 2 else ""
-    told = f"the inputs of a linear must be divisible by {group}, not as those of {', '.join(odd[:2])}{more}; {remedy}"
-    return [f"pattern={pattern}: {told}"] if odd else []
-
-
-def resident(loaded: LoadedModel, blocks: list[Block]) -> Iterable[Block]:
-    """The blocks in order, each with its weights while it is out."""
-    return loaded.weights.resident(blocks) if loaded.weights else blocks
+def inputs_of(blocks: Iterable[Block]) -> dict[str, int]:
+    """How many inputs each linear has, by its name in the model."""
+    return {f"{block.name}.{name}": one.weight.shape[1] for block in blocks for name, one in block.linears.items()}
 
 
 @dataclass
@@ -82,6 +72,25 @@ class BlockLoop:
     ignored: Ignored = field(default_factory=Ignored)
     dense_sha256: dict[int, str] = field(default_factory=dict)
     dense: dict[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        settings: RunSettings, loaded: LoadedModel, input_ids: Tensor, finished: FinishedBlocks, done: int,
+        kept: tuple[int, ...] = (),
+    ) -> BlockLoop:  # fmt: skip
+        """As the settings ask for it. `kept`: of the dense model's blocks those that are left, where some went."""
+        traits, (samples, length) = with_update(settings.pruner, settings.update).traits, input_ids.shape
+        hidden, itemsize = loaded.model.config.get_text_config().hidden_size, loaded.model.dtype.itemsize
+        needed = activation_bytes(samples, length, hidden, itemsize, traits.dense_targets)
+        _, allocate = allocator(settings.activations, loaded.model.device, finished.folder.parent, needed)
+        dtype, ignored = compute_dtype(settings), Ignored(settings.ignore, kept)
+        batch_size, keeps_dense = settings.calibration.batch_size, bool(traits.refinements)
+        return BlockLoop(loaded, input_ids, batch_size, finished, done, allocate, dtype, keeps_dense, ignored)
+
+    def again(self, done: int) -> BlockLoop:
+        """The second walk, which writes what `refined` decided."""
+        refined = self.finished.refined
+        return replace(self, finished=refined, done=done, keeps_dense=False, dense_sha256={}, dense={})
 
     def run(
         self,
@@ -150,11 +159,11 @@ class BlockLoop:
     def _whole(self, blocks: list[Block], shown: list[Block]) -> Whole:
         """The dense model, its blocks as they are `shown`."""
         outputs = self._embed(blocks)
-        for block in self._resident(blocks):
+        for block in self.loaded.resident(blocks):
             block.outputs(outputs, self.batch_size, out=outputs)
 
         def resident(backwards: bool) -> Iterable[Block]:
-            return self._resident(shown[::-1] if backwards else shown)
+            return self.loaded.resident(shown[::-1] if backwards else shown)
 
         head = head_of(self.loaded.model, blocks, self.input_ids)
         return Whole(resident, self._embed(blocks), outputs, head, self.batch_size)
@@ -174,10 +183,6 @@ class BlockLoop:
             {name: linear.weight.detach().clone() for name, linear in block.linears.items()}
             for block in (streamed.resident(blocks) if streamed else blocks)
         ]
-
-    def _resident(self, blocks: list[Block]) -> Iterable[Block]:
-        """The blocks in order, each with its weights."""
-        return resident(self.loaded, blocks)
 
     def _embed(self, blocks: list[Block]) -> Hidden:
         return embed(self.loaded.model, blocks, self.input_ids, self.batch_size, self.allocate)
@@ -206,7 +211,7 @@ class BlockLoop:
         sizes: list[int] = []
 
         def measured() -> Iterable[Block]:
-            for block in self._resident(with_linears(blocks)):
+            for block in self.loaded.resident(with_linears(blocks)):
                 sizes.append(sum(linear.weight.numel() for linear in block.linears.values()))
                 yield block
 
@@ -216,17 +221,16 @@ class BlockLoop:
         """The sparsity that each block is to have, and its number of weights: the budget tries whole models, and goes
         on where an earlier attempt was."""
         head = head_of(self.loaded.model, blocks, self.input_ids)
-        inputs, outputs = self._embed(blocks), self._embed(blocks)
-        trial = Trial.begin(
-            partial(self._resident, with_linears(blocks)), inputs, outputs, head, self.batch_size, budget.importance
-        )
+        inputs, outputs, pruned = self._embed(blocks), self._embed(blocks), with_linears(blocks)
+        dense = partial(self.loaded.resident, pruned)
+        trial = Trial.begin(dense, inputs, outputs, head, self.batch_size, budget.importance)
         return budget.search(trial, sparsity, self.finished.search), [*trial.sizes]
 
     def _hashed(self, blocks: list[Block]) -> Iterable[Block]:
         """The blocks in order, each with its weights. On rank 0 `dense_sha256` holds the hash of a block's dense
         weights before it comes out; it is computed while the block before is out."""
         if not distributed.is_first():
-            return self._resident(blocks)
+            return self.loaded.resident(blocks)
         if self.loaded.weights:
             return self.loaded.weights.resident(blocks, self._hash)
         return ahead(self._hash_block, blocks)

@@ -7,21 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
-
-from besa_exp.blocks.block import capture_blocks
 from besa_exp.blocks.reports import BlockReport, LinearReport, Size
-from besa_exp.checkpoints.load import LoadedModel, model_context, vocabulary_size
+from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.evaluation.policies import check_skips, skipping_of
-from besa_exp.machine import distributed
 from besa_exp.machine.environment import environment
 from besa_exp.runs.published import published
 from besa_exp.runs.results import counts_of
-from besa_exp.runs.run import Run, model_facts, parameters, tracking
+from besa_exp.runs.run import Run, model_facts, parameters, tokens_of, tracking
 from besa_exp.runs.score import dense_scores, score
-from besa_exp.texts.calibration import load_calibration
 
 
 def dense_results(run: Run, loaded: LoadedModel) -> dict[str, Any]:
@@ -33,7 +26,7 @@ def dense_results(run: Run, loaded: LoadedModel) -> dict[str, Any]:
     results = counts_of(settings, reports, Size(size, size), environment(run.device))
     results |= {"model_notes": [*loaded.notes]} if loaded.notes else {}
     check_skips(loaded, settings.skipping)
-    skipping = skipping_of(settings.skipping, lambda: _calibration_tokens(run, loaded))
+    skipping = skipping_of(settings.skipping, lambda: tokens_of(settings, loaded))
     with tracking(run) as tracker:
         if settings.evaluator.dense:
             scores = dense_scores(run, loaded, skipping)
@@ -46,30 +39,10 @@ def dense_results(run: Run, loaded: LoadedModel) -> dict[str, Any]:
     return results | published(settings, scores)
 
 
-def _calibration_tokens(run: Run, loaded: LoadedModel) -> Int[Tensor, "sample seq"]:
-    """What a skipping policy is decided on."""
-    settings = run.settings
-    return distributed.from_first(
-        lambda: (
-            load_calibration(
-                settings.calibration,
-                loaded.tokenizer,
-                model_context(loaded.model),
-                settings.offline,
-                vocabulary=vocabulary_size(loaded.model),
-            ).input_ids
-        )
-    )
-
-
 def counted(loaded: LoadedModel) -> list[BlockReport]:
     """Each block's weights and zeros as they are; its outputs are its targets, so that the losses are 0."""
-    blocks = capture_blocks(loaded.model, torch.zeros(1, 1, dtype=torch.long))  # never called: nothing is captured
     reports = []
-    for block in loaded.weights.resident(blocks) if loaded.weights else blocks:
-        linears = tuple(
-            LinearReport(name, weight.numel(), weight.numel() - int(weight.bool().count_nonzero()), 0.0)
-            for name, weight in ((name, linear.weight) for name, linear in block.linears.items())
-        )
-        reports.append(BlockReport(block.index, linears, 0.0, 0.0, 0.0))
+    for block in loaded.resident():
+        linears = (LinearReport.counted(name, linear.weight, 0.0) for name, linear in block.linears.items())
+        reports.append(BlockReport(block.index, tuple(linears), 0.0, 0.0, 0.0))
     return reports

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,12 +18,10 @@ from typing import Any
 
 import torch
 import yaml
-from jaxtyping import Int
-from torch import Tensor
 
 from besa_exp.checkpoints.files import count_zeros, write_card
 from besa_exp.checkpoints.gguf_file import dequantised
-from besa_exp.checkpoints.inspect import inspect_model_folder
+from besa_exp.checkpoints.inspect import BLOCK_AND_LINEAR, inspect_model_folder
 from besa_exp.checkpoints.load import LoadedModel, load_model, model_context
 from besa_exp.display.console import RunConsole
 from besa_exp.display.model_card import renewed_card
@@ -48,10 +45,9 @@ from besa_exp.run_folder.spent import Spent
 from besa_exp.run_folder.status import read_status
 from besa_exp.runs.cpu_units import in_a_fast_dtype
 from besa_exp.runs.published import compared_with_published
-from besa_exp.runs.run import calibration_of
+from besa_exp.runs.run import tokens_of
 from besa_exp.settings import EvaluationSettings, TrackerSettings
 
-BLOCK_AND_LINEAR = re.compile(r"\.(\d+)\.(.+)\.weight$")  # model.layers.3.mlp.down_proj.weight
 DENSE = 0.001  # a smaller share of zeros is a dense model's own
 logger = logging.getLogger(__name__)
 
@@ -162,19 +158,12 @@ def _measured(evaluation: _Evaluation, loaded: LoadedModel, digest: str, left: A
     settings, folder = evaluation.settings, evaluation.folder
     asked = {"dtype": str(loaded.model.dtype)}
     finished = FinishedScores(folder.scores, f"checkpoint {digest}", evaluation.spent.keep, asked)
-    skipping = skipping_of(settings.skipping, lambda: _calibration_tokens(settings, loaded))
+    skipping = skipping_of(settings.skipping, lambda: tokens_of(settings, loaded))
     console = evaluation.console
     scores = evaluate(loaded, left, settings.offline, settings.seed, console.stage, finished, console.count, skipping)
     if (scores.perplexity or scores.zero_shot) and (folder.path / "metrics.jsonl").is_file():
         folder.log_scores("pruned", scores)
     return scores
-
-
-def _calibration_tokens(settings: EvaluationSettings, loaded: LoadedModel) -> Int[Tensor, "sample seq"]:
-    """What a skipping policy is decided on."""
-    calibration = settings.calibration
-    assert calibration is not None
-    return distributed.from_first(lambda: calibration_of(calibration, settings.offline, loaded).input_ids)
 
 
 def _base(evaluation: _Evaluation, loaded: LoadedModel, digest: str) -> dict[str, Any]:

@@ -12,8 +12,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-import torch
-
 from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.blocks.head import head_of
 from besa_exp.blocks.ignored import Ignored
@@ -35,8 +33,9 @@ from besa_exp.machine.device import compute_dtype
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel, StructureMethod
 from besa_exp.run_folder.identity import request_identity
-from besa_exp.runs.block_loop import indivisible, resident
+from besa_exp.runs.block_loop import inputs_of
 from besa_exp.runs.run import Run, Work, parameters, weights_in_linears
+from besa_exp.tensors.pattern import indivisible
 
 T = TypeVar("T")
 
@@ -132,9 +131,8 @@ def _check(run: Run, loaded: LoadedModel, costs: Costs, dimensions: Dimensions) 
 def _check_pattern(run: Run, narrower: LoadedModel, structure: Structure) -> None:
     """ConfigurationError: rows of what is left cannot be divided into the pattern's groups."""
     pattern, ignored = run.settings.pattern, Ignored(run.settings.ignore, structure.blocks)
-    blocks = capture_blocks(narrower.model, torch.zeros(1, 1, dtype=torch.long))  # never called: nothing is captured
     remedy = f"structure={_name(run)} left them so: set structure.multiple={pattern.rpartition(':')[2]}"
-    if problems := indivisible(map(ignored.rest, blocks), pattern, remedy):
+    if problems := indivisible(inputs_of(map(ignored.rest, narrower.blocks())), pattern, remedy):
         raise ConfigurationError(*problems)
 
 
@@ -164,7 +162,7 @@ def _dense(run: Run, work: Work, costs: Costs, dimensions: Dimensions) -> DenseM
     dtype = compute_dtype(run.settings)
     blocks = [replace(block, compute_dtype=dtype) for block in capture_blocks(loaded.model, input_ids)]
     return DenseModel(
-        partial(resident, loaded, blocks),
+        partial(loaded.resident, blocks),
         lambda: embed(loaded.model, blocks, input_ids, batch_size),
         lambda: head_of(loaded.model, blocks, input_ids),
         input_ids,

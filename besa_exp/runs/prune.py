@@ -18,31 +18,35 @@ from typing import Any
 
 from besa_exp.blocks.ignored import Ignored
 from besa_exp.blocks.reports import Size
-from besa_exp.checkpoints.files import write_card
+from besa_exp.checkpoints.files import check_savable
 from besa_exp.checkpoints.finite_weights import check_finite_weights
 from besa_exp.checkpoints.gguf_file import dequantised
-from besa_exp.checkpoints.load import LoadedModel, load_model
-from besa_exp.display.console import RunConsole
+from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.display.missed_target import miss_of, out_of_reach
 from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.policies import check_skips
 from besa_exp.machine import distributed
-from besa_exp.machine.device import peak_memory, prepared_device
 from besa_exp.machine.environment import environment
-from besa_exp.machine.process import imports_are_done
-from besa_exp.run_folder.finished_blocks import FinishedBlocks
-from besa_exp.run_folder.identity import check_identity, config_of, request_identity
-from besa_exp.run_folder.inputs import fingerprint, write_inputs
-from besa_exp.run_folder.spent import Spent
+from besa_exp.run_folder.identity import config_of
 from besa_exp.runs.block_loop import check_blocks
-from besa_exp.runs.cpu_units import in_a_fast_dtype
 from besa_exp.runs.dense import dense_results
 from besa_exp.runs.narrow import narrow
 from besa_exp.runs.prune_model import prune_model
 from besa_exp.runs.recover import check_recoverable, recover
-from besa_exp.runs.results import attempt_of, results_of
-from besa_exp.runs.run import Run, Work, calibration_of, model_facts, opened, parameters, slow_work, tracking
-from besa_exp.runs.save import card, save
+from besa_exp.runs.results import results_of
+from besa_exp.runs.run import (
+    Run,
+    Work,
+    begin_blocks,
+    calibration_of,
+    load,
+    model_facts,
+    parameters,
+    slow_work,
+    started,
+    tracking,
+)
+from besa_exp.runs.save import save, written
 from besa_exp.runs.score import score_dense, score_pruned
 from besa_exp.settings import RunSettings
 from besa_exp.texts.calibration import Calibration, save_tokens
@@ -64,49 +68,25 @@ def prune(
 
     An unfinished run of the same request goes on after its last whole block. ConfigurationError: the request cannot be
     carried out; RunError: it failed on the way. What was measured and pruned stays."""
-    imports_are_done()
     config = {**config_of(settings), **(config or {}), "method": settings.pruner_name}
-    device = prepared_device(settings)
-    resume = request_identity(config) if settings.resume else None
-    with (
-        distributed.joined(device),
-        opened(path, settings.overwrite, resume) as folder,
-        RunConsole(verbose=settings.verbose) as console,
-    ):
-        run = Run(settings, config, device, folder, console, Spent(folder.spent, partial(peak_memory, device)))
-        folder.write_config(config)
-        folder.write_environment(environment(device))
-        if distributed.is_first():
-            write_inputs(path, fingerprint(settings))
+    with started(settings, path, config) as run:
         if warning := out_of_reach(settings):
             logger.warning(warning)
-        console.outline(settings)
+        run.console.outline(settings)
         results, source = _dense(run) if settings.is_dense else _pruned(run, calibrate)
-        results |= dequantised(source)
-        results |= {"seconds": run.spent.seconds(), "peak_memory_bytes": run.spent.peak_memory()} | attempt_of(path)
-        _write(run, source, results)
-    return results
-
-
-def _loaded(run: Run) -> LoadedModel:
-    settings = run.settings
-    run.console.stage(f"loading {settings.model.path}")
-    with run.spent.timed("load"):
-        whole_for = "skipping" if settings.skipping else ""
-        loaded = load_model(settings.model, run.device, settings.offline, whole_for)
-        return in_a_fast_dtype(loaded, settings.model.dtype)
+        return written(run, source, results | dequantised(source))
 
 
 def _dense(run: Run) -> tuple[dict[str, Any], Path]:
     """As `_pruned`."""
-    loaded = _loaded(run)
+    loaded = load(run, run.settings.model.path)
     return dense_results(run, loaded), loaded.folder
 
 
 def _pruned(run: Run, calibrate: Callable[[LoadedModel], Calibration] | None) -> tuple[dict[str, Any], Path]:
     """results.json but for times and memory, and the dense model's folder. The work alone holds the model: what a stage
     puts in its place takes its memory."""
-    work = _begun(run, _loaded(run), calibrate)
+    work = _begun(run, load(run, run.settings.model.path), calibrate)
     source = work.loaded.folder
     with tracking(run) as tracker:
         run = replace(run, tracker=tracker)
@@ -122,6 +102,7 @@ def _begun(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Cal
     settings = run.settings
     check_finite_weights(loaded.model, settings.model.path)
     check_skips(loaded, settings.skipping)
+    check_savable(loaded.model, settings.model.path)
     with run.spent.timed("calibrate"):
         calibration = _calibrate(
             run, loaded, calibrate or partial(calibration_of, settings.calibration, settings.offline)
@@ -129,9 +110,7 @@ def _begun(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Cal
         own_ids, batch_size = distributed.own_samples(calibration.input_ids), settings.calibration.batch_size
         check_blocks(loaded, own_ids, batch_size, Ignored(settings.ignore), settings.pattern)
     check_recoverable(run, loaded, calibration)
-    finished = FinishedBlocks(run.folder.blocks, run.spent.keep)
-    identity = request_identity(run.config, calibration.tokens_sha256)
-    distributed.from_first(lambda: check_identity(finished.folder, identity))
+    finished = begin_blocks(run, calibration)
     samples, length = calibration.input_ids.shape
     tokens = f"{samples} x {length}, sha256 {calibration.tokens_sha256[:12]}"
     kind, batch_size = run.device.type, getattr(settings.pruner, "batch_size", None)
@@ -153,11 +132,3 @@ def _calibrate(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel],
     if settings.calibration.save_tokens and distributed.is_first():
         save_tokens(calibration, run.folder.tokens)
     return calibration
-
-
-def _write(run: Run, source: Path, results: Mapping[str, Any]) -> None:
-    """results.json, the model card with the scores, and the tables."""
-    run.folder.write_results(results)
-    if run.settings.keeps_model and distributed.is_first():
-        write_card(run.folder.model, card(run, source, results))
-    run.console.summary(results, run.folder.path)

@@ -7,13 +7,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from besa_exp.blocks.activations import activation_bytes, allocator
-from besa_exp.blocks.ignored import Ignored
 from besa_exp.blocks.pruner import Pruner, Refinement
 from besa_exp.blocks.reports import BlockReport, Step
 from besa_exp.blocks.units import unit_ends
 from besa_exp.machine import distributed
-from besa_exp.machine.device import compute_dtype
 from besa_exp.methods.updates.updated import with_update
 from besa_exp.run_folder.identity import IDENTITY, request_identity
 from besa_exp.runs.block_loop import BlockLoop
@@ -34,15 +31,8 @@ def prune_model(run: Run, work: Work) -> Work:
     pruner = settings.pruner if later else with_update(settings.pruner, settings.update)
     reports = _begin(run, work)
     input_ids = distributed.own_samples(work.calibration.input_ids)
-    hidden = loaded.model.config.get_text_config().hidden_size
-    samples, length = input_ids.shape
-    needed = activation_bytes(samples, length, hidden, loaded.model.dtype.itemsize, pruner.traits.dense_targets)
-    _, allocate = allocator(settings.activations, run.device, run.folder.path, needed)
-    batch_size, dtype = settings.calibration.batch_size, compute_dtype(settings)
-    done, keeps_dense = len(reports), bool(later)
-    ignored = Ignored(settings.ignore, work.structure.kept if work.structure else ())
-    loop = BlockLoop(loaded, input_ids, batch_size, work.finished, done, allocate, dtype, keeps_dense, ignored)
-    finished = work.finished
+    kept, finished = work.structure.kept if work.structure else (), work.finished
+    loop = BlockLoop.of(settings, loaded, input_ids, finished, len(reports), kept)
     with run.spent.timed("prune"):
         reports = _follow(run, work, loop, pruner, reports, tracks=not later)
         if later:
@@ -113,5 +103,4 @@ def _refine(
     decided = loop.refined(later, before, run.folder.log_model_step)
     run.folder.rewind(work.numbered(reports))
     pruner = with_update(decided, run.settings.update)
-    second = replace(loop, finished=refined, done=len(reports), keeps_dense=False, dense_sha256={}, dense={})
-    return _follow(run, work, second, pruner, reports, budget=False)
+    return _follow(run, work, loop.again(len(reports)), pruner, reports, budget=False)

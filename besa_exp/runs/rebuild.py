@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from besa_exp.blocks.block import Block, capture_blocks
+from besa_exp.blocks.block import Block
 from besa_exp.blocks.loop import write_weights
 from besa_exp.blocks.pruner import PrunedBlock
 from besa_exp.checkpoints.files import SHARD_SIZE, read_masks, save_beside_weights, save_model, weights_sha256
@@ -76,7 +76,7 @@ def rebuild(
     masks.check(
         "what is outside the blocks", weights_sha256(outside_blocks(loaded)), masks.description["outside_sha256"]
     )
-    blocks = capture_blocks(loaded.model, torch.zeros(1, 1, dtype=torch.long))  # never called: nothing is captured
+    blocks = loaded.blocks()
     if len(blocks) != (expected := len(masks.description["dense_sha256"])):
         raise ConfigurationError(
             f"{masks.path}: masks of {expected} blocks, the model has {len(blocks)}; give {masks.model}"
@@ -123,7 +123,7 @@ def _pruned(
 ) -> Iterator[dict[str, Tensor]]:
     """Each block's tensors under its masks, by full name; `counts` receives (weights, zeros) of each linear."""
     hashes = masks.description["dense_sha256"]
-    for block in loaded.weights.resident(blocks) if loaded.weights else blocks:
+    for block in loaded.resident(blocks):
         masks.check(
             f"block index {block.index}", weights_sha256(block_tensors(block.module, block.name)), hashes[block.index]
         )

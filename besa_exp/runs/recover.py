@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from math import isfinite
 from typing import Any
@@ -191,15 +190,8 @@ def _parts(run: Run, loaded: LoadedModel, calibration: Calibration, asked: Recov
 
 
 def _accuracy(loaded: LoadedModel, parts: Parts, asked: RecoverySettings) -> float | None:
-    with _whole(loaded):
+    with loaded.callable():
         return parts.accuracy(loaded.model, asked.micro_batch)
-
-
-def _whole(loaded: LoadedModel) -> AbstractContextManager[None]:
-    """With it the model can be called: blocks in files come when they are."""
-    if loaded.weights is None:
-        return nullcontext()
-    return loaded.weights.on_demand(loaded.model)
 
 
 def _rounded(loaded: LoadedModel, found: Recovery, parts: Parts, asked: RecoverySettings) -> Recovery:
@@ -207,7 +199,7 @@ def _rounded(loaded: LoadedModel, found: Recovery, parts: Parts, asked: Recovery
     if loaded.stored is None:
         return found
     _round(loaded.model, loaded.stored)
-    with _whole(loaded):
+    with loaded.callable():
         after = mean_loss(loaded.model, parts.held_out, asked.micro_batch, losses_of(asked))
     return replace(found, after=after)
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from besa_exp.blocks.block import Block, capture_blocks
+from besa_exp.blocks.block import Block
 from besa_exp.blocks.reports import BlockReport, LinearReport
 from besa_exp.checkpoints.files import load_masks, masks_description
 from besa_exp.errors import RunError
@@ -17,7 +17,6 @@ from besa_exp.machine import distributed
 from besa_exp.recovery.keep_bits import KeepBits, masks_of_keep
 from besa_exp.run_folder.finished_blocks import block_tensors
 from besa_exp.run_folder.identity import IDENTITY
-from besa_exp.runs.block_loop import resident
 from besa_exp.runs.cpu_units import as_stored
 from besa_exp.runs.run import Work
 from besa_exp.runs.save import pruned_weights
@@ -47,7 +46,7 @@ def rewritten(
     if loaded.weights:
         loaded = pruned_weights(loaded, into, len(done))
     reports = []
-    for block in resident(loaded, capture_blocks(loaded.model, torch.zeros(1, 1, dtype=torch.long))):
+    for block in loaded.resident():
         if block.index >= len(done):
             change(block)
         file = before.mask_files(len(work.reports))[block.index]
@@ -78,16 +77,9 @@ def _masks(block: Block, before: Mapping[str, Tensor], keep: Mapping[str, KeepBi
 
 def _recounted(block: Block, report: BlockReport) -> BlockReport:
     """A kept weight may have become zero."""
-    linears = tuple(
-        LinearReport(linear.name, linear.weights, _zeros(block, linear.name), linear.allocated)
-        for linear in report.linears
-    )
-    return replace(report, linears=linears)
-
-
-def _zeros(block: Block, name: str) -> int:
-    weight = block.linears[name].weight
-    return weight.numel() - int(weight.bool().count_nonzero())
+    weights = {name: linear.weight for name, linear in block.linears.items()}
+    linears = (LinearReport.counted(own.name, weights[own.name], own.allocated) for own in report.linears)
+    return replace(report, linears=tuple(linears))
 
 
 def _check_zeros(block: Block, masks: Mapping[str, Tensor]) -> None:

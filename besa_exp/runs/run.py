@@ -10,23 +10,32 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from besa_exp.blocks.block import discover_blocks
 from besa_exp.blocks.linears import discover_linears
 from besa_exp.blocks.reports import BlockReport, RecoveryReport, Size, StructureReport
-from besa_exp.checkpoints.load import LoadedModel, model_context, vocabulary_size
+from besa_exp.checkpoints.load import LoadedModel, load_model, model_context, vocabulary_size
 from besa_exp.display.console import RunConsole
 from besa_exp.display.tracker import NoTracker, Tracker, start_tracker
 from besa_exp.evaluation.score import Scores
 from besa_exp.machine import distributed
+from besa_exp.machine.device import peak_memory, prepared_device
+from besa_exp.machine.environment import environment
+from besa_exp.machine.process import imports_are_done
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.run_folder.folder import RunFolder
+from besa_exp.run_folder.identity import check_identity, request_identity
+from besa_exp.run_folder.inputs import fingerprint, write_inputs
 from besa_exp.run_folder.spent import Spent
-from besa_exp.settings import CalibrationSettings, RunSettings, TrackerSettings
+from besa_exp.runs.cpu_units import in_a_fast_dtype
+from besa_exp.settings import CalibrationSettings, EvaluationSettings, RunSettings, TrackerSettings
 from besa_exp.texts.calibration import Calibration, load_calibration
 
 
@@ -128,6 +137,42 @@ def opened(path: Path, overwrite: bool, resume: Mapping[str, Any] | None) -> Ite
 
 
 @contextmanager
+def started(settings: RunSettings, path: Path, config: Mapping[str, Any]) -> Iterator[Run]:
+    """The run in its folder, its request and machine written there; an unfinished one of the same request goes on."""
+    imports_are_done()
+    device = prepared_device(settings)
+    resume = request_identity(config) if settings.resume else None
+    with (
+        distributed.joined(device),
+        opened(path, settings.overwrite, resume) as folder,
+        RunConsole(verbose=settings.verbose) as console,
+    ):
+        folder.write_config(config)
+        folder.write_environment(environment(device))
+        if distributed.is_first():
+            write_inputs(path, fingerprint(settings))
+        yield Run(settings, config, device, folder, console, Spent(folder.spent, partial(peak_memory, device)))
+
+
+def load(run: Run, name: str) -> LoadedModel:
+    """The model that is asked for, shown under its `name` and timed."""
+    settings = run.settings
+    run.console.stage(f"loading {name}")
+    with run.spent.timed("load"):
+        whole_for = "skipping" if settings.skipping else ""
+        loaded = load_model(settings.model, run.device, settings.offline, whole_for)
+        return in_a_fast_dtype(loaded, settings.model.dtype)
+
+
+def begin_blocks(run: Run, calibration: Calibration) -> FinishedBlocks:
+    """Where finished blocks lie. ConfigurationError: those of another request do."""
+    finished = FinishedBlocks(run.folder.blocks, run.spent.keep)
+    identity = request_identity(run.config, calibration.tokens_sha256)
+    distributed.from_first(lambda: check_identity(finished.folder, identity))
+    return finished
+
+
+@contextmanager
 def tracking(run: Run) -> Iterator[Tracker]:
     """The tracker, finished with what it was given, however the run ends."""
     path = run.folder.path
@@ -148,3 +193,10 @@ def calibration_of(settings: CalibrationSettings, offline: bool, loaded: LoadedM
     """The calibration tokens for a model: its tokenizer's, within its context and vocabulary."""
     vocabulary, context = vocabulary_size(loaded.model), model_context(loaded.model)
     return load_calibration(settings, loaded.tokenizer, context, offline, vocabulary=vocabulary)
+
+
+def tokens_of(settings: RunSettings | EvaluationSettings, loaded: LoadedModel) -> Int[Tensor, "sample seq"]:
+    """What a skipping policy is decided on, read by the first rank."""
+    calibration = settings.calibration
+    assert calibration is not None
+    return distributed.from_first(lambda: calibration_of(calibration, settings.offline, loaded).input_ids)

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from besa_exp.blocks.block import capture_blocks, discover_blocks
+from besa_exp.blocks.block import discover_blocks
 from besa_exp.blocks.linears import discover_linears
 from besa_exp.blocks.reports import BlockReport
-from besa_exp.checkpoints.files import merge_masks, save_beside_weights, save_model, weights_sha256
+from besa_exp.checkpoints.files import merge_masks, save_beside_weights, save_model, weights_sha256, write_card
 from besa_exp.checkpoints.fresh_process import TOKENS, reloading, token_loss
 from besa_exp.checkpoints.inspect import read_header
 from besa_exp.checkpoints.load import LoadedModel, hub_id, load_model
@@ -29,13 +29,12 @@ from besa_exp.checkpoints.streaming import saves_blocks_anew
 from besa_exp.checkpoints.tensor_sources import as_saved
 from besa_exp.display.model_card import base_licence, model_card
 from besa_exp.errors import RunError
-from besa_exp.evaluation.scores import callable_model
 from besa_exp.machine import atomic, distributed
 from besa_exp.machine.disk import ONE_FILE
 from besa_exp.machine.environment import environment
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.runs.cpu_units import as_stored, in_a_fast_dtype
-from besa_exp.runs.results import results_of
+from besa_exp.runs.results import attempt_of, results_of
 from besa_exp.runs.run import Run, Work, num_blocks
 from besa_exp.settings import RunSettings
 from besa_exp.tensors.masks import Goal
@@ -56,8 +55,10 @@ def save_pruned(loaded: LoadedModel, finished: FinishedBlocks, folder: Path, car
     files.
 
     RunError: the disk is full or cannot be written to; the finished blocks stay."""
-    if loaded.weights is None and loaded.stored:
-        torch.nn.Module.to(loaded.model, loaded.stored)
+    if loaded.weights is None:
+        held = loaded.model.state_dict(keep_vars=True)  # without what no file holds, as tables of positions
+        for tensor in held.values():
+            tensor.data = as_stored({"": tensor.data}, loaded.stored)[""]
     if loaded.weights is None and not linked:
         save_model(loaded.model, loaded.tokenizer, folder, card, loaded.folder)
         return
@@ -76,10 +77,10 @@ def check_saved(saved: LoadedModel, reports: Sequence[BlockReport], padded: bool
     """RunError: a linear of the model that was saved and loaded again has another number of zeros than was reported,
     beside those that pad it, or there are other blocks. The reports are in the order of the saved blocks, whatever
     their numbers."""
-    blocks = capture_blocks(saved.model, torch.zeros(1, 1, dtype=torch.long))  # never called: nothing is captured
+    blocks = saved.blocks()
     if len(blocks) != len(reports):
         raise RunError(f"{saved.folder}: {len(blocks)} blocks as saved, not the {len(reports)} that were reported")
-    for block in saved.weights.resident(blocks) if saved.weights else blocks:
+    for block in saved.resident(blocks):
         for linear in reports[block.index].linears:
             weight = block.linears[linear.name].weight
             padding = weight.numel() - linear.weights if padded else 0
@@ -188,7 +189,7 @@ def _expected(run: Run, work: Work) -> float | None:
     """The loss that the saved model is to have in a fresh process; None: none will load it."""
     if not run.settings.save.verify or not distributed.is_first():
         return None
-    with callable_model(work.loaded):
+    with work.loaded.callable():
         return token_loss(work.loaded.model, work.calibration.input_ids[:1, :TOKENS])
 
 
@@ -244,3 +245,14 @@ def card(run: Run, source: Path, results: Mapping[str, Any], base: str | None = 
     folder is named by its hub id, another by that of its `base`."""
     model = run.settings.model
     return model_card(results, sys.argv, hub_id(model) or base, model.revision, base_licence(source))
+
+
+def written(run: Run, source: Path, results: Mapping[str, Any], base: str | None = None) -> dict[str, Any]:
+    """results.json with times and memory, the model card (see `card`) with the scores, and the tables."""
+    spent = {"seconds": run.spent.seconds(), "peak_memory_bytes": run.spent.peak_memory()}
+    complete = {**results, **spent, **attempt_of(run.folder.path)}
+    run.folder.write_results(complete)
+    if run.settings.keeps_model and distributed.is_first():
+        write_card(run.folder.model, card(run, source, complete, base))
+    run.console.summary(complete, run.folder.path)
+    return complete

@@ -6,38 +6,37 @@ load -> its zeros are the masks -> scores -> recovery -> save -> scores -> resul
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from besa_exp.blocks.block import capture_blocks
 from besa_exp.blocks.reports import BlockReport, LinearReport, Size
-from besa_exp.checkpoints.files import weights_sha256, write_card
+from besa_exp.checkpoints.files import check_savable, weights_sha256
 from besa_exp.checkpoints.finite_weights import check_finite_weights
-from besa_exp.checkpoints.load import LoadedModel, load_model, model_context
-from besa_exp.display.console import RunConsole
+from besa_exp.checkpoints.load import LoadedModel, model_context
 from besa_exp.display.model_card import base_licence
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
-from besa_exp.machine.device import peak_memory, prepared_device
 from besa_exp.machine.environment import environment
-from besa_exp.machine.process import imports_are_done
 from besa_exp.methods.pruners.dense import Dense
-from besa_exp.run_folder.finished_blocks import FinishedBlocks, block_tensors
+from besa_exp.run_folder.finished_blocks import block_tensors
 from besa_exp.run_folder.folder import read_results
-from besa_exp.run_folder.identity import check_identity, config_of, request_identity
-from besa_exp.run_folder.inputs import fingerprint, write_inputs
+from besa_exp.run_folder.identity import config_of, request_identity
 from besa_exp.run_folder.lookup import run_and_model
-from besa_exp.run_folder.spent import Spent
-from besa_exp.runs.block_loop import resident
-from besa_exp.runs.cpu_units import in_a_fast_dtype
 from besa_exp.runs.recover import check_recoverable, check_recovery_of, recover
-from besa_exp.runs.results import attempt_of, results_of
-from besa_exp.runs.run import Run, Work, calibration_of, model_facts, opened, parameters, tracking
-from besa_exp.runs.save import card, save
+from besa_exp.runs.results import results_of
+from besa_exp.runs.run import (
+    Run,
+    Work,
+    begin_blocks,
+    calibration_of,
+    load,
+    model_facts,
+    parameters,
+    started,
+    tracking,
+)
+from besa_exp.runs.save import save, written
 from besa_exp.runs.score import score, score_pruned
 from besa_exp.settings import ModelSettings, RunSettings, TuneSettings
 
@@ -67,23 +66,13 @@ def as_run(settings: TuneSettings) -> RunSettings:
     """The same as a run's settings: method, pattern and target are those of the run that made the checkpoint, the
     recovery added; without one the target is what is there."""
     made = made_by(settings)
+    both = {field.name for field in fields(RunSettings)} & {field.name for field in fields(settings)}
     return RunSettings(
-        model=settings.model,
-        calibration=settings.calibration,
         pruner=Dense(),
         pruner_name=f"{made.get('pruner', 'checkpoint')}+{settings.recovery.name}",
-        evaluator=settings.evaluator,
-        tracker=settings.tracker,
-        recovery=settings.recovery,
         sparsity=made.get("target_sparsity", 0.0),
         pattern=made.get("pattern", "unstructured"),
-        seed=settings.seed,
-        device=settings.device,
-        deterministic=settings.deterministic,
-        offline=settings.offline,
-        resume=settings.resume,
-        overwrite=settings.overwrite,
-        save=settings.save,
+        **{name: getattr(settings, name) for name in both},
     )
 
 
@@ -92,45 +81,28 @@ def tune_checkpoint(settings: TuneSettings, path: Path) -> dict[str, Any]:
 
     An unfinished tuning of the same request goes on after its last checkpoint. ConfigurationError: the request cannot
     be carried out; RunError: it failed on the way."""
-    imports_are_done()
     asked = as_run(settings)
     config = config_of(asked) | {"checkpoint": settings.checkpoint, "dense": settings.dense}
-    device = prepared_device(asked)
-    resume = request_identity(config) if settings.resume else None
-    with distributed.joined(device), opened(path, settings.overwrite, resume) as folder, RunConsole() as console:
-        run = Run(asked, config, device, folder, console, Spent(folder.spent, partial(peak_memory, device)))
-        folder.write_config(config)
-        folder.write_environment(environment(device))
-        if distributed.is_first():
-            write_inputs(path, fingerprint(asked))
-        console.stage(f"loading {settings.checkpoint}")
-        with run.spent.timed("load"):
-            loaded = in_a_fast_dtype(load_model(settings.model, device, settings.offline), settings.model.dtype)
-        run, work = _begun(run, loaded, settings)
+    with started(asked, path, config) as begun:
+        loaded = load(begun, settings.checkpoint)
+        run, work = _begun(begun, loaded, settings)
         results = _tuned(run, work, teacher_of(settings)) | {"checkpoint": settings.checkpoint}
         made = made_by(settings)
         results["model_name"] = made.get("model_name") or Path(made.get("model", settings.checkpoint)).name
         results |= {key: made[key] for key in ("model", "budget", "update", "ignore") if key in made}
-        results |= {"seconds": run.spent.seconds(), "peak_memory_bytes": run.spent.peak_memory()} | attempt_of(path)
-        folder.write_results(results)
-        if settings.save.model and distributed.is_first():
-            base = base_licence(loaded.folder, "base_model").get("base_model") if made else None  # as that run knew it
-            write_card(folder.model, card(run, loaded.folder, results, base))
-        console.summary(results, path)
-    return results
+        base = base_licence(loaded.folder, "base_model").get("base_model") if made else None  # as that run knew it
+        return written(run, loaded.folder, results, base)
 
 
 def _begun(run: Run, loaded: LoadedModel, asked: TuneSettings) -> tuple[Run, Work]:
     """The checkpoint, checked, and the run that aims at the zeros it has."""
     settings = run.settings
     check_finite_weights(loaded.model, settings.model.path)
+    check_savable(loaded.model, settings.model.path)
     with run.spent.timed("calibrate"):
         calibration = distributed.from_first(lambda: calibration_of(settings.calibration, settings.offline, loaded))
-    finished = FinishedBlocks(run.folder.blocks, run.spent.keep)
-    identity = request_identity(run.config, calibration.tokens_sha256)
-    distributed.from_first(lambda: check_identity(finished.folder, identity))
     size = parameters(loaded)
-    work = _adopted(run, Work(loaded, calibration, Size(size, size), finished), identity)
+    work = _adopted(run, Work(loaded, calibration, Size(size, size), begin_blocks(run, calibration)))
     linears = [linear for report in work.reports for linear in report.linears]
     sparsity = sum(linear.pruned for linear in linears) / sum(linear.weights for linear in linears)
     if sparsity < DENSE and not asked.dense:
@@ -147,17 +119,16 @@ def _begun(run: Run, loaded: LoadedModel, asked: TuneSettings) -> tuple[Run, Wor
     return run, work
 
 
-def _adopted(run: Run, work: Work, identity: Mapping[str, Any]) -> Work:
+def _adopted(run: Run, work: Work) -> Work:
     """What is zero counts as pruned: masks and reports of each block, as pruning would have left them."""
+    identity = request_identity(run.config, work.calibration.tokens_sha256)
     distributed.from_first(lambda: work.finished.begin(identity))
     reports = []
-    for block in resident(work.loaded, capture_blocks(work.loaded.model, torch.zeros(1, 1, dtype=torch.long))):
+    for block in work.loaded.resident():
         masks = {name: linear.weight.detach() != 0 for name, linear in block.linears.items()}
-        linears = []
-        for name, mask in masks.items():
-            weights, kept = mask.numel(), int(mask.count_nonzero())
-            linears.append(LinearReport(name, weights, weights - kept, 1 - kept / weights))
-        report = BlockReport(block.index, tuple(linears), 0.0, 0.0, 0.0)
+        counted = [LinearReport.counted(name, mask, 0.0) for name, mask in masks.items()]
+        linears = tuple(replace(linear, allocated=linear.sparsity) for linear in counted)
+        report = BlockReport(block.index, linears, 0.0, 0.0, 0.0)
         if distributed.is_first():
             sha256 = weights_sha256(block_tensors(block.module, block.name))
             named = {f"{block.name}.{name}.weight": mask for name, mask in masks.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 
 def parse_pattern(pattern: str) -> tuple[int | None, int] | None:
@@ -23,6 +24,17 @@ def parse_pattern(pattern: str) -> tuple[int | None, int] | None:
 def fixes_sparsity(pattern: str) -> bool:
     """Whether the pattern fixes the sparsity, as "2:4" does, so that `sparsity=` is not used."""
     return re.fullmatch(r"\d+:\d+", pattern) is not None
+
+
+def indivisible(
+    inputs: Mapping[str, int], pattern: str, remedy: str = "choose another pattern or pattern=unstructured"
+) -> list[str]:
+    """The problem where the inputs of linears, by name, are no multiple of the pattern's M."""
+    group = (parse_pattern(pattern) or (None, 1))[1]
+    odd = [f"{name} ({count})" for name, count in inputs.items() if count % group]
+    more = f" and {len(odd) - 2} more" if len(odd) > 2 else ""
+    told = f"the inputs of a linear must be divisible by {group}, not as those of {', '.join(odd[:2])}{more}; {remedy}"
+    return [f"pattern={pattern}: {told}"] if odd else []
 
 
 def check_unchosen(pattern: str, method: str) -> list[str]:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-BITS = range(2, 9)
+from besa_exp.errors import check_fields, within
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,8 @@ class Quantiser:
     group_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
-            raise ValueError(
-                f"bits={self.bits}: must be from {BITS.start} to {BITS.stop - 1}; write for example bits=4"
-            )
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(
-                f"pruner.quantiser.group_size={self.group_size}: must be at least 1, or null for whole rows"
-            )
+        check_fields(self, "pruner.quantiser", within(least=2, most=8), "bits")
+        check_fields(self, "pruner.quantiser", within(least=1, or_null=True, note="null: whole rows"), "group_size")
 
     def logits(self, weight: Float[Tensor, "out in"], strength: float) -> Float[Tensor, "2 out group"]:
         """Logits of equal strengths in (0, 1) for all groups: of the lower ends, then of the upper ones."""

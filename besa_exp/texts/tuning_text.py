@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -10,9 +11,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from besa_exp.errors import ConfigurationError, Unavailable
-from besa_exp.texts.sources import COLUMN, is_token_file, read_text
+from besa_exp.texts.sources import COLUMN, is_token_file, stream_documents
 from besa_exp.texts.token_stream import TokenStream, open_token_stream, write_token_stream
 from besa_exp.texts.tokens import Tokenizer, encode_document, read_token_file
+
+SHARD = 2**19  # documents that are held and drawn from at a time; a training shard of C4 has fewer
 
 
 def tuning_tokens(
@@ -27,7 +30,8 @@ def tuning_tokens(
     column: str = COLUMN,
 ) -> TokenStream:
     """At most `most` tokens of `source` (a set, a text or token file, texts, or tokens) in the file `path`, which is
-    taken as it is where it is there and whole. Documents are drawn in random order; tokens stay in theirs.
+    taken as it is where it is there and whole. Documents are drawn in random order, of a large set from one shard after
+    the other, and no more shards are read than that takes; tokens stay in theirs.
 
     ConfigurationError: the source cannot be read, or does not fit the model."""
     if path.is_file():
@@ -37,6 +41,8 @@ def tuning_tokens(
     documents = _checked(_documents(source, tokenizer, seed, offline, column), vocabulary, named)
     try:
         write_token_stream(documents, path, vocabulary, most)
+    except ConfigurationError:
+        raise
     except ValueError as error:
         raise ConfigurationError(f"recovery: {named} holds no token; give a text with some") from error
     return open_token_stream(path)
@@ -55,15 +61,19 @@ def _documents(
             "folder, or set recovery.path to a .safetensors file of input_ids"
         )
     else:
-        documents = _read(source, offline, column) if isinstance(source, str) else source
-        order: list[int] = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
-        for index in order:
-            yield encode_document(tokenizer, documents[index], len(documents) == 1)
+        given = _read(source, offline, column) if isinstance(source, str) else iter(source)
+        for number in count():
+            shard = list(islice(given, SHARD))
+            generator = torch.Generator().manual_seed(seed + number)
+            for index in torch.randperm(len(shard), generator=generator).tolist():
+                yield encode_document(tokenizer, shard[index], number == 0 and len(shard) == 1)
+            if len(shard) < SHARD:
+                return
 
 
-def _read(source: str, offline: bool, column: str) -> Sequence[str]:
+def _read(source: str, offline: bool, column: str) -> Iterator[str]:
     try:
-        return read_text(source, "calibration", offline, column).documents
+        yield from stream_documents(source, offline, column)
     except Unavailable as error:
         raise ConfigurationError(f"recovery on {error}") from error
 

@@ -59,7 +59,7 @@ def main(folder: Path) -> None:
 
 
 def study(records: Sequence[Path]) -> None:
-    """A table a model: a row a start, a column a method, the step size that held-out text likes best."""
+    """A table a model: a row a start, a column a method."""
     lines = []
     for path in records:
         content = path.read_text(encoding="utf-8")
@@ -70,19 +70,16 @@ def study(records: Sequence[Path]) -> None:
         for start in dict.fromkeys(run["start"] for run in found):
             own = [run for run in found if run["start"] == start]
             (pruned,) = (run["perplexity"] for run in own if run["method"] is None)
-            rows.append([start, f"{pruned:.2f}", *(_best(own, method) for method in methods)])
+            rows.append([start, f"{pruned:.2f}", *(_tuned(own, method) for method in methods)])
         heads = ["start", "not tuned", *methods]
         lines += [f"## {path.stem}", "", *markdown_table(heads, rows, numbers=True), ""]
     (HERE / "study.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def _best(runs: Sequence[dict], method: str) -> str:
-    """Perplexity, and how many times the preset's step size it was."""
+def _tuned(runs: Sequence[dict], method: str) -> str:
+    """Perplexity, and the step size that was found."""
     own = [run for run in runs if run["method"] == method]
-    if not own:
-        return ""
-    best = min(own, key=lambda run: run["held_out"][1])
-    return f"{best['perplexity']:.2f} ({best['factor']:.2g} x)"
+    return f"{own[0]['perplexity']:.2f} ({own[0]['lr']:.1g})" if own else ""
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
     python experiments/recovery/study.py stories260K|babyllama-105|embedded [--steps 60] [--shared ../shared]
 
-Each start is pruned once. Step sizes are searched alike for all methods on the first start: from the preset's on to
-three times as much, and on while held-out loss falls, or else to a third; the best one is taken everywhere. Writes
-outputs/recovery/<model>.json, which `collect.py` reads: perplexity of windows that neither pruning nor tuning has seen,
-tokens, processor seconds.
+Each start is pruned once. Step sizes are those that each recovery finds by its own trial on the held-out windows, alike
+for all methods. Writes outputs/recovery/<model>.json, which `collect.py` reads: perplexity of windows that neither
+pruning nor tuning has seen, tokens, processor seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import besa_exp
 from besa_exp.evaluation.perplexity import perplexity
-from besa_exp.methods.tuning import downhill
 from besa_exp.texts.embedded.text import MODEL_DIR, calibration_documents, perplexity_documents
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -46,7 +43,6 @@ STARTS: dict[str, tuple[str, float, str]] = {
     "besa 2:4": ("besa", 0.5, "2:4"),
 }
 REMOVED = "shortgpt, one block"
-SEARCHED = (1 / 3, 1.0, 3.0, 10.0, 30.0)  # times a preset's step size
 SEQ_LEN, CALIBRATION, BATCH, HELD_OUT = 128, 128, 8, 16
 
 
@@ -94,15 +90,12 @@ class Study:
         besa_exp.prune(model, None, calibration, pruner=pruner, sparsity=sparsity, pattern=pattern)
         return model
 
-    def tuned(self, start: str, pruned: PreTrainedModel, method: str, factor: float) -> float:
-        """The held-out loss of the tuned model, which is recorded."""
-        key = f"{start} | {method} | {factor:.2f}"
+    def tuned(self, start: str, pruned: PreTrainedModel, method: str) -> None:
+        """Tune a copy, and record what became of it."""
+        key = f"{start} | {method}"
         if key not in self.records:
             asked = besa_exp.preset("recovery", method)
-            asked = replace(
-                asked, lr=asked.lr * factor, steps=self.steps, batch_size=BATCH, held_out=HELD_OUT, checks=6
-            )
-            asked = replace(asked, seq_len=SEQ_LEN)
+            asked = replace(asked, steps=self.steps, batch_size=BATCH, held_out=HELD_OUT, checks=6, seq_len=SEQ_LEN)
             model, began = copy.deepcopy(pruned), time.process_time()
             teacher = self.dense() if method == "blocks" else None
             text = self.pool[CALIBRATION:]
@@ -112,8 +105,7 @@ class Study:
                 {
                     "start": start,
                     "method": method,
-                    "lr": asked.lr,
-                    "factor": factor,
+                    "lr": report.lr,
                     "perplexity": self.perplexity(model),
                     "held_out": [report.loss_before, report.loss_after],
                     "best_step": report.best_step,
@@ -122,21 +114,17 @@ class Study:
                     "seconds": time.process_time() - began,
                 },
             )
-        return self.records[key]["held_out"][1]
 
     def run(self) -> None:
         """All of it."""
         if "dense" not in self.records:
             self.keep("dense", {"start": "dense", "method": None, "perplexity": self.perplexity(self.dense())})
-        factors: dict[str, float] = {}
         for start in (*STARTS, REMOVED):
             model = self.pruned(start)
             if start not in self.records:
                 self.keep(start, {"start": start, "method": None, "perplexity": self.perplexity(model)})
             for method in self._methods(start):
-                if method not in factors:
-                    factors[method] = downhill(SEARCHED, 1.0, partial(self.tuned, start, model, method))
-                self.tuned(start, model, method, factors[method])
+                self.tuned(start, model, method)
 
     def _methods(self, start: str) -> Iterator[str]:
         """`blocks` compares blocks, of which one is gone; entries of a dense model have no mask to stay in."""

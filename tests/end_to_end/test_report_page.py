@@ -252,7 +252,7 @@ def test_the_rows_that_are_shown_are_saved(opened: Any) -> None:
     )
     rows = list(csv.DictReader(io.StringIO(until(lambda: opened.execute_script("return window.saved")))))
     assert len(rows) == opened.execute_script("return document.querySelectorAll('#runs tbody tr').length")
-    assert {row["model"] for row in rows} & {"alpha", "beta"} == {"alpha"}
+    assert {row["model"] for row in rows} == {"alpha", HOSTILE, "Llama-7b"}
     assert sorted(row["folder"].rpartition("/")[2] for row in rows if row["method"] == "besa") == [
         "alpha-besa-0.5-0", "alpha-besa-0.5-1", "alpha-besa-0.7-0", "alpha-besa-0.7-1"
     ]  # fmt: skip
@@ -331,5 +331,9 @@ def test_no_width_makes_the_page_scroll_sideways(opened: Any, width: int, scheme
     opened.refresh()
     until(lambda: opened.execute_script("return document.documentElement.dataset.ready"))
     points_drawn(opened, "perplexity")
-    assert opened.execute_script("return document.documentElement.scrollWidth") <= width
+    opened.execute_script("document.getElementById('filter-box').open = true")
+    wide = """const parts = [document.documentElement, ...document.querySelectorAll('section, #filters')];
+        parts.forEach((part) => { part.style.contentVisibility = 'visible'; }); // else what sticks out is cut off
+        return parts.filter((part) => part.scrollWidth > part.clientWidth).map((part) => part.id || part.tagName);"""
+    assert opened.execute_script(wide) == []
     opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -106,7 +106,7 @@ def steps_of(folder: Path) -> list[dict]:
 def test_two_processes_recover_as_one_does(short, tokens, tmp_path, recovery, batch, shared):
     """A step's three windows are dealt out unevenly, and gradients are summed over the ranks; or the model is dealt
     out."""
-    course = ["recovery.steps=4", f"recovery.batch_size={batch}", "recovery.checks=2"]
+    course = ["recovery.steps=4", "recovery.lr=3e-4", f"recovery.batch_size={batch}", "recovery.checks=2"]
     course.append(f"recovery.held_out={batch + 2}")
     asked = [*KEYS, f"model.path={short}", f"calibration.path={tokens}", "pruner=magnitude", "evaluator=none"]
     asked += [f"recovery={recovery}", *course]

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden, samples_at
 from besa_exp.blocks.course import Course
-from besa_exp.blocks.probe import num_probe_samples, probe_loss
+from besa_exp.blocks.probe import num_learned, probe_loss
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
 from besa_exp.blocks.reports import Step
 from besa_exp.blocks.units import SCOPES
@@ -197,8 +197,7 @@ class Besa:
         sparsity, total = uniform(task, rows)
         room = Buffers.like(rows.weights)
         course = Course(block, task.on_step)
-        num_samples = distributed.total(len(inputs))
-        learn = max(1, num_samples - num_probe_samples(num_samples))
+        learn = num_learned(distributed.total(len(inputs)))
 
         def gradient(samples: Tensor, number: int, best_loss: float) -> list[Tensor]:
             own = distributed.own_places(samples)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from besa_exp.blocks.course import Course
 from besa_exp.blocks.probe import probe_loss
-from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
+from besa_exp.blocks.pruner import PrunedBlock, Task, Traits, pruned_by_masks
 from besa_exp.errors import check_fields, one_of, within
 from besa_exp.machine import distributed
 from besa_exp.methods.pruners.candidates import CandidateAllocation, reach
@@ -86,15 +86,12 @@ class BesaPaper:
         return problems
 
     def prune_block(self, task: Task) -> PrunedBlock:
-        """Learn theta for `epochs` passes over the samples in order, then fix the hard masks."""
+        """Learn theta for `epochs` passes over the samples in order, then fix the hard masks. A block of which a budget
+        asks nothing stays dense: the penalty is relative to the target."""
         block, goal, inputs, targets = task.block, task.goal, task.inputs, task.targets
-        weights, importances = self._importances(task)
-        allocations = {
-            name: CandidateAllocation(
-                weights[name], importance, self.granularity == "row", self.sigmoid, self.sparsity_step
-            )
-            for name, importance in importances.items()
-        }
+        if goal.sparsity == 0:
+            return pruned_by_masks({name: torch.ones_like(W, dtype=torch.bool) for name, W in task.weights.items()})
+        weights, allocations = self._allocations(task)
         start = {name: weights[name] * allocation.keep_mask() for name, allocation in allocations.items()}
         before = probe_loss(block, inputs, targets, start)
         thetas = [allocation.theta for allocation in allocations.values()]
@@ -113,16 +110,12 @@ class BesaPaper:
             reconstruction, upstream, scale = differentiate(loss_of, outputs, block.product_dtype)
             penalty = self.penalty * ((sparsity - goal.sparsity) / goal.sparsity) ** 2
             # Gradient to theta; each of several ranks adds its samples' part and an equal part of the penalty's
-            optimizer.zero_grad()
             own_penalty = scale * penalty / distributed.num_ranks()
-            if len(outputs):
-                torch.autograd.backward([outputs, own_penalty], [upstream, None])
-            else:
-                own_penalty.backward()
-            for theta in thetas:
-                theta.grad = distributed.all_sum(theta.grad / scale)  # type: ignore[operator]
-            largest = [theta.grad.abs().max() for theta in thetas if theta.grad is not None]
-            by_all = torch.stack(largest)  # a linear's own may well be zero
+            roots, parts = ([outputs, own_penalty], [upstream, None]) if len(outputs) else ([own_penalty], [None])
+            gradients = [distributed.all_sum(own / scale) for own in torch.autograd.grad(roots, thetas, parts)]
+            for theta, gradient in zip(thetas, gradients, strict=True):
+                theta.grad = gradient
+            by_all = torch.stack([gradient.abs().max() for gradient in gradients])  # a linear's own may well be zero
             course.add(reconstruction + penalty, sparsity, by_all, reconstruction, penalty)
             optimizer.step()
         course.wait()
@@ -138,6 +131,12 @@ class BesaPaper:
         if self.optimizer == "adamw":
             return torch.optim.AdamW(thetas, lr=self.lr, weight_decay=0)
         return Prodigy(thetas, lr=self.lr, weight_decay=0, d_coef=self.d_coef)
+
+    def _allocations(self, task: Task) -> tuple[dict[str, Tensor], dict[str, CandidateAllocation]]:
+        """The weights, and of each linear where its search begins."""
+        weights, importances = self._importances(task)
+        kind = (self.granularity == "row", self.sigmoid, self.sparsity_step)
+        return weights, {name: CandidateAllocation(weights[name], own, *kind) for name, own in importances.items()}
 
     def _importances(self, task: Task) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The weights, zero where an input is dead, and their importances."""

@@ -13,7 +13,7 @@ multiple of channels: a block without heads cannot run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,18 +161,14 @@ def masked(
 ) -> Iterator[None]:
     """The blocks, and with them their model, compute with only these groups and channels for as long as this lasts:
     what enters o and down is multiplied by 1 or 0."""
-    hooks = []
-    for block, of_groups, of_channels in zip(blocks, groups, channels, strict=True):
-        of_heads = of_groups.repeat_interleave(dimensions.heads_of_group * dimensions.head_dim)
-        for name, mask in zip(carrying_linears(block.linears), (of_heads, of_channels), strict=True):
-            linear = block.linears[name]
-            factor = mask.to(linear.weight.device, linear.weight.dtype)
-            hooks.append(linear.module.register_forward_pre_hook(_times(factor)))
-    try:
+    with ExitStack() as hooks:
+        for block, of_groups, of_channels in zip(blocks, groups, channels, strict=True):
+            of_heads = of_groups.repeat_interleave(dimensions.heads_of_group * dimensions.head_dim)
+            for name, mask in zip(carrying_linears(block.linears), (of_heads, of_channels), strict=True):
+                linear = block.linears[name]
+                factor = mask.to(linear.weight.device, linear.weight.dtype)
+                hooks.enter_context(linear.module.register_forward_pre_hook(_times(factor)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _times(factor: Tensor) -> Any:

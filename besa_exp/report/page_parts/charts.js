@@ -252,19 +252,22 @@ function lossChart(run) {
   return { traces, layout: layout(axis("block", { dtick: blocks.length <= 16 ? 1 : undefined }), logarithmic("reconstruction loss", losses.flatMap((block) => [block[1], block[2]])), { showlegend: betters }) };
 }
 
-// How sparse the rows are: for each linear of each block from the 5th to the 95th percentile, the middle half thick.
+// How sparse the rows are: the median of each linear of each block, with the 5th to the 95th percentile where the bars
+// of few blocks can be told apart.
+const FEW_BLOCKS = 12;
 function rowsChart(run) {
   const { rows } = detailsOf(run);
   const linears = unique(rows.flatMap((row) => Object.keys(row.linears)));
   const palette = DEPTH_COLOURS[isDark() ? "dark" : "light"];
+  const few = rows.length <= FEW_BLOCKS;
   const traces = linears.map((linear, at) => {
     const own = rows.filter((row) => row.linears[linear]);
     const q = own.map((row) => row.linears[linear]);
-    const x = own.map((row) => row.block + (at - (linears.length - 1) / 2) * (0.8 / linears.length));
+    const x = own.map((row) => row.block + few * (at - (linears.length - 1) / 2) * (0.8 / linears.length));
     return {
-      name: markupFree(linear), mode: "markers", x, y: q.map((one) => one[3]),
+      name: markupFree(linear), mode: few ? "markers" : "lines+markers", line: { width: 1, color: palette[at % palette.length] }, x, y: q.map((one) => one[3]),
       marker: { size: 6, color: palette[at % palette.length], symbol: ["circle", "square", "diamond", "cross", "triangle-up", "pentagon", "star"][at % 7] },
-      error_y: { type: "data", symmetric: false, array: q.map((one) => one[5] - one[3]), arrayminus: q.map((one) => one[3] - one[1]), color: palette[at % palette.length], thickness: 1.2, width: 0 },
+      error_y: { visible: few, type: "data", symmetric: false, array: q.map((one) => one[5] - one[3]), arrayminus: q.map((one) => one[3] - one[1]), color: palette[at % palette.length], thickness: 1.2, width: 0 },
       text: own.map((row, i) => `<b>block ${row.block}, ${markupFree(linear)}</b><br>median row ${percent(q[i][3])}<br>half of the rows ${percent(q[i][2])} to ${percent(q[i][4])}<br>all ${percent(q[i][0])} to ${percent(q[i][6])}`),
       hovertemplate: "%{text}<extra></extra>",
     };

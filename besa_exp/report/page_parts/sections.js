@@ -180,7 +180,7 @@ function chartsOfRun(run, beside, place) {
   const thinned = curve.stride > 1 ? `One of ${curve.stride} steps is drawn.` : "Every step is drawn.";
   const note = beside ? "Orange: more zeros; violet: fewer. Both runs have one range of colours." : `Orange: more zeros than the model’s ${percent(run.measured)}; violet: fewer.`;
   const cards = [[card("Sparsity by block and linear, in %", note, "Heat map of sparsity by block and linear"), allocationChart(run, beside)]];
-  if (rows.length) cards.push([card("Sparsity of rows", "Median and 5th to 95th percentile over the rows of each linear."), rowsChart(run)]);
+  if (rows.length) cards.push([card("Sparsity of rows", rows.length <= FEW_BLOCKS ? "Median and 5th to 95th percentile over the rows of each linear." : "Median over the rows of each linear; each point tells how far they differ."), rowsChart(run)]);
   if (curve.blocks.length) cards.push([card("Loss of the search", thinned), curveChart(run)]);
   if (detailsOf(run).recovery_curve.steps.length) cards.push([card("Recovery", "The whole model tuned, zeros kept."), recoveryChart(run)]);
   cards.push([card("Reconstruction loss", "On held-out calibration samples."), lossChart(run)]);

@@ -93,6 +93,13 @@ def test_a_model_that_calls_its_blocks_unlike_the_loop_is_refused_by_the_self_ch
         check_replay(model, broken, INPUT_IDS)
 
 
+def test_states_that_overflow_are_no_fault_of_the_replay():
+    model = tiny_llama(dtype=torch.float16)
+    model.get_parameter("model.layers.1.mlp.down_proj.weight").data.mul_(1e4)
+    with pytest.raises(RunError, match=r"layers\.1: .* not finite .* overflows in float16; set model\.dtype=float32"):
+        check_replay(model, capture_blocks(model, INPUT_IDS), INPUT_IDS)
+
+
 def test_a_model_without_blocks_is_refused_with_what_was_looked_for():
     with pytest.raises(RunError, match="ModuleList"):
         discover_blocks(nn.Sequential(nn.Linear(4, 4)))

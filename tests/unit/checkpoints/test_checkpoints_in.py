@@ -16,6 +16,7 @@ from families import tiny
 from besa_exp.checkpoints import load
 from besa_exp.checkpoints import pickles as pickled_weights
 from besa_exp.checkpoints.fetch import wanted_files
+from besa_exp.checkpoints.files import check_savable
 from besa_exp.checkpoints.inspect import inspect_model_folder
 from besa_exp.checkpoints.load import load_model
 from besa_exp.checkpoints.pickles import converted_folder, read_pickled
@@ -188,6 +189,18 @@ def test_a_model_of_the_hub_is_refused_before_its_weights_are_fetched(folder):
     change_config(folder, quantization_config={"quant_method": "gptq"})
     with pytest.raises(ConfigurationError, match="gptq"):
         wanted_files(settings(folder), folder, ["model.safetensors"])
+
+
+def test_outputs_beside_logits_are_not_asked_for_and_the_model_is_saved_again(folder, tmp_path):
+    """transformers reads such a config with any attention, and saves it with the slowest alone."""
+    change_config(folder, output_attentions=True, output_hidden_states=True)
+    model = load_model(settings(folder), CPU, offline=True).model
+    outputs = model(torch.zeros(1, 4, dtype=torch.long))
+    assert outputs.attentions is outputs.hidden_states is None
+    check_savable(model, str(folder))
+    model.config._output_attentions = True
+    with pytest.raises(ConfigurationError, match=r"cannot be saved again.*output_attentions.*correct config.json"):
+        check_savable(model, str(folder))
 
 
 def test_a_hub_id_and_revision_name_the_cached_snapshot(folder, tmp_path, monkeypatch):

@@ -67,6 +67,11 @@ def test_the_command_shows_texts_speeds_and_the_skipped_share(capsys: pytest.Cap
         assert said in shown, shown
 
 
+def test_a_folder_that_is_not_there_is_told_before_the_hub_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "nowhere"]) == 2
+    assert "DIR=nowhere: there is no such folder, and it is no hub id" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("keys", "said"),
     [

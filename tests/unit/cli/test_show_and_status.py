@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from run_folders import finished_run, unfinished_run
@@ -75,6 +76,7 @@ def test_a_slip_is_answered_with_what_was_meant(word: str, told: str, capsys: py
 def test_types_are_told_in_words() -> None:
     assert in_words(int | None) == "whole number or null"
     assert in_words(tuple[str, ...]) == "list of text"
+    assert in_words(Path | Literal["row", "linear"]) == "row or linear"  # a class is nothing that is typed in
 
 
 @pytest.fixture

@@ -34,3 +34,6 @@ def test_a_sweep_ends_with_its_jobs_and_the_comparison(tmp_path: Path, capsys: p
     (failed,) = [line for line in shown.splitlines() if "failed" in line and "block 3: no" in line]
     assert "run.log" in failed
     assert shown.index("12.000") < shown.index("20.000")  # the best first
+    assert shown.splitlines()[-1] == f"charts and LaTeX: besa report {tmp_path}"
+    show_sweep(outcomes)
+    assert "what happened" not in capsys.readouterr().out  # nothing did

@@ -224,7 +224,7 @@ def test_two_lines_say_what_is_about_to_be_done() -> None:
     first, second = outline(SETTINGS)
     assert first.startswith("besa ")
     assert first.endswith("· tiny · 60 % 2:4 · seed 5")
-    assert second == "besa · calibration c4 16 x 64 tokens · scores perplexity on ptb, piqa, dense too"
+    assert second == "pruner besa · calibration c4 16 x 64 tokens · scores perplexity on ptb, piqa, dense too"
 
 
 def test_a_score_on_some_questions_says_how_many_and_how_certain() -> None:

@@ -38,7 +38,9 @@ def test_the_card_names_method_target_measured_sparsity_and_command() -> None:
     assert "[org/tiny](https://huggingface.co/org/tiny), revision `abc123`" in card
     assert "besa, pattern unstructured, seed 7" in card
     assert "target 0.6000, measured 0.5905" in card
-    assert "c4, 128 samples of 2048 tokens" in card
+    assert "c4, 128 samples of 2048 tokens\n" in card
+    chat = RESULTS["calibration"] | {"provenance": {"chat_template": True}}
+    assert "2048 tokens of conversations\n" in model_card(RESULTS | {"calibration": chat}, COMMAND)
     assert "besa prune sparsity=0.6 '+hf_token=***' 'model.path=my models/tiny'" in card
 
 
@@ -84,8 +86,9 @@ def test_no_absolute_path_is_told(tmp_path: Path) -> None:
     assert "'evaluator.perplexity_sets=[ev.txt,c4]'" in card
 
 
-def test_the_card_of_a_local_model_does_not_tell_where_it_lies() -> None:
-    card = model_card(RESULTS, COMMAND)
+@pytest.mark.parametrize("place", ["/home/somebody/tiny", "models/of/somebody/tiny/"])
+def test_the_card_of_a_local_model_does_not_tell_where_it_lies(place: str) -> None:
+    card = model_card(RESULTS | {"model": place}, COMMAND)
     assert "# tiny, pruned to 59.1% by besa" in card
     assert "- Base model: tiny\n" in card
     assert "somebody" not in card

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from near_ties import assert_allocations_agree
-from pruner_cases import DENSE, LEARNS, MOVES_WEIGHTS, PRUNERS, QUANTISED, measured, prune_tiny, weight_of
+from pruner_cases import DENSE, INPUT_IDS, LEARNS, MOVES_WEIGHTS, PRUNERS, QUANTISED, measured, prune_tiny, weight_of
 from transformers import AutoModelForCausalLM
 
 from besa_exp.blocks.block import capture_blocks, embed
@@ -244,6 +244,16 @@ def test_besa_linear_shares_one_sparsity_per_linear():
         for name, mask in pruned.keep_masks.items():
             counts = (~mask).sum(dim=1)
             assert counts.max() - counts.min() <= 1, name
+
+
+def test_a_block_of_which_a_budget_asks_nothing_stays_dense_under_besa_paper():
+    """Its penalty divides by the target."""
+    model = copy.deepcopy(DENSE)
+    blocks = capture_blocks(model, INPUT_IDS)
+    goals = [Goal(0.0, exact=True), Goal(0.5, exact=True)]
+    first, second = (r for r, _ in prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 4), BesaPaper(), goals, 4))
+    assert (first.sparsity, first.steps) == (0, ())
+    assert 0.4 < second.sparsity < 0.6
 
 
 def test_besa_paper_cannot_leave_its_published_range():

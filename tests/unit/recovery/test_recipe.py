@@ -10,7 +10,7 @@ from families import tiny
 from besa_exp.presets import preset, presets
 from besa_exp.recovery.lora import Lora
 from besa_exp.recovery.mezo import Mezo
-from besa_exp.recovery.recipe import check_fit, check_recovery, method_of, plan_of, steps_of
+from besa_exp.recovery.recipe import check_fit, check_recovery, method_of, plan_of, step_size, steps_of
 from besa_exp.recovery.spiel import Spiel
 from besa_exp.recovery.tuner import Method
 from besa_exp.settings import RecoverySettings
@@ -41,6 +41,12 @@ def test_values_reach_the_method() -> None:
     assert (spiel.steps, spiel.density, spiel.exchange) == (77, 0.25, False)
 
 
+def test_a_step_size_that_is_not_given_is_begun_with() -> None:
+    for name in NAMES:
+        assert step_size(method_of(asked(name), 9)) > 0
+        assert step_size(method_of(asked(name, lr=0.125), 9)) == 0.125
+
+
 def test_tokens_stand_for_the_steps_that_see_them() -> None:
     assert steps_of(asked(steps=7), 16) == 7
     assert steps_of(asked(tokens=1000, batch_size=4), 16) == 16  # 64 a step: 15.6
@@ -50,6 +56,7 @@ def test_tokens_stand_for_the_steps_that_see_them() -> None:
 def test_the_plan_warms_up_and_judges_as_asked() -> None:
     plan = plan_of(asked(warm_up=0.25, checks=4, batch_size=3, micro_batch=2, seed=5), 20)
     assert [step for step in range(1, 21) if plan.judges_after(step)] == [5, 10, 15, 20]
+    assert (plan.trial, plan_of(asked(lr=0.1), 20).trial) == (2, 0)
     assert (plan.schedule.warm_up, plan.schedule.steps, plan.batch_size, plan.judged, plan.seed) == (5, 20, 3, 2, 5)
     assert [plan.schedule.scale(step) for step in range(5)] == [0.2, 0.4, 0.6, 0.8, 1.0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -87,6 +88,29 @@ def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(tmp_path, 
     finished, _ = tuned(method, folder=tmp_path, held_out=LEARNED, on_point=again.append)
     assert [point.seconds for point in again] == [point.seconds for point in later]  # told, not computed
     assert_same_bits(finished, whole)
+
+
+def test_the_step_size_is_found_by_trial_once_and_the_course_is_that_of_the_size_given(tmp_path):
+    """Of sizes a hundred times too small and more the greatest, and a killed run does not search again."""
+    searched = replace(PLAN, trial=3)
+    small = Full(Adam(lr=3e-5))
+    given, expected = tuned(Full(Adam(lr=3e-3)), held_out=LEARNED)
+    with pytest.raises(Killed):
+        tuned(small, searched, tmp_path, LEARNED, killing_at(3, []))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("besa_exp.recovery.tuning.downhill", None)
+        model, report = tuned(small, searched, tmp_path, LEARNED)
+    assert report.factor == 100
+    assert report.before == expected.before
+    assert report.after == pytest.approx(expected.after, rel=1e-4)
+    for name, value in weights_of(model).items():
+        torch.testing.assert_close(value, given.get_parameter(name), rtol=1e-3, atol=1e-4)
+
+
+def test_sizes_that_ruin_the_model_are_not_taken():
+    _, report = tuned(Full(Adam(lr=1.0)), replace(PLAN, trial=3), held_out=LEARNED)
+    assert report.factor < 1
+    assert report.after < report.before
 
 
 def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, caplog):

@@ -11,7 +11,8 @@ from run_folders import block, finished_run
 from besa_exp.presets import presets
 from besa_exp.report.command import read_report
 from besa_exp.report.comparison import compare
-from besa_exp.report.figures import figure_of, looks_of, panels_of, pareto
+from besa_exp.report.figures import figure_of, looks_of, panels_of
+from besa_exp.report.panels import pareto
 
 mpl = pytest.importorskip("matplotlib")
 pyplot = pytest.importorskip("matplotlib.pyplot")

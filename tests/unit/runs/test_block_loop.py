@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 
 import pytest
 import torch
@@ -21,6 +22,19 @@ from besa_exp.settings import ModelSettings
 from besa_exp.tensors.masks import Goal
 
 CPU = torch.device("cpu")
+
+
+def test_hidden_states_for_which_the_disk_has_no_room_are_refused_at_once(tmp_path):
+    """Met later, in mapped memory, a full disk would end the process without a word."""
+    place, allocate = allocator("disk", CPU, tmp_path, 0)
+    assert (place, allocate(torch.Size([2, 3]), torch.bfloat16).fill_(1).sum()) == ("disk", 6)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        with pytest.raises(RunError, match=r"2\.1 MB of hidden states do not fit on this disk"):
+            allocate(torch.Size([2**19]), torch.float32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def looped(folder, load, blocks, told, num_blocks=4):

@@ -124,7 +124,7 @@ def test_blocks_that_are_left_are_pruned_and_told_under_their_numbers_in_the_den
     counted = counted_blocks(folder / "model")
     check_same_zeros(folder, results["blocks"], counted)
     counted[1]["linears"]["mlp.up_proj"]["pruned"] += 1
-    with pytest.raises(ConfigurationError, match=r"block 1, mlp\.up_proj holds"):
+    with pytest.raises(ConfigurationError, match=r"block index 1, mlp\.up_proj holds"):
         check_same_zeros(folder, results["blocks"], counted)
 
 

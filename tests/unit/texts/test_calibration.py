@@ -274,6 +274,8 @@ UNREADABLE = {  # what is wrong: (how to make the file in a folder, what the mes
     "another kind": (lambda folder: write_bytes(folder / "a.docx", b"x"), ".jsonl, .json, .parquet"),
     "not UTF-8": (lambda folder: write_bytes(folder / "a.txt", "caf\u00e9".encode("latin-1")), "byte 3"),
     "empty": (lambda folder: write_bytes(folder / "a.txt", b"\n \n"), "no text"),
+    "no bytes": (lambda folder: write_bytes(folder / "a.txt", b""), "the file is empty"),
+    "no rows": (lambda folder: write_bytes(folder / "a.jsonl", b"\n"), "the file is empty"),
     "no JSON": (lambda folder: write_bytes(folder / "a.jsonl", b'{"text": "a"}\n{"text": \n'), "line 2"),
     "no text field": (
         lambda folder: write_jsonl(folder / "a.jsonl", ["a"], "body"),

@@ -88,6 +88,11 @@ def test_another_column_is_chosen_by_its_name_and_the_error_names_those_that_are
 
 def test_a_column_that_is_not_there_is_told_before_anything_is_read_whole(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "a"}\n{"body"')
+    for name in ("no.txt", "no.jsonl"):  # found before a model is loaded
+        (tmp_path / name).touch()
+        assert check_source(str(tmp_path / name), "KEY", "perplexity")[0].startswith(
+            f"KEY={tmp_path / name}: the file is"
+        )
     (problem,) = check_source(str(tmp_path / "a.jsonl"), "calibration.path", "calibration")
     assert "no column 'text' but body; calibration.column=NAME" in problem
     assert check_source(str(tmp_path / "a.jsonl"), "calibration.path", "calibration", "body") == []

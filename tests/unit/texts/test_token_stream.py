@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from letters import Letters
 
 from besa_exp.errors import ConfigurationError
+from besa_exp.texts import tuning_text
 from besa_exp.texts.token_stream import open_token_stream, write_token_stream
 from besa_exp.texts.tokens import read_token_file
 
@@ -78,3 +82,23 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         write_token_stream(failing(), tmp_path / "t", 300)
     assert len(open_token_stream(tmp_path / "t", check=True).tokens) == len(TOKENS)
     assert [file.name for file in tmp_path.iterdir()] == ["t"]
+
+
+def test_a_large_text_is_drawn_shard_by_shard_and_read_no_further_than_it_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning_text, "SHARD", 4)
+    rows = [json.dumps({"text": letter * 5}) for letter in "abcdefgh"]
+    (tmp_path / "t.jsonl").write_text("\n".join([*rows, "no row at all"]))
+
+    def tokens(most: int) -> str:
+        path = tmp_path / f"{most}.safetensors"
+        stream = tuning_text.tuning_tokens(
+            str(tmp_path / "t.jsonl"), path, tokenizer=Letters(), vocabulary=256, most=most, seed=3, offline=True
+        )
+        return "".join(map(chr, stream.tokens))
+
+    found = tokens(8 * 6)
+    assert sorted(found[:24].split("\1")[1:]) == [letter * 5 for letter in "abcd"]
+    assert sorted(found[24:].split("\1")[1:]) == [letter * 5 for letter in "efgh"]
+    assert found[:24] != "".join("\1" + letter * 5 for letter in "abcd")
+    with pytest.raises(ConfigurationError, match="line 9"):
+        tokens(8 * 6 + 1)
