@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"commands: {', '.join(name for name in COMMANDS if name[0] != '-')}; besa --help", file=sys.stderr)
         return 2
     try:
+        _check_text(rest)
         code = COMMANDS[command](rest)
         sys.stdout.flush()
         return code if command in WORKING else exit_code_of(sys.stdout, code)
@@ -68,6 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("besa: interrupted; the same command goes on after what is finished", file=sys.stderr)
         return 130
+
+
+def _check_text(words: Sequence[str]) -> None:
+    """ConfigurationError: bytes that are no UTF-8, which Python keeps as halves of surrogate pairs."""
+    odd = [word for word in words if any("\ud800" <= letter <= "\udfff" for letter in word)]
+    if odd:
+        rule = "is not UTF-8: neither results.json nor safetensors can hold such a name; rename the file or folder"
+        raise ConfigurationError(*(f"{word!a}: {rule}" for word in odd))
 
 
 def _tell_refusal(text: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -26,6 +27,7 @@ from besa_exp.errors import ConfigurationError, did_you_mean
 from besa_exp.presets import CONF_DIR, default_preset, first_comment, groups, listing, presets
 
 PLAIN_WIDTH = 120
+NARROW = 80  # columns, below which keys are no table
 WORDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
 TARGET = "_target_"
 
@@ -91,13 +93,17 @@ def _tell(console: Console, head: str, path: Path, group: str, hints: Mapping[st
     if not shown:
         console.print("It has no keys of its own.")
         return
+    rows = [(f"{prefix}{key.name}", _value(key.value), types_.get(key.name, ""), key.comment) for key in shown]
+    if console.width < NARROW:  # one below the other
+        for name, value, kind, meaning in rows:
+            console.print(Text.assemble((name, "bold"), f" = {value}", (f"  {kind}", "dim")))
+            console.print(Padding(Text(meaning), (0, 0, 0, 4)))
+        return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in ("key", "value", "type", "what it means"):
         table.add_column(column, overflow="fold", no_wrap=column == "type" and console.width >= 100)
-    for key in shown:
-        table.add_row(
-            Text(f"{prefix}{key.name}"), Text(_value(key.value)), Text(types_.get(key.name, "")), Text(key.comment)
-        )
+    for row in rows:
+        table.add_row(*map(Text, row))
     console.print(table)
 
 

@@ -64,19 +64,16 @@ def _order(state: str) -> int:
 
 def _table(runs: Sequence[RunRecord], blocks: dict[str, int]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for head in ("status", "run", "blocks", "took", "what happened"):
+    heads = ("status", "run", "blocks", "took", *(["what happened"] if any(run.error for run in runs) else []))
+    for head in heads:
         table.add_column(head, overflow="fold", no_wrap=head in ("blocks", "took"))
     for run in runs:
         facts = read_status(run.path) or {}
         state = Text(run.status, style=STYLES.get(run.status, "yellow"))
         error = " ".join(str(run.error or "").split()).removeprefix("RunError: ")
-        table.add_row(
-            state,
-            Text(run.path.name),
-            _progress(run, blocks),
-            "" if run.status == KILLED else _took(facts),
-            Text(error),
-        )
+        took = "" if run.status == KILLED else _took(facts)
+        cells = (state, Text(run.path.name), _progress(run, blocks), took, Text(error))
+        table.add_row(*cells[: len(heads)])
     return table
 
 

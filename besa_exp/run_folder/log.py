@@ -16,7 +16,7 @@ def logging_to(path: Path) -> Iterator[None]:
     """Sends the project's log records of level INFO and above, and everybody's warnings, to `path` as well.
 
     The traceback of an exception that passes through goes to `path` alone: a person is shown one message elsewhere."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setLevel(logging.INFO)
     handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith("besa_exp"))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

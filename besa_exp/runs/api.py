@@ -252,6 +252,12 @@ def _calibration(
     else:
         kind = "tokens" if isinstance(given, Tensor) else "texts"
         base = CalibrationSettings(f"given {kind}", seq_len=SEQ_LEN, seed=seed)
+        for number, text in enumerate(given if kind == "texts" else ()):
+            if not isinstance(text, str):
+                raise ConfigurationError(
+                    f"texts: number {number} is {type(text).__name__}, not text; leave it out, or give token ids as a "
+                    "tensor [sample, seq]"
+                )
     said = {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size}
     if wrong := [f"{key}={value}: must be 1 or more" for key, value in said.items() if value is not None and value < 1]:
         raise ConfigurationError(*wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -30,10 +31,24 @@ def test_a_preset_is_shown_with_type_value_and_meaning_of_each_key(capsys: pytes
     assert "_target_" not in "".join(lines)
 
 
+def test_a_narrow_screen_gets_each_key_above_its_meaning(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "64")
+    monkeypatch.setenv("LINES", "24")
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", said(capsys, "show", "pruner=besa")).splitlines()
+    at = lines.index("pruner.batch_size = 1  whole number")
+    assert lines[at + 1].startswith("    samples a step")
+    assert max(map(len, lines)) <= 64
+
+
 def test_keys_of_a_group_inside_a_preset_and_of_the_one_it_builds_on_are_shown() -> None:
     found = {key.name: key for key in keys_of(CONF_DIR / "pruner" / "best.yaml")}
     assert found["tuning.epochs"].comment == "passes over the calibration set"  # as a base file says it
     assert found["model.steps"].value == "14"
+    schedule = {key.name: key for key in keys_of(CONF_DIR / "recovery" / "mezo.yaml")}["schedule"]
+    assert (schedule.value, schedule.comment.partition(":")[0]) == ("constant", "how the step size falls")  # both
 
 
 def test_a_runs_own_keys_and_one_of_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,4 +126,6 @@ def test_status_of_finished_runs_is_one_line_and_all_lists_them(
 ) -> None:
     finished_run(tmp_path / "done")
     assert said(capsys, "status", str(tmp_path)) == "1 run: 1 done\n"
-    assert "1 min 00 s" in said(capsys, "status", str(tmp_path), "--all")
+    listed = said(capsys, "status", str(tmp_path), "--all")
+    assert "1 min 00 s" in listed
+    assert "what happened" not in listed  # nothing did

@@ -144,3 +144,10 @@ def test_the_resolved_configuration_can_be_shown(capsys: pytest.CaptureFixture[s
 def test_a_mode_that_the_variable_gives_and_nobody_knows_is_told_with_the_variable(variables) -> None:
     variables.setenv("WANDB_MODE", "shared")
     assert any("tracker.mode=shared (WANDB_MODE says so): must be one of" in problem for problem in refused())
+
+
+@pytest.mark.parametrize("command", ["prune", "report"])
+def test_a_name_that_is_no_text_is_refused_at_the_door(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would be met when results.json is written."""
+    assert main([command, "model.path=/a/\udcff"]) == 2
+    assert r"'model.path=/a/\udcff': is not UTF-8" in capsys.readouterr().err

@@ -53,11 +53,17 @@ def test_rows_are_sorted_by_score_within_each_target(runs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("by", "first"), [("method", ("wanda", 0.5)), ("measured", ("besa", 0.5)), ("time", ("wanda", 0.5))]
+    ("by", "first"),
+    [
+        ("method", [("wanda", 0.5), ("wanda", 0.7)]),
+        ("target", [("wanda", 0.5), ("besa", 0.5)]),
+        ("measured", [("besa", 0.5), ("wanda", 0.5)]),
+        ("time", [("wanda", 0.5), ("wanda", 0.7)]),
+    ],
 )
-def test_rows_are_sorted_as_asked(runs: Path, by: str, first: tuple[str, float]) -> None:
-    row = compared(runs, by).rows[0]
-    assert (row.method.label, row.target) == first
+def test_rows_are_sorted_as_asked(runs: Path, by: str, first: list[tuple[str, float]]) -> None:
+    rows = compared(runs, by).rows
+    assert [(row.method.label, row.target) for row in rows[:2]] == first
 
 
 def test_the_best_of_each_target_is_told_apart_from_the_second(runs: Path) -> None:

@@ -186,6 +186,8 @@ def test_settings_alone_say_what_a_configuration_says() -> None:
         ({"model_or_path": BertForMaskedLM(BERT)}, "no causal language model"),
         ({"model_or_path": "embedded"}, "is a path: give out=FOLDER"),
         ({"texts_or_tokens": ["a text"]}, "need a tokenizer"),
+        ({"texts_or_tokens": ["a text", None], "tokenizer": byte_tokenizer()}, "number 1 is NoneType, not text"),
+        ({"texts_or_tokens": TOKENS.numpy()}, "token ids as a tensor"),
         ({"texts_or_tokens": torch.rand(2, 4)}, r"must be whole numbers \[sample, seq\]"),
         ({"texts_or_tokens": TOKENS + 10_000}, "model's vocabulary of"),
         ({"texts_or_tokens": TOKENS.repeat(1, 2)}, "exceed the model's context of 32"),
