@@ -23,13 +23,12 @@ from besa_exp.cli.configuration import Unreadable, method_name, read_settings
 from besa_exp.cli.hub_needs import Held, Need, bring, described, held, needs_of, prefetch_command
 from besa_exp.cli.preflight import check_model
 from besa_exp.cli.prune import composed
-from besa_exp.cli.request import CONFIG_NAME, composer_of
+from besa_exp.cli.request import CONFIG_NAME, composed_by, composer_of
 from besa_exp.display.terminal import console_of
 from besa_exp.errors import ConfigurationError, Unavailable
 from besa_exp.evaluation.checks import check_evaluator
 from besa_exp.hub.client import hub_problem
 from besa_exp.machine import atomic
-from besa_exp.machine.environment_variables import set_before_imports
 from besa_exp.settings import RunSettings
 from besa_exp.texts.calibration_check import check_calibration
 
@@ -77,10 +76,7 @@ def _settings_of_jobs(arguments: argparse.Namespace) -> list[RunSettings]:
     composer = composer_of(arguments)
     overrides = composer.parse(arguments.overrides)
     single = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
-    main = composer.compose(single)
-    if main is None:
-        raise ConfigurationError(*composer.problems.values())
-    set_before_imports(offline=main.get("offline") is True)
+    main = composed_by(composer, single)
     swept = arguments.multirun or main.hydra.mode == RunMode.MULTIRUN or len(single) < len(overrides)
     params = [f"{key}={value}" for key, value in (main.hydra.sweeper.params or {}).items()]
     configs = [composer.compose(lines) for lines in composer.spread(overrides, params)] if swept else [main]

@@ -65,10 +65,7 @@ def read_request(arguments: argparse.Namespace) -> Request:
     varied = {override.key_or_group for override in overrides if override.is_sweep_override()}
     fixed = [override for override in overrides if override.key_or_group not in varied]
     single = [str(o.input_line) for o in fixed if o.key_or_group.split(".")[0] not in varied]  # a key may need a choice
-    main = composer.compose(single)
-    if main is None:
-        raise ConfigurationError(*composer.problems.values())
-    set_before_imports(offline=main.get("offline") is True)
+    main = composed_by(composer, single)
     multirun = arguments.multirun or main.hydra.mode == RunMode.MULTIRUN
     if multirun:
         params = [f"{key}={value}" for key, value in (main.hydra.sweeper.params or {}).items()]
@@ -119,11 +116,17 @@ def composed_for_one(
     if arguments.multirun:
         composer.problems["-m"] = f"-m: one command {does} one checkpoint; leave it out, and loop in the shell"
     lines = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
+    return composer, lines, composed_by(composer, lines), unknown
+
+
+def composed_by(composer: Composer, lines: Sequence[str]) -> DictConfig:
+    """The configuration, known before anything is imported that looks for a network. ConfigurationError: it does not
+    compose."""
     config = composer.compose(lines)
     if config is None:
         raise ConfigurationError(*composer.problems.values())
     set_before_imports(offline=config.get("offline") is True)
-    return composer, lines, config, unknown
+    return config
 
 
 def _jobs(composer: Composer, lines_of_jobs: Sequence[Sequence[str]], unknown: set[str]) -> list[Job]:

@@ -147,15 +147,17 @@ def next_steps(folder: Path, results: Mapping[str, Any]) -> list[tuple[str, str]
     place = shlex.quote(str(folder))
     compared = ("compare", f"besa compare {shlex.quote(str(folder.parent))}")
     if not (folder / "model").is_dir():
-        kept = [("rebuild", f"besa masks apply {place}/masks.safetensors ...")] if _rebuilds(folder) else []
-        return [compared, *(kept or [("draw", f"besa report {shlex.quote(str(folder.parent))}")])]
+        draw = ("draw", f"besa report {shlex.quote(str(folder.parent))}")
+        if not (folder / "masks.safetensors").is_file() or results.get("structure") or results.get("recovery"):
+            return [compared, draw]
+        model = shlex.quote(str(results.get("model", "DENSE")))
+        return [
+            compared,
+            ("rebuild", f"besa masks apply {place}/masks.safetensors --model {model} --out {place}-model"),
+        ]
     score = ("score it", f"besa evaluate checkpoint={place} evaluator=zero_shot")
     use = ("use it", f"{place}/model/README.md says how: transformers, lm-eval, vLLM, llama.cpp")
     return [("try it", f"besa generate {place}"), compared if results.get("zero_shot") else score, use]
-
-
-def _rebuilds(folder: Path) -> bool:
-    return (folder / "masks.safetensors").is_file()
 
 
 def _lines_to_stdout() -> logging.Handler:

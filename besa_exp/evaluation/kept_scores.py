@@ -17,7 +17,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ import torch
 from besa_exp.evaluation.score import Scores
 from besa_exp.evaluation.task_definitions import TASK_FOLDERS
 from besa_exp.machine import atomic, distributed
+from besa_exp.machine.environment import version_of
 from besa_exp.settings import EvaluatorSettings
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def dense_key(
         "data": {str(path.resolve()): files_of(path) for path in paths if path.exists()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "deterministic": deterministic,
-        "versions": {name: _version(name) for name in MEASURED_BY},
+        "versions": {name: version_of(name) for name in MEASURED_BY},
         "code": files_of(Path(__file__).parent),
         **({"skipping": dict(skipping)} if skipping else {}),
     }
@@ -132,13 +132,6 @@ def files_of(place: Path, pattern: str = "**/*") -> list[list[Any]]:
     found = [(file, file.stat()) for file in files if file.suffix != ".pyc"]
     root = place.parent if place.is_file() else place
     return [[str(file.relative_to(root)), stat.st_size, stat.st_mtime_ns] for file, stat in found]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _read(path: Path, key: Mapping[str, Any]) -> Scores | None:

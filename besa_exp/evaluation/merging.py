@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.checks import perplexity_window, prompts_of
 from besa_exp.evaluation.score import PARTS, Score, Scores, asked_of, perplexity_score
 from besa_exp.evaluation.task_definitions import TASK_FOLDERS, scored_names
+from besa_exp.machine.environment import version_of
 from besa_exp.settings import EvaluatorSettings, SkippingSettings
 from besa_exp.texts.sources import file_sha256, is_token_file
 from besa_exp.texts.token_files import token_file_shape
@@ -202,9 +202,6 @@ def _conflict(what: str, differs: list[str]) -> str:
 
 def _older(record: Mapping[str, Any]) -> str:
     """Says where a task was scored with another lm-eval than the one that is installed."""
-    try:
-        installed = version("lm-eval")
-    except PackageNotFoundError:
-        return ""
+    installed = version_of("lm-eval")
     scored = record.get("lm_eval", installed)
-    return "" if scored == installed else f", scored with lm-eval {scored} ({installed} is installed)"
+    return "" if installed in (None, scored) else f", scored with lm-eval {scored} ({installed} is installed)"

@@ -45,7 +45,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     commit, modified = _git_state(Path(__file__).parent)
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version_of(name) for name in PACKAGES},
         "git_commit": commit,
         "git_modified": modified,
         "platform": platform.platform(),
@@ -90,7 +90,8 @@ def masked_command(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package; None: it is not there."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -37,7 +37,7 @@ class SparseGrad:
     """`share` of the entries of a gradient is kept; the first `gather` steps only gather gradients. `kinds`: the ends
     of the names of the linears that are tuned, as published those of the MLP."""
 
-    adam: Adam = field(default_factory=lambda: Adam(lr=1e-3))
+    adam: Adam = field(default_factory=lambda: Adam(lr=1e-4))
     share: float = 0.01
     gather: int = 10
     kinds: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")

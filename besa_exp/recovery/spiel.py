@@ -49,7 +49,7 @@ class Spiel:
     all. `first`: p0. `decay` pulls deltas to 0."""
 
     steps: int
-    lr: float = 1e-2
+    lr: float = 1e-3
     selection: str = "ag"
     density: float = 0.01
     reselect: int = 20

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -135,19 +135,6 @@ def read_text(source: str, use: Use, offline: bool, column: str = COLUMN, chats:
         raise ConfigurationError(f"{source}: holds no text; give a file with some")
     record = {"file": source, "file_sha256": file_sha256(path), "documents": len(documents)}
     return Text(documents, record if plain else record | {"column": column, "nulls": nulls})
-
-
-def stream_documents(source: str, offline: bool, column: str = COLUMN) -> Iterator[str]:
-    """The calibration's documents of a set or file, one row in memory at a time where each row is one; without those
-    that are empty. Raises what `read_text` raises."""
-    wanted = HUB_FILES[source]["calibration"] if source in HUB_FILES else None
-    joined = wanted.joiner is not None if wanted else format_of(source) == "plain"
-    if source == EMBEDDED or joined:
-        yield from read_text(source, "calibration", offline, column).documents
-        return
-    path = fetch(source, "calibration", offline) if wanted else Path(source).expanduser()
-    rows = column_texts(path, wanted.column if wanted else column, COLUMN_KEYS["calibration"])
-    yield from (text for text in rows if text is not None and (wanted or text.strip()))
 
 
 def file_sha256(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -11,11 +11,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from besa_exp.errors import ConfigurationError, Unavailable
-from besa_exp.texts.sources import COLUMN, is_token_file, stream_documents
+from besa_exp.texts.files import column_texts, format_of
+from besa_exp.texts.sources import COLUMN, SET_NAMES, is_token_file, read_text
 from besa_exp.texts.token_stream import TokenStream, open_token_stream, write_token_stream
 from besa_exp.texts.tokens import Tokenizer, encode_document, read_token_file
 
-SHARD = 2**19  # documents that are held and drawn from at a time; a training shard of C4 has fewer
+SHARD = 2**19  # documents of a file of rows that are held, and drawn from, at a time
 
 
 def tuning_tokens(
@@ -61,21 +62,26 @@ def _documents(
             "folder, or set recovery.path to a .safetensors file of input_ids"
         )
     else:
-        given = _read(source, offline, column) if isinstance(source, str) else iter(source)
-        for number in count():
-            shard = list(islice(given, SHARD))
+        for number, shard in enumerate(_shards(source, offline, column)):
             generator = torch.Generator().manual_seed(seed + number)
-            for index in torch.randperm(len(shard), generator=generator).tolist():
+            order: list[int] = torch.randperm(len(shard), generator=generator).tolist()
+            for index in order:
                 yield encode_document(tokenizer, shard[index], number == 0 and len(shard) == 1)
-            if len(shard) < SHARD:
-                return
 
 
-def _read(source: str, offline: bool, column: str) -> Iterator[str]:
-    try:
-        yield from stream_documents(source, offline, column)
-    except Unavailable as error:
-        raise ConfigurationError(f"recovery on {error}") from error
+def _shards(source: str | Sequence[str], offline: bool, column: str) -> Iterator[Sequence[str]]:
+    """A set, a plain text or given texts whole; of a file of rows as many texts at a time as are held together."""
+    if not isinstance(source, str):
+        yield source
+    elif source in SET_NAMES or format_of(source) == "plain":
+        try:
+            yield read_text(source, "calibration", offline, column).documents
+        except Unavailable as error:
+            raise ConfigurationError(f"recovery on {error}") from error
+    else:
+        texts = (text for text in column_texts(Path(source).expanduser(), column, "recovery.column") if text)
+        while shard := list(islice((text for text in texts if text.strip()), SHARD)):
+            yield shard
 
 
 def _checked(documents: Iterator[Int[Tensor, " tokens"]], vocabulary: int, named: str) -> Iterator[Tensor]:

@@ -61,9 +61,12 @@ def record(run: RunRecord) -> dict[str, Any]:
 IN_README = {
     "dense": "-",
     "wanda": "stay",
+    "wanda+admm": "change",
     "sparsegpt": "change",
+    "sparsegpt+reconstruct": "change",
     "besa_paper": "stay",
     "besa": "stay",
+    "besa, scope=model": "stay",
     "best": "change",
 }
 """The methods of README's table, and what becomes of the kept weights."""

@@ -65,6 +65,7 @@ def test_the_command_shows_texts_speeds_and_the_skipped_share(capsys: pytest.Cap
     shown = capsys.readouterr().out
     for said in ("without skipping", "skipping=static", "prefill", "decode", "40.0 % of the FFNs of decoded tokens"):
         assert said in shown, shown
+    assert shown.count("skipping=static") == 2  # of the text, and of the speeds
 
 
 def test_a_folder_that_is_not_there_is_told_before_the_hub_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +76,7 @@ def test_a_folder_that_is_not_there_is_told_before_the_hub_is_asked(capsys: pyte
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        (["evaluator=paper"], "evaluator=paper: besa generate takes skipping=NAME"),
+        (["skipping=ffn", "evaluator=paper"], "evaluator=paper: besa generate takes skipping=NAME"),
         (["skipping.fraction=0.5"], "besa generate takes skipping=NAME"),
         (["skipping=ffn", "--chat"], "--chat goes without keys"),
         (["--chat"], "--chat: the tokenizer of embedded has no chat template"),

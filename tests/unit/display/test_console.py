@@ -314,7 +314,12 @@ def test_a_terminal_run_logs_the_same_lines_for_run_log(caplog: pytest.LogCaptur
 
 def test_what_to_do_next_depends_on_what_was_kept(tmp_path: Path) -> None:
     (tmp_path / "masks.safetensors").touch()
-    assert [why for why, _ in next_steps(tmp_path, {})] == ["compare", "rebuild"]
+    masks = f"{tmp_path}/masks.safetensors"
+    assert next_steps(tmp_path, {"model": "some/model"}) == [
+        ("compare", f"besa compare {tmp_path.parent}"),
+        ("rebuild", f"besa masks apply {masks} --model some/model --out {tmp_path}-model"),
+    ]
+    assert [why for why, _ in next_steps(tmp_path, {"recovery": {"method": "full"}})] == ["compare", "draw"]
     (tmp_path / "model").mkdir()
     assert next_steps(tmp_path, {})[0] == ("try it", f"besa generate {tmp_path}")
     assert next_steps(tmp_path, {"zero_shot": {"piqa": {}}})[1] == ("compare", f"besa compare {tmp_path.parent}")

@@ -161,7 +161,7 @@ def test_blocks_whose_keys_are_made_in_another_way_are_refused_at_prefill():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"threshold": 3.0}, "a cosine is at most 1"),
+        ({"threshold": 3.0}, "at most 2; 2 never skips"),
         ({"span": 0}, "must be at least 1"),
         ({"cold_last": -1}, "must not be neg"),
     ],

@@ -29,7 +29,7 @@ def test_too_little_disk_is_one_problem_with_its_remedy(tmp_path: Path) -> None:
     assert check_disk(folder, 1) == []
     (problem,) = check_disk(folder, 10**18)
     assert str(folder) in problem
-    assert "1000000000.0 GB" in problem
+    assert "1,000,000,000.0 GB" in problem
     assert "save.model=false" in problem
     assert not folder.exists()
 
