@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,12 @@ def test_the_run_folder_holds_what_is_promised_and_says_done(run, results):
     assert set(FILES.split()) <= {path.name for path in run[0].iterdir()}
     assert set(RESULTS.split()) <= set(results)
     assert json.loads((run[0] / "status.json").read_text())["status"] == "done"
+
+
+def test_the_results_say_what_they_are_of(run, results, tokens):
+    assert results["schema"] == 1
+    assert shlex.split(results["command"])[1:] == arguments(tokens, run[0])
+    assert (results["method"], results["budget"], results["update"]) == ("besa", None, None)
 
 
 def test_what_is_printed_where_there_is_no_terminal_is_plain_and_tells_blocks_and_scores(run):
