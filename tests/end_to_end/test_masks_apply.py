@@ -147,7 +147,7 @@ def test_another_dense_model_is_refused_and_nothing_is_left_behind(name, given, 
     save_file(weights, dense / "model.safetensors", {"format": "pt"})
     before = set(Path().iterdir())
     assert apply(run, dense) == 2
-    assert ("block 1" if "layers.1" in name else "outside the blocks") in (said := capsys.readouterr().err)
+    assert ("block index 1" if "layers.1" in name else "outside the blocks") in (said := capsys.readouterr().err)
     assert "other dense weights than those that were pruned" in said
     assert set(Path().iterdir()) == before
 
