@@ -145,7 +145,9 @@ def with_results(text: str, rows: Sequence[dict[str, Any]]) -> str:
     note = (
         "SmolLM2-135M: perplexity on 16 windows of 1,024 tokens of WikiText-2's test text (the last column: of C4), "
         "calibrated on 32\nwindows of 512 tokens of WikiText-2. Mean ± standard deviation over three seeds, or over as "
-        "many as stand in brackets. N:4:\neach row keeps an N of its own of every 4 weights."
+        "many as stand in brackets. N:4:\neach row keeps an N of its own of every 4 weights. "
+        "`wanda+admm` is `pruner=wanda update=admm`; `besa, scope=model` is `pruner=besa\npruner.scope=model`, "
+        "the search under the model's own loss."
     )
     return "\n".join([f"{head}{BEGIN}{note}", "", *markdown_table(titles, lines), ""]) + END + rest.partition(END)[2]
 
