@@ -43,7 +43,6 @@ def model_card(
     name = given if given not in (None, folder) else hub_id or folder
     model = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else escaped(folder)
     target, measured = results["target_sparsity"], results["measured_sparsity"]
-    calibration = results.get("calibration")
     lines = [
         *_front_matter(hub_id, licence or {}),
         f"# {escaped(name)}, pruned to {measured:.1%} by {results['pruner']}",
@@ -53,22 +52,7 @@ def model_card(
         f"- Sparsity of the pruned linears: target {target:.4f}, measured {measured:.4f}"
         + (f"; **{missed}**" if (missed := told_miss(results)) else ""),
     ]
-    lines += [f"- Kept dense: {escaped(', '.join(results['ignore']))}"] if results.get("ignore") else []
-    lines += [f"- {what}: {escaped(how)}" for what, how in stage_lines(results).items()]
-    if quantisation := results.get("quantisation"):
-        shared = "each output channel" if (size := quantisation["group_size"]) is None else f"every {size} inputs"
-        lines.append(f"- Weights: rounded to {quantisation['bits']} bits with a scale for {shared}, stored dequantised")
-    if dense := results.get("dequantised"):
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in dense["packing"].items())
-        lines.append(f"- Dense weights: unpacked from {dense['file']} ({kinds}) and stored as {dense['dtype']}")
-    if calibration:
-        samples, length = calibration["num_samples"], calibration["seq_len"]
-        chat = " of conversations" if (calibration.get("provenance") or {}).get("chat_template") else ""
-        lines.append(f"- Calibration: {escaped(calibration['name'])}, {samples} samples of {length} tokens{chat}")
-    counts = type_counts(results["blocks"]).items()
-    rows = [[name, f"{weights:,}", f"{pruned:,}", f"{pruned / weights:.4f}"] for name, (weights, pruned) in counts]
-    lines += ["", savings(results), "", "## Sparsity by linear type", ""]
-    lines += markdown_table(["linear", "weights", "zeros", "sparsity"], rows, numbers=True)
+    lines += [*_facts(results), "", savings(results), "", *_linear_types(results)]
     shown = shlex.join(["besa", *masked_command(command[1:])])
     lines += [
         "",
@@ -85,6 +69,30 @@ def model_card(
         "",
     ]
     return without_folders("\n".join(lines))
+
+
+def _facts(results: Mapping[str, Any]) -> list[str]:
+    """What was left out, done besides, and calibrated on."""
+    lines = [f"- Kept dense: {escaped(', '.join(results['ignore']))}"] if results.get("ignore") else []
+    lines += [f"- {what}: {escaped(how)}" for what, how in stage_lines(results).items()]
+    if quantisation := results.get("quantisation"):
+        shared = "each output channel" if (size := quantisation["group_size"]) is None else f"every {size} inputs"
+        lines.append(f"- Weights: rounded to {quantisation['bits']} bits with a scale for {shared}, stored dequantised")
+    if dense := results.get("dequantised"):
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in dense["packing"].items())
+        lines.append(f"- Dense weights: unpacked from {dense['file']} ({kinds}) and stored as {dense['dtype']}")
+    if calibration := results.get("calibration"):
+        samples, length = calibration["num_samples"], calibration["seq_len"]
+        chat = " of conversations" if (calibration.get("provenance") or {}).get("chat_template") else ""
+        lines.append(f"- Calibration: {escaped(calibration['name'])}, {samples} samples of {length} tokens{chat}")
+    return lines
+
+
+def _linear_types(results: Mapping[str, Any]) -> list[str]:
+    counts = type_counts(results["blocks"]).items()
+    rows = [[name, f"{weights:,}", f"{pruned:,}", f"{pruned / weights:.4f}"] for name, (weights, pruned) in counts]
+    table = markdown_table(["linear", "weights", "zeros", "sparsity"], rows, numbers=True)
+    return ["## Sparsity by linear type", "", *table]
 
 
 def base_licence(folder: Path, *more: str) -> dict[str, str]:
