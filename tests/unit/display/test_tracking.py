@@ -192,6 +192,8 @@ def test_wandbs_own_name_and_kind_of_job_win_over_the_runs_and_the_machine_is_wa
     run = one(tmp_path, "run")
     assert (run.display_name, run.job_type) == ("mine", "ablation")
     assert (settings.x_disable_stats, settings.x_disable_machine_info) == (False, False)
+    assert not run.HasField("git")  # the machine's load is asked for, not where the code came from
+    assert not [*tmp_path.rglob("wandb-metadata.json")]
 
 
 def test_the_table_and_the_heat_map_of_sparsity_lie_in_the_run_folder(tracked: Path) -> None:
