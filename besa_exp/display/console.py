@@ -24,6 +24,7 @@ from rich.logging import RichHandler
 from besa_exp.display.missed_target import told_miss
 from besa_exp.display.progress import PruningProgress, StageLine, duration
 from besa_exp.display.tables import as_text, outline, plan_table, result_tables, sparsity_tables
+from besa_exp.errors import ConfigurationError
 from besa_exp.settings import RunSettings
 
 PLAIN_WIDTH = 120  # columns of tables in files, where no terminal sets a width
@@ -148,7 +149,7 @@ def next_steps(folder: Path, results: Mapping[str, Any]) -> list[tuple[str, str]
     compared = ("compare", f"besa compare {shlex.quote(str(folder.parent))}")
     if not (folder / "model").is_dir():
         draw = ("draw", f"besa report {shlex.quote(str(folder.parent))}")
-        if not (folder / "masks.safetensors").is_file() or results.get("structure") or results.get("recovery"):
+        if results.get("structure") or results.get("recovery") or not _rebuild(folder / "masks.safetensors"):
             return [compared, draw]
         model = shlex.quote(str(results.get("model", "DENSE")))
         return [
@@ -158,6 +159,18 @@ def next_steps(folder: Path, results: Mapping[str, Any]) -> list[tuple[str, str]
     score = ("score it", f"besa evaluate checkpoint={place} evaluator=zero_shot")
     use = ("use it", f"{place}/model/README.md says how: transformers, lm-eval, vLLM, llama.cpp")
     return [("try it", f"besa generate {place}"), compared if results.get("zero_shot") else score, use]
+
+
+def _rebuild(masks: Path) -> bool:
+    """Whether these masks and the dense weights give the pruned model: no kept weight was changed."""
+    if not masks.is_file():
+        return False
+    from besa_exp.checkpoints.files import masks_description  # with torch, which nothing else here needs
+
+    try:
+        return not masks_description(masks)["weights_updated"]
+    except ConfigurationError:  # of another version
+        return False
 
 
 def _lines_to_stdout() -> logging.Handler:

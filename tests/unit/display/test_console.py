@@ -19,6 +19,7 @@ from rich import box
 from safetensors.torch import save_file
 
 from besa_exp.blocks.reports import BlockReport, LinearReport, Step
+from besa_exp.checkpoints.files import save_masks
 from besa_exp.display.console import PLAIN_WIDTH, RunConsole, duration, next_steps
 from besa_exp.display.progress import PruningProgress, StageLine
 from besa_exp.display.tables import as_text, outline, result_tables, sparsity_tables
@@ -313,12 +314,13 @@ def test_a_terminal_run_logs_the_same_lines_for_run_log(caplog: pytest.LogCaptur
 
 
 def test_what_to_do_next_depends_on_what_was_kept(tmp_path: Path) -> None:
-    (tmp_path / "masks.safetensors").touch()
-    masks = f"{tmp_path}/masks.safetensors"
-    assert next_steps(tmp_path, {"model": "some/model"}) == [
-        ("compare", f"besa compare {tmp_path.parent}"),
-        ("rebuild", f"besa masks apply {masks} --model some/model --out {tmp_path}-model"),
-    ]
+    masks = tmp_path / "masks.safetensors"
+    for moved in (True, False):  # kept weights
+        save_masks({"a": torch.ones(2, 2, dtype=torch.bool)}, masks, "0" * 64, moved)
+        steps = next_steps(tmp_path, {"model": "some/model"})
+        rebuild = ("rebuild", f"besa masks apply {masks} --model some/model --out {tmp_path}-model")
+        assert (rebuild in steps) == (not moved)
+        assert steps[0] == ("compare", f"besa compare {tmp_path.parent}")
     assert [why for why, _ in next_steps(tmp_path, {"recovery": {"method": "full"}})] == ["compare", "draw"]
     (tmp_path / "model").mkdir()
     assert next_steps(tmp_path, {})[0] == ("try it", f"besa generate {tmp_path}")
