@@ -16,7 +16,10 @@ os.environ.pop("HYDRA_FULL_ERROR", None)
 import jaxtyping
 import pytest
 import torch
+import yaml
 
+# Hydra composes some thirty presets for each command, most of a small run's time. The parser in C reads them alike.
+yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # type: ignore[misc]
 whole_check = jaxtyping.jaxtyped
 
 
