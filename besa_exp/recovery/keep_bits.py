@@ -77,6 +77,19 @@ class KeepBits:
         return (self.bits[:, None] >> shifts & 1).bool().flatten()[: self.numel]
 
 
+def kept_values(dense: Shaped[Tensor, "*shape"], keep: KeepBits | None) -> Shaped[Tensor, " kept"]:
+    """The values at the kept places, in the tensor's dtype; all where `keep` is None."""
+    return dense.reshape(-1) if keep is None else keep.gather(dense)
+
+
+def put_kept(values: Shaped[Tensor, "*_any"], dense: Shaped[Tensor, "*shape"], keep: KeepBits | None) -> None:
+    """Write the values into the kept places of `dense`, or into all. No -0.0 is written."""
+    if keep is None:
+        dense.copy_(without_negative_zeros(values.to(dense.dtype)).view(dense.shape))
+    else:
+        keep.scatter_(values, dense)
+
+
 def without_negative_zeros(values: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """The same numbers, +0.0 where -0.0 was: -0.0 + 0.0 = +0.0 in IEEE 754."""
     return values + 0

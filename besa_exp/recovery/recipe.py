@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,7 +22,7 @@ from besa_exp.recovery.objective import TASK_LOSSES, Distillation, Losses, NextT
 from besa_exp.recovery.reconstruction import Blocks, Reconstruction
 from besa_exp.recovery.schedule import Schedule
 from besa_exp.recovery.sketch import Sketch
-from besa_exp.recovery.sparsegrad import SparseGrad
+from besa_exp.recovery.sparsegrad import SparseGrad, no_zero_stays
 from besa_exp.recovery.spiel import Spiel
 from besa_exp.recovery.tuner import Method, Objective
 from besa_exp.recovery.tuning import Plan
@@ -162,6 +161,12 @@ def check_recovery(
         problems.append("recovery.distill=squarehead: needs hidden states, which mezo has not; use logits")
     if asked.shard and asked.name != "full":
         problems.append("recovery.shard=true: is for recovery=full; the other methods hold little beside the model")
+    if asked.name == "sparsegrad" and sparsity > 0:
+        problems.append(no_zero_stays(sparsity))
+    if asked.name == "spiel" and asked.exchange and pattern != "unstructured":
+        problems.append(
+            f"recovery.exchange=true: moves zeros about, so that {pattern} is lost; set recovery.exchange=false"
+        )
     problems += _check_followed(asked, blocks_removed)
     if quantised and asked.name != "norms":
         problems.append(
@@ -170,10 +175,12 @@ def check_recovery(
     if problems:
         return problems
     steps = steps_of(asked, seq_len)
-    found = [_refused(lambda: plan_of(asked, steps)), _refused(lambda: distillation_of(asked))]
-    refused = _refused(lambda: method_of(asked, steps))
-    found += [refused] if refused else [method_of(asked, steps).check(sparsity, pattern)]
-    return [problem for problems in found for problem in problems]
+    for make in (lambda: plan_of(asked, steps), lambda: distillation_of(asked), lambda: method_of(asked, steps)):
+        try:
+            make()
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _check_dealt_out(asked: RecoverySettings) -> list[str]:
@@ -220,11 +227,3 @@ def _check_followed(asked: RecoverySettings, blocks_removed: bool) -> list[str]:
             "recovery.distill=logits"
         )
     return problems
-
-
-def _refused(make: Callable[[], object]) -> list[str]:
-    try:
-        make()
-    except ValueError as error:
-        return [str(error)]
-    return []

@@ -45,10 +45,6 @@ class Blocks:
     def __post_init__(self) -> None:
         check_fields(self, "recovery", one_of(*BLOCKS_OF), "scope")
 
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Any model."""
-        return []
-
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> Descent:
         """Each parameter inside a block."""
         inside = f"{discover_blocks(model)[0]}."

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from besa_exp.recovery.descent import Adam, Descent, Form
-from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears, without_negative_zeros
+from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears, put_kept
 from besa_exp.recovery.norms import norms_and_biases
 
 BITS = range(2, 5)
@@ -48,8 +48,7 @@ class Looked:
 
     def write(self, parameter: Tensor) -> None:
         """Gather, rounded once."""
-        weight = self.table.gather(1, self.codes.long())
-        parameter.copy_(without_negative_zeros(weight.to(parameter.dtype)).view(parameter.shape))
+        put_kept(self.table.gather(1, self.codes.long()), parameter, None)
 
     def gradients(self, gradient: Tensor) -> Mapping[str, Tensor]:
         """Sums over the places of each entry."""
@@ -73,10 +72,6 @@ class Sketch:
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ValueError(f"recovery.bits={self.bits}: must be from {BITS.start} to {BITS.stop - 1}")
-
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Any model."""
-        return []
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> Descent:
         """Tables for each linear of the blocks; the model holds the sketched weights from now on."""

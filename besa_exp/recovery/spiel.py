@@ -65,14 +65,6 @@ class Spiel:
         if self.exchange and self.selection == "sm3":
             raise ValueError("recovery.exchange=true: needs recovery.selection=ag; sm3 knows nothing of pruned places")
 
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Exchanged zeros break N:M."""
-        if self.exchange and pattern != "unstructured":
-            return [
-                f"recovery.exchange=true: moves zeros about, so that {pattern} is lost; set recovery.exchange=false"
-            ]
-        return []
-
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> SpielTuner:
         """Entries drawn uniformly from the kept places of each linear. For one process (`recipe.check_fit`)."""
         return SpielTuner(model, self, keep, seed)
@@ -152,7 +144,6 @@ class SpielTuner:
         self.gathering = self.settings.selection == "ag" and self.settings.gathers_at(number)
         with taking_gradients(self.parameters, self._take):
             loss, multiple = objective.differentiate(windows)
-        squares = 0.0
         for gathered in (self.gradients, self.at_candidates):
             for gradient in gathered.values():
                 gradient.div_(multiple)

@@ -16,7 +16,7 @@ from besa_exp.checkpoints.load import LoadedModel, load_model, vocabulary_size
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
 from besa_exp.recovery.keep_bits import KeepBits, keep_of_masks, sparsity_of
-from besa_exp.recovery.mezo import BlockFiles, Mezo, StreamedMezo
+from besa_exp.recovery.mezo import BlockFiles, Mezo
 from besa_exp.recovery.objective import mean_loss
 from besa_exp.recovery.parts import Parts, parts_of, report_of
 from besa_exp.recovery.recipe import (
@@ -121,8 +121,8 @@ def _tuned_streamed(
     mezo = method_of(asked, steps_of(asked, length_of(asked, run.settings.calibration, work.calibration)))
     assert isinstance(mezo, Mezo)
     folder = run.folder.recovery / f"blocks-{distributed.rank()}"
-    method = StreamedMezo(mezo, BlockFiles(loaded.weights.load, loaded.weights.release, folder))
-    objective = objective_of(asked, mezo, model, None, 0)
+    method = replace(mezo, files=BlockFiles(loaded.weights.load, loaded.weights.release, folder))
+    objective = objective_of(asked, method, model, None, 0)
     found, states = _course(run, work, model, keep, method, objective, parts)
     saved = states.read()
     assert saved is not None

@@ -110,3 +110,6 @@ def test_a_window_longer_than_the_context_and_a_rounded_model_are_refused() -> N
     assert "recovery=norms" in check_recovery(asked(), 0.5, "unstructured", 256, 512, quantised=True)[0]
     assert check_recovery(asked("norms"), 0.5, "unstructured", 256, 512, quantised=True) == []
     assert "none of the 50% zeros" in check_recovery(asked("sparsegrad"), 0.5, "unstructured", 256, 512)[0]
+    assert "2:4 is lost" in check_recovery(asked("spiel", exchange=True), 0.5, "2:4", 256, 512)[0]
+    assert check_recovery(asked("spiel", exchange=True), 0.5, "unstructured", 256, 512) == []
+    assert check_recovery(asked("spiel"), 0.5, "2:4", 256, 512) == []

@@ -137,5 +137,3 @@ def test_settings_that_cannot_be_are_refused():
             Spiel(steps=9, **fault)
     with pytest.raises(ValueError, match=r"recovery\.exchange=true"):
         Spiel(steps=9, selection="sm3", exchange=True)
-    assert "2:4 is lost" in EXCHANGE.check(0.5, "2:4")[0]
-    assert EXCHANGE.check(0.5, "unstructured") == AG.check(0.5, "2:4") == []
