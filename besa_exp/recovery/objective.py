@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from besa_exp.blocks.block import discover_blocks
 from besa_exp.blocks.head import divergence
 from besa_exp.blocks.linears import replaced_forwards
+from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
 from besa_exp.recovery.tuner import Logits, Windows
 from besa_exp.texts.tasks import Options
@@ -76,7 +77,7 @@ class NextToken:
 
     def __post_init__(self) -> None:
         if (self.distillation.kind != "none") != (self.teacher is not None):
-            raise ValueError(
+            raise ConfigurationError(
                 f"recovery.distill={self.distillation.kind}: a dense model is given exactly where one is followed"
             )
 

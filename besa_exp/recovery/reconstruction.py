@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from besa_exp.blocks.block import Block, Hidden, capture_blocks, discover_blocks, embed
 from besa_exp.blocks.units import sub_blocks, units
-from besa_exp.errors import check_fields, one_of
+from besa_exp.errors import ConfigurationError, check_fields, one_of
 from besa_exp.machine import distributed
 from besa_exp.recovery.descent import Adam, Descent
 from besa_exp.recovery.full import Kept
@@ -76,13 +76,13 @@ class Reconstruction:
 
     @staticmethod
     def of(model: nn.Module, teacher: nn.Module, scope: str, micro_batch: int, seq_len: int) -> Reconstruction:
-        """`scope` is one of BLOCKS_OF. ValueError: the dense model has other blocks; RunError: a block's attention and
-        MLP cannot be parted."""
+        """`scope` is one of BLOCKS_OF. ConfigurationError: the dense model has other blocks; RunError: a block's
+        attention and MLP cannot be parted."""
         shape = torch.zeros(micro_batch, seq_len, dtype=torch.long)
         together = BLOCKS_OF[scope]
         tuned, dense = (units(capture_blocks(side, shape), together) for side in (model, teacher))
         if len(tuned) != len(dense):
-            raise ValueError(
+            raise ConfigurationError(
                 "recovery=blocks: the dense model has not as many blocks as the pruned one; use recovery=full"
             )
         pairs = zip(tuned, dense, strict=True)

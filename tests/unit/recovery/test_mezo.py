@@ -12,7 +12,7 @@ from besa_exp.recovery.mezo import BlockFiles, Mezo, normal, rounded_at_random
 from besa_exp.recovery.objective import NextToken, mean_loss, next_token_losses, option_losses
 from besa_exp.recovery.saved_states import SavedStates
 from besa_exp.recovery.schedule import Schedule
-from besa_exp.recovery.tuning import Plan, tune
+from besa_exp.recovery.tuning import Parts, Plan, tune
 
 TOLD = Mezo(lr=1e-4, together=2)
 
@@ -92,7 +92,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
 
         states = SavedStates(folder, {}) if folder else None
         plan = Plan(Schedule(4), 2, judge_every=2)
-        tune(model, keep, Mezo(lr=1e-3), NextToken(model), WINDOWS[:8], WINDOWS[:8], plan, states, on_point)
+        tune(model, keep, Mezo(lr=1e-3), NextToken(model), Parts(WINDOWS[:8], WINDOWS[:8]), plan, states, on_point)
         return model
 
     with pytest.raises(KeyboardInterrupt):
