@@ -100,7 +100,7 @@ def follows_dense(asked: RecoverySettings) -> bool:
 
 
 def objective_of(asked: RecoverySettings, method: Method, model: nn.Module, teacher: nn.Module | None) -> Objective:
-    """What is minimised. ConfigurationError: a dense model is given where none is followed, or not, or has other blocks."""
+    """What is minimised. ConfigurationError: a dense model is missing, not asked for, or has other blocks."""
     if not isinstance(method, Blocks):
         losses = next_token_losses if asked.task is None else TASK_LOSSES[asked.task_loss]
         return NextToken(model, distillation_of(asked), teacher, asked.micro_batch, asked.checkpointing, losses)

@@ -13,7 +13,6 @@ model beside one of `full`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -24,10 +23,10 @@ from torch import Tensor, nn
 from besa_exp.blocks.block import Block, Hidden, capture_blocks, discover_blocks, embed
 from besa_exp.blocks.units import sub_blocks, units
 from besa_exp.errors import ConfigurationError, check_fields, one_of
-from besa_exp.machine import distributed
 from besa_exp.recovery.descent import Adam, Descent
 from besa_exp.recovery.full import Kept
 from besa_exp.recovery.keep_bits import KeepBits
+from besa_exp.recovery.objective import differentiated
 from besa_exp.recovery.tuner import Logits, Windows
 from besa_exp.tensors.losses import token_errors
 
@@ -92,19 +91,14 @@ class Reconstruction:
         return Reconstruction(model, teacher, first, groups, micro_batch)
 
     def differentiate(self, windows: Windows) -> tuple[float, float]:
-        """See `tuner.Objective`. The multiple is 1, but in fp16, where a number's part of the gradient is too small."""
-        dtype = next(self.model.parameters()).dtype
-        multiple = float(2 ** math.floor(math.log2(windows.numel()))) if dtype is torch.float16 else 1.0
+        """See `tuner.Objective`."""
         share = 1 / (windows.numel() * sum(map(len, self.groups)))
-        total = torch.zeros((), dtype=torch.float64)
-        for part in distributed.own_samples(windows).split(self.micro_batch):
-            if len(part):
-                for errors, learning in self._errors(part):
-                    own = [parameter for parameter in learning if parameter.requires_grad]
-                    loss = errors.sum() * share
-                    (loss * multiple).backward(inputs=own)
-                    total += loss.detach().double().cpu()
-        return float(distributed.all_sum(total)), multiple
+
+        def losses_of(part: Windows) -> Iterator[tuple[Tensor, list[nn.Parameter]]]:
+            for errors, learning in self._errors(part):
+                yield errors.sum() * share, [parameter for parameter in learning if parameter.requires_grad]
+
+        return differentiated(self.model, windows, self.micro_batch, losses_of)
 
     def of_logits(self, logits: Logits, windows: Windows) -> Float[Tensor, ""]:
         """ValueError: this is no loss of logits."""
