@@ -291,7 +291,7 @@ def _pruned_in_place(
         input_ids, batch_size = calibration.input_ids, settings.calibration.batch_size
         check_blocks(loaded, input_ids, batch_size, Ignored(settings.ignore), settings.pattern)
         finished = FinishedBlocks(Path(folder) / "blocks")
-        finished.begin({})
+        finished.begin()
         reports: list[BlockReport] = []
         later = settings.pruner.traits.refinements
         pruner = settings.pruner if later else with_update(settings.pruner, settings.update)
@@ -315,7 +315,7 @@ def _written(
 ) -> list[BlockReport]:
     """The second walk through the blocks, which writes what a search over the whole model decided."""
     reports: list[BlockReport] = []
-    loop.finished.refined.begin({})
+    loop.finished.refined.begin()
     loop.again(0).run(with_update(decided, settings.update), goal, None, _ignored, _both(reports, on_block))
     return reports
 

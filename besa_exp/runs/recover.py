@@ -23,7 +23,7 @@ from besa_exp.recovery.saved_states import SavedStates
 from besa_exp.recovery.sharded import sharded, take_back
 from besa_exp.recovery.tuner import Method
 from besa_exp.recovery.tuning import Parts, Point, Recovery, tune
-from besa_exp.run_folder.identity import as_plain, request_identity
+from besa_exp.run_folder.identity import as_plain
 from besa_exp.runs.cpu_units import in_a_fast_dtype
 from besa_exp.runs.rewrite import rewritten
 from besa_exp.runs.run import Run, Work, num_blocks
@@ -44,8 +44,7 @@ def recover(run: Run, work: Work, dense: ModelSettings | None = None) -> Work:
         run.console.stage(f"recovery: {asked.name}, {sparsity:.2%} of the weights stay zero")
         parts = _parts(run, work.loaded, work.calibration, asked)
         before = _accuracy(work.loaded, parts, asked)
-        identity = as_plain(request_identity(run.config, work.calibration.tokens_sha256))
-        states = SavedStates(run.folder.recovery, identity | {"text_sha256": parts.sha256})
+        states = SavedStates(run.folder.recovery, as_plain(work.finished.identity) | {"text_sha256": parts.sha256})
         if work.loaded.weights is None:
             found = _tuned(run, work.loaded, asked, keep, dense or run.settings.model, parts, states)
             work = rewritten(work, lambda block: None, keep=found.keep if asked.exchange else None)
