@@ -87,7 +87,10 @@ class Reconstruction:
         pairs = zip(tuned, dense, strict=True)
         first = [tuned[0].layers[0], dense[0].layers[0]]
         sample = embed(model, first[:1], shape[:1], 1)
-        groups = [_parted(*pair, sample) if scope == "sub_block" else _whole(*pair) for pair in pairs]
+        if scope == "sub_block":
+            groups = [_parted(*pair, sample) for pair in pairs]
+        else:
+            groups = [[Window(*pair, [*pair[0].module.parameters()])] for pair in pairs]
         return Reconstruction(model, teacher, first, groups, micro_batch)
 
     def differentiate(self, windows: Windows) -> tuple[float, float]:
@@ -115,10 +118,6 @@ class Reconstruction:
                     targets = window.dense(expected)
                 yield token_errors(reached, targets), window.learning
             states, expected = reached.detach(), targets
-
-
-def _whole(tuned: Block, dense: Block) -> list[Window]:
-    return [Window(tuned, dense, [*tuned.module.parameters()])]
 
 
 def _parted(tuned: Block, dense: Block, sample: Hidden) -> list[Window]:

@@ -24,7 +24,6 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -131,9 +130,8 @@ class SpielTuner:
         self.gradients: dict[str, Entries] = {}
         self.at_candidates: dict[str, Tensor] = {}
         self.gathering = False
-        counts = entries_of(
-            {name: p.numel() for name, p in self.parameters.items()}, settings.density, num_parameters(model)
-        )
+        sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
+        counts = entries_of(sizes, settings.density, sum(parameter.numel() for parameter in model.parameters()))
         self.tuned = {
             name: Tuned.at(drawn_places(parameter, keep.get(name), counts[name], key_of(seed, name)), _flat(parameter))
             for name, parameter in self.parameters.items()
@@ -254,11 +252,6 @@ def entries_of(sizes: Mapping[str, int], density: float, parameters: int) -> dic
     """k of each linear: floor(N |W| / sum |W|), N = floor(density * parameters)."""
     every, total = math.floor(density * parameters), sum(sizes.values())
     return {name: every * size // total for name, size in sizes.items()}
-
-
-def num_parameters(model: Any) -> int:
-    """Of all tensors, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def drawn_places(parameter: Tensor, keep: KeepBits | None, count: int, key: int) -> Places:

@@ -139,8 +139,7 @@ def tune(
             return mean_loss(model, parts.held_out, plan.judged, parts.losses)
 
     saved = states.read() if states else None
-    searches = not saved and plan.trial
-    factor = _found_factor(model, keep, method, objective, parts.learned, judge, plan) if searches else 1.0
+    factor = 1.0 if saved else _found_factor(model, keep, method, objective, parts.learned, judge, plan)
     tuner = method.begin(model, keep, plan.seed)
     keeper = _Best(model, tuner, states)
     if saved:
@@ -149,7 +148,7 @@ def tune(
         before = judge(tuner)
         course = _Course(factor, 0, before, before, 0)
         keeper.keep(0)
-        _save(states, course, tuner, keeper)
+        keeper.save(course)
     while course.steps < plan.schedule.steps and course.stopped is None:
         point = _step(tuner, objective, parts.learned, plan, course.steps, course.factor)
         course.steps += 1
@@ -162,7 +161,7 @@ def tune(
             keeper.keep(course.steps)
         on_point(point)
         if plan.judges_after(course.steps) or course.stopped:
-            _save(states, course, tuner, keeper)
+            keeper.save(course)
     kept, points = keeper.put_back(), tuple(course.points)
     return Recovery(course.before, course.after, course.best_step, kept, points, course.stopped, course.factor)
 
@@ -177,7 +176,9 @@ def _found_factor(
     plan: Plan,
 ) -> float:
     """Of FACTORS, downhill from 1, the one with which the first steps, as if they were all, end at the least held-out
-    loss. The model is left as it was."""
+    loss; 1 where none are tried. The model is left as it was."""
+    if not plan.trial:
+        return 1.0
     before = {name: own(value.detach()).clone() for name, value in model.named_parameters() if not value.is_meta}
     warm_up = plan.schedule.warm_up * plan.trial // plan.schedule.steps
     short = replace(plan, schedule=replace(plan.schedule, steps=plan.trial, warm_up=warm_up))
@@ -238,12 +239,6 @@ def _reason(point: Point) -> str | None:
     return None
 
 
-def _save(states: SavedStates | None, course: _Course, tuner: Tuner, keeper: _Best) -> None:
-    if states is not None:
-        assert keeper.name is not None
-        states.write(asdict(course), tuner.state(), keeper.name)
-
-
 @dataclass
 class _Best:
     """The best weights so far: in files where there are states, else in memory."""
@@ -262,6 +257,12 @@ class _Best:
             self.copies = {name: tensor.to("cpu", copy=True) for name, tensor in now.items()}
         else:
             self.name = self.states.write_best(step, now)
+
+    def save(self, course: _Course) -> None:
+        """How far it is, where there are states."""
+        if self.states is not None:
+            assert self.name is not None
+            self.states.write(asdict(course), self.tuner.state(), self.name)
 
     @torch.no_grad()
     def put_back(self) -> dict[str, KeepBits]:

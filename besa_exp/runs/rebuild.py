@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -144,14 +145,9 @@ def _write_streamed(
         files = streamed_layout(outside, [list(as_saved(model, tensors)) for tensors in bare])
     else:
         outside, files = as_saved(model, outside_blocks(loaded)), whole_layout(model, size)
-    write_shards(folder, files, _then(outside, (as_saved(model, tensors) for tensors in pruned)))
+    write_shards(folder, files, chain([outside], (as_saved(model, tensors) for tensors in pruned)))
     if layout == "streamed" or len(files) > 1:
         write_index(folder, list(files), model.num_parameters())
-
-
-def _then(first: Mapping[str, Tensor], others: Iterator[Mapping[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:
-    yield first
-    yield from others
 
 
 def _card(
