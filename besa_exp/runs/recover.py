@@ -45,11 +45,14 @@ def recover(run: Run, work: Work, dense: ModelSettings | None = None) -> Work:
         parts = _parts(run, work.loaded, work.calibration, asked)
         before = _accuracy(work.loaded, parts, asked)
         states = SavedStates(run.folder.recovery, as_plain(work.finished.identity) | {"text_sha256": parts.sha256})
-        if work.loaded.weights is None:
-            found = _tuned(run, work.loaded, asked, keep, dense or run.settings.model, parts, states)
-            work = rewritten(work, lambda block: None, keep=found.keep if asked.exchange else None)
+        method = _method(run, work.loaded, asked)
+        found = _course(run, work.loaded, asked, keep, method, dense or run.settings.model, parts, states)
+        if isinstance(method, Mezo) and method.files:
+            work = _taken_again(work, method, keep, asked.seed, found.best_step, states)
+            found = _rounded(work.loaded, found, parts, asked)
         else:
-            found, work = _tuned_streamed(run, work, asked, keep, parts, states)
+            found = _rounded(work.loaded, found, parts, asked)
+            work = rewritten(work, lambda block: None, keep=found.keep if asked.exchange else None)
         report = report_of(asked, found, parts, before, _accuracy(work.loaded, parts, asked))
     run.console.stage(
         f"recovery: held-out loss {report.loss_before:.4f} before, {report.loss_after:.4f} after step "
@@ -83,61 +86,41 @@ def _keep(work: Work) -> dict[str, KeepBits]:
     return {name: bits for name, bits in keep.items() if bits.count < bits.numel}
 
 
-def _tuned(
-    run: Run,
-    loaded: LoadedModel,
-    asked: RecoverySettings,
-    keep: Mapping[str, KeepBits],
-    dense: ModelSettings,
-    parts: Parts,
-    states: SavedStates,
-) -> Recovery:
-    """What became of it; the model holds the best weights."""
-    teacher = _dense(run, loaded, dense) if follows_dense(asked) else None
-    model = sharded(loaded.model) if asked.shard else loaded.model
-    found = _course(run, asked, model, keep, method_of(asked), teacher, parts, states)
-    if asked.shard:
-        take_back(loaded.model, model)
-    return _rounded(loaded, found, parts, asked)
-
-
-def _tuned_streamed(
-    run: Run,
-    work: Work,
-    asked: RecoverySettings,
-    keep: Mapping[str, KeepBits],
-    parts: Parts,
-    states: SavedStates,
-) -> tuple[Recovery, Work]:
-    """The same of a model whose blocks lie in files, by MeZO: the best weights are the pruned ones after as many of the
-    steps, which are taken once more."""
-    loaded, model = work.loaded, work.loaded.model
-    assert loaded.weights is not None
+def _method(run: Run, loaded: LoadedModel, asked: RecoverySettings) -> Method:
+    """MeZO of a streamed model has its blocks from files."""
     method = method_of(asked)
+    if loaded.weights is None:
+        return method
     assert isinstance(method, Mezo)
     folder = run.folder.recovery / f"blocks-{distributed.rank()}"
-    method = replace(method, files=BlockFiles(loaded.weights.load, loaded.weights.release, folder))
-    found = _course(run, asked, model, keep, method, None, parts, states)
+    return replace(method, files=BlockFiles(loaded.weights.load, loaded.weights.release, folder))
+
+
+def _taken_again(
+    work: Work, method: Mezo, keep: Mapping[str, KeepBits], seed: int, steps: int, states: SavedStates
+) -> Work:
+    """A streamed model's best weights are the pruned ones after so many `steps`, which are taken once more."""
     saved = states.read()
     assert saved is not None
-    tuner = method.begin(model, keep, asked.seed)
-    tuner.projected, tuner.rates = (saved[1][name][: found.best_step].tolist() for name in ("projected", "rates"))
+    tuner = method.begin(work.loaded.model, keep, seed)
+    tuner.projected, tuner.rates = (saved[1][name][:steps].tolist() for name in ("projected", "rates"))
     outside = {name: parameter.detach().clone() for name, parameter in tuner.parameters.items()}
-    work = rewritten(work, lambda block: tuner.catch_up(block.name, block.module, 0), outside)
-    return _rounded(work.loaded, found, parts, asked), work
+    return rewritten(work, lambda block: tuner.catch_up(block.name, block.module, 0), outside)
 
 
 def _course(
     run: Run,
+    loaded: LoadedModel,
     asked: RecoverySettings,
-    model: nn.Module,
     keep: Mapping[str, KeepBits],
     method: Method,
-    teacher: nn.Module | None,
+    dense: ModelSettings,
     parts: Parts,
     states: SavedStates,
 ) -> Recovery:
-    """All steps, shown and kept."""
+    """All steps, shown and kept; a model in memory holds the best weights then."""
+    teacher = _dense(run, loaded, dense) if follows_dense(asked) else None
+    model = sharded(loaded.model) if asked.shard else loaded.model
     plan, objective = plan_of(asked), objective_of(asked, method, model, teacher)
     with run.console.tuning(plan.schedule.steps) as progress:
 
@@ -149,7 +132,10 @@ def _course(
             if point.held_out is not None and distributed.is_first():
                 run.spent.keep()
 
-        return tune(model, keep, method, objective, parts, plan, states, on_point)
+        found = tune(model, keep, method, objective, parts, plan, states, on_point)
+    if asked.shard:
+        take_back(loaded.model, model)
+    return found
 
 
 def _parts(run: Run, loaded: LoadedModel, calibration: Calibration, asked: RecoverySettings) -> Parts:
