@@ -79,12 +79,12 @@ def test_exchanged_zeros_are_as_many_and_lie_elsewhere():
 def test_the_loop_ends_with_the_mask_of_its_best_weights(tmp_path):
     model, keep = pruned_llama()
     plan = Plan(Schedule(9), batch_size=6, judge_every=3)
-    report = tune(model, keep, EXCHANGE, NextToken(model), Parts(WINDOWS[:6], WINDOWS[:6]), plan)
+    report, kept = tune(model, keep, EXCHANGE, NextToken(model), Parts(WINDOWS[:6], WINDOWS[:6]), plan)
     assert report.best_step > 0
-    for name, bits in report.keep.items():
+    for name, bits in kept.items():
         assert not model.get_parameter(name)[~bits.mask()].any()
         assert bits.count == keep[name].count
-    assert any(not torch.equal(bits.bits, keep[name].bits) for name, bits in report.keep.items())
+    assert any(not torch.equal(bits.bits, keep[name].bits) for name, bits in kept.items())
 
 
 def test_kept_entries_keep_their_delta_and_moments_and_new_ones_have_none():

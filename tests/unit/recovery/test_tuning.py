@@ -30,7 +30,7 @@ def tuned(method, plan=PLAN, folder=None, held_out=HELD_OUT, on_point=lambda poi
     model, keep = pruned_llama()
     states = SavedStates(folder, identity or {"lr": 0.01}) if folder else None
     parts = Parts(LEARNED, held_out)
-    report = tune(model, keep, method, NextToken(model, **objective), parts, plan, states, on_point)
+    report, _ = tune(model, keep, method, NextToken(model, **objective), parts, plan, states, on_point)
     assert_zeros_exact(model, keep)
     return model, report
 
