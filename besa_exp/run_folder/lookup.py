@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 
 import yaml
 
+from besa_exp.machine import atomic
 from besa_exp.run_folder.status import is_done, read_status
 
 
@@ -42,11 +42,7 @@ def check_run(run: Path) -> list[str]:
 
 def _dense_model(run: Path) -> str | None:
     """The path of the model that a dense run scored, where that names it; None: another run's, or one with a copy."""
-    try:
-        pruner = json.loads((run / "results.json").read_text(encoding="utf-8")).get("pruner")
-    except (OSError, ValueError, AttributeError):
-        return None
-    words = _dense(run)
+    pruner, words = atomic.read_json(run / "results.json").get("pruner"), _dense(run)
     return words[1] if pruner == "dense" and len(words) == 2 and not (run / "model").is_dir() else None
 
 
