@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pruned_llama import WINDOWS, as_bytes, assert_zeros_exact, pruned_llama, weights_of
+from pruned_llama import WINDOWS, as_bytes, assert_same_bits, assert_zeros_exact, pruned_llama, weights_of
 
 from besa_exp.recovery.descent import Adam
 from besa_exp.recovery.full import Full, Kept
@@ -95,8 +95,7 @@ def test_a_tuner_that_goes_on_from_its_state_ends_with_the_same_bits(name):
     again = METHODS[name].begin(other, keep, 0)
     again.load(state)
     steps(again, NextToken(other), range(3, 5))
-    for parameter, value in weights_of(model).items():
-        assert torch.equal(as_bytes(value), as_bytes(other.get_parameter(parameter))), parameter
+    assert_same_bits(model, other)
 
 
 def gradients_of(tuner, objective, windows):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pruned_llama import WINDOWS, as_bytes, assert_zeros_exact, pruned_llama, weights_of
+from pruned_llama import WINDOWS, assert_same_bits, assert_zeros_exact, pruned_llama
 
 from besa_exp.recovery.descent import Adam
 from besa_exp.recovery.objective import NextToken
@@ -46,8 +46,7 @@ def test_a_tuner_goes_on_with_the_same_bits():
     whole, _, _, _ = stepped(range(4))
     _, _, tuner, _ = stepped(range(2))
     model, _, _, _ = stepped(range(2, 4), state={key: value.clone() for key, value in tuner.state().items()})
-    for name, value in weights_of(whole).items():
-        assert torch.equal(as_bytes(value), as_bytes(model.get_parameter(name))), name
+    assert_same_bits(whole, model)
 
 
 def test_the_gradient_of_a_table_is_that_of_autograd_and_the_zero_entry_has_none():

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pruned_llama import WINDOWS, as_bytes, assert_zeros_exact, pruned_llama, weights_of
+from pruned_llama import WINDOWS, assert_same_bits, assert_zeros_exact, pruned_llama, weights_of
 
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.recovery.descent import Adam
@@ -42,11 +42,6 @@ def killing_at(step, told):
             raise Killed
 
     return on_point
-
-
-def assert_same_bits(one, other):
-    for name, value in weights_of(one).items():
-        assert torch.equal(as_bytes(value), as_bytes(other.get_parameter(name))), name
 
 
 def test_the_result_is_better_on_held_out_text_where_that_is_what_is_learned():
