@@ -109,7 +109,7 @@ def only_pickled(where: str, file: str) -> str:
 
 def saved_dtype(folder: Path) -> str | None:
     """The dtype that config.json gives the weights; None: it gives none, or cannot be read."""
-    config = atomic.read_json(folder / "config.json")
+    config = atomic.read_json(folder / "config.json") or {}
     return config.get("dtype") or config.get("torch_dtype")
 
 
@@ -138,7 +138,7 @@ def weight_files(folder: Path, where: str | None = None) -> tuple[list[Path], li
     """The safetensors files that make up the model, in transformers' order: the file that config.json
     names (`transformers_weights`), model.safetensors, then those of the index; and what is wrong with the set. Where
     the files could mean two different sets, none is used."""
-    where, named = where or str(folder), atomic.read_json(folder / "config.json").get("transformers_weights")
+    where, named = where or str(folder), _named_weights(folder)
     index = _index(folder, named)
     whole = None if named and index else folder / (named or "model.safetensors")
     names, problem = _names_in(index) if index and index.is_file() else ([], None)
@@ -164,12 +164,17 @@ def weight_files(folder: Path, where: str | None = None) -> tuple[list[Path], li
 
 def index_without_metadata(folder: Path) -> list[str]:
     """The problem of an index that transformers itself cannot read, though it names all files."""
-    index = _index(folder, atomic.read_json(folder / "config.json").get("transformers_weights"))
+    index = _index(folder, _named_weights(folder))
     if index is None or not index.is_file() or weight_files(folder)[0] == [folder / "model.safetensors"]:
         return []
     if isinstance(json.loads(index.read_text(encoding="utf-8")).get("metadata"), dict):
         return []
     return [f'{index}: has no "metadata", without which transformers reads no index; add "metadata": {{}}']
+
+
+def _named_weights(folder: Path) -> str | None:
+    """The file or index of weights that config.json names, if it names one."""
+    return (atomic.read_json(folder / "config.json") or {}).get("transformers_weights")
 
 
 def _index(folder: Path, named: str | None) -> Path | None:

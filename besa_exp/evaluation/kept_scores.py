@@ -46,7 +46,7 @@ class FinishedScores:
 
     def find(self, kind: str, name: str, request: dict[str, Any]) -> Any | None:
         """What was measured under the same `request`; None: nothing."""
-        found = distributed.from_first(lambda: atomic.read_json(self.path).get(self.which, {}).get(kind, {}).get(name))
+        found = distributed.from_first(lambda: self._read().get(self.which, {}).get(kind, {}).get(name))
         asked = json.loads(json.dumps({**request, **self.given}))
         return found["result"] if found and found["request"] == asked else None
 
@@ -54,13 +54,16 @@ class FinishedScores:
         """Remember one set's or task's result."""
         if not distributed.is_first():
             return
-        content = atomic.read_json(self.path)
+        content = self._read()
         content.setdefault(self.which, {}).setdefault(kind, {})[name] = {
             "request": {**request, **self.given},
             "result": result,
         }
         self.keep_spent()
         atomic.write_text(self.path, json.dumps(content) + "\n")
+
+    def _read(self) -> dict[str, Any]:
+        return atomic.read_json(self.path) or {}
 
 
 def shared_dense_scores(

@@ -21,13 +21,13 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8", newline="\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; {} where there is none, or a damaged one."""
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None: there is no file, or a damaged one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return None
+    return found if isinstance(found, dict) else None
 
 
 @contextmanager

@@ -42,8 +42,8 @@ def check_run(run: Path) -> list[str]:
 
 def _dense_model(run: Path) -> str | None:
     """The path of the model that a dense run scored, where that names it; None: another run's, or one with a copy."""
-    pruner, words = atomic.read_json(run / "results.json").get("pruner"), _dense(run)
-    return words[1] if pruner == "dense" and len(words) == 2 and not (run / "model").is_dir() else None
+    results, words = atomic.read_json(run / "results.json") or {}, _dense(run)
+    return words[1] if results.get("pruner") == "dense" and len(words) == 2 and not (run / "model").is_dir() else None
 
 
 def _dense(run: Path) -> list[str]:

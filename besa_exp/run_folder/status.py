@@ -22,7 +22,7 @@ KILLED = "interrupted (killed)"
 def read_status(path: Path) -> dict[str, Any] | None:
     """status.json (`status`, `started`, `finished`, `process`, `host`, `error`, `command`); None where no run's is."""
     status = atomic.read_json(path / "status.json")
-    return status if {"status", "process"} <= status.keys() else None
+    return status if status and {"status", "process"} <= status.keys() else None
 
 
 def seen_status(path: Path) -> str | None:
@@ -37,7 +37,7 @@ def seen_status(path: Path) -> str | None:
 def is_done(path: Path) -> bool:
     """Whether `path` holds a finished run with its results; where they are gone or damaged the run begins again."""
     status = read_status(path)
-    return status is not None and status["status"] == "done" and bool(atomic.read_json(path / "results.json"))
+    return status is not None and status["status"] == "done" and atomic.read_json(path / "results.json") is not None
 
 
 def write_status(
