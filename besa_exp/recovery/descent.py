@@ -31,7 +31,7 @@ class Form(Protocol):
     """One tensor of the model as a function of what is trained."""
 
     @property
-    def trained(self) -> Mapping[str, Float[Tensor, ...]]:
+    def trained(self) -> Mapping[str, Float[Tensor, "*_shape"]]:
         """What is trained, in fp32, by its own names; changed in place by the steps."""
         ...
 
@@ -39,7 +39,7 @@ class Form(Protocol):
         """Make the tensor what it is now. Pruned places are 0 before, and stay so."""
         ...
 
-    def gradients(self, gradient: Tensor) -> Mapping[str, Float[Tensor, ...]]:
+    def gradients(self, gradient: Tensor) -> Mapping[str, Float[Tensor, "*_shape"]]:
         """The gradient to `trained`, in fp32, from that to the tensor."""
         ...
 
