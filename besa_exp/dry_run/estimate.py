@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from besa_exp.checkpoints.files import weights_sha256
 from besa_exp.checkpoints.load import SHARE_OF_FREE, is_to_stream, model_context, weight_bytes
-from besa_exp.checkpoints.streaming import cannot_stream, saves_blocks_anew
+from besa_exp.checkpoints.streaming import saves_blocks_anew, streamed_sources
 from besa_exp.checkpoints.tensor_sources import stored_tensors
 from besa_exp.dry_run.counts import CHIPS, DISK, HASH, block_seconds, passes_of
 from besa_exp.dry_run.measured import Measured, measured
@@ -158,14 +158,16 @@ def _is_streamed(
     notes = [] if there else ["the weights are not on this machine: the run fetches them first, which is not counted"]
     if not is_to_stream(settings.model, there or size.total, device):
         return False, notes
-    reason = cannot_stream(model, stored_tensors(folder)) if folder and there else None
-    if reason is None:
-        return True, notes
-    if settings.model.load == "streamed":
-        raise ConfigurationError(
-            f"model.load=streamed: {settings.model.path} cannot be streamed ({reason}); set model.load=whole"
-        )
-    return False, [*notes, f"large, but loaded whole: {reason}"]
+    try:
+        if folder and there:
+            streamed_sources(model, stored_tensors(folder))
+    except ValueError as error:
+        if settings.model.load == "streamed":
+            raise ConfigurationError(
+                f"model.load=streamed: {settings.model.path} cannot be streamed ({error}); set model.load=whole"
+            ) from error
+        return False, [*notes, f"large, but loaded whole: {error}"]
+    return True, notes
 
 
 def _seconds(

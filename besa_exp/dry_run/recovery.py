@@ -45,19 +45,21 @@ class RecoveryCost:
 def recovery_cost(probe: BlockProbe, asked: RecoverySettings, seq_len: int, num_blocks: int) -> RecoveryCost:
     """Expected of a run on windows of `seq_len` tokens, which examples of a task have at most. The probe's model is
     left pruned."""
-    model, steps = probe.model, steps_of(asked, seq_len)
+    asked = replace(asked, seq_len=seq_len)
+    model, steps = probe.model, steps_of(asked)
     teacher = copy.deepcopy(model) if follows_dense(asked) else None
     keep = pruned_at_random(model, probe.goal.sparsity)
     a_token = probe.forward_seconds(1, min(seq_len, 256)) / min(seq_len, 256)
     longer = max(4, min(seq_len, 256, int(STEP / (2 * BACKWARD * a_token))))
-    method = method_of(asked, steps)
+    method = method_of(asked)
     begun: list[Tuner] = []
     preparing = seconds_of(probe.device, lambda: begun.append(method.begin(model, keep, asked.seed)))
     (tuner,) = begun
 
     def step(number: int, length: int) -> float:
         windows = torch.randint(0, 2, (1, length), generator=torch.Generator().manual_seed(number))
-        objective = objective_of(replace(asked, micro_batch=1, task=None), method, model, teacher, length)
+        short = replace(asked, micro_batch=1, task=None, seq_len=length)
+        objective = objective_of(short, method, model, teacher)
         return seconds_of(probe.device, lambda: tuner.step(objective, windows, number, 1e-6))
 
     lengths = (longer, longer // 2, longer // 2, longer)  # the first step of a length does what is done once
@@ -73,9 +75,10 @@ def recovery_cost(probe: BlockProbe, asked: RecoverySettings, seq_len: int, num_
     options = 1 if asked.task is None else len(TASKS[asked.task].words)
     a_step += asked.batch_size * options * seq_len * (times * (per_token - outside) + outside)
     a_judgement = asked.held_out * options * seq_len * (num_blocks * a_token + head)
-    judgements = 1 + sum(plan_of(asked, steps).judges_after(number) for number in range(1, steps + 1))
+    plan = plan_of(asked)
+    judgements = 1 + sum(plan.judges_after(number) for number in range(1, steps + 1))
     scored = 0 if asked.task is None else 2 * asked.tested / asked.held_out  # before and after
-    taken = steps + TRIED * plan_of(asked, steps).trial
+    taken = steps + TRIED * plan.trial
     seconds = preparing * times + taken * a_step + (judgements + scored) * a_judgement
     return RecoveryCost(seconds, judgements, state, state + moved)
 

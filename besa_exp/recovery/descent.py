@@ -50,8 +50,6 @@ class Adam:
     axes and more; norms and biases are spared. `clip`: the greatest norm of the gradient over all that is trained."""
 
     lr: float
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
     decay: float = 0.0
     clip: float | None = 1.0
 
@@ -72,7 +70,7 @@ class Descent:
         spared = [leaf for name, leaf in self.leaves.items() if self._owner(name).dim() <= 1]
         groups = [{"params": decayed, "weight_decay": adam.decay}, {"params": spared, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=adam.lr, betas=adam.betas, eps=adam.eps, fused=True
+            [group for group in groups if group["params"]], lr=adam.lr, betas=(0.9, 0.999), eps=1e-8, fused=True
         )
 
     def step(self, objective: Objective, windows: Windows, number: int, scale: float) -> Taken:
