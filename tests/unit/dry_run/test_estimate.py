@@ -115,7 +115,7 @@ def test_what_a_byte_takes_on_the_disk_is_measured_and_nothing_left(tmp_path: Pa
 
 def estimated(**changes) -> Estimate:
     parts = ("load", "calibrate", "prune", "save", "evaluate", "total")
-    seconds = dict(zip(parts, (1.0, 2.0, 90.0, 3.0, 4.0, 100.0), strict=True))
+    seconds: dict[str, float] = dict(zip(parts, (1.0, 2.0, 90.0, 3.0, 4.0, 100.0), strict=True))
     found = Estimate(SETTINGS, Path("outputs/run"), "cpu", PARTS, 4000, 2, seconds, {"host": 10**9, "disk": 10**9}, [])
     return replace(found, **changes)
 
