@@ -1,9 +1,9 @@
-"""What one block costs on this machine: it is really pruned, on a few samples of noise.
+"""What one block costs on this machine: it is really pruned, on samples of noise.
 
 The model is built without weights; its largest block (or two, where two are pruned together) and what is outside the
 blocks get random ones. The block loop itself then prunes them with the run's own pruner, so that a method need not know
-that it is measured. Costs are linear in the samples, c(n) = fixed + n slope, from two numbers of samples; where a
-sample of the run's own length takes too long, shorter ones are taken and the slope grows with the length.
+that it is measured. Where that takes too long, costs are linear in the samples, c(n) = fixed + n slope, from two
+numbers of samples, or of shorter ones; the slope then grows with the length.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from besa_exp.checkpoints.streaming import give_back_memory
 from besa_exp.machine.device import memory_taken, seconds_of
 from besa_exp.tensors.masks import Goal
 
-SAMPLES = (4, 12)  # of the two measurements: between them lies a whole batch of the usual size
-BUDGET = 6.0  # seconds that both should take together
-PASSES = 102  # forward passes of one sample in those of a search: 17 samples of about 6
+BUDGET = 6.0  # seconds that a block may take to be measured as it is
+PASSES = 6  # forward passes that a search takes
+SAMPLES = (4, 12)  # where it would take longer: between them lies a whole batch of the usual size
 SLOW = 1.0  # seconds that a batch or a step may take; a smaller one is measured where it takes longer
 SHORTEST = 128  # tokens
 
@@ -60,10 +60,13 @@ class BlockProbe:
 
     def cost(self, samples: int) -> Probed:
         """Expected of a block of a run with so many samples."""
-        length = int(BUDGET / PASSES / self.token_seconds[0])
+        a_token = PASSES * self.token_seconds[0]
+        self.prune(1, min(SHORTEST, self.seq_len))  # what is done once, as kernels are compiled and libraries choose
+        if samples * self.seq_len * a_token <= BUDGET:
+            return self.prune(samples, self.seq_len)
+        length = int(BUDGET / (sum(SAMPLES) * a_token))
         length = max(min(SHORTEST, self.seq_len), length) if length < 0.75 * self.seq_len else self.seq_len
         counts = few, many, _ = min(SAMPLES[0], samples), min(SAMPLES[1], samples), samples
-        self.prune(1, length)  # what is done once, as kernels are compiled and libraries choose
         small, large = self.prune(few, length), self.prune(many, length)
         # Samples that pass the block together at most; a search passes its probe samples at once.
         rows = [max(min(self.batch_size, count), num_probe_samples(count) * bool(large.steps)) for count in counts]
