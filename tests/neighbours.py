@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+
+from besa_exp.blocks.block import Block
+from besa_exp.checkpoints.structure import Dimensions
+from besa_exp.methods.structure.widths import masked
 
 
 def recorded(shared: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -49,3 +55,12 @@ def test_nll(model: Any, ids: Tensor) -> float:
 
 
 test_nll.__test__ = False  # type: ignore[attr-defined]
+
+
+@contextmanager
+def all_masked(blocks: Sequence[Block], groups: Tensor, channels: Tensor, dimensions: Dimensions) -> Iterator[None]:
+    """The whole model under masks [block group] and [block channel]."""
+    with ExitStack() as stack:
+        for block, of_groups, of_channels in zip(blocks, groups, channels, strict=True):
+            stack.enter_context(masked(block, of_groups, of_channels, dimensions))
+        yield

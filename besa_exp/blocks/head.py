@@ -16,6 +16,7 @@ from besa_exp.blocks.linears import replaced_forwards
 Logits = Float[Tensor, "sample seq vocabulary"]
 Head = Callable[[Hidden], Logits]
 FEW = 64  # tokens that show what logits depend on
+TOKENS = 2048  # that pass the head together: their logits are the largest thing that is held
 
 
 def head_of(model: nn.Module, blocks: Sequence[Block], input_ids: Int[Tensor, "sample seq"]) -> Head:
@@ -62,3 +63,19 @@ def divergence(expected: Logits, found: Logits) -> Float[Tensor, "sample seq"]:
     p = expected.float().log_softmax(dim=-1)
     gap = p - found.float().log_softmax(dim=-1)
     return (p.exp_() * gap).sum(dim=-1)  # in place: logits are the largest thing that is held
+
+
+def summed_divergences(head: Head, dense: Hidden, tried: Sequence[Hidden]) -> Float[Tensor, " model"]:
+    """The sum over the own tokens of KL(p || q), p after the dense model's last block, q after each tried one's."""
+    total = torch.zeros(len(tried), dtype=torch.float64)
+    for rows in few_samples(dense):
+        expected = head(dense[rows])
+        for number, states in enumerate(tried):
+            total[number] += divergence(expected, head(states[rows])).double().sum().cpu()
+    return total
+
+
+def few_samples(states: Hidden) -> list[slice]:
+    """The samples in parts of TOKENS tokens or a sample."""
+    rows = max(1, TOKENS // states.shape[1])
+    return [slice(start, start + rows) for start in range(0, len(states), rows)]

@@ -42,9 +42,12 @@ class Linear:
     @property
     def weight(self) -> Float[Tensor, "out in"]:
         """A view of the parameter: what is written into it is written into the model."""
-        stored = getattr(self.module, self.path.rpartition(".")[2])
-        stored = stored if self.expert is None else stored[self.expert]
-        return stored.T if self.transposed else stored
+        return self.part_of(getattr(self.module, self.path.rpartition(".")[2]))
+
+    def part_of(self, stored: Tensor) -> Tensor:
+        """Of a tensor that lies as the parameter does, a view of what belongs to this weight, [out in]."""
+        part = stored if self.expert is None else stored[self.expert]
+        return part.T if self.transposed else part
 
 
 def discover_linears(block: nn.Module, name: str = "block") -> dict[str, Linear]:

@@ -47,7 +47,8 @@ def inspect_model_folder(
     config, problems = inspect_config(folder, where, trust_remote_code)
     if problems:
         return None, problems
-    if convert and not _has_safetensors(folder) and (pickles := pickled_files(folder)):
+    safe = (folder / "model.safetensors").is_file() or (folder / INDEX).is_file()
+    if convert and not safe and (pickles := pickled_files(folder)):
         missing = [file.name for file in pickles if not file.is_file()]
         if missing:
             return None, [f"{where}: {', '.join(missing)} missing, which its index names; copy them too"]
@@ -103,10 +104,6 @@ def only_pickled(where: str, file: str) -> str:
         "tensors alone from .bin files and writes safetensors into outputs/converted; or load it once where you trust "
         "it and write it with save_pretrained(folder)"
     )
-
-
-def _has_safetensors(folder: Path) -> bool:
-    return (folder / "model.safetensors").is_file() or (folder / INDEX).is_file()
 
 
 def saved_dtype(folder: Path) -> str | None:

@@ -2,7 +2,7 @@
 
 Embeddings, final norm and head stay. The modules are built without weights; a block's are read, used and dropped again.
 It works where each tensor can be made of stored ones without the rest of the model (`tensor_sources`); other models are
-loaded whole (`cannot_stream` says why).
+loaded whole (`streamed_sources` says why).
 """
 
 from __future__ import annotations
@@ -137,15 +137,13 @@ def open_streamed(
 ) -> tuple[PreTrainedModel, StreamedWeights]:
     """The model without its blocks' weights, in evaluation mode, and where they lie.
 
-    ValueError: why it cannot be streamed (`cannot_stream`)."""
+    ValueError: why it cannot be streamed (`streamed_sources`)."""
     give_back_large_tensors()
     config, _ = read_config(folder, trust_remote_code)
     wanted = dtype_of(config, dtype, folder)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
-    if reason := keeps_fp32(model):
-        raise ValueError(reason)
-    weights = StreamedWeights(tensor_sources(model, stored_tensors(folder)), wanted, device)
+    weights = StreamedWeights(streamed_sources(model, stored_tensors(folder)), wanted, device)
     path, modules = discover_blocks(model)
     model.load_state_dict(weights.read_outside(f"{path}."), strict=False, assign=True)
     # As from_pretrained does: two that are to be tied but differ stay apart.
@@ -157,22 +155,11 @@ def open_streamed(
     return model.eval().requires_grad_(False), weights
 
 
-def cannot_stream(model: PreTrainedModel, stored: Mapping[str, Stored]) -> str | None:
-    """Why the model must be loaded whole; None: it need not."""
-    if reason := keeps_fp32(model):
-        return reason
-    try:
-        tensor_sources(model, stored)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def keeps_fp32(model: PreTrainedModel) -> str | None:
-    """A reason not to stream it: what of it is in fp32 is known to `from_pretrained` alone."""
+def streamed_sources(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, Source]:
+    """As `tensor_sources`. ValueError, too: what of the model is in fp32 is known to `from_pretrained` alone."""
     if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
-        return f"{type(model).__name__} keeps some modules in fp32"
-    return None
+        raise ValueError(f"{type(model).__name__} keeps some modules in fp32")
+    return tensor_sources(model, stored)
 
 
 def saves_blocks_anew(model: PreTrainedModel) -> bool:

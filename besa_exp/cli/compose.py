@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from hydra import compose
+from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
@@ -43,6 +44,12 @@ class Composer:
     def parser(self) -> OverridesParser:
         """Hydra's own."""
         return OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+
+    @cached_property
+    def repository(self) -> IConfigRepository:
+        """All presets, read once: `get_group_options` of Hydra's loader would read them anew for each key."""
+        loader: Any = GlobalHydra.instance().config_loader()
+        return loader._parse_overrides_and_create_caching_repo(self.config_name, list(self.search_path))[1]
 
     def parse(self, lines: Sequence[str]) -> list[Override]:
         """The lines that can be read and choose no preset that does not exist; the others become problems."""
@@ -78,8 +85,7 @@ class Composer:
 
     def presets(self, group: str) -> list[str]:
         """The presets of a group; none where there is no such group."""
-        loader = GlobalHydra.instance().config_loader()
-        return list(loader.get_group_options(group, ObjectType.CONFIG, self.config_name, list(self.search_path)))
+        return self.repository.get_group_options(group, ObjectType.CONFIG)
 
     def _unparsed(self, line: str, error: OverrideParseException) -> str:
         key, equals, value = line.partition("=")

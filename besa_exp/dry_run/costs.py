@@ -153,14 +153,14 @@ def recovery_cost(probe: BlockProbe, asked: RecoverySettings, num_blocks: int) -
     """Expected of a run; examples of a task have at most as many tokens as a window. The probe's model is left
     pruned."""
     model, seq_len, (in_block, head) = probe.model, asked.seq_len or probe.seq_len, probe.token_seconds
-    steps, (path, modules) = steps_of(asked, seq_len), discover_blocks(model)
-    method, plan, times = method_of(asked, steps), plan_of(asked, steps), num_blocks / len(modules)
+    asked, (path, modules) = replace(asked, seq_len=seq_len), discover_blocks(model)
+    steps, method, plan, times = steps_of(asked), method_of(asked), plan_of(asked), num_blocks / len(modules)
     teacher = copy.deepcopy(model) if follows_dense(asked) else None
     tuner = method.begin(model, _pruned_at_random(probe), asked.seed)
     tokens = max(4, int(SLOW / BACKWARD / (in_block + head)))
     length = min(seq_len, tokens)
     rows = max(1, min(asked.batch_size, tokens // length))
-    objective = objective_of(replace(asked, task=None), method, model, teacher, length)
+    objective = objective_of(replace(asked, task=None, seq_len=length), method, model, teacher)
 
     def step(number: int) -> float:
         windows = torch.randint(0, 2, (rows, length), generator=torch.Generator().manual_seed(number))

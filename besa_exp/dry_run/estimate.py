@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from besa_exp.blocks.activations import activation_bytes
 from besa_exp.checkpoints.load import SHARE_OF_FREE, is_to_stream, model_context, weight_bytes
-from besa_exp.checkpoints.streaming import cannot_stream, saves_blocks_anew
+from besa_exp.checkpoints.streaming import saves_blocks_anew, streamed_sources
 from besa_exp.checkpoints.tensor_sources import stored_tensors
 from besa_exp.dry_run.chips import CHIPS, counted
 from besa_exp.dry_run.costs import Costs, measured
@@ -124,12 +124,16 @@ def _is_streamed(
     notes = [] if there else ["the weights are not on this machine: the run fetches them first, which is not counted"]
     if not is_to_stream(settings.model, there or size.total, device):
         return False, notes
-    reason = cannot_stream(model, stored_tensors(folder)) if folder and there else None
-    if reason and settings.model.load == "streamed":
-        raise ConfigurationError(
-            f"model.load=streamed: {settings.model.path} cannot be streamed ({reason}); set model.load=whole"
-        )
-    return not reason, [*notes, *([f"large, but loaded whole: {reason}"] if reason else [])]
+    try:
+        if folder and there:
+            streamed_sources(model, stored_tensors(folder))
+    except ValueError as error:
+        if settings.model.load == "streamed":
+            raise ConfigurationError(
+                f"model.load=streamed: {settings.model.path} cannot be streamed ({error}); set model.load=whole"
+            ) from error
+        return False, [*notes, f"large, but loaded whole: {error}"]
+    return True, notes
 
 
 def _parts(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -75,10 +74,7 @@ def shared_dense_scores(
 ) -> tuple[Scores, bool]:
     """The scores, and whether they were measured before. `on_wait` is called when another run is measuring them.
 
-    Where `folder` cannot be written to, they are computed; so they are by each process of a distributed run, which
-    must all do the same."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        return compute(), False
+    Where `folder` cannot be written to, they are computed."""
     wanted = json.loads(json.dumps(key))
     path = folder / f"{hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]}.json"
     with _alone(path.with_suffix(".lock"), on_wait):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,21 +62,18 @@ def evaluate(
 
     The global random states, the tokenizer and the weights are left as they were.
     """
-    asked = _Asked(loaded, settings, offline, seed, on_progress, on_count)
-    scores: list[Score] = []
+    if finished and skipping:
+        finished = replace(finished, given={**finished.given, "skipping": skipping.request})
+    asked = _Asked(loaded, settings, offline, seed, on_progress, on_count, finished=finished)
+    with asked.noting(*settings.perplexity_sets, *scored_names(settings)):
+        asked = replace(asked, decided=_decided(asked, skipping))
     common: Mapping[str, Any] = {}
-    try:
-        decided = _decided(asked, skipping)
-    except Unavailable as error:
-        asked.unavailable.update(dict.fromkeys([*settings.perplexity_sets, *scored_names(settings)], str(error)))
-        scores += [perplexity_score(name, None, {}) for name in settings.perplexity_sets]
+    if asked.unavailable:
+        scores = [perplexity_score(name, None, {}) for name in settings.perplexity_sets]
     else:
-        if finished and skipping:
-            finished = replace(finished, given={**finished.given, "skipping": skipping.request})
-        under = replace(asked, finished=finished, decided=decided)
-        scores += _score_sets(under)
+        scores = _score_sets(asked)
         if settings.tasks:
-            common, of_tasks = _score_tasks(under)
+            common, of_tasks = _score_tasks(asked)
             scores += of_tasks
     texts = {} if skipping else _texts(asked)
     return Scores(tuple(scores), asked.unavailable, common, texts=texts, **_speeds(asked))
@@ -104,14 +101,37 @@ class _Asked:
 
         return model_context(self.loaded.model)
 
+    @contextmanager
+    def noting(self, *names: str) -> Iterator[None]:
+        """What raises inside is left there, and its reason is why these are not available."""
+        try:
+            with as_unavailable():
+                yield
+        except Unavailable as error:
+            self.unavailable.update(dict.fromkeys(names, str(error)))
+
+    def measured(
+        self, kind: str, name: str, request: dict[str, Any], measure: Callable[[_Asked, str], tuple[Any, Any]]
+    ) -> tuple[Any, Any] | None:
+        """What `measure` gives of a set or task and its record, or gave before under the same `request`. None: it is
+        not available."""
+        earlier = self.finished.find(kind, name, request) if self.finished else None
+        doing = "perplexity on" if kind == "perplexity" else "zero-shot"
+        self.on_progress(f"{doing} {name}" + (", scored before" if earlier else ""))
+        found = earlier
+        with self.noting(name):
+            found = found or measure(self, name)
+        if found and self.finished and not earlier:
+            self.finished.keep(kind, name, request, found)
+        return found
+
 
 def _decided(asked: _Asked, skipping: Skipping | None) -> Decided | None:
     """What this model skips; None: nothing, or there is nothing to score. Unavailable: it cannot skip."""
     if skipping is None or not (asked.settings.perplexity_sets or asked.settings.tasks):
         return None
     asked.on_progress(f"what skipping={skipping.settings.name} skips")
-    with as_unavailable():
-        decided = decide(asked.loaded, skipping)
+    decided = decide(asked.loaded, skipping)
     if decided.found:
         asked.on_progress(", ".join(f"skipping: {key} {value}" for key, value in decided.found.items()))
     return decided
@@ -132,22 +152,12 @@ def _recorded(
 
 def _score_sets(asked: _Asked) -> list[Score]:
     """The perplexities."""
-    settings, finished, scores = asked.settings, asked.finished, []
+    settings, scores = asked.settings, []
+    request: dict[str, Any] = {"seq_len": settings.seq_len, "column": settings.column}
+    request |= {"max_windows": settings.max_windows} if settings.max_windows else {}
     for source in settings.perplexity_sets:
-        request = {"seq_len": settings.seq_len, "column": settings.column}
-        request |= {"max_windows": settings.max_windows} if settings.max_windows else {}
-        earlier = finished.find("perplexity", source, request) if finished else None
-        asked.on_progress(f"perplexity on {source}" + (", scored before" if earlier else ""))
-        try:
-            with as_unavailable():
-                value, record = earlier or _score_set(asked, source)
-        except Unavailable as error:
-            asked.unavailable[source] = str(error)
-            scores.append(perplexity_score(source, None, {}))
-        else:
-            scores.append(perplexity_score(source, value, record))
-            if finished and not earlier:
-                finished.keep("perplexity", source, request, (value, record))
+        found = asked.measured("perplexity", source, request, _score_set)
+        scores.append(perplexity_score(source, *(found or (None, {}))))
     return scores
 
 
@@ -160,19 +170,14 @@ def _texts(asked: _Asked) -> dict[str, str]:
     lacks = "the model has no tokenizer" if loaded.tokenizer is None else ""
     lacks = "a streamed model would be read again for every token" if loaded.weights is not None else lacks
     asked.on_progress("text samples" + (f": none, {lacks}" if lacks else ""))
-    try:
-        with as_unavailable():
-            if lacks:
-                raise Unavailable(lacks)
-            from besa_exp.evaluation.continuations import continuations
+    with asked.noting(*(["text samples"] if asked.settings.prompts or not lacks else [])):
+        if lacks:
+            raise Unavailable(lacks)
+        from besa_exp.evaluation.continuations import continuations
 
-            said = distributed.from_first(
-                lambda: continuations(loaded.model, loaded.tokenizer, prompts, TOKENS_OF_TEXT)
-            )
-            return dict(zip(prompts, said, strict=True))
-    except Unavailable as error:
-        asked.unavailable.update({"text samples": str(error)} if asked.settings.prompts or not lacks else {})
-        return {}
+        said = distributed.from_first(lambda: continuations(loaded.model, loaded.tokenizer, prompts, TOKENS_OF_TEXT))
+        return dict(zip(prompts, said, strict=True))
+    return {}
 
 
 def _speeds(asked: _Asked) -> dict[str, dict[str, Any]]:
@@ -191,13 +196,9 @@ def _speeds(asked: _Asked) -> dict[str, dict[str, Any]]:
     for part, doing, measure in parts:
         if doing:
             asked.on_progress(doing)
-        try:
-            with as_unavailable():
-                found[part] = found.get(part, {}) | measure()
-        except Unavailable as error:
-            asked.unavailable[part.replace("_", " ")] = str(error)
-            found |= {"speed": {"unavailable": str(error)}} if part == "speed" else {}
-    return found
+        with asked.noting(part.replace("_", " ")):
+            found[part] = found.get(part, {}) | measure()
+    return ({"speed": {"unavailable": asked.unavailable["speed"]}} if "speed" in asked.unavailable else {}) | found
 
 
 def _score_set(asked: _Asked, source: str) -> tuple[float, dict[str, Any]]:
@@ -226,14 +227,8 @@ def _score_set(asked: _Asked, source: str) -> tuple[float, dict[str, Any]]:
         raise Unavailable(
             f"the perplexity is not a finite number ({result.value}): the losses are beyond 709 nats a token"
         )
-    counts = {
-        "num_tokens": result.num_tokens,
-        "num_windows": result.num_windows,
-        "batch_size": result.batch_size,
-        "seq_len": result.seq_len,
-        "tokens_sha256": tokens_sha256(windows),
-    }
-    return result.value, record | counts
+    counts = {name: count for name, count in asdict(result).items() if name != "value"}
+    return result.value, record | counts | {"tokens_sha256": tokens_sha256(windows)}
 
 
 def windows_of(
@@ -268,35 +263,26 @@ def windows_of(
 
 def _score_tasks(asked: _Asked) -> tuple[Mapping[str, Any], list[Score]]:
     """What all tasks have in common, and their scores."""
-    loaded, settings, finished = asked.loaded, asked.settings, asked.finished
+    loaded, settings = asked.loaded, asked.settings
     asked.on_progress("loading lm-eval")
-    tasks, scores = list(scored_names(settings)), []
-    try:
-        with as_unavailable():
-            scored = _harness(asked)
-            common = _tasks_record(asked)
-    except Unavailable as error:
-        asked.unavailable.update(dict.fromkeys(tasks, str(error)))
+    tasks, scores, scored, common = list(scored_names(settings)), [], None, {}
+    with asked.noting(*tasks):
+        scored, common = _harness(asked), _tasks_record(asked)
+    if scored is None:
         return {}, []
     from besa_exp.evaluation.zero_shot import score_task
+
+    def score(asked: _Asked, task: str) -> tuple[Any, Any]:
+        under: dict[str, Any] = {}
+        with _recorded(loaded, asked.decided, under, PADDING):
+            metrics, record = score_task(task, scored, settings, asked.offline, asked.seed)
+        return metrics, {**record, **under}
 
     keys = ("limit", "num_fewshot", "include_path")
     request = {key: getattr(settings, key) for key in keys} | {"seed": asked.seed, "data": settings.data_dir}
     for task in tasks:
-        earlier = finished.find("zero_shot", task, request) if finished else None
-        asked.on_progress(f"zero-shot {task}" + (", scored before" if earlier else ""))
-        try:
-            with as_unavailable():
-                under: dict[str, Any] = {}
-                with _recorded(loaded, None if earlier else asked.decided, under, PADDING):
-                    metrics, record = earlier or astuple(score_task(task, scored, settings, asked.offline, asked.seed))
-                record = {**record, **under}
-        except Unavailable as error:
-            asked.unavailable[task] = str(error)
-            continue
-        scores += task_scores(task, metrics, record)
-        if finished and not earlier:
-            finished.keep("zero_shot", task, request, (metrics, record))
+        if found := asked.measured("zero_shot", task, request, score):
+            scores += task_scores(task, *found)
     return common, scores
 
 

@@ -15,8 +15,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from besa_exp.errors import check_fields, within
-
 Numbers = Int[Tensor, "sample seq"]
 """Of each token its number among the decoded ones, from 0; negative: it belongs to the prompt or pads."""
 Skipped = Bool[Tensor, "sample seq"]
@@ -33,11 +31,6 @@ class FfnSkipping:
     cold_first: int = 1
     cold_last: int = 1
     warm_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        check_fields(self, "skipping", within(least=-1, most=2, note="2 never skips"), "threshold")
-        check_fields(self, "skipping", within(least=1, or_null=True, note="null: up to the last blocks"), "span")
-        check_fields(self, "skipping", within(least=0), "cold_first", "cold_last", "warm_tokens")
 
     def skips(self, block: int, num_blocks: int, left: Numbers, numbers: Numbers) -> Skipped:
         """Where any of the FFNs to skip are `left`, in blocks that are not cold."""
@@ -81,9 +74,6 @@ class RandomSkipping:
     seed: int = 0
     warm_tokens: int = 0
 
-    def __post_init__(self) -> None:
-        check_fields(self, "skipping", within(least=0, most=1), "fraction")
-
     def skips(self, block: int, num_blocks: int, left: Numbers, numbers: Numbers) -> Skipped:
         """By a hash of the three numbers, so that one pass and token by token draw alike."""
         mixed = (numbers.long() + 1) * 2_654_435_761 + (block + 1) * 40_503_551 + (self.seed + 1) * 97_531_357
@@ -104,8 +94,6 @@ def threshold_for(wanted: float, fraction_of: Callable[[float], float]) -> tuple
     """The threshold under which nearest to the `wanted` fraction of FFNs is skipped, of those that bisection tried, and
     that fraction. `fraction_of` computes a pass. The fraction need not fall with the threshold: what is skipped changes
     what comes after; so the nearest of all tried is taken."""
-    if not 0 <= wanted <= 1:
-        raise ValueError(f"skipping.fraction={wanted}: must be in [0, 1]")
     low, high = -1.0, 1.0
     tried = {bound: fraction_of(bound) for bound in (low, high)}
     for _ in range(TRIES):

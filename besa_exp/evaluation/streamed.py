@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -48,58 +49,37 @@ def _sum(
     on_count: OnCount,
 ) -> Float[Tensor, ""]:
     """The sum of the losses of all windows."""
+    batches = windows.to(next(model.parameters()).device).split(batch_size) if len(windows) else ()
     with as_unavailable():
         try:
-            return _sum_of(streamed_logits(model, weights, windows, batch_size, on_count) if len(windows) else ())
+            return _sum_of(logits_of_batches(model, weights, batches, math.inf, on_count), batches)
         except NotAlone as error:
             logger.warning("each block is read again for each of the batches: %s", error)
         with weights.on_demand(model):
-            batches = windows.split(batch_size)
-            return _sum_of((ids, model(input_ids=ids, use_cache=False).logits) for ids in batches)
+            return _sum_of((model(input_ids=ids, use_cache=False).logits for ids in batches), batches)
 
 
-def _sum_of(batches: Iterable[tuple[Tensor, Tensor]]) -> Float[Tensor, ""]:
-    """Of windows with their logits."""
+def _sum_of(logits: Iterable[Tensor], batches: Sequence[Tensor]) -> Float[Tensor, ""]:
     total = torch.zeros((), dtype=torch.float64)
-    for ids, logits in batches:
-        total += sum_of_losses(logits, ids).cpu()
+    for of_batch, ids in zip(logits, batches, strict=True):
+        total += sum_of_losses(of_batch, ids).cpu()
     return total
 
 
 @torch.no_grad()
-def streamed_logits(
+def logits_of_batches(
     model: nn.Module,
     weights: StreamedWeights,
-    windows: Int[Tensor, "window seq"],
-    batch_size: int,
+    batches: Sequence[Int[Tensor, "_window _seq"]],
+    held_bytes: float = HELD_BYTES,
     on_count: OnCount = uncounted,
-) -> Iterator[tuple[Int[Tensor, "window seq"], Float[Tensor, "window seq vocabulary"]]]:
-    """The windows, batch by batch, with the model's logits. NotAlone, before the first: the blocks cannot be called on
-    their own."""
-    blocks = capture_blocks(model, windows)
-    modules = [block.module for block in blocks]
-    hidden = embed(model, blocks, windows, batch_size)
-    for block in weights.resident(blocks):
-        hidden = block.outputs(hidden, batch_size, out=hidden)
-        on_count(block.index + 1, len(blocks), "blocks")
-    check_unwritten(
-        model, modules, windows[:batch_size], [block.arguments(min(batch_size, len(windows))) for block in blocks]
-    )
-    for start in range(0, len(windows), batch_size):
-        ids = windows[start : start + batch_size].to(hidden.device)
-        yield ids, head_logits(model, modules, ids, hidden[start : start + batch_size])
-
-
-@torch.no_grad()
-def logits_of_batches(
-    model: nn.Module, weights: StreamedWeights, batches: Sequence[Int[Tensor, "_window _seq"]]
 ) -> Iterator[Float[Tensor, "_window _seq vocabulary"]]:
     """The model's logits of each batch, in order; the batches may be of any shapes. Each block is read once for as many
-    batches as have HELD_BYTES of hidden states. NotAlone, before the first: the blocks cannot be called on their
+    batches as have `held_bytes` of hidden states. NotAlone, before the first: the blocks cannot be called on their
     own."""
     config: Any = model.config
     state_bytes = config.get_text_config().hidden_size * next(model.parameters()).element_size()
-    for group in _groups(batches, HELD_BYTES // state_bytes):
+    for group in _groups(batches, held_bytes / state_bytes):
         by_shape = {ids.shape: capture_blocks(model, ids) for ids in group}
         states = [embed(model, by_shape[ids.shape], ids, len(ids)) for ids in group]
         first = by_shape[group[0].shape]
@@ -107,12 +87,13 @@ def logits_of_batches(
         for depth, _ in enumerate(weights.resident(first)):
             for ids, hidden in zip(group, states, strict=True):
                 by_shape[ids.shape][depth].outputs(hidden, len(ids), out=hidden)
+            on_count(depth + 1, len(first), "blocks")
         check_unwritten(model, modules, group[0], [block.arguments(len(group[0])) for block in first])
         for ids, hidden in zip(group, states, strict=True):
             yield head_logits(model, modules, ids, hidden)
 
 
-def _groups(batches: Sequence[Tensor], tokens: int) -> Iterator[list[Tensor]]:
+def _groups(batches: Sequence[Tensor], tokens: float) -> Iterator[list[Tensor]]:
     """Batches in order, as many together as have so many tokens, one at least."""
     group: list[Tensor] = []
     for ids in batches:

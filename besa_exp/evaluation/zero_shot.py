@@ -13,7 +13,6 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -36,18 +35,11 @@ from besa_exp.evaluation.task_loading import LoadedTasks, load_task
 from besa_exp.machine import distributed
 from besa_exp.settings import EvaluatorSettings
 
+TaskScore = tuple[dict[str, float], dict[str, Any]]
 logger = logging.getLogger(__name__)
 # lm-eval's decorators hide these two's signatures from a type checker.
 _HFLM: Any = HFLM
 _evaluate: Any = evaluate
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """One task's metrics under lm-eval's own keys, and what identifies the measurement."""
-
-    metrics: dict[str, float]
-    provenance: dict[str, Any]
 
 
 class Harness(_HFLM):
@@ -203,8 +195,9 @@ def harness(
 
 
 def score_task(name: str, model: Harness, settings: EvaluatorSettings, offline: bool, seed: int) -> TaskScore:
-    """Score one task or group. The global random states are left as they were. Raises Unavailable where its data cannot
-    be loaded or used, its choices do not fit the model's context, or the model's logits are not finite.
+    """One task's or group's metrics under lm-eval's own keys, and what identifies the measurement. The global random
+    states are left as they were. Unavailable: its data cannot be loaded or used, its choices do not fit the model's
+    context, or the model's logits are not finite.
 
     lm-eval's `evaluate` is called, not `simple_evaluate`, which would start pip and compilers to describe the machine,
     once for each task; what that sets up before `evaluate` is done here: few-shot examples and seeds."""
@@ -239,7 +232,7 @@ def _task_score(name: str, results: Any, loaded: LoadedTasks, cut: int) -> TaskS
             task: {"documents": count["effective"], **_metrics(results["results"][task])}
             for task, count in zip(loaded.tasks, counts, strict=True)
         }
-    return TaskScore(metrics, provenance)
+    return metrics, provenance
 
 
 def _metrics(found: Mapping[str, Any]) -> dict[str, float]:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,7 @@ def masked_command(arguments: Sequence[str]) -> list[str]:
     return words
 
 
+@cache
 def version_of(package: str) -> str | None:
     """Of an installed package; None: it is not there."""
     try:

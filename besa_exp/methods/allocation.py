@@ -1,4 +1,4 @@
-"""Allocation: how much each row of a block gives up, at a total that is met exactly, and how it is learned.
+"""Allocation: how much each row of a block gives up, at a total that is met exactly.
 
 A block's rows are those of all its linears in order. A cell is what shares one sparsity s: a row, or a linear. A cell
 of n weights gives up n s of them, and
@@ -6,13 +6,12 @@ of n weights gives up n s of them, and
     sum over cells of n s = total
 
 is a plane. `project_to_budget` returns to it, `Rows.counts` rounds to whole numbers on it, `along_budget` gives a
-gradient's part along it, and `descend` walks along it.
+gradient's part along it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,6 @@ from besa_exp.tensors import kernels
 from besa_exp.tensors.masks import keep_by_rank, round_to_total
 
 WAYS, ROUNDS = 32, 8  # of the search for a shift
-SHRINK = 0.4  # of the step size, where the steps that were taken with it did not help
 
 
 def project_to_budget(
@@ -143,44 +141,3 @@ class Rows:
     def keep_masks(self, counts: Mapping[str, Int[Tensor, " _out"]]) -> dict[str, Bool[Tensor, "_out _in"]]:
         """Hard masks: rank >= count."""
         return {name: keep_by_rank(self.ranks[name], counts[name]) for name in self.weights}
-
-
-def descend(
-    parameters: Sequence[tuple[Tensor, float]],
-    batches: Iterable[Tensor],
-    num_steps: int,
-    checks: int,
-    gradient: Callable[[Tensor, int, float], Sequence[Tensor]],
-    project: Callable[[], None],
-    judge: Callable[[], float],
-) -> float:
-    """Adam on `parameters`, each with its first step size, which falls along half a cosine. Returns the judge's loss
-    where they began; they end at the best that it saw.
-
-    A step on the samples of a batch takes `gradient(samples, step, best loss)` and then calls `project`. `checks` times
-    on the way `judge` looks: parameters that do not lower its loss go back to the best, stand still and go on with
-    smaller steps."""
-    tensors = [tensor for tensor, _ in parameters]
-    groups = [{"params": [tensor], "scale": size} for tensor, size in parameters]
-    optimizer = torch.optim.Adam(groups, betas=(0.8, 0.99), eps=1e-30, fused=tensors[0].is_cuda)
-    every = math.ceil(num_steps / checks)
-    best, started = [tensor.detach().clone() for tensor in tensors], judge()
-    best_loss = started
-    for step, samples in zip(range(num_steps), batches, strict=False):
-        for tensor, found in zip(tensors, gradient(samples, step, best_loss), strict=True):
-            tensor.grad = found
-        for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * (1 + math.cos(math.pi * step / num_steps)) / 2
-        optimizer.step()
-        project()
-        if (step + 1) % every and step + 1 < num_steps:
-            continue
-        loss = judge()
-        if loss < best_loss:
-            best, best_loss = [tensor.detach().clone() for tensor in tensors], loss
-            continue
-        for tensor, good, group in zip(tensors, best, optimizer.param_groups, strict=True):
-            tensor.detach().copy_(good)
-            optimizer.state[tensor]["exp_avg"].zero_()
-            group["scale"] *= SHRINK
-    return started

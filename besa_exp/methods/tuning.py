@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden, samples_at
@@ -32,18 +32,17 @@ from besa_exp.blocks.course import Course
 from besa_exp.blocks.linears import find_norms, room_like
 from besa_exp.blocks.probe import num_learned, probe_loss
 from besa_exp.blocks.reports import Step
+from besa_exp.blocks.whole_model import KeepMasks, Weights, batches
 from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
+from besa_exp.methods.descent import SHRINK, adam_on_weights, copied, falling, go_back, take_step
 from besa_exp.tensors.losses import differentiate, token_loss
 from besa_exp.tensors.masks import keep_largest
 
 logger = logging.getLogger(__name__)
-Weights = Mapping[str, Float[Tensor, "_out _in"]]
-KeepMasks = Mapping[str, Bool[Tensor, "_out _in"]]
 Norms = Mapping[str, Float[Tensor, " _size"]]
 NORM_STEP = 0.1  # of a norm's first step size to that of weights: it holds few values, which all tokens share
 WARM_UP = 10  # steps in which the step size rises to its full value
-SHRINK = 0.4  # of the step size, where the steps that were taken with it did not help
 STEP_SIZES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 FIRST_TRIED = 0.01  # of these
 TRIED = 2  # steps with each that is tried
@@ -74,7 +73,7 @@ class Tuning:
 
     def scale(self, step: int, num_steps: int) -> float:
         """The step size at `step`, as a fraction of `lr`."""
-        return min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / num_steps)) / 2
+        return min(1.0, (step + 1) / WARM_UP) * falling(step, num_steps)
 
     def judged(self, num_steps: int, ramp: Ramp | None) -> set[int]:
         """The steps after which the probe judges, the last among them; none before a `ramp` has settled."""
@@ -153,10 +152,10 @@ def tune(
     begin = partial(_State.of, block, weights, keep_masks, tuning.norms)
     lr = tuning.lr or _first_step_size(begin, inputs, targets, tuning, learn)
     state = begin(lr)
-    best, before = state.copy(), state.probe_loss(inputs, targets)
+    best, before = copied([state.optimizer]), state.probe_loss(inputs, targets)
     best_loss, shrunk = before, 1.0
     course = Course(block, on_step)
-    for number, samples in enumerate(_batches(learn, tuning)):
+    for number, samples in zip(range(num_steps), batches(learn, tuning.batch_size, tuning.seed), strict=False):
         own = distributed.own_places(samples)
         scale = shrunk * tuning.scale(number, num_steps)
         state.step(samples_at(inputs, own), samples_at(targets, own), scale, course)
@@ -166,13 +165,13 @@ def tune(
         course.wait()
         loss = state.probe_loss(inputs, targets)
         if loss < best_loss:
-            best, best_loss = state.copy(best), loss
+            best, best_loss = copied([state.optimizer], best), loss
         else:
-            state.go_back(best)
+            go_back([state.optimizer], best)
             shrunk *= SHRINK
         if sparsity is not None:
             state.prune_to(sparsity)
-            best, best_loss = state.copy(best), state.probe_loss(inputs, targets)
+            best, best_loss = copied([state.optimizer], best), state.probe_loss(inputs, targets)
     logger.info("%s: a first step size of %g, %.2g at the end", block.name, lr, lr * shrunk)
     found = state.found()
     weights, norms = ({name: found[name] for name in names} for names in (state.latent, state.norms))
@@ -186,7 +185,8 @@ def _first_step_size(
     def loss_after(lr: float) -> float:
         state = begin(lr)
         course = Course(state.block)
-        for _, samples in zip(range(TRIED), _batches(learn, tuning), strict=False):
+        tried = min(TRIED, tuning.num_steps(learn))
+        for _, samples in zip(range(tried), batches(learn, tuning.batch_size, tuning.seed), strict=False):
             own = distributed.own_places(samples)
             state.step(samples_at(inputs, own), samples_at(targets, own), 1.0, course)
         course.wait()
@@ -212,13 +212,6 @@ def downhill(sizes: Sequence[float], start: float, loss_after: Callable[[float],
     return start
 
 
-def _batches(learn: int, tuning: Tuning) -> Iterator[Tensor]:
-    """The samples of each step."""
-    order = torch.Generator().manual_seed(tuning.seed)
-    for _ in range(tuning.epochs):
-        yield from torch.randperm(learn, generator=order).split(tuning.batch_size)
-
-
 @dataclass
 class _State:
     """A block's weights on their way: `latent` in fp32, what is `kept` of them, its `norms` in fp32 where they are
@@ -237,21 +230,14 @@ class _State:
         latent = {name: weight.detach().float() * keep_masks[name] for name, weight in weights.items()}
         masked = room_like({name: block.linears[name].weight.detach() for name in latent})
         masked = {name: room.requires_grad_() for name, room in masked.items()}
-        groups = [
-            {
-                "params": [weight],
-                "full_lr": lr * float(weight.norm() / keep_masks[name].sum().clamp(min=1).sqrt()),
-            }
-            for name, weight in latent.items()
-        ]
-        norms: dict[str, Tensor] = {}
+        groups, norms = [], {}
         for parameters in find_norms(block.module) if with_norms else ():
             own = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
             size = max(float(value.square().mean().sqrt()) for value in own.values())
-            groups.append({"params": [*own.values()], "full_lr": NORM_STEP * lr * size})
+            groups.append({"params": [*own.values()], "first_lr": NORM_STEP * lr * size})
             masked |= {name: torch.empty_like(parameter).requires_grad_() for name, parameter in parameters.items()}
             norms |= own
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-16, fused=block.device.type == "cuda")
+        optimizer = adam_on_weights(latent, keep_masks, lr, groups)
         return _State(block, latent, norms, dict(keep_masks), masked, optimizer, _sparsity_of(keep_masks))
 
     def step(self, inputs: Hidden, targets: Hidden, scale: float, course: Course) -> None:
@@ -273,10 +259,7 @@ class _State:
                 self.norms[name].grad = summed
             else:
                 self.latent[name].grad = summed * self.keep_masks[name]
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["full_lr"] * scale
-        self.optimizer.step()
-        self.optimizer.zero_grad()  # as large as the weights
+        take_step(self.optimizer, scale)
         course.add(loss, self.sparsity)
 
     @torch.no_grad()
@@ -292,19 +275,6 @@ class _State:
         """The loss of the samples that are not learned from."""
         self._fill()
         return probe_loss(self.block, inputs, targets, self.masked)
-
-    @torch.no_grad()
-    def copy(self, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The weights and norms as they are now, in fp32; in the place of an older copy where one is given."""
-        now = self.latent | self.norms
-        return {name: into[name].copy_(value) if into else value.clone() for name, value in now.items()}
-
-    @torch.no_grad()
-    def go_back(self, to: Mapping[str, Tensor]) -> None:
-        """Become what `copy` gave before, and stand still."""
-        for name, value in (self.latent | self.norms).items():
-            value.copy_(to[name])
-            self.optimizer.state[value]["exp_avg"].zero_()
 
     def found(self) -> dict[str, Tensor]:
         """A copy of the kept weights and the norms in the block's dtype."""

@@ -31,7 +31,7 @@ class Form(Protocol):
     """One tensor of the model as a function of what is trained."""
 
     @property
-    def trained(self) -> Mapping[str, Float[Tensor, ...]]:
+    def trained(self) -> Mapping[str, Float[Tensor, "..."]]:
         """What is trained, in fp32, by its own names; changed in place by the steps."""
         ...
 
@@ -39,7 +39,7 @@ class Form(Protocol):
         """Make the tensor what it is now. Pruned places are 0 before, and stay so."""
         ...
 
-    def gradients(self, gradient: Tensor) -> Mapping[str, Float[Tensor, ...]]:
+    def gradients(self, gradient: Tensor) -> Mapping[str, Float[Tensor, "..."]]:
         """The gradient to `trained`, in fp32, from that to the tensor."""
         ...
 
@@ -50,8 +50,6 @@ class Adam:
     axes and more; norms and biases are spared. `clip`: the greatest norm of the gradient over all that is trained."""
 
     lr: float
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
     decay: float = 0.0
     clip: float | None = 1.0
 
@@ -72,7 +70,7 @@ class Descent:
         spared = [leaf for name, leaf in self.leaves.items() if self._owner(name).dim() <= 1]
         groups = [{"params": decayed, "weight_decay": adam.decay}, {"params": spared, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=adam.lr, betas=adam.betas, eps=adam.eps, fused=True
+            [group for group in groups if group["params"]], lr=adam.lr, betas=(0.9, 0.999), eps=1e-8, fused=True
         )
 
     def step(self, objective: Objective, windows: Windows, number: int, scale: float) -> Taken:

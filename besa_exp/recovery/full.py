@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from besa_exp.blocks.block import discover_blocks
 from besa_exp.recovery.descent import Adam, Descent
-from besa_exp.recovery.keep_bits import KeepBits, without_negative_zeros
+from besa_exp.recovery.keep_bits import KeepBits, kept_values, put_kept
 from besa_exp.recovery.sharded import own, own_keep
 
 
@@ -35,9 +35,7 @@ class Kept:
     @staticmethod
     def of(parameter: Tensor, keep: KeepBits | None) -> Kept:
         """The tensor as it stands."""
-        detached = parameter.detach()
-        values = detached.reshape(-1) if keep is None else keep.gather(detached)
-        return Kept(values.to(torch.float32, copy=True), keep)
+        return Kept(kept_values(parameter.detach(), keep).to(torch.float32, copy=True), keep)
 
     @property
     def trained(self) -> Mapping[str, Tensor]:
@@ -46,15 +44,11 @@ class Kept:
 
     def write(self, parameter: Tensor) -> None:
         """W = values at the kept places."""
-        if self.keep is None:
-            parameter.copy_(without_negative_zeros(self.values.to(parameter.dtype)).view(parameter.shape))
-        else:
-            self.keep.scatter_(self.values, parameter)
+        put_kept(self.values, parameter, self.keep)
 
     def gradients(self, gradient: Tensor) -> Mapping[str, Tensor]:
         """M * dL/dW, gathered."""
-        found = gradient.reshape(-1) if self.keep is None else self.keep.gather(gradient)
-        return {"values": found.to(torch.float32, copy=self.keep is None)}
+        return {"values": kept_values(gradient, self.keep).to(torch.float32, copy=self.keep is None)}
 
 
 @dataclass(frozen=True)
@@ -63,10 +57,6 @@ class Full:
 
     adam: Adam = field(default_factory=lambda: Adam(lr=1e-3))
     embeddings: bool = True
-
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Any model."""
-        return []
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> Descent:
         """All parameters, each tied one once; of a model that is dealt out (`sharded`) the own rows."""

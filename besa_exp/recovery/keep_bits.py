@@ -77,6 +77,19 @@ class KeepBits:
         return (self.bits[:, None] >> shifts & 1).bool().flatten()[: self.numel]
 
 
+def kept_values(dense: Shaped[Tensor, "*shape"], keep: KeepBits | None) -> Shaped[Tensor, " kept"]:
+    """The values at the kept places, in the tensor's dtype; all where `keep` is None."""
+    return dense.reshape(-1) if keep is None else keep.gather(dense)
+
+
+def put_kept(values: Shaped[Tensor, "*_any"], dense: Shaped[Tensor, "*shape"], keep: KeepBits | None) -> None:
+    """Write the values into the kept places of `dense`, or into all. No -0.0 is written."""
+    if keep is None:
+        dense.copy_(without_negative_zeros(values.to(dense.dtype)).view(dense.shape))
+    else:
+        keep.scatter_(values, dense)
+
+
 def without_negative_zeros(values: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """The same numbers, +0.0 where -0.0 was: -0.0 + 0.0 = +0.0 in IEEE 754."""
     return values + 0
@@ -107,16 +120,14 @@ def keep_of_masks(
             if mask is None:
                 continue
             own = f"{path}.{index}.{linear.path}"
-            parameter = module.get_parameter(linear.path)
-            whole = masks.setdefault(own, torch.ones(parameter.shape, dtype=torch.bool))
-            part = whole if linear.expert is None else whole[linear.expert]
-            stored = mask.T if linear.transposed else mask
-            if stored.shape != part.shape:
+            shape = module.get_parameter(linear.path).shape
+            part = linear.part_of(masks.setdefault(own, torch.ones(shape, dtype=torch.bool)))
+            if mask.shape != part.shape:
                 raise ValueError(
-                    f"{own}: the mask has the shape {list(mask.shape)} where the weight has "
-                    f"{list(linear.weight.shape)}; give the masks of the run that pruned this model"
+                    f"{own}: the mask has the shape {list(mask.shape)} where the weight has {list(part.shape)}; give "
+                    "the masks of the run that pruned this model"
                 )
-            part.copy_(stored)
+            part.copy_(mask)
     if left:
         raise ValueError(
             f"masks of {', '.join(sorted(left)[:3])} fit no linear of {type(model).__name__}; give the masks of the "
@@ -134,13 +145,8 @@ def masks_of_keep(
     masks = {}
     for own, linear in linears.items():
         bits = keep.get(f"{name}.{linear.path}")
-        if bits is None:
-            mask = torch.ones(linear.weight.shape, dtype=torch.bool)
-        else:
-            whole = bits.mask()
-            stored = whole if linear.expert is None else whole[linear.expert]
-            mask = stored.T if linear.transposed else stored
-        masks[f"{name}.{own}.weight"] = mask
+        all_kept = torch.ones(linear.weight.shape, dtype=torch.bool)
+        masks[f"{name}.{own}.weight"] = linear.part_of(bits.mask()) if bits else all_kept
     return masks
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from besa_exp.errors import check_fields, within
 from besa_exp.recovery.descent import Adam, Descent, Form
-from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears, without_negative_zeros
+from besa_exp.recovery.keep_bits import KeepBits, kept_values, parameters_of_linears, put_kept
 from besa_exp.recovery.norms import norms_and_biases
 from besa_exp.recovery.schedule import key_of
 
@@ -52,32 +52,20 @@ class Factored:
 
     def write(self, parameter: Tensor) -> None:
         """In fp32, rounded once."""
-        product, base = self.B @ self.A, self.base.float()
-        if self.keep is None:
-            merged = self._merged(base.view(parameter.shape), product)
-            parameter.copy_(without_negative_zeros(merged.to(parameter.dtype)))
-        else:
-            self.keep.scatter_(self._merged(base, self.keep.gather(product)), parameter)
+        product, base = kept_values(self.B @ self.A, self.keep), self.base.float()
+        merged = base * product if self.scaling is None else base + self.scaling * product
+        put_kept(merged, parameter, self.keep)
 
     def gradients(self, gradient: Tensor) -> Mapping[str, Tensor]:
         """To the factors."""
         found, scaling = gradient.float(), 1.0
         if self.scaling is None:
-            found = self._dense_base(gradient) * found
+            dense = torch.zeros_like(found)
+            put_kept(self.base, dense, self.keep)
+            found = dense * found
         else:
             found, scaling = found if self.keep is None else found * self.keep.mask(), self.scaling
         return {"A": self.B.mT @ found * scaling, "B": found @ self.A.mT * scaling}
-
-    def _merged(self, base: Tensor, product: Tensor) -> Tensor:
-        return base * product if self.scaling is None else base + self.scaling * product
-
-    def _dense_base(self, like: Tensor) -> Tensor:
-        """W_0 in fp32."""
-        if self.keep is None:
-            return self.base.view(like.shape).float()
-        dense = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
-        self.keep.scatter_(self.base, dense)
-        return dense
 
 
 @dataclass(frozen=True)
@@ -93,10 +81,6 @@ class Lora:
     def __post_init__(self) -> None:
         check_fields(self, "recovery", within(least=1), "rank")
 
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Any model."""
-        return []
-
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> Descent:
         """A pair of factors for each linear of the blocks, and norms and biases where they are trained too."""
 
@@ -111,7 +95,8 @@ class Lora:
                 A.copy_(uniform(A.shape, key_of("lora", seed, name)).mul_(bound))
                 B.zero_()
             scaling = None if self.alpha is None else self.alpha / self.rank
-            return Factored(kept_of(parameter, keep.get(name)), A, B, keep.get(name), scaling)
+            base = kept_values(parameter.detach(), keep.get(name)).clone()
+            return Factored(base, A, B, keep.get(name), scaling)
 
         forms: dict[str, Form] = {name: form(name, own) for name, own in parameters_of_linears(model).items()}
         return Descent(model, forms | (norms_and_biases(model) if self.norms else {}), self.adam, keep)
@@ -123,12 +108,6 @@ def factors(parameter: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     rank = min(rank, rows, columns)
     A = torch.empty(*stack, rank, columns, dtype=torch.float32, device=parameter.device)
     return A, torch.empty(*stack, rows, rank, dtype=torch.float32, device=parameter.device)
-
-
-def kept_of(parameter: Tensor, keep: KeepBits | None) -> Tensor:
-    """A copy of the kept values, or of all."""
-    detached = parameter.detach()
-    return detached.reshape(-1).clone() if keep is None else keep.gather(detached)
 
 
 def uniform(shape: torch.Size, key: int) -> Tensor:

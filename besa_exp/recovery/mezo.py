@@ -40,35 +40,12 @@ from besa_exp.blocks.head import head_logits
 from besa_exp.checkpoints.streaming import on_demand
 from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
-from besa_exp.recovery.keep_bits import KeepBits, without_negative_zeros
+from besa_exp.recovery.keep_bits import KeepBits, kept_values, put_kept
 from besa_exp.recovery.objective import sequences
 from besa_exp.recovery.schedule import key_of
 from besa_exp.recovery.tuner import Objective, Taken, Windows
 
-Noise = Callable[[int, str, int], Float[Tensor, " kept"]]
-"""z of a step, of the tensor of this name, which has so many kept weights."""
 SIGNS = (1, -1)
-
-
-@dataclass(frozen=True)
-class Mezo:
-    """`decay` spares norms and biases. `together`: how many windows pass a block at once."""
-
-    lr: float = 1e-5
-    eps: float = 1e-3
-    decay: float = 0.0
-    together: int = 8
-
-    def __post_init__(self) -> None:
-        check_fields(self, "recovery", within(above=0), "lr", "eps")
-
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Any model."""
-        return []
-
-    def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> MezoTuner:
-        """All parameters, each tied one once. Steps would be lost in fp16 (`recipe.check_fit`)."""
-        return MezoTuner(model, self, keep, seed)
 
 
 @dataclass(frozen=True)
@@ -81,38 +58,35 @@ class BlockFiles:
 
 
 @dataclass(frozen=True)
-class StreamedMezo:
-    """`Mezo` of a model whose blocks lie in files. Of its tuner `parameters` are those outside the blocks."""
+class Mezo:
+    """`decay` spares norms and biases. `together`: how many windows pass a block at once. `files`: of a streamed
+    model's blocks."""
 
-    settings: Mezo
-    files: BlockFiles
+    lr: float = 1e-5
+    eps: float = 1e-3
+    decay: float = 0.0
+    together: int = 8
+    files: BlockFiles | None = None
 
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Any model."""
-        return []
+    def __post_init__(self) -> None:
+        check_fields(self, "recovery", within(above=0), "lr", "eps")
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> MezoTuner:
-        """With the blocks' pruned weights."""
-        shutil.rmtree(self.files.folder, ignore_errors=True)
-        self.files.folder.mkdir(parents=True)
-        return MezoTuner(model, self.settings, keep, seed, self.files)
+        """All parameters, each tied one once. Steps would be lost in fp16 (`recipe.check_fit`)."""
+        if self.files is not None:
+            shutil.rmtree(self.files.folder, ignore_errors=True)
+            self.files.folder.mkdir(parents=True)
+        return MezoTuner(model, self, keep, seed)
 
 
 class MezoTuner:
-    """A tuner (`tuner.Tuner`)."""
+    """A tuner (`tuner.Tuner`). Of a model whose blocks lie in files `parameters` are those outside the blocks."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: Mezo,
-        keep: Mapping[str, KeepBits],
-        seed: int,
-        files: BlockFiles | None = None,
-    ) -> None:
-        self.model, self.settings, self.keep, self.seed, self.files = model, settings, keep, seed, files
+    def __init__(self, model: nn.Module, settings: Mezo, keep: Mapping[str, KeepBits], seed: int) -> None:
+        self.model, self.settings, self.keep, self.seed, self.files = model, settings, keep, seed, settings.files
         self.parameters = {name: own for name, own in model.named_parameters() if not own.is_meta}
         self.done: dict[str, int] = {}  # steps that the file of each block has taken
-        self.noise: Noise = lambda step, name, count: normal(count, key_of("z", seed, step, name))
+        self.noise = lambda step, name, count: normal(count, key_of("z", seed, step, name))
         self.projected: list[float] = []
         self.rates: list[float] = []
         self.captured: dict[torch.Size, list[Block]] = {}
@@ -157,8 +131,9 @@ class MezoTuner:
             blocks = self._blocks(rows)
             states = self._embedded(blocks, rows, number)
             for block in self._resident(blocks):
+                inside = dict(block.module.named_parameters(prefix=block.name))
                 for sign, hidden in zip(SIGNS, states, strict=True):
-                    with self._perturbed(_named(block), number, sign):
+                    with self._perturbed(inside, number, sign):
                         block.outputs(hidden, self.settings.together, out=hidden)
             for place, (sign, hidden) in enumerate(zip(SIGNS, states, strict=True)):
                 with self._perturbed(self._outside(blocks, self._only_at(entry=True)), number, sign):
@@ -189,7 +164,7 @@ class MezoTuner:
         moved = kept - self.rates[number] * step
         if parameter.dtype == torch.bfloat16:
             moved = rounded_at_random(moved, key_of("rounding", self.seed, number, name))
-        self._put(name, moved, parameter)
+        put_kept(moved, parameter.detach(), self.keep.get(name))
 
     def _resident(self, blocks: list[Block]) -> Iterator[Block]:
         """The blocks in order, each with its weights while it is out."""
@@ -270,7 +245,7 @@ class MezoTuner:
             for name, parameter in parameters.items():
                 moved = self._kept(name, parameter) + sign * self.settings.eps * self._z(number, name, parameter)
                 beside = parameter.detach().clone()
-                self._put(name, moved, beside)
+                put_kept(moved, beside, self.keep.get(name))
                 parameter.data = beside
             yield
         finally:
@@ -283,20 +258,8 @@ class MezoTuner:
 
     def _kept(self, name: str, parameter: Tensor) -> Float[Tensor, " kept"]:
         """The kept values in fp32, or in fp64 where the model is."""
-        dense = parameter.detach()
-        values = self.keep[name].gather(dense) if name in self.keep else dense.reshape(-1)
+        values = kept_values(parameter.detach(), self.keep.get(name))
         return values.to(torch.promote_types(values.dtype, torch.float32))
-
-    def _put(self, name: str, values: Float[Tensor, " kept"], parameter: Tensor) -> None:
-        if name in self.keep:
-            self.keep[name].scatter_(values, parameter.detach())
-        else:
-            parameter.detach().copy_(without_negative_zeros(values.to(parameter.dtype)).view(parameter.shape))
-
-
-def _named(block: Block) -> dict[str, nn.Parameter]:
-    """A block's parameters by their name in the model."""
-    return {f"{block.name}.{name}": parameter for name, parameter in block.module.named_parameters()}
 
 
 def normal(count: int, key: int) -> Float[Tensor, " kept"]:

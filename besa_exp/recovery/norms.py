@@ -22,10 +22,6 @@ class Norms:
 
     adam: Adam = field(default_factory=lambda: Adam(lr=1e-2))
 
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Any model."""
-        return []
-
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> Descent:
         """Norms and biases, wherever they are."""
         return Descent(model, norms_and_biases(model), self.adam, keep)

@@ -13,7 +13,7 @@ of fp32 numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from besa_exp.blocks.block import discover_blocks
 from besa_exp.blocks.head import divergence
 from besa_exp.blocks.linears import replaced_forwards
+from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
 from besa_exp.recovery.tuner import Logits, Windows
 from besa_exp.texts.tasks import Options
@@ -76,36 +77,25 @@ class NextToken:
 
     def __post_init__(self) -> None:
         if (self.distillation.kind != "none") != (self.teacher is not None):
-            raise ValueError(
+            raise ConfigurationError(
                 f"recovery.distill={self.distillation.kind}: a dense model is given exactly where one is followed"
             )
 
     def differentiate(self, windows: Windows) -> tuple[float, float]:
-        """See `tuner.Objective`. The multiple is 1, but in fp16, where a token's part of the gradient is too small."""
-        total = torch.zeros((), dtype=torch.float64)
-        multiple = float(2 ** math.floor(math.log2(windows.numel()))) if self._dtype is torch.float16 else 1.0
+        """See `tuner.Objective`."""
+
+        def losses_of(part: Windows) -> Iterator[tuple[Tensor, None]]:
+            logits, states = called(self.model, part, self.distillation.kind == "squarehead")
+            yield self._of(logits, states, part) / len(windows), None
+
         with checkpointed(self.model) if self.checkpointing else nullcontext():
-            for part in distributed.own_samples(windows).split(self.micro_batch):
-                if len(part):
-                    loss = self._summed(part) / len(windows)
-                    (loss * multiple).backward()
-                    total += loss.detach().double().cpu()
-        return float(distributed.all_sum(total)), multiple
+            return differentiated(self.model, windows, self.micro_batch, losses_of)
 
     def of_logits(self, logits: Logits, windows: Windows) -> Float[Tensor, ""]:
         """See `tuner.Objective`. ValueError: more than logits is followed."""
         if self.distillation.kind == "squarehead":
             raise ValueError("recovery.distill=squarehead: needs hidden states, which this method has not; use logits")
         return self._of(logits, (), windows)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
-
-    def _summed(self, windows: Windows) -> Float[Tensor, ""]:
-        """The sum over windows of the loss of each."""
-        logits, states = called(self.model, windows, self.distillation.kind == "squarehead")
-        return self._of(logits, states, windows)
 
     def _of(self, logits: Logits, states: tuple[Tensor, ...], windows: Windows) -> Float[Tensor, ""]:
         windows = windows.to(logits.device)
@@ -120,6 +110,25 @@ class NextToken:
         else:
             apart = torch.stack([square_head(*pair).sum() for pair in zip(dense_states, states, strict=True)]).mean()
         return distillation.task_weight * loss + distillation.weight * apart
+
+
+def differentiated(
+    model: nn.Module,
+    windows: Windows,
+    micro_batch: int,
+    losses_of: Callable[[Windows], Iterable[tuple[Float[Tensor, ""], Sequence[nn.Parameter] | None]]],
+) -> tuple[float, float]:
+    """See `tuner.Objective`: the sum of the losses of all parts of the windows, with what learns from each; None: all.
+    The multiple is 1, but in fp16, where a number's part of the gradient is too small."""
+    is_half = next(model.parameters()).dtype is torch.float16
+    multiple = float(2 ** math.floor(math.log2(windows.numel()))) if is_half else 1.0
+    total = torch.zeros((), dtype=torch.float64)
+    for part in distributed.own_samples(windows).split(micro_batch):
+        if len(part):
+            for loss, learning in losses_of(part):
+                (loss * multiple).backward(inputs=learning)
+                total += loss.detach().double().cpu()
+    return float(distributed.all_sum(total)), multiple
 
 
 def called(model: Any, windows: Windows, with_states: bool) -> tuple[Logits, tuple[Tensor, ...]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,18 +11,18 @@ from torch import nn
 
 from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.blocks.units import sub_blocks
-from besa_exp.errors import RunError, did_you_mean
+from besa_exp.errors import ConfigurationError, RunError, did_you_mean
 from besa_exp.machine import distributed
 from besa_exp.recovery.descent import Adam
 from besa_exp.recovery.full import Full
 from besa_exp.recovery.lora import Lora
 from besa_exp.recovery.mezo import Mezo
 from besa_exp.recovery.norms import Norms
-from besa_exp.recovery.objective import TASK_LOSSES, Distillation, Losses, NextToken, next_token_losses
+from besa_exp.recovery.objective import TASK_LOSSES, Distillation, NextToken, next_token_losses
 from besa_exp.recovery.reconstruction import Blocks, Reconstruction
 from besa_exp.recovery.schedule import Schedule
 from besa_exp.recovery.sketch import Sketch
-from besa_exp.recovery.sparsegrad import SparseGrad
+from besa_exp.recovery.sparsegrad import SparseGrad, no_zero_stays
 from besa_exp.recovery.spiel import Spiel
 from besa_exp.recovery.tuner import Method, Objective
 from besa_exp.recovery.tuning import Plan
@@ -50,14 +49,15 @@ OWN_KEYS = {
 }  # what each takes beside AdamW's
 
 
-def steps_of(asked: RecoverySettings, seq_len: int) -> int:
+def steps_of(asked: RecoverySettings) -> int:
     """How many there are: those that see `tokens`, where that is said."""
     if asked.tokens is None:
         return asked.steps
-    return max(1, math.ceil(asked.tokens / (asked.batch_size * seq_len)))
+    assert asked.seq_len is not None
+    return max(1, math.ceil(asked.tokens / (asked.batch_size * asked.seq_len)))
 
 
-def method_of(asked: RecoverySettings, steps: int) -> Method:
+def method_of(asked: RecoverySettings) -> Method:
     """The method, with a step size to begin the search with where none is given. ValueError: there is none of this
     name, or it refuses a value."""
     if asked.name not in OWN_KEYS:
@@ -71,7 +71,7 @@ def method_of(asked: RecoverySettings, steps: int) -> Method:
         raise ValueError(f"recovery.clip={asked.clip:g}: recovery={asked.name} clips no gradient; set it to null")
     if asked.name == "mezo":
         return Mezo(together=asked.micro_batch, **own)
-    return Spiel(steps=steps, **own)
+    return Spiel(steps=steps_of(asked), **own)
 
 
 def step_size(method: Any) -> float:
@@ -79,12 +79,11 @@ def step_size(method: Any) -> float:
     return method.adam.lr if hasattr(method, "adam") else method.lr
 
 
-def plan_of(asked: RecoverySettings, steps: int) -> Plan:
-    """The plan of so many steps. ValueError: a value that it refuses."""
+def plan_of(asked: RecoverySettings) -> Plan:
+    """The plan of all steps. ValueError: a value that it refuses."""
     if not 0 <= asked.warm_up < 1:
         raise ValueError(f"recovery.warm_up={asked.warm_up:g}: is the share of the steps, from 0 to below 1")
-    if asked.checks < 1:
-        raise ValueError(f"recovery.checks={asked.checks}: must be at least 1")
+    steps = steps_of(asked)
     schedule = Schedule(steps, int(asked.warm_up * steps), asked.schedule)
     trial = math.ceil(TRIAL * steps) if asked.lr is None else 0
     return Plan(schedule, asked.batch_size, math.ceil(steps / asked.checks), asked.micro_batch, asked.seed, trial)
@@ -95,26 +94,20 @@ def distillation_of(asked: RecoverySettings) -> Distillation:
     return Distillation(asked.distill, asked.distill_weight, asked.task_weight, asked.temperature)
 
 
-def losses_of(asked: RecoverySettings) -> Losses:
-    """The loss of each window, or of each example of the task."""
-    return next_token_losses if asked.task is None else TASK_LOSSES[asked.task_loss]
-
-
 def follows_dense(asked: RecoverySettings) -> bool:
     """Whether the dense model is needed beside the pruned one."""
     return asked.name == "blocks" or asked.distill != "none"
 
 
-def objective_of(
-    asked: RecoverySettings, method: Method, model: nn.Module, teacher: nn.Module | None, seq_len: int
-) -> Objective:
-    """What is minimised. ValueError: a dense model is not given exactly where one is followed, or has other blocks."""
+def objective_of(asked: RecoverySettings, method: Method, model: nn.Module, teacher: nn.Module | None) -> Objective:
+    """What is minimised. ConfigurationError: a dense model is missing, not asked for, or has other blocks."""
     if not isinstance(method, Blocks):
-        distillation, losses = distillation_of(asked), losses_of(asked)
-        return NextToken(model, distillation, teacher, asked.micro_batch, asked.checkpointing, losses)
+        losses = next_token_losses if asked.task is None else TASK_LOSSES[asked.task_loss]
+        return NextToken(model, distillation_of(asked), teacher, asked.micro_batch, asked.checkpointing, losses)
     if teacher is None:
-        raise ValueError("recovery=blocks: the dense model is needed too, whose states are followed")
-    return Reconstruction.of(model, teacher, method.scope, asked.micro_batch, seq_len)
+        raise ConfigurationError("recovery=blocks: the dense model is needed too, whose states are followed")
+    assert asked.seq_len is not None
+    return Reconstruction.of(model, teacher, method.scope, asked.micro_batch, asked.seq_len)
 
 
 def check_fit(asked: RecoverySettings, model: nn.Module) -> list[str]:
@@ -142,7 +135,6 @@ def check_recovery(
     asked: RecoverySettings,
     sparsity: float,
     pattern: str,
-    seq_len: int,
     context: int | None,
     quantised: bool = False,
     blocks_removed: bool = False,
@@ -153,27 +145,23 @@ def check_recovery(
         problems = check_task(asked.task, asked.path) + _check_task_loss(asked)
     else:
         problems = check_source(asked.path, "recovery.path", "calibration", asked.column) if asked.path else []
-    for name in ("batch_size", "micro_batch", "held_out", "steps", "tokens", "shots", "tested"):
+    for name in ("batch_size", "micro_batch", "held_out", "steps", "tokens", "shots", "tested", "checks"):
         if (value := getattr(asked, name)) is not None and value < 1:
             problems.append(f"recovery.{name}={value}: must be at least 1")
-    if seq_len < 2 or (context is not None and seq_len > context):
-        problems.append(f"recovery.seq_len={seq_len}: must be from 2 to the model's context, {context or 'as it is'}")
-    if asked.name == "mezo" and asked.distill == "squarehead":
-        problems.append("recovery.distill=squarehead: needs hidden states, which mezo has not; use logits")
-    if asked.shard and asked.name != "full":
-        problems.append("recovery.shard=true: is for recovery=full; the other methods hold little beside the model")
-    problems += _check_followed(asked, blocks_removed)
-    if quantised and asked.name != "norms":
+    assert asked.seq_len is not None
+    if asked.seq_len < 2 or (context is not None and asked.seq_len > context):
         problems.append(
-            f"recovery={asked.name}: moves weights off the few values that they are rounded to; use recovery=norms"
+            f"recovery.seq_len={asked.seq_len}: must be from 2 to the model's context, {context or 'as it is'}"
         )
+    problems += _check_method(asked, sparsity, pattern, quantised) + _check_followed(asked, blocks_removed)
     if problems:
         return problems
-    steps = steps_of(asked, seq_len)
-    found = [_refused(lambda: plan_of(asked, steps)), _refused(lambda: distillation_of(asked))]
-    refused = _refused(lambda: method_of(asked, steps))
-    found += [refused] if refused else [method_of(asked, steps).check(sparsity, pattern)]
-    return [problem for problems in found for problem in problems]
+    for make in (plan_of, distillation_of, method_of):
+        try:
+            make(asked)
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _check_dealt_out(asked: RecoverySettings) -> list[str]:
@@ -205,6 +193,25 @@ def _check_task_loss(asked: RecoverySettings) -> list[str]:
     return problems
 
 
+def _check_method(asked: RecoverySettings, sparsity: float, pattern: str, quantised: bool) -> list[str]:
+    problems = []
+    if asked.name == "mezo" and asked.distill == "squarehead":
+        problems.append("recovery.distill=squarehead: needs hidden states, which mezo has not; use logits")
+    if asked.shard and asked.name != "full":
+        problems.append("recovery.shard=true: is for recovery=full; the other methods hold little beside the model")
+    if asked.name == "sparsegrad" and sparsity > 0:
+        problems.append(no_zero_stays(sparsity))
+    if asked.name == "spiel" and asked.exchange and pattern != "unstructured":
+        problems.append(
+            f"recovery.exchange=true: moves zeros about, so that {pattern} is lost; set recovery.exchange=false"
+        )
+    if quantised and asked.name != "norms":
+        problems.append(
+            f"recovery={asked.name}: moves weights off the few values that they are rounded to; use recovery=norms"
+        )
+    return problems
+
+
 def _check_followed(asked: RecoverySettings, blocks_removed: bool) -> list[str]:
     by_blocks = asked.name == "blocks"
     problems = []
@@ -220,11 +227,3 @@ def _check_followed(asked: RecoverySettings, blocks_removed: bool) -> list[str]:
             "recovery.distill=logits"
         )
     return problems
-
-
-def _refused(make: Callable[[], object]) -> list[str]:
-    try:
-        make()
-    except ValueError as error:
-        return [str(error)]
-    return []

@@ -13,7 +13,6 @@ model beside one of `full`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -23,11 +22,11 @@ from torch import Tensor, nn
 
 from besa_exp.blocks.block import Block, Hidden, capture_blocks, discover_blocks, embed
 from besa_exp.blocks.units import sub_blocks, units
-from besa_exp.errors import check_fields, one_of
-from besa_exp.machine import distributed
+from besa_exp.errors import ConfigurationError, check_fields, one_of
 from besa_exp.recovery.descent import Adam, Descent
 from besa_exp.recovery.full import Kept
 from besa_exp.recovery.keep_bits import KeepBits
+from besa_exp.recovery.objective import differentiated
 from besa_exp.recovery.tuner import Logits, Windows
 from besa_exp.tensors.losses import token_errors
 
@@ -44,10 +43,6 @@ class Blocks:
 
     def __post_init__(self) -> None:
         check_fields(self, "recovery", one_of(*BLOCKS_OF), "scope")
-
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Any model."""
-        return []
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> Descent:
         """Each parameter inside a block."""
@@ -80,35 +75,33 @@ class Reconstruction:
 
     @staticmethod
     def of(model: nn.Module, teacher: nn.Module, scope: str, micro_batch: int, seq_len: int) -> Reconstruction:
-        """`scope` is one of BLOCKS_OF. ValueError: the dense model has other blocks; RunError: a block's attention and
-        MLP cannot be parted."""
+        """`scope` is one of BLOCKS_OF. ConfigurationError: the dense model has other blocks; RunError: a block's
+        attention and MLP cannot be parted."""
         shape = torch.zeros(micro_batch, seq_len, dtype=torch.long)
         together = BLOCKS_OF[scope]
         tuned, dense = (units(capture_blocks(side, shape), together) for side in (model, teacher))
         if len(tuned) != len(dense):
-            raise ValueError(
+            raise ConfigurationError(
                 "recovery=blocks: the dense model has not as many blocks as the pruned one; use recovery=full"
             )
         pairs = zip(tuned, dense, strict=True)
         first = [tuned[0].layers[0], dense[0].layers[0]]
         sample = embed(model, first[:1], shape[:1], 1)
-        groups = [_parted(*pair, sample) if scope == "sub_block" else _whole(*pair) for pair in pairs]
+        if scope == "sub_block":
+            groups = [_parted(*pair, sample) for pair in pairs]
+        else:
+            groups = [[Window(*pair, [*pair[0].module.parameters()])] for pair in pairs]
         return Reconstruction(model, teacher, first, groups, micro_batch)
 
     def differentiate(self, windows: Windows) -> tuple[float, float]:
-        """See `tuner.Objective`. The multiple is 1, but in fp16, where a number's part of the gradient is too small."""
-        dtype = next(self.model.parameters()).dtype
-        multiple = float(2 ** math.floor(math.log2(windows.numel()))) if dtype is torch.float16 else 1.0
+        """See `tuner.Objective`."""
         share = 1 / (windows.numel() * sum(map(len, self.groups)))
-        total = torch.zeros((), dtype=torch.float64)
-        for part in distributed.own_samples(windows).split(self.micro_batch):
-            if len(part):
-                for errors, learning in self._errors(part):
-                    own = [parameter for parameter in learning if parameter.requires_grad]
-                    loss = errors.sum() * share
-                    (loss * multiple).backward(inputs=own)
-                    total += loss.detach().double().cpu()
-        return float(distributed.all_sum(total)), multiple
+
+        def losses_of(part: Windows) -> Iterator[tuple[Tensor, list[nn.Parameter]]]:
+            for errors, learning in self._errors(part):
+                yield errors.sum() * share, [parameter for parameter in learning if parameter.requires_grad]
+
+        return differentiated(self.model, windows, self.micro_batch, losses_of)
 
     def of_logits(self, logits: Logits, windows: Windows) -> Float[Tensor, ""]:
         """ValueError: this is no loss of logits."""
@@ -125,10 +118,6 @@ class Reconstruction:
                     targets = window.dense(expected)
                 yield token_errors(reached, targets), window.learning
             states, expected = reached.detach(), targets
-
-
-def _whole(tuned: Block, dense: Block) -> list[Window]:
-    return [Window(tuned, dense, [*tuned.module.parameters()])]
 
 
 def _parted(tuned: Block, dense: Block, sample: Hidden) -> list[Window]:

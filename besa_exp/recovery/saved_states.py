@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class SavedStates:
         newest = self._newest()
         number, slot = (newest[0]["number"] + 1, 1 - SLOTS.index(newest[1])) if newest else (0, 0)
         weights, description = self._files(SLOTS[slot])
-        try:
+        with self._telling():
             self._save(weights, tensors)
             content = {
                 "number": number,
@@ -52,18 +53,14 @@ class SavedStates:
                 "record": dict(record),
             }
             atomic.write_text(description, json.dumps(content) + "\n")
-        except (OSError, SafetensorError) as error:
-            raise self._not_written(error) from error
         self._drop_unnamed()
 
     def write_best(self, step: int, tensors: Mapping[str, Tensor]) -> str:
         """Keep the weights after `step` steps; the name to give to `write`. RunError: as there."""
         name = f"best-{step:08d}.safetensors"
         if distributed.is_first():
-            try:
+            with self._telling():
                 self._save(self.folder / name, tensors)
-            except (OSError, SafetensorError) as error:
-                raise self._not_written(error) from error
         return name
 
     def read(self) -> Saved | None:
@@ -119,11 +116,15 @@ class SavedStates:
             if file.name not in named:
                 file.unlink()
 
-    def _not_written(self, error: Exception) -> RunError:
-        return RunError(
-            f"the state of the tuning could not be written to {self.folder} ({error}); the one before is kept: make "
-            "space and give the same command again"
-        )
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"the state of the tuning could not be written to {self.folder} ({error}); the one before is kept: "
+                "make space and give the same command again"
+            ) from error
 
 
 def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

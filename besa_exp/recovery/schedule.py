@@ -17,20 +17,14 @@ SHAPES = ("constant", "linear", "cosine")
 @dataclass(frozen=True)
 class Schedule:
     """The factor of the step size over `steps` steps: it rises linearly over `warm_up` of them, then falls by `shape`
-    to `last` of its full value."""
+    to 0."""
 
     steps: int
     warm_up: int = 0
     shape: str = "cosine"
-    last: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"recovery.steps={self.steps}: must be at least 1")
-        if not 0 <= self.warm_up < self.steps:
-            raise ValueError(
-                f"recovery.warm_up={self.warm_up}: must be at least 0 and less than the {self.steps} steps there are"
-            )
+        assert 0 <= self.warm_up < self.steps
         if self.shape not in SHAPES:
             raise ValueError(f"recovery.schedule={self.shape}: must be one of {', '.join(SHAPES)}")
 
@@ -41,8 +35,7 @@ class Schedule:
         if self.shape == "constant":
             return 1.0
         done = (step - self.warm_up) / (self.steps - self.warm_up)
-        falling = 1 - done if self.shape == "linear" else (1 + math.cos(math.pi * done)) / 2
-        return self.last + (1 - self.last) * falling
+        return 1 - done if self.shape == "linear" else (1 + math.cos(math.pi * done)) / 2
 
 
 def key_of(*words: object) -> int:

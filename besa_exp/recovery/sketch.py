@@ -3,9 +3,8 @@
     W[i, j] = table[i, code[i, j]];   dL/dtable[i, c] = sum of dL/dW[i, j] over the places with code c
 
 SpaLLM, later SketchTune (Zhang et al., arXiv 2410.06364). A row's table of 2^b values is a weighted k-means of its kept
-weights, the weight of input j the power -4 of U_jj, the diagonal of the upper Cholesky factor of the inverse Hessian
-(LeanQuant, arXiv 2407.10032). Codes are chosen column by column: the nearest entry, whose error is made up for in later
-columns as in SparseGPT. Then codes stand still, and the tables are trained in fp32.
+weights; here all inputs weigh alike, where LeanQuant (arXiv 2407.10032) takes them by their Hessian. A code is that of
+the nearest entry. Then codes stand still, and the tables are trained in fp32.
 
 On a pruned linear entry 0 is 0 and is not trained, and it is the code of each pruned weight and of no other: a joint
 sparse and quantised tuning. What is saved are plain weights, of at most 2^b values a row.
@@ -21,11 +20,10 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from besa_exp.recovery.descent import Adam, Descent, Form
-from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears, without_negative_zeros
+from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears, put_kept
 from besa_exp.recovery.norms import norms_and_biases
 
 BITS = range(2, 5)
-EXPONENT = 4  # of 1 / U_jj (LeanQuant)
 ITERATIONS = 1000
 ROWS = 256  # that are clustered together
 SMALLEST = torch.finfo(torch.float64).tiny
@@ -48,8 +46,7 @@ class Looked:
 
     def write(self, parameter: Tensor) -> None:
         """Gather, rounded once."""
-        weight = self.table.gather(1, self.codes.long())
-        parameter.copy_(without_negative_zeros(weight.to(parameter.dtype)).view(parameter.shape))
+        put_kept(self.table.gather(1, self.codes.long()), parameter, None)
 
     def gradients(self, gradient: Tensor) -> Mapping[str, Tensor]:
         """Sums over the places of each entry."""
@@ -62,21 +59,15 @@ class Looked:
 
 @dataclass(frozen=True)
 class Sketch:
-    """`bits` b. Without Hessians all inputs weigh alike and codes are the nearest entries. `norms`: norms and biases
-    are trained beside the tables."""
+    """`bits` b. `norms`: norms and biases are trained beside the tables."""
 
     adam: Adam = field(default_factory=lambda: Adam(lr=1e-3))
     bits: int = 4
     norms: bool = True
-    factors: Mapping[str, Float[Tensor, "_in _in"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ValueError(f"recovery.bits={self.bits}: must be from {BITS.start} to {BITS.stop - 1}")
-
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Any model."""
-        return []
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> Descent:
         """Tables for each linear of the blocks; the model holds the sketched weights from now on."""
@@ -84,60 +75,37 @@ class Sketch:
         for name, parameter in parameters_of_linears(model).items():
             weight = parameter.detach().reshape(-1, parameter.shape[-1]).float()
             mask = keep[name].mask().view(weight.shape) if name in keep else None
-            factor = self.factors.get(name)
-            table = tables(weight, mask, self.bits, None if factor is None else factor.diagonal().pow(-EXPONENT))
-            form = Looked(table, sketch_codes(weight, table, mask, factor), frozen=mask is not None)
+            table = tables(weight, mask, self.bits)
+            form = Looked(table, sketch_codes(weight, table, mask), frozen=mask is not None)
             forms[name] = form
             form.write(parameter.detach())
         return Descent(model, forms | (norms_and_biases(model) if self.norms else {}), self.adam, keep)
 
 
-def tables(
-    weight: Float[Tensor, "out in"],
-    keep_mask: Bool[Tensor, "out in"] | None,
-    bits: int,
-    importances: Float[Tensor, " in"] | None = None,
-) -> Table:
-    """2^b values of each row by weighted k-means, rising. With a mask entry 0 is 0 and the others are of the
-    kept weights alone.
-
-    minimises sum_j importance_j (w_j - nearest value)^2 of each row."""
-    shares = torch.ones_like(weight) if importances is None else importances.to(weight.dtype).expand_as(weight).clone()
-    count = 1 << bits
+def tables(weight: Float[Tensor, "out in"], keep_mask: Bool[Tensor, "out in"] | None, bits: int) -> Table:
+    """2^b values of each row by k-means, rising. With a mask entry 0 is 0 and the others are of the kept weights
+    alone."""
     if keep_mask is None:
-        return _clustered(weight, shares, count)
-    values = _clustered(weight, shares.masked_fill_(~keep_mask, 0), count - 1)
+        return clustered(weight, torch.ones_like(weight), 1 << bits)
+    values = clustered(weight, keep_mask.to(weight.dtype), (1 << bits) - 1)
     return torch.cat([torch.zeros_like(values[:, :1]), values], dim=1)
 
 
-def sketch_codes(
-    weight: Float[Tensor, "out in"],
-    table: Table,
-    keep_mask: Bool[Tensor, "out in"] | None,
-    factor: Float[Tensor, "in in"] | None = None,
-) -> Codes:
-    """The nearest entry of each weight, ties to the first; with `factor` U, column by column, the error (w - q) / U_jj
-    made up for in later columns. Pruned weights have code 0, others another."""
-    left = weight.clone()
+def sketch_codes(weight: Float[Tensor, "out in"], table: Table, keep_mask: Bool[Tensor, "out in"] | None) -> Codes:
+    """The nearest entry of each weight, ties to the first. Pruned weights have code 0, others another."""
     codes = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
     first = 0 if keep_mask is None else 1
-    for column in range(weight.shape[1]):
-        distances = (table[:, first:] - left[:, column, None]).abs()
-        nearest = (distances.argmin(dim=1) + first).to(torch.uint8)
-        if keep_mask is not None:
-            nearest = nearest * keep_mask[:, column]
-        codes[:, column] = nearest
-        if factor is not None:
-            chosen = table.gather(1, nearest.long()[:, None])[:, 0]
-            error = (left[:, column] - chosen) / factor[column, column]
-            left[:, column + 1 :] -= error[:, None] * factor[column, column + 1 :]
-    return codes
+    for column in range(weight.shape[1]):  # all at once would take 2^b times the weight's memory
+        codes[:, column] = (table[:, first:] - weight[:, column, None]).abs().argmin(dim=1) + first
+    return codes if keep_mask is None else codes * keep_mask
 
 
-def _clustered(values: Float[Tensor, "out in"], shares: Float[Tensor, "out in"], count: int) -> Table:
-    """Begun by density, each edge goes to the best place between its neighbours, which Lloyd's steps need not find.
-    Where none moves any more the two clusters that cost least to join make room for the split that gains most, while
-    that lowers the error."""
+def clustered(values: Float[Tensor, "out in"], shares: Float[Tensor, "out in"], count: int) -> Table:
+    """`count` values of each row that make sum share (value - nearest)^2 small, rising.
+
+    Begun by density, each edge goes to the best place between its neighbours, which Lloyd's steps need not find. Where
+    none moves any more the two clusters that cost least to join make room for the split that gains most, while that
+    lowers the error."""
     rows = zip(values.double().split(ROWS), shares.double().split(ROWS), strict=True)
     return torch.cat([_Rows.of(*part).clustered(count) for part in rows]).to(values.dtype)
 

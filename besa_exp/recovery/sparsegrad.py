@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from besa_exp.errors import check_fields, within
 from besa_exp.recovery.descent import Adam, Descent
 from besa_exp.recovery.gradients import taking_gradients
-from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears, without_negative_zeros
+from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears, put_kept, sparsity_of
 from besa_exp.recovery.tuner import Objective, Taken, Windows
 
 Matrix = Float[Tensor, "out in"]
@@ -46,24 +46,19 @@ class SparseGrad:
         check_fields(self, "recovery", within(above=0, most=1), "share")
         check_fields(self, "recovery", within(least=1), "gather")
 
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Dense models alone."""
-        if sparsity > 0:
-            return [
-                "recovery=sparsegrad: each of its steps moves all weights of a linear, so that none of the "
-                f"{sparsity:.0%} zeros of this model would stay; use recovery=full or lora"
-            ]
-        return []
-
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> SparseGradTuner:
         """ValueError: the model is pruned, or has no linear of these kinds."""
         if keep:
-            raise ValueError(
-                self.check(
-                    sum(b.numel - b.count for b in keep.values()) / sum(b.numel for b in keep.values()), "unstructured"
-                )[0]
-            )
+            raise ValueError(no_zero_stays(sparsity_of(model, keep)))
         return SparseGradTuner(model, self)
+
+
+def no_zero_stays(sparsity: float) -> str:
+    """Why a pruned model is not tuned so."""
+    return (
+        "recovery=sparsegrad: each of its steps moves all weights of a linear, so that none of the "
+        f"{sparsity:.0%} zeros of this model would stay; use recovery=full or lora"
+    )
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,7 @@ class Rotated:
 
     def write(self, parameter: Tensor) -> None:
         """P W~ Q^T."""
-        parameter.copy_(without_negative_zeros((self.P @ self.rotated @ self.Q.T).to(parameter.dtype)))
+        put_kept(self.P @ self.rotated @ self.Q.T, parameter, None)
 
     def gradients(self, gradient: Tensor) -> Mapping[str, Tensor]:
         """The largest entries of P^T G Q."""

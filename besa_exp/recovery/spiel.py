@@ -24,7 +24,6 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -64,14 +63,6 @@ class Spiel:
         check_fields(self, "recovery", within(least=1, most=self.reselect - 2, note="recovery.reselect - 2"), "gather")
         if self.exchange and self.selection == "sm3":
             raise ValueError("recovery.exchange=true: needs recovery.selection=ag; sm3 knows nothing of pruned places")
-
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Exchanged zeros break N:M."""
-        if self.exchange and pattern != "unstructured":
-            return [
-                f"recovery.exchange=true: moves zeros about, so that {pattern} is lost; set recovery.exchange=false"
-            ]
-        return []
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> SpielTuner:
         """Entries drawn uniformly from the kept places of each linear. For one process (`recipe.check_fit`)."""
@@ -139,9 +130,8 @@ class SpielTuner:
         self.gradients: dict[str, Entries] = {}
         self.at_candidates: dict[str, Tensor] = {}
         self.gathering = False
-        counts = entries_of(
-            {name: p.numel() for name, p in self.parameters.items()}, settings.density, num_parameters(model)
-        )
+        sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
+        counts = entries_of(sizes, settings.density, sum(parameter.numel() for parameter in model.parameters()))
         self.tuned = {
             name: Tuned.at(drawn_places(parameter, keep.get(name), counts[name], key_of(seed, name)), _flat(parameter))
             for name, parameter in self.parameters.items()
@@ -152,7 +142,6 @@ class SpielTuner:
         self.gathering = self.settings.selection == "ag" and self.settings.gathers_at(number)
         with taking_gradients(self.parameters, self._take):
             loss, multiple = objective.differentiate(windows)
-        squares = 0.0
         for gathered in (self.gradients, self.at_candidates):
             for gradient in gathered.values():
                 gradient.div_(multiple)
@@ -263,11 +252,6 @@ def entries_of(sizes: Mapping[str, int], density: float, parameters: int) -> dic
     """k of each linear: floor(N |W| / sum |W|), N = floor(density * parameters)."""
     every, total = math.floor(density * parameters), sum(sizes.values())
     return {name: every * size // total for name, size in sizes.items()}
-
-
-def num_parameters(model: Any) -> int:
-    """Of all tensors, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def drawn_places(parameter: Tensor, keep: KeepBits | None, count: int, key: int) -> Places:

@@ -77,10 +77,6 @@ class Tuner(Protocol):
 class Method(Protocol):
     """The settings of a method."""
 
-    def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Why the method is not for a model of this sparsity and pattern, in complete sentences."""
-        ...
-
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> Tuner:
         """A tuner of the model, whose zeros `keep` names."""
         ...

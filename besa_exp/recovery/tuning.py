@@ -14,21 +14,20 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from besa_exp.errors import check_fields, within
 from besa_exp.methods.tuning import downhill
 from besa_exp.recovery.keep_bits import KeepBits
-from besa_exp.recovery.objective import Losses, mean_loss, next_token_losses
+from besa_exp.recovery.objective import Losses, mean_loss, next_token_losses, option_errors
 from besa_exp.recovery.saved_states import Saved, SavedStates
 from besa_exp.recovery.schedule import Schedule, batch_at
 from besa_exp.recovery.sharded import own, own_keep, own_rows, whole
 from besa_exp.recovery.tuner import Method, Objective, Tuner, Windows
+from besa_exp.texts.tasks import Options
 
 logger = logging.getLogger(__name__)
 FACTORS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # times a method's step size that are tried
@@ -45,6 +44,22 @@ class Text(Protocol):
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What is learned from, what chooses the best state by the mean of `losses`, the hash of both, and the examples of
+    a task that are scored; None: it is text."""
+
+    learned: Text
+    held_out: Windows
+    losses: Losses = next_token_losses
+    sha256: str = ""
+    tested: Options | None = None
+
+    def accuracy(self, model: nn.Module, batch_size: int) -> float | None:
+        """The share of the tested examples whose right option has the greatest score; None: it is text."""
+        return None if self.tested is None else 1 - mean_loss(model, self.tested, batch_size, option_errors)
+
+
+@dataclass(frozen=True)
 class Plan:
     """`batch_size` windows a step; held-out windows judge after each `judge_every` steps and after the last, `judged`
     of them together; a checkpoint is written whenever they have judged. `trial`: so many steps, with the whole schedule
@@ -57,9 +72,6 @@ class Plan:
     judged: int = 8
     seed: int = 0
     trial: int = 0
-
-    def __post_init__(self) -> None:
-        check_fields(self, "recovery", within(least=1), "batch_size", "judge_every", "judged")
 
     def judges_after(self, steps: int) -> bool:
         """Whether held-out windows judge once so many steps are done."""
@@ -105,40 +117,29 @@ class _Course:
     points: list[Point] = field(default_factory=list)
     stopped: str | None = None
 
-    def record(self) -> dict[str, object]:
-        """In plain values."""
-        return asdict(self)
-
-    @staticmethod
-    def of(record: Mapping[str, object]) -> _Course:
-        """What `record` gave."""
-        values: dict[str, object] = dict(record)
-        points = values.pop("points")
-        assert isinstance(points, list)
-        return _Course(**values, points=[Point(**point) for point in points])  # type: ignore[arg-type]
-
 
 def tune(
     model: nn.Module,
     keep: Mapping[str, KeepBits],
     method: Method,
     objective: Objective,
-    learned: Text,
-    held_out: Windows,
+    parts: Parts,
     plan: Plan,
     states: SavedStates | None = None,
     on_point: Callable[[Point], None] = lambda point: None,
-    losses: Losses = next_token_losses,
 ) -> Recovery:
-    """Tune `model`, which holds the pruned weights, in place; `keep` names its zeros. It ends with the best weights, by
-    the mean of `losses` over the held-out windows.
+    """Tune `model`, which holds the pruned weights, in place; `keep` names its zeros. It ends with the best weights.
 
     `on_point` is called with each step once, also of those that an earlier attempt did; what that did after its last
     checkpoint is done again and reported again."""
     clear_pruned(model, keep)
-    judge = partial(_held_out, model, held_out, plan.judged, losses)
+
+    def judge(tuner: Tuner) -> float:
+        with tuner.ready():
+            return mean_loss(model, parts.held_out, plan.judged, parts.losses)
+
     saved = states.read() if states else None
-    factor = 1.0 if saved or not plan.trial else _found_factor(model, keep, method, objective, learned, judge, plan)
+    factor = 1.0 if saved else _found_factor(model, keep, method, objective, parts.learned, judge, plan)
     tuner = method.begin(model, keep, plan.seed)
     keeper = _Best(model, tuner, states)
     if saved:
@@ -147,12 +148,12 @@ def tune(
         before = judge(tuner)
         course = _Course(factor, 0, before, before, 0)
         keeper.keep(0)
-        _save(states, course, tuner, keeper)
+        keeper.save(course)
     while course.steps < plan.schedule.steps and course.stopped is None:
-        point = _step(tuner, objective, learned, plan, course.steps, course.factor)
+        point = _step(tuner, objective, parts.learned, plan, course.steps, course.factor)
         course.steps += 1
         if plan.judges_after(course.steps) and math.isfinite(point.loss):
-            point = _judged(point, judge(tuner))
+            point = replace(point, held_out=judge(tuner))
         course.points.append(point)
         course.stopped = _reason(point)
         if point.held_out is not None and point.held_out < course.after:
@@ -160,7 +161,7 @@ def tune(
             keeper.keep(course.steps)
         on_point(point)
         if plan.judges_after(course.steps) or course.stopped:
-            _save(states, course, tuner, keeper)
+            keeper.save(course)
     kept, points = keeper.put_back(), tuple(course.points)
     return Recovery(course.before, course.after, course.best_step, kept, points, course.stopped, course.factor)
 
@@ -175,7 +176,9 @@ def _found_factor(
     plan: Plan,
 ) -> float:
     """Of FACTORS, downhill from 1, the one with which the first steps, as if they were all, end at the least held-out
-    loss. The model is left as it was."""
+    loss; 1 where none are tried. The model is left as it was."""
+    if not plan.trial:
+        return 1.0
     before = {name: own(value.detach()).clone() for name, value in model.named_parameters() if not value.is_meta}
     warm_up = plan.schedule.warm_up * plan.trial // plan.schedule.steps
     short = replace(plan, schedule=replace(plan.schedule, steps=plan.trial, warm_up=warm_up))
@@ -209,7 +212,7 @@ def _go_on(tuner: Tuner, keeper: _Best, saved: Saved, on_point: Callable[[Point]
     """Where an earlier attempt was."""
     record, tensors, keeper.name = saved
     tuner.load(tensors)
-    course = _Course.of(record)
+    course = _Course(**{**record, "points": [Point(**point) for point in record["points"]]})
     for point in course.points:
         on_point(point)
     return course
@@ -224,15 +227,6 @@ def _step(tuner: Tuner, objective: Objective, learned: Text, plan: Plan, number:
     return Point(number, taken.loss, taken.gradient_norm, scale, windows.numel(), seconds)
 
 
-def _held_out(model: nn.Module, windows: Windows, batch_size: int, losses: Losses, tuner: Tuner) -> float:
-    with tuner.ready():
-        return mean_loss(model, windows, batch_size, losses)
-
-
-def _judged(point: Point, held_out: float) -> Point:
-    return Point(**{**asdict(point), "held_out": held_out})
-
-
 def _reason(point: Point) -> str | None:
     """Why the course ends with this point."""
     facts = {"loss": point.loss, "norm of the gradient": point.gradient_norm, "held-out loss": point.held_out}
@@ -243,12 +237,6 @@ def _reason(point: Point) -> str | None:
                 "recovery.lr, or model.dtype=bfloat16 or float32 in the place of float16"
             )
     return None
-
-
-def _save(states: SavedStates | None, course: _Course, tuner: Tuner, keeper: _Best) -> None:
-    if states is not None:
-        assert keeper.name is not None
-        states.write(course.record(), tuner.state(), keeper.name)
 
 
 @dataclass
@@ -269,6 +257,12 @@ class _Best:
             self.copies = {name: tensor.to("cpu", copy=True) for name, tensor in now.items()}
         else:
             self.name = self.states.write_best(step, now)
+
+    def save(self, course: _Course) -> None:
+        """How far it is, where there are states."""
+        if self.states is not None:
+            assert self.name is not None
+            self.states.write(asdict(course), self.tuner.state(), self.name)
 
     @torch.no_grad()
     def put_back(self) -> dict[str, KeepBits]:

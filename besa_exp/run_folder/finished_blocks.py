@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FinishedBlocks:
-    """The folder `blocks/` of one run. `keep_spent` is called before each block, or step of a search, is kept."""
+    """The folder `blocks/` of one run; `identity`: what its blocks are pruned from. `keep_spent` is called before each
+    block, or step of a search, is kept."""
 
     folder: Path
+    identity: Mapping[str, Any] = field(default_factory=dict)
     keep_spent: Callable[[], None] = lambda: None
 
     @property
@@ -53,21 +55,21 @@ class FinishedBlocks:
     @property
     def refined(self) -> FinishedBlocks:
         """The blocks after a search over the whole model, which begins with these."""
-        return FinishedBlocks(self.folder / REFINED, self.keep_spent)
+        return replace(self, folder=self.folder / REFINED)
 
     @property
     def recovered(self) -> FinishedBlocks:
         """The blocks after a recovery that began with these."""
-        return FinishedBlocks(self.folder / RECOVERED, self.keep_spent)
+        return replace(self, folder=self.folder / RECOVERED)
 
-    def begin(self, identity: Mapping[str, Any], ends: Collection[int] | None = None) -> list[BlockReport]:
+    def begin(self, ends: Collection[int] | None = None) -> list[BlockReport]:
         """The reports of the blocks that are finished, from block 0 on without a gap; later and damaged ones go, and
         where blocks are pruned together, those after the last of `ends`, the numbers at which none is cut off.
 
         ConfigurationError: what is there was pruned from something else; the differences are shown."""
-        check_identity(self.folder, identity)
+        check_identity(self.folder, self.identity)
         self.folder.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(self.folder / IDENTITY, json.dumps(as_plain(identity), indent=2, sort_keys=True) + "\n")
+        atomic.write_text(self.folder / IDENTITY, json.dumps(as_plain(self.identity), indent=2, sort_keys=True) + "\n")
         reports = []
         while report := self._read_report(len(reports)):
             reports.append(report)

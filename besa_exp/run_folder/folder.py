@@ -32,27 +32,6 @@ from besa_exp.run_folder.lock import locked
 from besa_exp.run_folder.log import logging_to
 from besa_exp.run_folder.status import is_done, now, read_status, write_status
 
-WRITTEN = (  # what a run leaves besides .lock and status.json; nothing else in the folder is ever removed
-    "results.json",
-    "metrics.jsonl",
-    "sparsity.csv",
-    "run.log",
-    "config.yaml",
-    "environment.json",
-    "masks.safetensors",
-    "calibration.safetensors",
-    "row_sparsities.safetensors",
-    "model",
-    "blocks",
-    "recovery",
-    "scores.json",
-    "spent.json",
-    "inputs.json",
-    "structure.json",
-    "structure_search.json",
-    "narrowed",
-    "wandb",
-)
 KEPT = (
     "metrics.jsonl",
     "run.log",
@@ -65,7 +44,18 @@ KEPT = (
     "structure_search.json",
     "narrowed",
     "wandb",
-)  # of these an unfinished run goes on
+)  # what an unfinished run goes on with
+WRITTEN = (
+    "results.json",
+    "sparsity.csv",
+    "config.yaml",
+    "environment.json",
+    "masks.safetensors",
+    "calibration.safetensors",
+    "row_sparsities.safetensors",
+    "model",
+    *KEPT,
+)  # what a run leaves besides .lock and status.json; nothing else in the folder is ever removed
 LEFTOVERS = tuple(f".{name}.{state}" for name in (*WRITTEN, "status.json") for state in ("partial", "replaced"))
 SPARSITY_COLUMNS = ("block", "linear", "weights", "pruned", "sparsity", "allocated")
 SPARSITY_COLUMNS += ("reconstruction_loss_start", "reconstruction_loss")  # of the block; no start where none searches
@@ -175,10 +165,9 @@ class RunFolder:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """config.yaml: the resolved configuration, with `***` in the place of secrets."""
-        if not self.writes:
-            return
-        text = yaml.safe_dump(masked(config), sort_keys=False, allow_unicode=True)
-        atomic.write_text(self.path / "config.yaml", text)
+        if self.writes:
+            text = yaml.safe_dump(masked(config), sort_keys=False, allow_unicode=True)
+            atomic.write_text(self.path / "config.yaml", text)
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """environment.json: see `environment.environment`."""

@@ -39,6 +39,7 @@ from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.runs.block_loop import BlockLoop, check_blocks
 from besa_exp.runs.prune import prune as prune_into
 from besa_exp.runs.recover import check_recovery_of
+from besa_exp.runs.run import calibration_of
 from besa_exp.settings import (
     CalibrationSettings,
     EvaluatorSettings,
@@ -48,7 +49,7 @@ from besa_exp.settings import (
     TrackerSettings,
 )
 from besa_exp.tensors.masks import Goal
-from besa_exp.texts.calibration import Calibration, given_calibration, load_calibration
+from besa_exp.texts.calibration import Calibration, given_calibration
 
 Texts = str | Sequence[str] | Int[Tensor, "sample seq"]
 KeepMasks = Mapping[str, Bool[Tensor, "_out _in"]]
@@ -94,7 +95,8 @@ def load_model(path: str = "embedded", *, dtype: str = "auto", device: str = "au
     The files are checked as `besa prune` checks them: ConfigurationError where weights are missing or left over."""
     settings = replace(_model_settings(path), load="whole")
     settings = settings if dtype == "auto" else replace(settings, dtype=dtype)
-    loaded = load(settings, _device(device), offline=False)
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = load(settings, torch.device(automatic if device == "auto" else device), offline=False)
     return loaded.model, loaded.tokenizer
 
 
@@ -265,12 +267,12 @@ def _calibration(
 
 
 def _read_calibration(given: Texts, settings: RunSettings, seq_len: int | None, loaded: LoadedModel) -> Calibration:
-    calibration, context, size = settings.calibration, model_context(loaded.model), vocabulary_size(loaded.model)
+    calibration, context = settings.calibration, model_context(loaded.model)
+    if isinstance(given, str):
+        return calibration_of(calibration, settings.offline, loaded)
     if seq_len is None and calibration.name == "given texts":
         calibration = replace(calibration, seq_len=min(SEQ_LEN, context))
-    if isinstance(given, str):
-        return load_calibration(calibration, loaded.tokenizer, context, settings.offline, vocabulary=size)
-    return given_calibration(given, calibration, loaded.tokenizer, context, size)
+    return given_calibration(given, calibration, loaded.tokenizer, context, vocabulary_size(loaded.model))
 
 
 def _pruned_in_place(
@@ -291,7 +293,7 @@ def _pruned_in_place(
         input_ids, batch_size = calibration.input_ids, settings.calibration.batch_size
         check_blocks(loaded, input_ids, batch_size, Ignored(settings.ignore), settings.pattern)
         finished = FinishedBlocks(Path(folder) / "blocks")
-        finished.begin({})
+        finished.begin()
         reports: list[BlockReport] = []
         later = settings.pruner.traits.refinements
         pruner = settings.pruner if later else with_update(settings.pruner, settings.update)
@@ -315,7 +317,7 @@ def _written(
 ) -> list[BlockReport]:
     """The second walk through the blocks, which writes what a search over the whole model decided."""
     reports: list[BlockReport] = []
-    loop.finished.refined.begin({})
+    loop.finished.refined.begin()
     loop.again(0).run(with_update(decided, settings.update), goal, None, _ignored, _both(reports, on_block))
     return reports
 
@@ -379,7 +381,3 @@ def _pruned_into(
     calibration = run.results["calibration"] or {}
     tokens = calibration.get("tokens_sha256", "")
     return PruneReport(run.blocks, run.results["target_sparsity"], run.masks(), tokens, folder)
-
-
-def _device(device: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)

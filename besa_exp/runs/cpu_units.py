@@ -70,11 +70,6 @@ def as_stored(tensors: Mapping[str, Tensor], stored: torch.dtype | None) -> dict
     }
 
 
-def rounding(pruner: Pruner, stored: torch.dtype | None) -> Pruner:
-    """The pruner, whose new weights are rounded to what will be saved; None: they are anyhow."""
-    return Rounding(pruner, stored) if stored else pruner
-
-
 @dataclass(frozen=True)
 class Rounding:
     """A pruner whose new weights are what `stored` can hold."""

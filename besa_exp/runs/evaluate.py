@@ -25,7 +25,6 @@ from besa_exp.checkpoints.inspect import BLOCK_AND_LINEAR, inspect_model_folder
 from besa_exp.checkpoints.load import LoadedModel, load_model, model_context
 from besa_exp.display.console import RunConsole
 from besa_exp.display.model_card import renewed_card
-from besa_exp.display.tracker import start_tracker
 from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.kept_scores import FinishedScores, files_of
 from besa_exp.evaluation.merging import merged, remaining
@@ -45,8 +44,8 @@ from besa_exp.run_folder.spent import Spent
 from besa_exp.run_folder.status import read_status
 from besa_exp.runs.cpu_units import in_a_fast_dtype
 from besa_exp.runs.published import compared_with_published
-from besa_exp.runs.run import tokens_of
-from besa_exp.settings import EvaluationSettings, TrackerSettings
+from besa_exp.runs.run import tokens_of, tracked
+from besa_exp.settings import EvaluationSettings
 
 DENSE = 0.001  # a smaller share of zeros is a dense model's own
 logger = logging.getLogger(__name__)
@@ -121,15 +120,9 @@ def _scored(evaluation: _Evaluation, loaded: LoadedModel, config: Mapping[str, A
         atomic.remove(folder.scores)
     if distributed.is_first():
         write_inputs(folder.path, fingerprint(replace(settings, evaluator=left.settings)))
-    tracked = settings.tracker if distributed.is_first() else TrackerSettings("none")
-    tracker = start_tracker(tracked, folder.path / "evaluate", config, folder.path.name, "evaluate")
-    failed = True
-    try:
+    with tracked(settings.tracker, folder.path / "evaluate", config, folder.path.name, "evaluate") as tracker:
         scores = _measured(evaluation, loaded, digest, left.settings)
         tracker.log_scores(scores)
-        failed = False
-    finally:
-        tracker.finish(failed)
     results, notes = merged(results, scores)
     results |= {"model_notes": [*loaded.notes]} if loaded.notes else {}
     for line in notes:

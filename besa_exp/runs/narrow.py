@@ -32,7 +32,6 @@ from besa_exp.machine import atomic, distributed
 from besa_exp.machine.device import compute_dtype
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel, StructureMethod
-from besa_exp.run_folder.identity import request_identity
 from besa_exp.runs.block_loop import inputs_of
 from besa_exp.runs.run import Run, Work, parameters, weights_in_linears
 from besa_exp.tensors.pattern import indivisible
@@ -142,8 +141,7 @@ def _structure(run: Run, work: Work, costs: Costs, dimensions: Dimensions) -> St
     if text := distributed.from_first(lambda: file.read_text(encoding="utf-8") if file.is_file() else ""):
         run.console.stage(f"structure: as {file.name} has it")
         return _refused(lambda: from_json(text, str(file)))
-    identity = request_identity(run.config, work.calibration.tokens_sha256)
-    distributed.from_first(lambda: work.finished.begin(identity))  # so that no other request goes on with it
+    distributed.from_first(work.finished.begin)  # so that no other request goes on with it
     name = _name(run)
     run.console.stage(f"structure by {name}")
     progress = Progress(run.folder.structure_search, run.spent.keep)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,9 +11,8 @@ from besa_exp.blocks.reports import BlockReport, Step
 from besa_exp.blocks.units import unit_ends
 from besa_exp.machine import distributed
 from besa_exp.methods.updates.updated import with_update
-from besa_exp.run_folder.identity import IDENTITY, request_identity
 from besa_exp.runs.block_loop import BlockLoop
-from besa_exp.runs.cpu_units import rounding
+from besa_exp.runs.cpu_units import Rounding
 from besa_exp.runs.expected_steps import steps_of_block
 from besa_exp.runs.row_sparsities import keep_row_sparsities
 from besa_exp.runs.run import Run, Work, num_blocks
@@ -47,8 +45,7 @@ def prune_model(run: Run, work: Work) -> Work:
 def _begin(run: Run, work: Work) -> list[BlockReport]:
     """The reports of the blocks that are finished; the run's records hold those alone from here on."""
     ends = unit_ends(num_blocks(work.loaded), run.settings.pruner.traits.blocks_together)
-    identity = request_identity(run.config, work.calibration.tokens_sha256)
-    reports = distributed.from_first(lambda: work.finished.begin(identity, ends))
+    reports = distributed.from_first(lambda: work.finished.begin(ends))
     run.folder.rewind(work.numbered(reports))
     if reports:
         logger.info("resuming: %d of %d blocks are already pruned", len(reports), num_blocks(work.loaded))
@@ -87,7 +84,7 @@ def _follow(
             reports.append(report)
 
         goal = Goal.parse(settings.sparsity, settings.pattern)
-        pruner = rounding(pruner, loop.loaded.stored)
+        pruner = Rounding(pruner, loop.loaded.stored) if loop.loaded.stored else pruner
         loop.run(pruner, goal, settings.budget if budget else None, on_step, on_block)
     return reports
 
@@ -96,9 +93,7 @@ def _refine(
     run: Run, work: Work, loop: BlockLoop, later: Sequence[Refinement], before: Sequence[BlockReport]
 ) -> list[BlockReport]:
     """What follows the block loop over the whole model, and a second walk through the blocks that writes it."""
-    refined = loop.finished.refined
-    identity = json.loads((loop.finished.folder / IDENTITY).read_text(encoding="utf-8"))
-    reports = distributed.from_first(lambda: refined.begin(identity))
+    reports = distributed.from_first(loop.finished.refined.begin)
     run.console.stage("the search over the whole model")
     decided = loop.refined(later, before, run.folder.log_model_step)
     run.folder.rewind(work.numbered(reports))

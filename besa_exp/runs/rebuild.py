@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from besa_exp.blocks.block import Block
 from besa_exp.blocks.loop import write_weights
 from besa_exp.blocks.pruner import PrunedBlock
-from besa_exp.checkpoints.files import SHARD_SIZE, read_masks, save_beside_weights, save_model, weights_sha256
+from besa_exp.checkpoints.files import SHARD_SIZE, read_masks, save_beside_weights, weights_sha256
 from besa_exp.checkpoints.load import LoadedModel, hub_id, load_model
 from besa_exp.checkpoints.shards import streamed_layout, whole_layout, write_index, write_shards
 from besa_exp.checkpoints.streaming import saves_blocks_anew
@@ -84,22 +85,15 @@ def rebuild(
     counts: dict[str, tuple[int, int]] = {}
     pruned = _pruned(loaded, blocks, masks, counts)
     try:
-        if loaded.weights is None:
-            for _ in pruned:  # each is in its place then
-                continue
-            save_model(
-                loaded.model,
-                loaded.tokenizer,
-                out,
-                _card(loaded.folder, hub_id(model), masks, blocks, counts, command),
-                loaded.folder,
-                shard_size,
-            )
-        else:
-            with atomic.replaced_folder(out) as partial:
+        with atomic.replaced_folder(out) as partial:
+            if loaded.weights is None:
+                for _ in pruned:  # each is in its place then
+                    continue
+                loaded.model.save_pretrained(partial, max_shard_size=shard_size)
+            else:
                 _write_streamed(loaded, blocks, pruned, partial, masks.description["layout"], shard_size)
-                card = _card(loaded.folder, hub_id(model), masks, blocks, counts, command)
-                save_beside_weights(loaded.model, loaded.tokenizer, partial, card, loaded.folder)
+            card = _card(loaded.folder, hub_id(model), masks, blocks, counts, command)
+            save_beside_weights(loaded.model, loaded.tokenizer, partial, card, loaded.folder)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out} could not be written ({error}); free disk space or give another --out") from error
     return sum(weights for weights, _ in counts.values()), sum(zeros for _, zeros in counts.values())
@@ -151,14 +145,9 @@ def _write_streamed(
         files = streamed_layout(outside, [list(as_saved(model, tensors)) for tensors in bare])
     else:
         outside, files = as_saved(model, outside_blocks(loaded)), whole_layout(model, size)
-    write_shards(folder, files, _then(outside, (as_saved(model, tensors) for tensors in pruned)))
+    write_shards(folder, files, chain([outside], (as_saved(model, tensors) for tensors in pruned)))
     if layout == "streamed" or len(files) > 1:
         write_index(folder, list(files), model.num_parameters())
-
-
-def _then(first: Mapping[str, Tensor], others: Iterator[Mapping[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:
-    yield first
-    yield from others
 
 
 def _card(

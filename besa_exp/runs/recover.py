@@ -10,34 +10,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from besa_exp.blocks.block import Block
 from besa_exp.checkpoints.files import load_masks
 from besa_exp.checkpoints.load import LoadedModel, load_model, vocabulary_size
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
 from besa_exp.recovery.keep_bits import KeepBits, keep_of_masks, sparsity_of
-from besa_exp.recovery.mezo import BlockFiles, Mezo, StreamedMezo
+from besa_exp.recovery.mezo import BlockFiles, Mezo
 from besa_exp.recovery.objective import mean_loss
-from besa_exp.recovery.parts import Parts, parts_of, report_of
-from besa_exp.recovery.recipe import (
-    check_fit,
-    check_recovery,
-    follows_dense,
-    losses_of,
-    method_of,
-    objective_of,
-    plan_of,
-    steps_of,
-)
+from besa_exp.recovery.parts import parts_of, report_of
+from besa_exp.recovery.recipe import check_fit, check_recovery, follows_dense, method_of, objective_of, plan_of
 from besa_exp.recovery.saved_states import SavedStates
 from besa_exp.recovery.sharded import sharded, take_back
-from besa_exp.recovery.tuner import Method, Objective
-from besa_exp.recovery.tuning import Point, Recovery, tune
-from besa_exp.run_folder.identity import as_plain, request_identity
+from besa_exp.recovery.tuner import Method
+from besa_exp.recovery.tuning import Parts, Point, Recovery, tune
+from besa_exp.run_folder.identity import as_plain
 from besa_exp.runs.cpu_units import in_a_fast_dtype
 from besa_exp.runs.rewrite import rewritten
 from besa_exp.runs.run import Run, Work, num_blocks
-from besa_exp.settings import CalibrationSettings, ModelSettings, RecoverySettings, RunSettings
+from besa_exp.settings import ModelSettings, RecoverySettings, RunSettings
 from besa_exp.texts.calibration import Calibration
 from besa_exp.texts.sources import SET_NAMES
 
@@ -45,20 +35,24 @@ from besa_exp.texts.sources import SET_NAMES
 def recover(run: Run, work: Work, dense: ModelSettings | None = None) -> Work:
     """The stage: kept weights are tuned, zeros stay. What an earlier attempt did is gone on with after its last
     checkpoint. `dense`: the model that is followed where one is; None: the one that was pruned."""
-    asked = run.settings.recovery
-    if asked is None:
+    if run.settings.recovery is None:
         return work
+    asked = _with_length(run.settings.recovery, work.calibration)
     with run.spent.timed("recover"):
         keep = _keep(work)
         sparsity = sparsity_of(work.loaded.model, keep)
         run.console.stage(f"recovery: {asked.name}, {sparsity:.2%} of the weights stay zero")
         parts = _parts(run, work.loaded, work.calibration, asked)
         before = _accuracy(work.loaded, parts, asked)
-        if work.loaded.weights is None:
-            found = _tuned(run, work, asked, keep, dense or run.settings.model, parts)
-            work = rewritten(work, _unchanged, keep=found.keep if asked.exchange else None)
+        states = SavedStates(run.folder.recovery, as_plain(work.finished.identity) | {"text_sha256": parts.sha256})
+        method = _method(run, work.loaded, asked)
+        found = _course(run, work.loaded, asked, keep, method, dense or run.settings.model, parts, states)
+        if isinstance(method, Mezo) and method.files:
+            work = _taken_again(work, method, keep, asked.seed, found.best_step, states)
+            found = _rounded(work.loaded, found, parts, asked)
         else:
-            found, work = _tuned_streamed(run, work, asked, keep, parts)
+            found = _rounded(work.loaded, found, parts, asked)
+            work = rewritten(work, lambda block: None, keep=found.keep if asked.exchange else None)
         report = report_of(asked, found, parts, before, _accuracy(work.loaded, parts, asked))
     run.console.stage(
         f"recovery: held-out loss {report.loss_before:.4f} before, {report.loss_after:.4f} after step "
@@ -72,19 +66,15 @@ def recover(run: Run, work: Work, dense: ModelSettings | None = None) -> Work:
 def check_recoverable(run: Run, loaded: LoadedModel, calibration: Calibration) -> None:
     """ConfigurationError, before any weight is pruned: the model is streamed, does not fit the method, or the text does
     not suffice. The text's tokens are kept for the stage."""
-    asked = run.settings.recovery
-    if asked is None:
+    if run.settings.recovery is None:
         return
+    asked = _with_length(run.settings.recovery, calibration)
     if loaded.weights is not None and (problem := _not_streamed(asked)):
         raise ConfigurationError(f"{problem}; {loaded.folder.name} is streamed: take a machine with more memory")
     if problems := check_fit(asked, loaded.model):
         raise ConfigurationError(*problems)
     with run.spent.timed("recover"):
         _parts(run, loaded, calibration, asked)
-
-
-def _unchanged(block: Block) -> None:
-    """The blocks hold the tuned weights already."""
 
 
 def _keep(work: Work) -> dict[str, KeepBits]:
@@ -96,58 +86,42 @@ def _keep(work: Work) -> dict[str, KeepBits]:
     return {name: bits for name, bits in keep.items() if bits.count < bits.numel}
 
 
-def _tuned(
-    run: Run, work: Work, asked: RecoverySettings, keep: Mapping[str, KeepBits], dense: ModelSettings, parts: Parts
-) -> Recovery:
-    """What became of it; the model holds the best weights."""
-    loaded, seq_len = work.loaded, length_of(asked, run.settings.calibration, work.calibration)
-    method = method_of(asked, steps_of(asked, seq_len))
-    teacher = _dense(run, loaded, dense) if follows_dense(asked) else None
-    model = sharded(loaded.model) if asked.shard else loaded.model
-    objective = objective_of(asked, method, model, teacher, seq_len)
-    found, _ = _course(run, work, model, keep, method, objective, parts)
-    if asked.shard:
-        take_back(loaded.model, model)
-    return _rounded(loaded, found, parts, asked)
-
-
-def _tuned_streamed(
-    run: Run, work: Work, asked: RecoverySettings, keep: Mapping[str, KeepBits], parts: Parts
-) -> tuple[Recovery, Work]:
-    """The same of a model whose blocks lie in files, by MeZO: the best weights are the pruned ones after as many of the
-    steps, which are taken once more."""
-    loaded, model = work.loaded, work.loaded.model
-    assert loaded.weights is not None
-    mezo = method_of(asked, steps_of(asked, length_of(asked, run.settings.calibration, work.calibration)))
-    assert isinstance(mezo, Mezo)
+def _method(run: Run, loaded: LoadedModel, asked: RecoverySettings) -> Method:
+    """MeZO of a streamed model has its blocks from files."""
+    method = method_of(asked)
+    if loaded.weights is None:
+        return method
+    assert isinstance(method, Mezo)
     folder = run.folder.recovery / f"blocks-{distributed.rank()}"
-    method = StreamedMezo(mezo, BlockFiles(loaded.weights.load, loaded.weights.release, folder))
-    objective = objective_of(asked, mezo, model, None, 0)
-    found, states = _course(run, work, model, keep, method, objective, parts)
+    return replace(method, files=BlockFiles(loaded.weights.load, loaded.weights.release, folder))
+
+
+def _taken_again(
+    work: Work, method: Mezo, keep: Mapping[str, KeepBits], seed: int, steps: int, states: SavedStates
+) -> Work:
+    """A streamed model's best weights are the pruned ones after so many `steps`, which are taken once more."""
     saved = states.read()
     assert saved is not None
-    tuner = method.begin(model, keep, asked.seed)
-    tuner.projected, tuner.rates = (saved[1][name][: found.best_step].tolist() for name in ("projected", "rates"))
+    tuner = method.begin(work.loaded.model, keep, seed)
+    tuner.projected, tuner.rates = (saved[1][name][:steps].tolist() for name in ("projected", "rates"))
     outside = {name: parameter.detach().clone() for name, parameter in tuner.parameters.items()}
-    work = rewritten(work, lambda block: tuner.catch_up(block.name, block.module, 0), outside)
-    return _rounded(work.loaded, found, parts, asked), work
+    return rewritten(work, lambda block: tuner.catch_up(block.name, block.module, 0), outside)
 
 
 def _course(
     run: Run,
-    work: Work,
-    model: nn.Module,
+    loaded: LoadedModel,
+    asked: RecoverySettings,
     keep: Mapping[str, KeepBits],
     method: Method,
-    objective: Objective,
+    dense: ModelSettings,
     parts: Parts,
-) -> tuple[Recovery, SavedStates]:
-    """All steps, and where the states lie."""
-    asked = run.settings.recovery
-    assert asked is not None
-    plan = plan_of(asked, steps_of(asked, length_of(asked, run.settings.calibration, work.calibration)))
-    identity = as_plain(request_identity(run.config, work.calibration.tokens_sha256))
-    states = SavedStates(run.folder.recovery, identity | {"text_sha256": parts.sha256})
+    states: SavedStates,
+) -> Recovery:
+    """All steps, shown and kept; a model in memory holds the best weights then."""
+    teacher = _dense(run, loaded, dense) if follows_dense(asked) else None
+    model = sharded(loaded.model) if asked.shard else loaded.model
+    plan, objective = plan_of(asked), objective_of(asked, method, model, teacher)
     with run.console.tuning(plan.schedule.steps) as progress:
 
         def on_point(point: Point) -> None:
@@ -158,34 +132,24 @@ def _course(
             if point.held_out is not None and distributed.is_first():
                 run.spent.keep()
 
-        found = tune(
-            model,
-            keep,
-            method,
-            objective,
-            parts.learned,
-            parts.held_out,
-            plan,
-            states,
-            on_point,
-            losses_of(asked),
-        )
-    return found, states
+        found = tune(model, keep, method, objective, parts, plan, states, on_point)
+    if asked.shard:
+        take_back(loaded.model, model)
+    return found
 
 
 def _parts(run: Run, loaded: LoadedModel, calibration: Calibration, asked: RecoverySettings) -> Parts:
     """What is learned from, held out and scored."""
-    settings = run.settings
-    source = source_of(settings.calibration)
+    settings, given = run.settings, run.settings.calibration
+    drawn = given.path or (given.name if given.name in SET_NAMES else None)
     return parts_of(
         asked,
-        length_of(asked, settings.calibration, calibration),
-        calibration.input_ids if source is None else source,
+        calibration.input_ids if drawn is None else drawn,
         run.folder.recovery / "tokens.safetensors",
         loaded.tokenizer,
         vocabulary_size(loaded.model),
         settings.offline,
-        settings.calibration.column,
+        given.column,
     )
 
 
@@ -198,34 +162,31 @@ def _rounded(loaded: LoadedModel, found: Recovery, parts: Parts, asked: Recovery
     """Where weights are saved in another dtype they become what will be saved, and are judged so."""
     if loaded.stored is None:
         return found
-    _round(loaded.model, loaded.stored)
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            parameter.copy_(parameter.to(loaded.stored))
     with loaded.callable():
-        after = mean_loss(loaded.model, parts.held_out, asked.micro_batch, losses_of(asked))
+        after = mean_loss(loaded.model, parts.held_out, asked.micro_batch, parts.losses)
     return replace(found, after=after)
 
 
-def source_of(calibration: CalibrationSettings) -> str | None:
-    """The set or file that the calibration is drawn from; None: it was given as values."""
-    return calibration.path or (calibration.name if calibration.name in SET_NAMES else None)
-
-
-def length_of(asked: RecoverySettings, settings: CalibrationSettings, calibration: Calibration | None = None) -> int:
-    """The tokens of a window: what is said, else the calibration's."""
-    return asked.seq_len or (settings.seq_len if calibration is None else calibration.input_ids.shape[1])
+def _with_length(asked: RecoverySettings, calibration: Calibration) -> RecoverySettings:
+    """Windows have as many tokens as the calibration's where nothing else is said."""
+    return replace(asked, seq_len=asked.seq_len or calibration.input_ids.shape[1])
 
 
 def check_recovery_of(
     settings: RunSettings, sparsity: float, context: int | None, blocks_removed: bool = False
 ) -> list[str]:
     """What speaks against the recovery of a run, in complete sentences. `blocks_removed`: by an earlier run."""
-    assert settings.recovery is not None
+    asked = settings.recovery
+    assert asked is not None
     removed = blocks_removed or (settings.structure is not None and not settings.structure.narrows)
     quantised = settings.pruner.traits.quantiser is not None
-    length = length_of(settings.recovery, settings.calibration)
-    if settings.recovery.seq_len is None and context is not None:
-        length = min(length, context)  # a calibration that is too long is reported as such
-    problems = check_recovery(settings.recovery, sparsity, settings.pattern, length, context, quantised, removed)
-    if settings.model.load == "streamed" and (problem := _not_streamed(settings.recovery)):
+    if asked.seq_len is None:  # a calibration that is too long is reported as such
+        asked = replace(asked, seq_len=min(settings.calibration.seq_len, context or settings.calibration.seq_len))
+    problems = check_recovery(asked, sparsity, settings.pattern, context, quantised, removed)
+    if settings.model.load == "streamed" and (problem := _not_streamed(asked)):
         problems.append(problem)
     return problems
 
@@ -256,10 +217,3 @@ def _dense(run: Run, pruned: LoadedModel, settings: ModelSettings) -> nn.Module:
 def _finite(point: Mapping[str, Any]) -> dict[str, Any]:
     """A number that is not finite is null: it ended the course, and results.json says so."""
     return {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in point.items()}
-
-
-@torch.no_grad()
-def _round(model: nn.Module, stored: torch.dtype) -> None:
-    """Weights become what will be saved."""
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(stored))

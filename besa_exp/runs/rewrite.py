@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -16,7 +15,6 @@ from besa_exp.errors import RunError
 from besa_exp.machine import distributed
 from besa_exp.recovery.keep_bits import KeepBits, masks_of_keep
 from besa_exp.run_folder.finished_blocks import block_tensors
-from besa_exp.run_folder.identity import IDENTITY
 from besa_exp.runs.cpu_units import as_stored
 from besa_exp.runs.run import Work
 from besa_exp.runs.save import pruned_weights
@@ -39,10 +37,7 @@ def rewritten(
     loaded, before = work.loaded, work.finished
     into, writes = before.recovered, work.loaded.weights is not None or keep is not None
     loaded.model.load_state_dict(outside or {}, strict=False)
-    done: list[BlockReport] = []
-    if writes:
-        identity = json.loads((before.folder / IDENTITY).read_text(encoding="utf-8"))
-        done = distributed.from_first(lambda: into.begin(identity))
+    done = distributed.from_first(into.begin) if writes else []
     if loaded.weights:
         loaded = pruned_weights(loaded, into, len(done))
     reports = []

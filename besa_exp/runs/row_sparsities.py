@@ -27,24 +27,16 @@ def row_sparsities(keep_mask: Bool[Tensor, "out in"]) -> Float[Tensor, " out"]:
     return 1 - keep_mask.sum(dim=1, dtype=torch.int32).float() / keep_mask.shape[1]
 
 
-def quantiles(rows: Float[Tensor, " out"]) -> list[float]:
-    """At QUANTILES, linear between two rows."""
-    return torch.quantile(rows, torch.tensor(QUANTILES)).tolist()
-
-
 def keep_row_sparsities(run: Run, finished: FinishedBlocks, reports: Sequence[BlockReport]) -> None:
     """Writes the file, and logs each block's to metrics.jsonl and the tracker. For the first of several ranks."""
     found: dict[str, Tensor] = {}
     for report, file in zip(reports, finished.mask_files(len(reports)), strict=True):
         rows = {name.removesuffix(".weight"): row_sparsities(mask) for name, mask in load_masks(file).items()}
         found |= rows
-        by_path = {
-            path: own
-            for path in (linear.name for linear in report.linears)
-            for name, own in rows.items()
-            if name.endswith(f".{path}")
-        }
-        run.folder.log_rows(report.index, {path: quantiles(own) for path, own in by_path.items()})
+        paths = [linear.name for linear in report.linears]
+        by_path = {path: own for path in paths for name, own in rows.items() if name.endswith(f".{path}")}
+        at = torch.tensor(QUANTILES)  # linear between two rows
+        run.folder.log_rows(report.index, {path: torch.quantile(own, at).tolist() for path, own in by_path.items()})
         run.tracker.log_rows(report.index, {path: own.tolist() for path, own in by_path.items()})
     with atomic.replaced_file(run.folder.rows) as partial:
         save_file(found, partial)

@@ -166,27 +166,35 @@ def load(run: Run, name: str) -> LoadedModel:
 
 def begin_blocks(run: Run, calibration: Calibration) -> FinishedBlocks:
     """Where finished blocks lie. ConfigurationError: those of another request do."""
-    finished = FinishedBlocks(run.folder.blocks, run.spent.keep)
     identity = request_identity(run.config, calibration.tokens_sha256)
-    distributed.from_first(lambda: check_identity(finished.folder, identity))
-    return finished
+    distributed.from_first(lambda: check_identity(run.folder.blocks, identity))
+    return FinishedBlocks(run.folder.blocks, identity, run.spent.keep)
+
+
+@contextmanager
+def tracked(
+    settings: TrackerSettings, folder: Path, config: Mapping[str, Any], name: str, pruner: str
+) -> Iterator[Tracker]:
+    """The first rank's tracker, finished with what it was given, however the work ends."""
+    own = settings if distributed.is_first() else TrackerSettings("none")
+    tracker = start_tracker(own, folder, config, name, pruner)
+    failed = True
+    try:
+        yield tracker
+        failed = False
+    finally:
+        tracker.finish(failed)
 
 
 @contextmanager
 def tracking(run: Run) -> Iterator[Tracker]:
-    """The tracker, finished with what it was given, however the run ends."""
+    """The tracker of a run, which is told in the end what the run took."""
     path = run.folder.path
-    tracked = run.settings.tracker if distributed.is_first() else TrackerSettings("none")
-    tracker = start_tracker(tracked, path, run.config, path.name, run.settings.pruner_name)
-    failed = True
-    try:
+    with tracked(run.settings.tracker, path, run.config, path.name, run.settings.pruner_name) as tracker:
         yield tracker
         seconds, memory = run.spent.seconds(), run.spent.peak_memory()
         tracker.log_summary({f"seconds/{stage}": value for stage, value in seconds.items() if value is not None})
         tracker.log_summary({f"peak_memory_bytes/{where}": value for where, value in memory.items() if value})
-        failed = False
-    finally:
-        tracker.finish(failed)
 
 
 def calibration_of(settings: CalibrationSettings, offline: bool, loaded: LoadedModel) -> Calibration:

@@ -21,8 +21,9 @@ from besa_exp.machine.environment import environment
 from besa_exp.methods.pruners.dense import Dense
 from besa_exp.run_folder.finished_blocks import block_tensors
 from besa_exp.run_folder.folder import read_results
-from besa_exp.run_folder.identity import config_of, request_identity
+from besa_exp.run_folder.identity import config_of
 from besa_exp.run_folder.lookup import run_and_model
+from besa_exp.runs.evaluate import DENSE
 from besa_exp.runs.recover import check_recoverable, check_recovery_of, recover
 from besa_exp.runs.results import results_of
 from besa_exp.runs.run import (
@@ -39,8 +40,6 @@ from besa_exp.runs.run import (
 from besa_exp.runs.save import save, written
 from besa_exp.runs.score import score, score_pruned
 from besa_exp.settings import ModelSettings, RunSettings, TuneSettings
-
-DENSE = 0.001  # a smaller share of zeros is a dense model's own
 
 
 def made_by(settings: TuneSettings) -> Mapping[str, Any]:
@@ -121,8 +120,7 @@ def _begun(run: Run, loaded: LoadedModel, asked: TuneSettings) -> tuple[Run, Wor
 
 def _adopted(run: Run, work: Work) -> Work:
     """What is zero counts as pruned: masks and reports of each block, as pruning would have left them."""
-    identity = request_identity(run.config, work.calibration.tokens_sha256)
-    distributed.from_first(lambda: work.finished.begin(identity))
+    distributed.from_first(work.finished.begin)
     reports = []
     for block in work.loaded.resident():
         masks = {name: linear.weight.detach() != 0 for name, linear in block.linears.items()}

@@ -18,15 +18,7 @@ from besa_exp.errors import ConfigurationError
 from besa_exp.presets import preset
 from besa_exp.recovery.keep_bits import keep_of_zeros, sparsity_of
 from besa_exp.recovery.parts import parts_of, report_of
-from besa_exp.recovery.recipe import (
-    check_fit,
-    check_recovery,
-    losses_of,
-    method_of,
-    objective_of,
-    plan_of,
-    steps_of,
-)
+from besa_exp.recovery.recipe import check_fit, check_recovery, method_of, objective_of, plan_of
 from besa_exp.recovery.tuning import Point
 from besa_exp.recovery.tuning import tune as tune_model
 from besa_exp.runs.api import SEQ_LEN, as_a_run
@@ -55,32 +47,17 @@ def tune(
     context = model_context(model)
     asked = replace(asked, seq_len=asked.seq_len or min(SEQ_LEN, context))
     keep = keep_of_zeros(model)
-    problems = check_recovery(asked, sparsity_of(model, keep), "unstructured", asked.seq_len or 0, context)
+    problems = check_recovery(asked, sparsity_of(model, keep), "unstructured", context)
     if not (keep or dense):
         problems.append("the model has no zeros, so that nothing would be kept; prune it first, or give dense=True")
     if problems := problems or check_fit(asked, model):
         raise ConfigurationError(*problems)
-    assert asked.seq_len is not None
-    steps = steps_of(asked, asked.seq_len)
-    method, plan = method_of(asked, steps), plan_of(asked, steps)
+    method = method_of(asked)
     with as_a_run(model, asked.seed), tempfile.TemporaryDirectory(prefix="besa-") as folder:
         check_finite_weights(model, type(model).__name__)
         file = Path(folder) / "tokens.safetensors"
-        parts = parts_of(asked, asked.seq_len, texts_or_tokens, file, tokenizer, vocabulary_size(model))
-        try:
-            objective = objective_of(asked, method, model, teacher, asked.seq_len)
-        except ValueError as error:
-            raise ConfigurationError(str(error)) from error
+        parts = parts_of(asked, texts_or_tokens, file, tokenizer, vocabulary_size(model))
+        objective = objective_of(asked, method, model, teacher)
         before = parts.accuracy(model, asked.micro_batch)
-        found = tune_model(
-            model,
-            keep,
-            method,
-            objective,
-            parts.learned,
-            parts.held_out,
-            plan,
-            on_point=on_step,
-            losses=losses_of(asked),
-        )
+        found = tune_model(model, keep, method, objective, parts, plan_of(asked), on_point=on_step)
         return report_of(asked, found, parts, before, parts.accuracy(model, asked.micro_batch))

@@ -60,9 +60,9 @@ class Windows:
         return torch.from_numpy(np.stack(rows))
 
     def split(self, held_out: int) -> tuple[Windows, Windows]:
-        """All but the last windows, and the last `held_out`. ValueError: there are not more than that."""
+        """All but the last windows, and the last `held_out`. ConfigurationError: there are not more than that."""
         if not 0 < held_out < self.count:
-            raise ValueError(
+            raise ConfigurationError(
                 f"recovery.held_out={held_out}: must be at least 1 and less than the {self.count} windows of "
                 f"{self.seq_len} tokens that the text has; give more text or a smaller recovery.seq_len"
             )

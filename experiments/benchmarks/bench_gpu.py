@@ -155,7 +155,7 @@ def whole(device: torch.device, toy: bool) -> Result:
         loaded = LoadedModel(model, None, weights, model_folder)
         ids = torch.randint(0, sizes[3], (8 if toy else 128, sizes[4]), generator=torch.Generator().manual_seed(0))
         finished = FinishedBlocks(Path(place) / "blocks")
-        finished.begin({})
+        finished.begin()
         loop = BlockLoop(loaded, ids, 1, finished, 0, allocator("device", device, Path(place), 0)[1])
         run = partial(loop.run, Besa(), Goal(0.5), None, lambda step: None, lambda report: None)
         return {"blocks": num_blocks, "seconds to write the model": written, **peak(device, run)}

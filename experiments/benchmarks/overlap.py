@@ -55,7 +55,7 @@ def seconds(folder: Path, pruner: Any, beside: bool) -> float:
     ids = torch.randint(0, SIZES[3], (8, SIZES[4]), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory(dir=folder) as place:
         finished = FinishedBlocks(Path(place))
-        finished.begin({})
+        finished.begin()
         loaded, allocate = LoadedModel(model, None, weights, folder), allocator("device", CPU, folder, 0)[1]
         loop = block_loop.BlockLoop(loaded, ids, 8, finished, 0, allocate)
         began = time.perf_counter()

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow
@@ -26,8 +27,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 pytestmark = pytest.mark.xdist_group("hub")  # what they share is made once
 KEYS = ["calibration=wikitext2", "evaluator=none", "evaluator.perplexity_sets=[wikitext2]"]
 KEYS += ["evaluator.tasks=[openbookqa]"]
+HELD = {"only/pickled": "pytorch_model.bin", "stand/in": "model.safetensors"}  # what is fetched for model.convert=true
 WATCHED = """
-import sys
+import json, sys
 
 def watch(event, arguments):
     if event == "socket.getaddrinfo" or (event == "socket.connect" and not isinstance(arguments[1], (str, bytes))):
@@ -35,7 +37,8 @@ def watch(event, arguments):
 
 sys.addaudithook(watch)
 from besa_exp.cli.main import main
-sys.exit(main(sys.argv[1:]))
+codes = [main(words) for words in json.loads(sys.argv[1])]
+print("CODES", *codes)
 """
 CARD = "---\nconfigs:\n- config_name: main\n  data_files:\n" + "".join(
     f"  - split: {split}\n    path: main/{split}-*\n" for split in ("train", "validation", "test")
@@ -72,23 +75,39 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
+@dataclass(frozen=True)
+class Fetched:
+    """A folder in which `besa prefetch` was called, the environment that names its caches, and what became of: all of
+    KEYS, then each model of HELD without and with model.convert=true."""
+
+    work: Path
+    environment: dict[str, str]
+    told: list[tuple[int, str]]
+
+    @property
+    def manifests(self) -> list[list[dict]]:
+        """The items of each."""
+        paths = (self.work / "outputs").glob("prefetch-*.json")
+        return [json.loads(path.read_text())["items"] for path in paths]
+
+
 @pytest.fixture(scope="module")
-def fetched(hub: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str], str]:
-    """A folder in which `besa prefetch` was called, the environment that names its caches, and what was printed."""
+def fetched(hub: str, tmp_path_factory: pytest.TempPathFactory) -> Fetched:
     work = tmp_path_factory.mktemp("work")
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
     environment |= {"HF_HOME": str(work / "caches"), "HF_ENDPOINT": hub, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "besa_exp", "prefetch", "model.path=stand/in", *KEYS]
-    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return work, environment, done.stdout
+    alone = [
+        [f"model.path={model}", "evaluator=none", *more] for model in HELD for more in ([], ["model.convert=true"])
+    ]
+    commands = [["prefetch", *words] for words in (["model.path=stand/in", *KEYS], *alone)]
+    return Fetched(work, environment, answers([(hub, words) for words in commands], environment, work))
 
 
-def test_the_manifest_says_what_lies_where_in_which_version(fetched: tuple[Path, dict[str, str], str]) -> None:
-    work, _, said = fetched
+def test_the_manifest_says_what_lies_where_in_which_version(fetched: Fetched) -> None:
+    code, said = fetched.told[0]
+    assert code == 0, said
     assert "4 of 4 there" in said
-    (path,) = (work / "outputs").glob("prefetch-*.json")
-    items = json.loads(path.read_text())["items"]
+    (items,) = (items for items in fetched.manifests if len(items) == 4)
     assert [(item["kind"], item["name"], item["status"]) for item in items] == [
         ("model", "stand/in", "fetched"),
         ("calibration", "wikitext2", "fetched"),
@@ -104,28 +123,54 @@ def test_the_manifest_says_what_lies_where_in_which_version(fetched: tuple[Path,
     assert items[1]["filename"] != items[2]["filename"]
 
 
-def test_a_run_off_line_uses_the_caches_in_a_network_without_interfaces(
-    hub: str, fetched: tuple[Path, dict[str, str], str]
-) -> None:
-    alone = ["unshare", "-rn"]
-    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
+NO_INTERFACES = ["unshare", "-rn"]
+MAY = (
+    shutil.which("unshare") is not None
+    and subprocess.run([*NO_INTERFACES, "true"], capture_output=True).returncode == 0
+)
+
+
+@pytest.fixture(scope="module")
+def ran(fetched: Fetched) -> subprocess.CompletedProcess[str]:
+    """Runs off line in one process that tells its connections, where it may in a network without interfaces."""
+    small = ["calibration.num_samples=2", "calibration.seq_len=32", "device=cpu", "offline=true"]
+    small.append("save.verify=false")  # in a process of its own
+    scored = [*KEYS, "evaluator.limit=2", "evaluator.seq_len=32", "pruner=wanda", "tracker=wandb"]
+    runs = [["prune", "model.path=stand/in", *scored, *small, "hydra.run.dir=run"]]
+    converted = ["evaluator=none", "pruner=magnitude", "tracker=none", "model.convert=true", "save.model=false", *small]
+    runs += [["prune", f"model.path={model}", *converted, f"hydra.run.dir={Path(model).name}"] for model in HELD]
+    command = [*(NO_INTERFACES if MAY else []), sys.executable, "-c", WATCHED, json.dumps(runs)]
+    asked = {"cwd": fetched.work, "env": fetched.environment, "timeout": 300}
+    return subprocess.run(command, capture_output=True, text=True, **asked)
+
+
+def test_a_run_off_line_uses_the_caches_in_a_network_without_interfaces(hub: str, fetched: Fetched, ran) -> None:
+    if not MAY:
         pytest.skip("this system lets no user make a network namespace (unshare -rn)")
     reach = f"import urllib.request as r; r.urlopen('{hub}', timeout=5)"
     assert subprocess.run([sys.executable, "-c", reach]).returncode == 0, "the stand-in server is there"
-    assert subprocess.run([*alone, sys.executable, "-c", reach], capture_output=True).returncode != 0
-    work, environment, _ = fetched
-    small = ["calibration.num_samples=2", "calibration.seq_len=32", "evaluator.limit=2", "evaluator.seq_len=32"]
-    chosen = ["model.path=stand/in", *KEYS, *small, "pruner=wanda", "device=cpu", "offline=true", "tracker=wandb"]
-    chosen.append("save.verify=false")  # in a process of its own
-    command = [*alone, sys.executable, "-c", WATCHED, "prune", *chosen, "hydra.run.dir=run"]
-    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "CONNECTION" not in done.stderr
-    results = json.loads((work / "run" / "results.json").read_text())
+    assert subprocess.run([*NO_INTERFACES, sys.executable, "-c", reach], capture_output=True).returncode != 0
+    assert ran.stdout.splitlines()[-1].startswith("CODES 0 "), ran.stdout + ran.stderr
+    assert "CONNECTION" not in ran.stderr
+    run = fetched.work / "run"
+    results = json.loads((run / "results.json").read_text())
     assert results["unavailable"] == {}
     assert results["perplexity"]["wikitext2"] > 1
     assert set(results["zero_shot"]) == {"openbookqa"}
-    assert list((work / "run" / "wandb").glob("offline-run-*"))
+    assert list((run / "wandb").glob("offline-run-*"))
+
+
+def test_prefetch_with_convert_fetches_what_a_run_with_convert_loads_off_line(fetched: Fetched, ran) -> None:
+    _, (refused, said), pickled, plain, converted = fetched.told
+    assert refused == 1
+    assert "only pickled weights" in said
+    assert [code for code, _ in (pickled, plain, converted)] == [0, 0, 0]
+    items = [item for manifest in fetched.manifests for item in manifest if item["convert"]]
+    files = {
+        item["name"]: [name for name in item["files"] if name.endswith((".bin", ".safetensors"))] for item in items
+    }
+    assert files == {model: [file] for model, file in HELD.items()}
+    assert ran.stdout.splitlines()[-1] == "CODES 0 0 0", ran.stdout + ran.stderr
 
 
 @pytest.fixture
@@ -216,30 +261,3 @@ def test_a_model_without_all_its_shards_is_missing(tmp_path: Path, capsys: pytes
     sorted(snapshot.glob("*.safetensors"))[-1].unlink()
     assert main(["prefetch", "model.path=owner/name", "offline=true", "evaluator=none"]) == 1
     assert "which its index names" in capsys.readouterr().out
-
-
-def test_prefetch_with_convert_fetches_what_a_run_with_convert_loads_off_line(hub: str, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
-    environment |= {"HF_HOME": str(tmp_path / "caches"), "HF_ENDPOINT": hub, "OMP_NUM_THREADS": "1"}
-    held = {"only/pickled": "pytorch_model.bin", "stand/in": "model.safetensors"}
-    asked = {model: [f"model.path={model}", "evaluator=none"] for model in held}
-    commands = [["prefetch", *asked[model], *more] for model in held for more in ([], ["model.convert=true"])]
-    (refused, said), pickled, plain, converted = answers([(hub, words) for words in commands], environment, tmp_path)
-    assert refused == 1
-    assert "only pickled weights" in said
-    assert [code for code, _ in (pickled, plain, converted)] == [0, 0, 0]
-    items = [
-        item
-        for path in (tmp_path / "outputs").glob("prefetch-*.json")
-        for item in json.loads(path.read_text())["items"]
-        if item["convert"]
-    ]
-    fetched = {
-        item["name"]: [name for name in item["files"] if name.endswith((".bin", ".safetensors"))] for item in items
-    }
-    assert fetched == {model: [file] for model, file in held.items()}
-    small = ["calibration.num_samples=2", "calibration.seq_len=32", "pruner=magnitude", "tracker=none", "device=cpu"]
-    small += ["model.convert=true", "offline=true", "save.model=false"]
-    runs = [(hub, ["prune", *asked[model], *small, f"hydra.run.dir={Path(model).name}"]) for model in held]
-    ran = answers(runs, environment, tmp_path)
-    assert [code for code, _ in ran] == [0, 0], ran

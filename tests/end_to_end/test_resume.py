@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from besa_exp.cli.main import main
 
 pytestmark = pytest.mark.xdist_group("unbroken run")  # what they share is made once
-KILLS = 20
+KILLS = 10
 
 
 def assert_equal_tensors(streamed: Path, whole: Path) -> None:
@@ -43,7 +43,7 @@ def interrupted(arguments: list[str], folder: Path, number: int, finished: int =
     return run.wait()
 
 
-def test_a_run_killed_twenty_times_ends_with_the_bytes_of_an_unbroken_one(request_arguments, unbroken, tmp_path):
+def test_a_run_killed_ten_times_ends_with_the_bytes_of_an_unbroken_one(request_arguments, unbroken, tmp_path):
     folder, chance = tmp_path / "run", random.Random(0)
     seconds = json.loads((unbroken / "results.json").read_text())["seconds"]["total"]
     moments = [{"after": chance.uniform(0, seconds / 2), "in_a_write": number % 3 == 2} for number in range(KILLS)]

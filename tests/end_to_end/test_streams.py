@@ -24,23 +24,16 @@ def status_of_the_run() -> str:
     return json.loads(file.read_text())["status"]
 
 
-def head(command: list[str]) -> tuple[int, str, str]:
-    """`command | head -1`: exit code, the line, and what stood on stderr."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    line = process.stdout.readline()
-    process.stdout.close()
-    with process.stderr:
-        errors = process.stderr.read()
-    return process.wait(), line, errors
-
-
-def test_a_run_whose_reader_has_gone_is_finished_without_a_word(given: list[str]) -> None:
-    code, line, errors = head([*BESA, "prune", *given])
-    assert (code, status_of_the_run()) == (0, "done")
+def test_a_run_whose_reader_has_gone_is_finished_without_a_word(given: list[str], tmp_path: Path) -> None:
+    """`besa prune ... | head -1`."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    run = start_ready(ready_process.BESA, "prune", *given, output=str(pipe))
+    with pipe.open() as reader:
+        line = reader.readline()
+    ended = run.wait()
+    assert (ended.returncode, status_of_the_run()) == (0, "done")
     assert line.startswith("besa ")
-    assert not [word for word in TRACES if word in errors]
+    assert not [word for word in TRACES if word in ended.stdout]
 
 
 @pytest.mark.parametrize("place", ["/dev/full", "closed"])

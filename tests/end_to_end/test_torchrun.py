@@ -174,7 +174,7 @@ def test_a_failing_rank_ends_all_with_its_error(short, tokens, tmp_path):
     ids[31, 3] = unused  # of the last sample that the second rank owns, on which it checks the blocks
     save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
     given = ["pruner=wanda", "evaluator=none", f"model.path={broken}", f"hydra.run.dir={folder}"]
-    done = on_two(*KEYS, *given, f"calibration.path={tmp_path / 'ids.safetensors'}")
+    done = run_ready("two_ranks.py", *KEYS, *given, f"calibration.path={tmp_path / 'ids.safetensors'}")
     assert done.returncode != 0
     assert "rank 1 failed: model.layers.0" in done.stdout
     status = json.loads((folder / "status.json").read_text())
@@ -197,7 +197,7 @@ def test_an_evaluation_that_waits_for_a_lost_rank_says_why_and_ends(tmp_path):
 
 
 def test_a_refusal_is_told_once_and_leaves_nothing(tmp_path):
-    done = on_two(*KEYS, "sparsity=1.5", f"hydra.run.dir={tmp_path / 'run'}")
+    done = run_ready("two_ranks.py", *KEYS, "sparsity=1.5", f"hydra.run.dir={tmp_path / 'run'}")
     assert done.returncode != 0
     assert done.stdout.count("sparsity=1.5: must be in [0, 1)") == 1
     assert "exitcode  : 2" in done.stdout

@@ -6,7 +6,7 @@ import pytest
 import torch
 from recorded_llama import recorded
 
-from besa_exp.recovery.sketch import Looked, sketch_codes, tables
+from besa_exp.recovery.sketch import Looked, clustered, sketch_codes
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,13 @@ def test_tables_are_better_than_the_recorded_ones_and_near_the_best_there_are(go
     """By their weighted error; the recorded clustering began at random places and took Lloyd's steps alone."""
     shares = golden["hinv_cholesky_diagonal"].pow(-4)
     weight = golden["weight"].double()
+    every = shares.double().expand_as(weight)
     ours, theirs = (
         float(error(weight, table, shares).sum())
-        for table in (tables(weight, None, bits, shares), golden[f"table_{bits}bit"].double())
+        for table in (
+            clustered(weight, every, 1 << bits),
+            golden[f"table_{bits}bit"].double(),
+        )
     )
     assert ours < 0.87 * theirs
     assert ours < 1.05 * sum(least(row, shares.double(), 1 << bits) for row in weight)

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.head import Head, divergence
+from besa_exp.blocks.head import Head, summed_divergences
 from besa_exp.blocks.observation import Observed
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
@@ -28,7 +28,6 @@ from besa_exp.methods.budgets.progress import Progress
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
 
 Sparsities = tuple[float, ...]  # of a tried model's blocks, in order
-TOKENS = 2048  # that pass the head together: their logits are the largest thing that is held
 
 
 @runtime_checkable
@@ -103,7 +102,7 @@ class Trial:
             states = self._next(block, self.observed[depth], states, [model[: depth + 1] for model in models])
         distinct = {model: states[model] for model in models}
         tokens = len(samples) * self.inputs.shape[1]
-        summed = distributed.all_sum(self._summed(self.outputs[own], [*distinct.values()])) / tokens
+        summed = distributed.all_sum(summed_divergences(self.head, self.outputs[own], [*distinct.values()])) / tokens
         if not summed.isfinite().all():
             raise RunError(
                 "the logits of the dense model or of a tried one are not finite; load the model in float32 or bfloat16 "
@@ -123,18 +122,6 @@ class Trial:
         reached = {}
         sparsities = sorted({beginning[-1] for beginning in beginnings})
         for sparsity, weights in zip(sparsities, pruned_to(block, observed, sparsities), strict=True):
-            for beginning in dict.fromkeys(beginnings):
-                if beginning[-1] == sparsity:
-                    reached[beginning] = block.outputs(states[beginning[:-1]], self.batch_size, weights)
+            for beginning in {one for one in beginnings if one[-1] == sparsity}:
+                reached[beginning] = block.outputs(states[beginning[:-1]], self.batch_size, weights)
         return reached
-
-    def _summed(self, dense: Hidden, tried: Sequence[Hidden]) -> Float[Tensor, " model"]:
-        """The sum over the own tokens of KL(p || q)."""
-        rows = max(1, TOKENS // self.inputs.shape[1])
-        total = torch.zeros(len(tried), dtype=torch.float64)
-        for start in range(0, len(dense), rows):
-            expected = self.head(dense[start : start + rows])
-            for number, states in enumerate(tried):
-                found = self.head(states[start : start + rows])
-                total[number] += divergence(expected, found).double().sum().cpu()
-        return total

@@ -10,7 +10,8 @@ hard masks, at a total that is met exactly:
     s     <- project(s - Adam(dL/ds))                    onto sum(n s) = total
 
 `besa_step` computes the first four lines, `descend` repeats them. The method is in this file, in
-`besa_exp.methods.allocation` (counts, projection, descent) and in `besa_exp.methods.cuts` (masks and their gradient).
+`besa_exp.methods.allocation` (counts, projection), `besa_exp.methods.cuts` (masks and their gradient) and
+`besa_exp.methods.descent`.
 What differs from the authors' code (`besa_paper`), and why:
 
 - The parameter is the row's sparsity itself, not logits over D + 1 candidates (Eq. 4): any sparsity in [0, 1] can be
@@ -47,8 +48,9 @@ from besa_exp.blocks.units import SCOPES
 from besa_exp.blocks.whole_model import batches
 from besa_exp.errors import check_fields, one_of, within
 from besa_exp.machine import distributed
-from besa_exp.methods.allocation import Rows, along_budget, descend, project_to_budget
+from besa_exp.methods.allocation import Rows, along_budget, project_to_budget
 from besa_exp.methods.cuts import Buffers, cut_block
+from besa_exp.methods.descent import descend
 from besa_exp.methods.n_of_m import rows_of_groups
 from besa_exp.methods.pruners.model_search import ModelSearch
 from besa_exp.methods.pruners.sub_blocks import prune_parts
@@ -93,15 +95,6 @@ def _gradients(outputs: Hidden, leaves: Sequence[Tensor], upstream: Hidden) -> l
     if not len(outputs):
         return [torch.zeros_like(leaf) for leaf in leaves]
     return [*torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)]
-
-
-@dataclass(frozen=True)
-class Allocated:
-    """What `Besa.learn` found: the sparsity of each cell, the probe's loss where it began, and the course."""
-
-    sparsity: Float[Tensor, " cell"]
-    loss_before: float
-    steps: tuple[Step, ...]
 
 
 @dataclass(frozen=True)
@@ -163,13 +156,11 @@ class Besa:
     def prune_block(self, task: Task) -> PrunedBlock:
         """Learn the sparsities of the block's rows, then fix the masks."""
         if self.scope == "sub_block":
-            return prune_parts(task, replace(self, scope="block"))
+            return prune_parts(task, self.start, replace(self, scope="block").prune_block, self.batch_size)
         rows = self.rows(task, lambda name: task.score(importance_of(self.importance), name))
-        learned = self.learn(task, rows, lambda: rows)
-        counts = rows.counts(learned.sparsity, total_of(task, rows))
-        return PrunedBlock(
-            rows.keep_masks(counts), rows.sparsity(counts), loss_before=learned.loss_before, steps=learned.steps
-        )
+        sparsity, loss_before, steps = self.learn(task, rows, lambda: rows)
+        counts = rows.counts(sparsity, total_of(task, rows))
+        return PrunedBlock(rows.keep_masks(counts), rows.sparsity(counts), loss_before=loss_before, steps=steps)
 
     def start(self, task: Task) -> dict[str, Tensor]:
         """The weights where the search begins: the same sparsity in every row."""
@@ -188,10 +179,10 @@ class Besa:
         rows: Rows,
         effective: Callable[[], Rows],
         also: Sequence[tuple[Tensor, float]] = (),
-    ) -> Allocated:
-        """The sparsities with the lowest probe loss that was seen. `effective` gives the rows with the weights that are
-        masked, which may depend on `also`: tensors learned along with the sparsities, each with its first step size.
-        They are left at their best."""
+    ) -> tuple[Float[Tensor, " cell"], float, tuple[Step, ...]]:
+        """The sparsities with the lowest probe loss that was seen, that loss where it began, and the course.
+        `effective` gives the rows with the weights that are masked, which may depend on `also`: tensors learned along
+        with the sparsities, each with its first step size. They are left at their best."""
         block, inputs, targets, loss_of = task.block, task.inputs, task.targets, LOSSES[self.loss]
         sparsity, total = uniform(task, rows)
         room = Buffers.like(rows.weights)
@@ -218,7 +209,7 @@ class Besa:
         num_steps = self.epochs * math.ceil(learn / self.batch_size)
         order = batches(learn, self.batch_size, self.seed)
         started = descend([(sparsity, self.lr), *also], order, num_steps, self.checks, gradient, project, judge)
-        return Allocated(sparsity, started, tuple(course.steps))
+        return sparsity, started, tuple(course.steps)
 
 
 def total_of(task: Task, rows: Rows) -> int:

@@ -60,7 +60,8 @@ class BesaJoint:
         """Learn sparsities and clipping, then fix masks and rounded weights. Kept weights that round to zero count as
         pruned."""
         if self.pruner.scope == "sub_block":
-            return prune_parts(task, replace(self, pruner=replace(self.pruner, scope="block")))
+            prune = replace(self, pruner=replace(self.pruner, scope="block")).prune_block
+            return prune_parts(task, self.start, prune, self.batch_size)
         dense = self._rows(task)
         logits = {name: self._logits(weight).requires_grad_() for name, weight in dense.weights.items()}
 
@@ -68,17 +69,13 @@ class BesaJoint:
             weights = {name: rounded(weight, self.quantiser, logits[name]) for name, weight in dense.weights.items()}
             return replace(dense, weights=weights)
 
-        learned = self.pruner.learn(task, dense, effective, [(own, CLIPPING_LR) for own in logits.values()])
+        clipping = [(own, CLIPPING_LR) for own in logits.values()]
+        sparsity, loss_before, steps = self.pruner.learn(task, dense, effective, clipping)
         with torch.no_grad():
             rows = effective()
-        counts = rows.counts(learned.sparsity, total_of(task, rows))
-        return PrunedBlock(
-            {name: mask & (rows.weights[name] != 0) for name, mask in rows.keep_masks(counts).items()},
-            rows.sparsity(counts),
-            rows.weights,
-            learned.loss_before,
-            learned.steps,
-        )
+        counts = rows.counts(sparsity, total_of(task, rows))
+        keep_masks = {name: mask & (rows.weights[name] != 0) for name, mask in rows.keep_masks(counts).items()}
+        return PrunedBlock(keep_masks, rows.sparsity(counts), rows.weights, loss_before, steps)
 
     def start(self, task: Task) -> dict[str, Tensor]:
         """The rounded weights where the search begins: the same sparsity in every row, hardly clipped."""

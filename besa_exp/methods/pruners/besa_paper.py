@@ -91,7 +91,9 @@ class BesaPaper:
         block, goal, inputs, targets = task.block, task.goal, task.inputs, task.targets
         if goal.sparsity == 0:
             return pruned_by_masks({name: torch.ones_like(W, dtype=torch.bool) for name, W in task.weights.items()})
-        weights, allocations = self._allocations(task)
+        weights, importances = self._importances(task)
+        kind = (self.granularity == "row", self.sigmoid, self.sparsity_step)
+        allocations = {name: CandidateAllocation(weights[name], own, *kind) for name, own in importances.items()}
         start = {name: weights[name] * allocation.keep_mask() for name, allocation in allocations.items()}
         before = probe_loss(block, inputs, targets, start)
         thetas = [allocation.theta for allocation in allocations.values()]
@@ -131,12 +133,6 @@ class BesaPaper:
         if self.optimizer == "adamw":
             return torch.optim.AdamW(thetas, lr=self.lr, weight_decay=0)
         return Prodigy(thetas, lr=self.lr, weight_decay=0, d_coef=self.d_coef)
-
-    def _allocations(self, task: Task) -> tuple[dict[str, Tensor], dict[str, CandidateAllocation]]:
-        """The weights, and of each linear where its search begins."""
-        weights, importances = self._importances(task)
-        kind = (self.granularity == "row", self.sigmoid, self.sparsity_step)
-        return weights, {name: CandidateAllocation(weights[name], own, *kind) for name, own in importances.items()}
 
     def _importances(self, task: Task) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The weights, zero where an input is dead, and their importances."""

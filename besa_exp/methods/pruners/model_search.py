@@ -26,10 +26,11 @@ from besa_exp.blocks.reports import ModelStep
 from besa_exp.blocks.whole_model import KeepMasks, Weights, Whole, batches
 from besa_exp.errors import RunError, check_fields, within
 from besa_exp.machine import distributed
-from besa_exp.methods.allocation import Rows, along_budget, descend, project_to_budget
+from besa_exp.methods.allocation import Rows, along_budget, project_to_budget
 from besa_exp.methods.cuts import Buffers, cut_block
+from besa_exp.methods.descent import descend
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
-from besa_exp.tensors.masks import keep_by_rank, round_to_total
+from besa_exp.tensors.masks import round_to_total
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class ModelSearch:
         assert weights is None, "the search over the whole model begins with dense weights under masks"
         rows = ModelRows.of(whole, keep_masks, importance_of(self.importance))
         counts = self.learn(rows, on_step)
-        return [rows.keep_masks(number, own) for number, own in enumerate(counts)], None
+        return [own.keep_masks(found) for own, found in zip(rows.rows, counts, strict=True)], None
 
     def learn(self, rows: ModelRows, on_step: Callable[[ModelStep], None]) -> list[dict[str, Tensor]]:
         """The counts of every row [out], by block and linear; they sum to what those at the start sum to. RunError: the
@@ -145,10 +146,6 @@ class ModelRows:
     def divergence(self, sparsity: Float[Tensor, " row"], samples: Int[Tensor, " sample"]) -> float:
         """D on the samples of these numbers."""
         return self.whole.divergence(samples, partial(self._fill, self.counts(sparsity)))
-
-    def keep_masks(self, number: int, counts: Mapping[str, Int[Tensor, " _out"]]) -> dict[str, Tensor]:
-        """Those of a block."""
-        return {name: keep_by_rank(rank, counts[name]) for name, rank in self.rows[number].ranks.items()}
 
     def _present(self, number: int, block: Block) -> Rows:
         """A block's rows with the weights that it has while it is out."""

@@ -24,11 +24,11 @@ from besa_exp.blocks.reports import ModelStep
 from besa_exp.blocks.whole_model import KeepMasks, Weights, Whole, batches
 from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
+from besa_exp.methods.descent import SHRINK, adam_on_weights, copied, falling, go_back, take_step
 
 logger = logging.getLogger(__name__)
 
 WARM_UP = 5  # steps in which the step size rises to its full value
-SHRINK = 0.4  # of the step size, where the steps that were taken with it did not help
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class ModelTuning:
         keep_masks: Sequence[KeepMasks],
         weights: Sequence[Weights] | None,
         on_step: Callable[[ModelStep], None],
-    ) -> tuple[Sequence[KeepMasks], list[Weights]]:
+    ) -> tuple[Sequence[KeepMasks], Sequence[Weights]]:
         """The same masks, and the kept weights in fp32. `weights`: where they begin, the dense ones where None."""
         learn, probe = whole.samples()
         state = _Tuned.of(whole, keep_masks, weights, self.lr)
-        best, best_loss, shrunk = state.copy(), whole.divergence(probe, state.weights), 1.0
+        best, best_loss, shrunk = copied(state.optimizers), whole.divergence(probe, state.weights), 1.0
         every = math.ceil(self.steps / self.checks)
         for number, samples in zip(range(self.steps), batches(learn, self.batch_size, self.seed), strict=False):
-            scale = min(1.0, (number + 1) / WARM_UP) * (1 + math.cos(math.pi * number / self.steps)) / 2
+            scale = min(1.0, (number + 1) / WARM_UP) * falling(number, self.steps)
             loss = state.step(samples, shrunk * scale)
             on_step(ModelStep(number, loss, best_loss))
             if (number + 1) % every and number + 1 < self.steps:
@@ -68,11 +68,11 @@ class ModelTuning:
             found = whole.divergence(probe, state.weights)
             logger.info("divergence %.4g on the probe after %d steps, %.4g before", found, number + 1, best_loss)
             if found < best_loss:
-                best, best_loss = state.copy(), found
+                best, best_loss = copied(state.optimizers, best), found
             else:
-                state.go_back(best)
+                go_back(state.optimizers, best)
                 shrunk *= SHRINK
-        return keep_masks, best
+        return keep_masks, state.latent
 
 
 @dataclass(frozen=True)
@@ -91,30 +91,14 @@ class _Tuned:
             masks = {name: mask.to(block.device) for name, mask in keep_masks[number].items()}
             begun = weights[number] if weights else {name: block.linears[name].weight for name in masks}
             own = {name: begun[name].detach().to(block.device).float() * mask for name, mask in masks.items()}
-            groups = [
-                {"params": [weight], "full_lr": lr * float(weight.norm() / masks[name].sum().clamp(min=1).sqrt())}
-                for name, weight in own.items()
-            ]
             latent.append(own)
             kept.append(masks)
-            optimizers.append(torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-16, fused=block.device.type == "cuda"))
+            optimizers.append(adam_on_weights(own, masks, lr))
         return _Tuned(whole, kept, latent, optimizers)
 
     def weights(self, number: int, block: Block) -> dict[str, Tensor]:
         """A block's, in its own dtype."""
         return {name: weight.to(block.linears[name].weight.dtype) for name, weight in self.latent[number].items()}
-
-    def copy(self) -> list[Weights]:
-        """As they are now."""
-        return [{name: weight.clone() for name, weight in own.items()} for own in self.latent]
-
-    @torch.no_grad()
-    def go_back(self, to: Sequence[Weights]) -> None:
-        """Become what `copy` gave before, and stand still."""
-        for own, before, optimizer in zip(self.latent, to, self.optimizers, strict=True):
-            for name, weight in own.items():
-                weight.copy_(before[name])
-                optimizer.state[weight]["exp_avg"].zero_()
 
     def step(self, samples: Tensor, scale: float) -> float:
         """One step of Adam on the samples of these numbers; D before it."""
@@ -133,8 +117,4 @@ class _Tuned:
             found = leaves[name].grad
             own = torch.zeros_like(weight) if found is None else found.float() / multiple
             weight.grad = distributed.all_sum(own).mul_(self.keep_masks[number][name])
-        optimizer = self.optimizers[number]
-        for group in optimizer.param_groups:
-            group["lr"] = group["full_lr"] * scale
-        optimizer.step()
-        optimizer.zero_grad()
+        take_step(self.optimizers[number], scale)

@@ -34,8 +34,9 @@ from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
 from besa_exp.errors import RunError, check_fields, one_of, within
 from besa_exp.machine import distributed
 from besa_exp.methods.budgets.progress import Progress
+from besa_exp.methods.descent import falling
 from besa_exp.methods.structure.method import DenseModel
-from besa_exp.methods.structure.sleb import cross_entropy_of
+from besa_exp.methods.structure.sleb import summed_entropies
 from besa_exp.methods.structure.widths import (
     IMPORTANCES,
     SHAPES,
@@ -48,6 +49,7 @@ from besa_exp.methods.structure.widths import (
 )
 
 KEPT_EVERY = 10  # steps
+HALVINGS = 60  # of the interval that holds the shift of a projection
 NEAR_ZERO = 1e-7  # the authors', beside s and 1 - s
 BASELINES = ("leave_one_out", "moving")
 
@@ -88,37 +90,22 @@ def policy_gradient(
     return weights @ directions / (len(losses) - 1)
 
 
-def projected(
-    scores: Float[Tensor, " unit"],
-    budget: float,
-    costs: Float[Tensor, " unit"] | None = None,
-    halvings: int = 60,
-    tolerance: float = 0.0,
-) -> tuple[Float[Tensor, " unit"], float]:
-    """clamp(s - v, 0, 1) with the least v >= 0 under which sum c_u s_u <= budget, and v; the nearest point by the
-    distance sum c_u (s'_u - s_u)^2. Sums below the budget stay below. The authors halve 21 times, to a sum within 1e-3
-    of the budget on either side."""
-    weights = torch.ones_like(scores) if costs is None else costs.to(scores)
+def projected(scores: Float[Tensor, " unit"], budget: float, costs: Float[Tensor, " unit"]) -> Float[Tensor, " unit"]:
+    """clamp(s - v, 0, 1) with the least v >= 0 under which sum c_u s_u <= budget: the nearest point by the distance
+    sum c_u (s'_u - s_u)^2. Sums below the budget stay below. The authors halve 21 times, to a sum within 1e-3 of the
+    budget on either side."""
+    costs = costs.to(scores)
 
-    def excess(v: float) -> float:
-        return float((weights * (scores - v).clamp(0, 1)).sum(dtype=torch.float64)) - budget
+    def exceeds(v: float) -> bool:
+        return float((costs * (scores - v).clamp(0, 1)).sum(dtype=torch.float64)) > budget
 
-    if excess(0.0) <= 0:
-        return scores.clamp(0, 1), 0.0
-    low, high, v = 0.0, float(scores.max()), 0.0
-    for _ in range(halvings):
+    if not exceeds(0.0):
+        return scores.clamp(0, 1)
+    low, high = 0.0, float(scores.max())
+    for _ in range(HALVINGS):
         v = (low + high) / 2
-        over = excess(v)
-        if abs(over) < tolerance:
-            break
-        low, high = (v, high) if over > 0 else (low, v)
-    v = v if tolerance else high
-    return (scores - v).clamp(0, 1), v
-
-
-def cosine_rate(rate: float, step: int, steps: int) -> float:
-    """From `rate` down to 0 over all steps."""
-    return rate * (1 + math.cos(math.pi * step / steps)) / 2
+        low, high = (v, high) if exceeds(v) else (low, v)
+    return (scores - high).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -208,16 +195,15 @@ class PolicyGradient:
         """From the importances that `start` names; within the budget."""
         units, spendable = unit_costs(costs, dimensions), self._spendable(costs, dimensions)
         scores = starting_scores(importances, min(1.0, spendable / float(units.sum()))).flat
-        return State(0, projected(scores, spendable, units)[0])
+        return State(0, projected(scores, spendable, units))
 
     def search(self, loss_of: LossOf, state: State, costs: Costs, dimensions: Dimensions) -> Iterator[State]:
         """The states of the steps that are left after `state`. RunError: fewer than two losses of a step are finite."""
         units, spendable = unit_costs(costs, dimensions), self._spendable(costs, dimensions)
         while state.step < self.steps:
             masks = self.drawn(state)
-            losses = torch.tensor(
-                [loss_of(*_apart(mask, dimensions), state.step) for mask in masks], dtype=torch.float64
-            )
+            found = [loss_of(*_apart(mask, dimensions), state.step) for mask in masks]
+            losses = torch.tensor(found, dtype=torch.float64)
             if int(losses.isfinite().sum()) < 2:
                 raise RunError(
                     f"structure=policy_gradient: the losses of step {state.step} are {losses.tolist()}; load the model "
@@ -225,8 +211,9 @@ class PolicyGradient:
                 )
             mean = float(losses[losses.isfinite()].mean())
             moving = moving_baseline(state.baseline, mean, self.window) if self.baseline == "moving" else None
-            step = cosine_rate(self.rate, state.step, self.steps) * policy_gradient(losses, masks, state.scores, moving)
-            scores, _ = projected(state.scores - step, spendable, units)
+            rate = self.rate * falling(state.step, self.steps)
+            step = rate * policy_gradient(losses, masks, state.scores, moving)
+            scores = projected(state.scores - step, spendable, units)
             state = State(state.step + 1, scores, moving, tuple(losses.tolist()))
             yield state
 
@@ -237,10 +224,7 @@ class PolicyGradient:
 
     def decide(self, state: State, costs: Costs, dimensions: Dimensions) -> Structure:
         """What stays: the units of largest score that the budget holds."""
-        groups, channels = state.scores.split(
-            [dimensions.blocks * dimensions.groups, dimensions.blocks * dimensions.channels]
-        )
-        scores = Importances(groups.view(dimensions.blocks, -1), channels.view(dimensions.blocks, -1))
+        scores = Importances(*_apart(state.scores, dimensions))
         return chosen(scores, costs, dimensions, self.ratio, self.multiple, self.shape)
 
     def _spendable(self, costs: Costs, dimensions: Dimensions) -> float:
@@ -256,14 +240,13 @@ def loss_on(dense: DenseModel) -> LossOf:
 
     @torch.no_grad()
     def loss(groups: Bool[Tensor, "block group"], channels: Bool[Tensor, "block channel"], step: int) -> float:
-        numbers = (torch.arange(dense.batch_size) + step * dense.batch_size) % samples
-        numbers = numbers.unique()
+        numbers = ((torch.arange(dense.batch_size) + step * dense.batch_size) % samples).unique()
         own = distributed.own_places(numbers)
         states = inputs[own.to(inputs.device)]
         for place, block in enumerate(dense.blocks()):
-            with masked([block], groups[place : place + 1], channels[place : place + 1], dense.dimensions):
+            with masked(block, groups[place], channels[place], dense.dimensions):
                 states = block.outputs(states, dense.batch_size)
-        total = cross_entropy_of(head, dense.input_ids[own])(states)
+        (total,) = summed_entropies(head, dense.input_ids[own], [states])
         return float(distributed.all_sum(total)) / (len(numbers) * (length - 1))
 
     return loss
@@ -276,8 +259,7 @@ def unit_costs(costs: Costs, dimensions: Dimensions) -> Float[Tensor, " unit"]:
     return torch.cat([groups, channels]).float()
 
 
-def _apart(
-    mask: Bool[Tensor, " unit"], dimensions: Dimensions
-) -> tuple[Bool[Tensor, "block group"], Bool[Tensor, "block channel"]]:
-    groups, channels = mask.split([dimensions.blocks * dimensions.groups, dimensions.blocks * dimensions.channels])
-    return groups.view(dimensions.blocks, -1), channels.view(dimensions.blocks, -1)
+def _apart(units: Tensor, dimensions: Dimensions) -> list[Tensor]:
+    """What is known of all units, as [block group] and [block channel]."""
+    counts = [dimensions.blocks * dimensions.groups, dimensions.blocks * dimensions.channels]
+    return [part.view(dimensions.blocks, -1) for part in units.split(counts)]

@@ -143,14 +143,15 @@ class ShortGPT:
 
     def decide(self, found: Passage, costs: Costs) -> Structure:
         """What stays."""
-        count = amount(self.blocks, self.ratio, costs)
-        number = len(found.influence)
-        protected = self._protected(number)
+        count, number = amount(self.blocks, self.ratio, costs), len(found.influence)
         if self.metric == "influence":
-            removed = least_influential(found.influence, count, protected)
-        else:
-            removed, _ = least_turning_run(found.last_tokens, count, protected)
-        return Structure(tuple(block for block in range(number) if block not in removed))
+            return without(least_influential(found.influence, count, self._protected(number)), number)
+        return without(least_turning_run(found.last_tokens, count, self._protected(number))[0], number)
+
+
+def without(removed: Sequence[int], num_blocks: int) -> Structure:
+    """What stays after these blocks are gone."""
+    return Structure(tuple(block for block in range(num_blocks) if block not in removed))
 
 
 def check_amount(blocks: int | None, ratio: float | None) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,18 +25,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.head import Head, divergence
+from besa_exp.blocks.head import Head, few_samples, summed_divergences
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
 from besa_exp.errors import RunError, check_fields, one_of, within
 from besa_exp.machine import distributed
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel
-from besa_exp.methods.structure.shortgpt import amount, amount_problems, check_amount
+from besa_exp.methods.structure.shortgpt import amount, amount_problems, check_amount, without
 
 LOSSES = ("kl", "cross_entropy")
-TOKENS = 2048  # that pass the head together: their logits are the largest thing that is held
-LossOf = Callable[[Hidden], Float[Tensor, ""]]
-"""The last block's outputs of this rank's samples to the sum of their loss."""
+
+LossOf = Callable[[Sequence[Hidden]], Float[Tensor, " model"]]
+"""Of each tried model the last block's outputs of this rank's samples to the sum of their loss."""
 
 
 @dataclass(frozen=True)
@@ -59,36 +60,18 @@ class Removal:
         return Removal(values["block"], losses, values["passes"])
 
 
-def cross_entropy_of(head: Head, input_ids: Int[Tensor, "sample seq"]) -> LossOf:
-    """The sum over samples and i = 2 .. seq of -log p(token_i | the tokens before it)."""
-
-    def loss(states: Hidden) -> Float[Tensor, ""]:
-        total = torch.zeros((), dtype=torch.float64)
-        for rows in _row_slices(states):
+def summed_entropies(
+    head: Head, input_ids: Int[Tensor, "sample seq"], tried: Sequence[Hidden]
+) -> Float[Tensor, " model"]:
+    """The sum over samples and i = 2 .. seq of -log p(token_i | the tokens before it), of each tried model."""
+    total = torch.zeros(len(tried), dtype=torch.float64)
+    for number, states in enumerate(tried):
+        for rows in few_samples(states):
             logits = head(states[rows])[:, :-1].float().flatten(0, 1)
             following = input_ids[rows, 1:].to(logits.device).flatten()
             losses = torch.nn.functional.cross_entropy(logits, following, reduction="none")
-            total += losses.double().sum().cpu()
-        return total
-
-    return loss
-
-
-def divergence_of(head: Head, dense: Hidden) -> LossOf:
-    """The sum over tokens of KL(p || q), p the distribution of the next token after the dense model's last block."""
-
-    def loss(states: Hidden) -> Float[Tensor, ""]:
-        total = torch.zeros((), dtype=torch.float64)
-        for rows in _row_slices(states):
-            total += divergence(head(dense[rows]), head(states[rows])).double().sum().cpu()
-        return total
-
-    return loss
-
-
-def _row_slices(states: Hidden) -> list[slice]:
-    rows = max(1, TOKENS // states.shape[1])
-    return [slice(start, start + rows) for start in range(0, len(states), rows)]
+            total[number] += losses.double().sum().cpu()
+    return total
 
 
 @torch.no_grad()
@@ -117,8 +100,7 @@ def losses_without(
         if block.index < asked[-1]:
             together = block.outputs(together, batch_size)
             passes += 1
-    summed = torch.stack([torch.as_tensor(loss_of(apart[candidate])) for candidate in asked])
-    found = distributed.all_sum(summed.double())
+    found = distributed.all_sum(loss_of([apart[candidate] for candidate in asked]))
     return dict(zip(asked, found.tolist(), strict=True)), passes
 
 
@@ -150,13 +132,13 @@ class Sleb:
         """Each removal is kept before the next is looked for."""
         head, samples, length = dense.head(), dense.num_samples, dense.input_ids.shape[1]
         if self.loss == "kl":
-            loss_of, tokens = divergence_of(head, dense.outputs()), samples * length
+            loss_of, tokens = partial(summed_divergences, head, dense.outputs()), samples * length
         else:
-            loss_of, tokens = cross_entropy_of(head, dense.input_ids), samples * (length - 1)
+            loss_of, tokens = partial(summed_entropies, head, dense.input_ids), samples * (length - 1)
         removals = [Removal.from_dict(values) for values in progress.read().get("removals", [])]
         if removals:
             on_progress(f"going on after {len(removals)} removals")
-        count, done = amount(self.blocks, self.ratio, dense.costs), [*removals]
+        count, done = amount(self.blocks, self.ratio, dense.costs), tuple(removals)
         for removal in self.search(dense.blocks, dense.inputs(), dense.costs, dense.batch_size, loss_of, tokens, done):
             removals.append(removal)
             progress.write({"removals": [one.to_dict() for one in removals]})
@@ -164,7 +146,7 @@ class Sleb:
                 f"{len(removals)} of {count}: block index {removal.block}, {self.loss} "
                 f"{removal.losses[removal.block]:.4g}"
             )
-        return structure_of(removals, len(dense.costs.blocks))
+        return without([removal.block for removal in removals], len(dense.costs.blocks))
 
     def candidates(self, num_blocks: int, removed: Sequence[int]) -> list[int]:
         """The blocks that can go next."""
@@ -198,9 +180,3 @@ class Sleb:
             removal = Removal(min(finite, key=lambda block: (finite[block], block)), losses, passes)
             removed.append(removal.block)
             yield removal
-
-
-def structure_of(removals: Sequence[Removal], num_blocks: int) -> Structure:
-    """What stays after these removals."""
-    gone = {removal.block for removal in removals}
-    return Structure(tuple(block for block in range(num_blocks) if block not in gone))

@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.linears import Linear
@@ -47,11 +47,6 @@ class Importances:
     def flat(self) -> Float[Tensor, " unit"]:
         """All groups of all blocks, then all channels."""
         return torch.cat([self.groups.flatten(), self.channels.flatten()])
-
-    def like(self, flat: Float[Tensor, " unit"]) -> Importances:
-        """The inverse, for units of the same numbers."""
-        groups, channels = flat.split([self.groups.numel(), self.channels.numel()])
-        return Importances(groups.view_as(self.groups), channels.view_as(self.channels))
 
 
 def column_importance(
@@ -110,8 +105,8 @@ def importances_of(
         groups.append(group_importance(columns[0], dimensions).cpu())
         channels.append(columns[1].cpu())
         if norms:
-            masks = [keep_most_important(found[-1], keep) for found in (groups, channels)]
-            with masked([block], masks[0][None], masks[1][None], dimensions):
+            kept_groups, kept_channels = (keep_most_important(found[-1], keep) for found in (groups, channels))
+            with masked(block, kept_groups, kept_channels, dimensions):
                 block.outputs(inputs, batch_size, out=inputs)
     return Importances(torch.stack(groups), torch.stack(channels))
 
@@ -154,31 +149,25 @@ class Widths:
 
 @contextmanager
 def masked(
-    blocks: Iterable[Block],
-    groups: Bool[Tensor, "block group"],
-    channels: Bool[Tensor, "block channel"],
-    dimensions: Dimensions,
+    block: Block, groups: Bool[Tensor, " group"], channels: Bool[Tensor, " channel"], dimensions: Dimensions
 ) -> Iterator[None]:
-    """The blocks, and with them their model, compute with only these groups and channels for as long as this lasts:
-    what enters o and down is multiplied by 1 or 0."""
+    """The block, and with it its model, computes with only these groups and channels for as long as this lasts: what
+    enters o and down is multiplied by 1 or 0."""
+    heads = groups.repeat_interleave(dimensions.heads_of_group * dimensions.head_dim)
     with ExitStack() as hooks:
-        for block, of_groups, of_channels in zip(blocks, groups, channels, strict=True):
-            of_heads = of_groups.repeat_interleave(dimensions.heads_of_group * dimensions.head_dim)
-            for name, mask in zip(carrying_linears(block.linears), (of_heads, of_channels), strict=True):
-                linear = block.linears[name]
-                factor = mask.to(linear.weight.device, linear.weight.dtype)
-                hooks.enter_context(linear.module.register_forward_pre_hook(_times(factor)))
+        for name, mask in zip(carrying_linears(block.linears), (heads, channels), strict=True):
+            linear = block.linears[name]
+            times = partial(_times, mask.to(linear.weight.device, linear.weight.dtype))
+            hooks.enter_context(linear.module.register_forward_pre_hook(times))
         yield
 
 
-def _times(factor: Tensor) -> Any:
-    return lambda module, args: (args[0] * factor.to(args[0].dtype), *args[1:])
+def _times(factor: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return args[0] * factor.to(args[0].dtype), *args[1:]
 
 
 def kept_parameters(costs: Costs, ratio: float) -> int:
     """How many parameters may stay where `ratio` of all go."""
-    if not 0 < ratio < 1:
-        raise ValueError(f"structure.ratio={ratio}: must be above 0 and below 1, as 0.2 for a fifth of the parameters")
     return round((1 - ratio) * costs.total)
 
 
@@ -207,13 +196,8 @@ def chosen(
 ) -> Structure:
     """The units of largest score that fit a budget of parameters, `ratio` of all being gone; channels in multiples of
     `multiple`, or all. `uneven`: over all blocks together. `uniform`: of every block as many groups and as many
-    channels, the two numbers with the largest sum of score times cost. Scores of the two kinds are compared.
-
-    ValueError: no width meets the budget."""
-    if shape not in SHAPES:
-        raise ValueError(f"structure.shape={shape}: must be one of {', '.join(SHAPES)}")
-    if problems := width_amount_problems(costs, dimensions, ratio, multiple):
-        raise ValueError(problems[0])
+    channels, the two numbers with the largest sum of score times cost. Scores of the two kinds are compared."""
+    assert not width_amount_problems(costs, dimensions, ratio, multiple), "no width meets the budget"
     budget = kept_parameters(costs, ratio)
     if shape == "uniform":
         pairs = _frontier(costs, dimensions, budget, multiple)
@@ -226,9 +210,8 @@ def proportional(
     importances: Importances, costs: Costs, dimensions: Dimensions, ratio: float, multiple: int = 1
 ) -> Structure:
     """Of every block as many groups and as many channels, in shares as equal as the budget and whole numbers allow: for
-    importances of which those of heads and of channels cannot be compared. ValueError: no width meets the budget."""
-    if problems := width_amount_problems(costs, dimensions, ratio, multiple):
-        raise ValueError(problems[0])
+    importances of which those of heads and of channels cannot be compared."""
+    assert not width_amount_problems(costs, dimensions, ratio, multiple), "no width meets the budget"
     pairs = _frontier(costs, dimensions, kept_parameters(costs, ratio), multiple)
     groups, channels = min(pairs, key=lambda pair: abs(pair[0] / dimensions.groups - pair[1] / dimensions.channels))
     return _of_numbers(importances, [groups] * dimensions.blocks, [channels] * dimensions.blocks)

@@ -25,7 +25,6 @@ from besa_exp.checkpoints.narrowed_model import (
     padded_model,
 )
 from besa_exp.checkpoints.narrowed_tensors import Narrowing
-from besa_exp.checkpoints.streaming import keeps_fp32
 from besa_exp.checkpoints.structure import Structure, from_json, to_json
 
 INPUT_IDS = torch.randint(3, 64, (3, 12), generator=torch.Generator().manual_seed(3))
@@ -132,7 +131,8 @@ def assert_narrowed_is_switched_off(model, structure, tmp_path):
     assert not torch.allclose(expected, logits_of(model), atol=1e-3)
     torch.testing.assert_close(logits_of(small), expected, rtol=1e-5, atol=2e-6)
     assert small.num_parameters() == structure.parameters_left(costs_of_model(model), dimensions_of_model(model))
-    if keeps_fp32(model):  # what cannot be streamed is saved from memory
+    keeps_fp32 = model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict
+    if keeps_fp32:  # what cannot be streamed is saved from memory
         save_model(small, None, tmp_path / "small", "card")
     else:
         save_model(model, None, tmp_path / "dense", "card")
@@ -141,7 +141,7 @@ def assert_narrowed_is_switched_off(model, structure, tmp_path):
     again, loading = read
     assert not any(loading[told] for told in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.equal(logits_of(again), logits_of(small))
-    if not keeps_fp32(model):
+    if not keeps_fp32:
         assert from_json((tmp_path / "small" / "structure.json").read_text()) == structure
 
 

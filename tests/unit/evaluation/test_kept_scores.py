@@ -94,12 +94,6 @@ def test_a_folder_that_cannot_be_written_to_costs_only_the_sharing(tmp_path: Pat
     assert find(tmp_path / "file" / "cache") == (SCORES, False)
 
 
-def test_every_process_of_a_distributed_run_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert find(tmp_path) == (SCORES, False)
-
-
 def test_a_file_is_told_by_its_size_and_time_of_change(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_text("one")

@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_map_only
 from besa_exp.blocks.block import capture_blocks, embed, samples_at
 from besa_exp.blocks.course import Course
 from besa_exp.errors import RunError
-from besa_exp.methods.allocation import Rows, descend, project_to_budget, shift_by_narrowing
+from besa_exp.methods.allocation import Rows, project_to_budget, shift_by_narrowing
 from besa_exp.methods.cuts import Buffers, count_gradient, cut_block
+from besa_exp.methods.descent import descend
 from besa_exp.methods.n_of_m import Alike, round_to_worth, rows_of_groups
 from besa_exp.methods.pruners.besa import besa_step
 from besa_exp.tensors.quantisation import Quantiser, quantise, rounded

@@ -5,26 +5,20 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 from tiny_llama import tiny_llama
 
 from besa_exp.blocks.block import capture_blocks, embed
-from besa_exp.blocks.head import divergence, head_of
+from besa_exp.blocks.head import divergence, head_of, summed_divergences
 from besa_exp.checkpoints.narrowed_model import costs_of_model, dimensions_of_model, narrowed_model
 from besa_exp.checkpoints.structure import Structure
 from besa_exp.errors import RunError
 from besa_exp.evaluation.perplexity import sum_of_losses
-from besa_exp.methods.structure.sleb import (
-    Removal,
-    Sleb,
-    cross_entropy_of,
-    divergence_of,
-    losses_without,
-    structure_of,
-)
+from besa_exp.methods.structure.shortgpt import without
+from besa_exp.methods.structure.sleb import Removal, Sleb, losses_without, summed_entropies
 
 IDS = torch.randint(0, 256, (5, 12), generator=torch.Generator().manual_seed(8))
 
@@ -47,7 +41,7 @@ def dense_outputs(blocks, inputs):
 
 def searched(method, done=(), order=lambda blocks: blocks, **kinds):
     model, blocks, inputs, head = parts()
-    loss_of = kinds.get("loss_of") or cross_entropy_of(head, IDS)
+    loss_of = kinds.get("loss_of") or partial(summed_entropies, head, IDS)
     return [*method.search(lambda: order(blocks), inputs, costs_of_model(model), 2, loss_of, 55, done)]
 
 
@@ -56,7 +50,7 @@ def test_losses_are_those_of_each_model_by_itself(removed):
     model, blocks, inputs, head = parts()
     before = inputs.clone()
     alive = [block for block in range(6) if block not in removed]
-    found, passes = losses_without(blocks, inputs, removed, alive, 2, cross_entropy_of(head, IDS))
+    found, passes = losses_without(blocks, inputs, removed, alive, 2, partial(summed_entropies, head, IDS))
     assert torch.equal(inputs, before)
     for block, loss in found.items():
         left = Structure(tuple(other for other in alive if other != block))
@@ -87,9 +81,9 @@ def test_each_step_removes_the_block_of_least_loss_and_a_resumed_search_goes_on_
     for done in range(4):
         again = searched(Sleb(3, early_barrier=0, latter_barrier=0), found[:done])
         assert again == found[done:]
-    assert structure_of(found, 6).blocks == tuple(sorted({*range(6)} - {removal.block for removal in found}))
-    model = parts()[0]
-    small = narrowed_model(model, structure_of(found, 6))
+    gone = [removal.block for removal in found]
+    assert without(gone, 6).blocks == tuple(sorted({*range(6)} - {*gone}))
+    small = narrowed_model(parts()[0], without(gone, 6))
     assert float(sum_of_losses(small(IDS).logits, IDS)) / 55 == pytest.approx(
         found[-1].losses[found[-1].block], rel=1e-6
     )
@@ -111,20 +105,19 @@ def test_barriers_are_counted_among_the_blocks_that_are_alive():
 def test_kl_is_the_distance_from_the_dense_models_predictions():
     model, blocks, inputs, head = parts()
     dense = dense_outputs(blocks, inputs)
-    loss_of = divergence_of(head, dense)
-    assert float(loss_of(dense)) == 0
-    (removal,) = searched(Sleb(1), loss_of=loss_of)
-    small = narrowed_model(model, structure_of([removal], 6))
+    assert summed_divergences(head, dense, [dense]).tolist() == [0]
+    (removal,) = searched(Sleb(1), loss_of=partial(summed_divergences, head, dense))
+    small = narrowed_model(model, without([removal.block], 6))
     expected = divergence(model(IDS).logits, small(IDS).logits).double().sum() / 55
     assert removal.losses[removal.block] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_is_never_chosen_and_none_at_all_is_an_error():
     losses = iter([float("nan"), 3.0, float("inf"), 2.0])
-    (removal,) = searched(Sleb(1), loss_of=lambda states: torch.tensor(next(losses), dtype=torch.float64))
+    (removal,) = searched(Sleb(1), loss_of=lambda tried: torch.tensor([next(losses) for _ in tried]))
     assert removal.block == 4
     with pytest.raises(RunError, match=r"without any of the blocks \[1, 2, 3, 4\] the loss is not finite"):
-        searched(Sleb(1), loss_of=lambda states: torch.tensor(float("nan"), dtype=torch.float64))
+        searched(Sleb(1), loss_of=lambda tried: torch.full((len(tried),), math.nan))
 
 
 @pytest.mark.parametrize(

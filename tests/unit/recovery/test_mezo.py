@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pruned_llama import EXAMPLES, WINDOWS, as_bytes, assert_zeros_exact, pruned_llama, weights_of
 
-from besa_exp.recovery.mezo import BlockFiles, Mezo, StreamedMezo, normal, rounded_at_random
+from besa_exp.recovery.mezo import BlockFiles, Mezo, normal, rounded_at_random
 from besa_exp.recovery.objective import NextToken, mean_loss, next_token_losses, option_losses
 from besa_exp.recovery.saved_states import SavedStates
 from besa_exp.recovery.schedule import Schedule
-from besa_exp.recovery.tuning import Plan, tune
+from besa_exp.recovery.tuning import Parts, Plan, tune
 
 TOLD = Mezo(lr=1e-4, together=2)
 
@@ -90,7 +92,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
 
         states = SavedStates(folder, {}) if folder else None
         plan = Plan(Schedule(4), 2, judge_every=2)
-        tune(model, keep, Mezo(lr=1e-3), NextToken(model), WINDOWS[:8], WINDOWS[:8], plan, states, on_point)
+        tune(model, keep, Mezo(lr=1e-3), NextToken(model), Parts(WINDOWS[:8], WINDOWS[:8]), plan, states, on_point)
         return model
 
     with pytest.raises(KeyboardInterrupt):
@@ -161,7 +163,7 @@ def streamed(folder):
 
     for layer in model.model.layers:
         release(layer)
-    return model, StreamedMezo(TOLD, BlockFiles(load, release, folder)).begin(model, keep, 0)
+    return model, replace(TOLD, files=BlockFiles(load, release, folder)).begin(model, keep, 0)
 
 
 def test_a_streamed_model_that_goes_on_has_the_bits_of_one_in_memory(tmp_path):

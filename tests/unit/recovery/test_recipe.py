@@ -19,44 +19,44 @@ NAMES = sorted(presets("recovery"))
 
 
 def asked(name: str = "full", **changes) -> RecoverySettings:
-    return replace(preset("recovery", name), **changes)
+    return replace(preset("recovery", name), **{"seq_len": 256} | changes)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_preset_is_the_method_of_its_name(name: str) -> None:
-    method = method_of(asked(name), 200)
+    method = method_of(asked(name))
     assert isinstance(method, Method)
     assert type(method).__name__.lower() == name.replace("scale", "lora")
     assert not isinstance(method, Lora) or (method.alpha is None) == (name == "scale")
-    assert check_recovery(asked(name), 0.0, "unstructured", 256, 512) == []
+    assert check_recovery(asked(name), 0.0, "unstructured", 512) == []
 
 
 def test_values_reach_the_method() -> None:
-    lora = method_of(asked("lora", rank=3, alpha=5.0, lr=0.5, decay=0.1, clip=None), 9)
+    lora = method_of(asked("lora", rank=3, alpha=5.0, lr=0.5, decay=0.1, clip=None))
     assert isinstance(lora, Lora)
     assert (lora.rank, lora.alpha, lora.adam.lr, lora.adam.decay, lora.adam.clip) == (3, 5.0, 0.5, 0.1, None)
-    assert method_of(asked("mezo", micro_batch=3, eps=0.5), 9) == Mezo(lr=1e-5, eps=0.5, together=3)
-    spiel = method_of(asked("spiel", density=0.25), 77)
+    assert method_of(asked("mezo", micro_batch=3, eps=0.5)) == Mezo(lr=1e-5, eps=0.5, together=3)
+    spiel = method_of(asked("spiel", density=0.25, steps=77))
     assert isinstance(spiel, Spiel)
     assert (spiel.steps, spiel.density, spiel.exchange) == (77, 0.25, False)
 
 
 def test_a_step_size_that_is_not_given_is_begun_with() -> None:
     for name in NAMES:
-        assert step_size(method_of(asked(name), 9)) > 0
-        assert step_size(method_of(asked(name, lr=0.125), 9)) == 0.125
+        assert step_size(method_of(asked(name))) > 0
+        assert step_size(method_of(asked(name, lr=0.125))) == 0.125
 
 
 def test_tokens_stand_for_the_steps_that_see_them() -> None:
-    assert steps_of(asked(steps=7), 16) == 7
-    assert steps_of(asked(tokens=1000, batch_size=4), 16) == 16  # 64 a step: 15.6
-    assert steps_of(asked(tokens=1, batch_size=4), 16) == 1
+    assert steps_of(asked(steps=7)) == 7
+    assert steps_of(asked(tokens=1000, batch_size=4, seq_len=16)) == 16  # 64 a step: 15.6
+    assert steps_of(asked(tokens=1, batch_size=4, seq_len=16)) == 1
 
 
 def test_the_plan_warms_up_and_judges_as_asked() -> None:
-    plan = plan_of(asked(warm_up=0.25, checks=4, batch_size=3, micro_batch=2, seed=5), 20)
+    plan = plan_of(asked(warm_up=0.25, checks=4, batch_size=3, micro_batch=2, seed=5, steps=20))
     assert [step for step in range(1, 21) if plan.judges_after(step)] == [5, 10, 15, 20]
-    assert (plan.trial, plan_of(asked(lr=0.1), 20).trial) == (2, 0)
+    assert (plan.trial, plan_of(asked(lr=0.1, steps=20)).trial) == (2, 0)
     assert (plan.schedule.warm_up, plan.schedule.steps, plan.batch_size, plan.judged, plan.seed) == (5, 20, 3, 2, 5)
     assert [plan.schedule.scale(step) for step in range(5)] == [0.2, 0.4, 0.6, 0.8, 1.0]
 
@@ -86,7 +86,7 @@ def test_the_plan_warms_up_and_judges_as_asked() -> None:
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_what_is_wrong_is_told_with_its_key(changes: dict, told: str) -> None:
-    problems = check_recovery(replace(asked(), **changes), 0.5, "unstructured", 256, 512)
+    problems = check_recovery(replace(asked(), **changes), 0.5, "unstructured", 512)
     assert len(problems) == 1
     assert told in problems[0]
 
@@ -101,12 +101,15 @@ def test_what_only_the_loaded_model_shows_is_refused() -> None:
 
 
 def test_all_problems_are_told_together() -> None:
-    problems = check_recovery(asked(lr=-1.0, distill="all", schedule="step"), 0.5, "unstructured", 256, 512)
+    problems = check_recovery(asked(lr=-1.0, distill="all", schedule="step"), 0.5, "unstructured", 512)
     assert len(problems) == 3
 
 
 def test_a_window_longer_than_the_context_and_a_rounded_model_are_refused() -> None:
-    assert "recovery.seq_len=513" in check_recovery(asked(), 0.5, "unstructured", 513, 512)[0]
-    assert "recovery=norms" in check_recovery(asked(), 0.5, "unstructured", 256, 512, quantised=True)[0]
-    assert check_recovery(asked("norms"), 0.5, "unstructured", 256, 512, quantised=True) == []
-    assert "none of the 50% zeros" in check_recovery(asked("sparsegrad"), 0.5, "unstructured", 256, 512)[0]
+    assert "recovery.seq_len=513" in check_recovery(asked(seq_len=513), 0.5, "unstructured", 512)[0]
+    assert "recovery=norms" in check_recovery(asked(), 0.5, "unstructured", 512, quantised=True)[0]
+    assert check_recovery(asked("norms"), 0.5, "unstructured", 512, quantised=True) == []
+    assert "none of the 50% zeros" in check_recovery(asked("sparsegrad"), 0.5, "unstructured", 512)[0]
+    assert "2:4 is lost" in check_recovery(asked("spiel", exchange=True), 0.5, "2:4", 512)[0]
+    assert check_recovery(asked("spiel", exchange=True), 0.5, "unstructured", 512) == []
+    assert check_recovery(asked("spiel"), 0.5, "2:4", 512) == []

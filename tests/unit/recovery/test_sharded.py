@@ -13,7 +13,7 @@ from besa_exp.recovery.objective import NextToken
 from besa_exp.recovery.saved_states import SavedStates
 from besa_exp.recovery.schedule import Schedule
 from besa_exp.recovery.sharded import sharded, take_back
-from besa_exp.recovery.tuning import Plan, tune
+from besa_exp.recovery.tuning import Parts, Plan, tune
 
 PLAN = Plan(Schedule(6, warm_up=2), batch_size=4, judge_every=2, trial=2)
 
@@ -37,7 +37,7 @@ def test_it_is_tuned_to_the_bits_of_one_that_is_whole_also_when_killed(alone, tm
                 raise KeyboardInterrupt
 
         objective = NextToken(twin, micro_batch=2, checkpointing=dealt_out)
-        tune(twin, keep, Full(Adam(lr=1e-3)), objective, WINDOWS[:8], WINDOWS[:8], PLAN, states, on_point)
+        tune(twin, keep, Full(Adam(lr=1e-3)), objective, Parts(WINDOWS[:8], WINDOWS[:8]), PLAN, states, on_point)
         if dealt_out:
             assert all(torch.equal(value, model.get_parameter(name)) for name, value in before.items())
             take_back(model, twin)

@@ -63,25 +63,6 @@ def test_the_gradient_of_a_table_is_that_of_autograd_and_the_zero_entry_has_none
     assert not found[:, 0].any()
 
 
-def test_making_up_for_errors_in_later_columns_lowers_the_error_of_outputs():
-    generator = torch.Generator().manual_seed(2)
-    inputs = torch.randn(400, 16, generator=generator, dtype=torch.float64) @ torch.randn(
-        16, 16, generator=generator, dtype=torch.float64
-    )
-    weight = torch.randn(24, 16, generator=generator, dtype=torch.float64)
-    mask = torch.rand(24, 16, generator=generator) > 0.5
-    weight = weight * mask
-    hessian = inputs.T @ inputs + 0.01 * inputs.square().sum() / 16 * torch.eye(16, dtype=torch.float64)
-    factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
-    table = tables(weight, mask, 2, factor.diagonal().pow(-4))
-    errors = []
-    for given in (None, factor):
-        codes = sketch_codes(weight, table, mask, given)
-        assert torch.equal(codes == 0, ~mask)
-        errors.append(float(((table.gather(1, codes.long()) - weight) @ inputs.T).square().sum()))
-    assert errors[1] < errors[0]
-
-
 def test_k_means_of_a_row_of_few_values_finds_them():
     weight = torch.tensor([[1.0, 1.0, -2.0, 0.0, 3.0, 3.0, 0.0, -2.0]])
     table = tables(weight, weight != 0, 2)

@@ -45,7 +45,7 @@ def looped(folder, load, blocks, told, num_blocks=4):
     model.save_pretrained(folder)
     loaded = load_model(ModelSettings(name="tiny", path=str(folder), load=load), CPU, offline=True)
     finished = FinishedBlocks(blocks)
-    finished.begin({})
+    finished.begin()
     loop = BlockLoop(loaded, INPUT_IDS, 5, finished, 0, allocator("device", CPU, folder, 0)[1])
 
     def run():

@@ -13,7 +13,7 @@ from besa_exp.checkpoints.load import load_model
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.runs.block_loop import BlockLoop
-from besa_exp.runs.cpu_units import in_a_fast_dtype, multiplies, rounding
+from besa_exp.runs.cpu_units import Rounding, in_a_fast_dtype, multiplies
 from besa_exp.runs.save import check_saved, outside_blocks, save_pruned
 from besa_exp.settings import ModelSettings
 from besa_exp.tensors.masks import Goal
@@ -69,9 +69,10 @@ def test_what_was_computed_in_fp32_is_saved_in_its_own_dtype_with_the_zeros_that
     loaded = loaded_from(tmp_path / "dense", load)
     outside = weights_sha256(outside_blocks(loaded))
     finished, reports = FinishedBlocks(tmp_path / "blocks"), []
-    finished.begin({})
+    finished.begin()
     loop = BlockLoop(loaded, INPUT_IDS, 5, finished, 0, allocator("device", CPU, tmp_path, 0)[1])
-    pruner = rounding(SparseGPT(group_size=32), loaded.stored)
+    assert loaded.stored is not None
+    pruner = Rounding(SparseGPT(group_size=32), loaded.stored)
     loop.run(pruner, Goal(0.5), None, lambda step: None, reports.append)
     in_memory = [parameter for parameter in loaded.model.parameters() if not parameter.is_meta]
     assert all(torch.equal(parameter, parameter.half().float()) for parameter in in_memory)

@@ -5,21 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 import torch
 
-from besa_exp.report.row_sparsities import QUANTILES, row_quantiles
-from besa_exp.runs.row_sparsities import quantiles, row_sparsities
+from besa_exp.report.row_sparsities import row_quantiles
+from besa_exp.runs.row_sparsities import row_sparsities
 
 
 def test_a_rows_sparsity_is_the_share_of_it_that_is_pruned() -> None:
     keep_mask = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 1]]).bool()
     assert row_sparsities(keep_mask).tolist() == [0.0, 0.5, 0.75]
-
-
-def test_quantiles_are_those_of_the_rows() -> None:
-    rows = torch.arange(101) / 100
-    assert quantiles(rows) == pytest.approx(list(QUANTILES), abs=1e-6)
 
 
 def test_quantiles_are_read_back_in_the_order_of_blocks_and_a_cut_off_line_hides_none(tmp_path: Path) -> None:

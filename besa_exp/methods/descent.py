@@ -1,0 +1,99 @@
+"""Adam as the searches here take it: fp32 tensors, each with its first step size, which falls along half a cosine; and
+back to the best state that was seen, to go on from there with smaller steps, where the probe finds no gain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+SHRINK = 0.4  # of the step size, where the steps that were taken with it did not help
+Optimizers = Sequence[torch.optim.Adam]
+
+
+def falling(step: int, num_steps: int) -> float:
+    """(1 + cos(pi step / num_steps)) / 2, from 1 to 0."""
+    return (1 + math.cos(math.pi * step / num_steps)) / 2
+
+
+def adam_on_weights(
+    weights: Mapping[str, Float[Tensor, "_out _in"]],
+    keep_masks: Mapping[str, Bool[Tensor, "_out _in"]],
+    lr: float,
+    more: Iterable[dict[str, Any]] = (),
+) -> torch.optim.Adam:
+    """On the kept weights, each linear's with `lr` of their root mean square as its first step size, and on `more`."""
+    groups = [
+        {"params": [weight], "first_lr": lr * float(weight.norm() / keep_masks[name].sum().clamp(min=1).sqrt())}
+        for name, weight in weights.items()
+    ]
+    on_gpu = next(iter(weights.values())).is_cuda
+    return torch.optim.Adam([*groups, *more], betas=(0.9, 0.99), eps=1e-16, fused=on_gpu)
+
+
+def take_step(optimizer: torch.optim.Adam, scale: float) -> None:
+    """A step of `scale` times the first size; the gradients, which may be as large as the weights, go."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["first_lr"] * scale
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@torch.no_grad()
+def copied(optimizers: Optimizers, into: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """What the optimizers change as it is now; in the place of an older copy where one is given."""
+    held = [tensor for _, tensor in _held(optimizers)]
+    return [old.copy_(new) for old, new in zip(into, held, strict=True)] if into else [new.clone() for new in held]
+
+
+@torch.no_grad()
+def go_back(optimizers: Optimizers, to: Sequence[Tensor]) -> None:
+    """Become what `copied` gave before, and stand still."""
+    for (optimizer, tensor), good in zip(_held(optimizers), to, strict=True):
+        tensor.copy_(good)
+        optimizer.state[tensor]["exp_avg"].zero_()
+
+
+def _held(optimizers: Optimizers) -> list[tuple[torch.optim.Adam, Tensor]]:
+    return [(own, tensor) for own in optimizers for group in own.param_groups for tensor in group["params"]]
+
+
+def descend(
+    parameters: Sequence[tuple[Tensor, float]],
+    batches: Iterable[Tensor],
+    num_steps: int,
+    checks: int,
+    gradient: Callable[[Tensor, int, float], Sequence[Tensor]],
+    project: Callable[[], None],
+    judge: Callable[[], float],
+) -> float:
+    """Adam on `parameters`, each with its first step size. Returns the judge's loss where they began; they end at the
+    best that it saw.
+
+    A step on the samples of a batch takes `gradient(samples, step, best loss)` and then calls `project`. `checks` times
+    on the way `judge` looks: parameters that do not lower its loss go back to the best, stand still and go on with
+    smaller steps."""
+    groups = [{"params": [tensor], "first_lr": size} for tensor, size in parameters]
+    optimizer = torch.optim.Adam(groups, betas=(0.8, 0.99), eps=1e-30, fused=parameters[0][0].is_cuda)
+    every = math.ceil(num_steps / checks)
+    best, started = copied([optimizer]), judge()
+    best_loss = started
+    for step, samples in zip(range(num_steps), batches, strict=False):
+        for (tensor, _), found in zip(parameters, gradient(samples, step, best_loss), strict=True):
+            tensor.grad = found
+        take_step(optimizer, falling(step, num_steps))
+        project()
+        if (step + 1) % every and step + 1 < num_steps:
+            continue
+        loss = judge()
+        if loss < best_loss:
+            best, best_loss = copied([optimizer], best), loss
+            continue
+        go_back([optimizer], best)
+        for group in optimizer.param_groups:
+            group["first_lr"] *= SHRINK
+    return started
