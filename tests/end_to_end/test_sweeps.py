@@ -20,8 +20,7 @@ from wandb_file import one
 
 from besa_exp.cli.main import main
 
-LAUNCHERS = {
-    "basic": [],
+LAUNCHERS = {  # beside Hydra's own, whose next job begins when one was killed as when one was terminated, below
     "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
     "submitit_local": ["hydra/launcher=submitit_local"],
 }
@@ -31,9 +30,8 @@ LAUNCHERS = {
 def launcher(request: pytest.FixtureRequest) -> list[str]:
     """The arguments that choose it."""
     name = request.param
-    if name != "basic":
-        pytest.importorskip("joblib" if name == "joblib" else "submitit")
-        pytest.importorskip(f"hydra_plugins.hydra_{name.removesuffix('_local')}_launcher")
+    pytest.importorskip("joblib" if name == "joblib" else "submitit")
+    pytest.importorskip(f"hydra_plugins.hydra_{name.removesuffix('_local')}_launcher")
     return LAUNCHERS[name]
 
 

@@ -174,7 +174,7 @@ def test_a_failing_rank_ends_all_with_its_error(short, tokens, tmp_path):
     ids[31, 3] = unused  # of the last sample that the second rank owns, on which it checks the blocks
     save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
     given = ["pruner=wanda", "evaluator=none", f"model.path={broken}", f"hydra.run.dir={folder}"]
-    done = run_ready("two_ranks.py", *KEYS, *given, f"calibration.path={tmp_path / 'ids.safetensors'}")
+    done = on_two(*KEYS, *given, f"calibration.path={tmp_path / 'ids.safetensors'}")
     assert done.returncode != 0
     assert "rank 1 failed: model.layers.0" in done.stdout
     status = json.loads((folder / "status.json").read_text())
