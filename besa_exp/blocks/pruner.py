@@ -105,15 +105,14 @@ class Traits:
 
     `statistic`: what to observe about the inputs of each linear; None: nothing. `gradients`: observe the gradient to
     each weight too. `dense_targets`: targets come from dense inputs (else: what the dense block makes of the pruned
-    prefix's outputs). `blocks_together`: how many blocks make one task. `own_targets`: parts of a block get targets of
-    their own, which need room. `quantiser`: what kept weights are rounded with; None: they are not. `reach`: the least
-    and the largest sparsity that it can end at. `refinements`: the searches over the whole model that follow."""
+    prefix's outputs). `blocks_together`: how many blocks make one task. `quantiser`: what kept weights are rounded
+    with; None: they are not. `reach`: the least and the largest sparsity that it can end at. `refinements`: the
+    searches over the whole model that follow."""
 
     statistic: type[Statistic] | None = None
     gradients: bool = False
     dense_targets: bool = False
     blocks_together: int = 1
-    own_targets: bool = False
     quantiser: Quantiser | None = None
     reach: tuple[float, float] = (0.0, 1.0)
     refinements: tuple[Refinement, ...] = ()

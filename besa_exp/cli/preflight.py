@@ -32,9 +32,7 @@ from besa_exp.run_folder.lookup import check_run, run_and_model
 from besa_exp.settings import (
     CalibrationSettings,
     EvaluationSettings,
-    EvaluatorSettings,
     ModelSettings,
-    RecoverySettings,
     RunSettings,
     SaveSettings,
     TrackerSettings,
@@ -64,11 +62,8 @@ def preflight(
     if "calibration" not in unknown and (calibrated or not settings.is_dense):
         length = None if "calibration.path" in unknown else context
         problems += check_calibration(settings.calibration, length)
-    if settings.offline and here:
-        not_read = settings.is_dense and not calibrated
-        left_out = not_read or {"calibration", "calibration.path"} & {*unknown}
-        calibration = None if left_out else settings.calibration
-        problems += missing_offline(needs_of(*_known(settings, unknown, calibration)))
+    not_read = (settings.is_dense and not calibrated) or {"calibration", "calibration.path"} & {*unknown}
+    problems += _missing(settings, unknown, None if not_read else settings.calibration) if here else []
     problems += check_push(settings.save, settings.offline) if here else []
     if settings.is_dense and settings.save.push_to_hub:
         problems.append("save.push_to_hub: pruner=dense makes no model, it scores the one it is given; leave it out")
@@ -94,9 +89,7 @@ def preflight_evaluation(
     read = settings.calibration if skipping and skipping.is_calibrated and "calibration" not in unknown else None
     if read:
         problems += check_calibration(read, facts.context if facts else settings.model.context)
-    if settings.offline:
-        problems += missing_offline(needs_of(*_known(settings, unknown, read)))
-    return facts, [*of_run, *problems]
+    return facts, [*of_run, *problems, *_missing(settings, unknown, read)]
 
 
 def preflight_tuning(
@@ -125,9 +118,7 @@ def preflight_tuning(
     if not {"recovery", "calibration"} & {*unknown}:
         of_recovery = check_recovery_of(asked, 0.0, context, has_lost_blocks(settings)) + _check_teacher(settings)
         problems += [found for found in of_recovery if found not in problems]
-    if settings.offline:
-        calibration = None if "calibration" in unknown else settings.calibration
-        problems += missing_offline(needs_of(*_known(asked, unknown, calibration)))
+    problems += _missing(asked, unknown, None if "calibration" in unknown else settings.calibration)
     problems += check_push(settings.save, settings.offline)
     return problems + (check_disk(folder, _needed_bytes(asked, facts)) if facts else [])
 
@@ -146,13 +137,14 @@ def _check_teacher(settings: TuneSettings) -> list[str]:
     return check_model(teacher, "teacher")[1]
 
 
-def _known(
+def _missing(
     settings: RunSettings | EvaluationSettings, unknown: Collection[str], calibration: CalibrationSettings | None
-) -> tuple[ModelSettings | None, CalibrationSettings | None, EvaluatorSettings | None, RecoverySettings | None]:
-    """What may be looked for in the caches."""
+) -> list[str]:
+    """What the local caches lack where there is to be no network."""
     model = None if "model" in unknown else settings.model
+    evaluator = None if "evaluator" in unknown else settings.evaluator
     recovery = None if "recovery" in unknown else getattr(settings, "recovery", None)
-    return model, calibration, None if "evaluator" in unknown else settings.evaluator, recovery
+    return missing_offline(needs_of(model, calibration, evaluator, recovery)) if settings.offline else []
 
 
 def _check_shared(
@@ -238,17 +230,13 @@ def _check_target(settings: RunSettings, facts: ModelFolder | None, with_pruner:
 
         problems += with_update(settings.pruner, settings.update).check(sparsity, settings.pattern)
         problems += check_budget(settings.budget, settings.pattern)
-        problems += _check_recovery(settings, sparsity, facts) if settings.recovery else []
+        if settings.recovery:
+            from besa_exp.runs.recover import check_recovery_of
+
+            context = facts.context if facts else settings.model.context
+            problems += check_recovery_of(settings, 0.0 if settings.keeps_weights else sparsity, context)
         problems += _check_structure(settings) if settings.structure and facts else []
     return problems
-
-
-def _check_recovery(settings: RunSettings, sparsity: float, facts: ModelFolder | None) -> list[str]:
-    from besa_exp.runs.recover import check_recovery_of
-
-    pruned = "dense" not in settings.pruner_name.split("+")
-    context = facts.context if facts else settings.model.context
-    return check_recovery_of(settings, sparsity if pruned else 0.0, context)
 
 
 def _check_structure(settings: RunSettings) -> list[str]:

@@ -1,145 +1,111 @@
-"""What a run will need: bytes by part and place, seconds by part.
+"""What a run will need: bytes by part and place, seconds by part. NaN: not estimated.
 
-Sizes come from the model's config: it is built without weights. Texts are read as the run reads them (`texts.py`). One
-block is pruned, a batch goes through it and the head, and a file is written beside the run folder (`measured.py`).
-Time is what was measured times how often it is paid.
+Sizes come from the model's config: it is built without weights. Texts are read as the run reads them (`texts.py`). Time
+is what was measured (`costs.py`) or counted (`chips.py`) times how often it is paid, and
+
+    need(place) = max over phases of the sum of the place's parts in that phase.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
-import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from besa_exp.checkpoints.files import weights_sha256
+from besa_exp.blocks.activations import activation_bytes
 from besa_exp.checkpoints.load import SHARE_OF_FREE, is_to_stream, model_context, weight_bytes
 from besa_exp.checkpoints.streaming import saves_blocks_anew, streamed_sources
 from besa_exp.checkpoints.tensor_sources import stored_tensors
-from besa_exp.dry_run.counts import CHIPS, DISK, HASH, block_seconds, passes_of
-from besa_exp.dry_run.measured import Measured, measured
-from besa_exp.dry_run.parts import LOGS, Part, Place, disk_parts, memory_parts, pruning_parts
+from besa_exp.dry_run.chips import CHIPS, counted
+from besa_exp.dry_run.costs import Costs, measured
 from besa_exp.dry_run.sizes import ModelSize, local_folder, model_size, model_without_weights
 from besa_exp.dry_run.texts import Texts, read_texts
 from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.streamed import HELD_BYTES
-from besa_exp.machine import atomic
-from besa_exp.machine.device import prepared_device, seconds_of
+from besa_exp.machine.device import prepared_device
 from besa_exp.machine.disk import ONE_FILE, existing
 from besa_exp.machine.memory import free_memory
-from besa_exp.methods.budgets.budget import Budget
-from besa_exp.methods.budgets.trial import DepthSearch
+from besa_exp.methods.budgets.uniform import SameForAll
 from besa_exp.methods.updates.updated import with_update
+from besa_exp.recovery.recipe import follows_dense
 from besa_exp.settings import RunSettings
-from besa_exp.tensors.masks import Goal
 
-REPLAYED = 4  # passes of a sample through the model when a run begins: two samples, twice
+Place = Literal["device", "host", "disk"]
+PHASES = ("load", "prune", "recover", "save", "evaluate")
+LIBRARIES = "Python and libraries"  # held by this process too: they do not lessen what is free
+AT_WORK = "statistics, pruner and forward pass at work"
+LOGS = 300_000  # bytes: config, environment, results, status, run.log, a line of metrics for each step
+WANDB_TIMES = 4  # what W&B writes for each byte of them, its copy of the console included
+REPLAYED = 4  # passes of a sample through each block when a run begins: two samples, twice
 FRESH_PROCESS = 2.5  # seconds until Python has imported torch and transformers, as measured on two CPU cores
-SMALL, LARGE = 2**16, 2**25  # bytes of the files that are written to measure the disk
+
+
+@dataclass(frozen=True)
+class Part:
+    """`size` bytes that a run holds at `place` during `phases`; `remedy` makes them fewer."""
+
+    name: str
+    place: Place
+    size: float
+    phases: tuple[str, ...] = PHASES
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one run: its parts, the bytes it keeps, seconds by part (None: not estimated), what is free at each place,
-    remarks, and whether a finished run is there."""
+    """Of one run: its parts, the bytes it keeps, seconds by part, what is free at each place, remarks, and whether a
+    finished run is there."""
 
     settings: RunSettings
     folder: Path
-    device: torch.device
+    device: str
     parts: list[Part]
-    kept: int
+    kept: float
     blocks: int
-    seconds: dict[str, float | None]
+    seconds: dict[str, float]
     free: dict[Place, int]
     notes: list[str]
     finished: bool = False
 
 
-@dataclass(frozen=True)
-class DiskSpeed:
-    """Seconds a file however small, and seconds a byte to write it durably, to read it, to hash it."""
-
-    file: float
-    write: float
-    read: float
-    hash: float
-
-    def keeping(self, files: int, written: int, hashed: int) -> float:
-        """Seconds to make so many bytes last, in so many files."""
-        return files * self.file + written * self.write + hashed * self.hash
-
-
-def estimate(settings: RunSettings, folder: Path, on_progress: Callable[[str], None] = lambda text: None) -> Estimate:
-    """What the run in `folder` would need. `on_progress` is called with what is done next. ConfigurationError: the run
-    would be refused."""
-    if settings.device_name != "here":
-        on_progress("counting what the run computes")
-        return estimate_from_counts(settings, folder)
-    device = prepared_device(settings)
-    on_progress("building the model without weights, reading the texts")
-    started = time.perf_counter()
+def estimate(settings: RunSettings, folder: Path) -> Estimate:
+    """What the run in `folder` would need. ConfigurationError: the run would be refused."""
+    named, place, calibration = settings.device_name, existing(folder), settings.calibration
+    device = prepared_device(settings) if named == "here" else torch.device("cuda")
     model = model_without_weights(settings.model, settings.offline)
-    build = time.perf_counter() - started
-    size, links = model_size(model), not saves_blocks_anew(model)
-    streamed, notes = _is_streamed(settings, model, size, device)
-    texts, place = read_texts(settings, model), existing(folder)
-    free: dict[Place, int] = {"host": free_memory(), "disk": shutil.disk_usage(place).free}
-    free |= {"device": torch.cuda.mem_get_info(device)[0]} if device.type == "cuda" else {}
-    on_progress("writing a file and reading it again")
-    disk = disk_speed(place)
-    on_progress(f"pruning one block of random weights on {device}")
-    found = measured(settings, model, size, texts, place, device)
-    linked = links and (streamed or (size.total > ONE_FILE and settings.recovery is None))
-    saved_anew = 0 if not settings.keeps_model else size.outside if linked else size.total
-    parts = memory_parts(settings, size, texts, found, streamed, device.type == "cuda")
-    parts += disk_parts(settings, size, found, saved_anew)
-    seconds = _seconds(settings, size, texts, found, disk, build, streamed, saved_anew)
-    kept = size.total * settings.keeps_model + size.masks * settings.save.masks * (not settings.is_dense)
-    kept += sum(part.size or 0 for part in parts if part.name in LOGS)
-    notes += [*texts.notes, *filter(None, [found.note]), *_not_estimated(settings)]
-    return Estimate(settings, folder, device, parts, kept, len(size.blocks), seconds, free, notes)
-
-
-def estimate_from_counts(settings: RunSettings, folder: Path) -> Estimate:
-    """Of loading, pruning and saving on the chip `settings.device_name`, which need not be here."""
-    chip, calibration = CHIPS[settings.device_name], settings.calibration
-    model = model_without_weights(settings.model, settings.offline)
-    size, pruner = model_size(model), with_update(settings.pruner, settings.update)
-    streamed = size.total > SHARE_OF_FREE * chip.memory
-    goal, samples = Goal.parse(settings.sparsity, settings.pattern), calibration.num_samples
-    length = min(calibration.seq_len, model_context(model))
-    passes = passes_of(pruner, goal, samples, calibration.batch_size)
-    weights, block = 8 * size.masks // len(size.blocks), sum(size.blocks) // len(size.blocks)
-    host = (block + weights / 8) / DISK + block / HASH
-    a_block = max(block_seconds(chip, pruner, passes, model.config, weights, samples, length), host)
-    written = size.outside if streamed else size.total
-    load, save = written / DISK, (written + 2 * size.total) / DISK * settings.keeps_model
-    seconds: dict[str, float | None] = {"load": load, "prune": a_block * len(size.blocks), "one block": a_block}
-    seconds |= {"save": save, "total": load + a_block * len(size.blocks) + save}
-    held = size.outside + (1 + pruner.traits.blocks_together) * block if streamed else size.total
-    states = Measured(0, "device")
-    parts = [Part("weights", "device", held), *pruning_parts(pruner, samples * length * size.state, states, "device")]
-    parts += disk_parts(settings, size, states, written * settings.keeps_model)
-    kept = size.total * settings.keeps_model + size.masks * settings.save.masks
-    notes = [
-        f"an estimate from counts for {settings.device_name}, on which nothing was measured: a sample passes a block "
-        f"{passes.plain / samples:.2f} times without and {passes.differentiated / samples:.2f} times with a gradient",
-        "fetching, calibration text and scoring are not counted; a disk of 2 GB/s and hashes of 1.3 GB/s are assumed",
-    ]
-    free: dict[Place, int] = {"device": int(chip.memory), "disk": shutil.disk_usage(existing(folder)).free}
-    return Estimate(settings, folder, torch.device("cuda"), parts, kept, len(size.blocks), seconds, free, notes)
+    size, linked, free = model_size(model), not saves_blocks_anew(model), dict[Place, int]()
+    if named == "here":
+        if device.type == "cuda":
+            free["device"] = torch.cuda.mem_get_info(device)[0]
+        free["host"] = free_memory()
+        streamed, notes = _is_streamed(settings, model, size, device)
+        texts = read_texts(settings, model)
+        costs = measured(settings, model, size, texts, place, device)
+    else:
+        free["device"] = CHIPS[named].memory
+        streamed, notes = size.total > SHARE_OF_FREE * free["device"], []
+        texts = Texts(calibration.num_samples, min(calibration.seq_len, model_context(model)))
+        costs = counted(settings, model, size, texts.seq_len)
+    free["disk"] = shutil.disk_usage(place).free
+    linked = linked and (streamed or (size.total > ONE_FILE and settings.recovery is None))
+    saved = (size.outside if linked else size.total) * settings.keeps_model
+    parts = _parts(settings, size, texts, costs, streamed, saved, device.type == "cuda")
+    seconds = _seconds(settings, size, texts, costs, streamed, saved, device.type == "cuda")
+    kept = size.total * settings.keeps_model + size.masks * settings.save.masks * (not settings.is_dense) + LOGS
+    notes += [*texts.notes, *filter(None, [costs.note]), *_not_estimated(settings)]
+    told = str(device) if named == "here" else named
+    return Estimate(settings, folder, told, parts, kept, len(size.blocks), seconds, free, notes)
 
 
 def _not_estimated(settings: RunSettings) -> list[str]:
     missing = {
-        "the memory of a budget over depth is not estimated": isinstance(settings.budget, DepthSearch | Budget),
+        "the memory of a budget over depth is not estimated": not isinstance(settings.budget, SameForAll | None),
         "the structure is not estimated: time and memory are those of the dense model's blocks": settings.structure,
         "time and memory of the search over the whole model that follows the block loop are not estimated": (
             settings.pruner.traits.refinements
@@ -170,75 +136,87 @@ def _is_streamed(
     return True, notes
 
 
+def _parts(
+    settings: RunSettings, size: ModelSize, texts: Texts, costs: Costs, streamed: bool, saved: int, on_cuda: bool
+) -> list[Part]:
+    """The bytes of each part that there is. `saved`: of the saved model, those that are no links to finished blocks."""
+    memory: Place = "device" if on_cuda else "host"
+    at: Place = "disk" if costs.activations == "disk" else memory if costs.activations == "device" else "host"
+    elsewhere = {"device": "activations=host or ", "host": "activations=disk or ", "disk": ""}[at]
+    fewer = f"{elsewhere}a smaller calibration.num_samples or .seq_len"
+    links = "save.model=false or model.load=streamed (which saves no block twice)"
+    traits, pruned = with_update(settings.pruner, settings.update).traits, not settings.is_dense
+    states = activation_bytes(texts.samples, texts.seq_len, size.state, 1, traits.dense_targets) * pruned
+    scored = max((count * length for count, length in texts.windows), default=0) * size.state * streamed
+    state, checkpoint = costs.recovery[1:3] if settings.recovery else (0, 0)
+    batch = costs.batch if settings.evaluator.perplexity_sets or settings.evaluator.tasks else 0
+    follows = settings.recovery is not None and follows_dense(settings.recovery)
+    tracked = settings.tracker.name == "wandb" and settings.tracker.mode != "disabled"
+    held, finished, loop = max(size.blocks) * streamed, (sum(size.blocks) + size.masks) * pruned, ("prune", "evaluate")
+    parts = [
+        Part(LIBRARIES, "host", costs.libraries),
+        Part("weights", memory, size.total * (not streamed), remedy="model.load=streamed"),
+        Part("weights outside the blocks", memory, size.outside * streamed),
+        Part("weights of the block at work", memory, traits.blocks_together * held, loop, "pruner.scope=block"),
+        Part("the next block, read ahead", "host", held, loop),
+        Part("the finished block, being written", "host", held * pruned, ("prune",)),
+        Part("a shard on its way", "host", min(saved, ONE_FILE) * on_cuda * (not streamed), ("save",)),
+        Part("activations and targets", at, states, ("prune",), fewer),
+        Part(AT_WORK, memory, costs.working if pruned else 0, ("prune",), "a smaller calibration.batch_size"),
+        Part("recovery: what is trained, and its moments", memory, state, ("recover",), "recovery=lora"),
+        Part("recovery: the dense model", memory, size.total * follows, ("recover",), "recovery.distill=none"),
+        Part("evaluation: a batch's logits", memory, batch, ("evaluate",), "evaluator.batch_size=1"),
+        Part("evaluation: hidden states", memory, scored, ("evaluate",)),
+        Part("finished blocks and masks, until the run is done", "disk", finished, PHASES[1:]),
+        Part("saved shards", "disk", saved, ("save", "evaluate"), links),
+        Part("masks.safetensors", "disk", size.masks * settings.save.masks * pruned, ("save", "evaluate")),
+        Part("recovery: two checkpoints and their best weights", "disk", 2 * checkpoint, ("recover",)),
+        Part("logs and metrics", "disk", LOGS),
+        Part("W&B", "disk", WANDB_TIMES * LOGS * tracked),
+    ]  # fmt: skip
+    return [part for part in parts if part.size != 0]
+
+
 def _seconds(
-    settings: RunSettings, size: ModelSize, texts: Texts, found: Measured, disk: DiskSpeed, build: float,
-    streamed: bool, saved_anew: int,
-) -> dict[str, float | None]:  # fmt: skip
-    """Seconds by the parts of results.json's `seconds`, with one block's; None: not estimated."""
-    load = build + (size.outside if streamed else size.total) * disk.read
-    evaluated = _evaluation_seconds(size, texts, found, disk, streamed)
-    models = 2 if settings.evaluator.dense and not settings.is_dense else 1
-    seconds: dict[str, float | None] = {"load": load}
-    if not settings.is_dense:
-        a_block = pruning = None
-        if found.block:
-            # Pruning, and what makes it last: two hashes of the weights, three files; a streamed block is read first.
-            weights, masks = sum(size.blocks) // len(size.blocks), size.masks // len(size.blocks)
-            a_block = found.block.seconds + disk.keeping(3, weights + masks, 2 * weights + masks)
-            a_block += weights * disk.read * streamed
-            replayed = REPLAYED * (1 if streamed else len(size.blocks)) * found.block.forward_seconds
-            pruning = (found.budget or 0.0) + replayed + a_block * len(size.blocks)
-        seconds |= {"calibrate": texts.calibrate, "prune": pruning, "one block": a_block}
-        if settings.recovery:  # its steps, and the files that are written each time held-out windows have judged
-            cost = found.recovery
-            kept = cost and disk.keeping(3, cost.kept_bytes, 2 * cost.kept_bytes)
-            seconds["recover"] = cost.seconds + cost.checkpoints * kept if cost and kept else None
-        seconds["save"] = _save_seconds(settings, size, disk, load, saved_anew, evaluated or 0.0)
-    seconds["evaluate"] = None if evaluated is None else models * evaluated
-    parts = [value for part, value in seconds.items() if part != "one block"]
-    return {**seconds, "total": None if None in parts else sum(filter(None, parts))}
+    settings: RunSettings, size: ModelSize, texts: Texts, costs: Costs, streamed: bool, saved: int, on_cuda: bool
+) -> dict[str, float]:
+    """By the parts of results.json's `seconds`."""
+    disk, blocks, count, masks = costs.disk, sum(size.blocks), len(size.blocks), size.masks * settings.save.masks
+    load = (size.outside if streamed else size.total) * disk.read
+    tokens = sum(windows * length for windows, length in [*texts.windows, *texts.requests])
+    # A streamed model's blocks are read once a set, and once for the questions that HELD_BYTES hold.
+    held = [math.ceil(asked * length * size.state / HELD_BYTES) for asked, length in texts.requests]
+    read = texts.read + blocks * disk.read * (len(texts.windows) + sum(held)) * streamed
+    evaluated = read + (tokens and tokens * (costs.token[0] * count + costs.token[1]))
+    if settings.is_dense:
+        return {"load": load, "evaluate": evaluated, "total": load + evaluated}
+    # A block lasts when it is hashed twice and written, beside a GPU's work; a streamed one is read first.
+    kept = ((blocks + size.masks) * disk.keep + blocks * disk.read * streamed) / count
+    a_block = max(costs.block, kept) if on_cuda else costs.block + kept
+    save = masks * (disk.write + disk.read)
+    if settings.keeps_model:  # written, its zeros counted, loaded again, and by a fresh process beside scoring
+        apart = max(0.0, FRESH_PROCESS + size.total * disk.read - evaluated) * settings.save.verify
+        save += saved * disk.write + 2 * blocks * disk.read + load + apart
+    checked = REPLAYED * texts.seq_len * costs.token[0]
+    seconds = {"load": load, "calibrate": texts.calibrate, "prune": costs.budget + count * (a_block + checked)}
+    if settings.recovery:
+        seconds["recover"] = costs.recovery.seconds + costs.recovery.written * disk.keep
+    seconds |= {"save": save, "evaluate": evaluated * (2 if settings.evaluator.dense else 1)}
+    return seconds | {"total": sum(seconds.values())}
 
 
-def _save_seconds(
-    settings: RunSettings, size: ModelSize, disk: DiskSpeed, load: float, saved_anew: int, scoring: float
-) -> float:
-    """Masks in one file; the model written, its zeros counted, loaded again, and by a fresh process beside scoring."""
-    seconds = (disk.file + size.masks * (disk.write + disk.read)) * settings.save.masks
-    if settings.keeps_model:
-        seconds += 5 * disk.file + saved_anew * disk.write + 2 * sum(size.blocks) * disk.read + load
-        apart = FRESH_PROCESS + size.total * disk.read
-        seconds += max(0.0, apart - scoring) * settings.save.verify
-    return seconds
+def peak(parts: Sequence[Part], place: Place) -> tuple[float, str]:
+    """The most that `place` must hold at once, and in which phase; parts that are not estimated count nothing."""
+    sums = {
+        phase: sum(part.size for part in parts if part.place == place and phase in part.phases and part.size >= 0)
+        for phase in PHASES
+    }
+    phase = max(PHASES, key=sums.__getitem__)
+    return sums[phase], phase
 
 
-def _evaluation_seconds(
-    size: ModelSize, texts: Texts, found: Measured, disk: DiskSpeed, streamed: bool
-) -> float | None:
-    """Of one model. A streamed one's blocks are read once a set, and once for the questions that HELD_BYTES hold."""
-    if found.block is None or texts.read is None:
-        return None
-    passed = [*texts.windows, *texts.requests]
-    reads = len(texts.windows) + sum(math.ceil(n * length * size.state / HELD_BYTES) for n, length in texts.requests)
-    in_block, outside = found.token
-    seconds = texts.read + sum(n * length for n, length in passed) * (in_block * len(size.blocks) + outside)
-    return (seconds + sum(size.blocks) * disk.read * reads * streamed) * bool(passed)
-
-
-def disk_speed(place: Path) -> DiskSpeed:
-    """Of the disk of `place`. Reading comes from the system's cache, as of files that were just written; a cold disk
-    takes longer."""
-    clock = torch.device("cpu")
-    with tempfile.TemporaryDirectory(dir=place, prefix=".besa-probe-") as folder:
-        path = Path(folder, "probe.safetensors")
-        drawn = torch.randint(-(2**62), 2**62, (LARGE // 8,)).view(torch.uint8)  # what no file system makes smaller
-
-        def write(size: int) -> None:
-            with atomic.replaced_file(path) as partial_file:
-                save_file({"probe": drawn[:size]}, partial_file)
-
-        small = min(seconds_of(clock, lambda: write(SMALL)) for _ in range(3))
-        large = min(seconds_of(clock, lambda: write(LARGE)) for _ in range(2))
-        tensors = load_file(path)
-        read = seconds_of(clock, load_file(path)["probe"].clone)
-        hashed = seconds_of(clock, lambda: weights_sha256(tensors))
-    return DiskSpeed(small, max(0.0, large - small) / LARGE, read / LARGE, hashed / LARGE)
+def remedies(parts: Sequence[Part], place: Place) -> list[str]:
+    """Up to three ways to make the phase of the peak smaller, the largest part first."""
+    _, phase = peak(parts, place)
+    here = [part for part in parts if part.place == place and phase in part.phases and part.remedy and part.size > 0]
+    return list(dict.fromkeys(part.remedy for part in sorted(here, key=lambda part: -part.size)))[:3]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from besa_exp.blocks.block import discover_blocks, discover_linears
 from besa_exp.checkpoints.fetch import cached_folder
@@ -32,13 +32,12 @@ SIZES = {  # by these keys, and the context
 @dataclass(frozen=True)
 class ModelSize:
     """Bytes of a model as it is computed with and saved: of each block, of what is outside them (tied weights once), of
-    a mask of every linear at one bit a weight, and of a token's hidden state; and how many linears there are."""
+    a mask of every linear at one bit a weight, and of a token's hidden state."""
 
     blocks: list[int]
     outside: int
     masks: int
     state: int
-    linears: int
 
     @property
     def total(self) -> int:
@@ -49,27 +48,29 @@ class ModelSize:
 def model_size(model: PreTrainedModel) -> ModelSize:
     """Bytes of a model without weights."""
     modules, itemsize = discover_blocks(model)[1], model.dtype.itemsize
-    unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
-    inside = {id(parameter) for module in modules for parameter in module.parameters()}
+    inside = {parameter for module in modules for parameter in module.parameters()}
     linears = [linear.weight.numel() for module in modules for linear in discover_linears(module).values()]
     return ModelSize(
         blocks=[itemsize * sum(value.numel() for value in module.state_dict().values()) for module in modules],
-        outside=itemsize * sum(count for key, count in unique.items() if key not in inside),
+        outside=itemsize * sum(value.numel() for value in model.parameters() if value not in inside),
         masks=sum(-(-count // 8) for count in linears),
         state=itemsize * model.config.get_text_config().hidden_size,
-        linears=len(linears),
     )
 
 
 def model_without_weights(settings: ModelSettings, offline: bool) -> PreTrainedModel:
     """The whole model on the meta device. ConfigurationError: its config cannot be loaded or is not known."""
-    known = None if local_folder(settings) else _known_config(settings.path)
+    known, trusted = SIZES.get(settings.path) if local_folder(settings) is None else None, settings.trust_remote_code
     folder = Path() if known else config_folder(settings, offline)
     try:
-        config = known or read_config(folder, settings.trust_remote_code)[0]
-        dtype = dtype_of(config, settings.dtype, folder)
+        if known:
+            sizes = dict(zip((*KEYS, "max_position_embeddings"), known, strict=True))
+            config = LlamaConfig.from_dict({"vocab_size": 32000, "dtype": "float16", **sizes})
+        else:
+            config = read_config(folder, trusted)[0]
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+            dtype = dtype_of(config, settings.dtype, folder)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"model.path={settings.path}: no model can be built from its config ({first_line(error)}); it must be a "
@@ -83,11 +84,3 @@ def local_folder(settings: ModelSettings) -> Path | None:
     """Where the model's files lie on this machine; None: they are not there."""
     path = unpacked_gguf(settings) or Path(model_path(settings))
     return path if path.is_dir() else cached_folder(settings)
-
-
-def _known_config(path: str) -> PreTrainedConfig | None:
-    """Of the model that a preset names `path`; None: its sizes are not known here."""
-    if path not in SIZES:
-        return None
-    sizes = dict(zip((*KEYS, "max_position_embeddings"), SIZES[path], strict=True))
-    return LlamaConfig.from_dict({"vocab_size": 32000, "dtype": "float16", **sizes})

@@ -1,19 +1,18 @@
-"""What a dry run reads: the model's config, its tokenizer, and the texts, cut into tokens as the run would do it.
+"""What a dry run reads: the tokenizer and the texts, by the run's own functions, cut into tokens as by the run.
 
-Nothing is downloaded but a config. What is not in the local caches, or is larger than `LARGEST_TEXT`, is left out with
-a note, and the seconds that hang on it are not estimated."""
+Nothing is downloaded. What is not in the local caches is left out with a note, and the seconds that hang on it are not
+estimated."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from math import nan
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from besa_exp.checkpoints.load import load_tokenizer, model_context
+from besa_exp.checkpoints.load import load_tokenizer, model_context, vocabulary_size
 from besa_exp.dry_run.sizes import local_folder
 from besa_exp.errors import ConfigurationError, Unavailable, as_unavailable, first_line
 from besa_exp.evaluation.checks import perplexity_window
@@ -21,121 +20,75 @@ from besa_exp.evaluation.scores import windows_of
 from besa_exp.evaluation.task_definitions import scored_names
 from besa_exp.settings import RunSettings
 from besa_exp.texts.calibration import load_calibration
-from besa_exp.texts.sources import HUB_FILES, Use, fetch
 
-LARGEST_TEXT = 30e6  # bytes of a file that is read here; C4's shard has 320 MB
 ASKED = 64  # questions of a task whose lengths stand for all
 
 
-@dataclass(frozen=True)
+@dataclass
 class Texts:
     """The calibration's shape and the seconds it takes; of each perplexity set (windows, seq_len); of each task
-    (requests, tokens of each); the seconds that an evaluation takes to read them. None: not estimated."""
+    (requests, tokens of each); the seconds that an evaluation takes to read them. NaN: not estimated."""
 
     samples: int
     seq_len: int
-    calibrate: float | None
-    windows: list[tuple[int, int]]
-    requests: list[tuple[int, float]]
-    read: float | None
-    notes: list[str]
+    calibrate: float = 0.0
+    windows: list[tuple[int, int]] = field(default_factory=list)
+    requests: list[tuple[int, float]] = field(default_factory=list)
+    read: float = 0.0
+    notes: list[str] = field(default_factory=list)
 
 
 def read_texts(settings: RunSettings, model: PreTrainedModel) -> Texts:
     """Everything there is to read, timed. ConfigurationError: what the run itself would refuse."""
-    folder = local_folder(settings.model)
+    wanted, scored, context = settings.calibration, settings.evaluator, model_context(model)
+    folder, found = local_folder(settings.model), Texts(wanted.num_samples, wanted.seq_len)
     tokenizer = load_tokenizer(settings.model, folder) if folder else None
-    notes: list[str] = []
-    samples, seq_len, calibrate = _calibration(settings, model, tokenizer, notes)
     started = time.perf_counter()
-    windows, whole = _windows(settings, model, tokenizer, notes)
-    requests, all_tasks = _requests(settings, tokenizer, notes)
-    read = time.perf_counter() - started if whole and all_tasks else None
-    notes += ["evaluator.simulated_speed: its time is not counted"] if settings.evaluator.simulated_speed else []
-    return Texts(samples, seq_len, calibrate, windows, requests, read, notes)
-
-
-def _calibration(
-    settings: RunSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, notes: list[str]
-) -> tuple[int, int, float | None]:
-    wanted = settings.calibration
-    source = wanted.path or wanted.name
-    if reason := _unread(source, "calibration"):
-        notes.append(f"calibration: {reason}")
-        return wanted.num_samples, wanted.seq_len, None
-    vocabulary = model.get_input_embeddings().num_embeddings
-    started = time.perf_counter()
-    try:
-        found = load_calibration(wanted, tokenizer, model_context(model), offline=True, vocabulary=vocabulary)  # type: ignore[arg-type]
-    except ConfigurationError as error:
-        if local_folder(settings.model):
-            raise
-        notes.append(f"calibration: {first_line(error)}")
-        return wanted.num_samples, wanted.seq_len, None
-    samples, seq_len = found.input_ids.shape
-    return samples, seq_len, time.perf_counter() - started
-
-
-def _windows(
-    settings: RunSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, notes: list[str]
-) -> tuple[list[tuple[int, int]], bool]:
-    """(windows, seq_len) of the sets that are here, and whether all are."""
-    window = perplexity_window(settings.evaluator, model_context(model))
-    found: list[tuple[int, int]] = []
-    for source in settings.evaluator.perplexity_sets:
+    if not settings.is_dense:
         try:
-            if reason := _unread(source, "perplexity"):
-                raise Unavailable(reason)
-            asked = settings.evaluator
-            count, length = windows_of(source, tokenizer, window, True, asked.column, asked.max_windows)[0].shape
+            ids = load_calibration(
+                wanted, tokenizer, context, offline=True, vocabulary=vocabulary_size(model)
+            ).input_ids
+            (found.samples, found.seq_len), found.calibrate = ids.shape, time.perf_counter() - started
+        except ConfigurationError as error:
+            if folder and not isinstance(error.__cause__, Unavailable):
+                raise
+            found.calibrate = nan
+            found.notes.append(f"calibration: {first_line(error)}")
+    started, lacking = time.perf_counter(), 0.0
+    for source in (*scored.perplexity_sets, *scored_names(scored)):
+        is_set = source in scored.perplexity_sets
+        try:
+            if is_set:
+                window = perplexity_window(scored, context)
+                count, length = windows_of(source, tokenizer, window, True, scored.column, scored.max_windows)[0].shape
+                found.windows.append((count, length))
+            else:
+                found.requests += _requests(settings, source, tokenizer)
         except Unavailable as error:
-            notes.append(f"perplexity on {source}: {first_line(error)}")
-        else:
-            found.append((count, length))
-    return found, len(found) == len(settings.evaluator.perplexity_sets)
+            found.notes.append(f"{'perplexity on' if is_set else 'zero-shot'} {source}: {first_line(error)}")
+            lacking = nan
+    found.read = time.perf_counter() - started + lacking
+    found.notes += ["evaluator.simulated_speed: its time is not counted"] if scored.simulated_speed else []
+    return found
 
 
-def _requests(
-    settings: RunSettings, tokenizer: PreTrainedTokenizerBase | None, notes: list[str]
-) -> tuple[list[tuple[int, float]], bool]:
-    """(requests, tokens of each) of the tasks that are here, and whether all are."""
-    wanted = settings.evaluator
-    if not wanted.tasks:
-        return [], True
+def _requests(settings: RunSettings, name: str, tokenizer: PreTrainedTokenizerBase | None) -> list[tuple[int, float]]:
+    """(requests, tokens of each) of the tasks that a name stands for, by their first questions; the tokens of written
+    answers are not counted."""
     if tokenizer is None:
-        notes.append("zero-shot: the tokenizer is not on this machine")
-        return [], False
+        raise Unavailable("the tokenizer is not on this machine")
     from besa_exp.evaluation.task_loading import load_task
     from besa_exp.evaluation.zero_shot import quiet, seeded
 
-    found, whole = [], True
-    for name in scored_names(wanted):
-        try:
-            with quiet(), seeded(settings.seed), as_unavailable():
-                tasks = load_task(name, wanted, offline=True).tasks.values()
-                found += [_requests_of(task, wanted.limit, tokenizer, settings.seed) for task in tasks]
-        except Unavailable as error:
-            notes.append(f"zero-shot {name}: {first_line(error)}")
-            whole = False
-    return found, whole
-
-
-def _requests_of(task: Any, limit: int | None, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[int, float]:
-    """(requests, tokens of each) of one task, by its first questions; the tokens of written answers are not counted."""
-    task.set_fewshot_seed(seed)
-    asked = min(ASKED, limit or ASKED, len(task.eval_docs))
-    task.build_all_requests(limit=asked, rank=0, world_size=1)
-    count = min(limit or len(task.eval_docs), len(task.eval_docs))
-    texts = ["".join(part for part in instance.args if isinstance(part, str)) for instance in task.instances]
-    lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
-    return round(count * len(lengths) / asked), statistics.fmean(lengths)
-
-
-def _unread(source: str, use: Use) -> str | None:
-    """Why a text is not read here; None: it is."""
-    try:
-        path = fetch(source, use, offline=True) if source in HUB_FILES else Path(source).expanduser()
-    except Unavailable:
-        return f"{source} is not in the local cache"
-    size = path.stat().st_size if path.is_file() else 0
-    return f"{size / 1e6:,.0f} MB of text are not read here" if size > LARGEST_TEXT else None
+    found = []
+    with quiet(), seeded(settings.seed), as_unavailable():
+        for task in load_task(name, settings.evaluator, offline=True).tasks.values():
+            task.set_fewshot_seed(settings.seed)
+            count = min(settings.evaluator.limit or len(task.eval_docs), len(task.eval_docs))
+            asked = min(ASKED, count)
+            task.build_all_requests(limit=asked, rank=0, world_size=1)
+            texts = ["".join(part for part in one.args if isinstance(part, str)) for one in task.instances]
+            lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
+            found.append((round(count * len(lengths) / asked), statistics.fmean(lengths)))
+    return found

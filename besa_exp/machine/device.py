@@ -7,7 +7,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -37,6 +38,18 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     """Most bytes held so far by this process on the host, and by torch on the device."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {"host": host, "device": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0}
+
+
+def memory_taken(device: torch.device) -> Callable[[], int]:
+    """What gives the most bytes that were taken on the device since now. Linux alone forgets an earlier peak of the
+    host: elsewhere those below it do not count."""
+    place = "device" if device.type == "cuda" else "host"
+    if place == "device":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    before = peak_memory(device)[place]
+    return lambda: peak_memory(device)[place] - before
 
 
 def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

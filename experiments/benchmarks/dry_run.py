@@ -37,8 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from besa_exp.cli.configuration import CONF_DIR, method_name, read_settings
 from besa_exp.cli.main import main as besa
-from besa_exp.dry_run.estimate import Estimate, estimate
-from besa_exp.dry_run.parts import peak
+from besa_exp.dry_run.estimate import Estimate, estimate, peak
 
 HERE = Path(__file__).parent
 # A fresh process that loads the saved model has processor time of its own, which is not asked for.

@@ -19,8 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.errors import check_fields, within
+from besa_exp.methods.budgets.budget import Work
 from besa_exp.methods.budgets.progress import Progress
-from besa_exp.methods.budgets.trial import Trial, Work
+from besa_exp.methods.budgets.trial import Trial
 from besa_exp.tensors.importance import Importance, ImportanceName
 
 
@@ -51,4 +52,4 @@ class Atp:
 
     def work(self, num_blocks: int, num_samples: int, seq_len: int, sparsity: float) -> Work:
         samples = len(self.progressions(sparsity, num_blocks)) * min(self.num_samples, num_samples)
-        return Work(1, samples * seq_len)
+        return Work(num_blocks, num_blocks * samples, samples)

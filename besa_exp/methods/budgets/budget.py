@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -14,7 +15,7 @@ from besa_exp.blocks.observation import Observed
 from besa_exp.errors import RunError
 from besa_exp.methods.allocation import project_to_budget
 from besa_exp.tensors import kernels
-from besa_exp.tensors.importance import Importance
+from besa_exp.tensors.importance import Importance, ImportanceName
 from besa_exp.tensors.masks import Goal, round_to_total
 
 T = TypeVar("T")
@@ -29,6 +30,30 @@ class Budget(Protocol):
     ) -> Float[Tensor, " block"]:
         """The sparsity of each block in order, `sparsity` in the mean or near it; `exact_goals` makes them meet the
         total. Goes through all blocks once, must not change them, and may overwrite the `inputs` of the first."""
+        ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a budget asks for at most, of the whole model: a block pruned to a sparsity, a sample through a block, and a
+    sample through the head."""
+
+    prunings: int
+    passes: int
+    predictions: int = 0
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """A budget that says what it asks for: what a pass over the blocks does not show."""
+
+    @property
+    def importance(self) -> Importance | ImportanceName:
+        """What blocks are pruned by."""
+        ...
+
+    def work(self, num_blocks: int, num_samples: int, seq_len: int, sparsity: float) -> Work:
+        """What it will ask for."""
         ...
 
 

@@ -30,8 +30,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.errors import check_fields, within
+from besa_exp.methods.budgets.budget import Work
 from besa_exp.methods.budgets.progress import Progress
-from besa_exp.methods.budgets.trial import Sparsities, Trial, Work
+from besa_exp.methods.budgets.trial import Sparsities, Trial
 from besa_exp.tensors.importance import Importance, ImportanceName
 
 MOST_EXCHANGES = 3
@@ -94,8 +95,8 @@ class EvoPress:
         standing = [self.children, *self.survivors[:-1]]
         standing[-1] += 1  # the parent
         each = [samples_of(tokens, num_samples, seq_len) for tokens in self.tokens]
-        samples = [count * size for count, size in zip(standing, each, strict=True)]
-        return Work(self.generations * len(samples), self.generations * sum(samples) * seq_len)
+        samples = self.generations * sum(count * size for count, size in zip(standing, each, strict=True))
+        return Work(num_blocks * self.generations * len(each), num_blocks * samples, samples)
 
 
 def samples_of(tokens: int, num_samples: int, seq_len: int) -> int:

@@ -29,7 +29,7 @@ from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.observation import Observed
 from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
-from besa_exp.methods.budgets.budget import pruned_to
+from besa_exp.methods.budgets.budget import Work, pruned_to
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
 
 SHARES = 400  # steps in which a block's sparsity is dealt out
@@ -59,6 +59,11 @@ class Learned:
         levels = self.levels(sparsity)
         errors, sizes = self._errors(blocks, inputs, levels, batch_size)
         return deal_out(torch.tensor(levels, dtype=torch.float64), errors, sizes, sparsity)
+
+    def work(self, num_blocks: int, num_samples: int, seq_len: int, sparsity: float) -> Work:
+        """The dense states, and beside them each block's at every level, through all later blocks."""
+        levels, samples = len(self.levels(sparsity)), min(self.num_samples, num_samples)
+        return Work(num_blocks, samples * (num_blocks + levels * num_blocks * (num_blocks + 1) // 2))
 
     def _errors(
         self, blocks: Iterable[Block], inputs: Hidden, levels: list[float], batch_size: int

@@ -30,14 +30,6 @@ from besa_exp.tensors.importance import Importance, ImportanceName, importance_o
 Sparsities = tuple[float, ...]  # of a tried model's blocks, in order
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a search asks for at most: passes over the blocks, and the tokens of all models that it tries."""
-
-    passes: int
-    tokens: int
-
-
 @runtime_checkable
 class DepthSearch(Protocol):
     """A budget that tries whole models."""
@@ -49,10 +41,6 @@ class DepthSearch(Protocol):
 
     def search(self, trial: Trial, sparsity: float, progress: Progress) -> Float[Tensor, " block"]:
         """The sparsity of each block in order, as `Budget.sparsities` gives them. Goes on from `progress`."""
-        ...
-
-    def work(self, num_blocks: int, num_samples: int, seq_len: int, sparsity: float) -> Work:
-        """What it will ask for."""
         ...
 
 

@@ -133,7 +133,6 @@ class Besa:
             importance.statistic,
             importance.gradients,
             blocks_together=2 if self.scope == "pair" else 1,
-            own_targets=self.scope == "sub_block",
             refinements=(replace(self.model, importance=self.importance),) if self.scope == "model" else (),
         )
 

@@ -357,10 +357,21 @@ def test_a_search_asks_for_no_more_work_than_it_says() -> None:
             tried.sizes,
         )
         budget.search(counted, 0.6, Progress())
-        work = budget.work(2, len(INPUT_IDS), INPUT_IDS.shape[1], 0.6)
-        assert len(passes) == work.passes
-        dense = sum(tokens) - work.tokens  # the head is asked for the dense model's predictions too
-        assert 0 < dense <= work.tokens
+        work, length = budget.work(2, len(INPUT_IDS), INPUT_IDS.shape[1], 0.6), INPUT_IDS.shape[1]
+        assert 2 * len(passes) == work.prunings
+        assert work.passes == 2 * work.predictions
+        dense = sum(tokens) - work.predictions * length  # the head is asked for the dense model's predictions too
+        assert 0 < dense <= work.predictions * length
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_the_learned_budget_makes_as_many_passes_as_it_says(depth: int) -> None:
+    blocks, inputs = loaded()
+    passed, last = [], blocks[-1]
+    last.arguments(4)  # captured by passes that are not counted
+    with last.module.register_forward_pre_hook(lambda module, args: passed.append(len(args[0]))):
+        Learned(num_samples=4).sparsities([last] * depth, inputs, 0.5, 4)
+    assert sum(passed) == Learned(num_samples=4).work(depth, len(INPUT_IDS), INPUT_IDS.shape[1], 0.5).passes
 
 
 def test_the_uniform_budget_takes_any_target() -> None:
