@@ -53,16 +53,16 @@ def preset_values(group: str, name: str, **given: Any) -> dict[str, Any]:
     if name not in presets(group):
         near = did_you_mean(name, presets(group))
         raise ConfigurationError(f"{group}={name}: no such preset{near}; presets: {', '.join(presets(group))}")
-    return _resolved(_composed(CONF_DIR / group / f"{name}.yaml"), {"seed": 0, **given}, f"{group}={name}")
+    return _resolved(composed(CONF_DIR / group / f"{name}.yaml"), {"seed": 0, **given}, f"{group}={name}")
 
 
-def _composed(path: Path) -> dict[str, Any]:
+def composed(path: Path) -> dict[str, Any]:
     """A preset over those of its folder that its defaults list names; `_self_` says where its own keys come in."""
     own: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     bases = own.pop("defaults", [])
     values: dict[str, Any] = {}
     for base in bases if "_self_" in bases else [*bases, "_self_"]:
-        values = _merged(values, own if base == "_self_" else _composed(path.with_name(f"{base}.yaml")))
+        values = _merged(values, own if base == "_self_" else composed(path.with_name(f"{base}.yaml")))
     return values
 
 

@@ -46,7 +46,6 @@ class Block:
 
     @property
     def layers(self) -> tuple[Block, ...]:
-        """The decoder layers that this is."""
         return self.parts or (self,)
 
     @property
@@ -56,7 +55,6 @@ class Block:
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """What its products are computed in."""
         return self.compute_dtype or next(iter(self.linears.values())).weight.dtype
 
     def __call__(

@@ -87,31 +87,27 @@ def captured_arguments(model: nn.Module, modules: list[nn.Module], input_ids: To
     tuple, as some blocks do and most models pass on unseen; where the model does not, as a tensor.
 
     NotAlone: the model does more with what its blocks return, or its states are not [sample, seq, hidden]."""
-    try:
-        found = _captured(model, modules, input_ids, lambda hidden: (hidden, _Returned()))
-    except (NotAlone, torch.OutOfMemoryError):
-        raise
-    except Exception:  # noqa: BLE001 - whatever the model's own code says to a tuple
-        found = _captured_from_tensors(model, modules, input_ids)
+    found, refused = None, None
+    for result in (lambda hidden: (hidden, _Returned()), lambda hidden: hidden):
+        try:
+            found = _captured(model, modules, input_ids, result)
+            break
+        except (NotAlone, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever the model's own code says
+            refused = error
+    if found is None:
+        raise NotAlone(
+            f"{type(model).__name__} does more with what its blocks return than to hand on hidden states "
+            f"({type(refused).__name__}: {refused}): its blocks cannot be called on their own, so that this model can "
+            "be scored but not pruned"
+        ) from refused
     for name in (name for arguments in found for name, value in _named(modules[0], arguments).items() if _holds(value)):
         raise NotAlone(
             f"the blocks of {type(model).__name__} hand on more than hidden states ({name}): blocks are called on "
             "their own here, so that this model can be scored but not pruned"
         )
     return found
-
-
-def _captured_from_tensors(model: nn.Module, modules: list[nn.Module], input_ids: Tensor) -> list[Arguments]:
-    try:
-        return _captured(model, modules, input_ids, lambda hidden: hidden)
-    except (NotAlone, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise NotAlone(
-            f"{type(model).__name__} does more with what its blocks return than to hand on hidden states "
-            f"({type(error).__name__}: {error}): its blocks cannot be called on their own, so that this model can be "
-            "scored but not pruned"
-        ) from error
 
 
 def _captured(

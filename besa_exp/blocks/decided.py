@@ -21,11 +21,9 @@ class Decided:
     traits = Traits()
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
-        """Nothing is left to decide."""
         return []
 
     def prune_block(self, task: Task) -> PrunedBlock:
-        """What was decided for this block."""
         block = task.block
         before = self.before[block.index]
         for step in before.steps:

@@ -30,7 +30,6 @@ class Ignored:
         return {name: f"{number}.{name}" for name in block.linears}
 
     def rest(self, block: Block) -> Block:
-        """The block without its ignored linears."""
         names = self.names(block)
         kept = {name: linear for name, linear in block.linears.items() if not is_ignored(names[name], self.patterns)}
         return replace(block, linears=kept)

@@ -4,7 +4,7 @@ passes that differentiate the block, for importances that ask for gradients."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -64,23 +64,37 @@ def observe(
 def squared_gradients(block: Block, inputs: Hidden) -> dict[str, Float[Tensor, "_out _in"]]:
     """E[(d||f(X)||_2 / dW)^2] of every linear, the mean over the samples X of all ranks, in fp32: how much the block's
     output moves with each weight. One forward and one backward pass a sample. RunError: a gradient is not finite."""
-    leaves = {name: linear.weight.detach().clone().requires_grad_() for name, linear in block.linears.items()}
-    total = {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in leaves.items()}
-    for sample in inputs.split(1):
+
+    def gradients_of(sample: Hidden, leaves: Mapping[str, Tensor]) -> Sequence[Tensor]:
         with torch.enable_grad():
             norm = block(sample, leaves).float().norm()
-        found = torch.autograd.grad(norm, [*leaves.values()], materialize_grads=True)
-        for name, gradient in zip(total, found, strict=True):
-            total[name] += gradient.float().square()
-    num_samples = distributed.total(len(inputs))
-    for name, own in total.items():
-        total[name] = distributed.all_sum(own) / num_samples
-        if not is_finite(total[name]):
+        return torch.autograd.grad(norm, [*leaves.values()], materialize_grads=True)
+
+    weights = {name: linear.weight for name, linear in block.linears.items()}
+    found = mean_squares(weights, inputs, gradients_of)
+    for name, own in found.items():
+        if not is_finite(own):
             raise RunError(
                 f"{block.name}.{name}: the gradient to its weights is not finite; load the model in float32 or "
                 "bfloat16 (model.dtype) or check its weights."
             )
-    return total
+    return found
+
+
+def mean_squares(
+    weights: Mapping[str, Float[Tensor, "_out _in"]],
+    inputs: Hidden,
+    gradients_of: Callable[[Hidden, Mapping[str, Tensor]], Sequence[Tensor]],
+) -> dict[str, Float[Tensor, "_out _in"]]:
+    """The mean over the samples of all ranks of the squares, in fp32, of what `gradients_of` gives for a sample and
+    copies of the weights that take a gradient."""
+    leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
+    total = {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in leaves.items()}
+    for sample in inputs.split(1):
+        for name, gradient in zip(total, gradients_of(sample, leaves), strict=True):
+            total[name] += gradient.float().square()
+    num_samples = distributed.total(len(inputs))
+    return {name: distributed.all_sum(own) / num_samples for name, own in total.items()}
 
 
 @dataclass(frozen=True)

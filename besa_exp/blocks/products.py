@@ -69,22 +69,16 @@ def _for_onednn(inputs: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _onednn(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
-
-
 class _OneDNN(torch.autograd.Function):
     """oneDNN's product, which autograd does not know."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """inputs @ weight.T + bias."""
         ctx.save_for_backward(inputs, weight)
-        return _onednn(inputs, weight, bias)
+        return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """To the inputs, the weight and the bias."""
         inputs, weight = ctx.saved_tensors
         by_input, by_weight, by_bias = ctx.needs_input_grad
         tokens = gradient.flatten(0, -2)

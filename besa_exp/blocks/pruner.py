@@ -19,10 +19,6 @@ from besa_exp.tensors.quantisation import Quantiser
 from besa_exp.tensors.statistics import Statistic
 
 
-def _ignore(step: Step) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Task:
     """One block to prune. `inputs` enter it after the pruned blocks before it, `targets` are what it should make of
@@ -35,11 +31,10 @@ class Task:
     targets: Hidden
     statistics: dict[str, Any]
     goal: Goal
-    on_step: Callable[[Step], None] = _ignore
+    on_step: Callable[[Step], None] = lambda step: None
     gradients: dict[str, Float[Tensor, "_out _in"]] = field(default_factory=dict)
 
     def score(self, importance: Importance, name: str) -> Float[Tensor, "out in"]:
-        """The importance of a linear's weights."""
         return importance(self.block.linears[name].weight.detach(), self.statistics.get(name), self.gradients.get(name))
 
     @property

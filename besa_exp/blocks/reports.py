@@ -45,7 +45,6 @@ class LinearReport:
 
     @staticmethod
     def counted(name: str, weight: Any, allocated: float) -> LinearReport:
-        """Of a weight as it is."""
         zeros = weight.numel() - int(weight.bool().count_nonzero())  # of floats 15 x slower
         return LinearReport(name, weight.numel(), zeros, allocated)
 
@@ -79,7 +78,6 @@ class BlockReport:
         return sum(linear.pruned for linear in self.linears) / max(1, sum(linear.weights for linear in self.linears))
 
     def numbered(self, index: int) -> BlockReport:
-        """The same under another number."""
         return replace(self, index=index, steps=tuple(replace(step, block=index) for step in self.steps))
 
     def to_dict(self, steps: bool = False) -> dict[str, Any]:
@@ -126,10 +124,6 @@ class Narrowed:
     channels: Size
     parameters: Size
 
-    def to_dict(self) -> dict[str, Any]:
-        """As `structure.blocks` in results.json holds it."""
-        return {"kind": "narrowed", **asdict(self)}
-
 
 @dataclass(frozen=True)
 class Removed:
@@ -137,10 +131,6 @@ class Removed:
 
     index: int  # in the dense model
     parameters: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """As `structure.blocks` in results.json holds it."""
-        return {"kind": "removed", **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -164,7 +154,7 @@ class StructureReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As `structure` in results.json; `parameters` stand beside it there, for every run."""
-        blocks = [change.to_dict() for change in self.changes]
+        blocks = [{"kind": type(change).__name__.lower(), **asdict(change)} for change in self.changes]
         counts = {"num_blocks": self.num_blocks, "weights": asdict(self.weights)}
         uneven = {"saved_as": self.saved_as} if self.saved_as else {}
         return {"method": self.method, **counts, **uneven, "blocks": blocks}
@@ -212,19 +202,13 @@ class RecoveryReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As `recovery` in results.json."""
-        return {
-            "method": self.method,
-            "loss": {"before": self.loss_before, "after": self.loss_after},
-            "steps": self.steps,
-            "best_step": self.best_step,
-            "tokens": self.tokens,
-            "stopped": self.stopped,
-            **({} if self.lr is None else {"lr": self.lr}),
-            **({"task": self.task} if self.task else {}),
-        }
+        values = asdict(self)
+        loss = {when: values.pop(f"loss_{when}") for when in ("before", "after")}
+        unknown = [key for key in ("lr", "task") if values[key] is None]
+        rest = {key: value for key, value in values.items() if key not in unknown}
+        return {"method": rest.pop("method"), "loss": loss, **rest}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> RecoveryReport:
-        """The inverse."""
         rest = {key: value for key, value in values.items() if key != "loss"}
         return RecoveryReport(loss_before=values["loss"]["before"], loss_after=values["loss"]["after"], **rest)

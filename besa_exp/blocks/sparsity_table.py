@@ -22,7 +22,6 @@ def type_counts(blocks: Iterable[Mapping[str, Any]]) -> dict[str, tuple[int, int
 
 
 def block_counts(block: Mapping[str, Any]) -> tuple[int, int]:
-    """Weights and pruned weights of one block."""
     linears = block["linears"].values()
     return sum(linear["weights"] for linear in linears), sum(linear["pruned"] for linear in linears)
 

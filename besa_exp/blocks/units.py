@@ -35,8 +35,7 @@ def unit_ends(num_blocks: int, together: int) -> set[int]:
 
 def units(blocks: Sequence[Block], together: int) -> list[Block]:
     """The blocks, `together` at a time; what is left over at the end comes as it is."""
-    grouped = [blocks[start : start + together] for start in range(0, len(blocks), together)]
-    return [_chained(group) if len(group) > 1 else group[0] for group in grouped]
+    return [_chained(blocks[start : start + together]) for start in range(0, len(blocks), together)]
 
 
 def with_linears(blocks: Sequence[Block]) -> list[Block]:
@@ -46,7 +45,7 @@ def with_linears(blocks: Sequence[Block]) -> list[Block]:
         if block.linears and any(other.linears for other in groups[-1]):
             groups.append([])
         groups[-1].append(block)
-    return [_chained(group) if len(group) > 1 else group[0] for group in groups]
+    return [_chained(group) for group in groups]
 
 
 def by_unit(units: Sequence[Block], of_blocks: Sequence[Mapping[str, T]]) -> list[dict[str, T]]:
@@ -69,7 +68,10 @@ def of_blocks(units: Sequence[Block], of_units: Sequence[Mapping[str, T]]) -> li
 
 
 def _chained(blocks: Sequence[Block]) -> Block:
-    """One block that runs several, one after the other; its linears are `0.self_attn.q_proj`, `1.self_attn.q_proj`."""
+    """One block that runs several, one after the other; its linears are `0.self_attn.q_proj`, `1.self_attn.q_proj`. A
+    single one is itself."""
+    if len(blocks) == 1:
+        return blocks[0]
     return Block(
         blocks[0].index,
         " and ".join(block.name for block in blocks),
@@ -113,15 +115,8 @@ def by_block(unit: Block, report: BlockReport, pruned: PrunedBlock) -> list[tupl
             weights=None if pruned.weights is None else _own(pruned.weights, place),
             norms=_own(pruned.norms, place),
         )
-        own_report = BlockReport(
-            block.index,
-            linears,
-            report.loss_before,
-            report.loss_after,
-            report.seconds / len(unit.parts),
-            () if place else report.steps,
-        )
-        result.append((block, own_report, own))
+        steps, seconds = () if place else report.steps, report.seconds / len(unit.parts)
+        result.append((block, replace(report, index=block.index, linears=linears, seconds=seconds, steps=steps), own))
     return result
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from besa_exp.checkpoints.config import adapter_problem, config_problems, quantised_tensors, text_part
+from besa_exp.machine import atomic
 
 CACHED = "models--"  # begins the hub cache's folders of models
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
@@ -108,17 +109,8 @@ def only_pickled(where: str, file: str) -> str:
 
 def saved_dtype(folder: Path) -> str | None:
     """The dtype that config.json gives the weights; None: it gives none, or cannot be read."""
-    config = _config(folder)
+    config = atomic.read_json(folder / "config.json") or {}
     return config.get("dtype") or config.get("torch_dtype")
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """config.json; {} where it cannot be read."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], str | None]:
@@ -146,7 +138,7 @@ def weight_files(folder: Path, where: str | None = None) -> tuple[list[Path], li
     """The safetensors files that make up the model, in transformers' order: the file that config.json
     names (`transformers_weights`), model.safetensors, then those of the index; and what is wrong with the set. Where
     the files could mean two different sets, none is used."""
-    where, named = where or str(folder), _config(folder).get("transformers_weights")
+    where, named = where or str(folder), _named_weights(folder)
     index = _index(folder, named)
     whole = None if named and index else folder / (named or "model.safetensors")
     names, problem = _names_in(index) if index and index.is_file() else ([], None)
@@ -172,12 +164,17 @@ def weight_files(folder: Path, where: str | None = None) -> tuple[list[Path], li
 
 def index_without_metadata(folder: Path) -> list[str]:
     """The problem of an index that transformers itself cannot read, though it names all files."""
-    index = _index(folder, _config(folder).get("transformers_weights"))
+    index = _index(folder, _named_weights(folder))
     if index is None or not index.is_file() or weight_files(folder)[0] == [folder / "model.safetensors"]:
         return []
     if isinstance(json.loads(index.read_text(encoding="utf-8")).get("metadata"), dict):
         return []
     return [f'{index}: has no "metadata", without which transformers reads no index; add "metadata": {{}}']
+
+
+def _named_weights(folder: Path) -> str | None:
+    """The file or index of weights that config.json names, if it names one."""
+    return (atomic.read_json(folder / "config.json") or {}).get("transformers_weights")
 
 
 def _index(folder: Path, named: str | None) -> Path | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from besa_exp.checkpoints.structure import Dimensions, Structure
+from besa_exp.errors import ConfigurationError
 
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 HEADS = ("num_attention_heads", "n_head")
@@ -73,7 +74,7 @@ FAMILIES = {
 
 
 def dimensions_of(config: Mapping[str, Any]) -> Dimensions:
-    """Of the dense model. ValueError: it does not say its number of blocks."""
+    """Of the dense model. ConfigurationError: it does not say its number of blocks."""
     text = _text(config)
     hidden, heads = _first(text, HIDDEN) or 0, _first(text, HEADS) or 0
     family = FAMILIES.get(str(text.get("model_type")), Family(None, "unknown", "unknown"))
@@ -83,7 +84,9 @@ def dimensions_of(config: Mapping[str, Any]) -> Dimensions:
     head_dim = text.get("head_dim") or (hidden // heads if heads else 0)
     blocks = _first(text, COUNTS)
     if not blocks:
-        raise ValueError(f"structure: {_kind(text)} gives its number of blocks under none of {', '.join(COUNTS)}")
+        raise ConfigurationError(
+            f"structure: {_kind(text)} gives its number of blocks under none of {', '.join(COUNTS)}"
+        )
     groups = heads if family.no_heads else _first(text, GROUPS) or heads
     return Dimensions(blocks, hidden, groups, heads, head_dim, channels or 0)
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from besa_exp.errors import ConfigurationError
+
 FORMAT = 1
 Units = tuple[tuple[int, ...], ...]
 
@@ -117,18 +119,20 @@ def to_json(structure: Structure, dimensions: Dimensions) -> str:
 
 
 def from_json(text: str, where: str = "structure.json") -> Structure:
-    """The inverse. ValueError: it is no such file."""
+    """The inverse. ConfigurationError: it is no such file."""
     try:
         fields = json.loads(text)
         version = fields["format_version"]
         blocks = tuple(fields["blocks"])
         groups, channels = (_units(fields.get(name), blocks) for name in ("groups", "channels"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where}: cannot be read as a structure ({error!r}); give a run's structure.json") from error
+        raise ConfigurationError(
+            f"{where}: cannot be read as a structure ({error!r}); give a run's structure.json"
+        ) from error
     if version != FORMAT:
-        raise ValueError(f"{where}: format {version}, where this version reads {FORMAT}")
+        raise ConfigurationError(f"{where}: format {version}, where this version reads {FORMAT}")
     if not all(isinstance(number, int) for number in blocks):
-        raise ValueError(f"{where}: blocks must be whole numbers, not {fields['blocks']}")
+        raise ConfigurationError(f"{where}: blocks must be whole numbers, not {fields['blocks']}")
     return Structure(blocks, groups, channels)
 
 

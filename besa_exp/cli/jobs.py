@@ -29,8 +29,9 @@ from besa_exp.cli.outcome import Outcome, Status
 from besa_exp.cli.profiling import profiling
 from besa_exp.cli.request import CONFIG_NAME, Job, Request
 from besa_exp.cli.sweep_display import Course, show_sweep
-from besa_exp.display.console import duration, next_steps
+from besa_exp.display.console import next_steps
 from besa_exp.display.missed_target import miss_of, told_miss
+from besa_exp.display.progress import duration
 from besa_exp.errors import ConfigurationError, RunError, first_line
 from besa_exp.evaluation.score import Scores, main_scores, partly_scored
 from besa_exp.hub.publish import publish

@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from besa_exp.display.console import duration
+from besa_exp.display.progress import duration
 from besa_exp.display.terminal import console_of
 from besa_exp.report.folders import find_runs
 from besa_exp.report.runs import RunRecord, read_run

@@ -15,7 +15,7 @@ from rich.text import Text
 from besa_exp.cli.compare import tables
 from besa_exp.cli.outcome import Outcome
 from besa_exp.cli.request import Job
-from besa_exp.display.console import duration
+from besa_exp.display.progress import duration
 from besa_exp.display.terminal import console_of
 from besa_exp.report.comparison import compare
 from besa_exp.report.runs import read_run

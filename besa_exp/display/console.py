@@ -69,7 +69,10 @@ class RunConsole:
 
     def plan(self, settings: RunSettings, facts: Mapping[str, Any]) -> None:
         """Every choice, and `facts`, such as counts of blocks and weights: for run.log, and shown where `verbose`."""
-        self._note(plan_table(settings, facts))
+        plan = plan_table(settings, facts)
+        self._log(plan, shown=self._verbose)
+        if self._terminal and self._verbose:
+            self._terminal.print(plan)
 
     def stage(self, text: str) -> None:
         """What happens now, until the next one begins."""
@@ -98,16 +101,13 @@ class RunConsole:
         began = time.monotonic()
         first: list[int] = []  # the steps of an earlier attempt come at once
 
-        def log(done: int, held_out: float) -> None:
-            rate = (time.monotonic() - began) / max(1, done - first[0] + 1)
-            left = f", about {duration(rate * (num_steps - done))} left" if done < num_steps else ""
-            logger.info(f"step {done}/{num_steps}: held-out loss {held_out:.4f}{left}")
-
         def show(done: int, loss: float, held_out: float | None) -> None:
             first[:] = first or [done]
             self._line.count(done, num_steps, f"steps, loss {loss:.4f}")
             if held_out is not None:
-                log(done, held_out)
+                rate = (time.monotonic() - began) / max(1, done - first[0] + 1)
+                left = f", about {duration(rate * (num_steps - done))} left" if done < num_steps else ""
+                logger.info(f"step {done}/{num_steps}: held-out loss {held_out:.4f}{left}")
 
         self._line.begin("recovery")
         yield show
@@ -132,11 +132,6 @@ class RunConsole:
         if self._terminal:
             zeros = sparsity_tables(results, width, box.SIMPLE_HEAD) if self._verbose else []
             self._terminal.print(*zeros, *result_tables(results, box.SIMPLE_HEAD))
-
-    def _note(self, content: RenderableType) -> None:
-        self._log(content, shown=self._verbose)
-        if self._terminal and self._verbose:
-            self._terminal.print(content)
 
     def _log(self, content: RenderableType, shown: bool = True) -> None:
         for line in as_text(content, PLAIN_WIDTH).splitlines():
@@ -192,6 +187,3 @@ class _PlainLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
         return f"{record.levelname}: {text}" if record.levelno >= logging.WARNING else text
-
-
-__all__ = ["PLAIN_WIDTH", "PruningProgress", "RunConsole", "duration", "next_steps"]

@@ -57,9 +57,9 @@ def model_card(
     lines += [
         "",
         *_scores(results),
-        *_texts(results),
-        *_simulated_speed(results),
-        *_cost(results),
+        *_section("What it says (greedy)", *text_table(results), numbers=False),
+        *_section(f"Speed, {(results.get('simulated_speed') or {}).get('model')}", SPEED_HEADS, speed_rows(results)),
+        *_section("Cost", COST_HEADS, cost_rows(results)),
         *use_lines(results),
         "## Command",
         "",
@@ -128,7 +128,7 @@ def _scores(results: Mapping[str, Any]) -> list[str]:
         return []
     beside = any(value is not None for value in dense.values())
     rows = [
-        [escaped(name), *([_number(dense.get(name))] if beside else []), _number(value)]
+        [escaped(name), *([score_text(dense.get(name))] if beside else []), score_text(value)]
         for name, value in pruned.items()
         if value is not None
     ]
@@ -153,26 +153,9 @@ def score_rows(results: Mapping[str, Any]) -> dict[str, float | None]:
     }
 
 
-def _texts(results: Mapping[str, Any]) -> list[str]:
-    """What the model says, where it was asked."""
-    head, rows = text_table(results)
+def _section(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> list[str]:
     cells = [[escaped(cell) for cell in row] for row in rows]
-    return ["## What it says (greedy)", "", *markdown_table(head, cells), ""] if rows else []
-
-
-def _simulated_speed(results: Mapping[str, Any]) -> list[str]:
-    """A table where it was asked for."""
-    rows = speed_rows(results)
-    if not rows:
-        return []
-    head = f"## Speed, {results['simulated_speed']['model']}"
-    return [head, "", *markdown_table(SPEED_HEADS, rows, numbers=True), ""]
-
-
-def _cost(results: Mapping[str, Any]) -> list[str]:
-    """A table where it was asked for."""
-    rows = cost_rows(results)
-    return ["## Cost", "", *markdown_table(COST_HEADS, rows, numbers=True), ""] if rows else []
+    return [f"## {title}", "", *markdown_table(head, cells, numbers=numbers), ""] if rows else []
 
 
 def speed_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -190,5 +173,5 @@ def speed_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def _number(value: float | None) -> str:
+def score_text(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.4f}"

@@ -18,7 +18,6 @@ from rich.text import Text
 from besa_exp.blocks.reports import BlockReport, Step
 
 NARROW = 80  # columns, below which the bar is short
-Count = Callable[[int, int, str], None]  # how many are done, of how many, of what
 
 
 class StageLine:
@@ -98,13 +97,11 @@ class PruningProgress:
         self._show("")
 
     def step(self, step: Step) -> None:
-        """One optimisation step has been made."""
         self._steps += 1
         known = f" of {self.steps_per_block}" if self.steps_per_block else ""
         self._show(f" · step {self._steps}{known} · loss {step.loss:.3g}")
 
     def block(self, report: BlockReport) -> None:
-        """One block is pruned."""
         self.steps_per_block = self._steps or self.steps_per_block
         self._seconds.append(time.monotonic() - self._began)
         self._steps, done = 0, len(self._seconds)

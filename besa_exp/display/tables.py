@@ -19,7 +19,7 @@ from besa_exp import __version__
 from besa_exp.blocks.sparsity_table import block_counts, short_names, type_counts
 from besa_exp.display.cost import COST_HEADS, cost_rows
 from besa_exp.display.loss_colour import colour_of_loss
-from besa_exp.display.model_card import SPEED_HEADS, score_rows, speed_rows
+from besa_exp.display.model_card import SPEED_HEADS, score_rows, score_text, speed_rows
 from besa_exp.display.stages import stage_lines
 from besa_exp.display.text_samples import text_table
 from besa_exp.errors import ConfigurationError
@@ -130,9 +130,11 @@ def result_tables(results: Mapping[str, Any], style: box.Box) -> list[Renderable
     tables: list[RenderableType] = [Text(f"{what}: {how}") for what, how in stage_lines(results).items()]
     tables += [_score_table(results, style)] if score_rows(results) else []
     if rows := speed_rows(results):
-        tables.append(_speed_table(rows, results["simulated_speed"]["model"], style))
+        tables.append(_rows_table(f"speed, {results['simulated_speed']['model']}", SPEED_HEADS, rows, style))
     if costs := cost_rows(results):
-        tables.append(_cost_table(costs, any(dense for _, dense, _ in costs), style))
+        beside = any(dense for _, dense, _ in costs)
+        heads, *costs = [row if beside else (row[0], row[-1]) for row in (COST_HEADS, *costs)]
+        tables.append(_rows_table("cost", heads, costs, style))
     head, samples = text_table(results)
     tables += [_text_table(head, samples, style)] if samples else []
     tables += [Text(f"{name}: {part}") for name, part in skipped_parts(Scores.from_dict(results).scores).items()]
@@ -194,10 +196,10 @@ def _score_table(results: Mapping[str, Any], style: box.Box) -> Table:
     )
     for name in dict.fromkeys([*after, *before]):
         rises = tasks.get(name, ("", not name.startswith("perplexity "), ""))[1]
-        pruned = f"{_score(after.get(name))}{errors.get(name, '')}"
+        pruned = f"{score_text(after.get(name))}{errors.get(name, '')}"
         cells: list[str | Text] = [pruned]
         if before:
-            cells = [f"{_score(before.get(name))}{dense_errors.get(name, '')}", pruned]
+            cells = [f"{score_text(before.get(name))}{dense_errors.get(name, '')}", pruned]
             cells.append(_difference(name, before.get(name), after.get(name), rises))
         shown = f"perplexity {Path(name).name}" if name.startswith("perplexity ") and "/" in name else name
         table.add_row(Text(f"{shown} {'↑' if rises else '↓'}"), *cells, *([counted.get(name, "")] if counted else []))
@@ -219,22 +221,12 @@ def _tasks(results: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, bool, s
             yield f"{task} {metric_name(key)}", (f" ± {error:.4f}" if error is not None else "", rises, questions)
 
 
-def _speed_table(rows: Sequence[tuple[str, ...]], model: str, style: box.Box) -> Table:
-    """SIMULATED cycles and speed-ups by linear type; its title says so."""
-    table = _table(f"speed, {model}", style)
-    for number, head in enumerate(SPEED_HEADS):
-        table.add_column(head, justify="right" if number else "left", no_wrap=number > 0)
+def _rows_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], style: box.Box) -> Table:
+    table = _table(title, style)
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="right" if number else "left")
     for row in rows:
         table.add_row(*row)
-    return table
-
-
-def _cost_table(rows: Sequence[tuple[str, str, str]], with_dense: bool, style: box.Box) -> Table:
-    table = _table("cost", style)
-    for number, head in enumerate(COST_HEADS if with_dense else (COST_HEADS[0], COST_HEADS[-1])):
-        table.add_column(head, justify="right" if number else "left")
-    for what, dense, own in rows:
-        table.add_row(*((what, dense, own) if with_dense else (what, own)))
     return table
 
 
@@ -261,10 +253,6 @@ def _difference(name: str, before: float | None, after: float | None, rises: boo
         return Text(f"{loss:+.2%}", style=colour_of_loss(loss))
     loss = before - after if rises else after - before
     return Text(f"{after - before:+.4f}", style=colour_of_loss(loss, accuracy=True))
-
-
-def _score(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.4f}"
 
 
 def _percent(weights: int, pruned: int) -> str:

@@ -19,7 +19,7 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from besa_exp.blocks.reports import BlockReport, LinearReport, Step
 from besa_exp.blocks.sparsity_table import linear_type
@@ -37,60 +37,18 @@ HISTOGRAM_BINS = 50  # of the rows' sparsities, from 0 to 1
 logger = logging.getLogger(__name__)
 
 
-class Tracker(Protocol):
-    """Where a run's numbers go as they appear."""
+class Tracker:
+    """Where a run's numbers go as they appear: an open W&B run until the first failure, which is said once; without a
+    run nowhere."""
 
-    def log_block(self, report: BlockReport) -> None:
-        """One pruned block with its steps."""
-
-    def log_rows(self, block: int, linears: Mapping[str, Sequence[float]]) -> None:
-        """How sparse each row of each linear of a block is."""
-
-    def log_recovery_step(self, step: Mapping[str, Any]) -> None:
-        """One step of the recovery, as its line of metrics.jsonl has it."""
-
-    def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
-        """Scores of the pruned model, and of the dense one where it was scored."""
-
-    def log_summary(self, values: Mapping[str, float | str]) -> None:
-        """Values of the run as a whole."""
-
-    def finish(self, failed: bool = False) -> None:
-        """Closes the run, with the table of all blocks where there were any."""
-
-
-class NoTracker:
-    """Tracks nothing."""
-
-    def log_block(self, report: BlockReport) -> None:
-        pass
-
-    def log_rows(self, block: int, linears: Mapping[str, Sequence[float]]) -> None:
-        pass
-
-    def log_recovery_step(self, step: Mapping[str, Any]) -> None:
-        pass
-
-    def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
-        pass
-
-    def log_summary(self, values: Mapping[str, float | str]) -> None:
-        pass
-
-    def finish(self, failed: bool = False) -> None:
-        pass
-
-
-class WandbTracker:
-    """Tracks in an open W&B run until the first failure, then says so once and tracks nothing."""
-
-    def __init__(self, run: wandb.Run):
-        self._run = run
-        self._known_blocks = int(run.summary.get("block", -1)) + 1 if run.resumed else 0  # the server has them
-        self._known_recovery = int(run.summary.get("recovery_step", -1)) + 1 if run.resumed else 0
+    def __init__(self, run: wandb.Run | None = None):
+        self._run: Any = run
+        known = run.summary if run and run.resumed else {}  # the server has them
+        self._known_blocks = int(known.get("block", -1)) + 1
+        self._known_recovery = int(known.get("recovery_step", -1)) + 1
         self._num_steps = 0
         self._reports: list[BlockReport] = []
-        self._works = True
+        self._works = run is not None
 
     def _log_steps(self, steps: Sequence[Step]) -> None:
         """The terms of the loss where there are two, and the expected sparsity where it moves."""
@@ -103,6 +61,9 @@ class WandbTracker:
             self._attempt(partial(self._run.log, line))
 
     def log_block(self, report: BlockReport) -> None:
+        """One pruned block with its steps."""
+        if self._run is None:
+            return
         self._reports.append(report)
         if report.index < self._known_blocks:
             self._num_steps += len(report.steps)
@@ -114,6 +75,7 @@ class WandbTracker:
         self._attempt(lambda: self._run.log(values))
 
     def log_rows(self, block: int, linears: Mapping[str, Sequence[float]]) -> None:
+        """How sparse each row of each linear of a block is."""
         self._attempt(lambda: self._log_rows(block, linears))
 
     def _log_rows(self, block: int, linears: Mapping[str, Sequence[float]]) -> None:
@@ -123,17 +85,16 @@ class WandbTracker:
         by_type: dict[str, list[Sequence[float]]] = {}
         for name, rows in linears.items():
             by_type.setdefault(linear_type(name), []).append(rows)
-        counted = {
-            kind: numpy.histogram(numpy.concatenate(rows), HISTOGRAM_BINS, (0, 1)) for kind, rows in by_type.items()
-        }
-        counted = {
-            kind: found for kind, found in counted.items() if (found[0] > 0).sum() > 1
-        }  # else they are all alike
-        drawn = {f"rows/{kind}": wandb.Histogram(np_histogram=histogram) for kind, histogram in counted.items()}
+        drawn = {}
+        for kind, rows in by_type.items():
+            counted = numpy.histogram(numpy.concatenate(rows), HISTOGRAM_BINS, (0, 1))
+            if (counted[0] > 0).sum() > 1:  # else they are all alike
+                drawn[f"rows/{kind}"] = wandb.Histogram(np_histogram=counted)
         if drawn:
             self._run.log({"block": block, **drawn})
 
     def log_recovery_step(self, step: Mapping[str, Any]) -> None:
+        """One step of the recovery, as its line of metrics.jsonl has it."""
         if step["step"] < self._known_recovery:
             return
         shown = ("loss", "gradient_norm", "held_out")
@@ -141,6 +102,7 @@ class WandbTracker:
         self._attempt(lambda: self._run.log({"recovery_step": step["step"], **values}))
 
     def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
+        """Scores of the pruned model, and of the dense one where it was scored."""
         logged, values = _values(scores), _summary(scores)
         if dense is not None:
             logged |= {f"dense/{name}": value for name, value in _values(dense).items()}
@@ -157,12 +119,14 @@ class WandbTracker:
         self._run.log({"texts": wandb.Table(columns=["prompt", "dense", "pruned"], data=rows)})
 
     def log_summary(self, values: Mapping[str, float | str]) -> None:
+        """Values of the run as a whole."""
         self._attempt(lambda: self._run.summary.update(dict(values)))
 
     def finish(self, failed: bool = False) -> None:
+        """Closes the run, with the table of all blocks where there were any."""
         if self._reports:
             self._attempt(lambda: self._log_allocation(self._reports))
-        self._works = True  # a run that failed to log is closed all the same
+        self._works = self._run is not None  # a run that failed to log is closed all the same
         self._attempt(lambda: self._run.finish(exit_code=int(failed)))
 
     def _log_allocation(self, reports: Sequence[BlockReport]) -> None:
@@ -203,9 +167,9 @@ def start_tracker(
     id: offline from the first block, because the caller logs the finished ones again; online after the last block that
     W&B knows."""
     if settings.name == "none" or settings.mode == "disabled":
-        return NoTracker()
+        return Tracker()
     try:
-        return WandbTracker(start_run(settings, folder, config, run_name, pruner))
+        return Tracker(start_run(settings, folder, config, run_name, pruner))
     except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run is worth more
         if settings.mode == "online":
             logger.warning("W&B cannot be reached (%s): logging offline, `wandb sync` sends it later", _one_line(error))
@@ -214,7 +178,7 @@ def start_tracker(
         logger.warning(
             "W&B cannot be used (%s). The run continues without it; metrics.jsonl is complete.", _one_line(error)
         )
-        return NoTracker()
+        return Tracker()
 
 
 def _varies(values: Sequence[float]) -> bool:

@@ -46,7 +46,6 @@ for linear in model.model.layers.modules():
 
 
 def savings(results: Mapping[str, Any]) -> str:
-    """What the model saves as it is."""
     words = SAVES_NOTHING if results["pattern"] == "unstructured" else SAVES_WHEN_CONVERTED
     return words + (f" {SAVES_WHAT_IS_GONE}" if results.get("structure") else "")
 

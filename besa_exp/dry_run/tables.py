@@ -11,8 +11,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from besa_exp.display.console import PLAIN_WIDTH, duration
+from besa_exp.display.console import PLAIN_WIDTH
 from besa_exp.display.missed_target import out_of_reach
+from besa_exp.display.progress import duration
 from besa_exp.display.terminal import console_of
 from besa_exp.dry_run.estimate import Estimate, estimate
 from besa_exp.dry_run.parts import LIBRARIES, PHASES, Place, peak, remedies

@@ -63,10 +63,7 @@ class FinishedScores:
         atomic.write_text(self.path, json.dumps(content) + "\n")
 
     def _read(self) -> dict[str, Any]:
-        try:
-            return json.loads(self.path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return {}
+        return atomic.read_json(self.path) or {}
 
 
 def shared_dense_scores(

@@ -5,18 +5,29 @@ Every file has the mode that the umask gives: safetensors makes its own 0600, wh
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
     """Replaces `path` by `text` (UTF-8): a reader sees the old content or the new one, never a part of either."""
     with replaced_file(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None: there is no file, or a damaged one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 @contextmanager

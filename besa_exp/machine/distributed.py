@@ -77,7 +77,6 @@ def is_first() -> bool:
 
 
 def barrier() -> None:
-    """Wait until all ranks are here."""
     if num_ranks() > 1:
         total(0)  # on the CPU; dist.barrier() may leave it to a GPU
 
@@ -106,7 +105,6 @@ def all_norm(own: Tensor) -> Tensor:
 
 
 def total(count: int) -> int:
-    """The sum of a number over the ranks."""
     return int(all_sum(torch.tensor(count)))
 
 

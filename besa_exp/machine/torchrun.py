@@ -8,7 +8,6 @@ from pathlib import Path
 
 
 def is_launched() -> bool:
-    """Whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 

@@ -92,7 +92,6 @@ class Rows:
 
     @property
     def levels(self) -> Float[Tensor, " row"]:
-        """How many levels each row has."""
         return torch.full_like(self.columns, self.group) if self.group else self.columns
 
     @staticmethod
@@ -114,11 +113,9 @@ class Rows:
 
     @property
     def num_weights(self) -> int:
-        """Weights of the block's linears."""
         return sum(weight.numel() for weight in self.weights.values())
 
     def num_levels(self, name: str) -> int:
-        """How many levels each row of a linear has."""
         return self.group or self.weights[name].shape[1]
 
     def per_cell(self, values: Float[Tensor, " row"]) -> Float[Tensor, " cell"]:
@@ -135,7 +132,6 @@ class Rows:
         return self.by_linear(self.rounded(self.levels * sparsity[self.cell], total))
 
     def sparsity(self, counts: Mapping[str, Int[Tensor, " _out"]]) -> dict[str, Float[Tensor, " _out"]]:
-        """The sparsity of each row, by linear."""
         return {name: count / self.num_levels(name) for name, count in counts.items()}
 
     def keep_masks(self, counts: Mapping[str, Int[Tensor, " _out"]]) -> dict[str, Bool[Tensor, "_out _in"]]:

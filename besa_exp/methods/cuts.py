@@ -44,7 +44,6 @@ class Buffers:
 
     @staticmethod
     def like(weights: Mapping[str, Tensor]) -> Buffers:
-        """For the masked weights of these linears."""
         largest = max(weights.values(), key=Tensor.numel)
         room = largest.numel() if largest.device.type == "cpu" else 0
         return Buffers(room_like(weights), largest.new_empty(room))

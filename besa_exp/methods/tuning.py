@@ -19,18 +19,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden, samples_at
 from besa_exp.blocks.course import Course
 from besa_exp.blocks.linears import find_norms, room_like
 from besa_exp.blocks.probe import num_learned, probe_loss
+from besa_exp.blocks.pruner import PrunedBlock, pruned_by_masks
 from besa_exp.blocks.reports import Step
 from besa_exp.blocks.whole_model import KeepMasks, Weights, batches
 from besa_exp.errors import check_fields, within
@@ -40,7 +40,6 @@ from besa_exp.tensors.losses import differentiate, token_loss
 from besa_exp.tensors.masks import keep_largest
 
 logger = logging.getLogger(__name__)
-Norms = Mapping[str, Float[Tensor, " _size"]]
 NORM_STEP = 0.1  # of a norm's first step size to that of weights: it holds few values, which all tokens share
 WARM_UP = 10  # steps in which the step size rises to its full value
 STEP_SIZES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
@@ -105,18 +104,6 @@ class Ramp:
         return self.last + (self.first - self.last) * left**3
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """What tuning found: weights in the block's dtype with zeros where they are not kept, the parameters of norms that
-    were tuned, by path, the keep masks, the probe loss where it began, and its course."""
-
-    weights: Weights
-    norms: Norms
-    keep_masks: KeepMasks
-    loss_before: float
-    steps: tuple[Step, ...]
-
-
 def keep_valuable(
     weights: Weights, squared_gradients: Weights, keep_masks: KeepMasks, sparsity: float
 ) -> dict[str, Tensor]:
@@ -140,8 +127,9 @@ def tune(
     tuning: Tuning,
     on_step: Callable[[Step], None],
     ramp: Ramp | None = None,
-) -> Tuned:
-    """Tune `weights` under `keep_masks`, which a `ramp` closes further on the way.
+) -> PrunedBlock:
+    """Tune `weights` under `keep_masks`, which a `ramp` closes further on the way. What is returned is in the block's
+    dtype, with zeros where it is not kept.
 
     What is tuned between two looks at the probe must lower its loss: else it is undone, and the step size shrinks. So
     the result is never worse on the probe than what it began with, or with a ramp than the mask just closed. RunError:
@@ -176,7 +164,8 @@ def tune(
     found = state.found()
     weights, norms = ({name: found[name] for name in names} for names in (state.latent, state.norms))
     course.wait()
-    return Tuned(weights, norms, state.keep_masks, before, tuple(course.steps))
+    masked = pruned_by_masks(state.keep_masks)
+    return replace(masked, weights=weights, norms=norms, loss_before=before, steps=tuple(course.steps))
 
 
 def _first_step_size(

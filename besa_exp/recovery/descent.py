@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from besa_exp.errors import check_fields, within
@@ -30,7 +31,7 @@ class Form(Protocol):
     """One tensor of the model as a function of what is trained."""
 
     @property
-    def trained(self) -> Mapping[str, Tensor]:
+    def trained(self) -> Mapping[str, Float[Tensor, "..."]]:
         """What is trained, in fp32, by its own names; changed in place by the steps."""
         ...
 
@@ -38,7 +39,7 @@ class Form(Protocol):
         """Make the tensor what it is now. Pruned places are 0 before, and stay so."""
         ...
 
-    def gradients(self, gradient: Tensor) -> Mapping[str, Tensor]:
+    def gradients(self, gradient: Tensor) -> Mapping[str, Float[Tensor, "..."]]:
         """The gradient to `trained`, in fp32, from that to the tensor."""
         ...
 

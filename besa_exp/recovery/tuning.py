@@ -91,23 +91,11 @@ class Point:
     held_out: float | None = None
 
 
-@dataclass(frozen=True)
-class Recovery:
-    """What became of it: held-out loss before and of the best state, after how many steps that was, what is kept then,
-    the course, and why it ended early; None: it did not. `factor`: how many times the method's step size was taken."""
-
-    before: float
-    after: float
-    best_step: int
-    keep: Mapping[str, KeepBits]
-    points: tuple[Point, ...]
-    stopped: str | None = None
-    factor: float = 1.0
-
-
 @dataclass
-class _Course:
-    """How far it is: what a checkpoint holds beside the tuner's state."""
+class Recovery:
+    """How far it is, as a checkpoint holds it beside the tuner's state, and in the end what became of it: how many
+    times the method's step size is taken, the steps done, held-out loss before and of the best state, after how many
+    steps that was, the course, and why it ended early; None: it did not."""
 
     factor: float
     steps: int
@@ -127,8 +115,9 @@ def tune(
     plan: Plan,
     states: SavedStates | None = None,
     on_point: Callable[[Point], None] = lambda point: None,
-) -> Recovery:
-    """Tune `model`, which holds the pruned weights, in place; `keep` names its zeros. It ends with the best weights.
+) -> tuple[Recovery, dict[str, KeepBits]]:
+    """Tune `model`, which holds the pruned weights, in place; `keep` names its zeros. It ends with the best weights;
+    what is kept of them is returned too.
 
     `on_point` is called with each step once, also of those that an earlier attempt did; what that did after its last
     checkpoint is done again and reported again."""
@@ -141,12 +130,12 @@ def tune(
     saved = states.read() if states else None
     factor = 1.0 if saved else _found_factor(model, keep, method, objective, parts.learned, judge, plan)
     tuner = method.begin(model, keep, plan.seed)
-    keeper = _Best(model, tuner, states)
+    keeper = _Best(tuner, states)
     if saved:
         course = _go_on(tuner, keeper, saved, on_point)
     else:
         before = judge(tuner)
-        course = _Course(factor, 0, before, before, 0)
+        course = Recovery(factor, 0, before, before, 0)
         keeper.keep(0)
         keeper.save(course)
     while course.steps < plan.schedule.steps and course.stopped is None:
@@ -162,8 +151,7 @@ def tune(
         on_point(point)
         if plan.judges_after(course.steps) or course.stopped:
             keeper.save(course)
-    kept, points = keeper.put_back(), tuple(course.points)
-    return Recovery(course.before, course.after, course.best_step, kept, points, course.stopped, course.factor)
+    return course, keeper.put_back()
 
 
 def _found_factor(
@@ -208,11 +196,11 @@ def clear_pruned(model: nn.Module, keep: Mapping[str, KeepBits]) -> None:
             kept.clear_(own(parameter))
 
 
-def _go_on(tuner: Tuner, keeper: _Best, saved: Saved, on_point: Callable[[Point], None]) -> _Course:
+def _go_on(tuner: Tuner, keeper: _Best, saved: Saved, on_point: Callable[[Point], None]) -> Recovery:
     """Where an earlier attempt was."""
     record, tensors, keeper.name = saved
     tuner.load(tensors)
-    course = _Course(**{**record, "points": [Point(**point) for point in record["points"]]})
+    course = Recovery(**{**record, "points": [Point(**point) for point in record["points"]]})
     for point in course.points:
         on_point(point)
     return course
@@ -243,7 +231,6 @@ def _reason(point: Point) -> str | None:
 class _Best:
     """The best weights so far: in files where there are states, else in memory."""
 
-    model: nn.Module
     tuner: Tuner
     states: SavedStates | None
     name: str | None = None
@@ -258,7 +245,7 @@ class _Best:
         else:
             self.name = self.states.write_best(step, now)
 
-    def save(self, course: _Course) -> None:
+    def save(self, course: Recovery) -> None:
         """How far it is, where there are states."""
         if self.states is not None:
             assert self.name is not None

@@ -115,20 +115,15 @@ def _judged(group: Sequence[_Candidate]) -> list[Entry]:
 
 def _once_a_seed(group: Sequence[_Candidate], runs: Sequence[RunRecord]) -> list[_Candidate]:
     """Of runs with equal facets, method, target and seed the one that finished last counts; the others are named."""
-    last: dict[tuple, int] = {}
-
-    def key(candidate: _Candidate) -> tuple:
+    alike: dict[tuple, list[int]] = {}
+    keys = []
+    for candidate in group:
         run = runs[candidate.entry.run]
-        return candidate.facets, candidate.entry.dense, run.method, run.target, run.seed
-
-    for candidate in group:
-        number = candidate.entry.run
-        rival = last.setdefault(key(candidate), number)
-        if (runs[number].finished, number) > (runs[rival].finished, rival):
-            last[key(candidate)] = number
+        keys.append((candidate.facets, candidate.entry.dense, run.method, run.target, run.seed))
+        alike.setdefault(keys[-1], []).append(candidate.entry.run)
     kept = []
-    for candidate in group:
-        newest = last[key(candidate)]
+    for key, candidate in zip(keys, group, strict=True):
+        newest = max(alike[key], key=lambda number: (runs[number].finished, number))
         reason = "" if newest == candidate.entry.run else f"the same run finished later in {runs[newest].folder}"
         kept.append(replace(candidate, entry=replace(candidate.entry, apart=reason)))
     return kept

@@ -71,11 +71,8 @@ def lost(measure: Measure, value: float, dense: float) -> float:
 def compare(runs: Sequence[RunRecord], by: str = "score") -> list[Comparison]:
     """A comparison for each model of the finished runs, in the order of their names."""
     found = cells(runs, entries(runs))
-    return [_of_model(model, [cell for cell in found if cell.model == model], runs, by) for model in _models(found)]
-
-
-def _models(found: Sequence[Cell]) -> list[str]:
-    return sorted({cell.model for cell in found})
+    models = sorted({cell.model for cell in found})
+    return [_of_model(model, [cell for cell in found if cell.model == model], runs, by) for model in models]
 
 
 def _of_model(model: str, found: Sequence[Cell], runs: Sequence[RunRecord], by: str) -> Comparison:

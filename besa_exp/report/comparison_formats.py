@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -202,32 +202,23 @@ def csv_of(comparisons: Sequence[Comparison]) -> str:
     rows = csv.writer(file, lineterminator="\n")
     rows.writerow([*heads, *COSTS, "prune_seconds", "not_comparable"])
     for comparison in comparisons:
-        if comparison.dense:
-            given = [_csv_cells(comparison, measure, comparison.dense.get(measure)) for measure in measures]
-            rows.writerow(
-                [
-                    comparison.model,
-                    "dense",
-                    0.0,
-                    0.0,
-                    False,
-                    "",
-                    *(v for three in given for v in three),
-                    *[""] * len(COSTS),
-                    "",
-                    "",
-                ]
-            )
+        dense, blank = comparison.dense, [""] * (len(COSTS) + 2)
+        if dense:
+            rows.writerow([comparison.model, "dense", 0.0, 0.0, False, "", *_csv_cells(dense, dense, measures), *blank])
         for row in comparison.rows:
-            given = [_csv_cells(comparison, measure, row.scores.get(measure)) for measure in measures]
             facts = [comparison.model, row.method.label, row.target, row.measured, row.missed, row.runs]
             costs = [row.cost.get(key, "") for key in COSTS]
-            rows.writerow([*facts, *(v for three in given for v in three), *costs, row.seconds, row.apart])
+            rows.writerow([*facts, *_csv_cells(row.scores, dense, measures), *costs, row.seconds, row.apart])
     return file.getvalue()
 
 
-def _csv_cells(comparison: Comparison, measure: Measure, cell: Cell | None) -> tuple[object, object, object]:
-    if cell is None:
-        return "", "", ""
-    dense = comparison.dense.get(measure)
-    return cell.mean, cell.spread, lost(measure, cell.mean, dense.mean) if dense and not cell.apart else ""
+def _csv_cells(
+    scores: Mapping[Measure, Cell], dense: Mapping[Measure, Cell], measures: Sequence[Measure]
+) -> Iterator[object]:
+    for measure in measures:
+        cell, beside = scores.get(measure), dense.get(measure)
+        if cell:
+            loss = lost(measure, cell.mean, beside.mean) if beside and not cell.apart else ""
+            yield from (cell.mean, cell.spread, loss)
+        else:
+            yield from [""] * 3

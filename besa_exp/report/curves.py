@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 LINES = 512  # parsed of one file; a curve has no more points than that
 
@@ -21,31 +22,22 @@ class Curve:
     recovery: tuple[tuple[int, float, float | None], ...] = ()
 
 
-def read_curve(folder: Path, lines: int = LINES) -> Curve:
+def read_curve(folder: Path) -> Curve:
     """The steps of one run; none for a method that takes none, or where the file is not there."""
     try:
         recorded = (folder / "metrics.jsonl").read_bytes().splitlines()
     except OSError:
         return Curve(1, ())
     steps = [line for line in recorded if line.startswith(b'{"kind": "step"')]
-    stride = max(1, -(-len(steps) // lines))
-    points = []
-    for line in steps[::stride]:
-        try:
+    recovery = [line for line in recorded if line.startswith(b'{"kind": "recovery_step"')]
+    stride, every = (max(1, -(-len(found) // LINES)) for found in (steps, recovery))
+    judged = [line for at, line in enumerate(recovery) if at % every == 0 or b'"held_out": null' not in line]
+    points = _values(steps[::stride], "block", "step", "loss", "reconstruction", "expected_sparsity")
+    return Curve(stride, tuple(points), tuple(_values(judged, "step", "loss", "held_out")))
+
+
+def _values(lines: Sequence[bytes], *keys: str) -> Iterator[Any]:
+    for line in lines:
+        with suppress(ValueError, KeyError):  # a last line that was cut off
             step = json.loads(line)
-            points.append(
-                (step["block"], step["step"], step["loss"], step["reconstruction"], step["expected_sparsity"])
-            )
-        except (ValueError, KeyError):  # a last line that was cut off
-            continue
-    return Curve(stride, tuple(points), tuple(_recovery(recorded, lines)))
-
-
-def _recovery(recorded: Sequence[bytes], lines: int) -> Iterator[tuple[int, float, float | None]]:
-    steps = [line for line in recorded if line.startswith(b'{"kind": "recovery_step"')]
-    stride = max(1, -(-len(steps) // lines))
-    for number, line in enumerate(steps):
-        if number % stride == 0 or b'"held_out": null' not in line:
-            with suppress(ValueError, KeyError):  # a last line that was cut off
-                step = json.loads(line)
-                yield step["step"], step["loss"], step["held_out"]
+            yield tuple(step[key] for key in keys)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from besa_exp.blocks.sparsity_table import linear_type, short_names
+from besa_exp.blocks.sparsity_table import short_names, type_counts
 from besa_exp.report.comparability import RECONSTRUCTION, Entry
 from besa_exp.report.methods import Method
 from besa_exp.report.runs import RunRecord
@@ -30,16 +30,10 @@ class Allocation:
 
 def allocation(run: RunRecord) -> Allocation:
     """Experts of one kind are one linear type."""
-    types = list(dict.fromkeys(linear_type(linear.name) for block in run.blocks for linear in block.linears))
-    rows = []
-    for block in run.blocks:
-        own: dict[str, tuple[int, int]] = {}
-        for linear in block.linears:
-            weights, pruned = own.get(linear_type(linear.name), (0, 0))
-            own[linear_type(linear.name)] = (weights + linear.weights, pruned + linear.pruned)
-        rows.append(tuple(own.get(kind) for kind in types))
-    names = short_names(types)
-    return Allocation(tuple(names[kind] for kind in types), tuple(block.index for block in run.blocks), tuple(rows))
+    by_block = [type_counts([block.to_dict()]) for block in run.blocks]
+    names = short_names(dict.fromkeys(kind for own in by_block for kind in own))
+    rows = tuple(tuple(own.get(kind) for kind in names) for own in by_block)
+    return Allocation(tuple(names.values()), tuple(block.index for block in run.blocks), rows)
 
 
 @dataclass(frozen=True)

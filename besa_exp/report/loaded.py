@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from besa_exp.blocks.reports import BlockReport, LinearReport
+from besa_exp.blocks.reports import BlockReport
 from besa_exp.errors import ConfigurationError
 from besa_exp.presets import METHOD_GROUPS, presets
 from besa_exp.report.folders import find_runs
@@ -40,7 +40,7 @@ class LoadedRun:
         """The pruned blocks in order."""
         found = {line["block"]: _block(line) for line in self.lines if line.get("kind") == "block"}
         if not found:  # a dense run, whose blocks stand in its results alone
-            found = {block["index"]: _block_of_results(block) for block in self.results.get("blocks") or ()}
+            found = {block["index"]: BlockReport.from_dict(block) for block in self.results.get("blocks") or ()}
         return tuple(found[index] for index in sorted(found))
 
     @property
@@ -196,21 +196,8 @@ def _scores(results: Mapping[str, Any], prefix: str) -> dict[str, float]:
 
 def _block(line: Mapping[str, Any]) -> BlockReport:
     """Of a line of metrics.jsonl."""
-    linears = tuple(
-        LinearReport(name, linear["weights"], linear["pruned"], linear["allocated"])
-        for name, linear in line["linears"].items()
-    )
-    before, after = line["reconstruction_loss_before"], line["reconstruction_loss"]
-    return BlockReport(line["block"], linears, before, after, line["seconds"])
-
-
-def _block_of_results(block: Mapping[str, Any]) -> BlockReport:
-    loss = block["reconstruction_loss"]
-    linears = tuple(
-        LinearReport(name, linear["weights"], linear["pruned"], linear["sparsity"])
-        for name, linear in block["linears"].items()
-    )
-    return BlockReport(block["index"], linears, loss["before"], loss["after"], block["seconds"])
+    losses = {"before": line["reconstruction_loss_before"], "after": line["reconstruction_loss"]}
+    return BlockReport.from_dict({**line, "index": line["block"], "reconstruction_loss": losses})
 
 
 def _read_line(text: str) -> dict[str, Any] | None:

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import yaml
-
-from besa_exp.presets import CONF_DIR, METHOD_GROUPS, presets
+from besa_exp.presets import CONF_DIR, METHOD_GROUPS, composed, presets
 
 
 @dataclass(frozen=True)
@@ -170,10 +168,4 @@ def differences(settings: Mapping[str, Any], group: str, name: str) -> list[str]
 @cache
 def _preset(group: str, name: str) -> Mapping[str, Any]:
     """conf/GROUP/NAME.yaml with the presets of the group that it builds on; {} for what is not the package's."""
-    if name not in presets(group):
-        return {}
-    own = yaml.safe_load((CONF_DIR / group / f"{name}.yaml").read_text(encoding="utf-8"))
-    under: dict[str, Any] = {}
-    for base in own.pop("defaults", []):
-        under |= _preset(group, base) if isinstance(base, str) else {}
-    return under | own
+    return composed(CONF_DIR / group / f"{name}.yaml") if name in presets(group) else {}

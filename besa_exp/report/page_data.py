@@ -47,7 +47,7 @@ def page_data(
         ],
         "targets": sorted({_target(run) for run in done if run.method != DENSE}),
         "cells": [_cell(cell, runs, methods, measures) for cell in found],
-        "depth": [_depth(error, methods) for error in errors],
+        "depth": [asdict(error) | {"method": methods.index(error.method)} for error in errors],
         "depth_target": usual_target([(error.target, error.method) for error in errors]) if errors else None,
         "paper": [_paper(table) for table in tables] if _of_the_paper(tables) else [],
         "others": published()["others"],
@@ -93,10 +93,6 @@ def _cell(
         "runs": cell.runs,
         "apart": cell.apart,
     }
-
-
-def _depth(error: ErrorAlongDepth, methods: Sequence[Method]) -> dict[str, Any]:
-    return asdict(error) | {"method": methods.index(error.method)}
 
 
 def _paper(table: PaperTable) -> dict[str, Any]:
@@ -162,19 +158,15 @@ def _recovery(curve: Curve) -> dict[str, Any]:
 
 
 def _curve(curve: Curve) -> list[dict[str, Any]]:
-    blocks: dict[int, list[tuple[int, int, float, float, float]]] = {}
-    for point in curve.points:
-        blocks.setdefault(point[0], []).append(point)
-    return [
-        {
-            "block": block,
-            "steps": [point[1] for point in points],
-            "loss": [_rounded(point[2]) for point in points],
-            "reconstruction": [_rounded(point[3]) for point in points],
-            "expected": [_rounded(point[4]) for point in points],
-        }
-        for block, points in blocks.items()
-    ]
+    blocks: dict[int, list[Sequence[float]]] = {}
+    for block, *point in curve.points:
+        blocks.setdefault(block, []).append(point)
+    found = []
+    for block, points in blocks.items():
+        steps, *series = zip(*points, strict=True)
+        named = zip(("loss", "reconstruction", "expected"), series, strict=True)
+        found.append({"block": block, "steps": steps} | {name: [*map(_rounded, values)] for name, values in named})
+    return found
 
 
 def _rounded(value: float) -> float:

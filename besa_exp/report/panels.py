@@ -31,7 +31,6 @@ class Panel:
 
     @property
     def width(self) -> float:
-        """In inches."""
         return PANEL[0] + max(0.0, 0.075 * (max(map(len, self.names), default=0) - 16))
 
 

@@ -48,7 +48,6 @@ class PaperTable:
 
 @cache
 def published() -> Mapping[str, Any]:
-    """What published.json holds."""
     return json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 
 

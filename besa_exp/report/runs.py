@@ -102,7 +102,6 @@ class RunRecord:
 
     @property
     def path(self) -> Path:
-        """Of the run folder."""
         return Path(self.folder)
 
 

@@ -103,8 +103,8 @@ def _matters(folder: Path, key: str) -> bool:
     kind = {"evaluator.perplexity_sets": "perplexity"}.get(group, "zero_shot")
     if not group.startswith("evaluator."):
         return True
-    under_way = _json(folder / "scores.json").values()
-    kept = [scores.get(kind) or {} for scores in (_json(folder / "results.json"), *under_way)]
+    results, under_way = (atomic.read_json(folder / file) or {} for file in ("results.json", "scores.json"))
+    kept = [scores.get(kind) or {} for scores in (results, *under_way.values())]
     return any(scores.get(name) is not None if name else scores for scores in kept)
 
 
@@ -205,17 +205,9 @@ def _sha256_of(path: str, size: int, *times: int) -> str:
 
 def _recorded(folder: Path) -> dict[str, Any]:
     """{} where there is none, or one that cannot be read."""
-    found = _json(folder / NAME)
+    found = atomic.read_json(folder / NAME) or {}
     try:
         sound = all({"size", "modified", "sha256"} <= set(f) for files in found.values() for f in files.values())
     except (TypeError, AttributeError):
         return {}
     return found if sound else {}
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 
 import yaml
 
+from besa_exp.machine import atomic
 from besa_exp.run_folder.status import is_done, read_status
 
 
@@ -42,12 +42,8 @@ def check_run(run: Path) -> list[str]:
 
 def _dense_model(run: Path) -> str | None:
     """The path of the model that a dense run scored, where that names it; None: another run's, or one with a copy."""
-    try:
-        pruner = json.loads((run / "results.json").read_text(encoding="utf-8")).get("pruner")
-    except (OSError, ValueError, AttributeError):
-        return None
-    words = _dense(run)
-    return words[1] if pruner == "dense" and len(words) == 2 and not (run / "model").is_dir() else None
+    results, words = atomic.read_json(run / "results.json") or {}, _dense(run)
+    return words[1] if results.get("pruner") == "dense" and len(words) == 2 and not (run / "model").is_dir() else None
 
 
 def _dense(run: Path) -> list[str]:

@@ -21,11 +21,8 @@ KILLED = "interrupted (killed)"
 
 def read_status(path: Path) -> dict[str, Any] | None:
     """status.json (`status`, `started`, `finished`, `process`, `host`, `error`, `command`); None where no run's is."""
-    try:
-        status = json.loads((path / "status.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    return status if isinstance(status, dict) and "status" in status and "process" in status else None
+    status = atomic.read_json(path / "status.json")
+    return status if status and {"status", "process"} <= status.keys() else None
 
 
 def seen_status(path: Path) -> str | None:
@@ -40,14 +37,7 @@ def seen_status(path: Path) -> str | None:
 def is_done(path: Path) -> bool:
     """Whether `path` holds a finished run with its results; where they are gone or damaged the run begins again."""
     status = read_status(path)
-    return status is not None and status["status"] == "done" and _holds_json(path / "results.json")
-
-
-def _holds_json(path: Path) -> bool:
-    try:
-        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
-    except (FileNotFoundError, ValueError):
-        return False
+    return status is not None and status["status"] == "done" and atomic.read_json(path / "results.json") is not None
 
 
 def write_status(

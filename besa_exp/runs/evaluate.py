@@ -108,7 +108,8 @@ def opened(path: Path) -> Iterator[RunFolder]:
 
 def _scored(evaluation: _Evaluation, loaded: LoadedModel, config: Mapping[str, Any]) -> dict[str, Any]:
     settings, folder = evaluation.settings, evaluation.folder
-    digest = _files_digest(loaded.folder)
+    named = json.dumps(files_of(loaded.folder, "*"))  # names, sizes and times of change of the checkpoint's files
+    digest = hashlib.sha256(named.encode()).hexdigest()[:16]
     results = distributed.from_first(lambda: _base(evaluation, loaded, digest))
     context = model_context(loaded.model)
     left = remaining(settings.evaluator, settings.seed, context, results, settings.overwrite, settings.skipping)
@@ -243,9 +244,3 @@ def _record(evaluation: _Evaluation, results: dict[str, Any], scores: Scores, lo
         compared = compared_with_published(settings.model.published_perplexity, scores)
         if compared:
             results["published"] = results.get("published", {}) | compared
-
-
-def _files_digest(folder: Path) -> str:
-    """Of the names, sizes and times of change of the files of a checkpoint."""
-    found = files_of(folder, "*")
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]

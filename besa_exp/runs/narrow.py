@@ -7,10 +7,8 @@ streamed from there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
 from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.blocks.head import head_of
@@ -36,8 +34,6 @@ from besa_exp.runs.block_loop import inputs_of
 from besa_exp.runs.run import Run, Work, parameters, weights_in_linears
 from besa_exp.tensors.pattern import indivisible
 
-T = TypeVar("T")
-
 
 def narrow(run: Run, work: Work) -> Work:
     """The stage: what is left of the dense model, as a model of its own. ConfigurationError: it cannot be narrowed so;
@@ -45,11 +41,14 @@ def narrow(run: Run, work: Work) -> Work:
     if run.settings.structure is None:
         return work
     loaded = work.loaded
-    dimensions, costs = _refused(lambda: (dimensions_of_model(loaded.model), costs_of_model(loaded.model)))
+    dimensions, costs = dimensions_of_model(loaded.model), costs_of_model(loaded.model)
     _check(run, loaded, costs, dimensions)
     with run.spent.timed("structure"):
         structure = _structure(run, work, costs, dimensions)
-        narrower = _refused(lambda: _narrowed(run, loaded, structure, dimensions))
+        try:
+            narrower = _narrowed(run, loaded, structure, dimensions)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
     _check_pattern(run, narrower, structure)
     report = report_of(_name(run), loaded, narrower, structure, costs, dimensions)
     report = replace(report, saved_as=run.settings.structure.saved_as)
@@ -110,14 +109,6 @@ def _summary(report: StructureReport) -> str:
     return f"structure: {', '.join(what) or 'nothing goes'}; {left}"
 
 
-def _refused(act: Callable[[], T]) -> T:
-    """What `act` returns; what it refuses is a matter of the request."""
-    try:
-        return act()
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from error
-
-
 def _check(run: Run, loaded: LoadedModel, costs: Costs, dimensions: Dimensions) -> None:
     method: StructureMethod = run.settings.structure
     uneven = method.saved_as is not None
@@ -140,7 +131,7 @@ def _structure(run: Run, work: Work, costs: Costs, dimensions: Dimensions) -> St
     file = run.folder.structure
     if text := distributed.from_first(lambda: file.read_text(encoding="utf-8") if file.is_file() else ""):
         run.console.stage(f"structure: as {file.name} has it")
-        return _refused(lambda: from_json(text, str(file)))
+        return from_json(text, str(file))
     distributed.from_first(work.finished.begin)  # so that no other request goes on with it
     name = _name(run)
     run.console.stage(f"structure by {name}")

@@ -49,7 +49,8 @@ from besa_exp.runs.run import (
 from besa_exp.runs.save import save, written
 from besa_exp.runs.score import score_dense, score_pruned
 from besa_exp.settings import RunSettings
-from besa_exp.texts.calibration import Calibration, save_tokens
+from besa_exp.texts.calibration import Calibration
+from besa_exp.texts.tokens import write_token_file
 
 STAGES: tuple[Callable[[Run, Work], Work], ...] = (score_dense, narrow, prune_model, recover, save, score_pruned)
 logger = logging.getLogger(__name__)
@@ -130,5 +131,5 @@ def _calibrate(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel],
             "one at least; give more samples, or torchrun a smaller --nproc-per-node"
         )
     if settings.calibration.save_tokens and distributed.is_first():
-        save_tokens(calibration, run.folder.tokens)
+        write_token_file(calibration.input_ids, run.folder.tokens)
     return calibration

@@ -46,13 +46,13 @@ def recover(run: Run, work: Work, dense: ModelSettings | None = None) -> Work:
         before = _accuracy(work.loaded, parts, asked)
         states = SavedStates(run.folder.recovery, as_plain(work.finished.identity) | {"text_sha256": parts.sha256})
         method = _method(run, work.loaded, asked)
-        found = _course(run, work.loaded, asked, keep, method, dense or run.settings.model, parts, states)
+        found, kept = _course(run, work.loaded, asked, keep, method, dense or run.settings.model, parts, states)
         if isinstance(method, Mezo) and method.files:
             work = _taken_again(work, method, keep, asked.seed, found.best_step, states)
             found = _rounded(work.loaded, found, parts, asked)
         else:
             found = _rounded(work.loaded, found, parts, asked)
-            work = rewritten(work, lambda block: None, keep=found.keep if asked.exchange else None)
+            work = rewritten(work, lambda block: None, keep=kept if asked.exchange else None)
         report = report_of(asked, found, parts, before, _accuracy(work.loaded, parts, asked))
     run.console.stage(
         f"recovery: held-out loss {report.loss_before:.4f} before, {report.loss_after:.4f} after step "
@@ -117,7 +117,7 @@ def _course(
     dense: ModelSettings,
     parts: Parts,
     states: SavedStates,
-) -> Recovery:
+) -> tuple[Recovery, dict[str, KeepBits]]:
     """All steps, shown and kept; a model in memory holds the best weights then."""
     teacher = _dense(run, loaded, dense) if follows_dense(asked) else None
     model = sharded(loaded.model) if asked.shard else loaded.model

@@ -23,7 +23,7 @@ from besa_exp.blocks.linears import discover_linears
 from besa_exp.blocks.reports import BlockReport, RecoveryReport, Size, StructureReport
 from besa_exp.checkpoints.load import LoadedModel, load_model, model_context, vocabulary_size
 from besa_exp.display.console import RunConsole
-from besa_exp.display.tracker import NoTracker, Tracker, start_tracker
+from besa_exp.display.tracker import Tracker, start_tracker
 from besa_exp.evaluation.score import Scores
 from besa_exp.machine import distributed
 from besa_exp.machine.device import peak_memory, prepared_device
@@ -50,7 +50,7 @@ class Run:
     folder: RunFolder
     console: RunConsole
     spent: Spent
-    tracker: Tracker = field(default_factory=NoTracker)
+    tracker: Tracker = field(default_factory=Tracker)
 
 
 @dataclass(frozen=True)

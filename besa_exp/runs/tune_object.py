@@ -59,5 +59,5 @@ def tune(
         parts = parts_of(asked, texts_or_tokens, file, tokenizer, vocabulary_size(model))
         objective = objective_of(asked, method, model, teacher)
         before = parts.accuracy(model, asked.micro_batch)
-        found = tune_model(model, keep, method, objective, parts, plan_of(asked), on_point=on_step)
+        found, _ = tune_model(model, keep, method, objective, parts, plan_of(asked), on_point=on_step)
         return report_of(asked, found, parts, before, parts.accuracy(model, asked.micro_batch))

@@ -96,7 +96,6 @@ class Magnitude:
     gradients = False
 
     def __call__(self, weight: Tensor, statistic: None, squared_gradient: Tensor | None) -> Tensor:
-        """The scores."""
         return magnitude_importance(weight)
 
 
@@ -108,7 +107,6 @@ class Wanda:
     gradients = False
 
     def __call__(self, weight: Tensor, statistic: WithNorm, squared_gradient: Tensor | None) -> Tensor:
-        """The scores."""
         return wanda_importance(weight, statistic.squared_norm)
 
 
@@ -122,7 +120,6 @@ class Ria:
     gradients = False
 
     def __call__(self, weight: Tensor, statistic: WithNorm, squared_gradient: Tensor | None) -> Tensor:
-        """The scores."""
         return ria_importance(weight, statistic.squared_norm, self.power)
 
 
@@ -136,7 +133,6 @@ class WandaPlus:
     gradients = True
 
     def __call__(self, weight: Tensor, statistic: WithNorm, squared_gradient: Tensor | None) -> Tensor:
-        """The scores."""
         assert squared_gradient is not None, "the gradient to the weights was not observed"
         return wanda_plus_importance(weight, statistic.squared_norm, squared_gradient, self.scale)
 

@@ -47,7 +47,7 @@ def quantise(
     grouped = _grouped(weight, quantiser.group_size)
     scale, zero, levels = _scale_and_zero(grouped, quantiser, logits)
     rounded = ((grouped / scale).round() + zero).clamp(0, levels)
-    return _ungrouped((rounded - zero) * scale, weight)
+    return ((rounded - zero) * scale).flatten(1)[:, : weight.shape[1]].to(weight.dtype)
 
 
 def rounded(
@@ -114,7 +114,3 @@ def _grouped(weight: Float[Tensor, "out in"], group_size: int | None) -> Float[T
     columns = weight.shape[1]
     size = min(group_size or columns, columns)
     return nn.functional.pad(weight.float(), (0, -columns % size)).unflatten(1, (-1, size))
-
-
-def _ungrouped(grouped: Float[Tensor, "out group size"], like: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-    return grouped.flatten(1)[:, : like.shape[1]].to(like.dtype)

@@ -73,11 +73,9 @@ class InputNorm:
         return (self.total / self.samples).float()
 
     def sum_over_ranks(self) -> None:
-        """That of the samples of all ranks."""
         self.total, self.samples = distributed.all_sum(self.total), distributed.total(self.samples)
 
     def is_finite(self) -> bool:
-        """Whether no input overflowed or was NaN."""
         return is_finite(self.total.float())
 
 
@@ -91,7 +89,6 @@ class InputMoments:
         self.samples = self.tokens = 0
 
     def add(self, inputs: Float[Tensor, "*token in"], samples: int) -> None:
-        """Accumulate the tokens of `samples` more samples (some models flatten samples and tokens into one axis)."""
         tokens = inputs.float().flatten(0, -2)
         self.squares += tokens.square().sum(dim=0, dtype=torch.float64)
         self.sums += tokens.sum(dim=0, dtype=torch.float64)
@@ -115,12 +112,10 @@ class InputMoments:
         return (self.squares / self.tokens - mean.square()).clamp(min=0).float()
 
     def sum_over_ranks(self) -> None:
-        """Those of the samples of all ranks."""
         self.squares, self.sums = distributed.all_sum(self.squares), distributed.all_sum(self.sums)
         self.samples, self.tokens = distributed.total(self.samples), distributed.total(self.tokens)
 
     def is_finite(self) -> bool:
-        """Whether no input overflowed or was NaN."""
         return is_finite(self.squares.float())
 
 
@@ -132,7 +127,6 @@ class Hessian:
         self.samples = 0
 
     def add(self, inputs: Float[Tensor, "*token in"], samples: int) -> None:
-        """Accumulate the tokens of `samples` more samples (some models flatten samples and tokens into one axis)."""
         tokens = inputs.flatten(0, -2)
         as_they_are = sums_in_fp32(tokens)
         tokens = tokens if as_they_are else tokens.float()
@@ -153,7 +147,6 @@ class Hessian:
 
     @property
     def matrix(self) -> Float[Tensor, "in in"]:
-        """The statistic."""
         whole = self.upper * (2 / self.samples)
         for panel in self.panels:
             block = whole[panel, panel]
@@ -167,11 +160,9 @@ class Hessian:
         return self.upper.diagonal() / self.samples
 
     def sum_over_ranks(self) -> None:
-        """That of the samples of all ranks."""
         self.upper, self.samples = distributed.all_sum(self.upper), distributed.total(self.samples)
 
     def is_finite(self) -> bool:
-        """Whether no input overflowed or was NaN."""
         return is_finite(self.upper)
 
 

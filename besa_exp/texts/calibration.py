@@ -33,7 +33,6 @@ from besa_exp.texts.tokens import (
     read_token_file,
     special_tokens_record,
     tokens_sha256,
-    write_token_file,
 )
 
 BEYOND_THE_EMBEDDING = (
@@ -120,11 +119,6 @@ def _exact_tokens(given: Tensor) -> Int[Tensor, "sample seq"]:
             "least one sample of two tokens"
         )
     return given.to("cpu", torch.int64)
-
-
-def save_tokens(calibration: Calibration, path: Path) -> None:
-    """Write the tokens as a file that `calibration.path` and `evaluator.perplexity_sets` read exactly."""
-    write_token_file(calibration.input_ids, path)
 
 
 def _windows_of_text(

@@ -42,7 +42,6 @@ def format_of(name: str) -> Format | None:
 
 
 def readable_names() -> str:
-    """The names that are read, for messages."""
     return f"{', '.join(FORMATS)}, all but parquet also with {', '.join(COMPRESSED)}"
 
 

@@ -138,7 +138,6 @@ def read_text(source: str, use: Use, offline: bool, column: str = COLUMN, chats:
 
 
 def file_sha256(path: Path) -> str:
-    """Of the file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

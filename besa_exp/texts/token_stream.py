@@ -73,7 +73,6 @@ class Windows:
         )
 
     def all(self) -> Int[Tensor, "sample seq"]:
-        """Every window."""
         return self[torch.arange(self.count)]
 
 

@@ -50,6 +50,5 @@ class Atp:
         return tried[errors.index(min(errors))]
 
     def work(self, num_blocks: int, num_samples: int, seq_len: int, sparsity: float) -> Work:
-        """All progressions, once."""
         samples = len(self.progressions(sparsity, num_blocks)) * min(self.num_samples, num_samples)
         return Work(1, samples * seq_len)

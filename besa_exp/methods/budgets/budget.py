@@ -15,7 +15,7 @@ from besa_exp.errors import RunError
 from besa_exp.methods.allocation import project_to_budget
 from besa_exp.tensors import kernels
 from besa_exp.tensors.importance import Importance
-from besa_exp.tensors.masks import Goal, keep_by_rank, round_to_total
+from besa_exp.tensors.masks import Goal, round_to_total
 
 T = TypeVar("T")
 
@@ -54,11 +54,8 @@ def pruned_to(block: Block, observed: Observed, sparsities: Iterable[float]) -> 
     weights = {name: linear.weight.detach() for name, linear in block.linears.items()}
     ranks = {name: kernels.rank_in_row(observed.score(block, name)) for name in weights}
     for sparsity in sparsities:
-        keep_masks = {
-            name: keep_by_rank(rank, torch.full((len(rank),), int(rank.shape[1] * sparsity), device=rank.device))
-            for name, rank in ranks.items()
-        }
-        yield {name: weight * keep_masks[name] for name, weight in weights.items()}
+        counts = {name: torch.full_like(rank[:, 0], int(rank.shape[1] * sparsity)) for name, rank in ranks.items()}
+        yield {name: kernels.masked_weight(weight, ranks[name], counts[name]) for name, weight in weights.items()}
 
 
 def around(shares: Float[Tensor, " block"], center: float, width: float) -> Float[Tensor, " block"]:

@@ -214,7 +214,6 @@ class Besa:
 
 
 def total_of(task: Task, rows: Rows) -> int:
-    """How many weights the block gives up."""
     return round(task.goal.sparsity * rows.num_weights)
 
 

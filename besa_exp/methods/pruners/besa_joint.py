@@ -44,16 +44,13 @@ class BesaJoint:
 
     @property
     def traits(self) -> Traits:
-        """BESA's, and the quantiser."""
         return replace(self.pruner.traits, quantiser=self.quantiser)
 
     @property
     def batch_size(self) -> int:
-        """Samples a step."""
         return self.pruner.batch_size
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
-        """What BESA finds."""
         return self.pruner.check(sparsity, pattern)
 
     def prune_block(self, task: Task) -> PrunedBlock:

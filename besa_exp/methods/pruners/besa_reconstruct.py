@@ -61,7 +61,6 @@ class BesaReconstruct:
         return Traits(Hessian, dense_targets=self.dense_targets, refinements=(self.model,) if self.model else ())
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
-        """What SparseGPT can do."""
         return SparseGPT(self.group_size, self.damping).check(sparsity, pattern)
 
     def prune_block(self, task: Task) -> PrunedBlock:
@@ -73,9 +72,7 @@ class BesaReconstruct:
         task.forget()
         done = len(begun.steps)
         on_step = task.after(done).on_step
-        tuned = tune(task.block, task.inputs, task.targets, weights, begun.keep_masks, self.tuning, on_step, ramp)
-        masked = replace(pruned_by_masks(tuned.keep_masks), norms=tuned.norms)
-        found = replace(masked, weights=tuned.weights, loss_before=tuned.loss_before, steps=tuned.steps)
+        found = tune(task.block, task.inputs, task.targets, weights, begun.keep_masks, self.tuning, on_step, ramp)
         return replace(found, steps=(*begun.steps, *found.after(done).steps))
 
     def _begun(self, task: Task) -> tuple[PrunedBlock, Weights]:

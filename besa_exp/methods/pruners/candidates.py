@@ -47,7 +47,6 @@ class SoftmaxInLanes(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Float[Tensor, "*row candidate"], lanes: int) -> Float[Tensor, "*row candidate"]:
-        """beta."""
         powers = (logits - logits.amax(dim=-1, keepdim=True)).exp()
         first, *others = nn.functional.pad(powers, (0, -powers.shape[-1] % lanes)).split(lanes, dim=-1)
         partial = sum(others, start=first)
@@ -117,7 +116,6 @@ class CandidateAllocation(nn.Module):
 
     @torch.no_grad()
     def keep_mask(self) -> Tensor:
-        """The hard mask [out in]."""
         return keep_by_rank(self.rank, self.pruned(self.row_sparsity()))
 
     def forward(self) -> tuple[Tensor, Tensor]:

@@ -21,5 +21,4 @@ class Dense:
         return []
 
     def prune_block(self, task: Task) -> PrunedBlock:
-        """Keep masks of ones."""
         return pruned_by_masks({name: torch.ones_like(W, dtype=torch.bool) for name, W in task.weights.items()})

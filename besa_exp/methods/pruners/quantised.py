@@ -30,7 +30,6 @@ class Quantised:
 
     @property
     def traits(self) -> Traits:
-        """The inner pruner's, and the quantiser."""
         return replace(self.pruner.traits, quantiser=self.quantiser)
 
     def check(self, sparsity: float, pattern: str) -> list[str]:

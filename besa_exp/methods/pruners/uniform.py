@@ -45,7 +45,6 @@ class Uniform:
 
     @property
     def traits(self) -> Traits:
-        """What the importance asks for."""
         importance = importance_of(self.importance)
         shared_inputs = InputNorm if self.permute else None  # a statistic shows which linears share their inputs
         return Traits(importance.statistic or shared_inputs, importance.gradients)
@@ -57,7 +56,6 @@ class Uniform:
         return check_unchosen(pattern, importance_name(self.importance))
 
     def prune_block(self, task: Task) -> PrunedBlock:
-        """Each row, or each linear, by itself."""
         importance = importance_of(self.importance)
         if self.permute:
             return self._permuted({name: task.score(importance, name) for name in task.block.linears}, task)

@@ -125,7 +125,6 @@ class State:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> State:
-        """The inverse."""
         losses = tuple(math.nan if loss is None else loss for loss in values["losses"])
         return State(values["step"], torch.tensor(values["scores"]), values["baseline"], losses)
 
@@ -170,7 +169,6 @@ class PolicyGradient:
         return None if self.shape == "uniform" else self.save
 
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
-        """Problems with a model of these costs, in complete sentences, before any weight is read."""
         return width_amount_problems(costs, dimensions, self.ratio, self.multiple)
 
     def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:
@@ -218,7 +216,6 @@ class PolicyGradient:
             yield state
 
     def drawn(self, state: State) -> Bool[Tensor, "draw unit"]:
-        """The masks of a step."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + state.step)
         return torch.rand(self.draws, len(state.scores), generator=generator) < state.scores
 

@@ -120,33 +120,25 @@ class ShortGPT:
         check_fields(self, "structure", within(least=0), "protect_first", "protect_last")
 
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
-        """Problems with a model of these costs, in complete sentences, before any weight is read."""
         return amount_problems(self.blocks, self.ratio, costs, self.protect_first, self.protect_last)
 
     def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:
         """From one pass of the dense model. What was measured of each block, or run of blocks, is kept."""
         on_progress("one pass of the dense model")
         found = passage(dense.blocks(), dense.inputs(), dense.batch_size)
-        progress.write(self._told(found, dense.costs))
-        return self.decide(found, dense.costs)
+        removed, told = self.removed(found, dense.costs)
+        progress.write(told)
+        return without(removed, len(found.influence))
 
-    def _told(self, found: Passage, costs: Costs) -> dict[str, list[float | None]]:
-        """Of each block its influence, or of each first block of a run the distance across it; None: protected."""
-        if self.metric == "influence":
-            return {"influence": found.influence.tolist()}
-        count = amount(self.blocks, self.ratio, costs)
-        _, distances = least_turning_run(found.last_tokens, count, self._protected(len(found.influence)))
-        return {"angular_distance": [one if math.isfinite(one) else None for one in distances.tolist()]}
-
-    def _protected(self, number: int) -> list[int]:
-        return [*range(self.protect_first), *range(number - self.protect_last, number)]
-
-    def decide(self, found: Passage, costs: Costs) -> Structure:
-        """What stays."""
+    def removed(self, found: Passage, costs: Costs) -> tuple[list[int], dict[str, list[float | None]]]:
+        """The blocks that go, and of each block its influence, or of each first block of a run the distance across it;
+        None: protected."""
         count, number = amount(self.blocks, self.ratio, costs), len(found.influence)
+        protected = [*range(self.protect_first), *range(number - self.protect_last, number)]
         if self.metric == "influence":
-            return without(least_influential(found.influence, count, self._protected(number)), number)
-        return without(least_turning_run(found.last_tokens, count, self._protected(number))[0], number)
+            return least_influential(found.influence, count, protected), {"influence": found.influence.tolist()}
+        removed, distances = least_turning_run(found.last_tokens, count, protected)
+        return removed, {"angular_distance": [one if math.isfinite(one) else None for one in distances.tolist()]}
 
 
 def without(removed: Sequence[int], num_blocks: int) -> Structure:

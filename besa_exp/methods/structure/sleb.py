@@ -55,7 +55,6 @@ class Removal:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Removal:
-        """The inverse."""
         losses = {int(block): math.nan if loss is None else loss for block, loss in values["losses"].items()}
         return Removal(values["block"], losses, values["passes"])
 
@@ -125,7 +124,6 @@ class Sleb:
         check_fields(self, "structure", one_of(*LOSSES), "loss")
 
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
-        """Problems with a model of these costs, in complete sentences, before any weight is read."""
         return amount_problems(self.blocks, self.ratio, costs, self.early_barrier, self.latter_barrier)
 
     def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:
@@ -149,7 +147,6 @@ class Sleb:
         return without([removal.block for removal in removals], len(dense.costs.blocks))
 
     def candidates(self, num_blocks: int, removed: Sequence[int]) -> list[int]:
-        """The blocks that can go next."""
         alive = [block for block in range(num_blocks) if block not in removed]
         return alive[self.early_barrier : len(alive) - self.latter_barrier]
 

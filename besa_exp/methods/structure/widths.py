@@ -137,7 +137,6 @@ class Widths:
         check_fields(self, "structure", one_of(*IMPORTANCES), "importance")
 
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
-        """Problems with a model of these costs, in complete sentences, before any weight is read."""
         return width_amount_problems(costs, dimensions, self.ratio, self.multiple)
 
     def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:

@@ -83,7 +83,6 @@ class Admm:
         check_fields(self, "update", within(least=0), "iterations", "polishing")
 
     def check(self, pattern: str) -> list[str]:
-        """Any pattern."""
         return []
 
     def update_block(self, task: Task, pruned: PrunedBlock) -> PrunedBlock:

@@ -26,16 +26,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.observation import mean_squares
 from besa_exp.blocks.probe import own_probe, probe_loss
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
 from besa_exp.blocks.units import sub_blocks
+from besa_exp.blocks.whole_model import KeepMasks, Weights
 from besa_exp.errors import RunError
-from besa_exp.machine import distributed
 from besa_exp.tensors.losses import differentiate
 
 GRANULARITIES = ("row", "column", "linear", "part")
-Weights = Mapping[str, Float[Tensor, "_out _in"]]
-Masks = Mapping[str, Bool[Tensor, "_out _in"]]
 
 
 def squared_gradients(
@@ -46,20 +45,15 @@ def squared_gradients(
     product_dtype: torch.dtype = torch.float32,
 ) -> dict[str, Float[Tensor, "_out _in"]]:
     """S of each linear of `dense`, in fp32. The samples are those that this rank owns."""
-    total = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in dense.items()}
-    leaves = {name: weight.detach().clone().requires_grad_() for name, weight in dense.items()}
-    for sample in inputs.split(1):
+
+    def gradients_of(sample: Hidden, leaves: Weights) -> Sequence[Tensor]:
         with torch.no_grad():
             wanted = outputs_of(sample, sparse).float()
         outputs = outputs_of(sample, leaves)
-        _, gradient, scale = differentiate(
-            lambda found, wanted=wanted: (found - wanted).square().mean(), outputs, product_dtype
-        )
-        found = torch.autograd.grad(outputs, [*leaves.values()], gradient)
-        for name, one in zip(leaves, found, strict=True):
-            total[name] += (one.float() / scale).square()
-    samples = distributed.total(len(inputs))
-    return {name: distributed.all_sum(summed) / samples for name, summed in total.items()}
+        _, gradient, scale = differentiate(lambda found: (found - wanted).square().mean(), outputs, product_dtype)
+        return [one.float() / scale for one in torch.autograd.grad(outputs, [*leaves.values()], gradient)]
+
+    return mean_squares(dense, inputs, gradients_of)
 
 
 def barber_metric(
@@ -69,29 +63,23 @@ def barber_metric(
     return weight.float().abs() * squared_gradient.sqrt()
 
 
-def exchanged(metrics: Weights, keep_masks: Masks, granularity: str, ratio: float, group: int | None = None) -> Masks:
-    """The keep masks of a part's linears after floor(c ratio) exchanges in each group of weights. `group`: rows keep as
-    many of every `group` consecutive inputs as they did, and `granularity` is row.
-
-    Each group of weights keeps its number of zeros."""
+def exchanged(
+    metrics: Weights, keep_masks: KeepMasks, granularity: str, ratio: float, group: int | None = None
+) -> KeepMasks:
+    """The keep masks of a part's linears after floor(c ratio) exchanges in each group of weights, whose number of zeros
+    stays. `group`: rows keep as many of every `group` consecutive inputs as they did, and `granularity` is row."""
     if group:
         assert granularity == "row", "N:M is kept within rows"
         return {name: _within_groups(metrics[name], mask, ratio, group) for name, mask in keep_masks.items()}
-    if granularity == "part":
-        flat = torch.cat([metrics[name].flatten() for name in keep_masks])[None]
-        masks = torch.cat([mask.flatten() for mask in keep_masks.values()])[None]
-        parts = _by_rank(flat, masks, ratio)[0].split([mask.numel() for mask in keep_masks.values()])
-        named = zip(keep_masks.items(), parts, strict=True)
-        return {name: part.view_as(mask) for (name, mask), part in named}
+    if granularity == "row":
+        return {name: _by_rank(metrics[name], mask, ratio) for name, mask in keep_masks.items()}
+    if granularity == "column":
+        return {name: _by_rank(metrics[name].T, mask.T, ratio).T.contiguous() for name, mask in keep_masks.items()}
     found = {}
-    for name, mask in keep_masks.items():
-        metric = metrics[name]
-        if granularity == "row":
-            found[name] = _by_rank(metric, mask, ratio)
-        elif granularity == "column":
-            found[name] = _by_rank(metric.T, mask.T, ratio).T.contiguous()
-        else:
-            found[name] = _by_rank(metric.reshape(1, -1), mask.reshape(1, -1), ratio).view_as(mask)
+    for names in [[name] for name in keep_masks] if granularity == "linear" else [[*keep_masks]]:
+        metric, mask = (torch.cat([own[name].flatten() for name in names])[None] for own in (metrics, keep_masks))
+        parts = _by_rank(metric, mask, ratio)[0].split([keep_masks[name].numel() for name in names])
+        found |= {name: part.view_as(keep_masks[name]) for name, part in zip(names, parts, strict=True)}
     return found
 
 
@@ -157,7 +145,6 @@ class Barber:
             )
 
     def check(self, pattern: str) -> list[str]:
-        """Problems with a pattern, in complete sentences."""
         if pattern == "unstructured" or self.granularity == "row":
             return []
         return [
@@ -200,7 +187,7 @@ class _State:
 
     dense: Weights
     moved: Weights
-    keep_masks: Masks
+    keep_masks: KeepMasks
     permutations: Mapping[str, Tensor]
     product_dtype: torch.dtype
 
@@ -234,10 +221,11 @@ class _State:
         self, metrics: Weights, names: Sequence[str], granularity: str, ratio: float, group: int | None
     ) -> _State:
         """After the exchanges in one part. A weight that comes back is the dense one."""
-        orders = {name: self.permutations[name] for name in names if name in self.permutations}
-        given = {name: metrics[name][:, orders[name]] if name in orders else metrics[name] for name in names}
-        masks = {name: self.keep_masks[name] for name in names}
-        masks = {name: mask[:, orders[name]] if name in orders else mask for name, mask in masks.items()}
+        to, back = self.permutations, {name: order.argsort() for name, order in self.permutations.items()}
+        here = slice(None)
+        given, masks = (
+            {name: own[name][:, to.get(name, here)] for name in names} for own in (metrics, self.keep_masks)
+        )
         found = exchanged(given, masks, granularity, ratio, group)
-        back = {name: mask[:, orders[name].argsort()] if name in orders else mask for name, mask in found.items()}
-        return replace(self, keep_masks={**self.keep_masks, **back})
+        found = {name: mask[:, back.get(name, here)] for name, mask in found.items()}
+        return replace(self, keep_masks={**self.keep_masks, **found})

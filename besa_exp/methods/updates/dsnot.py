@@ -86,7 +86,6 @@ class Dsnot:
         check_fields(self, "update", within(least=0, note="the paper uses 0.1"), "threshold")
 
     def check(self, pattern: str) -> list[str]:
-        """Any pattern."""
         return []
 
     def update_block(self, task: Task, pruned: PrunedBlock) -> PrunedBlock:

@@ -27,7 +27,6 @@ class Obs:
         check_fields(self, "update", within(above=0, note="SparseGPT uses 0.01"), "damping")
 
     def check(self, pattern: str) -> list[str]:
-        """Any pattern."""
         return []
 
     def update_block(self, task: Task, pruned: PrunedBlock) -> PrunedBlock:

@@ -17,11 +17,9 @@ class Reconstruct:
     traits = Traits(dense_targets=True)  # so that a block also makes up for the error of those before it
 
     def check(self, pattern: str) -> list[str]:
-        """Any pattern."""
         return []
 
     def update_block(self, task: Task, pruned: PrunedBlock) -> PrunedBlock:
-        """Tune under the pruner's keep masks."""
         task.forget()
         begun = task.weights if pruned.weights is None else pruned.weights
         tuned = tune(task.block, task.inputs, task.targets, begun, pruned.keep_masks, self.tuning, task.on_step)

@@ -253,7 +253,6 @@ function paperCell(cell, kind) {
 function showRuns() {
   const runs = finishedRuns();
   const measures = unique(runs.flatMap((run) => run.scores.map(([measure]) => measure))).filter((measure) => data.measures[measure].main).sort((a, b) => a - b);
-  const score = scoreOf;
   const columns = [
     { head: "method", of: (run) => methodName(run.method), key: (run) => run.method, csv: (run) => data.methods[run.method].label },
     ...(data.models.length > 1 ? [{ head: "model", of: (run) => run.model, key: (run) => run.model }] : []),
@@ -262,8 +261,8 @@ function showRuns() {
     { head: "seed", number: true, of: (run) => String(run.seed), key: (run) => run.seed },
     ...(runs.some((run) => run.left < 1) ? [{ head: "parameters left", number: true, of: (run) => percent(run.left), key: (run) => run.left }] : []),
     ...measures.map((measure) => ({
-      head: `${data.measures[measure].label} ${data.measures[measure].lower ? "↓" : "↑"}`, number: true, key: (run) => score(run, measure),
-      of: (run) => (unknown(score(run, measure)) ? "" : scoreText(data.measures[measure].kind, score(run, measure))),
+      head: `${data.measures[measure].label} ${data.measures[measure].lower ? "↓" : "↑"}`, number: true, key: (run) => scoreOf(run, measure),
+      of: (run) => (unknown(scoreOf(run, measure)) ? "" : scoreText(data.measures[measure].kind, scoreOf(run, measure))),
     })),
     { head: "pruning", number: true, of: (run) => duration(run.seconds), key: (run) => run.seconds },
     { head: "details", of: (run) => element("button", { type: "button", "aria-label": `Show ${run.folder}`, onclick: () => { byId("chosen").value = run.id; showRun(); byId("run").scrollIntoView(); byId("chosen").focus({ preventScroll: true }); } }, "Show") },

@@ -50,8 +50,6 @@ def candidate_gradient(
     rank: Int[Tensor, "out in"],
     cuts: Int[Tensor, " candidate"],
 ) -> Float[Tensor, "out candidate"]:
-    """dL / d beta_d of each row = - sum of W dL/dW over ranks below cut_d, in fp32, in one order always. See the
-    reference in `candidate_gradient.py`."""
     rows, columns = weight.shape
     out = torch.empty(rows, len(cuts), dtype=torch.float32, device=weight.device)
     if not out.numel():

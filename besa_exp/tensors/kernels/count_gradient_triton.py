@@ -47,8 +47,6 @@ def count_gradient(
     pruned: Int[Tensor, " out"],
     window: float,
 ) -> Float[Tensor, " out"]:
-    """- mean of W dL/dW over the `window` ranks around pruned[row], summed in fp32 on chip, one order always. See the
-    reference in `count_gradient.py`; no weight outside the window is read."""
     rows, columns = weight.shape
     out = torch.empty(rows, dtype=torch.float32, device=weight.device)
     if not weight.numel():

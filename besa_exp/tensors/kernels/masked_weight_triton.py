@@ -37,8 +37,7 @@ def masked_weight(
     pruned: Int[Tensor, " out"],
     out: Float[Tensor, "out in"] | None = None,
 ) -> Float[Tensor, "out in"]:
-    """W where rank >= pruned[row], zero elsewhere; into `out` where given (it may be `weight` itself). See the
-    reference in `masked_weight.py`; this one writes +0 where W is negative, inf or NaN too."""
+    """`out` may be `weight` itself. Writes +0 where W is negative, inf or NaN too."""
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if out is None else out
     rows, columns = weight.shape
     if not weight.numel():

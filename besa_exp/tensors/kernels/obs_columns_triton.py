@@ -49,8 +49,6 @@ def obs_columns(
     factor: Float[Tensor, "group group"],
     keep_mask: Bool[Tensor, "out group"],
 ) -> tuple[Float[Tensor, "out group"], Float[Tensor, "out group"]]:
-    """e_j = w_j / U_jj where pruned, w_k -= e_j U_jk for k > j, column by column: the updated weight and the errors.
-    See the reference in `obs_columns.py`, which also takes groups above 256 columns and what is not fp32."""
     rows, group = weight.shape
     if group > LARGEST or not weight.dtype == factor.dtype == torch.float32:
         return reference(weight, factor, keep_mask)

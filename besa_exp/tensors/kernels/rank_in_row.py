@@ -37,7 +37,6 @@ def _ordered_bits(values: Tensor) -> Tensor:
 
 
 def _sort_rows(keys: Int64[Tensor, "row column"]) -> Int64[Tensor, "row column"]:
-    """Each row sorted."""
     if keys.device.type != "cpu":
         return keys.sort(dim=1).values
     sort_rows_(keys)

@@ -91,8 +91,7 @@ def _pairs_kernel(
 
 
 def rank_in_row(importance: Float[Tensor, "out in"]) -> Int[Tensor, "out in"]:
-    """Position of each weight in its row by importance, 0 = least, ties by position; int16 up to 32,767 inputs, int32
-    beyond. See the reference in `rank_in_row.py`, which runs for rows above 65,535 inputs. NaN has no place."""
+    """NaN has no place."""
     rows, columns = importance.shape
     if columns > LARGEST or importance.dtype not in FIRST_PASS:
         return reference(importance)

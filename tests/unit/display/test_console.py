@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 
 from besa_exp.blocks.reports import BlockReport, LinearReport, Step
 from besa_exp.checkpoints.files import save_masks
-from besa_exp.display.console import PLAIN_WIDTH, RunConsole, duration, next_steps
-from besa_exp.display.progress import PruningProgress, StageLine
+from besa_exp.display.console import PLAIN_WIDTH, RunConsole, next_steps
+from besa_exp.display.progress import PruningProgress, StageLine, duration
 from besa_exp.display.tables import as_text, outline, result_tables, sparsity_tables
 from besa_exp.evaluation.simulated_speed import MODEL
 from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings, RunSettings, TrackerSettings

@@ -67,7 +67,7 @@ def test_the_divergence_is_that_of_the_model_with_the_masked_weights():
     rows = rows_of(model)
     counts = rows.counts(rows.start)
     for number, block in enumerate(capture_blocks(pruned, INPUT_IDS)):
-        for name, keep_mask in rows.keep_masks(number, counts[number]).items():
+        for name, keep_mask in rows.rows[number].keep_masks(counts[number]).items():
             block.linears[name].weight.mul_(keep_mask)
     samples = torch.tensor([0, 3, 7])
     expected = divergence(model(INPUT_IDS[samples]).logits.double(), pruned(INPUT_IDS[samples]).logits.double()).mean()
@@ -87,7 +87,7 @@ def test_the_gradient_is_that_of_one_graph_through_the_whole_model():
     for number, block in enumerate(rows.whole.blocks(False)):
         own = {
             name: (block.linears[name].weight * mask).requires_grad_()
-            for name, mask in rows.keep_masks(number, counts[number]).items()
+            for name, mask in rows.rows[number].keep_masks(counts[number]).items()
         }
         masked.append(own)
         state = block(state, own)
@@ -160,7 +160,7 @@ def test_its_ranks_are_those_that_besa_decided_by():
     results = list(prune_blocks(blocks, embed(pruned, blocks, INPUT_IDS, 4), Besa(), Goal(0.5), 4))
     rows = ModelRows.of(whole_of(dense_model()), [result.keep_masks for _, result in results], Wanda())
     for number, (_, result) in enumerate(results):
-        for name, keep_mask in rows.keep_masks(number, rows.counts(rows.start)[number]).items():
+        for name, keep_mask in rows.rows[number].keep_masks(rows.counts(rows.start)[number]).items():
             assert torch.equal(keep_mask, result.keep_masks[name]), name
 
 
@@ -169,7 +169,7 @@ def test_decided_masks_are_written_by_the_block_loop_with_the_course_of_the_sear
     blocks = capture_blocks(pruned, INPUT_IDS)
     before = [report for report, _ in prune_blocks(blocks, embed(pruned, blocks, INPUT_IDS, 4), Besa(), Goal(0.5), 4)]
     rows = rows_of(model)
-    masks = [rows.keep_masks(number, counts) for number, counts in enumerate(rows.counts(rows.start))]
+    masks = [rows.rows[number].keep_masks(counts) for number, counts in enumerate(rows.counts(rows.start))]
     decided = Decided(masks, None, before)
     blocks = capture_blocks(model, INPUT_IDS)
     for report, result in prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 4), decided, Goal(0.5), 4):
@@ -203,7 +203,7 @@ def test_scope_model_is_refused_where_rows_cannot_be_told_apart():
 
 def uniform_masks(model):
     rows = rows_of(model, 0.3)
-    return [rows.keep_masks(number, counts) for number, counts in enumerate(rows.counts(rows.start))]
+    return [rows.rows[number].keep_masks(counts) for number, counts in enumerate(rows.counts(rows.start))]
 
 
 def test_a_step_of_tuning_moves_kept_weights_as_adam_does_with_the_gradient_of_one_graph():

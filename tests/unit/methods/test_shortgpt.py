@@ -22,6 +22,7 @@ from besa_exp.methods.structure.shortgpt import (
     least_influential,
     least_turning_run,
     passage,
+    without,
 )
 
 GENERATOR = torch.Generator().manual_seed(6)
@@ -57,7 +58,7 @@ def test_a_block_that_adds_nothing_has_no_influence_and_its_removal_changes_no_l
     ids = torch.randint(0, 256, (4, 9), generator=GENERATOR)
     blocks = capture_blocks(model, ids)
     found = passage(blocks, embed(model, blocks, ids, 4), 3)
-    structure = ShortGPT(blocks=1).decide(found, costs_of_model(model))
+    structure = without(ShortGPT(blocks=1).removed(found, costs_of_model(model))[0], 3)
     assert structure == Structure((0, 2))
     assert abs(float(found.influence[1])) < 4e-7 < float(found.influence[0])
     assert torch.equal(narrowed_model(model, structure)(ids).logits, model(ids).logits)
@@ -86,7 +87,7 @@ def test_the_angular_run_is_the_one_across_which_the_last_tokens_turn_least():
     assert least_turning_run(states, 2, protected=(1,))[0] == [2, 3]
     found = Passage(torch.rand(4), states)
     costs = Costs(0, (1, 1, 1, 1), (0,) * 4, (0,) * 4)
-    assert ShortGPT(blocks=2, metric="angular").decide(found, costs) == Structure((0, 3))
+    assert ShortGPT(blocks=2, metric="angular").removed(found, costs)[0] == [1, 2]
     assert float(angular_distance(states[0], states[4])) == pytest.approx(1, abs=1e-6)
 
 
@@ -96,7 +97,7 @@ def test_the_earlier_of_equal_blocks_goes_first_and_protected_ones_stay():
     assert least_influential(influence, 2, protected=[0, 4]) == [2, 3]
     found = Passage(influence, torch.zeros(6, 1, 2))
     method = ShortGPT(blocks=2, protect_first=1, protect_last=1)
-    assert method.decide(found, Costs(0, (1,) * 5, (0,) * 5, (0,) * 5)) == Structure((0, 1, 4))
+    assert method.removed(found, Costs(0, (1,) * 5, (0,) * 5, (0,) * 5))[0] == [2, 3]
 
 
 def test_a_ratio_becomes_the_nearest_number_of_blocks():

@@ -37,6 +37,12 @@ def assert_zeros_exact(model, keep):
         assert int(kept_of_four.max()) <= int(bits.mask().view(-1, 4).sum(dim=1).max())
 
 
+def assert_same_bits(model, other):
+    """All parameters of the two models."""
+    for name, parameter in model.named_parameters():
+        assert torch.equal(as_bytes(parameter), as_bytes(other.get_parameter(name))), name
+
+
 def weights_of(model):
     """A copy of all parameters by name."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

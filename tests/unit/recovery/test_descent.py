@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pruned_llama import WINDOWS, as_bytes, assert_zeros_exact, pruned_llama, weights_of
+from pruned_llama import WINDOWS, as_bytes, assert_same_bits, assert_zeros_exact, pruned_llama, weights_of
 
 from besa_exp.recovery.descent import Adam
 from besa_exp.recovery.full import Full, Kept
@@ -12,6 +12,7 @@ from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears
 from besa_exp.recovery.lora import Factored, Lora
 from besa_exp.recovery.norms import Norms
 from besa_exp.recovery.objective import NextToken
+from besa_exp.recovery.sketch import Sketch
 
 METHODS = {
     "full": Full(Adam(lr=1e-2, decay=0.1)),
@@ -84,19 +85,18 @@ def test_beginning_changes_no_weight_but_by_the_rounding_of_a_product(name):
         assert torch.equal(as_bytes(model.get_parameter(parameter)), as_bytes(weight)), parameter
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_tuner_that_goes_on_from_its_state_ends_with_the_same_bits(name):
+@pytest.mark.parametrize("method", [*METHODS.values(), Sketch(Adam(lr=1e-3), bits=3)], ids=[*METHODS, "sketch"])
+def test_a_tuner_that_goes_on_from_its_state_ends_with_the_same_bits(method):
     model, keep = pruned_llama()
-    tuner = METHODS[name].begin(model, keep, 0)
+    tuner = method.begin(model, keep, 0)
     steps(tuner, NextToken(model), range(3))
     state = {key: value.clone() for key, value in tuner.state().items()}
     steps(tuner, NextToken(model), range(3, 5))
     other, _ = pruned_llama()
-    again = METHODS[name].begin(other, keep, 0)
+    again = method.begin(other, keep, 0)
     again.load(state)
     steps(again, NextToken(other), range(3, 5))
-    for parameter, value in weights_of(model).items():
-        assert torch.equal(as_bytes(value), as_bytes(other.get_parameter(parameter))), parameter
+    assert_same_bits(model, other)
 
 
 def gradients_of(tuner, objective, windows):

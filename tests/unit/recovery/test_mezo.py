@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pruned_llama import EXAMPLES, WINDOWS, as_bytes, assert_zeros_exact, pruned_llama, weights_of
+from pruned_llama import EXAMPLES, WINDOWS, as_bytes, assert_same_bits, assert_zeros_exact, pruned_llama, weights_of
 
 from besa_exp.recovery.mezo import BlockFiles, Mezo, normal, rounded_at_random
 from besa_exp.recovery.objective import NextToken, mean_loss, next_token_losses, option_losses
@@ -78,8 +78,7 @@ def test_a_checkpoint_of_numbers_is_replayed_bit_for_bit(dtype):
     assert sum(value.nbytes for value in state.values()) == 4 * 16
     other, _, again = begun(dtype)
     again.load(state)
-    for name, value in weights_of(model).items():
-        assert torch.equal(as_bytes(value), as_bytes(other.get_parameter(name))), name
+    assert_same_bits(model, other)
 
 
 def test_a_killed_run_ends_with_the_same_bits(tmp_path):
@@ -98,8 +97,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, until=2)
     model, whole = run(tmp_path), run(None)
-    for name, value in weights_of(whole).items():
-        assert torch.equal(as_bytes(value), as_bytes(model.get_parameter(name))), name
+    assert_same_bits(whole, model)
 
 
 def test_z_follows_from_seed_step_and_name_alone():

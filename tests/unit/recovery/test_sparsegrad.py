@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pruned_llama import WINDOWS, as_bytes, pruned_llama, weights_of
+from pruned_llama import WINDOWS, assert_same_bits, pruned_llama, weights_of
 
 from besa_exp.recovery.descent import Adam
 from besa_exp.recovery.objective import NextToken
@@ -39,8 +39,7 @@ def test_a_tuner_goes_on_while_it_looks_and_later_with_the_same_bits(at):
     whole, _, _ = stepped(range(6))
     _, tuner, _ = stepped(range(at))
     model, _, _ = stepped(range(at, 6), {key: value.clone() for key, value in tuner.state().items()})
-    for name, value in weights_of(whole).items():
-        assert torch.equal(as_bytes(value), as_bytes(model.get_parameter(name))), name
+    assert_same_bits(whole, model)
 
 
 def test_the_largest_by_size_stay_and_of_equals_the_first():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from pruned_llama import WINDOWS, as_bytes, assert_zeros_exact, pruned_llama, weights_of
+from pruned_llama import WINDOWS, assert_same_bits, assert_zeros_exact, pruned_llama, weights_of
 
 from besa_exp.recovery.objective import NextToken
 from besa_exp.recovery.schedule import Schedule
@@ -52,8 +52,7 @@ def test_a_tuner_goes_on_inside_a_phase_of_selection_with_the_same_bits(method, 
     _, _, tuner = stepped(method, range(at))
     assert bool(tuner.gathering) == (method.selection == "ag")
     model, _, again = stepped(method, range(at, 8), state={key: value.clone() for key, value in tuner.state().items()})
-    for name, value in weights_of(whole).items():
-        assert torch.equal(as_bytes(value), as_bytes(model.get_parameter(name))), name
+    assert_same_bits(whole, model)
     for name, value in expected.state().items():
         assert torch.equal(value, again.state()[name]), name
 
@@ -79,12 +78,12 @@ def test_exchanged_zeros_are_as_many_and_lie_elsewhere():
 def test_the_loop_ends_with_the_mask_of_its_best_weights(tmp_path):
     model, keep = pruned_llama()
     plan = Plan(Schedule(9), batch_size=6, judge_every=3)
-    report = tune(model, keep, EXCHANGE, NextToken(model), Parts(WINDOWS[:6], WINDOWS[:6]), plan)
+    report, kept = tune(model, keep, EXCHANGE, NextToken(model), Parts(WINDOWS[:6], WINDOWS[:6]), plan)
     assert report.best_step > 0
-    for name, bits in report.keep.items():
+    for name, bits in kept.items():
         assert not model.get_parameter(name)[~bits.mask()].any()
         assert bits.count == keep[name].count
-    assert any(not torch.equal(bits.bits, keep[name].bits) for name, bits in report.keep.items())
+    assert any(not torch.equal(bits.bits, keep[name].bits) for name, bits in kept.items())
 
 
 def test_kept_entries_keep_their_delta_and_moments_and_new_ones_have_none():

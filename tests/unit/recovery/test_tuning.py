@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pruned_llama import WINDOWS, as_bytes, assert_zeros_exact, pruned_llama, weights_of
+from pruned_llama import WINDOWS, assert_same_bits, assert_zeros_exact, pruned_llama, weights_of
 
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.recovery.descent import Adam
@@ -30,7 +30,7 @@ def tuned(method, plan=PLAN, folder=None, held_out=HELD_OUT, on_point=lambda poi
     model, keep = pruned_llama()
     states = SavedStates(folder, identity or {"lr": 0.01}) if folder else None
     parts = Parts(LEARNED, held_out)
-    report = tune(model, keep, method, NextToken(model, **objective), parts, plan, states, on_point)
+    report, _ = tune(model, keep, method, NextToken(model, **objective), parts, plan, states, on_point)
     assert_zeros_exact(model, keep)
     return model, report
 
@@ -42,11 +42,6 @@ def killing_at(step, told):
             raise Killed
 
     return on_point
-
-
-def assert_same_bits(one, other):
-    for name, value in weights_of(one).items():
-        assert torch.equal(as_bytes(value), as_bytes(other.get_parameter(name))), name
 
 
 def test_the_result_is_better_on_held_out_text_where_that_is_what_is_learned():

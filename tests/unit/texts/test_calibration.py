@@ -19,8 +19,9 @@ from tiny_llama import byte_tokenizer
 
 from besa_exp.errors import ConfigurationError
 from besa_exp.settings import CalibrationSettings
-from besa_exp.texts.calibration import check_calibration, draw_windows, load_calibration, save_tokens
+from besa_exp.texts.calibration import check_calibration, draw_windows, load_calibration
 from besa_exp.texts.sources import HUB_FILES
+from besa_exp.texts.tokens import write_token_file
 
 CONTEXT = 64
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -215,7 +216,7 @@ def test_a_token_file_is_read_as_exact_tokens_whatever_the_window_settings_say(t
 def test_saved_tokens_are_read_back_with_the_same_hash(tmp_path):
     (tmp_path / "a.txt").write_text(words(5000))
     drawn = load_calibration(settings(tmp_path / "a.txt"), byte_tokenizer(), CONTEXT, True)
-    save_tokens(drawn, tmp_path / "tokens.safetensors")
+    write_token_file(drawn.input_ids, tmp_path / "tokens.safetensors")
     read = load_calibration(settings(tmp_path / "tokens.safetensors"), None, CONTEXT, True)
     assert torch.equal(read.input_ids, drawn.input_ids)
     assert read.tokens_sha256 == drawn.tokens_sha256
@@ -377,7 +378,7 @@ def test_each_text_is_a_users_turn_where_the_chat_template_is_asked_for(tmp_path
     assert "chat_template" not in plain
     assert found.provenance.keys() == plain.keys() - {"tokenizer_adds_bos", "document_start_token"} | {"chat_template"}
     tokens = tmp_path / "tokens.safetensors"
-    save_tokens(found, tokens)
+    write_token_file(found.input_ids, tokens)
     assert "exact tokens already" in check_calibration(replace(chat, path=str(tokens)), CONTEXT)[0]
 
 
