@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from besa_exp.errors import check_fields, within
@@ -31,7 +30,7 @@ class Form(Protocol):
     """One tensor of the model as a function of what is trained."""
 
     @property
-    def trained(self) -> Mapping[str, Float[Tensor, "..."]]:
+    def trained(self) -> Mapping[str, Tensor]:
         """What is trained, in fp32, by its own names; changed in place by the steps."""
         ...
 
@@ -39,7 +38,7 @@ class Form(Protocol):
         """Make the tensor what it is now. Pruned places are 0 before, and stay so."""
         ...
 
-    def gradients(self, gradient: Tensor) -> Mapping[str, Float[Tensor, "..."]]:
+    def gradients(self, gradient: Tensor) -> Mapping[str, Tensor]:
         """The gradient to `trained`, in fp32, from that to the tensor."""
         ...
 
