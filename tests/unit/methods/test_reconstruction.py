@@ -13,7 +13,7 @@ from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.blocks.linears import find_norms
 from besa_exp.blocks.loop import prune_blocks
 from besa_exp.blocks.probe import probe_loss
-from besa_exp.blocks.pruner import Task
+from besa_exp.blocks.pruner import PrunedBlock, Task
 from besa_exp.blocks.reports import Step
 from besa_exp.methods.pruners.besa_reconstruct import BesaReconstruct
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
@@ -44,6 +44,14 @@ def weights_of(block):
     return {name: linear.weight.detach().clone() for name, linear in block.linears.items()}
 
 
+def after_tuning(*given) -> tuple[PrunedBlock, dict[str, torch.Tensor], float]:
+    """What `tune` returns, its weights, and the probe loss where it began."""
+    tuned = tune(*given)
+    assert tuned.weights is not None
+    assert tuned.loss_before is not None
+    return tuned, dict(tuned.weights), tuned.loss_before
+
+
 def reports_of(pruner, sparsity=0.6, pattern="unstructured"):
     model = copy.deepcopy(DENSE)
     blocks = capture_blocks(model, INPUT_IDS)
@@ -54,23 +62,25 @@ def reports_of(pruner, sparsity=0.6, pattern="unstructured"):
 def test_tuning_lowers_the_probe_loss_and_keeps_the_mask() -> None:
     block, inputs, targets = first_block()
     masks = uniform_masks(block)
-    tuned = tune(block, inputs, targets, weights_of(block), masks, Tuning(10, 4, lr=0.1), lambda step: None)
-    after = probe_loss(block, inputs, targets, tuned.weights)
-    assert after < 0.95 * tuned.loss_before
+    tuned, weights, before = after_tuning(
+        block, inputs, targets, weights_of(block), masks, Tuning(10, 4, lr=0.1), lambda step: None
+    )
+    after = probe_loss(block, inputs, targets, weights)
+    assert after < 0.95 * before
     assert tuned.steps[-1].loss < 0.5 * tuned.steps[0].loss
     for name, mask in masks.items():
         assert torch.equal(tuned.keep_masks[name], mask)
-        assert not tuned.weights[name][~mask].any()
-        assert tuned.weights[name][mask].all()
+        assert not weights[name][~mask].any()
+        assert weights[name][mask].all()
 
 
 def test_a_step_size_that_ruins_the_block_leaves_it_as_it_began() -> None:
     block, inputs, targets = first_block()
     masks = uniform_masks(block, 0.1)
     tuning = Tuning(epochs=1, batch_size=4, lr=1.0, checks=1)
-    tuned = tune(block, inputs, targets, weights_of(block), masks, tuning, lambda step: None)
+    _tuned, weights, _before = after_tuning(block, inputs, targets, weights_of(block), masks, tuning, lambda step: None)
     for name, weight in weights_of(block).items():
-        assert torch.equal(tuned.weights[name], weight * masks[name])
+        assert torch.equal(weights[name], weight * masks[name])
 
 
 def test_a_step_size_that_is_too_large_shrinks_until_it_helps() -> None:
@@ -79,8 +89,10 @@ def test_a_step_size_that_is_too_large_shrinks_until_it_helps() -> None:
 
     def loss_after(checks: int) -> float:
         tuning = Tuning(epochs=12, batch_size=4, lr=1.0, checks=checks)
-        tuned = tune(block, inputs, targets, weights_of(block), masks, tuning, lambda step: None)
-        return probe_loss(block, inputs, targets, tuned.weights) / tuned.loss_before
+        _tuned, weights, before = after_tuning(
+            block, inputs, targets, weights_of(block), masks, tuning, lambda step: None
+        )
+        return probe_loss(block, inputs, targets, weights) / before
 
     assert loss_after(checks=1) == pytest.approx(1)
     assert loss_after(checks=12) < 0.9
@@ -92,8 +104,10 @@ def test_what_is_tuned_between_two_changes_of_the_mask_is_undone_where_it_does_n
     losses = []
     for lr in (1.0, 1e-6):  # the one ruins, the other moves next to nothing
         tuning = Tuning(epochs=2, batch_size=4, lr=lr, checks=1)
-        tuned = tune(block, inputs, targets, weights_of(block), uniform_masks(block, 0.1), tuning, lambda s: None, ramp)
-        losses.append(probe_loss(block, inputs, targets, tuned.weights))
+        _tuned, weights, _before = after_tuning(
+            block, inputs, targets, weights_of(block), uniform_masks(block, 0.1), tuning, lambda s: None, ramp
+        )
+        losses.append(probe_loss(block, inputs, targets, weights))
     assert losses[0] < 1.2 * losses[1]
 
 
@@ -113,8 +127,10 @@ def test_a_step_size_that_nobody_gave_is_one_that_helps_on_models_of_any_scale()
     block, inputs, targets = first_block()
     masks = uniform_masks(block, 0.5)
     for found in (Tuning(epochs=4, batch_size=4), Tuning(epochs=4, batch_size=4, lr=1e-4)):
-        tuned = tune(block, inputs, targets, weights_of(block), masks, found, lambda step: None)
-        gain = probe_loss(block, inputs, targets, tuned.weights) / tuned.loss_before
+        _tuned, weights, before = after_tuning(
+            block, inputs, targets, weights_of(block), masks, found, lambda step: None
+        )
+        gain = probe_loss(block, inputs, targets, weights) / before
         assert gain < 0.9 if found.lr is None else gain > 0.9
 
 
@@ -242,17 +258,19 @@ def test_norms_are_tuned_on_request_and_the_probe_chooses_them_with_the_weights(
     block, inputs, targets = first_block()
     masks, dense = uniform_masks(block), {name: p.clone() for name, p in block.module.named_parameters()}
     tuning = Tuning(epochs=10, batch_size=4, norms=True)
-    tuned = tune(block, inputs, targets, weights_of(block), masks, tuning, lambda step: None)
+    tuned, weights, before = after_tuning(block, inputs, targets, weights_of(block), masks, tuning, lambda step: None)
     assert set(tuned.norms) == {"input_layernorm.weight", "post_attention_layernorm.weight"}
     assert not any(torch.equal(norm, dense[path]) for path, norm in tuned.norms.items())
-    assert probe_loss(block, inputs, targets, {**tuned.weights, **tuned.norms}) < 0.95 * tuned.loss_before
+    assert probe_loss(block, inputs, targets, {**weights, **tuned.norms}) < 0.95 * before
     assert all(torch.equal(parameter, dense[name]) for name, parameter in block.module.named_parameters())
 
 
 def test_a_step_size_that_ruins_the_block_leaves_its_norms_as_they_were() -> None:
     block, inputs, targets = first_block()
     tuning = Tuning(epochs=1, batch_size=4, lr=1.0, checks=1, norms=True)
-    tuned = tune(block, inputs, targets, weights_of(block), uniform_masks(block, 0.1), tuning, lambda step: None)
+    tuned, _weights, _before = after_tuning(
+        block, inputs, targets, weights_of(block), uniform_masks(block, 0.1), tuning, lambda step: None
+    )
     assert all(torch.equal(norm, block.module.get_parameter(path)) for path, norm in tuned.norms.items())
 
 
