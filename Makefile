@@ -25,19 +25,22 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 py
 
 setup: $(STAMP)
 
-# torch goes first, so that nothing else brings another build of it.
+# torch goes first, so that nothing else brings another build of it. Of 20,000 modules most are never imported: what is,
+# Python compiles the first time, and not pip.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.13 found; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
 run: $(STAMP)
 	$(BIN)/besa prune $(ARGS)
 
-# Pyright runs beside the tests, which leave a core idle now and then.
-test: lint browser
+# Apt runs beside pip, pyright beside the tests: each leaves a core idle now and then.
+test:
+	@$(MAKE) --no-print-directory -j 2 setup browser
+	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory -j 2 types pytest
 
 lint: $(STAMP)

@@ -150,7 +150,7 @@ def test_uneven_widths_are_pruned_as_they_are_and_saved_as_asked(
     ("method", "steps", "total"),
     [
         (["structure=sleb", "structure.blocks=3"], [1, 2], 3),
-        (["structure=policy_gradient", "structure.steps=40", "structure.ratio=0.3"], [10, 30], 40),
+        (["structure=policy_gradient", "structure.steps=20", "structure.ratio=0.3"], [10], 20),
     ],
 )
 def test_a_search_that_is_killed_goes_on_and_ends_the_same(
