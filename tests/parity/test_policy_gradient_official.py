@@ -20,7 +20,7 @@ from besa_exp.methods.structure.policy_gradient import (
 from besa_exp.methods.structure.widths import Importances, importances_of, keep_most_important
 
 CASES = ("published_recipe", "large_steps", "random_start_by_layer", "no_baseline")
-NEAR = 2.5e-4  # the authors stop where a sum, of four units at least, is within 1e-3 of its budget
+AUTHORS = {"halvings": 21, "tolerance": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_updates_and_projections_are_the_authors(run, case):
         torch.testing.assert_close(updated.float(), expected, rtol=0, atol=1e-6)
         found = project(updated, settings)
         expected = tensors[f"{case}.scores_after_projection"][number]
-        torch.testing.assert_close(found.float(), expected, rtol=0, atol=NEAR)
+        torch.testing.assert_close(found.float(), expected, rtol=0, atol=1e-6)
         scores = expected.double()
     heads, channels = scores[:16], scores[16:]
     for name, values, shape in (("heads", heads, (4, 4)), ("channels", channels, (4, 172))):
@@ -74,7 +74,9 @@ def project(scores, settings):
     parts = [scores[:16], scores[16:]]
     if not settings["global_hard_mask"]:
         parts = [block for part in parts for block in part.view(4, -1)]
-    return torch.cat([projected(part, settings["keep"] * len(part), torch.ones_like(part)) for part in parts])
+    return torch.cat(
+        [projected(part, settings["keep"] * len(part), torch.ones_like(part), **AUTHORS) for part in parts]
+    )
 
 
 def test_projections_of_given_scores_are_the_authors(run):
@@ -83,9 +85,14 @@ def test_projections_of_given_scores_are_the_authors(run):
     flat = torch.cat([before[:, :8].flatten(), before[:, 8:].flatten()])
     for result in told["projection"]["results"]:
         keep, expected = result["keep"], tensors[f"projection.after_{result['keep']}"]
-        heads, channels = (projected(part, keep * len(part), torch.ones_like(part)) for part in (flat[:16], flat[16:]))
+        heads, channels = (
+            projected(part, keep * len(part), torch.ones_like(part), **AUTHORS) for part in (flat[:16], flat[16:])
+        )
+        for name, before_it, after in (("v_heads", flat[:16], heads), ("v_channels", flat[16:], channels)):
+            moved = (before_it - after)[(after > 0) & (after < 1)]
+            torch.testing.assert_close(moved, torch.full_like(moved, result[name]), rtol=0, atol=1e-6)
         found = torch.cat([heads.view(2, 8), channels.view(2, 32)], dim=1)
-        torch.testing.assert_close(found, expected, rtol=0, atol=NEAR)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_sigmap_is_the_authors(run):

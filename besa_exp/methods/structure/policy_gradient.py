@@ -90,22 +90,31 @@ def policy_gradient(
     return weights @ directions / (len(losses) - 1)
 
 
-def projected(scores: Float[Tensor, " unit"], budget: float, costs: Float[Tensor, " unit"]) -> Float[Tensor, " unit"]:
+def projected(
+    scores: Float[Tensor, " unit"],
+    budget: float,
+    costs: Float[Tensor, " unit"],
+    halvings: int = HALVINGS,
+    tolerance: float = 0.0,
+) -> Float[Tensor, " unit"]:
     """clamp(s - v, 0, 1) with the least v >= 0 under which sum c_u s_u <= budget: the nearest point by the distance
-    sum c_u (s'_u - s_u)^2. Sums below the budget stay below. The authors halve 21 times, to a sum within 1e-3 of the
-    budget on either side."""
+    sum c_u (s'_u - s_u)^2. Sums below the budget stay below. The authors halve 21 times, to a sum within a `tolerance`
+    of 1e-3 of the budget on either side."""
     costs = costs.to(scores)
 
-    def exceeds(v: float) -> bool:
-        return float((costs * (scores - v).clamp(0, 1)).sum(dtype=torch.float64)) > budget
+    def excess(v: float) -> float:
+        return float((costs * (scores - v).clamp(0, 1)).sum(dtype=torch.float64)) - budget
 
-    if not exceeds(0.0):
+    if excess(0.0) <= 0:
         return scores.clamp(0, 1)
-    low, high = 0.0, float(scores.max())
-    for _ in range(HALVINGS):
+    low, high, v = 0.0, float(scores.max()), 0.0
+    for _ in range(halvings):
         v = (low + high) / 2
-        low, high = (v, high) if exceeds(v) else (low, v)
-    return (scores - high).clamp(0, 1)
+        over = excess(v)
+        if abs(over) < tolerance:
+            break
+        low, high = (v, high) if over > 0 else (low, v)
+    return (scores - (v if tolerance else high)).clamp(0, 1)
 
 
 @dataclass(frozen=True)
