@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from besa_exp.errors import RunError
+
 
 def write_text(path: Path, text: str) -> None:
     """Replaces `path` by `text` (UTF-8): a reader sees the old content or the new one, never a part of either."""
@@ -22,11 +24,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None: there is no file, or a damaged one."""
+    """The object in a file; None: there is no file, or a damaged one. RunError: it may not be read, or the disk
+    fails."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}); make it readable, or move it away") from error
     return found if isinstance(found, dict) else None
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from besa_exp.errors import RunError
 from besa_exp.machine import atomic
 
 
@@ -68,3 +69,12 @@ def test_files_have_the_mode_that_the_umask_gives_whoever_wrote_them(tmp_path: P
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.name for path in files} == {"masks.safetensors", "model.safetensors", "config.json"}
     assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+
+
+def test_a_file_that_is_there_and_cannot_be_read_is_no_missing_one(tmp_path: Path) -> None:
+    (tmp_path / "damaged.json").write_text("{")
+    (tmp_path / "folder.json").mkdir()
+    assert atomic.read_json(tmp_path / "missing.json") is None
+    assert atomic.read_json(tmp_path / "damaged.json") is None
+    with pytest.raises(RunError, match=r"folder\.json cannot be read \(Is a directory\)"):
+        atomic.read_json(tmp_path / "folder.json")
