@@ -118,10 +118,12 @@ class _Asked:
         earlier = self.finished.find(kind, name, request) if self.finished else None
         doing = "perplexity on" if kind == "perplexity" else "zero-shot"
         self.on_progress(f"{doing} {name}" + (", scored before" if earlier else ""))
-        found = earlier
+        if earlier:
+            return earlier[0], earlier[1]
+        found = None
         with self.noting(name):
-            found = found or measure(self, name)
-        if found and self.finished and not earlier:
+            found = measure(self, name)
+        if found and self.finished:
             self.finished.keep(kind, name, request, found)
         return found
 

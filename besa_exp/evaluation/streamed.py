@@ -20,7 +20,7 @@ from besa_exp.evaluation.batches import BatchSize, rows_at_once, tokens_at_once
 from besa_exp.evaluation.perplexity import OnCount, Perplexity, perplexity_of, sum_of_losses, uncounted
 from besa_exp.machine import distributed
 
-HELD_BYTES = 2**31  # hidden states of questions that pass through the blocks together
+HELD_BYTES = 2.0**31  # hidden states of questions that pass through the blocks together
 logger = logging.getLogger(__name__)
 
 
@@ -71,7 +71,7 @@ def logits_of_batches(
     model: nn.Module,
     weights: StreamedWeights,
     batches: Sequence[Int[Tensor, "_window _seq"]],
-    held_bytes: float = HELD_BYTES,
+    held_bytes: float,
     on_count: OnCount = uncounted,
 ) -> Iterator[Float[Tensor, "_window _seq vocabulary"]]:
     """The model's logits of each batch, in order; the batches may be of any shapes. Each block is read once for as many

@@ -30,7 +30,7 @@ from besa_exp.errors import Unavailable, as_unavailable
 from besa_exp.evaluation.batches import BatchSize, halved_until_it_fits, rows_at_once, tokens_at_once
 from besa_exp.evaluation.finite import finite_logits
 from besa_exp.evaluation.perplexity import uncounted
-from besa_exp.evaluation.streamed import logits_of_batches
+from besa_exp.evaluation.streamed import HELD_BYTES, logits_of_batches
 from besa_exp.evaluation.task_loading import LoadedTasks, load_task
 from besa_exp.machine import distributed
 from besa_exp.settings import EvaluatorSettings
@@ -151,7 +151,7 @@ class Harness(_HFLM):
         try:
             self._answer = note
             score()
-            logits = logits_of_batches(self.model, weights, batches)
+            logits = logits_of_batches(self.model, weights, batches, HELD_BYTES)
             self._answer = lambda _: next(logits)
             return score()
         except NotAlone as error:

@@ -133,14 +133,14 @@ def test_scores_equal_those_of_lm_evals_own_simple_evaluate_also_with_examples(m
     assert ours.provenance["zero_shot"]["tasks"]["piqa"]["num_fewshot"] == 2
 
 
-@pytest.mark.parametrize(("held", "reads"), [(2**31, 1), (1, 6)])
+@pytest.mark.parametrize(("held", "reads"), [(2.0**31, 1), (1.0, 6)])
 def test_a_streamed_models_blocks_are_read_once_for_all_questions_that_memory_holds(
-    model, mirror, tmp_path, monkeypatch, held: int, reads: int
+    model, mirror, tmp_path, monkeypatch, held: float, reads: int
 ):
     from besa_exp.checkpoints.streaming import open_streamed
-    from besa_exp.evaluation import streamed
+    from besa_exp.evaluation import zero_shot
 
-    monkeypatch.setattr(streamed, "HELD_BYTES", held)
+    monkeypatch.setattr(zero_shot, "HELD_BYTES", held)
     model.save_pretrained(tmp_path / "model")
     whole = score(model, settings("openbookqa", data_dir=mirror, batch_size=8))
     opened, weights = open_streamed(tmp_path / "model", "auto", torch.device("cpu"), False)
