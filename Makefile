@@ -25,13 +25,13 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 py
 
 setup: $(STAMP)
 
-# torch goes first, so that nothing else brings another build of it. Of 20,000 modules most are never imported: what is,
-# Python compiles the first time, and not pip.
+# torch goes first, so that nothing else brings another build of it. Pip compiles the modules: where Python is told to
+# write no bytecode (PYTHONDONTWRITEBYTECODE), each of the tests' processes would else compile torch again.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.13 found; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
 run: $(STAMP)
