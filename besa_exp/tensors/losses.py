@@ -3,11 +3,12 @@
     token:    mean over tokens t of  ||Y_t - Yhat_t||^2 / ||Y_t||^2
     channel:  mean over channels c of  sum_t (Y_tc - Yhat_tc)^2 / sum_t Y_tc^2
 
-`channel` is the loss of BESA's authors' code (arXiv 2402.16880, Eq. 1), which `besa_paper` learns from. Large models
-have massive activations (Sun et al., arXiv 2402.17762): one token of a window whose state is a hundred times as large
-as the others'. Summed over a batch, its error in a channel outweighs that of all ordinary tokens. The next block
-divides each token by its own size before it reads it, and so does `token`. `experiments/real_model` shows what
-follows: with `channel` besa is behind Wanda there.
+`channel` is the loss of BESA's authors' code (arXiv 2402.16880, Eq. 1), which `besa_paper` learns from. It gives every
+channel the same weight, however little of the states it holds, and with it `besa` is behind Wanda on a real model;
+`token` gives every token the same weight, as the next block does, which divides each token by its own size before it
+reads it. Large models have massive activations (Sun et al., arXiv 2402.17762), one token of a window whose state is a
+hundred times as large as the others'; on its own it is the smaller part of what is wrong with `channel`.
+`experiments/real_model` has the figures.
 
 In fp16 the gradient of such a loss is below the smallest number there is: dL/dY is about 2 error / (tokens hidden
 size). `differentiate` hands it to the block as a multiple that is not.
