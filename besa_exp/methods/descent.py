@@ -43,23 +43,32 @@ def take_step(optimizer: torch.optim.Adam, scale: float) -> None:
     optimizer.zero_grad()
 
 
-@torch.no_grad()
-def copied(optimizers: Optimizers, into: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """What the optimizers change as it is now; in the place of an older copy where one is given."""
-    held = [tensor for _, tensor in _held(optimizers)]
-    return [old.copy_(new) for old, new in zip(into, held, strict=True)] if into else [new.clone() for new in held]
+class Best:
+    """The best state that the probe saw of what the optimizers change, and its loss there."""
 
+    def __init__(self, optimizers: Optimizers, loss: float) -> None:
+        self._held = [(own, value) for own in optimizers for group in own.param_groups for value in group["params"]]
+        self._copies = [value.detach().clone() for _, value in self._held]
+        self.loss = loss
 
-@torch.no_grad()
-def go_back(optimizers: Optimizers, to: Sequence[Tensor]) -> None:
-    """Become what `copied` gave before, and stand still."""
-    for (optimizer, tensor), good in zip(_held(optimizers), to, strict=True):
-        tensor.copy_(good)
-        optimizer.state[tensor]["exp_avg"].zero_()
+    def judged(self, loss: float) -> float:
+        """What the step size is to be multiplied by: 1 where the probe's `loss` is a new best, else SHRINK;
+        then all is back at the best and stands still."""
+        if loss < self.loss:
+            self.now(loss)
+            return 1.0
+        with torch.no_grad():
+            for (optimizer, value), good in zip(self._held, self._copies, strict=True):
+                value.copy_(good)
+                optimizer.state[value]["exp_avg"].zero_()
+        return SHRINK
 
-
-def _held(optimizers: Optimizers) -> list[tuple[torch.optim.Adam, Tensor]]:
-    return [(own, tensor) for own in optimizers for group in own.param_groups for tensor in group["params"]]
+    @torch.no_grad()
+    def now(self, loss: float) -> None:
+        """This state is the best, whatever was before."""
+        for (_, value), copy in zip(self._held, self._copies, strict=True):
+            copy.copy_(value)
+        self.loss = loss
 
 
 def descend(
@@ -79,21 +88,16 @@ def descend(
     smaller steps."""
     groups = [{"params": [tensor], "first_lr": size} for tensor, size in parameters]
     optimizer = torch.optim.Adam(groups, betas=(0.8, 0.99), eps=1e-30, fused=parameters[0][0].is_cuda)
-    every = math.ceil(num_steps / checks)
-    best, started = copied([optimizer]), judge()
-    best_loss = started
+    every, started = math.ceil(num_steps / checks), judge()
+    best = Best([optimizer], started)
     for step, samples in zip(range(num_steps), batches, strict=False):
-        for (tensor, _), found in zip(parameters, gradient(samples, step, best_loss), strict=True):
+        for (tensor, _), found in zip(parameters, gradient(samples, step, best.loss), strict=True):
             tensor.grad = found
         take_step(optimizer, falling(step, num_steps))
         project()
         if (step + 1) % every and step + 1 < num_steps:
             continue
-        loss = judge()
-        if loss < best_loss:
-            best, best_loss = copied([optimizer], best), loss
-            continue
-        go_back([optimizer], best)
+        shrunk = best.judged(judge())
         for group in optimizer.param_groups:
-            group["first_lr"] *= SHRINK
+            group["first_lr"] *= shrunk
     return started

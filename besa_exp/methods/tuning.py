@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden, samples_at
@@ -35,7 +36,7 @@ from besa_exp.blocks.reports import Step
 from besa_exp.blocks.whole_model import KeepMasks, Weights, batches
 from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
-from besa_exp.methods.descent import SHRINK, adam_on_weights, copied, falling, go_back, take_step
+from besa_exp.methods.descent import Best, adam_on_weights, falling, take_step
 from besa_exp.tensors.losses import differentiate, token_loss
 from besa_exp.tensors.masks import keep_largest
 
@@ -137,29 +138,21 @@ def tune(
     learn = num_learned(distributed.total(len(inputs)))
     num_steps = tuning.num_steps(learn)
     judged = tuning.judged(num_steps, ramp)
-    begin = partial(_State.of, block, weights, keep_masks, tuning.norms)
-    lr = tuning.lr or _first_step_size(begin, inputs, targets, tuning, learn)
-    state = begin(lr)
-    best, before = copied([state.optimizer]), state.probe_loss(inputs, targets)
-    best_loss, shrunk = before, 1.0
-    course = Course(block, on_step)
+    begin = partial(_State.of, block, inputs, targets, weights, keep_masks, tuning.norms)
+    lr = tuning.lr or _first_step_size(begin, tuning, learn)
+    state, shrunk = begin(lr), 1.0
+    before, course = state.probe_loss(), Course(block, on_step)
+    best = Best([state.optimizer], before)
     for number, samples in zip(range(num_steps), batches(learn, tuning.batch_size, tuning.seed), strict=False):
-        own = distributed.own_places(samples)
-        scale = shrunk * tuning.scale(number, num_steps)
-        state.step(samples_at(inputs, own), samples_at(targets, own), scale, course)
+        state.step(samples, shrunk * tuning.scale(number, num_steps), course)
         sparsity = ramp.sparsity_after(number, num_steps) if ramp else None
         if sparsity is None and number not in judged:
             continue
         course.wait()
-        loss = state.probe_loss(inputs, targets)
-        if loss < best_loss:
-            best, best_loss = copied([state.optimizer], best), loss
-        else:
-            go_back([state.optimizer], best)
-            shrunk *= SHRINK
+        shrunk *= best.judged(state.probe_loss())
         if sparsity is not None:
             state.prune_to(sparsity)
-            best, best_loss = copied([state.optimizer], best), state.probe_loss(inputs, targets)
+            best.now(state.probe_loss())
     logger.info("%s: a first step size of %g, %.2g at the end", block.name, lr, lr * shrunk)
     found = state.found()
     weights, norms = ({name: found[name] for name in names} for names in (state.latent, state.norms))
@@ -168,18 +161,15 @@ def tune(
     return replace(masked, weights=weights, norms=norms, loss_before=before, steps=tuple(course.steps))
 
 
-def _first_step_size(
-    begin: Callable[[float], _State], inputs: Hidden, targets: Hidden, tuning: Tuning, learn: int
-) -> float:
+def _first_step_size(begin: Callable[[float], _State], tuning: Tuning, learn: int) -> float:
     def loss_after(lr: float) -> float:
         state = begin(lr)
         course = Course(state.block)
         tried = min(TRIED, tuning.num_steps(learn))
         for _, samples in zip(range(tried), batches(learn, tuning.batch_size, tuning.seed), strict=False):
-            own = distributed.own_places(samples)
-            state.step(samples_at(inputs, own), samples_at(targets, own), 1.0, course)
+            state.step(samples, 1.0, course)
         course.wait()
-        return state.probe_loss(inputs, targets)
+        return state.probe_loss()
 
     return min(1.0, LONGER * downhill(STEP_SIZES, FIRST_TRIED, loss_after))
 
@@ -207,6 +197,8 @@ class _State:
     tuned, and `masked`, leaves in the block's dtype that every step fills with the kept weights and the norms."""
 
     block: Block
+    inputs: Hidden
+    targets: Hidden
     latent: dict[str, Tensor]
     norms: dict[str, Tensor]
     keep_masks: dict[str, Tensor]
@@ -215,7 +207,15 @@ class _State:
     sparsity: float
 
     @staticmethod
-    def of(block: Block, weights: Weights, keep_masks: KeepMasks, with_norms: bool, lr: float) -> _State:
+    def of(
+        block: Block,
+        inputs: Hidden,
+        targets: Hidden,
+        weights: Weights,
+        keep_masks: KeepMasks,
+        with_norms: bool,
+        lr: float,
+    ) -> _State:
         latent = {name: weight.detach().float() * keep_masks[name] for name, weight in weights.items()}
         masked = room_like({name: block.linears[name].weight.detach() for name in latent})
         masked = {name: room.requires_grad_() for name, room in masked.items()}
@@ -227,10 +227,13 @@ class _State:
             masked |= {name: torch.empty_like(parameter).requires_grad_() for name, parameter in parameters.items()}
             norms |= own
         optimizer = adam_on_weights(latent, keep_masks, lr, groups)
-        return _State(block, latent, norms, dict(keep_masks), masked, optimizer, _sparsity_of(keep_masks))
+        masks, sparsity = dict(keep_masks), _sparsity_of(keep_masks)
+        return _State(block, inputs, targets, latent, norms, masks, masked, optimizer, sparsity)
 
-    def step(self, inputs: Hidden, targets: Hidden, scale: float, course: Course) -> None:
-        """One step of Adam on this rank's samples of the batch; it may have none."""
+    def step(self, samples: Int[Tensor, " sample"], scale: float, course: Course) -> None:
+        """One step of Adam on the samples of these numbers, of which this rank may have none."""
+        own = distributed.own_places(samples)
+        inputs, targets = samples_at(self.inputs, own), samples_at(self.targets, own)
         self._fill()
         outputs = self.block(inputs, self.masked)
         loss, upstream, multiple = differentiate(
@@ -260,10 +263,10 @@ class _State:
         for name, weight in self.latent.items():
             weight.mul_(self.keep_masks[name])
 
-    def probe_loss(self, inputs: Hidden, targets: Hidden) -> float:
+    def probe_loss(self) -> float:
         """The loss of the samples that are not learned from."""
         self._fill()
-        return probe_loss(self.block, inputs, targets, self.masked)
+        return probe_loss(self.block, self.inputs, self.targets, self.masked)
 
     def found(self) -> dict[str, Tensor]:
         """A copy of the kept weights and the norms in the block's dtype."""

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -122,11 +123,7 @@ def tune(
     `on_point` is called with each step once, also of those that an earlier attempt did; what that did after its last
     checkpoint is done again and reported again."""
     clear_pruned(model, keep)
-
-    def judge(tuner: Tuner) -> float:
-        with tuner.ready():
-            return mean_loss(model, parts.held_out, plan.judged, parts.losses)
-
+    judge = partial(_held_out_loss, model, parts, plan)
     saved = states.read() if states else None
     factor = 1.0 if saved else _found_factor(model, keep, method, objective, parts.learned, judge, plan)
     tuner = method.begin(model, keep, plan.seed)
@@ -152,6 +149,11 @@ def tune(
         if plan.judges_after(course.steps) or course.stopped:
             keeper.save(course)
     return course, keeper.put_back()
+
+
+def _held_out_loss(model: nn.Module, parts: Parts, plan: Plan, tuner: Tuner) -> float:
+    with tuner.ready():
+        return mean_loss(model, parts.held_out, plan.judged, parts.losses)
 
 
 def _found_factor(

@@ -24,7 +24,7 @@ from besa_exp.blocks.reports import ModelStep
 from besa_exp.blocks.whole_model import KeepMasks, Weights, Whole, batches
 from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
-from besa_exp.methods.descent import SHRINK, adam_on_weights, copied, falling, go_back, take_step
+from besa_exp.methods.descent import Best, adam_on_weights, falling, take_step
 
 logger = logging.getLogger(__name__)
 
@@ -57,21 +57,17 @@ class ModelTuning:
         """The same masks, and the kept weights in fp32. `weights`: where they begin, the dense ones where None."""
         learn, probe = whole.samples()
         state = _Tuned.of(whole, keep_masks, weights, self.lr)
-        best, best_loss, shrunk = copied(state.optimizers), whole.divergence(probe, state.weights), 1.0
+        best, shrunk = Best(state.optimizers, whole.divergence(probe, state.weights)), 1.0
         every = math.ceil(self.steps / self.checks)
         for number, samples in zip(range(self.steps), batches(learn, self.batch_size, self.seed), strict=False):
             scale = min(1.0, (number + 1) / WARM_UP) * falling(number, self.steps)
             loss = state.step(samples, shrunk * scale)
-            on_step(ModelStep(number, loss, best_loss))
+            on_step(ModelStep(number, loss, best.loss))
             if (number + 1) % every and number + 1 < self.steps:
                 continue
             found = whole.divergence(probe, state.weights)
-            logger.info("divergence %.4g on the probe after %d steps, %.4g before", found, number + 1, best_loss)
-            if found < best_loss:
-                best, best_loss = copied(state.optimizers, best), found
-            else:
-                go_back(state.optimizers, best)
-                shrunk *= SHRINK
+            logger.info("divergence %.4g on the probe after %d steps, %.4g before", found, number + 1, best.loss)
+            shrunk *= best.judged(found)
         return keep_masks, state.latent
 
 
