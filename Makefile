@@ -121,14 +121,18 @@ real-study: real-model
 	$(REAL_RUN) pruner=$(REAL_MAIN) sparsity=0.5 $(REAL_SCORES)
 	$(REAL_RUN) pruner=$(REAL_MAIN) sparsity=0.6,0.7
 	$(REAL_RUN) pruner=$(REAL_MAIN) sparsity=0.5 seed=1,2
-	$(REAL_RUN) pruner=magnitude,wanda,ria,besa_linear
+	$(REAL_RUN) pruner=wanda,sparsegpt,besa,best sparsity=0.8
+	$(REAL_RUN) pruner=magnitude,wanda,ria,besa_linear,besa_reconstruct
 	$(REAL_RUN) pruner=besa pruner.scope=model
+	$(REAL_RUN) pruner=besa pruner.scope=model pruner.model.steps=28 update=reconstruct sparsity=0.5,0.7
 	$(REAL_RUN) pruner=wanda update=admm
 	$(REAL_RUN) pruner=sparsegpt update=reconstruct
 	$(REAL_RUN) pruner=magnitude,wanda,ria,sparsegpt,best sparsity=0.5 pattern=2:4
 	$(REAL_RUN) pruner=besa sparsity=0.5 pattern=N:4
 	$(REAL_RUN) pruner=wanda sparsity=0.6,0.7 budget=owl,alpha,dlp,atp,learned,evopress
-	$(REAL_RUN) pruner=sparsegpt,best sparsity=0.7 budget=owl,alpha,dlp
+	$(REAL_RUN) pruner=sparsegpt,besa sparsity=0.7 budget=owl,alpha,dlp,atp
+	$(REAL_RUN) pruner=best sparsity=0.7 budget=alpha
+	$(BIN)/python experiments/real_model/losses.py
 	$(BIN)/python experiments/real_model/collect.py
 
 # The paper's claims; its models and text are not part of the repository, so that without BESA_SHARED there is nothing to run.
