@@ -31,7 +31,6 @@ from besa_exp.texts.sources import check_source
 from besa_exp.texts.tasks import check_task
 
 TRIAL = 0.1  # of the steps, with which a step size is tried
-WITHOUT_ADAM = {"mezo": Mezo, "spiel": Spiel}
 BY_ADAM = {
     "full": Full, "lora": Lora, "scale": partial(Lora, alpha=None), "norms": Norms, "blocks": Blocks, "sketch": Sketch,
     "sparsegrad": SparseGrad,

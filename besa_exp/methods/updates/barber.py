@@ -33,7 +33,7 @@ from besa_exp.blocks.units import sub_blocks
 from besa_exp.blocks.whole_model import KeepMasks, Weights
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
-from besa_exp.tensors.losses import differentiate
+from besa_exp.tensors.losses import differentiate, gradients
 
 GRANULARITIES = ("row", "column", "linear", "part")
 
@@ -52,7 +52,7 @@ def squared_gradients(
             wanted = outputs_of(sample, sparse).float()
         outputs = outputs_of(sample, leaves)
         _, gradient, scale = differentiate(lambda found: (found - wanted).square().mean(), outputs, product_dtype)
-        return [one.float() / scale for one in torch.autograd.grad(outputs, [*leaves.values()], gradient)]
+        return [one.float() / scale for one in gradients(outputs, [*leaves.values()], gradient)]
 
     return mean_squares(dense, inputs, gradients_of)
 
