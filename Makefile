@@ -60,7 +60,7 @@ browser:
 
 # Two workers with one thread each: many small tensors gain nothing from more.
 pytest: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 # The columns are tests/matrix/*.txt: what each pins. An environment is made once; remove it to have it made anew.
 MATRIX := oldest newest
