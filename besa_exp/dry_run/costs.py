@@ -39,11 +39,12 @@ from besa_exp.machine.memory import free_memory
 from besa_exp.methods.budgets.budget import Budget, Counted, pruned_to
 from besa_exp.methods.budgets.trial import DepthSearch
 from besa_exp.methods.updates.updated import with_update
-from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears
+from besa_exp.recovery.keep_bits import parameters_of_linears
 from besa_exp.recovery.recipe import follows_dense, method_of, objective_of, plan_of, steps_of
 from besa_exp.recovery.reconstruction import Reconstruction
 from besa_exp.settings import RecoverySettings, RunSettings
 from besa_exp.tensors.importance import importance_of
+from besa_exp.tensors.keep_bits import KeepBits
 from besa_exp.tensors.masks import Goal
 from besa_exp.texts.tasks import TASKS
 

@@ -8,13 +8,8 @@ import torch
 from pruned_llama import pruned_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from besa_exp.recovery.keep_bits import (
-    KeepBits,
-    keep_of_masks,
-    keep_of_zeros,
-    parameters_of_linears,
-    sparsity_of,
-)
+from besa_exp.recovery.keep_bits import keep_of_masks, keep_of_zeros, parameters_of_linears, sparsity_of
+from besa_exp.tensors.keep_bits import KeepBits
 
 
 def random_mask(*shape):
