@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationToMissingValueError
+from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError
 
 from besa_exp.cli.reading import MISSING_VALUE, UNREAD, Reader
 from besa_exp.errors import ConfigurationError
@@ -77,12 +77,17 @@ def as_values(config: DictConfig) -> dict[str, Any]:
 
 def _plain(config: DictConfig, key: str) -> Any:
     node = config._get_node(key)
-    if OmegaConf.is_config(node):
-        return OmegaConf.to_container(node, resolve=True)  # a node keeps its parent: ${seed} works
     try:
+        if OmegaConf.is_config(node):
+            return OmegaConf.to_container(node, resolve=True)  # a node keeps its parent: ${seed} works
         return MISSING_VALUE if OmegaConf.is_missing(config, key) else config[key]
     except InterpolationToMissingValueError:
         return MISSING_VALUE
+    except InterpolationKeyError as error:
+        told = str(error).splitlines()[0]
+        raise Unreadable(
+            {key: f"{error.full_key or key}: {told}; ${{seed}} and the like name a key of the run"}
+        ) from error
 
 
 def method_name(choices: Mapping[str, Any]) -> str:

@@ -226,11 +226,11 @@ def _check_target(settings: RunSettings, facts: ModelFolder | None, with_pruner:
         pruned = {name: size for name, (own, size) in named.items() if not is_ignored(own, settings.ignore)}
         problems += indivisible(pruned, settings.pattern)
     if with_pruner and not problems:
-        from besa_exp.methods.budgets.trial import check_budget  # torch is there already: it came with the pruner
-        from besa_exp.methods.updates.updated import with_update
+        from besa_exp.methods.given import check_kinds, check_methods  # torch is there already: it came with the pruner
 
-        problems += with_update(settings.pruner, settings.update).check(sparsity, settings.pattern)
-        problems += check_budget(settings.budget, settings.pattern)
+        if problems := check_kinds(vars(settings)):
+            return problems
+        problems += check_methods(vars(settings), sparsity, settings.pattern)
         if settings.recovery:
             from besa_exp.runs.recover import check_recovery_of
 

@@ -100,7 +100,7 @@ def composer_of(arguments: argparse.Namespace, config_name: str = CONFIG_NAME) -
         return Composer(name, tuple(given))
     if not Path(folder).is_dir():
         raise ConfigurationError(f"--config-dir={folder}: there is no such folder; check the path")
-    return Composer(name, (f"hydra.searchpath=['file://{Path(folder).absolute()}']",))
+    return Composer(name, (f"hydra.searchpath=['file://{Path(folder).absolute()}']",), Path(folder))
 
 
 def composed_for_one(
@@ -172,7 +172,9 @@ def _job(composer: Composer, lines: Sequence[str], config: DictConfig, unknown: 
     try:
         folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir) if of_sweep else Path(config.hydra.run.dir)
     except OmegaConfBaseException as error:
-        composer.problems["hydra.run.dir"] = f"the run folder's name cannot be made: {str(error).splitlines()[0]}"
+        reason = str(error).splitlines()[0]
+        if not reason.startswith(Unreadable.__name__):  # which is told with the settings
+            composer.problems["hydra.run.dir"] = f"the run folder's name cannot be made: {reason}"
         folder = Path()
     job = Job(tuple(lines), config, folder, is_done(folder) and not config.get("overwrite"))
     if not job.finished:

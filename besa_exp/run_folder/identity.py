@@ -32,13 +32,21 @@ def config_of(settings: RunSettings) -> dict[str, Any]:
     """The settings as a configuration would say them: plain values, and `_target_` where a method's object stands."""
     values = {field.name: getattr(settings, field.name) for field in fields(settings)}
     name = values.pop("pruner_name")
-    plain = {key: _described(value) for key, value in values.items()}
-    for key, value in values.items():
-        if key not in METHOD_GROUPS and isinstance(plain[key], dict):
-            plain[key].pop("_target_", None)
-        elif key in METHOD_GROUPS and value is not None and not isinstance(plain[key], dict):
-            plain[key] = {"_target_": _place(value), **_described(vars(value))}
+    plain = {
+        key: method_described(value) if key in METHOD_GROUPS else _described(value) for key, value in values.items()
+    }
+    for key, value in plain.items():
+        if key not in METHOD_GROUPS and isinstance(value, dict):
+            value.pop("_target_", None)
     return {"method": name, **plain}
+
+
+def method_described(method: Any) -> Any:
+    """A method's values with `_target_`, its class; None where there is none."""
+    plain = _described(method)
+    if method is None or isinstance(plain, dict):
+        return plain
+    return {"_target_": _place(method), **_described(vars(method))}
 
 
 def _described(value: Any) -> Any:
