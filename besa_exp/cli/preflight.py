@@ -27,6 +27,7 @@ from besa_exp.evaluation.checks import check_evaluator, check_skipping
 from besa_exp.hub.client import is_hub_id
 from besa_exp.hub.publish import check_push
 from besa_exp.machine.disk import check_disk, required_bytes
+from besa_exp.run_folder.identity import check_finished
 from besa_exp.run_folder.inputs import check_run_inputs
 from besa_exp.run_folder.lookup import check_run, run_and_model
 from besa_exp.settings import (
@@ -102,12 +103,12 @@ def preflight_tuning(
     if of_run:
         return of_run
     from besa_exp.runs.recover import check_recovery_of  # imports torch
-    from besa_exp.runs.tune import as_run, has_lost_blocks
+    from besa_exp.runs.tune import as_run, config_of_tuning, has_lost_blocks
 
     asked = as_run(settings)
     problems = check_run_inputs(folder, asked)
     if finished:
-        return problems
+        return check_finished(folder, config_of_tuning(settings)) or problems
     if folder.expanduser().resolve() in (Path(model).expanduser().resolve(), *([run.resolve()] if run else [])):
         return [f"hydra.run.dir={folder}: is where the checkpoint lies; name another folder for the tuned model"]
     facts, of_shared = _check_shared(asked, unknown, True, "checkpoint")

@@ -18,13 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from besa_exp.cli.compose import Composer, key_of, told_sweep
-from besa_exp.cli.configuration import Unreadable, method_name, read_settings
+from besa_exp.cli.configuration import Unreadable, as_values, method_name, read_settings
 from besa_exp.cli.launchers import launcher_lines, launcher_of
 from besa_exp.cli.preflight import preflight
 from besa_exp.errors import ConfigurationError
 from besa_exp.hub.publish import check_names, check_push
 from besa_exp.machine.environment_variables import set_before_imports
 from besa_exp.presets import METHOD_GROUPS
+from besa_exp.run_folder.identity import check_finished
 from besa_exp.run_folder.inputs import check_run_inputs
 from besa_exp.run_folder.status import is_done
 from besa_exp.tensors.pattern import parse_pattern
@@ -182,7 +183,12 @@ def _job(composer: Composer, lines: Sequence[str], config: DictConfig, unknown: 
 
 
 def _check_finished(composer: Composer, job: Job) -> None:
-    """Notes what speaks against showing a finished run: its inputs are others now, or it cannot be pushed."""
+    """Notes what speaks against showing a finished run: it answers another request, its inputs are others now, or it
+    cannot be pushed."""
+    asked = as_values(job.config) | {"method": method_name(job.config.hydra.runtime.choices)}
+    if others := check_finished(job.folder, asked):
+        composer.problems |= {problem: problem for problem in others}
+        return
     try:
         settings = read_settings(job.config, "", with_pruner=False)
     except Unreadable:  # what it was asked with then is no key or value any more

@@ -113,10 +113,8 @@ class Descent:
                 held = {key: distributed.own_part(v, len(leaf)) if v.dim() else v for key, v in held.items()}
             leaf.copy_(held.pop(name))
             moments = {key.removeprefix(f"{name}/"): value for key, value in held.items()}
-            self.optimizer.state[leaf] = {
-                key: value.to(leaf.device if key != "step" else value.device, copy=True)
-                for key, value in moments.items()
-            }
+            # the fused kernel takes its count of steps, too, from the leaf's device
+            self.optimizer.state[leaf] = {key: value.to(leaf.device, copy=True) for key, value in moments.items()}
         self._write()
 
     def _owner(self, leaf_name: str) -> nn.Parameter:

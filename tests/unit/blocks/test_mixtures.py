@@ -15,11 +15,17 @@ from besa_exp.blocks.block import Block, capture_blocks, embed
 from besa_exp.blocks.linears import discover_linears, room_like, stacked, with_weights
 from besa_exp.blocks.loop import prune_blocks
 from besa_exp.blocks.observation import FEW_TOKENS, observe
+from besa_exp.methods.pruners.besa_reconstruct import BesaReconstruct
 from besa_exp.methods.pruners.uniform import Uniform
+from besa_exp.methods.tuning import Tuning
+from besa_exp.methods.updates.barber import Barber
+from besa_exp.methods.updates.reconstruct import Reconstruct
+from besa_exp.methods.updates.updated import Updated
 from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.statistics import Hessian, InputNorm
 
 SAMPLES, LENGTH = 8, 16
+SHORT = Tuning(epochs=1, batch_size=1, lr=0.01)
 INPUT_IDS = torch.randint(3, 64, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(5))
 
 
@@ -121,6 +127,18 @@ def test_separate_experts_that_no_token_reaches_are_pruned_by_magnitude_and_name
     assert torch.equal(wanda["experts.1"], magnitude["experts.1"])
     assert "layers.0.experts.1: no token reached it; its weights' magnitude decides" in caplog.text
     assert "experts.0" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "pruner", [BesaReconstruct(SHORT), Updated(Uniform(), Reconstruct(SHORT)), Updated(Uniform(), Barber())]
+)
+def test_separate_experts_that_no_token_reaches_hold_up_nothing_that_learns(pruner):
+    torch.manual_seed(1)
+    module = Experts().requires_grad_(False)
+    block = Block(0, "layers.0", module, discover_linears(module), lambda batch_size: ((), {}))
+    inputs = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0))
+    ((_, found),) = prune_blocks([block], inputs, pruner, Goal(0.5), 2)
+    assert sum(int(mask.sum()) for mask in found.keep_masks.values()) == 96
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])  # stored [expert out in] and [expert in out]

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 from families import tiny
+from torch import distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from besa_exp.presets import preset, presets
 from besa_exp.recovery.lora import Lora
@@ -98,6 +100,31 @@ def test_what_only_the_loaded_model_shows_is_refused() -> None:
     assert check_fit(blocks, one_after_the_other) == []
     assert "start several with torchrun" in check_fit(asked(shard=True), one_after_the_other)[0]
     assert "model.dtype=bfloat16" in check_fit(asked("mezo"), one_after_the_other.half())[0]
+
+
+@pytest.fixture
+def of_two():
+    """This process is the first of two; nothing is sent."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        ("spiel", {}, ["recovery=spiel: runs in one process"]),
+        ("sparsegrad", {}, ["recovery=sparsegrad: runs in one process"]),
+        ("full", {"shard": True, "batch_size": 3, "held_out": 5}, ["recovery.batch_size=3", "recovery.held_out=5"]),
+        ("full", {"shard": True, "batch_size": 4, "held_out": 6, "tested": 3}, []),
+        ("full", {"shard": True, "task": "rte", "tested": 3}, ["recovery.tested=3"]),
+        ("lora", {"batch_size": 3}, []),
+    ],
+)
+def test_what_several_processes_cannot_share_is_refused(of_two, name: str, changes: dict, told: list[str]) -> None:
+    problems = check_fit(asked(name, **changes), tiny("llama"))
+    assert len(problems) == len(told)
+    assert all(problem.startswith(begun) for problem, begun in zip(problems, told, strict=True))
 
 
 def test_all_problems_are_told_together() -> None:
