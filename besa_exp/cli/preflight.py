@@ -317,5 +317,4 @@ def _needed_bytes(settings: RunSettings, facts: ModelFolder) -> int:
     save = SaveSettings(model=False, masks=False) if settings.is_dense else settings.save
     needed = required_bytes(model_bytes, in_linears, facts.weights, save, whole)
     narrowed = model_bytes if settings.structure and settings.model.load == "streamed" else 0  # until the run is done
-    searched = model_bytes if settings.pruner.traits.refinements else 0  # its blocks beside those before, until then
-    return needed + narrowed + searched + (facts.saved_bytes if facts.to_convert else 0)
+    return needed + narrowed + (facts.saved_bytes if facts.to_convert else 0)
