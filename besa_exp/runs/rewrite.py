@@ -45,7 +45,7 @@ def rewritten(
     for block in loaded.resident():
         if block.index >= len(done):
             change(block)
-        file = before.mask_files(len(work.reports))[block.index]
+        file = before.mask_file(block.index)
         masks = _masks(block, load_masks(file), keep)
         report = _recounted(block, work.reports[block.index])
         reports.append(report)

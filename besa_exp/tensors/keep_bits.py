@@ -9,7 +9,7 @@ bits takes half of it, so that they need not be held.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,6 +37,10 @@ class KeepBits:
     def packed(bits: UInt8[Tensor, " bytes"], shape: torch.Size) -> KeepBits:
         """From bits as they lie; those after the last weight are 0."""
         return KeepBits(bits, shape, int(np.unpackbits(bits.cpu().numpy()).sum(dtype=np.int64)))
+
+    def to(self, device: torch.device) -> KeepBits:
+        """The same, there."""
+        return replace(self, bits=self.bits.to(device))
 
     @property
     def numel(self) -> int:
