@@ -160,7 +160,17 @@ def check_recovery(
             make(asked)
         except ValueError as error:
             problems.append(str(error))
-    return problems
+    return problems or _check_trial(asked)
+
+
+def _check_trial(asked: RecoverySettings) -> list[str]:
+    trial, method = plan_of(asked).trial, method_of(asked)
+    if not (isinstance(method, SparseGrad) and 0 < trial <= method.gather):
+        return []
+    return [
+        f"recovery.lr=null: the {trial} steps of a trial only gather gradients (recovery.gather={method.gather}), so "
+        "that no step size can be found; set recovery.lr, or more recovery.steps"
+    ]
 
 
 def _check_dealt_out(asked: RecoverySettings) -> list[str]:

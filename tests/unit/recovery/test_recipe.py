@@ -58,6 +58,8 @@ def test_tokens_stand_for_the_steps_that_see_them() -> None:
 def test_the_plan_warms_up_and_judges_as_asked() -> None:
     plan = plan_of(asked(warm_up=0.25, checks=4, batch_size=3, micro_batch=2, seed=5, steps=20))
     assert [step for step in range(1, 21) if plan.judges_after(step)] == [5, 10, 15, 20]
+    uneven = plan_of(asked(checks=4, steps=11))
+    assert [step for step in range(1, 12) if uneven.judges_after(step)] == [3, 6, 9, 11]
     assert (plan.trial, plan_of(asked(lr=0.1, steps=20)).trial) == (2, 0)
     assert (plan.schedule.warm_up, plan.schedule.steps, plan.batch_size, plan.judged, plan.seed) == (5, 20, 3, 2, 5)
     assert [plan.schedule.scale(step) for step in range(5)] == [0.2, 0.4, 0.6, 0.8, 1.0]
@@ -137,6 +139,8 @@ def test_a_window_longer_than_the_context_and_a_rounded_model_are_refused() -> N
     assert "recovery=norms" in check_recovery(asked(), 0.5, "unstructured", 512, quantised=True)[0]
     assert check_recovery(asked("norms"), 0.5, "unstructured", 512, quantised=True) == []
     assert "none of the 50% zeros" in check_recovery(asked("sparsegrad"), 0.5, "unstructured", 512)[0]
+    assert "only gather" in check_recovery(asked("sparsegrad", lr=None, steps=100), 0.0, "unstructured", 512)[0]
+    assert check_recovery(asked("sparsegrad", lr=None, steps=101), 0.0, "unstructured", 512) == []
     assert "2:4 is lost" in check_recovery(asked("spiel", exchange=True), 0.5, "2:4", 512)[0]
     assert check_recovery(asked("spiel", exchange=True), 0.5, "unstructured", 512) == []
     assert check_recovery(asked("spiel"), 0.5, "2:4", 512) == []
