@@ -36,7 +36,7 @@ from besa_exp.blocks.reports import Step
 from besa_exp.blocks.whole_model import KeepMasks, Weights, batches
 from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
-from besa_exp.methods.descent import Best, adam_on_weights, falling, take_step
+from besa_exp.methods.descent import Best, adam_on_weights, falling, kept_size, take_step
 from besa_exp.tensors.losses import differentiate, gradients, token_loss
 from besa_exp.tensors.masks import keep_largest
 
@@ -226,7 +226,8 @@ class _State:
             groups.append({"params": [*own.values()], "first_lr": NORM_STEP * lr * size})
             masked |= {name: torch.empty_like(parameter).requires_grad_() for name, parameter in parameters.items()}
             norms |= own
-        optimizer = adam_on_weights(latent, keep_masks, lr, groups)
+        first = {name: lr * kept_size(weight, keep_masks[name].sum()) for name, weight in latent.items()}
+        optimizer = adam_on_weights(latent, first, groups)
         masks, sparsity = dict(keep_masks), _sparsity_of(keep_masks)
         return _State(block, inputs, targets, latent, norms, masks, masked, optimizer, sparsity)
 

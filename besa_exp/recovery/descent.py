@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
 from besa_exp.recovery.gradients import taking_gradients
-from besa_exp.recovery.keep_bits import KeepBits
 from besa_exp.recovery.sharded import is_dealt_out, own
 from besa_exp.recovery.tuner import Objective, Taken, Windows
+from besa_exp.tensors.keep_bits import KeepBits
 
 
 @runtime_checkable

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from besa_exp.errors import check_fields, within
 from besa_exp.recovery.descent import Adam, Descent
 from besa_exp.recovery.gradients import taking_gradients
-from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears, put_kept, sparsity_of
+from besa_exp.recovery.keep_bits import parameters_of_linears, sparsity_of
 from besa_exp.recovery.tuner import Objective, Taken, Windows
+from besa_exp.tensors.keep_bits import KeepBits, put_kept
 
 Matrix = Float[Tensor, "out in"]
 

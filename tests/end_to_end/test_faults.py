@@ -18,7 +18,6 @@ from wandb_file import history, one
 from besa_exp.cli.main import main
 from besa_exp.display.wandb_run import _run_id
 
-pytestmark = pytest.mark.xdist_group("unbroken run")  # what they share is made once
 NO_HUB = """
 import json, socket, sys
 from pathlib import Path

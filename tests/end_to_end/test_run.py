@@ -30,7 +30,6 @@ RESULTS = (
     "peak_memory_bytes calibration environment"
 )
 TASK = "embedded_continuations"
-pytestmark = pytest.mark.xdist_group("default run")  # what they share is made once
 
 
 @pytest.fixture(scope="module")

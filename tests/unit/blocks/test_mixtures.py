@@ -15,6 +15,9 @@ from besa_exp.blocks.block import Block, capture_blocks, embed
 from besa_exp.blocks.linears import discover_linears, room_like, stacked, with_weights
 from besa_exp.blocks.loop import prune_blocks
 from besa_exp.blocks.observation import FEW_TOKENS, observe
+from besa_exp.methods.allocation import Rows
+from besa_exp.methods.cuts import Buffers
+from besa_exp.methods.pruners.besa import besa_step
 from besa_exp.methods.pruners.besa_reconstruct import BesaReconstruct
 from besa_exp.methods.pruners.uniform import Uniform
 from besa_exp.methods.tuning import Tuning
@@ -166,3 +169,25 @@ def test_what_lies_stacked_has_the_gradient_of_what_is_stacked():
         gradients = torch.autograd.grad(stacked(leaves), leaves, upstream)
         assert torch.equal(torch.stack(gradients), upstream)
     assert stacked([*piece.unbind()][::-1]).data_ptr() != piece.data_ptr()
+
+
+@pytest.mark.parametrize(("family", "together"), [("qwen3_moe", True), ("mixtral", True), ("gpt_oss", False)])
+def test_the_experts_of_a_stack_are_masked_and_differentiated_in_one_pass_as_each_by_itself(family, together):
+    block, inputs, experts, _, _ = mixture(family)
+    targets = block.outputs(inputs, 4) + 0.1
+    own = {name: linear.weight.detach() for name, linear in block.linears.items()}
+
+    def step(weights):
+        rows = Rows.of(weights, lambda name: weights[name].abs(), "row")
+        room, total = Buffers.like(weights), round(0.4 * rows.num_weights)
+        loss, (gradient,) = besa_step(
+            block, inputs, targets, rows, torch.full_like(rows.capacity, 0.4), total, 0.2, room
+        )
+        return loss, gradient, [len(names) for names in room.together if len(names) > 1]
+
+    loss, gradient, stacks = step(own)
+    alone_loss, alone, none = step({name: weight.clone() for name, weight in own.items()})
+    assert stacks == [len(experts.down_proj)] * 2 * together
+    assert none == []
+    assert torch.equal(loss, alone_loss)
+    torch.testing.assert_close(gradient, alone, rtol=1e-5, atol=1e-9)

@@ -11,13 +11,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from besa_exp.blocks.block import discover_blocks
 from besa_exp.blocks.linears import find_linears
 from besa_exp.recovery.keep_bits import (
-    KeepBits,
     keep_of_masks,
     keep_of_zeros,
     masks_of_keep,
     parameters_of_linears,
     sparsity_of,
 )
+from besa_exp.tensors.keep_bits import KeepBits
 
 
 def random_mask(*shape):

@@ -115,6 +115,14 @@ def test_of_what_goes_the_smallest_weights_are_pruned_for_what_comes_from_outsid
     assert set(gone.nonzero()[:, 0].tolist()) == set(tuned.indices[least].tolist())
 
 
+def test_entries_are_drawn_by_seed_and_linear():
+    model, _ = pruned_llama(pruned=0)
+    tuners = [AG.begin(model, {}, seed) for seed in (0, 1)]
+    first, second = (f"model.layers.{number}.self_attn.q_proj.weight" for number in (0, 1))
+    drawn = [tuners[0].tuned[first], tuners[0].tuned[second], tuners[1].tuned[first]]
+    assert len({tuple(tuned.indices.tolist()) for tuned in drawn}) == 3
+
+
 def test_no_negative_zero_is_written():
     _, _, tuner = stepped(AG, [])
     name, tuned = next(iter(tuner.tuned.items()))
