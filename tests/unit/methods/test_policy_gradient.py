@@ -251,7 +251,8 @@ def test_a_fall_within_its_standard_error_is_neither_a_new_best_nor_undone():
     method = PolicyGradient(0.2, steps=2, rate=0.5, checks=2)
     start = start_of(method)
     first, second = method.search(replace(searched(losses_of), num_samples=16), start)
-    assert first.best is not None and second.best is not None
+    assert first.best is not None
+    assert second.best is not None
     assert torch.equal(first.best, start.scores)
     assert not torch.equal(first.scores, start.scores)
     assert first.shrunk == second.shrunk == 1
