@@ -38,6 +38,7 @@ from besa_exp.report.loaded import linear_table, load_run
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.runs.block_loop import BlockLoop, check_blocks
 from besa_exp.runs.prune import prune as prune_into
+from besa_exp.runs.prune_model import check_refinements
 from besa_exp.runs.recover import check_recovery_of
 from besa_exp.runs.run import calibration_of
 from besa_exp.settings import (
@@ -290,6 +291,7 @@ def _pruned_in_place(
         calibration = read(loaded)
         input_ids, batch_size = calibration.input_ids, settings.calibration.batch_size
         check_blocks(loaded, input_ids, batch_size, Ignored(settings.ignore), settings.pattern)
+        check_refinements(settings, loaded, Path(folder))
         finished = FinishedBlocks(Path(folder) / "blocks")
         finished.begin()
         reports: list[BlockReport] = []

@@ -148,15 +148,15 @@ class Widths:
 
 @contextmanager
 def masked(
-    block: Block, groups: Bool[Tensor, " group"], channels: Bool[Tensor, " channel"], dimensions: Dimensions
+    block: Block, groups: Bool[Tensor, "*row group"], channels: Bool[Tensor, "*row channel"], dimensions: Dimensions
 ) -> Iterator[None]:
-    """The block, and with it its model, computes with only these groups and channels for as long as this lasts: what
-    enters o and down is multiplied by 1 or 0."""
-    heads = groups.repeat_interleave(dimensions.heads_of_group * dimensions.head_dim)
+    """The block, and with it its model, computes with only these groups and channels for as long as this lasts, of all
+    rows of a batch or of each its own: what enters o and down is multiplied by 1 or 0."""
+    heads = groups.repeat_interleave(dimensions.heads_of_group * dimensions.head_dim, dim=-1)
     with ExitStack() as hooks:
         for name, mask in zip(carrying_linears(block.linears), (heads, channels), strict=True):
             linear = block.linears[name]
-            times = partial(_times, mask.to(linear.weight.device, linear.weight.dtype))
+            times = partial(_times, mask.to(linear.weight.device, linear.weight.dtype).unsqueeze(-2))
             hooks.enter_context(linear.module.register_forward_pre_hook(times))
         yield
 
@@ -193,6 +193,13 @@ def width_amount_problems(costs: Costs, dimensions: Dimensions, ratio: float, mu
 def chosen(
     scores: Importances, costs: Costs, dimensions: Dimensions, ratio: float, multiple: int = 1, shape: str = "uneven"
 ) -> Structure:
+    """What `chosen_units` keeps."""
+    return _structure(*chosen_units(scores, costs, dimensions, ratio, multiple, shape))
+
+
+def chosen_units(
+    scores: Importances, costs: Costs, dimensions: Dimensions, ratio: float, multiple: int = 1, shape: str = "uneven"
+) -> tuple[Bool[Tensor, "block group"], Bool[Tensor, "block channel"]]:
     """The units of largest score that fit a budget of parameters, `ratio` of all being gone; channels in multiples of
     `multiple`, or all. `uneven`: over all blocks together. `uniform`: of every block as many groups and as many
     channels, the two numbers with the largest sum of score times cost. Scores of the two kinds are compared."""
@@ -201,8 +208,10 @@ def chosen(
     if shape == "uniform":
         pairs = _frontier(costs, dimensions, budget, multiple)
         numbers = max(pairs, key=lambda pair: _worth(scores, costs, *pair))
-        return _of_numbers(scores, [numbers[0]] * dimensions.blocks, [numbers[1]] * dimensions.blocks)
-    return _of_numbers(scores, *_uneven_numbers(scores, costs, dimensions, budget, multiple))
+        groups, channels = ([number] * dimensions.blocks for number in numbers)
+    else:
+        groups, channels = _uneven_numbers(scores, costs, dimensions, budget, multiple)
+    return _largest(scores.groups, groups), _largest(scores.channels, channels)
 
 
 def proportional(
@@ -213,7 +222,8 @@ def proportional(
     assert not width_amount_problems(costs, dimensions, ratio, multiple), "no width meets the budget"
     pairs = _frontier(costs, dimensions, kept_parameters(costs, ratio), multiple)
     groups, channels = min(pairs, key=lambda pair: abs(pair[0] / dimensions.groups - pair[1] / dimensions.channels))
-    return _of_numbers(importances, [groups] * dimensions.blocks, [channels] * dimensions.blocks)
+    counts = [groups] * dimensions.blocks, [channels] * dimensions.blocks
+    return _structure(_largest(importances.groups, counts[0]), _largest(importances.channels, counts[1]))
 
 
 def _fixed(costs: Costs, dimensions: Dimensions) -> int:
@@ -246,31 +256,40 @@ def _uneven_numbers(
     scores: Importances, costs: Costs, dimensions: Dimensions, budget: int, multiple: int
 ) -> tuple[list[int], list[int]]:
     """How many groups and channels each block keeps: units in falling order of score, channels a multiple at a time by
-    the mean of its scores, as far as they fit."""
-    groups = [1] * dimensions.blocks
-    channels = [min(multiple, dimensions.channels)] * dimensions.blocks
-    offers: list[tuple[float, int, int, int]] = []  # -score, kind, block, how many
-    for block in range(dimensions.blocks):
-        heads = scores.groups[block].sort(descending=True, stable=True).values.tolist()
-        offers += [(-score, 0, block, 1) for score in heads[1:]]
-        ordered = scores.channels[block].double().sort(descending=True, stable=True).values
-        bundles = ordered[channels[block] :].split(multiple)
-        offers += [(-float(bundle.mean()), 1, block, len(bundle)) for bundle in bundles if len(bundle)]
+    the mean of its scores, as far as they fit. Of equals groups first, then the first block's."""
+    least = min(multiple, dimensions.channels)
+    groups = scores.groups.double().sort(dim=1, descending=True).values[:, 1:]
+    bundles = scores.channels.double().sort(dim=1, descending=True).values[:, least:].split(multiple, dim=1)
+    offers = [groups, *(bundle.mean(dim=1, keepdim=True) for bundle in bundles)]  # each [block, offers]
+    sizes = torch.tensor([1] * groups.shape[1] + [bundle.shape[1] for bundle in bundles])
+    kinds = torch.tensor([0] * groups.shape[1] + [1] * len(bundles))
+    of_kinds = torch.tensor([costs.groups, costs.channels])
+    order = torch.cat(offers, dim=1).T.flatten().argsort(descending=True, stable=True)
+    places, blocks = order // dimensions.blocks, order % dimensions.blocks
+    prices = of_kinds[kinds[places], blocks] * sizes[places]
     left = budget - narrowest(costs, dimensions, multiple)
-    for _, kind, block, count in sorted(offers):
-        cost = count * (costs.channels if kind else costs.groups)[block]
-        ends = kind and count < multiple and channels[block] + count < dimensions.channels
-        if cost <= left and not ends:
-            left -= cost
-            (channels if kind else groups)[block] += count
-    return groups, channels
+    fits = int((prices.cumsum(0) <= left).sum())
+    taken = torch.tensor([[1] * dimensions.blocks, [least] * dimensions.blocks])
+    taken.index_put_((kinds[places[:fits]], blocks[:fits]), sizes[places[:fits]], accumulate=True)
+    left -= int(prices[:fits].sum())
+    for offer in range(fits, len(order)):  # smaller ones that still fit
+        place, block = places[offer], blocks[offer]
+        kind, size = kinds[place], sizes[place]
+        ends = kind and size < multiple and taken[kind, block] + size < dimensions.channels
+        if prices[offer] <= left and not ends:
+            left -= int(prices[offer])
+            taken[kind, block] += size
+        if left < int(of_kinds.min()):
+            break
+    return taken[0].tolist(), taken[1].tolist()
 
 
-def _of_numbers(scores: Importances, groups: list[int], channels: list[int]) -> Structure:
+def _largest(rows: Float[Tensor, "block unit"], counts: list[int]) -> Bool[Tensor, "block unit"]:
     """The units of largest score, so many of each block; of equals the first."""
+    ranks = rows.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return ranks < torch.tensor(counts)[:, None]
 
-    def largest(rows: Float[Tensor, "block unit"], counts: list[int]) -> tuple[tuple[int, ...], ...]:
-        orders = rows.argsort(dim=1, descending=True, stable=True).tolist()
-        return tuple(tuple(sorted(order[:count])) for order, count in zip(orders, counts, strict=True))
 
-    return Structure(tuple(range(len(groups))), largest(scores.groups, groups), largest(scores.channels, channels))
+def _structure(groups: Bool[Tensor, "block group"], channels: Bool[Tensor, "block channel"]) -> Structure:
+    kept = (tuple(tuple(row.nonzero().flatten().tolist()) for row in rows) for rows in (groups, channels))
+    return Structure(tuple(range(len(groups))), *kept)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -15,13 +16,18 @@ from neighbours import all_masked
 from tiny_llama import tiny_llama
 
 from besa_exp.blocks.block import capture_blocks, embed
+from besa_exp.blocks.head import head_of
 from besa_exp.checkpoints.narrowed_model import costs_of_model, dimensions_of_model, narrowed_model
 from besa_exp.errors import RunError
 from besa_exp.evaluation.perplexity import sum_of_losses
-from besa_exp.methods.descent import falling
+from besa_exp.methods.descent import SHRINK, falling
+from besa_exp.methods.structure.method import DenseModel
 from besa_exp.methods.structure.policy_gradient import (
     PolicyGradient,
+    Searched,
     State,
+    antithetic_gradient,
+    losses_on,
     moving_baseline,
     policy_gradient,
     projected,
@@ -110,11 +116,20 @@ def parts():
     return model, capture_blocks(model, IDS), costs_of_model(model), dimensions_of_model(model)
 
 
-def model_loss(groups, channels, step):
+def losses(masks, samples):
+    """Row by row, of the whole model."""
     model, blocks, _, dimensions = parts()
-    ids = IDS[2 * (step % 3) :][:2]
-    with all_masked(blocks, groups, channels, dimensions), torch.no_grad():
-        return float(sum_of_losses(model(ids, use_cache=False).logits, ids)) / 22
+    found = []
+    for mask, sample in zip(masks, samples.tolist(), strict=True):
+        units = mask[:6].view(3, 2), mask[6:].view(3, 96)
+        with all_masked(blocks, *units, dimensions), torch.no_grad():
+            ids = IDS[sample][None]
+            found.append(float(sum_of_losses(model(ids, use_cache=False).logits, ids)) / 11)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def searched(losses_of=losses):
+    return Searched(losses_of, *parts()[2:], num_samples=6, batch_size=3)
 
 
 def start_of(method):
@@ -123,30 +138,136 @@ def start_of(method):
     return method.begin(found, costs, dimensions)
 
 
-def test_a_search_keeps_its_budget_and_is_the_same_after_a_kill():
+@pytest.mark.parametrize("baseline", ["antithetic", "leave_one_out", "moving"])
+def test_a_search_is_the_same_after_a_kill_and_another_with_another_seed(baseline):
+    method = PolicyGradient(0.2, steps=6, rate=0.1, multiple=8, draws=4, baseline=baseline, checks=3)
+    states = [*method.search(searched(), start_of(method))]
+    assert not torch.allclose(states[0].scores, start_of(method).scores, atol=1e-3)
+    assert len({state.shrunk for state in states}) > 1 or states[-1].probe_loss < states[0].probe_loss
+    for kill in (0, 2, 4):
+        again = State.from_dict(json.loads(json.dumps(states[kill].to_dict())))
+        resumed = [*method.search(searched(), again)]
+        assert [one.to_dict() for one in resumed] == [one.to_dict() for one in states[kill + 1 :]]
+    other = [*replace(method, seed=1).search(searched(), start_of(method))]
+    assert other[-1].losses != states[-1].losses
+
+
+def test_independent_draws_keep_the_budget_of_their_probabilities():
     _, _, costs, dimensions = parts()
-    method = PolicyGradient(0.2, steps=6, rate=0.1, multiple=8, draws=3)
-    states = [*method.search(model_loss, start_of(method), costs, dimensions)]
+    method = PolicyGradient(0.2, steps=6, rate=0.1, draws=3, baseline="moving", checks=0)
     units = unit_costs(costs, dimensions)
     spendable = kept_parameters(costs, 0.2) - costs.total + float(units.sum())
-    for state in states:
+    for state in method.search(searched(), start_of(method)):
         assert float((units * state.scores).sum(dtype=torch.float64)) <= spendable * (1 + 1e-6)
-    assert not torch.allclose(states[-1].scores, start_of(method).scores, atol=1e-3)
-    for kill in (0, 2, 4):
-        resumed = [*method.search(model_loss, states[kill], costs, dimensions)]
-        assert [one.losses for one in resumed] == [one.losses for one in states[kill + 1 :]]
-        assert torch.equal(resumed[-1].scores, states[-1].scores)
-    other = [*PolicyGradient(0.2, steps=6, rate=0.1, seed=1).search(model_loss, start_of(method), costs, dimensions)]
-    assert not torch.equal(other[-1].scores, states[-1].scores)
+
+
+@pytest.mark.parametrize("shape", ["uniform", "uneven"])
+def test_antithetic_draws_are_structures_that_may_be_decided_and_each_sample_has_its_own_pair(shape):
+    _, _, costs, dimensions = parts()
+    seen = []
+
+    def recorded(masks, samples):
+        seen.append((masks, samples.tolist()))
+        return losses(masks, samples)
+
+    method = PolicyGradient(0.2, steps=1, draws=2, multiple=8, shape=shape, checks=0)
+    next(method.search(searched(recorded), start_of(method)))
+    ((masks, samples),) = seen
+    assert samples == [0, 1, 2, 0, 1, 2]
+    assert len({tuple(mask.tolist()) for mask in masks}) == 6
+    for mask in masks:
+        groups, channels = mask[:6].view(3, 2).sum(1), mask[6:].view(3, 96).sum(1)
+        assert not (channels % 8).any()
+        assert groups.min() >= 1
+        assert len({*channels.tolist()}) == 1 or shape == "uneven"
+        left = costs.total - float((~mask * unit_costs(costs, dimensions)).sum())
+        assert left <= kept_parameters(costs, 0.2)
+
+
+def test_the_antithetic_gradient_is_a_literal_sum_in_units_of_the_losses_spread():
+    differences = torch.tensor([[0.0, -1, 1], [1, 0, -1]])
+    found = antithetic_gradient(torch.tensor([[3.0, 1.0], [1.0, 4.0]]), differences)  # d = 1 and -1.5
+    size = math.sqrt((1 + 1.5**2) / 2)
+    assert found.tolist() == pytest.approx([-1.5 / 4 / size, -1 / 4 / size, 2.5 / 4 / size])
+    lost = antithetic_gradient(torch.tensor([[3.0, math.nan], [1.0, 4.0]]), differences)
+    assert lost.tolist() == pytest.approx([0, -0.25 / math.sqrt(0.5), 0.25 / math.sqrt(0.5)])
+    assert not antithetic_gradient(torch.ones(2, 2), differences).any()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "settings", "least"),
+    [
+        ("units", {"steps": 40, "rate": 1.0, "spread": 1.0}, 0.2),
+        ("rows", {"steps": 30, "rate": 0.4, "shape": "uneven"}, 0.8),
+    ],
+)
+def test_the_antithetic_search_finds_what_is_hidden_in_the_losses(hidden, settings, least):
+    """Which channels are worth most; which block's are, by the noise that they share."""
+    _, _, costs, dimensions = parts()
+    worth = torch.randn(6 + 3 * 96, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    if hidden == "rows":
+        worth = torch.tensor([0.0] * 6 + [-1] * 96 + [0] * 96 + [1] * 96, dtype=torch.float64)
+    method = PolicyGradient(0.2, checks=4, **settings)
+    start = method.begin(random_importances(dimensions, 3), costs, dimensions)
+    *_, state = method.search(searched(lambda masks, samples: -masks.double() @ worth), start)
+    best = replace(start, scores=worth.float())
+    low, found, high = (kept_worth(method.decide(one, costs, dimensions), worth) for one in (start, state, best))
+    assert (found - low) / (high - low) > least
+
+
+def kept_worth(structure, worth):
+    channels = worth[6:].view(3, 96)
+    return sum(float(channels[block, list(kept)].sum()) for block, kept in enumerate(structure.channels))
+
+
+def test_what_the_probe_does_not_confirm_is_undone_and_the_start_is_a_candidate():
+    method = PolicyGradient(0.2, steps=8, rate=0.5, spread=0.3, checks=4)
+    start = start_of(method)
+
+    def worse_and_worse(masks, samples):
+        """For the probe, sample 5; the others learn."""
+        probed.append(samples.tolist() == [5])
+        return torch.full((len(samples),), float(len(probed)), dtype=torch.float64) + masks.double().std(1)
+
+    probed = []
+    *_, state = method.search(searched(worse_and_worse), start)
+    assert sum(probed) == 5
+    assert probed[0]
+    assert state.shrunk == pytest.approx(SHRINK**4)
+    assert torch.equal(state.scores, start.scores)
+    assert method.decide(state, *parts()[2:]) == method.decide(start, *parts()[2:])
+    (begun,) = replace(method, steps=1, rate=1e-9).search(searched(), start)
+    *_, better = method.search(searched(), start)
+    assert better.probe_loss <= begun.probe_loss
+
+
+def test_a_fall_within_its_standard_error_is_neither_a_new_best_nor_undone():
+    verdicts = iter([[1.0] * 4, [0.5, 1.3, 0.5, 1.3], [0.9] * 4])  # by 0.1 in the mean, the error 0.2, and then 0
+
+    def losses_of(masks, samples):
+        found = next(verdicts) if samples.tolist() == [12, 13, 14, 15] else masks.double().std(1).tolist()
+        return torch.tensor(found, dtype=torch.float64)
+
+    method = PolicyGradient(0.2, steps=2, rate=0.5, checks=2)
+    start = start_of(method)
+    first, second = method.search(replace(searched(losses_of), num_samples=16), start)
+    assert first.best is not None
+    assert second.best is not None
+    assert torch.equal(first.best, start.scores)
+    assert not torch.equal(first.scores, start.scores)
+    assert first.shrunk == second.shrunk == 1
+    assert torch.equal(second.best, second.scores)
+    assert second.best_losses == (0.9,) * 4
 
 
 def test_a_state_is_read_as_it_was_written():
     state = State(3, torch.rand(50, generator=torch.Generator().manual_seed(3)), 0.1, (1.5, math.inf))
+    assert State.from_dict(json.loads(json.dumps(replace(state, best=state.scores / 3).to_dict()))).best is not None
     again = State.from_dict(json.loads(json.dumps(state.to_dict())))
     assert torch.equal(again.scores, state.scores)
     assert (again.step, again.baseline, again.losses[0]) == (3, 0.1, 1.5)
     assert math.isnan(again.losses[1])  # JSON has no infinity
-    assert State.from_dict({"step": 0, "scores": [0.5], "baseline": None, "losses": []}).baseline is None
+    assert again.best is None
 
 
 @pytest.mark.parametrize("shape", ["uniform", "uneven"])
@@ -154,7 +275,7 @@ def test_a_state_is_read_as_it_was_written():
 def test_what_stays_is_just_below_the_budget_and_is_the_masked_model(shape, ratio):
     model, blocks, costs, dimensions = parts()
     method = PolicyGradient(ratio, steps=2, rate=0.1, multiple=8, shape=shape)
-    *_, state = method.search(model_loss, start_of(method), costs, dimensions)
+    *_, state = method.search(searched(), start_of(method))
     structure = method.decide(state, costs, dimensions)
     left, budget = structure.parameters_left(costs, dimensions), kept_parameters(costs, ratio)
     step = (
@@ -181,7 +302,8 @@ def test_without_a_step_the_order_is_that_of_the_start():
     _, _, costs, dimensions = parts()
     importances = random_importances(dimensions, 3)
     method = PolicyGradient(0.25, steps=1, rate=1e-12, shape="uneven")
-    (state,) = method.search(lambda *_: 1.0, method.begin(importances, costs, dimensions), costs, dimensions)
+    begun = method.begin(importances, costs, dimensions)
+    (state,) = method.search(searched(lambda masks, samples: torch.ones(len(samples))), begun)
     scores = starting_scores(importances, 0.7)
     kept = method.decide(state, costs, dimensions)
     assert kept.channels is not None
@@ -190,20 +312,37 @@ def test_without_a_step_the_order_is_that_of_the_start():
         assert sorted(order.tolist()) == [*channels]
 
 
-def test_losses_that_are_not_finite_end_the_search():
-    _, _, costs, dimensions = parts()
-    method = PolicyGradient(0.2)
+@pytest.mark.parametrize("baseline", ["antithetic", "moving"])
+def test_losses_that_are_not_finite_end_the_search(baseline):
+    method = PolicyGradient(0.2, baseline=baseline)
     with pytest.raises(RunError, match="the losses of step 0 are"):
-        next(method.search(lambda *_: math.nan, start_of(method), costs, dimensions))
-    assert isinstance(start_of(method), State)
+        next(method.search(searched(lambda masks, samples: torch.full((len(samples),), math.nan)), start_of(method)))
+
+
+def test_losses_of_rows_are_those_of_the_whole_model():
+    model, blocks, costs, dimensions = parts()
+    dense = DenseModel(
+        lambda: blocks,
+        lambda: embed(model, blocks, IDS, 6),
+        lambda: head_of(model, blocks, IDS),
+        IDS,
+        costs,
+        dimensions,
+        batch_size=2,
+    )
+    masks = torch.rand(5, 6 + 3 * 96, generator=torch.Generator().manual_seed(1)) < 0.8
+    samples = torch.tensor([4, 0, 0, 5, 2])
+    torch.testing.assert_close(losses_on(dense)(masks, samples), losses(masks, samples), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"draws": 1}, "structure.draws=1: must be at least 2"),
+        ({"draws": 3}, "structure.draws=3: antithetic draws come in pairs"),
+        ({"spread": 0.0}, "must be above 0"),
         ({"ratio": 1.2}, "must be above 0 and below 1"),
-        ({"baseline": "none"}, "must be one of leave_one_out, moving"),
+        ({"baseline": "none"}, "must be one of antithetic, leave_one_out, moving"),
         ({"shape": "even"}, "must be one of uniform, uneven"),
         ({"start": "wanda"}, "must be one of wanda_sp, magnitude, random"),
         ({"rate": 0.0}, "must be above 0; the authors use"),
