@@ -68,7 +68,7 @@ def test_a_command_that_only_tells_says_by_its_exit_code_that_nobody_took_it() -
 
 
 def test_ctrl_c_in_a_sweep_ends_it_quietly_and_keeps_what_is_finished(given: list[str]) -> None:
-    words = ["prune", "-m", *given, "seed=0,1", "pruner=besa", "pruner.epochs=500"]
+    words = ["prune", "-m", *given, "seed=0,1", "pruner=besa", "pruner.epochs=100"]
     words.remove("pruner=magnitude")
     sweep = start_ready(ready_process.BESA, *words)
     deadline = time.monotonic() + 300
