@@ -17,12 +17,12 @@ from pruned_llama import (
     weights_of,
 )
 
-from besa_exp.recovery.keep_bits import kept_values
 from besa_exp.recovery.mezo import BlockFiles, Mezo, normal, rounded_at_random
 from besa_exp.recovery.objective import NextToken, mean_loss, next_token_losses, option_losses
 from besa_exp.recovery.saved_states import SavedStates
 from besa_exp.recovery.schedule import Schedule, key_of
 from besa_exp.recovery.tuning import Parts, Plan, tune
+from besa_exp.tensors.keep_bits import kept_values
 
 TOLD = Mezo(lr=1e-4, together=2)
 
