@@ -149,6 +149,25 @@ def test_each_size_is_tried_with_the_whole_schedule_in_a_few_steps():
     assert method.seeds == [7] * 4
 
 
+class Scaled(Remembered):
+    """After each step the head is the pruned model's times a number: the nearer to 0, the smaller the loss."""
+
+    def begin(self, model, keep, seed):
+        self.parameters, self.head = {"lm_head.weight": model.lm_head.weight}, model.lm_head.weight.clone()
+        return self
+
+    def step(self, objective, windows, number, scale):
+        self.parameters["lm_head.weight"].copy_(self.head * (0.9, 0.8, 0.95, 0.85)[number])
+        return Taken(1.0)
+
+
+def test_the_best_state_is_kept_where_those_after_it_are_a_little_worse():
+    (model, keep), method = pruned_llama(), Scaled()
+    report, _ = tune(model, keep, method, NextToken(model), Parts(LEARNED, HELD_OUT), Plan(Schedule(4), judge_every=1))
+    assert (report.best_step, report.after) == (2, min(point.held_out for point in report.points))
+    assert torch.equal(model.lm_head.weight, method.head * 0.8)
+
+
 def test_sizes_that_ruin_the_model_are_not_taken():
     _, report = tuned(Full(Adam(lr=1.0)), replace(PLAN, trial=3), held_out=LEARNED)
     assert report.factor < 1
