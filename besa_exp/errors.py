@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import re
+import shlex
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
+# Characters of a value that Hydra reads without quotes, as such or between others.
+UNQUOTED = re.compile(r"[\w/\-\\+.$%*@?|:~, ]", re.ASCII)
+NAMES = {"'": "a quote", '"': "a quote"}
 
 
 class ConfigurationError(ValueError):
@@ -143,3 +148,20 @@ def did_you_mean_one_of(word: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, valid, n=3, cutoff=0.5)
     found = list(dict.fromkeys([*longer[:2], *near, *longer]))[:3]
     return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def quoted(key: str, value: str) -> str:
+    """`key=value` as a shell takes it, the value in quotes of Hydra's."""
+    inner = value.replace("\\", "\\\\").replace('"', '\\"') if '"' in value else value
+    return shlex.quote(f'{key}="{inner}"')
+
+
+def what_needs_quotes(value: str) -> str | None:
+    """The first character of a value that only stands in quotes, in words; None: there is none."""
+    found = next((letter for letter in value if not UNQUOTED.fullmatch(letter)), None)
+    return NAMES.get(found, found) if found else None
+
+
+def argument(key: str, value: str) -> str:
+    """`key=value` as it is typed, in quotes where it needs them."""
+    return quoted(key, value) if what_needs_quotes(value) or "," in value else f"{key}={shlex.quote(value)}"

@@ -27,8 +27,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from besa_exp.cli.text_keys import list_keys, quoted, text_keys, what_needs_quotes
-from besa_exp.errors import did_you_mean
+from besa_exp.cli.text_keys import list_keys, text_keys
+from besa_exp.errors import did_you_mean, quoted, what_needs_quotes
 from besa_exp.presets import CONF_DIR
 
 

@@ -33,7 +33,7 @@ from besa_exp.display.console import next_steps
 from besa_exp.display.missed_target import miss_of, told_miss
 from besa_exp.display.progress import duration
 from besa_exp.errors import ConfigurationError, RunError, first_line
-from besa_exp.evaluation.score import Scores, main_scores, partly_scored
+from besa_exp.evaluation.score import Scores, main_scores, partly_scored, set_names
 from besa_exp.hub.publish import publish
 from besa_exp.machine.environment_variables import set_before_imports
 from besa_exp.machine.streams import keep_streams
@@ -241,11 +241,12 @@ def summary_line(results: Mapping[str, Any]) -> str:
         parts.append(f"{1 - size['left'] / size['dense']:.1%} of the parameters removed whole")
     scores = Scores.from_dict(results).scores
     dense = {score.path: score.value for score in Scores.from_dict(results.get("dense") or {}).scores}
+    short = set_names(scores)
     for score in scores:
         if score.kind == "perplexity":
             before = f" (dense {value:.3f})" if (value := dense.get(score.path)) else ""
             value = "n/a" if score.value is None else f"{score.value:.3f}"
-            parts.append(f"perplexity {Path(score.name).name}{score.under} {value}{before}")
+            parts.append(f"perplexity {short[score.name]}{score.under} {value}{before}")
     partly = partly_scored(scores)
     for score in main_scores(scores):
         beside = [partly[score.name]] if score.name in partly else []

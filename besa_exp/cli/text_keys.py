@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import types
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -18,8 +17,6 @@ OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 NUMBER = r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[+-]?\d[\d_]*)?"
 NO_TEXT = re.compile(rf"{NUMBER}|[+-]?(inf|nan)|true|false", re.IGNORECASE)
 PARTS = re.compile(r"([,\[\]])")  # of a sweep or a list
-UNQUOTED = re.compile(r"[\w/\-\\+.$%*@?|:~, ]", re.ASCII)  # characters that are read without quotes, as such or between
-NAMES = {"'": "a quote", '"': "a quote"}
 
 
 @cache
@@ -39,20 +36,10 @@ def with_text_quoted(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if not equals or key.lstrip("+") not in text_keys() or re.search(r"['\"(]", value):
         return argument
+    if "[" in value and key.lstrip("+") not in list_keys():  # no list: refused as it is, with the quotes that it needs
+        return argument
     parts = [f"'{part}'" if NO_TEXT.fullmatch(part.strip()) else part for part in PARTS.split(value)]
     return f"{key}={''.join(parts)}"
-
-
-def quoted(key: str, value: str) -> str:
-    """`key=value` as a shell takes it, the value in quotes of Hydra's."""
-    inner = value.replace("\\", "\\\\").replace('"', '\\"') if '"' in value else value
-    return shlex.quote(f'{key}="{inner}"')
-
-
-def what_needs_quotes(value: str) -> str | None:
-    """The first character of a value that only stands in quotes, in words; None: there is none."""
-    found = next((letter for letter in value if not UNQUOTED.fullmatch(letter)), None)
-    return NAMES.get(found, found) if found else None
 
 
 def _all_keys() -> list[tuple[str, bool]]:

@@ -24,7 +24,7 @@ from rich.logging import RichHandler
 from besa_exp.display.missed_target import told_miss
 from besa_exp.display.progress import PruningProgress, StageLine, duration
 from besa_exp.display.tables import as_text, outline, plan_table, result_tables, sparsity_tables
-from besa_exp.errors import ConfigurationError
+from besa_exp.errors import ConfigurationError, argument
 from besa_exp.settings import RunSettings
 
 PLAIN_WIDTH = 120  # columns of tables in files, where no terminal sets a width
@@ -151,7 +151,7 @@ def next_steps(folder: Path, results: Mapping[str, Any]) -> list[tuple[str, str]
             compared,
             ("rebuild", f"besa masks apply {place}/masks.safetensors --model {model} --out {place}-model"),
         ]
-    score = ("score it", f"besa evaluate checkpoint={place} evaluator=zero_shot")
+    score = ("score it", f"besa evaluate {argument('checkpoint', str(folder))} evaluator=zero_shot")
     use = ("use it", f"{place}/model/README.md says how: transformers, lm-eval, vLLM, llama.cpp")
     return [("try it", f"besa generate {place}"), compared if results.get("zero_shot") else score, use]
 

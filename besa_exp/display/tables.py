@@ -23,7 +23,7 @@ from besa_exp.display.model_card import SPEED_HEADS, score_rows, score_text, spe
 from besa_exp.display.stages import stage_lines
 from besa_exp.display.text_samples import text_table
 from besa_exp.errors import ConfigurationError
-from besa_exp.evaluation.score import Scores, metric_name, partly_scored, skipped_parts
+from besa_exp.evaluation.score import Scores, metric_name, partly_scored, set_names, skipped_parts
 from besa_exp.settings import CalibrationSettings, RunSettings, SaveSettings
 from besa_exp.texts.sources import is_token_file
 from besa_exp.texts.token_files import token_file_shape
@@ -194,6 +194,9 @@ def _score_table(results: Mapping[str, Any], style: box.Box) -> Table:
     errors, dense_errors = (
         {name: error for name, (error, _, _) in dict(_tasks(one)).items()} for one in (results, dense)
     )
+    both = [*Scores.from_dict(results).scores, *Scores.from_dict(dense).scores]
+    short = set_names(both)
+    labels = {score.label: f"perplexity {short[score.name]}{score.under}" for score in both if score.name in short}
     for name in dict.fromkeys([*after, *before]):
         rises = tasks.get(name, ("", not name.startswith("perplexity "), ""))[1]
         pruned = f"{score_text(after.get(name))}{errors.get(name, '')}"
@@ -201,8 +204,11 @@ def _score_table(results: Mapping[str, Any], style: box.Box) -> Table:
         if before:
             cells = [f"{score_text(before.get(name))}{dense_errors.get(name, '')}", pruned]
             cells.append(_difference(name, before.get(name), after.get(name), rises))
-        shown = f"perplexity {Path(name).name}" if name.startswith("perplexity ") and "/" in name else name
-        table.add_row(Text(f"{shown} {'↑' if rises else '↓'}"), *cells, *([counted.get(name, "")] if counted else []))
+        table.add_row(
+            Text(f"{labels.get(name, name)} {'↑' if rises else '↓'}"),
+            *cells,
+            *([counted.get(name, "")] if counted else []),
+        )
     return table
 
 

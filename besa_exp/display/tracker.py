@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from besa_exp.blocks.reports import BlockReport, LinearReport, Step
 from besa_exp.blocks.sparsity_table import linear_type
 from besa_exp.display.wandb_run import forget_run, start_run
-from besa_exp.evaluation.score import Scores, stderr_key
+from besa_exp.evaluation.score import Scores, set_names, stderr_key
 from besa_exp.machine.environment import without_folders
 from besa_exp.settings import TrackerSettings
 
@@ -200,14 +199,11 @@ def _varying(reports: Sequence[BlockReport]) -> Iterator[dict[str, float]]:
 
 
 def _values(scores: Scores) -> dict[str, float]:
-    """`perplexity/wikitext2`, `zero_shot/piqa/acc`: each score under a name without folders. Two files of one name are
-    known apart by the folder that they lie in."""
-    names = {score.name for score in scores.scores}
-    short = Counter(Path(name).name for name in names)
-    values = {}
+    """`perplexity/wikitext2`, `zero_shot/piqa/acc`: each score under a name without folders, as far as that
+    tells it from the others."""
+    short, values = set_names(scores.scores), {}
     for score in scores.scores:
-        parts = Path(score.name).parts
-        name = "/".join(parts[-2:] if short[parts[-1]] > 1 else parts[-1:])
+        name = short.get(score.name, score.name) if score.kind == "perplexity" else score.name
         if score.value is not None:
             values["/".join(part for part in (score.kind, name, score.metric.removesuffix(",none")) if part)] = (
                 score.value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 COMMON = "tasks"  # in the record of zero-shot scores; fields next to this key are defaults for all tasks
@@ -167,6 +168,17 @@ def _under(records: Mapping[str, Any], skipping: Mapping[str, Any]) -> dict[str,
     return {name: dict(plain.get(name, {})) for name in [*plain, *skipping]} | {
         name: plain.get(name, {}) | {"skipping": skipped} for name, skipped in skipping.items()
     }
+
+
+def set_names(scores: Iterable[Score]) -> dict[str, str]:
+    """{perplexity set: its name without folders}; of files of one name as many folders as tell them apart."""
+    parts = {score.name: Path(score.name).parts for score in scores if score.kind == "perplexity"}
+
+    def is_told(name: str, count: int) -> bool:
+        return not any(own[-count:] == parts[name][-count:] for other, own in parts.items() if other != name)
+
+    counts = {name: next((k for k in range(1, len(own)) if is_told(name, k)), len(own)) for name, own in parts.items()}
+    return {name: str(Path(*own[-counts[name] :])) for name, own in parts.items()}
 
 
 def skipped_parts(scores: Iterable[Score]) -> dict[str, str]:

@@ -62,7 +62,8 @@ def _table(comparison: Comparison, measures: Sequence[Measure], timed: bool) -> 
     for head in costs.values():
         table.add_column(head, justify="right", no_wrap=True)
     for measure in measures:
-        table.add_column(f"{measure.label} {'↓' if lower_is_better(measure) else '↑'}", justify="right", no_wrap=True)
+        head = Text(f"{measure.label} {'↓' if lower_is_better(measure) else '↑'}")  # text: a name may hold brackets
+        table.add_column(head, justify="right", no_wrap=True)
         if measure in comparison.dense:
             table.add_column("vs dense", justify="right", no_wrap=True)
     if timed:

@@ -4,7 +4,6 @@ a finished run is not shown for another request. No torch here."""
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from besa_exp.errors import ConfigurationError
+from besa_exp.errors import ConfigurationError, argument
 from besa_exp.machine.environment import masked
 from besa_exp.presets import METHOD_GROUPS
 from besa_exp.settings import RunSettings
@@ -134,7 +133,7 @@ def check_finished(folder: Path, config: Mapping[str, Any]) -> list[str]:
     if not differences:
         return []
     scores = all(text.startswith(("evaluator.", "skipping")) for text in differences)
-    more = f", score it further with besa evaluate checkpoint={shlex.quote(str(folder))}" if scores else ""
+    more = f", score it further with besa evaluate {argument('checkpoint', str(folder))}" if scores else ""
     return [
         f"{folder} holds a finished run of another request ({'; '.join(differences)}); ask for the same again to see "
         f"it{more}, start again with overwrite=true, or name another folder with hydra.run.dir="

@@ -12,8 +12,8 @@ from besa_exp.cli.configuration import CONF_DIR, Unreadable, read_settings
 from besa_exp.cli.main import main
 from besa_exp.cli.prune import composed
 from besa_exp.cli.request import read_request
-from besa_exp.cli.text_keys import list_keys, quoted, text_keys, with_text_quoted
-from besa_exp.errors import ConfigurationError
+from besa_exp.cli.text_keys import list_keys, text_keys, with_text_quoted
+from besa_exp.errors import ConfigurationError, quoted
 from besa_exp.settings import RunSettings
 
 
@@ -75,6 +75,7 @@ def test_the_hint_for_a_value_that_cannot_be_read_is_an_argument_that_can_be(val
     ("line", "told"),
     [
         ("model.path=a=b", "= in a value stands in quotes"),
+        ("model.path=o [1]", "model.path=o [1]: [ in a value stands in quotes"),
         ("model.path=a#b", "# in a value"),
         ("model.path=größe", "ö in a value"),
         ("model.path=it's", "a quote in a value"),

@@ -6,6 +6,7 @@ import logging
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -323,6 +324,10 @@ def test_what_to_do_next_depends_on_what_was_kept(tmp_path: Path) -> None:
         assert steps[0] == ("compare", f"besa compare {tmp_path.parent}")
     assert [why for why, _ in next_steps(tmp_path, {"recovery": {"method": "full"}})] == ["compare", "draw"]
     (tmp_path / "model").mkdir()
+    odd = tmp_path / "o [1] = 2"
+    (odd / "model").mkdir(parents=True)
+    (word,) = [word for word in shlex.split(next_steps(odd, {})[1][1]) if word.startswith("checkpoint=")]
+    assert word == f'checkpoint="{odd}"'  # in quotes of Hydra's
     assert next_steps(tmp_path, {})[0] == ("try it", f"besa generate {tmp_path}")
     assert next_steps(tmp_path, {"zero_shot": {"piqa": {}}})[1] == ("compare", f"besa compare {tmp_path.parent}")
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from besa_exp.cli.jobs import summary_line
-from besa_exp.evaluation.score import Score, Scores, main_scores, metric_name, task_scores
+from besa_exp.evaluation.score import (
+    Score,
+    Scores,
+    main_scores,
+    metric_name,
+    perplexity_score,
+    set_names,
+    task_scores,
+)
 
 RESULTS: dict[str, Any] = {
     "measured_sparsity": 0.5,
@@ -69,3 +77,10 @@ def test_results_are_the_same_after_they_were_read_and_written():
 def test_a_dense_models_scores_take_their_records_from_the_whole_results():
     (score,) = Scores.from_dict(RESULTS["dense"], RESULTS["provenance"]).scores
     assert (score.value, score.stderr, score.n) == (0.75, None, 8)
+
+
+def test_files_of_one_name_are_named_with_the_folders_that_tell_them_apart() -> None:
+    names = ("wikitext2", "/data/x/a/test.txt", "/data/y/a/test.txt", "b/test.txt", "/data/valid.txt")
+    scores = [perplexity_score(name, 1.0, {}) for name in names]
+    assert [*set_names(scores).values()] == ["wikitext2", "x/a/test.txt", "y/a/test.txt", "b/test.txt", "valid.txt"]
+    assert set_names(task_scores("piqa", {"acc,none": 0.5}, {})) == {}
