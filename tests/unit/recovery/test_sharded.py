@@ -37,15 +37,18 @@ def test_it_is_tuned_to_the_bits_of_one_that_is_whole_also_when_killed(alone, tm
                 raise KeyboardInterrupt
 
         objective = NextToken(twin, micro_batch=2, checkpointing=dealt_out)
-        tune(twin, keep, Full(Adam(lr=1e-3)), objective, Parts(WINDOWS[:8], WINDOWS[:8]), PLAN, states, on_point)
+        parts = Parts(WINDOWS[:8], WINDOWS[:8])
+        course, _ = tune(twin, keep, Full(Adam(lr=1e-3)), objective, parts, PLAN, states, on_point)
         if dealt_out:
             assert all(torch.equal(value, model.get_parameter(name)) for name, value in before.items())
             take_back(model, twin)
         assert_zeros_exact(model, keep)
-        return weights_of(model)
+        return weights_of(model), [point.gradient_norm for point in course.points]
 
-    whole = run(False)
+    whole, norms = run(False)
     with pytest.raises(KeyboardInterrupt):
         run(True, until=4)
-    for name, value in run(True).items():
+    found, again = run(True)
+    assert again == pytest.approx(norms, rel=1e-6)  # AdamW forgives any factor
+    for name, value in found.items():
         assert torch.equal(as_bytes(value), as_bytes(whole[name])), name

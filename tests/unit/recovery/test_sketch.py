@@ -38,6 +38,7 @@ def test_a_dense_linear_may_use_every_entry():
     name, form = next((name, form) for name, form in tuner.forms.items() if isinstance(form, Looked))
     assert all(len(row.unique()) <= 8 for row in model.get_parameter(name))  # before any step
     assert not form.frozen
+    assert "model.norm.weight" in tuner.forms
     assert (form.codes == 0).any()
 
 

@@ -38,6 +38,14 @@ def test_the_first_steps_look_and_the_others_lower_the_loss_of_the_named_linears
     assert all(".mlp." in name for name in moved)
 
 
+def test_the_weights_come_back_from_their_coordinates():
+    model, tuner, _ = stepped(range(2))
+    for name, form in tuner._descent().forms.items():
+        weight = model.get_parameter(name).detach()
+        form.write(back := torch.empty_like(weight))
+        torch.testing.assert_close(back, weight, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("at", [1, 4])
 def test_a_tuner_goes_on_while_it_looks_and_later_with_the_same_bits(at):
     whole, _, _ = stepped(range(6))

@@ -111,17 +111,19 @@ def test_the_step_size_is_found_by_trial_once_and_the_course_is_that_of_the_size
 
 
 class Remembered:
-    """A method and its tuner: changes nothing, and remembers the step sizes."""
+    """A method and its tuner: changes nothing, and remembers seeds, windows and step sizes."""
 
     parameters, keep = {}, {}
 
     def __init__(self):
-        self.scales = []
+        self.seeds, self.windows, self.scales = [], [], []
 
     def begin(self, model, keep, seed):
+        self.seeds.append(seed)
         return self
 
     def step(self, objective, windows, number, scale):
+        self.windows.append(windows)
         self.scales.append(scale)
         return Taken(1.0)
 
@@ -137,10 +139,33 @@ class Remembered:
 
 def test_each_size_is_tried_with_the_whole_schedule_in_a_few_steps():
     (model, keep), method, schedule = pruned_llama(), Remembered(), Schedule(12, warm_up=4)
-    tune(model, keep, method, NextToken(model), Parts(LEARNED, HELD_OUT), Plan(schedule, judge_every=6, trial=6))
+    plan = Plan(schedule, batch_size=3, judge_every=6, seed=7, trial=6)
+    tune(model, keep, method, NextToken(model), Parts(LEARNED, HELD_OUT), plan)
     short = replace(schedule, steps=6, warm_up=2)
     tried = [factor * short.scale(step) for factor in (1.0, 3.0, 0.3) for step in range(6)]
     assert method.scales == tried + [schedule.scale(step) for step in range(12)]
+    batches = [LEARNED[batch_at(step, 8, 3, 7)] for step in (*range(6), *range(6), *range(6), *range(12))]
+    assert all(torch.equal(found, batch) for found, batch in zip(method.windows, batches, strict=True))
+    assert method.seeds == [7] * 4
+
+
+class Scaled(Remembered):
+    """After each step the head is the pruned model's times a number: the nearer to 0, the smaller the loss."""
+
+    def begin(self, model, keep, seed):
+        self.parameters, self.head = {"lm_head.weight": model.lm_head.weight}, model.lm_head.weight.clone()
+        return self
+
+    def step(self, objective, windows, number, scale):
+        self.parameters["lm_head.weight"].copy_(self.head * (0.9, 0.8, 0.95, 0.85)[number])
+        return Taken(1.0)
+
+
+def test_the_best_state_is_kept_where_those_after_it_are_a_little_worse():
+    (model, keep), method = pruned_llama(), Scaled()
+    report, _ = tune(model, keep, method, NextToken(model), Parts(LEARNED, HELD_OUT), Plan(Schedule(4), judge_every=1))
+    assert (report.best_step, report.after) == (2, min(point.held_out or math.inf for point in report.points))
+    assert torch.equal(model.lm_head.weight, method.head * 0.8)
 
 
 def test_sizes_that_ruin_the_model_are_not_taken():
