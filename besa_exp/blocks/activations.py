@@ -1,7 +1,8 @@
 """Where the hidden states between blocks lie: with the model on its device, in the host's memory, or in files.
 
 They are the largest part of pruning a large model: 128 samples of 2,048 tokens of a 70B model take 4.3 GB in bf16, and
-the block loop holds them twice (inputs and targets), with targets from dense inputs four times.
+the block loop holds them twice (inputs and targets), with targets from dense inputs four times. What a search over the
+whole model holds of all blocks has the same places.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from besa_exp.machine.memory import free_memory
 
 Allocate = Callable[[torch.Size, torch.dtype], Tensor]
 SHARE_OF_FREE = 0.4  # of the memory that is free, which activations may take before `auto` goes to a slower place
+OF_ALL_BLOCKS = 0.8  # and what is held of all blocks when activations have their place: one block's work is left
 
 
 def activation_bytes(samples: int, seq_len: int, hidden: int, itemsize: int, dense_targets: bool) -> int:
@@ -26,10 +28,13 @@ def activation_bytes(samples: int, seq_len: int, hidden: int, itemsize: int, den
     return samples * seq_len * hidden * itemsize * (4 if dense_targets else 2)
 
 
-def allocator(kind: str, device: torch.device, folder: Path, needed: int) -> tuple[str, Allocate]:
-    """Where to, and a function that gives room for one tensor there. `kind` auto chooses the fastest place whose free
-    memory easily holds `needed` bytes. Files in `folder` have no name, so that they go when the process does."""
-    place = _choose(device, needed) if kind == "auto" else kind
+def allocator(
+    kind: str, device: torch.device, folder: Path, needed: int, share: float = SHARE_OF_FREE
+) -> tuple[str, Allocate]:
+    """Where to, and a function that gives room for one tensor there. `kind` auto chooses the fastest place of whose
+    free memory `needed` bytes are less than the `share`. Files in `folder` have no name, so that they go when the
+    process does."""
+    place = _choose(device, needed, share) if kind == "auto" else kind
     if place == "device":
         return place, lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)
     if place == "host":
@@ -37,10 +42,12 @@ def allocator(kind: str, device: torch.device, folder: Path, needed: int) -> tup
     return place, lambda shape, dtype: _in_a_file(shape, dtype, folder)
 
 
-def _choose(device: torch.device, needed: int) -> str:
-    if device.type == "cuda" and needed < SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0]:
-        return "device"
-    if needed < SHARE_OF_FREE * free_memory():
+def _choose(device: torch.device, needed: int, share: float) -> str:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for later tensors is free too
+        if needed < share * torch.cuda.mem_get_info(device)[0]:
+            return "device"
+    if needed < share * free_memory():
         return "host" if device.type == "cuda" else "device"
     return "disk"
 
@@ -56,7 +63,7 @@ def _in_a_file(shape: torch.Size, dtype: torch.dtype, folder: Path) -> Tensor:
                 os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             raise RunError(
-                f"{folder}: {size / 1e6:.1f} MB of hidden states do not fit on this disk ({error.strerror}); make "
-                "space, lower calibration.num_samples, or set activations=host"
+                f"{folder}: {size / 1e6:.1f} MB that are to lie in a file do not fit on this disk ({error.strerror}); "
+                "make space, lower calibration.num_samples, or set activations=host"
             ) from error
         return torch.from_file(file.name, shared=True, size=shape.numel(), dtype=dtype).view(shape)

@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits, pruned_by_masks
 from besa_exp.blocks.reports import BlockReport
-from besa_exp.blocks.whole_model import KeepMasks, Weights
+from besa_exp.blocks.whole_model import Found
 
 
 @dataclass(frozen=True)
 class Decided:
     """`before`: the report of each block by the search that came first, whose course is reported again."""
 
-    keep_masks: Sequence[KeepMasks]
-    weights: Sequence[Weights] | None
+    found: Sequence[Found]
     before: Sequence[BlockReport]
 
     traits = Traits()
@@ -25,9 +24,9 @@ class Decided:
 
     def prune_block(self, task: Task) -> PrunedBlock:
         block = task.block
-        before = self.before[block.index]
+        before, found = self.before[block.index], self.found[block.index]
         for step in before.steps:
             task.on_step(step)
-        pruned = pruned_by_masks({name: mask.to(block.device) for name, mask in self.keep_masks[block.index].items()})
-        weights = self.weights[block.index] if self.weights else None
+        pruned = pruned_by_masks({name: mask.to(block.device) for name, mask in found.keep_masks().items()})
+        weights = found.weights() if found.weights else None
         return replace(pruned, weights=weights, loss_before=before.loss_before, steps=before.steps)

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from besa_exp.errors import RunError
@@ -124,23 +124,33 @@ def with_weights(module: nn.Module, linears: Mapping[str, Linear], weights: Mapp
 
 
 def room_like(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An empty tensor like each. Those of a stack, which fill one piece of memory, do so again: `stacked` takes it."""
-    sizes: dict[int, int] = {}
-    for weight in weights.values():
-        key = weight.untyped_storage()._cdata
-        sizes[key] = sizes.get(key, 0) + weight.numel()
-    pieces, rooms = {}, {}
+    """An empty tensor like each. Those that fill one piece of memory do so again: `stacked` takes it."""
+    rooms = {}
+    for names in in_one_piece(weights):
+        first = weights[names[0]]
+        piece = first.new_empty(sum(weights[name].numel() for name in names)) if len(names) > 1 else None
+        for name in names:
+            weight = weights[name]
+            at = (weight.shape, weight.stride(), weight.storage_offset())
+            rooms[name] = torch.empty_like(weight) if piece is None else piece.as_strided(*at)
+    return {name: rooms[name] for name in weights}
+
+
+def in_one_piece(weights: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of equal weights that fill one piece of memory, as a stack's do, in its order; of others each alone."""
+    by_piece: dict[int, list[str]] = {}
     for name, weight in weights.items():
-        key, held = weight.untyped_storage()._cdata, weight.untyped_storage().nbytes() // weight.itemsize
-        if sizes[key] == held > weight.numel():
-            piece = pieces.setdefault(key, weight.new_empty(held))
-            rooms[name] = piece.as_strided(weight.shape, weight.stride(), weight.storage_offset())
-        else:
-            rooms[name] = torch.empty_like(weight)
-    return rooms
+        by_piece.setdefault(weight.untyped_storage()._cdata, []).append(name)
+    groups = []
+    for names in by_piece.values():
+        names.sort(key=lambda name: weights[name].storage_offset())
+        first, shapes = weights[names[0]], {weights[name].shape for name in names}
+        whole = len(shapes) == 1 and len(names) * first.nbytes == first.untyped_storage().nbytes()
+        groups += [names] if whole else [[name] for name in names]
+    return groups
 
 
-def stacked(parts: Sequence[Float[Tensor, "_out _in"]]) -> Float[Tensor, "expert _out _in"]:
+def stacked(parts: Sequence[Shaped[Tensor, "*_part"]]) -> Shaped[Tensor, "expert ..."]:
     """torch.stack(parts), and no copy where they lie one after the other in one piece of memory. Differentiable."""
     first = parts[0]
     piece, start, size = first.untyped_storage()._cdata, first.storage_offset(), first.numel()

@@ -22,6 +22,27 @@ from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.statistics import is_finite
 
 
+def check_decided(block: Block, pruned: object) -> None:
+    """RunError: the method gave something else than a boolean keep mask, an allocation and, where it changes weights, a
+    weight of each linear, in their shapes."""
+    if not isinstance(pruned, PrunedBlock):
+        raise RunError(f"{block.name}: the method gave {type(pruned).__name__}, not a PrunedBlock (docs/extending.md)")
+    parts = {"keep_masks": pruned.keep_masks, "allocated": pruned.allocated, "weights": pruned.weights}
+    for part, found in parts.items():
+        if found is None:
+            continue
+        if odd := sorted(found.keys() ^ block.linears.keys()):
+            raise RunError(f"{block.name}: the method's {part} are not those of the block's linears: {', '.join(odd)}")
+        for name, linear in block.linears.items():
+            shape = linear.weight.shape[: 1 if part == "allocated" else 2]
+            masks, given = part == "keep_masks", found[name]
+            if given.shape != shape or (masks and given.dtype != torch.bool):
+                wanted = f"torch.bool {[*shape]}" if masks else f"{[*shape]}"
+                raise RunError(
+                    f"{block.name}.{name}: the method's {part} must be {wanted}, not {given.dtype} {[*given.shape]}"
+                )
+
+
 @torch.no_grad()
 def write_weights(block: Block, pruned: PrunedBlock) -> None:
     """Write the pruned weights into the block: the one place where weights change. All ranks write what rank 0 found.
@@ -72,6 +93,7 @@ def prune_blocks(
         if not restore(block):
             goal = goals if isinstance(goals, Goal) else goals[block.index]
             pruned = _pruned(block, inputs, targets, observed, pruner, goal, batch_size, on_step)
+            check_decided(block, pruned)
             write_weights(block, pruned)
         block.outputs(inputs, batch_size, out=inputs)
         if pruned:

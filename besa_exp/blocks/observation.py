@@ -90,7 +90,7 @@ def mean_squares(
     copies of the weights that take a gradient."""
     leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
     total = {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in leaves.items()}
-    for sample in inputs.split(1):
+    for sample in inputs.split(1) if len(inputs) else ():  # a rank may own none
         for name, gradient in zip(total, gradients_of(sample, leaves), strict=True):
             total[name] += gradient.float().square()
     num_samples = distributed.total(len(inputs))

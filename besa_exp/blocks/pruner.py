@@ -12,7 +12,7 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.reports import ModelStep, Step
-from besa_exp.blocks.whole_model import KeepMasks, Weights, Whole
+from besa_exp.blocks.whole_model import Found, Whole
 from besa_exp.tensors.importance import Importance
 from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.quantisation import Quantiser
@@ -88,14 +88,17 @@ class Refinement(Protocol):
         """How many it takes."""
         ...
 
+    def bytes_held(self, weights: int, sparsity: float) -> tuple[int, int]:
+        """Of all blocks at once, of so many weights: what lies on the device, and what lies where it fits."""
+        ...
+
     def refine(
         self,
         whole: Whole,
-        keep_masks: Sequence[KeepMasks],
-        weights: Sequence[Weights] | None,
+        found: Sequence[Found],
         on_step: Callable[[ModelStep], None],
-    ) -> tuple[Sequence[KeepMasks], Sequence[Weights] | None]:
-        """The masks and weights of all blocks, from those that the block loop found; None: the dense weights."""
+    ) -> Sequence[Found]:
+        """The masks and weights of all blocks, from those that the block loop found."""
         ...
 
 

@@ -9,7 +9,7 @@ whose attention and MLP work side by side (GPT-J, GPT-NeoX, Falcon, Phi) have no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from besa_exp.blocks.call_arguments import Reached, hidden_of
 from besa_exp.blocks.linears import find_linears
 from besa_exp.blocks.pruner import PrunedBlock
 from besa_exp.blocks.reports import BlockReport
+from besa_exp.blocks.whole_model import Found
 from besa_exp.errors import RunError
 
 T = TypeVar("T")
@@ -48,23 +49,22 @@ def with_linears(blocks: Sequence[Block]) -> list[Block]:
     return [_chained(group) for group in groups]
 
 
-def by_unit(units: Sequence[Block], of_blocks: Sequence[Mapping[str, T]]) -> list[dict[str, T]]:
-    """What is known of each block's linears, by unit."""
-    values = iter(of_blocks)
-    return [
-        {f"{place}.{name}": value for place, _ in enumerate(unit.parts) for name, value in next(values).items()}
-        if unit.parts
-        else dict(next(values))
-        for unit in units
-    ]
+def of_unit(unit: Block, of_block: Callable[[Block], Mapping[str, T]]) -> Mapping[str, T]:
+    """What is known of the linears of each of its blocks, by their names in the unit."""
+    if not unit.parts:
+        return of_block(unit)
+    parts = enumerate(unit.parts)
+    return {f"{place}.{name}": value for place, part in parts for name, value in of_block(part).items()}
 
 
-def of_blocks(units: Sequence[Block], of_units: Sequence[Mapping[str, T]]) -> list[Mapping[str, T]]:
-    """The inverse."""
-    found: list[Mapping[str, T]] = []
-    for unit, own in zip(units, of_units, strict=True):
-        found += [_own(own, place) for place, _ in enumerate(unit.parts)] if unit.parts else [own]
-    return found
+def found_of_blocks(unit: Block, found: Found) -> list[Found]:
+    """Of each of its blocks, from what is found of the unit."""
+
+    def own(make: Callable[[], Mapping[str, Tensor]], place: int) -> Callable[[], Mapping[str, Tensor]]:
+        return lambda: _own(make(), place)
+
+    places = range(len(unit.parts))
+    return [Found(own(found.keep_masks, p), found.weights and own(found.weights, p)) for p in places] or [found]
 
 
 def _chained(blocks: Sequence[Block]) -> Block:

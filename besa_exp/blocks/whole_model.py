@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from besa_exp.blocks.activations import Allocate
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.head import Head, divergence
 from besa_exp.blocks.probe import num_learned
@@ -32,15 +33,26 @@ WeightsOf = Callable[[int, Block], Weights]
 
 
 @dataclass(frozen=True)
+class Found:
+    """What became of a block, made when it is asked for: its keep masks and, where kept weights moved, its weights; a
+    whole model's would take as much memory as the model."""
+
+    keep_masks: Callable[[], KeepMasks]
+    weights: Callable[[], Weights] | None = None
+
+
+@dataclass(frozen=True)
 class Whole:
     """`inputs` are those of the first block and `outputs` those of the dense model's last, of the samples that this
-    rank owns; `batch_size` samples pass a block together where nothing is learned."""
+    rank owns; `batch_size` samples pass a block together where nothing is learned. `room` is where so many bytes fit
+    that are held of all blocks at once."""
 
     blocks: Blocks
     inputs: Hidden
     outputs: Hidden
     head: Head
     batch_size: int
+    room: Callable[[int], Allocate]
 
     def samples(self) -> tuple[int, Int[Tensor, " sample"]]:
         """How many samples, the first ones, are learned from, and the numbers of those that judge."""

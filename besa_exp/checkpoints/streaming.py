@@ -31,6 +31,7 @@ from besa_exp.checkpoints.tensor_sources import (
 )
 from besa_exp.checkpoints.transformers_config import read_config, stored_dtype
 from besa_exp.machine.background import ahead
+from besa_exp.machine.memory import give_back_memory
 
 LARGE = 8 * 2**20  # more than the temporaries that inner loops work in, which are used again and again
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
@@ -175,14 +176,6 @@ def give_back_large_tensors() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGE)
-
-
-def give_back_memory() -> None:
-    """Makes glibc return freed memory to the system, also in smaller pieces: without it a streamed model of 4 GB grew
-    by 100 MB a block. Other C libraries are left alone."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def dtype_of(config: PreTrainedConfig, wanted: str, folder: Path) -> torch.dtype:

@@ -8,11 +8,13 @@ valid name. A line's key is what stands before its `=`.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose
 from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -27,17 +29,20 @@ from omegaconf.errors import OmegaConfBaseException
 
 from besa_exp.cli.text_keys import list_keys, quoted, text_keys, what_needs_quotes
 from besa_exp.errors import did_you_mean
+from besa_exp.presets import CONF_DIR
 
 
 @dataclass
 class Composer:
     """Composes the configuration of override lines; Hydra must be initialized.
 
-    `search_path` are the lines that add folders of presets. `problems` maps an override's key to what is wrong with it;
-    a line whose key is there is left out of what is composed, so that it hides no other problem."""
+    `search_path` are the lines that add folders of presets, `beside` is that of --config-dir. `problems` maps an
+    override's key to what is wrong with it; a line whose key is there is left out of what is composed, so that it hides
+    no other problem."""
 
     config_name: str
     search_path: tuple[str, ...] = ()
+    beside: Path | None = None
     problems: dict[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -74,7 +79,12 @@ class Composer:
         """The configuration, Hydra's own node included; None, and a problem noted, where it cannot be composed."""
         lines = [line for line in lines if key_of(line) not in self.problems]
         try:
-            return compose(self.config_name, [*lines, *self.search_path], return_hydra_config=True)
+            config = compose(self.config_name, [*lines, *self.search_path], return_hydra_config=True)
+            self.problems |= self._taken_from_us(config.hydra.runtime.choices)
+            return config
+        except yaml.YAMLError as error:  # of a preset of one's own
+            self.problems.setdefault("composition", "; ".join(map(str.strip, str(error).splitlines())))
+            return None
         except (HydraException, OmegaConfBaseException) as error:
             found = self._unknown_keys(lines)
             if not found:
@@ -86,6 +96,15 @@ class Composer:
     def presets(self, group: str) -> list[str]:
         """The presets of a group; none where there is no such group."""
         return self.repository.get_group_options(group, ObjectType.CONFIG)
+
+    def _taken_from_us(self, choices: Mapping[str, Any]) -> dict[str, str]:
+        """Chosen presets of `beside` that are not read, as ours have their names."""
+        names = [f"{group}/{name}.yaml" for group, name in choices.items()]
+        return {
+            name: f"{self.beside / name}: is not read, as the package has a preset of this name; give it another name"
+            for name in names
+            if self.beside and (self.beside / name).is_file() and (CONF_DIR / name).is_file()
+        }
 
     def _unparsed(self, line: str, error: OverrideParseException) -> str:
         key, equals, value = line.partition("=")

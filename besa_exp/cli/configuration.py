@@ -16,13 +16,13 @@ from typing import Any, TypeVar, cast
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationToMissingValueError
+from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError
 
 from besa_exp.cli.reading import MISSING_VALUE, UNREAD, Reader
 from besa_exp.errors import ConfigurationError
 from besa_exp.presets import CONF_DIR, METHOD_GROUPS
 from besa_exp.report.methods import differences, method_of
-from besa_exp.run_folder.identity import NOT_DECIDING, without_places
+from besa_exp.run_folder.identity import NOT_DECIDING, results_identity, without_places
 from besa_exp.run_folder.lookup import run_and_model
 from besa_exp.settings import EvaluationSettings, RunSettings, TuneSettings
 from besa_exp.tensors.pattern import fixes_sparsity
@@ -38,22 +38,6 @@ __all__ = [
 ]
 
 Of = TypeVar("Of", EvaluationSettings, TuneSettings)
-# What determines a run's result, and therefore its folder. Tracker, offline and overwrite do not.
-DETERMINING_KEYS = (
-    "model",
-    "calibration",
-    *METHOD_GROUPS,
-    "evaluator",
-    "skipping",
-    "sparsity",
-    "pattern",
-    "ignore",
-    "seed",
-    "device",
-    "deterministic",
-    "compute_dtype",
-    "save",
-)
 # (group, key, default) of keys that came later: at their defaults they change no result, so runs made before them are
 # found again.
 LATER_KEYS = (
@@ -93,12 +77,17 @@ def as_values(config: DictConfig) -> dict[str, Any]:
 
 def _plain(config: DictConfig, key: str) -> Any:
     node = config._get_node(key)
-    if OmegaConf.is_config(node):
-        return OmegaConf.to_container(node, resolve=True)  # a node keeps its parent: ${seed} works
     try:
+        if OmegaConf.is_config(node):
+            return OmegaConf.to_container(node, resolve=True)  # a node keeps its parent: ${seed} works
         return MISSING_VALUE if OmegaConf.is_missing(config, key) else config[key]
     except InterpolationToMissingValueError:
         return MISSING_VALUE
+    except InterpolationKeyError as error:
+        told = str(error).splitlines()[0]
+        raise Unreadable(
+            {key: f"{error.full_key or key}: {told}; ${{seed}} and the like name a key of the run"}
+        ) from error
 
 
 def method_name(choices: Mapping[str, Any]) -> str:
@@ -154,13 +143,9 @@ def run_name(config: DictConfig) -> str:
 
     `config` is composed with Hydra's own node, which knows the presets chosen. The hash is over their names and the
     values of their fields, never over where a class lies; it alone identifies a run."""
-    values = {key: value for key, value in as_values(config).items() if key in DETERMINING_KEYS}
-    values = {key: value for key, value in values.items() if key not in LATER_GROUPS or value not in (None, [])}
+    values = as_values(config)
     model = _model_name(values)
-    if isinstance(values.get("model"), dict):
-        values["model"] = {key: value for key, value in values["model"].items() if key not in NOT_DECIDING}
-    if isinstance(values.get("save"), dict):
-        values["save"] = {key: values["save"][key] for key in values["save"] if key not in ("verify", "push_to_hub")}
+    values = {k: v for k, v in results_identity(values).items() if k not in LATER_GROUPS or v not in (None, [])}
     values = _without_later_keys(values)
     choices = OmegaConf.select(config, "hydra.runtime.choices")
     method = method_name(choices)
@@ -168,10 +153,9 @@ def run_name(config: DictConfig) -> str:
     pattern, amount = str(values.get("pattern")), values.get("sparsity")
     if fixes_sparsity(pattern):
         amount = pattern
-        values.pop("sparsity", None)
     elif pattern != "unstructured":
         amount = f"{pattern}-{amount}"
-    digest = _digest(without_places(values) | {"method": method})
+    digest = _digest(values | {"method": method})
     skipping = [f"skipping_{under['name']}"] if isinstance(under := values.get("skipping"), dict) else []
     parts = [model, method, *differing, amount, *skipping, f"s{values.get('seed')}", digest]
     return "-".join(_slug(part) for part in parts)

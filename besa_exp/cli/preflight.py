@@ -27,6 +27,7 @@ from besa_exp.evaluation.checks import check_evaluator, check_skipping
 from besa_exp.hub.client import is_hub_id
 from besa_exp.hub.publish import check_push
 from besa_exp.machine.disk import check_disk, required_bytes
+from besa_exp.run_folder.identity import check_finished
 from besa_exp.run_folder.inputs import check_run_inputs
 from besa_exp.run_folder.lookup import check_run, run_and_model
 from besa_exp.settings import (
@@ -102,12 +103,12 @@ def preflight_tuning(
     if of_run:
         return of_run
     from besa_exp.runs.recover import check_recovery_of  # imports torch
-    from besa_exp.runs.tune import as_run, has_lost_blocks
+    from besa_exp.runs.tune import as_run, config_of_tuning, has_lost_blocks
 
     asked = as_run(settings)
     problems = check_run_inputs(folder, asked)
     if finished:
-        return problems
+        return check_finished(folder, config_of_tuning(settings)) or problems
     if folder.expanduser().resolve() in (Path(model).expanduser().resolve(), *([run.resolve()] if run else [])):
         return [f"hydra.run.dir={folder}: is where the checkpoint lies; name another folder for the tuned model"]
     facts, of_shared = _check_shared(asked, unknown, True, "checkpoint")
@@ -225,11 +226,11 @@ def _check_target(settings: RunSettings, facts: ModelFolder | None, with_pruner:
         pruned = {name: size for name, (own, size) in named.items() if not is_ignored(own, settings.ignore)}
         problems += indivisible(pruned, settings.pattern)
     if with_pruner and not problems:
-        from besa_exp.methods.budgets.trial import check_budget  # torch is there already: it came with the pruner
-        from besa_exp.methods.updates.updated import with_update
+        from besa_exp.methods.given import check_kinds, check_methods  # torch is there already: it came with the pruner
 
-        problems += with_update(settings.pruner, settings.update).check(sparsity, settings.pattern)
-        problems += check_budget(settings.budget, settings.pattern)
+        if problems := check_kinds(vars(settings)):
+            return problems
+        problems += check_methods(vars(settings), sparsity, settings.pattern)
         if settings.recovery:
             from besa_exp.runs.recover import check_recovery_of
 

@@ -13,6 +13,7 @@ from pkgutil import resolve_name
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from besa_exp.errors import did_you_mean
+from besa_exp.presets import METHOD_GROUPS
 
 MISSING_VALUE = "???"  # what OmegaConf calls a value that the user must give
 SCALARS = (bool, int, float, str)
@@ -46,7 +47,7 @@ class Reader:
         if is_dataclass(hint) or (isinstance(value, Mapping) and "_target_" in value):
             return self.node(value, hint, key)
         if hint is Any:
-            return value
+            return self.node(value, hint, key) if isinstance(value, Mapping) and key in METHOD_GROUPS else value
         return self._scalar(value, hint, key)
 
     def node(self, node: Any, hint: Any, key: str, given: Mapping[str, Any] | None = None) -> Any:
@@ -59,7 +60,10 @@ class Reader:
         if cls is UNREAD:
             return UNREAD
         known = {field.name: field for field in fields(cls) if field.init and field.name not in (given or {})}
-        hints = get_type_hints(cls)
+        try:
+            hints = get_type_hints(cls)
+        except (NameError, TypeError) as error:
+            return self.refuse(key, f"{key}._target_={node['_target_']}: its fields' types cannot be read ({error})")
         values: dict[str, Any] = dict(given or {})
         for name, value in node.items():
             if name == "_target_":
@@ -85,13 +89,15 @@ class Reader:
             return cls(**values)
         except ValueError as error:
             return self.refuse(key, str(error))
+        except Exception as error:  # noqa: BLE001 - a preset's class may be anybody's
+            return self.refuse(key, f"{key}: {cls.__name__} cannot be made ({type(error).__name__}: {error})")
 
     def _class(self, target: str | None, hint: Any, key: str) -> Any:
         if target is None:
             return hint if is_dataclass(hint) else self.refuse(key, f"{key}: its preset lacks _target_, a dataclass")
         try:
             cls = resolve_name(target)
-        except (ImportError, AttributeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - importing a module runs it
             return self.refuse(
                 key, f"{key}._target_={target}: cannot be imported ({error}); name an importable dataclass"
             )

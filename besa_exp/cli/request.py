@@ -18,13 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from besa_exp.cli.compose import Composer, key_of, told_sweep
-from besa_exp.cli.configuration import Unreadable, method_name, read_settings
+from besa_exp.cli.configuration import Unreadable, as_values, method_name, read_settings
 from besa_exp.cli.launchers import launcher_lines, launcher_of
 from besa_exp.cli.preflight import preflight
 from besa_exp.errors import ConfigurationError
 from besa_exp.hub.publish import check_names, check_push
 from besa_exp.machine.environment_variables import set_before_imports
 from besa_exp.presets import METHOD_GROUPS
+from besa_exp.run_folder.identity import check_finished
 from besa_exp.run_folder.inputs import check_run_inputs
 from besa_exp.run_folder.status import is_done
 from besa_exp.tensors.pattern import parse_pattern
@@ -99,7 +100,7 @@ def composer_of(arguments: argparse.Namespace, config_name: str = CONFIG_NAME) -
         return Composer(name, tuple(given))
     if not Path(folder).is_dir():
         raise ConfigurationError(f"--config-dir={folder}: there is no such folder; check the path")
-    return Composer(name, (f"hydra.searchpath=['file://{Path(folder).absolute()}']",))
+    return Composer(name, (f"hydra.searchpath=['file://{Path(folder).absolute()}']",), Path(folder))
 
 
 def composed_for_one(
@@ -171,7 +172,9 @@ def _job(composer: Composer, lines: Sequence[str], config: DictConfig, unknown: 
     try:
         folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir) if of_sweep else Path(config.hydra.run.dir)
     except OmegaConfBaseException as error:
-        composer.problems["hydra.run.dir"] = f"the run folder's name cannot be made: {str(error).splitlines()[0]}"
+        reason = str(error).splitlines()[0]
+        if not reason.startswith(Unreadable.__name__):  # which is told with the settings
+            composer.problems["hydra.run.dir"] = f"the run folder's name cannot be made: {reason}"
         folder = Path()
     job = Job(tuple(lines), config, folder, is_done(folder) and not config.get("overwrite"))
     if not job.finished:
@@ -182,7 +185,12 @@ def _job(composer: Composer, lines: Sequence[str], config: DictConfig, unknown: 
 
 
 def _check_finished(composer: Composer, job: Job) -> None:
-    """Notes what speaks against showing a finished run: its inputs are others now, or it cannot be pushed."""
+    """Notes what speaks against showing a finished run: it answers another request, its inputs are others now, or it
+    cannot be pushed."""
+    asked = as_values(job.config) | {"method": method_name(job.config.hydra.runtime.choices)}
+    if others := check_finished(job.folder, asked):
+        composer.problems |= {problem: problem for problem in others}
+        return
     try:
         settings = read_settings(job.config, "", with_pruner=False)
     except Unreadable:  # what it was asked with then is no key or value any more

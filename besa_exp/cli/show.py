@@ -7,6 +7,7 @@ be out of date.
 
 from __future__ import annotations
 
+import argparse
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,24 +44,26 @@ class Key:
 
 def show(arguments: Sequence[str]) -> int:
     """Prints what is asked for; 0. ConfigurationError: there is no such group, preset or key."""
-    if any(word in ("-h", "--help") for word in arguments):
-        print("besa show [GROUP=PRESET ...]: what each key means, its type and value (besa list: all presets)")
-        return 0
+    text = "What each key means, its type and value; without words, of a run's own keys."
+    parser = argparse.ArgumentParser(prog="besa show", allow_abbrev=False, description=text)
+    parser.add_argument("words", nargs="*", metavar="GROUP=PRESET", help="besa list: all presets")
+    parser.add_argument("--config-dir", "-cd", type=Path, metavar="DIR", help="a folder of presets of your own too")
+    asked = parser.parse_args(arguments)
     console = console_of(PLAIN_WIDTH)
-    if not arguments:
+    if not asked.words:
         _tell(console, "besa prune", CONF_DIR / "prune.yaml", "", _run_settings())
-    for number, word in enumerate(arguments):
+    for number, word in enumerate(asked.words):
         if number:
             console.print()
-        _show_one(console, word)
+        _show_one(console, word, asked.config_dir)
     return 0
 
 
-def _show_one(console: Console, word: str) -> None:
+def _show_one(console: Console, word: str, beside: Path | None) -> None:
     group, _, name = word.partition("=")
     known = {**{group: group for group in groups()}, **{f"{group}s": group for group in groups()}}
     if group in known and not name:
-        print(listing([known[group]]))
+        print(listing([known[group]], beside))
         return
     own = {key.name: key for key in keys_of(CONF_DIR / "prune.yaml")}
     if not name and group in own:
@@ -72,9 +75,10 @@ def _show_one(console: Console, word: str) -> None:
             f"{word}: no such group or key{did_you_mean(group, named)}; groups: {', '.join(groups())}"
         )
     group = known[group]
-    if name not in presets(group):
-        raise ConfigurationError(f"{word}: no such preset{did_you_mean(name, presets(group))}; besa list {group}")
-    path = CONF_DIR / group / f"{name}.yaml"
+    own = {path.stem: path for path in (beside / group).glob("*.yaml")} if beside else {}
+    ours = {preset: CONF_DIR / group / f"{preset}.yaml" for preset in presets(group)}
+    if (path := (own | ours).get(name)) is None:
+        raise ConfigurationError(f"{word}: no such preset{did_you_mean(name, [*own, *ours])}; besa list {group}")
     default = ", the default" if name == default_preset(group) and "default" not in first_comment(path) else ""
     hints = _run_settings() if group in ("experiment", "debug") else None  # whose keys are those of a run
     _tell(console, f"{group}={name}{default}", path, "" if hints else group, hints)
@@ -137,8 +141,9 @@ def keys_of(path: Path) -> list[Key]:
 def _chosen(defaults: Sequence[Any], path: Path) -> Iterator[Key]:
     """The keys of the presets that a preset builds on, and those that an experiment chooses (`override /model`)."""
     for item in defaults:
-        if isinstance(item, str) and path.name != "prune.yaml" and (path.parent / f"{item}.yaml").is_file():
-            yield from keys_of(path.parent / f"{item}.yaml")
+        bases = [folder / f"{item}.yaml" for folder in (CONF_DIR / path.parent.name, path.parent)]
+        if path.name != "prune.yaml" and (base := next(filter(Path.is_file, bases), None)):
+            yield from keys_of(base)
         for name, value in item.items() if isinstance(item, dict) else ():
             if name.startswith("override /"):
                 yield Key(

@@ -1,10 +1,10 @@
 """What is measured of a run on this machine: one block is pruned, a batch is scored, some steps of a recovery taken,
 and a file is written beside the run folder. NaN: could not be measured.
 
-    a recovery's step of T tokens:  T (n (t - h) + h)
+    a recovery's step of T tokens:  T t (n b + h) / (b + h) + f P / p
 
-t are the seconds of a token in a step on the model with one block, h those outside it, three times a forward pass of
-the head; n blocks there are.
+t are the seconds of a token in a step on the model with one block, b and h those of a forward pass in the block and
+outside it, f those of a step whatever its tokens, p the values that it trains; there are n blocks and P values.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ from besa_exp.machine.memory import free_memory
 from besa_exp.methods.budgets.budget import Budget, Counted, pruned_to
 from besa_exp.methods.budgets.trial import DepthSearch
 from besa_exp.methods.updates.updated import with_update
-from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears
+from besa_exp.recovery.keep_bits import parameters_of_linears
 from besa_exp.recovery.recipe import follows_dense, method_of, objective_of, plan_of, steps_of
+from besa_exp.recovery.reconstruction import Reconstruction
 from besa_exp.settings import RecoverySettings, RunSettings
 from besa_exp.tensors.importance import importance_of
+from besa_exp.tensors.keep_bits import KeepBits
 from besa_exp.tensors.masks import Goal
 from besa_exp.texts.tasks import TASKS
 
@@ -50,6 +52,7 @@ LEAST_WORK = 3  # times the weights of the blocks that are pruned together, whic
 WRITTEN = 2**25  # bytes of the file that is written to measure the disk
 TRIED = 3  # step sizes of a recovery, where none is given
 BACKWARD = 3  # forward passes that one both ways costs
+FEWER = 4  # times more tokens has the longer of the two steps of a recovery that are taken
 
 
 class Disk(NamedTuple):
@@ -157,23 +160,28 @@ def recovery_cost(probe: BlockProbe, asked: RecoverySettings, num_blocks: int) -
     steps, method, plan, times = steps_of(asked), method_of(asked), plan_of(asked), num_blocks / len(modules)
     teacher = copy.deepcopy(model) if follows_dense(asked) else None
     tuner = method.begin(model, _pruned_at_random(probe), asked.seed)
-    tokens = max(4, int(SLOW / BACKWARD / (in_block + head)))
-    length = min(seq_len, tokens)
-    rows = max(1, min(asked.batch_size, tokens // length))
+    tokens = max(2 * FEWER, min(asked.batch_size * seq_len, int(SLOW / BACKWARD / (in_block + head))))
+    length = min(seq_len, tokens // FEWER)
+    rows = tokens // length
     objective = objective_of(replace(asked, task=None, seq_len=length), method, model, teacher)
+    predicted = head * (not isinstance(objective, Reconstruction))  # of a step; judgements predict all the same
 
-    def step(number: int) -> float:
+    def step(number: int, rows: int) -> float:
         windows = torch.randint(0, 2, (rows, length), generator=torch.Generator().manual_seed(number))
-        return seconds_of(probe.device, lambda: tuner.step(objective, windows, number, 1e-6)) / (rows * length)
+        return seconds_of(probe.device, lambda: tuner.step(objective, windows, number, 1e-6))
 
     def bytes_of(own: Mapping[str, Tensor]) -> float:
         return sum(one.nbytes * (times if name.startswith(f"{path}.") else 1) for name, one in own.items())
 
-    _, a_token = step(0), step(1)  # the first one does what is done once
-    state, outside = bytes_of(tuner.state()), min(a_token, BACKWARD * head)
-    checkpoint = state + bytes_of({name: one.data for name, one in tuner.parameters.items()})
+    step(0, 1)  # the first one does what is done once
+    a_token, fixed = line(length, step(1, 1), rows * length, step(2, rows))
+    state = bytes_of(tuner.state())
+    trained = {name: one.data for name, one in tuner.parameters.items()}
+    checkpoint = state + bytes_of(trained)
+    fixed *= bytes_of(trained) / sum(one.nbytes for one in trained.values())
     window = seq_len * (1 if asked.task is None else len(TASKS[asked.task].words))
-    a_step = asked.batch_size * window * (times * (a_token - outside) + outside)
+    a_token *= (num_blocks * in_block + predicted) / (len(modules) * in_block + predicted)
+    a_step = asked.batch_size * window * a_token + fixed
     judgements = 1 + sum(plan.judges_after(number) for number in range(1, steps + 1))
     judged = judgements * asked.held_out + (0 if asked.task is None else 2 * asked.tested)  # before and after
     seconds = (steps + TRIED * plan.trial) * a_step + judged * window * (num_blocks * in_block + head)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from besa_exp.blocks.activations import activation_bytes
+from besa_exp.blocks.activations import OF_ALL_BLOCKS, activation_bytes
 from besa_exp.checkpoints.load import SHARE_OF_FREE, is_to_stream, model_context, weight_bytes
 from besa_exp.checkpoints.streaming import saves_blocks_anew, streamed_sources
 from besa_exp.checkpoints.tensor_sources import stored_tensors
@@ -35,12 +35,14 @@ from besa_exp.methods.budgets.uniform import SameForAll
 from besa_exp.methods.updates.updated import with_update
 from besa_exp.recovery.recipe import follows_dense
 from besa_exp.settings import RunSettings
+from besa_exp.tensors.masks import Goal
 
 Place = Literal["device", "host", "disk"]
-PHASES = ("load", "prune", "recover", "save", "evaluate")
+PHASES = ("load", "prune", "refine", "recover", "save", "evaluate")
 LIBRARIES = "Python and libraries"  # held by this process too: they do not lessen what is free
 AT_WORK = "statistics, pruner and forward pass at work"
 LOGS = 300_000  # bytes: config, environment, results, status, run.log, a line of metrics for each step
+NO_SEARCH = "pruner=besa_reconstruct in the place of best, pruner.scope=block"
 WANDB_TIMES = 4  # what W&B writes for each byte of them, its copy of the console included
 REPLAYED = 4  # passes of a sample through each block when a run begins: two samples, twice
 FRESH_PROCESS = 2.5  # seconds until Python has imported torch and transformers, as measured on two CPU cores
@@ -96,6 +98,7 @@ def estimate(settings: RunSettings, folder: Path) -> Estimate:
     linked = linked and (streamed or (size.total > ONE_FILE and settings.recovery is None))
     saved = (size.outside if linked else size.total) * settings.keeps_model
     parts = _parts(settings, size, texts, costs, streamed, saved, device.type == "cuda")
+    parts += _refining(settings, size, texts, streamed, device.type == "cuda", free)
     seconds = _seconds(settings, size, texts, costs, streamed, saved, device.type == "cuda")
     kept = size.total * settings.keeps_model + size.masks * settings.save.masks * (not settings.is_dense) + LOGS
     notes += [*texts.notes, *filter(None, [costs.note]), *_not_estimated(settings)]
@@ -107,7 +110,7 @@ def _not_estimated(settings: RunSettings) -> list[str]:
     missing = {
         "the memory of a budget over depth is not estimated": not isinstance(settings.budget, SameForAll | None),
         "the structure is not estimated: time and memory are those of the dense model's blocks": settings.structure,
-        "time and memory of the search over the whole model that follows the block loop are not estimated": (
+        "the time of the search over the whole model that follows the block loop is not estimated": (
             settings.pruner.traits.refinements
         ),
         "of the recovery's memory, the activations of a step are not estimated": settings.recovery,
@@ -152,7 +155,8 @@ def _parts(
     batch = costs.batch if settings.evaluator.perplexity_sets or settings.evaluator.tasks else 0
     follows = settings.recovery is not None and follows_dense(settings.recovery)
     tracked = settings.tracker.name == "wandb" and settings.tracker.mode != "disabled"
-    held, finished, loop = max(size.blocks) * streamed, (sum(size.blocks) + size.masks) * pruned, ("prune", "evaluate")
+    held, finished = max(size.blocks) * streamed, (sum(size.blocks) + size.masks) * pruned
+    loop = ("prune", "refine", "evaluate")
     parts = [
         Part(LIBRARIES, "host", costs.libraries),
         Part("weights", memory, size.total * (not streamed), remedy="model.load=streamed"),
@@ -162,7 +166,7 @@ def _parts(
         Part("the finished block, being written", "host", held * pruned, ("prune",)),
         Part("a shard on its way", "host", min(saved, ONE_FILE) * on_cuda * (not streamed), ("save",)),
         Part("activations and targets", at, states, ("prune",), fewer),
-        Part(AT_WORK, memory, costs.working if pruned else 0, ("prune",), "a smaller calibration.batch_size"),
+        Part(AT_WORK, memory, costs.working if pruned else 0, ("prune", "refine"), "a smaller calibration.batch_size"),
         Part("recovery: what is trained, and its moments", memory, state, ("recover",), "recovery=lora"),
         Part("recovery: the dense model", memory, size.total * follows, ("recover",), "recovery.distill=none"),
         Part("evaluation: a batch's logits", memory, batch, ("evaluate",), "evaluator.batch_size=1"),
@@ -175,6 +179,31 @@ def _parts(
         Part("W&B", "disk", WANDB_TIMES * LOGS * tracked),
     ]  # fmt: skip
     return [part for part in parts if part.size != 0]
+
+
+def _refining(
+    settings: RunSettings, size: ModelSize, texts: Texts, streamed: bool, on_cuda: bool, free: Mapping[Place, int]
+) -> list[Part]:
+    """What a search over the whole model adds, from its first step to its last."""
+    memory: Place = "device" if on_cuda else "host"
+    sparsity, weights = Goal.parse(settings.sparsity, settings.pattern).sparsity, 8 * size.masks
+    states = activation_bytes(texts.samples, texts.seq_len, size.state, 1, False)
+    taken = {memory: states + (size.outside if streamed else size.total)}
+    parts = []
+    for one in settings.pruner.traits.refinements:
+        fixed, movable = one.bytes_held(weights, sparsity)
+        at: Place = "disk"
+        for place in ("host", memory):  # the faster one last
+            if movable < OF_ALL_BLOCKS * (free.get(place, 0) - taken.get(place, 0)):
+                at = place
+        parts += [
+            Part("dense weights, until the search begins", memory, sum(size.blocks) * (not streamed), ("prune",)),
+            Part("the search's hidden states", memory, states, ("refine",)),
+            Part("the search: which weights", memory, fixed, ("refine",), NO_SEARCH),
+            Part("the search: kept weights, moments", at, movable, ("refine",), NO_SEARCH),
+            Part("blocks as the search leaves them", "disk", sum(size.blocks) + size.masks, PHASES[2:]),
+        ]
+    return [part for part in parts if part.size]
 
 
 def _seconds(

@@ -25,8 +25,8 @@ from besa_exp.blocks.loop import prune_blocks
 from besa_exp.blocks.probe import num_probe_samples
 from besa_exp.blocks.pruner import Pruner
 from besa_exp.blocks.units import units
-from besa_exp.checkpoints.streaming import give_back_memory
 from besa_exp.machine.device import memory_taken, seconds_of
+from besa_exp.machine.memory import give_back_memory
 from besa_exp.tensors.masks import Goal
 
 BUDGET = 6.0  # seconds that a block may take to be measured as it is

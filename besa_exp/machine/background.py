@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -23,7 +25,7 @@ def one_at_a_time() -> Iterator[Callable[[Callable[[], object]], None]]:
             under_way.pop().result()
         under_way.append(thread.submit(act))
 
-    with ThreadPoolExecutor(1) as thread:
+    with _thread() as thread:
         yield begin
         if under_way:
             under_way.pop().result()
@@ -32,10 +34,18 @@ def one_at_a_time() -> Iterator[Callable[[Callable[[], object]], None]]:
 def ahead(make: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """What is made of each item, in order; while one is out the next is made."""
     left = iter(items)
-    with ThreadPoolExecutor(1) as thread:
+    with _thread() as thread:
         coming = [thread.submit(make, item) for item in islice(left, 1)]
         while coming:
             made = coming.pop().result()
             coming = [thread.submit(make, item) for item in islice(left, 1)]
             yield made
             del made
+
+
+def _thread() -> ThreadPoolExecutor:
+    """One that works on the caller's GPU. Each thread has a current one of its own, GPU 0 at first: a stream that is
+    left sets it, and every rank would hold a context there."""
+    if not torch.cuda.is_initialized():
+        return ThreadPoolExecutor(1)
+    return ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),))

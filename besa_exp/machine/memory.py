@@ -5,6 +5,7 @@ A container sees the whole machine's memory, but the kernel ends it at its own l
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -20,6 +21,14 @@ def free_memory() -> int:
     left = limit_left(GROUPS, OWN)
     free = int(psutil.virtual_memory().available)
     return (free if left is None else min(free, left)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def give_back_memory() -> None:
+    """Makes glibc return freed memory to the system, also in smaller pieces: without it a streamed model of 4 GB grew
+    by 100 MB a block, and what a search holds of all blocks by a third. Other C libraries are left alone."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def limit_left(groups: Path, own: Path) -> int | None:

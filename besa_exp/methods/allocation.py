@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from besa_exp.blocks.linears import in_one_piece
 from besa_exp.tensors import kernels
 from besa_exp.tensors.masks import keep_by_rank, round_to_total
 
@@ -108,6 +109,9 @@ class Rows:
         cell = torch.arange(len(columns)) if granularity == "row" else torch.arange(len(sizes)).repeat_interleave(sizes)
         device = next(iter(weights.values())).device
         ranks = {name: rank(importance_of(name)) for name in weights}
+        for names in in_one_piece(weights):
+            if len(names) > 1:  # as their weights lie
+                ranks |= zip(names, torch.stack([ranks.pop(name) for name in names]), strict=True)
         capacity = columns.new_zeros(int(cell[-1]) + 1).index_add_(0, cell, columns)
         return Rows(weights, ranks, columns.to(device), cell.to(device), capacity.to(device))
 

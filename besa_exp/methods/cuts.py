@@ -18,7 +18,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.linears import room_like
+from besa_exp.blocks.linears import in_one_piece, room_like, stacked
 from besa_exp.blocks.products import is_plain, product
 from besa_exp.methods.allocation import Rows
 from besa_exp.tensors import kernels
@@ -37,24 +37,29 @@ from besa_exp.tensors import kernels
 @dataclass(frozen=True)
 class Buffers:
     """Room that every step uses again: for the masked weights of each linear, and for the weights around the cuts of
-    any of them."""
+    any of them. `together`: names of linears, those that are masked in one pass in one list."""
 
     masked: Mapping[str, Tensor]
     around: Tensor
+    together: Sequence[Sequence[str]]
 
     @staticmethod
     def like(weights: Mapping[str, Tensor]) -> Buffers:
         largest = max(weights.values(), key=Tensor.numel)
         room = largest.numel() if largest.device.type == "cpu" else 0
-        return Buffers(room_like(weights), largest.new_empty(room))
+        masked = room_like(weights)
+        together: list[list[str]] = []
+        for names in in_one_piece(masked):
+            together += [names] if masked[names[0]].is_contiguous() else [[name] for name in names]
+        return Buffers(masked, largest.new_empty(room), together)
 
     @torch.no_grad()
     def fill(self, rows: Rows, counts: Mapping[str, Int[Tensor, " _out"]]) -> dict[str, Float[Tensor, "_out _in"]]:
         """W_hat of every linear, which holds until the next call."""
-        return {
-            name: kernels.masked_weight(weight, rows.ranks[name], counts[name], out=self.masked[name])
-            for name, weight in rows.weights.items()
-        }
+        for names in self.together:
+            weight, rank, count, out = (_whole(own, names) for own in (rows.weights, rows.ranks, counts, self.masked))
+            kernels.masked_weight(weight, rank, count, out=out)
+        return dict(self.masked)
 
 
 def cut_block(
@@ -64,20 +69,29 @@ def cut_block(
     stands for k. `window`: ranks around the cut, as a fraction of all. Weights of `rows` that require a gradient get
     theirs too, that of the kept ones."""
     masked = room.fill(rows, counts)
-    cuts, weights, products = [], dict(masked), {}
-    for name, weight in rows.weights.items():
-        cut = torch.zeros(counts[name].shape, dtype=torch.float32, device=weight.device, requires_grad=True)
-        cuts.append(cut)
-        levels = rows.num_levels(name)
-        at = _Cut(rows.ranks[name], counts[name], max(window * levels, rows.narrowest), levels, masked[name])
-        if not is_plain(block.linears[name]):
+    cuts = {name: torch.zeros_like(count, dtype=torch.float32, requires_grad=True) for name, count in counts.items()}
+    weights, products = dict(masked), {}
+    for names in room.together:
+        name, levels = names[0], rows.num_levels(names[0])
+        weight, rank, count, own = (_whole(values, names) for values in (rows.weights, rows.ranks, counts, masked))
+        at = _Cut(rank, count, max(window * levels, rows.narrowest), levels, own)
+        cut = cuts[name] if len(names) == 1 else torch.cat([cuts[one] for one in names])
+        if len(names) > 1:
+            found = StraightThrough.apply(cut, weight, at).split(len(masked[name]))
+            weights |= zip(names, found, strict=True)
+        elif not is_plain(block.linears[name]):
             weights[name] = StraightThrough.apply(cut, weight, at)
         elif weight.requires_grad or block.device.type != "cpu":
             products[name] = partial(_masked_linear, cut=cut, dense=weight, at=at)
         else:
             around = room.around[: weight.numel()].view_as(weight)
             products[name] = partial(counted_linear, count=cut, near=partial(_weights_around, weight, at, around))
-    return block(inputs, weights, products), cuts
+    return block(inputs, weights, products), [cuts[name] for name in rows.weights]
+
+
+def _whole(values: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """The rows of all these linears, one linear after the other: no copy where they lie so."""
+    return values[names[0]] if len(names) == 1 else stacked([values[name] for name in names]).flatten(0, 1)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 SHRINK = 0.4  # of the step size, where the steps that were taken with it did not help
@@ -20,19 +20,24 @@ def falling(step: int, num_steps: int) -> float:
     return (1 + math.cos(math.pi * step / num_steps)) / 2
 
 
+def kept_size(weight: Float[Tensor, "out in"], kept: Int[Tensor, ""]) -> float:
+    """The root mean square of a linear's `kept` weights; the others are 0."""
+    return float(weight.norm() / kept.clamp(min=1).sqrt())
+
+
 def adam_on_weights(
-    weights: Mapping[str, Float[Tensor, "_out _in"]],
-    keep_masks: Mapping[str, Bool[Tensor, "_out _in"]],
-    lr: float,
-    more: Iterable[dict[str, Any]] = (),
+    weights: Mapping[str, Float[Tensor, "*_shape"]], first: Mapping[str, float], more: Iterable[dict[str, Any]] = ()
 ) -> torch.optim.Adam:
-    """On the kept weights, each linear's with `lr` of their root mean square as its first step size, and on `more`."""
-    groups = [
-        {"params": [weight], "first_lr": lr * float(weight.norm() / keep_masks[name].sum().clamp(min=1).sqrt())}
-        for name, weight in weights.items()
-    ]
+    """On each linear's weights with its first step size, and on `more`."""
+    groups = [{"params": [weight], "first_lr": first[name]} for name, weight in weights.items()]
     on_gpu = next(iter(weights.values())).is_cuda
     return torch.optim.Adam([*groups, *more], betas=(0.9, 0.99), eps=1e-16, fused=on_gpu)
+
+
+def begin_adam(optimizer: torch.optim.Adam, value: Tensor, moment: Tensor, square: Tensor) -> None:
+    """Let the moments of `value` lie in these rooms."""
+    step = torch.zeros((), device=value.device)
+    optimizer.state[value] = {"step": step, "exp_avg": moment.zero_(), "exp_avg_sq": square.zero_()}
 
 
 def take_step(optimizer: torch.optim.Adam, scale: float) -> None:
@@ -44,12 +49,13 @@ def take_step(optimizer: torch.optim.Adam, scale: float) -> None:
 
 
 class Best:
-    """The best state that the probe saw of what the optimizers change, and its loss there."""
+    """The best state that the probe saw of what the optimizers change, and its loss there. `room`: for copies of all
+    of it, in order."""
 
-    def __init__(self, optimizers: Optimizers, loss: float) -> None:
+    def __init__(self, optimizers: Optimizers, loss: float, room: Sequence[Tensor] | None = None) -> None:
         self._held = [(own, value) for own in optimizers for group in own.param_groups for value in group["params"]]
-        self._copies = [value.detach().clone() for _, value in self._held]
-        self.loss = loss
+        self._copies = [torch.empty_like(value) for _, value in self._held] if room is None else room
+        self.now(loss)
 
     def judged(self, loss: float) -> float:
         """What the step size is to be multiplied by: 1 where the probe's `loss` is a new best, else SHRINK;

@@ -36,8 +36,8 @@ from besa_exp.blocks.reports import Step
 from besa_exp.blocks.whole_model import KeepMasks, Weights, batches
 from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
-from besa_exp.methods.descent import Best, adam_on_weights, falling, take_step
-from besa_exp.tensors.losses import differentiate, token_loss
+from besa_exp.methods.descent import Best, adam_on_weights, falling, kept_size, take_step
+from besa_exp.tensors.losses import differentiate, gradients, token_loss
 from besa_exp.tensors.masks import keep_largest
 
 logger = logging.getLogger(__name__)
@@ -226,7 +226,8 @@ class _State:
             groups.append({"params": [*own.values()], "first_lr": NORM_STEP * lr * size})
             masked |= {name: torch.empty_like(parameter).requires_grad_() for name, parameter in parameters.items()}
             norms |= own
-        optimizer = adam_on_weights(latent, keep_masks, lr, groups)
+        first = {name: lr * kept_size(weight, keep_masks[name].sum()) for name, weight in latent.items()}
+        optimizer = adam_on_weights(latent, first, groups)
         masks, sparsity = dict(keep_masks), _sparsity_of(keep_masks)
         return _State(block, inputs, targets, latent, norms, masks, masked, optimizer, sparsity)
 
@@ -239,13 +240,8 @@ class _State:
         loss, upstream, multiple = differentiate(
             lambda reached: token_loss(reached, targets), outputs, self.block.product_dtype
         )
-        leaves = list(self.masked.values())
-        gradients = (
-            torch.autograd.grad(outputs, leaves, upstream)
-            if len(inputs)
-            else [torch.zeros_like(leaf) for leaf in leaves]
-        )
-        for name, gradient in zip(self.masked, gradients, strict=True):
+        found = gradients(outputs, [*self.masked.values()], upstream)
+        for name, gradient in zip(self.masked, found, strict=True):
             summed = distributed.all_sum(gradient.float() / multiple)
             if name in self.norms:
                 self.norms[name].grad = summed

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
 from besa_exp.recovery.gradients import taking_gradients
-from besa_exp.recovery.keep_bits import KeepBits
 from besa_exp.recovery.sharded import is_dealt_out, own
 from besa_exp.recovery.tuner import Objective, Taken, Windows
+from besa_exp.tensors.keep_bits import KeepBits
 
 
 @runtime_checkable
@@ -113,10 +113,8 @@ class Descent:
                 held = {key: distributed.own_part(v, len(leaf)) if v.dim() else v for key, v in held.items()}
             leaf.copy_(held.pop(name))
             moments = {key.removeprefix(f"{name}/"): value for key, value in held.items()}
-            self.optimizer.state[leaf] = {
-                key: value.to(leaf.device if key != "step" else value.device, copy=True)
-                for key, value in moments.items()
-            }
+            # the fused kernel takes its count of steps, too, from the leaf's device
+            self.optimizer.state[leaf] = {key: value.to(leaf.device, copy=True) for key, value in moments.items()}
         self._write()
 
     def _owner(self, leaf_name: str) -> nn.Parameter:

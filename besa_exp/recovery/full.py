@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from besa_exp.blocks.block import discover_blocks
 from besa_exp.recovery.descent import Adam, Descent
-from besa_exp.recovery.keep_bits import KeepBits, kept_values, put_kept
 from besa_exp.recovery.sharded import own, own_keep
+from besa_exp.tensors.keep_bits import KeepBits, kept_values, put_kept
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 from besa_exp.errors import check_fields, within
 from besa_exp.recovery.descent import Adam, Descent, Form
-from besa_exp.recovery.keep_bits import KeepBits, kept_values, parameters_of_linears, put_kept
+from besa_exp.recovery.keep_bits import parameters_of_linears
 from besa_exp.recovery.norms import norms_and_biases
 from besa_exp.recovery.schedule import key_of
+from besa_exp.tensors.keep_bits import KeepBits, kept_values, put_kept
 
 
 @dataclass(frozen=True)

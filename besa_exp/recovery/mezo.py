@@ -40,10 +40,10 @@ from besa_exp.blocks.head import head_logits
 from besa_exp.checkpoints.streaming import on_demand
 from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
-from besa_exp.recovery.keep_bits import KeepBits, kept_values, put_kept
 from besa_exp.recovery.objective import sequences
 from besa_exp.recovery.schedule import key_of
 from besa_exp.recovery.tuner import Objective, Taken, Windows
+from besa_exp.tensors.keep_bits import KeepBits, kept_values, put_kept
 
 SIGNS = (1, -1)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from besa_exp.recovery.descent import Adam, Descent
 from besa_exp.recovery.full import Kept
-from besa_exp.recovery.keep_bits import KeepBits
+from besa_exp.tensors.keep_bits import KeepBits
 
 
 @dataclass(frozen=True)

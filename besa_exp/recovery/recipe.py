@@ -31,7 +31,6 @@ from besa_exp.texts.sources import check_source
 from besa_exp.texts.tasks import check_task
 
 TRIAL = 0.1  # of the steps, with which a step size is tried
-WITHOUT_ADAM = {"mezo": Mezo, "spiel": Spiel}
 BY_ADAM = {
     "full": Full, "lora": Lora, "scale": partial(Lora, alpha=None), "norms": Norms, "blocks": Blocks, "sketch": Sketch,
     "sparsegrad": SparseGrad,
@@ -115,8 +114,8 @@ def check_fit(asked: RecoverySettings, model: nn.Module) -> list[str]:
     problems = []
     if asked.name == "mezo" and any(parameter.dtype == torch.float16 for parameter in model.parameters()):
         problems.append("recovery=mezo: steps are lost in float16; set model.dtype=bfloat16 or float32")
-    if asked.name == "spiel" and distributed.num_ranks() > 1:
-        problems.append("recovery=spiel: runs in one process; start it without torchrun")
+    if asked.name in ("spiel", "sparsegrad") and distributed.num_ranks() > 1:
+        problems.append(f"recovery={asked.name}: runs in one process; start it without torchrun")
     if asked.shard:
         problems += _check_dealt_out(asked)
     if asked.name == "blocks" and asked.scope == "sub_block":
@@ -161,7 +160,17 @@ def check_recovery(
             make(asked)
         except ValueError as error:
             problems.append(str(error))
-    return problems
+    return problems or _check_trial(asked)
+
+
+def _check_trial(asked: RecoverySettings) -> list[str]:
+    trial, method = plan_of(asked).trial, method_of(asked)
+    if not (isinstance(method, SparseGrad) and 0 < trial <= method.gather):
+        return []
+    return [
+        f"recovery.lr=null: the {trial} steps of a trial only gather gradients (recovery.gather={method.gather}), so "
+        "that no step size can be found; set recovery.lr, or more recovery.steps"
+    ]
 
 
 def _check_dealt_out(asked: RecoverySettings) -> list[str]:

@@ -25,9 +25,9 @@ from besa_exp.blocks.units import sub_blocks, units
 from besa_exp.errors import ConfigurationError, check_fields, one_of
 from besa_exp.recovery.descent import Adam, Descent
 from besa_exp.recovery.full import Kept
-from besa_exp.recovery.keep_bits import KeepBits
 from besa_exp.recovery.objective import differentiated
 from besa_exp.recovery.tuner import Logits, Windows
+from besa_exp.tensors.keep_bits import KeepBits
 from besa_exp.tensors.losses import token_errors
 
 BLOCKS_OF = {"sub_block": 1, "block": 1, "pair": 2, "four": 4}

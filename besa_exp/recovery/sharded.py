@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from besa_exp.blocks.block import discover_blocks
 from besa_exp.machine import distributed
-from besa_exp.recovery.keep_bits import KeepBits
+from besa_exp.tensors.keep_bits import KeepBits
 
 
 def sharded(model: nn.Module) -> nn.Module:

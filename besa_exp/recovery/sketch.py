@@ -20,8 +20,9 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from besa_exp.recovery.descent import Adam, Descent, Form
-from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears, put_kept
+from besa_exp.recovery.keep_bits import parameters_of_linears
 from besa_exp.recovery.norms import norms_and_biases
+from besa_exp.tensors.keep_bits import KeepBits, put_kept
 
 BITS = range(2, 5)
 ITERATIONS = 1000

@@ -7,9 +7,11 @@ eigenvectors of sum_n G_n G_n^T, Q those of sum_n G_n^T G_n, the same subspaces 
 unfoldings without an unfolding in memory. The authors' code has Q transposed: it is still orthogonal, but no longer the
 basis. On stories260K the largest 1 % of the entries of a new gradient of `up` hold 0.35 of its energy in these
 coordinates, 0.22 in plain ones and 0.20 in theirs. It also takes the k-th largest signed entry for a threshold of
-|entries|, so that about 2 k are kept; here k are, ties to the first.
+|entries|, so that about 2 k are kept; here k are, ties to the first. As there, G is the gradient of what passes the
+model together (`micro_batch`), and a step sums what is kept of each.
 
-For dense models alone: each entry of W~ moves all of W, so that no zero of W would stay.
+For dense models alone: each entry of W~ moves all of W, so that no zero of W would stay. For one process: the bases are
+those of the gradients that it has seen.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from torch import Tensor, nn
 from besa_exp.errors import check_fields, within
 from besa_exp.recovery.descent import Adam, Descent
 from besa_exp.recovery.gradients import taking_gradients
-from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears, put_kept, sparsity_of
+from besa_exp.recovery.keep_bits import parameters_of_linears, sparsity_of
 from besa_exp.recovery.tuner import Objective, Taken, Windows
+from besa_exp.tensors.keep_bits import KeepBits, put_kept
 
 Matrix = Float[Tensor, "out in"]
 

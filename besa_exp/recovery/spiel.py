@@ -31,9 +31,10 @@ from torch import Tensor, nn
 
 from besa_exp.errors import check_fields, one_of, within
 from besa_exp.recovery.gradients import taking_gradients
-from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears, without_negative_zeros
+from besa_exp.recovery.keep_bits import parameters_of_linears
 from besa_exp.recovery.schedule import key_of
 from besa_exp.recovery.tuner import Objective, Taken, Windows
+from besa_exp.tensors.keep_bits import KeepBits, without_negative_zeros
 
 SELECTIONS = ("ag", "sm3")
 BETAS, EPS = (0.9, 0.999), 1e-8

@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from besa_exp.recovery.keep_bits import KeepBits
+from besa_exp.tensors.keep_bits import KeepBits
 
 Windows = Int[Tensor, "sample *options seq"]
 """Of text, or examples of a task with their options (`texts.tasks.Options`)."""

@@ -22,12 +22,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from besa_exp.methods.tuning import downhill
-from besa_exp.recovery.keep_bits import KeepBits
 from besa_exp.recovery.objective import Losses, mean_loss, next_token_losses, option_errors
 from besa_exp.recovery.saved_states import Saved, SavedStates
 from besa_exp.recovery.schedule import Schedule, batch_at
 from besa_exp.recovery.sharded import own, own_keep, own_rows, whole
 from besa_exp.recovery.tuner import Method, Objective, Tuner, Windows
+from besa_exp.tensors.keep_bits import KeepBits
 from besa_exp.texts.tasks import Options
 
 logger = logging.getLogger(__name__)

@@ -105,7 +105,7 @@ def _terminal_cells(
 
 
 def _difference(measure: Measure, cell: Cell | None, dense: float) -> Text:
-    if cell is None:
+    if cell is None or cell.apart:  # measured otherwise, as on other tokens than the dense model's score
         return Text("")
     loss = lost(measure, cell.mean, dense)
     if measure.kind == "zero_shot":

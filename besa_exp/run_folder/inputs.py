@@ -1,23 +1,27 @@
 """What a run has read from this machine, so that a finished run is the answer to its inputs and not to their paths.
 
 `inputs.json` of the run folder holds for each key that names a place (`model.path`, `calibration.path`, a perplexity
-set, a task of the mirror) size, time of change and a hash of its files, as they were when the run began. Sizes and
-times are compared first; a file that is small, or whose time alone has changed, by its hash. Folders from before this
-file was written have none, and are taken as they are. No torch here.
+set, a task of the mirror, a method that is not the package's own) size, time of change and a hash of its files, as they
+were when the run began. Sizes and times are compared first; a file that is small, or whose time alone has changed, by
+its hash. Folders from before this file was written have none, and are taken as they are. No torch here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from besa_exp.evaluation.task_definitions import needed
 from besa_exp.machine import atomic
+from besa_exp.presets import METHOD_GROUPS
+from besa_exp.run_folder.identity import method_described
 from besa_exp.run_folder.status import is_done
 from besa_exp.settings import EvaluationSettings, EvaluatorSettings, ModelSettings, RunSettings
 from besa_exp.texts.embedded.text import MODEL_DIR
@@ -38,7 +42,26 @@ def inputs_of(settings: RunSettings | EvaluationSettings) -> dict[str, dict[str,
         places["calibration.path"] = _one(given)
     if isinstance(settings, RunSettings) and (given := _tuned_on(settings.recovery)):
         places["recovery.path"] = _one(given)
+    if isinstance(settings, RunSettings):
+        places |= {group: _own_code(getattr(settings, group)) for group in METHOD_GROUPS}
     return {key: files for key, files in (places | _scored_files(settings.evaluator)).items() if files}
+
+
+def _own_code(method: Any) -> dict[str, Path]:
+    """The files of a method's classes that are not the package's own; the method may stand there as plain values."""
+    names = {target.rpartition(".")[0] for target in _targets(method_described(method))}
+    found: dict[str, Path] = {}
+    for name in sorted(name for name in names if name.partition(".")[0] not in ("", "__main__", "besa_exp")):
+        with suppress(ImportError, ValueError):  # what cannot be imported is told elsewhere
+            spec = find_spec(name)
+            found |= {f"{name}.py": Path(spec.origin)} if spec and spec.has_location and spec.origin else {}
+    return found
+
+
+def _targets(values: Any) -> Iterator[str]:
+    """Each `_target_` in plain values."""
+    for key, value in values.items() if isinstance(values, Mapping) else ():
+        yield from [str(value)] if key == "_target_" else _targets(value)
 
 
 def _tuned_on(recovery: Any) -> str | None:
@@ -175,6 +198,8 @@ def _named(settings: RunSettings | EvaluationSettings, key: str) -> str:
         return f"{key}={settings.calibration.path}"
     if isinstance(settings, RunSettings) and key == "recovery.path":
         return f"{key}={_tuned_on(settings.recovery)}"
+    if key in METHOD_GROUPS:
+        return f"the code of {key}"
     group, _, name = key.partition(": ")
     if group in ("evaluator.data_dir", "evaluator.include_path"):
         return f"{group}={getattr(settings.evaluator, group.partition('.')[2])}"

@@ -31,13 +31,14 @@ from besa_exp.checkpoints.load import LoadedModel, model_context, vocabulary_siz
 from besa_exp.checkpoints.load import load_model as load
 from besa_exp.display.missed_target import out_of_reach
 from besa_exp.errors import ConfigurationError
-from besa_exp.methods.budgets.trial import check_budget
+from besa_exp.methods.given import check_kinds, check_methods
 from besa_exp.methods.updates.updated import with_update
 from besa_exp.presets import METHOD_GROUPS, preset, preset_values, presets
 from besa_exp.report.loaded import linear_table, load_run
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.runs.block_loop import BlockLoop, check_blocks
 from besa_exp.runs.prune import prune as prune_into
+from besa_exp.runs.prune_model import check_refinements
 from besa_exp.runs.recover import check_recovery_of
 from besa_exp.runs.run import calibration_of
 from besa_exp.settings import (
@@ -228,18 +229,16 @@ def _check_model(model: Any) -> list[str]:
 
 def _check_target(settings: RunSettings) -> list[str]:
     """What speaks against the target, in complete sentences."""
-    pruner, sparsity = settings.pruner, settings.sparsity
-    members = sorted(name for name in {*vars(Pruner), *Pruner.__annotations__} if not name.startswith("_"))
-    if not all(hasattr(pruner, name) for name in members):
-        return [f"pruner={type(pruner).__name__}: a pruner has {', '.join(members)}; see docs/extending.md"]
+    sparsity = settings.sparsity
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
         return [f"sparsity={sparsity}: must be in [0, 1), the fraction of weights that become zero, as 0.5"]
     try:
         Goal.parse(sparsity, settings.pattern)
     except ValueError as error:
         return [str(error)]
-    problems = with_update(pruner, settings.update).check(sparsity, settings.pattern)
-    problems += check_budget(settings.budget, settings.pattern)
+    if problems := check_kinds(vars(settings)):
+        return problems
+    problems = check_methods(vars(settings), sparsity, settings.pattern)
     return problems + (check_recovery_of(settings, sparsity, None) if settings.recovery else [])
 
 
@@ -292,6 +291,7 @@ def _pruned_in_place(
         calibration = read(loaded)
         input_ids, batch_size = calibration.input_ids, settings.calibration.batch_size
         check_blocks(loaded, input_ids, batch_size, Ignored(settings.ignore), settings.pattern)
+        check_refinements(settings, loaded, Path(folder))
         finished = FinishedBlocks(Path(folder) / "blocks")
         finished.begin()
         reports: list[BlockReport] = []

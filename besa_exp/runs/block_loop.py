@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from besa_exp.blocks.activations import Allocate, activation_bytes, allocator
+from besa_exp.blocks.activations import OF_ALL_BLOCKS, Allocate, activation_bytes, allocator
 from besa_exp.blocks.block import Block, Hidden, capture_blocks, embed
 from besa_exp.blocks.decided import Decided
 from besa_exp.blocks.head import head_of
@@ -19,8 +19,8 @@ from besa_exp.blocks.loop import prune_blocks
 from besa_exp.blocks.pruner import PrunedBlock, Pruner, Refinement
 from besa_exp.blocks.replay_check import check_replay
 from besa_exp.blocks.reports import BlockReport, ModelStep, Step
-from besa_exp.blocks.units import by_block, by_unit, of_blocks, units, with_linears
-from besa_exp.blocks.whole_model import KeepMasks, Weights, Whole
+from besa_exp.blocks.units import by_block, found_of_blocks, of_unit, units, with_linears
+from besa_exp.blocks.whole_model import Found, KeepMasks, Weights, Whole
 from besa_exp.checkpoints.files import load_masks, masks_description, weights_sha256
 from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.errors import ConfigurationError
@@ -33,7 +33,6 @@ from besa_exp.methods.budgets.uniform import SameForAll
 from besa_exp.methods.updates.updated import with_update
 from besa_exp.run_folder.finished_blocks import FinishedBlocks, block_tensors, load_block_tensors
 from besa_exp.runs.cpu_units import as_stored
-from besa_exp.runs.save import pruned_weights
 from besa_exp.settings import RunSettings
 from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.pattern import indivisible
@@ -133,9 +132,8 @@ class BlockLoop:
         which `before` holds the reports: a pruner for a loop of its own. The model is dense again."""
         blocks = self._blocks()
         shown = with_linears(blocks)
-        found_masks, found_weights = self._found(blocks)
-        keep_masks: Sequence[KeepMasks] = by_unit(shown, found_masks)
-        weights: Sequence[Weights] | None = by_unit(shown, found_weights) if found_weights else None
+        distributed.barrier()  # rank 0 has written them
+        found: Sequence[Found] = [self._found(unit) for unit in shown]
         state = self.loaded.model.state_dict()
         for name, weight in self.dense.items():
             state[name].copy_(weight)
@@ -147,9 +145,10 @@ class BlockLoop:
             on_step(replace(step, step=step.step + done))
 
         for refinement in refinements:
-            keep_masks, weights = refinement.refine(whole, keep_masks, weights, on_later_step)
+            found = refinement.refine(whole, found, on_later_step)
             done += refinement.steps
-        return Decided(of_blocks(shown, keep_masks), weights and of_blocks(shown, weights), before)
+        of_units = zip(shown, found, strict=True)
+        return Decided([own for unit, one in of_units for own in found_of_blocks(unit, one)], before)
 
     def _blocks(self) -> list[Block]:
         """Without what is ignored."""
@@ -166,23 +165,26 @@ class BlockLoop:
             return self.loaded.resident(shown[::-1] if backwards else shown)
 
         head = head_of(self.loaded.model, blocks, self.input_ids)
-        return Whole(resident, self._embed(blocks), outputs, head, self.batch_size)
+        return Whole(resident, self._embed(blocks), outputs, head, self.batch_size, self._room)
 
-    def _found(self, blocks: list[Block]) -> tuple[Sequence[KeepMasks], Sequence[Weights] | None]:
-        """The keep masks of the finished blocks, and their weights where kept ones moved."""
-        distributed.barrier()  # rank 0 has written them
-        files = self.finished.mask_files(len(blocks))
-        keep_masks = [
-            {name: masks[f"{block.name}.{name}.weight"] for name in block.linears}
-            for block, masks in zip(blocks, map(load_masks, files), strict=True)
-        ]
-        if not any(masks_description(file)["weights_updated"] for file in files):
-            return keep_masks, None
-        streamed = pruned_weights(self.loaded, self.finished).weights if self.loaded.weights else None
-        return keep_masks, [
-            {name: linear.weight.detach().clone() for name, linear in block.linears.items()}
-            for block in (streamed.resident(blocks) if streamed else blocks)
-        ]
+    def _room(self, needed: int) -> Allocate:
+        folder = self.finished.folder.parent
+        return allocator("auto", self.loaded.model.device, folder, needed, OF_ALL_BLOCKS)[1]
+
+    def _found(self, unit: Block) -> Found:
+        """What its finished blocks hold, read each time that it is asked for."""
+
+        def keep_masks(block: Block) -> KeepMasks:
+            masks = load_masks(self.finished.mask_file(block.index))
+            return {name: masks[f"{block.name}.{name}.weight"] for name in block.linears}
+
+        def weights(block: Block) -> Weights:
+            tensors = self.finished.tensors(block.index)
+            return {n: linear.part_of(tensors[f"{block.name}.{linear.path}"]) for n, linear in block.linears.items()}
+
+        files = (self.finished.mask_file(block.index) for block in unit.layers)
+        moved = any(masks_description(file)["weights_updated"] for file in files)
+        return Found(partial(of_unit, unit, keep_masks), partial(of_unit, unit, weights) if moved else None)
 
     def _embed(self, blocks: list[Block]) -> Hidden:
         return embed(self.loaded.model, blocks, self.input_ids, self.batch_size, self.allocate)

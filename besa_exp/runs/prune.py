@@ -31,7 +31,7 @@ from besa_exp.run_folder.identity import config_of
 from besa_exp.runs.block_loop import check_blocks
 from besa_exp.runs.dense import dense_results
 from besa_exp.runs.narrow import narrow
-from besa_exp.runs.prune_model import prune_model
+from besa_exp.runs.prune_model import check_refinements, prune_model
 from besa_exp.runs.recover import check_recoverable, recover
 from besa_exp.runs.results import results_of
 from besa_exp.runs.run import (
@@ -110,6 +110,7 @@ def _begun(run: Run, loaded: LoadedModel, calibrate: Callable[[LoadedModel], Cal
         )
         own_ids, batch_size = distributed.own_samples(calibration.input_ids), settings.calibration.batch_size
         check_blocks(loaded, own_ids, batch_size, Ignored(settings.ignore), settings.pattern)
+    check_refinements(settings, loaded, run.folder.path)
     check_recoverable(run, loaded, calibration)
     finished = begin_blocks(run, calibration)
     samples, length = calibration.input_ids.shape

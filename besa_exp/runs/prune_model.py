@@ -3,23 +3,50 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
+from besa_exp.blocks.activations import OF_ALL_BLOCKS, allocator
 from besa_exp.blocks.pruner import Pruner, Refinement
 from besa_exp.blocks.reports import BlockReport, Step
 from besa_exp.blocks.units import unit_ends
+from besa_exp.checkpoints.load import LoadedModel
+from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
+from besa_exp.machine.disk import existing, size_in_words
 from besa_exp.methods.updates.updated import with_update
 from besa_exp.runs.block_loop import BlockLoop
 from besa_exp.runs.cpu_units import Rounding
 from besa_exp.runs.expected_steps import steps_of_block
 from besa_exp.runs.row_sparsities import keep_row_sparsities
-from besa_exp.runs.run import Run, Work, num_blocks
+from besa_exp.runs.run import Run, Work, num_blocks, weights_in_linears
 from besa_exp.runs.save import pruned_weights
+from besa_exp.settings import RunSettings
 from besa_exp.tensors.masks import Goal
 
 logger = logging.getLogger(__name__)
+
+
+def check_refinements(settings: RunSettings, loaded: LoadedModel, folder: Path) -> None:
+    """ConfigurationError, before any long work: what a search over the whole model holds of all blocks fits nowhere.
+    `folder`: where its files would lie, which are a warning."""
+    goal, weights = Goal.parse(settings.sparsity, settings.pattern), weights_in_linears(loaded)
+    for refinement in settings.pruner.traits.refinements:
+        fixed, movable = refinement.bytes_held(weights, goal.sparsity)
+        device, free = loaded.model.device, shutil.disk_usage(existing(folder)).free
+        place, _ = allocator("auto", device, folder, fixed, OF_ALL_BLOCKS)
+        where, _ = allocator("auto", device, folder, movable, OF_ALL_BLOCKS)
+        said = f"the {refinement.steps} steps under the whole model's loss hold {size_in_words(fixed + movable)} of all"
+        said += f" {weights:,} weights at once"
+        if place != "device" or (where == "disk" and movable > free):
+            raise ConfigurationError(
+                f"{said}, for which there is no room in memory, nor in {folder} ({size_in_words(free)} free); leave "
+                "them out (pruner=besa_reconstruct for best, pruner.scope=block for besa), or give them more"
+            )
+        if where == "disk":
+            logger.warning("%s, which memory has no room for: they will work in files in %s, slowly", said, folder)
 
 
 def prune_model(run: Run, work: Work) -> Work:

@@ -14,7 +14,7 @@ from besa_exp.checkpoints.files import load_masks
 from besa_exp.checkpoints.load import LoadedModel, load_model, vocabulary_size
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
-from besa_exp.recovery.keep_bits import KeepBits, keep_of_masks, sparsity_of
+from besa_exp.recovery.keep_bits import keep_of_masks, sparsity_of
 from besa_exp.recovery.mezo import BlockFiles, Mezo
 from besa_exp.recovery.objective import mean_loss
 from besa_exp.recovery.parts import parts_of, report_of
@@ -28,6 +28,7 @@ from besa_exp.runs.cpu_units import in_a_fast_dtype
 from besa_exp.runs.rewrite import rewritten
 from besa_exp.runs.run import Run, Work, num_blocks
 from besa_exp.settings import ModelSettings, RecoverySettings, RunSettings
+from besa_exp.tensors.keep_bits import KeepBits
 from besa_exp.texts.calibration import Calibration
 from besa_exp.texts.sources import SET_NAMES
 

@@ -13,11 +13,12 @@ from besa_exp.blocks.reports import BlockReport, LinearReport
 from besa_exp.checkpoints.files import load_masks, masks_description
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
-from besa_exp.recovery.keep_bits import KeepBits, masks_of_keep
+from besa_exp.recovery.keep_bits import masks_of_keep
 from besa_exp.run_folder.finished_blocks import block_tensors
 from besa_exp.runs.cpu_units import as_stored
 from besa_exp.runs.run import Work
 from besa_exp.runs.save import pruned_weights
+from besa_exp.tensors.keep_bits import KeepBits
 
 
 def rewritten(
@@ -44,7 +45,7 @@ def rewritten(
     for block in loaded.resident():
         if block.index >= len(done):
             change(block)
-        file = before.mask_files(len(work.reports))[block.index]
+        file = before.mask_file(block.index)
         masks = _masks(block, load_masks(file), keep)
         report = _recounted(block, work.reports[block.index])
         reports.append(report)

@@ -75,14 +75,19 @@ def as_run(settings: TuneSettings) -> RunSettings:
     )
 
 
+def config_of_tuning(settings: TuneSettings) -> dict[str, Any]:
+    """What config.yaml says of a tuning."""
+    own = {"checkpoint": settings.checkpoint, "dense": settings.dense, "teacher": settings.teacher}
+    return config_of(as_run(settings)) | own
+
+
 def tune_checkpoint(settings: TuneSettings, path: Path) -> dict[str, Any]:
     """Tune one checkpoint into the run folder `path` and return its results.json, `before` being the scores it had.
 
     An unfinished tuning of the same request goes on after its last checkpoint. ConfigurationError: the request cannot
     be carried out; RunError: it failed on the way."""
     asked = as_run(settings)
-    config = config_of(asked) | {"checkpoint": settings.checkpoint, "dense": settings.dense}
-    with started(asked, path, config) as begun:
+    with started(asked, path, config_of_tuning(settings)) as begun:
         loaded = load(begun, settings.checkpoint)
         run, work = _begun(begun, loaded, settings)
         results = _tuned(run, work, teacher_of(settings)) | {"checkpoint": settings.checkpoint}

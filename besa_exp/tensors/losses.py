@@ -16,7 +16,7 @@ size). `differentiate` hands it to the block as a multiple that is not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -75,3 +75,11 @@ def differentiate(
     if product_dtype == torch.float16:
         scale = torch.where(largest > 0, 2.0 ** -largest.log2().ceil(), scale)
     return loss.detach(), (gradient * scale).to(outputs.dtype), scale
+
+
+def gradients(outputs: Hidden, leaves: Sequence[Tensor], upstream: Hidden) -> list[Tensor]:
+    """Of sum(outputs * upstream) to each of the leaves; zeros where none of the tokens reaches one, such as an expert
+    of a mixture, and where this rank owns no sample of the batch."""
+    if not len(outputs):
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return [*torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)]

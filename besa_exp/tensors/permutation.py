@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from besa_exp.tensors.masks import keep_n_of_m
@@ -58,6 +57,8 @@ def _exchanged(
     importance: Float[Tensor, "out in"], order: Int[Tensor, " in"], place: int, kept: int, group: int
 ) -> Int[Tensor, " in"]:
     """The inputs at `place` of their groups, reassigned to the groups as well as possible while the others stay."""
+    from scipy.optimize import linear_sum_assignment  # a third of a second, which no other run needs
+
     groups = order.view(-1, group).clone()
     movable = groups[:, place]
     others = torch.cat([groups[:, :place], groups[:, place + 1 :]], dim=1)

@@ -32,9 +32,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from besa_exp.display.markdown import markdown_table
 from besa_exp.recovery.full import Full
-from besa_exp.recovery.keep_bits import KeepBits, keep_of_zeros, parameters_of_linears
+from besa_exp.recovery.keep_bits import keep_of_zeros, parameters_of_linears
 from besa_exp.recovery.lora import Lora
 from besa_exp.recovery.objective import NextToken
+from besa_exp.tensors.keep_bits import KeepBits
 
 HERE = Path(__file__).parent
 VOCABULARY = 1024

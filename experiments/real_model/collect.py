@@ -36,9 +36,9 @@ METHODS = (
 )
 """In the order of the tables; others follow by name."""
 UNSTRUCTURED = "unstructured"
-COLUMNS = (("50 %", 0.5, UNSTRUCTURED), ("60 %", 0.6, UNSTRUCTURED), ("70 %", 0.7, UNSTRUCTURED), ("2:4", 0.5, "2:4"))
-"""Title, target and pattern, as README's table has them."""
-ALL_COLUMNS = (*COLUMNS[:3], ("80 %", 0.8, UNSTRUCTURED), COLUMNS[3])
+TARGETS = (0.5, 0.6, 0.7, 0.8)
+COLUMNS = (*((f"{100 * target:.0f} %", target, UNSTRUCTURED) for target in TARGETS), ("2:4", 0.5, "2:4"))
+"""Title, target and pattern of the tables' columns."""
 
 
 def record(run: RunRecord) -> dict[str, Any]:
@@ -84,13 +84,7 @@ def methods_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [*(method for method in METHODS if method in found), *sorted(found - {*METHODS})]
 
 
-def cells(
-    rows: Sequence[dict[str, Any]],
-    method: str,
-    value: str,
-    digits: int = 2,
-    columns: Sequence[tuple[str, float, str]] = COLUMNS,
-) -> list[str]:
+def cells(rows: Sequence[dict[str, Any]], method: str, value: str, digits: int = 2) -> list[str]:
     """One method's values over the columns, with the zeros that came out where the target was missed. A dense model has
     one value for all; no cell is empty without a reason."""
     own = [row for row in rows if row["method"] == method]
@@ -105,14 +99,14 @@ def cells(
         at = f" at {100 * statistics.mean(missed):.1f} %" if missed else ""
         return over_seeds([row["scores"][value] for row in scored], digits) + at
 
-    return [cell(target, pattern) for _, target, pattern in columns]
+    return [cell(target, pattern) for _, target, pattern in COLUMNS]
 
 
 def table(rows: Sequence[dict[str, Any]], label: str, digits: int) -> list[str]:
     """One measure: methods down, targets across; without what was not measured."""
-    lines = [[method, *cells(rows, method, label, digits, ALL_COLUMNS)] for method in methods_of(rows)]
+    lines = [[method, *cells(rows, method, label, digits)] for method in methods_of(rows)]
     measured = [line for line in lines if any(cell != "n/a" for cell in line[1:])]
-    return [f"## {label}", "", *markdown_table(["method", *(title for title, *_ in ALL_COLUMNS)], measured), ""]
+    return [f"## {label}", "", *markdown_table(["method", *(title for title, *_ in COLUMNS)], measured), ""]
 
 
 def cost_table(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -24,7 +24,6 @@ from tiny_llama import byte_tokenizer, tiny_llama
 from besa_exp.cli.main import main
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-pytestmark = pytest.mark.xdist_group("hub")  # what they share is made once
 KEYS = ["calibration=wikitext2", "evaluator=none", "evaluator.perplexity_sets=[wikitext2]"]
 KEYS += ["evaluator.tasks=[openbookqa]"]
 HELD = {"only/pickled": "pytorch_model.bin", "stand/in": "model.safetensors"}  # what is fetched for model.convert=true

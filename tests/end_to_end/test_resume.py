@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 
 from besa_exp.cli.main import main
 
-pytestmark = pytest.mark.xdist_group("unbroken run")  # what they share is made once
 KILLS = 10
 
 

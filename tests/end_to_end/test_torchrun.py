@@ -24,7 +24,6 @@ from transformers import AutoTokenizer
 from besa_exp.cli.main import main
 from besa_exp.texts.embedded.text import MODEL_DIR, calibration_documents
 
-pytestmark = pytest.mark.xdist_group("unbroken run")  # what they share is made once
 EMBEDDING = "model.embed_tokens.weight"
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "besa_exp"]

@@ -89,6 +89,8 @@ def test_a_run_is_tuned_under_its_zeros_and_scored_before_and_after(pruned: Path
     code, said = ask("checkpoint=run")
     assert code == 0
     assert "finished before" in said
+    code, said = ask("checkpoint=run", "recovery.seed=7")
+    assert (code, "(recovery.seed: 0 before, 7 now)" in said) == (2, True), said
 
 
 def test_the_pattern_of_the_run_stays(given: list[str], ask: Ask) -> None:

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from besa_exp.cli.main import main
 
-pytestmark = pytest.mark.xdist_group("unbroken run")  # what they share is made once
 SHORT = ["pruner.model.steps=6", "pruner.model.checks=2"]
 MODEL = ["pruner.scope=model", *SHORT]
 BEST = ["pruner=best", "pruner.tuning.epochs=1", "pruner.model.steps=4", "pruner.model.lr=0.01"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from besa_exp.recovery.keep_bits import KeepBits
 from besa_exp.recovery.lora import Factored
+from besa_exp.tensors.keep_bits import KeepBits
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from recorded_llama import recorded, recorded_llama
 
-from besa_exp.recovery.keep_bits import KeepBits
 from besa_exp.recovery.mezo import Mezo
 from besa_exp.recovery.objective import NextToken
+from besa_exp.tensors.keep_bits import KeepBits
 
 # The order in which the transformers of that time registered a block's parameters, on which the draws depend.
 OF_A_BLOCK = [f"self_attn.{name}_proj" for name in "qkvo"] + ["mlp.gate_proj", "mlp.down_proj", "mlp.up_proj"]

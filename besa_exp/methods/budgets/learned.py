@@ -70,7 +70,7 @@ class Learned:
     ) -> tuple[Float[Tensor, "block level"], Float[Tensor, " block"]]:
         """e_l(s) at the levels, and the blocks' weights."""
         importance = importance_of(self.importance)
-        own = max(1, min(len(inputs), self.num_samples // distributed.num_ranks()))
+        own = max(1, distributed.own_place(self.num_samples))  # each rank has one at least
         dense, perturbed, sizes = inputs[:own].clone(), [], []
         for block in blocks:
             for states in perturbed:

@@ -55,7 +55,7 @@ from besa_exp.methods.n_of_m import rows_of_groups
 from besa_exp.methods.pruners.model_search import ModelSearch
 from besa_exp.methods.pruners.sub_blocks import prune_parts
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
-from besa_exp.tensors.losses import LOSSES, Loss, differentiate, token_loss
+from besa_exp.tensors.losses import LOSSES, Loss, differentiate, gradients, token_loss
 from besa_exp.tensors.pattern import fixes_sparsity
 
 
@@ -81,20 +81,13 @@ def besa_step(
     # Reconstruction loss L (Eq. 1) and a multiple of dL/d(outputs) that no dtype rounds to zero
     loss, upstream, multiple = differentiate(lambda Y_hat: loss_of(Y_hat, targets), outputs, block.product_dtype)
     # dL/dk straight through the mask: - mean of W dL/dW_hat over the window around the cut
-    found = _gradients(outputs, [*cuts, *also], upstream)
+    found = gradients(outputs, [*cuts, *also], upstream)
     # dL/ds = n dL/dk of each row, summed over the samples of all ranks and the rows of a cell
     by_row = rows.levels * torch.cat(found[: len(cuts)]).double()
     by_cell = rows.per_cell(distributed.all_sum(by_row / multiple))
     # Along the budget: without the part that would change sum(n s)
     by_sparsity = along_budget(by_cell, rows.capacity)
     return loss, [by_sparsity, *(distributed.all_sum(own / multiple) for own in found[len(cuts) :])]
-
-
-def _gradients(outputs: Hidden, leaves: Sequence[Tensor], upstream: Hidden) -> list[Tensor]:
-    """Of sum(outputs * upstream) to each of the leaves; zeros where a rank owns no sample of the batch."""
-    if not len(outputs):
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    return [*torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ than the blockwise one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.observation import Observed
 from besa_exp.blocks.reports import ModelStep
-from besa_exp.blocks.whole_model import KeepMasks, Weights, Whole, batches
+from besa_exp.blocks.whole_model import Found, KeepMasks, Whole, batches
 from besa_exp.errors import RunError, check_fields, within
 from besa_exp.machine import distributed
 from besa_exp.methods.allocation import Rows, along_budget, project_to_budget
@@ -50,18 +50,22 @@ class ModelSearch:
         check_fields(self, "pruner.model", within(least=1), "steps", "batch_size", "checks")
         check_fields(self, "pruner.model", within(above=0, most=1), "lr", "window")
 
+    @staticmethod
+    def bytes_held(weights: int, sparsity: float) -> tuple[int, int]:
+        """The weights' ranks, in 16 bits."""
+        return 2 * weights, 0
+
     def refine(
         self,
         whole: Whole,
-        keep_masks: Sequence[KeepMasks],
-        weights: Sequence[Weights] | None,
+        found: Sequence[Found],
         on_step: Callable[[ModelStep], None],
-    ) -> tuple[list[KeepMasks], None]:
-        """Keep masks of as many weights as `keep_masks`, those of the start. Weights do not move, and must not have."""
-        assert weights is None, "the search over the whole model begins with dense weights under masks"
-        rows = ModelRows.of(whole, keep_masks, importance_of(self.importance))
+    ) -> list[Found]:
+        """Keep masks of as many weights as those of the start. Weights do not move, and must not have."""
+        assert not any(one.weights for one in found), "the search over the whole model begins with dense weights"
+        rows = ModelRows.of(whole, (one.keep_masks() for one in found), importance_of(self.importance))
         counts = self.learn(rows, on_step)
-        return [own.keep_masks(found) for own, found in zip(rows.rows, counts, strict=True)], None
+        return [Found(partial(own.keep_masks, count)) for own, count in zip(rows.rows, counts, strict=True)]
 
     def learn(self, rows: ModelRows, on_step: Callable[[ModelStep], None]) -> list[dict[str, Tensor]]:
         """The counts of every row [out], by block and linear; they sum to what those at the start sum to. RunError: the
@@ -96,7 +100,7 @@ class ModelRows:
     total: int
 
     @staticmethod
-    def of(whole: Whole, start: Sequence[KeepMasks], importance: Importance) -> ModelRows:
+    def of(whole: Whole, start: Iterable[KeepMasks], importance: Importance) -> ModelRows:
         """`start`: the keep masks of every block's linears. Weights rank by the importance that is observed behind
         blocks that are pruned so: the ranks that `besa` decided by."""
         states = whole.inputs.clone()

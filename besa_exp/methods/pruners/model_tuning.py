@@ -7,6 +7,9 @@ Hinton et al., arXiv 1503.02531). A block's reconstruction loss is a means to th
 not. Adam works on fp32 weights, block by block on the way back through the model, so that one block's gradients are
 held at a time; its step is a fraction of the size of a linear's kept weights. The probe samples judge: the result is
 never worse on them than where it began.
+
+Of all blocks at once we hold kept values alone, as vectors in fp32: each value, the best that it was, and Adam's two
+moments; a bit a weight says where they belong. Adam works where they lie: on the device, on the host, or in files.
 """
 
 from __future__ import annotations
@@ -15,19 +18,24 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.reports import ModelStep
-from besa_exp.blocks.whole_model import KeepMasks, Weights, Whole, batches
+from besa_exp.blocks.whole_model import Found, Whole, batches
 from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
-from besa_exp.methods.descent import Best, adam_on_weights, falling, take_step
+from besa_exp.machine.memory import give_back_memory
+from besa_exp.methods.descent import Best, adam_on_weights, begin_adam, falling, kept_size, take_step
+from besa_exp.tensors.keep_bits import KeepBits
 
 logger = logging.getLogger(__name__)
 
+HELD = 16  # bytes a kept weight: the value, two moments, and the best that it was
 WARM_UP = 5  # steps in which the step size rises to its full value
 
 
@@ -47,17 +55,21 @@ class ModelTuning:
         check_fields(self, "pruner.model", within(least=1), "steps", "batch_size", "checks")
         check_fields(self, "pruner.model", within(above=0, most=1, note="in units of the weights' size"), "lr")
 
+    @staticmethod
+    def bytes_held(weights: int, sparsity: float) -> tuple[int, int]:
+        """A bit a weight; values and moments of the kept ones."""
+        return weights // 8, HELD * round((1 - sparsity) * weights)
+
     def refine(
         self,
         whole: Whole,
-        keep_masks: Sequence[KeepMasks],
-        weights: Sequence[Weights] | None,
+        found: Sequence[Found],
         on_step: Callable[[ModelStep], None],
-    ) -> tuple[Sequence[KeepMasks], Sequence[Weights]]:
-        """The same masks, and the kept weights in fp32. `weights`: where they begin, the dense ones where None."""
+    ) -> list[Found]:
+        """The same masks, and the kept weights in fp32. They begin where they were found, or as the dense ones."""
         learn, probe = whole.samples()
-        state = _Tuned.of(whole, keep_masks, weights, self.lr)
-        best, shrunk = Best(state.optimizers, whole.divergence(probe, state.weights)), 1.0
+        state = _Tuned.of(whole, found, self.lr)
+        best, shrunk = Best(state.optimizers, whole.divergence(probe, state.weights), state.best), 1.0
         every = math.ceil(self.steps / self.checks)
         for number, samples in zip(range(self.steps), batches(learn, self.batch_size, self.seed), strict=False):
             scale = min(1.0, (number + 1) / WARM_UP) * falling(number, self.steps)
@@ -65,42 +77,58 @@ class ModelTuning:
             on_step(ModelStep(number, loss, best.loss))
             if (number + 1) % every and number + 1 < self.steps:
                 continue
-            found = whole.divergence(probe, state.weights)
-            logger.info("divergence %.4g on the probe after %d steps, %.4g before", found, number + 1, best.loss)
-            shrunk *= best.judged(found)
-        return keep_masks, state.latent
+            reached = whole.divergence(probe, state.weights)
+            logger.info("divergence %.4g on the probe after %d steps, %.4g before", reached, number + 1, best.loss)
+            shrunk *= best.judged(reached)
+        tuned = zip(found, state.keep, state.kept, strict=True)  # without the moments
+        return [Found(one.keep_masks, partial(_weights, keep, kept)) for one, keep, kept in tuned]
 
 
 @dataclass(frozen=True)
 class _Tuned:
-    """The model's weights on their way: `latent` of each block in fp32, zero where they are not kept."""
+    """The model's weights on their way: which of each block's are kept, and their values in fp32, by linear. `best`:
+    room for as many values, in the order of blocks and linears."""
 
     whole: Whole
-    keep_masks: Sequence[KeepMasks]
-    latent: Sequence[dict[str, Tensor]]
+    keep: Sequence[Mapping[str, KeepBits]]
+    kept: Sequence[Mapping[str, Float[Tensor, " _kept"]]]
+    best: Sequence[Float[Tensor, " _kept"]]
     optimizers: Sequence[torch.optim.Adam]
 
     @staticmethod
-    def of(whole: Whole, keep_masks: Sequence[KeepMasks], weights: Sequence[Weights] | None, lr: float) -> _Tuned:
-        latent, optimizers, kept = [], [], []
+    def of(whole: Whole, found: Sequence[Found], lr: float) -> _Tuned:
+        keep = [{name: KeepBits.of(mask) for name, mask in one.keep_masks().items()} for one in found]
+        allocate = whole.room(HELD * sum(bits.count for own in keep for bits in own.values()))
+        kept, best, optimizers = [], [], []
         for number, block in enumerate(whole.blocks(False)):
-            masks = {name: mask.to(block.device) for name, mask in keep_masks[number].items()}
-            begun = weights[number] if weights else {name: block.linears[name].weight for name in masks}
-            own = {name: begun[name].detach().to(block.device).float() * mask for name, mask in masks.items()}
-            latent.append(own)
-            kept.append(masks)
-            optimizers.append(adam_on_weights(own, masks, lr))
-        return _Tuned(whole, kept, latent, optimizers)
+            keep[number] = {name: bits.to(block.device) for name, bits in keep[number].items()}
+            begin = found[number].weights
+            begun = begin() if begin else {name: block.linears[name].weight.detach() for name in keep[number]}
+            counts = [bits.count for bits in keep[number].values()]
+            rooms = [allocate(torch.Size([sum(counts)]), torch.float32).split(counts) for _ in range(HELD // 4)]
+            own, first = dict(zip(keep[number], rooms[0], strict=True)), {}
+            for name, bits in keep[number].items():
+                weight = begun[name].to(block.device).float() * bits.mask()
+                first[name] = lr * kept_size(weight, torch.tensor(bits.count))
+                own[name].copy_(bits.gather(weight))
+            optimizers.append(adam_on_weights(own, first))
+            for value, *moments in zip(*rooms[:3], strict=True):
+                begin_adam(optimizers[-1], value, *moments)
+            kept.append(own)
+            best += rooms[3]
+            del begun
+            give_back_memory()
+        return _Tuned(whole, keep, kept, best, optimizers)
 
     def weights(self, number: int, block: Block) -> dict[str, Tensor]:
         """A block's, in its own dtype."""
-        return {name: weight.to(block.linears[name].weight.dtype) for name, weight in self.latent[number].items()}
+        return _weights(self.keep[number], self.kept[number], lambda name: block.linears[name].weight.dtype)
 
     def step(self, samples: Tensor, scale: float) -> float:
         """One step of Adam on the samples of these numbers; D before it."""
 
         def use(number: int, block: Block, inputs: Hidden, upstream: Hidden, multiple: float) -> None:
-            leaves = {name: weight.detach().requires_grad_() for name, weight in self.weights(number, block).items()}
+            leaves = {name: weight.requires_grad_() for name, weight in self.weights(number, block).items()}
             if len(inputs):
                 block(inputs, leaves).backward(upstream)
             self._update(number, leaves, multiple, scale)
@@ -109,8 +137,23 @@ class _Tuned:
 
     @torch.no_grad()
     def _update(self, number: int, leaves: Mapping[str, Tensor], multiple: float, scale: float) -> None:
-        for name, weight in self.latent[number].items():
-            found = leaves[name].grad
-            own = torch.zeros_like(weight) if found is None else found.float() / multiple
-            weight.grad = distributed.all_sum(own).mul_(self.keep_masks[number][name])
+        for name, value in self.kept[number].items():
+            bits, leaf = self.keep[number][name], leaves[name]
+            gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            leaf.grad = None
+            value.grad = distributed.all_sum(bits.gather(gradient).float() / multiple).to(value.device)
         take_step(self.optimizers[number], scale)
+        give_back_memory()
+
+
+def _weights(
+    keep: Mapping[str, KeepBits],
+    kept: Mapping[str, Float[Tensor, " _kept"]],
+    dtype_of: Callable[[str], torch.dtype] = lambda name: torch.float32,
+) -> dict[str, Float[Tensor, "_out _in"]]:
+    """A block's weights, 0 where they are not kept."""
+    weights = {}
+    for name, bits in keep.items():
+        weights[name] = torch.zeros(bits.shape, dtype=dtype_of(name), device=bits.bits.device)
+        bits.scatter_(kept[name].to(weights[name]), weights[name])
+    return weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Int
 from torch import Tensor
@@ -43,6 +43,7 @@ class DenseModel:
         return states
 
 
+@runtime_checkable
 class StructureMethod(Protocol):
     """A method that removes blocks, or narrows them (`narrows`); it changes no weight."""
 

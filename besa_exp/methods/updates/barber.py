@@ -27,12 +27,13 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.observation import mean_squares
-from besa_exp.blocks.probe import own_probe, probe_loss
+from besa_exp.blocks.probe import num_learned, probe_loss
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
 from besa_exp.blocks.units import sub_blocks
 from besa_exp.blocks.whole_model import KeepMasks, Weights
 from besa_exp.errors import RunError
-from besa_exp.tensors.losses import differentiate
+from besa_exp.machine import distributed
+from besa_exp.tensors.losses import differentiate, gradients
 
 GRANULARITIES = ("row", "column", "linear", "part")
 
@@ -51,7 +52,7 @@ def squared_gradients(
             wanted = outputs_of(sample, sparse).float()
         outputs = outputs_of(sample, leaves)
         _, gradient, scale = differentiate(lambda found: (found - wanted).square().mean(), outputs, product_dtype)
-        return [one.float() / scale for one in torch.autograd.grad(outputs, [*leaves.values()], gradient)]
+        return [one.float() / scale for one in gradients(outputs, [*leaves.values()], gradient)]
 
     return mean_squares(dense, inputs, gradients_of)
 
@@ -158,10 +159,10 @@ class Barber:
         group = task.goal.pattern[1] if task.goal.pattern else task.goal.group
         state = _State.of(block, pruned, self.retain)
         before = probe_loss(block, inputs, targets, state.weights())
-        learned = inputs[: len(inputs) - len(own_probe(inputs))]
+        learned = inputs[: distributed.own_place(num_learned(distributed.total(len(inputs))))]
         loss = before
         for part, names in parts_of(block, inputs):
-            metrics = state.metrics(part, names, learned if len(learned) else inputs)
+            metrics = state.metrics(part, names, learned)
             tried = [(ratio, state.exchanged(metrics, names, self.granularity, ratio, group)) for ratio in self.ratios]
             losses = [probe_loss(block, inputs, targets, one.weights()) for _, one in tried]
             best = min(range(len(losses)), key=losses.__getitem__)

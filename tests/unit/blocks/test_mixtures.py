@@ -15,11 +15,20 @@ from besa_exp.blocks.block import Block, capture_blocks, embed
 from besa_exp.blocks.linears import discover_linears, room_like, stacked, with_weights
 from besa_exp.blocks.loop import prune_blocks
 from besa_exp.blocks.observation import FEW_TOKENS, observe
+from besa_exp.methods.allocation import Rows
+from besa_exp.methods.cuts import Buffers
+from besa_exp.methods.pruners.besa import besa_step
+from besa_exp.methods.pruners.besa_reconstruct import BesaReconstruct
 from besa_exp.methods.pruners.uniform import Uniform
+from besa_exp.methods.tuning import Tuning
+from besa_exp.methods.updates.barber import Barber
+from besa_exp.methods.updates.reconstruct import Reconstruct
+from besa_exp.methods.updates.updated import Updated
 from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.statistics import Hessian, InputNorm
 
 SAMPLES, LENGTH = 8, 16
+SHORT = Tuning(epochs=1, batch_size=1, lr=0.01)
 INPUT_IDS = torch.randint(3, 64, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(5))
 
 
@@ -123,6 +132,18 @@ def test_separate_experts_that_no_token_reaches_are_pruned_by_magnitude_and_name
     assert "experts.0" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    "pruner", [BesaReconstruct(SHORT), Updated(Uniform(), Reconstruct(SHORT)), Updated(Uniform(), Barber())]
+)
+def test_separate_experts_that_no_token_reaches_hold_up_nothing_that_learns(pruner):
+    torch.manual_seed(1)
+    module = Experts().requires_grad_(False)
+    block = Block(0, "layers.0", module, discover_linears(module), lambda batch_size: ((), {}))
+    inputs = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0))
+    ((_, found),) = prune_blocks([block], inputs, pruner, Goal(0.5), 2)
+    assert sum(int(mask.sum()) for mask in found.keep_masks.values()) == 96
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])  # stored [expert out in] and [expert in out]
 def test_masked_weights_of_a_stack_are_not_copied_to_be_stacked(family):
     block = mixture(family)[0]
@@ -148,3 +169,25 @@ def test_what_lies_stacked_has_the_gradient_of_what_is_stacked():
         gradients = torch.autograd.grad(stacked(leaves), leaves, upstream)
         assert torch.equal(torch.stack(gradients), upstream)
     assert stacked([*piece.unbind()][::-1]).data_ptr() != piece.data_ptr()
+
+
+@pytest.mark.parametrize(("family", "together"), [("qwen3_moe", True), ("mixtral", True), ("gpt_oss", False)])
+def test_the_experts_of_a_stack_are_masked_and_differentiated_in_one_pass_as_each_by_itself(family, together):
+    block, inputs, experts, _, _ = mixture(family)
+    targets = block.outputs(inputs, 4) + 0.1
+    own = {name: linear.weight.detach() for name, linear in block.linears.items()}
+
+    def step(weights):
+        rows = Rows.of(weights, lambda name: weights[name].abs(), "row")
+        room, total = Buffers.like(weights), round(0.4 * rows.num_weights)
+        loss, (gradient,) = besa_step(
+            block, inputs, targets, rows, torch.full_like(rows.capacity, 0.4), total, 0.2, room
+        )
+        return loss, gradient, [len(names) for names in room.together if len(names) > 1]
+
+    loss, gradient, stacks = step(own)
+    alone_loss, alone, none = step({name: weight.clone() for name, weight in own.items()})
+    assert stacks == [len(experts.down_proj)] * 2 * together
+    assert none == []
+    assert torch.equal(loss, alone_loss)
+    torch.testing.assert_close(gradient, alone, rtol=1e-5, atol=1e-9)

@@ -61,6 +61,17 @@ def test_a_runs_own_keys_and_one_of_them(capsys: pytest.CaptureFixture[str]) -> 
     assert "pattern" not in one
 
 
+def test_a_preset_of_ones_own_is_shown_over_what_it_builds_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "evaluator").mkdir()
+    (tmp_path / "evaluator" / "mine.yaml").write_text("# my scores\ndefaults: [none]\ntasks: [piqa]\n")
+    lines = said(capsys, "show", "evaluator=mine", "--config-dir", str(tmp_path)).splitlines()
+    assert lines[0] == "evaluator=mine: my scores"
+    values = {words[0]: words[1] for line in lines if len(words := line.split()) > 1}
+    assert (values["evaluator.tasks"], values["evaluator.seq_len"]) == ("[piqa]", "null")
+
+
 def test_an_experiment_is_shown_with_what_it_chooses_and_sweeps(capsys: pytest.CaptureFixture[str]) -> None:
     shown = said(capsys, "show", "experiment=joint")
     assert "besa show evaluator=perplexity" in shown

@@ -18,11 +18,14 @@ from besa_exp.blocks.activations import allocator
 from besa_exp.display.tables import as_text
 from besa_exp.dry_run.chips import passes_of
 from besa_exp.dry_run.costs import disk_speed, recovery_cost
-from besa_exp.dry_run.estimate import LIBRARIES, Estimate, Part, estimate, peak, remedies
+from besa_exp.dry_run.estimate import LIBRARIES, Estimate, Part, _refining, estimate, peak, remedies
 from besa_exp.dry_run.probe import BlockProbe, cut_down
 from besa_exp.dry_run.sizes import model_size, model_without_weights
 from besa_exp.dry_run.tables import estimate_tables, sweep_table, verdicts
+from besa_exp.dry_run.texts import Texts
 from besa_exp.methods.pruners.besa import Besa
+from besa_exp.methods.pruners.besa_reconstruct import BesaReconstruct
+from besa_exp.methods.pruners.model_tuning import ModelTuning
 from besa_exp.methods.pruners.uniform import Uniform
 from besa_exp.presets import preset
 from besa_exp.recovery.full import Full
@@ -106,6 +109,18 @@ def test_the_largest_part_of_the_peak_is_the_first_to_be_made_smaller() -> None:
     assert remedies(PARTS, "host") == ["model.load=streamed"]
     many = [*PARTS, Part("targets", "host", 9000, ("prune",), "a smaller calibration.num_samples")]
     assert remedies(many, "host") == ["a smaller calibration.num_samples", "model.load=streamed", "activations=disk"]
+
+
+@pytest.mark.parametrize(("free", "place"), [(10**12, "host"), (10**5, "disk")])
+def test_steps_over_the_whole_model_hold_sixteen_bytes_a_kept_weight_where_they_fit(free: int, place: str) -> None:
+    settings = replace(SETTINGS, pruner=BesaReconstruct(model=ModelTuning()), sparsity=0.75)
+    size = model_size(empty_llama())
+    parts = _refining(settings, size, Texts(8, 32), False, False, {"host": free, "disk": free})
+    (moments,) = (part for part in parts if "moments" in part.name)
+    weights = sum(value.numel() for name, value in empty_llama().named_parameters() if "_proj" in name)
+    assert (moments.size, moments.place, moments.phases) == (4 * weights, place, ("refine",))
+    searching = weights // 8 + 4 * weights * (place == "host") + 2 * 8 * 32 * size.state
+    assert peak(parts, "host") == max((searching, "refine"), (sum(size.blocks), "prune"))
 
 
 def test_what_a_byte_takes_on_the_disk_is_measured_and_nothing_left(tmp_path: Path) -> None:

@@ -261,7 +261,6 @@ def test_ones_own_definition_comes_before_lm_evals(own):
     assert found.path == own / "piqa.yaml"
 
 
-@pytest.mark.xdist_group("all definitions of lm-eval, which take seconds to read")
 def test_names_that_lm_eval_has_are_found_and_others_get_their_nearest(own):
     names = ("rte", "lambada_openai", "mmlu", "ai2_arc", "gsm8k", "piqa")
     assert check_evaluator(settings(*names), None) == []
@@ -273,7 +272,6 @@ def test_names_that_lm_eval_has_are_found_and_others_get_their_nearest(own):
         assert "lm_eval ls tasks" in problem
 
 
-@pytest.mark.xdist_group("all definitions of lm-eval, which take seconds to read")
 def test_lm_evals_tasks_are_scored_from_a_local_mirror(model, tmp_path):
     mirror = {
         "rte": ("validation", {"sentence1": "It is.", "sentence2": "Is it?", "label": 0}),

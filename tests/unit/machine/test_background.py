@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+import torch
 
 from besa_exp.machine.background import ahead, one_at_a_time
 
@@ -71,3 +72,14 @@ def test_what_is_made_ahead_fails_when_it_is_asked_for():
     assert [next(coming), next(coming)] == [0.5, 1]
     with pytest.raises(ZeroDivisionError):
         next(coming)
+
+
+def test_the_thread_works_on_the_callers_gpu(monkeypatch):
+    set_there = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: set_there.append((index, threading.get_ident())))
+    begun([lambda: None])
+    assert [*ahead(str, [1, 2])] == ["1", "2"]
+    assert [index for index, _ in set_there] == [3, 3]
+    assert threading.get_ident() not in [thread for _, thread in set_there]

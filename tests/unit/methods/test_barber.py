@@ -10,6 +10,8 @@ import pytest
 import torch
 from families import FAMILIES, tiny
 from tiny_llama import tiny_llama
+from torch import distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from besa_exp.blocks.block import Block, capture_blocks, embed
 from besa_exp.blocks.observation import observe
@@ -51,6 +53,16 @@ def updated(
     given = task.weights if found.weights is None else found.weights
     weights = {name: given[name] * mask for name, mask in masks.items()}
     return task.block, pruned, found, probe_loss(task.block, task.inputs, task.targets, weights)
+
+
+def test_a_process_whose_samples_all_judge_learns_from_none():
+    """The second of two, with one sample: the first learns from its own."""
+    task, pruned = pruned_block(MAGNITUDE)
+    one = replace(task, inputs=task.inputs[:1], targets=task.targets[:1])
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    found = Barber((0.5,), accept=False).update_block(one, pruned)
+    dist.destroy_process_group()
+    assert all(torch.equal(mask, pruned.keep_masks[name]) for name, mask in found.keep_masks.items())
 
 
 @pytest.mark.parametrize("granularity", ["row", "column", "linear", "part"])

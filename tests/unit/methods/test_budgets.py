@@ -14,6 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llama import tiny_llama
+from torch import distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.blocks.head import head_of
@@ -362,6 +364,24 @@ def test_a_search_asks_for_no_more_work_than_it_says() -> None:
         assert work.passes == 2 * work.predictions
         dense = sum(tokens) - work.predictions * length  # the head is asked for the dense model's predictions too
         assert 0 < dense <= work.predictions * length
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 5])
+def test_the_learned_budget_measures_with_the_same_samples_on_any_number_of_processes(ranks: int) -> None:
+    """Nothing is sent here; of 5 processes the last has none of the 4 samples, and takes one all the same."""
+    passed = []
+    for rank in range(ranks):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+        blocks, inputs = loaded()
+        own = inputs[rank::ranks].contiguous()
+        blocks[0].arguments(1)
+        with blocks[0].module.register_forward_pre_hook(lambda module, args: passed.append(args[0])):
+            Learned(num_samples=4, importance="magnitude").sparsities(blocks[:1], own, 0.5, 1)
+        dist.destroy_process_group()
+    _, inputs = loaded()
+    seen = torch.cat(passed)
+    found = [number for number, sample in enumerate(inputs) if (seen == sample).all(dim=(1, 2)).any()]
+    assert found == [*range(max(4, ranks))]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])

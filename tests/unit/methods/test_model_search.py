@@ -8,11 +8,12 @@ import pytest
 import torch
 from tiny_llama import tiny_llama
 
+from besa_exp.blocks.activations import allocator
 from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.blocks.decided import Decided
 from besa_exp.blocks.head import divergence, head_of
 from besa_exp.blocks.loop import prune_blocks
-from besa_exp.blocks.whole_model import Whole
+from besa_exp.blocks.whole_model import Found, Weights, Whole
 from besa_exp.errors import RunError
 from besa_exp.methods.cuts import count_gradient
 from besa_exp.methods.pruners.besa import Besa
@@ -29,7 +30,11 @@ def dense_model():
     return tiny_llama(context=32).requires_grad_(False)
 
 
-def whole_of(model, order=None, ids=INPUT_IDS):
+def in_memory(needed):
+    return lambda shape, dtype: torch.full(shape, torch.nan, dtype=dtype)
+
+
+def whole_of(model, order=None, ids=INPUT_IDS, room=in_memory):
     blocks = capture_blocks(model, ids)
     inputs = embed(model, blocks, ids, 4)
     outputs = inputs.clone()
@@ -42,7 +47,7 @@ def whole_of(model, order=None, ids=INPUT_IDS):
                 order.append(block.index)
             yield block
 
-    return Whole(resident, inputs, outputs, head_of(model, blocks, ids), 4)
+    return Whole(resident, inputs, outputs, head_of(model, blocks, ids), 4, room)
 
 
 def uniform(model, sparsity=0.5):
@@ -170,7 +175,7 @@ def test_decided_masks_are_written_by_the_block_loop_with_the_course_of_the_sear
     before = [report for report, _ in prune_blocks(blocks, embed(pruned, blocks, INPUT_IDS, 4), Besa(), Goal(0.5), 4)]
     rows = rows_of(model)
     masks = [rows.rows[number].keep_masks(counts) for number, counts in enumerate(rows.counts(rows.start))]
-    decided = Decided(masks, None, before)
+    decided = Decided(found_of(masks), before)
     blocks = capture_blocks(model, INPUT_IDS)
     for report, result in prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 4), decided, Goal(0.5), 4):
         assert report.loss_before == before[report.index].loss_before
@@ -201,6 +206,16 @@ def test_scope_model_is_refused_where_rows_cannot_be_told_apart():
     assert Uniform().check(0.5, "unstructured") == []
 
 
+def moved(found: Found) -> Weights:
+    """The weights of a block whose kept weights moved."""
+    assert found.weights is not None
+    return found.weights()
+
+
+def found_of(masks):
+    return [Found(lambda own=own: own) for own in masks]
+
+
 def uniform_masks(model):
     rows = rows_of(model, 0.3)
     return [rows.rows[number].keep_masks(counts) for number, counts in enumerate(rows.counts(rows.start))]
@@ -217,10 +232,10 @@ def test_a_step_of_tuning_moves_kept_weights_as_adam_does_with_the_gradient_of_o
     for block, own in zip(whole.blocks(False), leaves, strict=True):
         state = block(state, own)
     divergence(whole.head(whole.outputs[samples]), whole.head(state)).mean().backward()
-    state = _Tuned.of(whole, masks, None, 0.01)
+    state = _Tuned.of(whole, found_of(masks), 0.01)
     state.step(samples, 1.0)
-    for own, plain, kept in zip(state.latent, leaves, masks, strict=True):
-        for name, weight in own.items():
+    for number, (block, plain, kept) in enumerate(zip(whole.blocks(False), leaves, masks, strict=True)):
+        for name, weight in state.weights(number, block).items():
             size = plain[name].detach()[kept[name]].square().mean().sqrt()
             change = (weight - plain[name].detach())[kept[name]] / (0.01 * size)
             gradient = plain[name].grad
@@ -233,11 +248,11 @@ def test_tuning_keeps_every_zero_and_is_better_on_the_probe():
     model = dense_model()
     whole = whole_of(model, ids=INPUT_IDS[:1].expand(4, -1))  # what judges is what is learned from
     masks, steps = uniform_masks(model), []
-    kept, weights = ModelTuning(steps=24, lr=0.01).refine(whole, masks, None, steps.append)
-    assert kept is masks
-    assert weights is not None
+    found = ModelTuning(steps=24, lr=0.01).refine(whole, found_of(masks), steps.append)
+    weights = [moved(one) for one in found]
     assert len(steps) == 24
     for number, own in enumerate(weights):
+        assert found[number].keep_masks() is masks[number]
         for name, weight in own.items():
             assert not weight[~masks[number][name]].any()
 
@@ -248,14 +263,41 @@ def test_tuning_keeps_every_zero_and_is_better_on_the_probe():
     assert whole.divergence(probe, lambda number, block: weights[number]) < 0.8 * whole.divergence(probe, dense)
 
 
+def test_tuning_holds_four_numbers_a_kept_weight_and_gives_the_same_where_they_lie_in_files(tmp_path):
+    model = dense_model()
+    masks = uniform_masks(model)
+    kept = sum(int(mask.sum()) for own in masks for mask in own.values())
+    needed, given = [], []
+
+    def in_files(size):
+        needed.append(size)
+        _, allocate = allocator("disk", torch.device("cpu"), tmp_path, size)
+
+        def room(shape, dtype):
+            given.append(allocate(shape, dtype))
+            return given[-1]
+
+        return room
+
+    def tuned(room):
+        found = ModelTuning(steps=4, lr=0.1, checks=4).refine(
+            whole_of(model, room=room), found_of(masks), lambda _: None
+        )
+        return [moved(one) for one in found]
+
+    for own, expected in zip(tuned(in_files), tuned(in_memory), strict=True):
+        assert all(torch.equal(own[name], weight) for name, weight in expected.items())
+    assert needed == [16 * kept] == [sum(one.nbytes for one in given)] == [ModelTuning.bytes_held(2 * kept, 0.5)[1]]
+
+
 def test_steps_of_tuning_that_did_not_help_are_undone_and_the_step_size_shrinks():
     model = dense_model()
     whole, masks = whole_of(model), uniform_masks(model)
     probe = whole.samples()[1]
 
     def divergence_after(checks):
-        _, weights = ModelTuning(steps=12, lr=0.1, checks=checks).refine(whole, masks, None, lambda step: None)
-        return whole.divergence(probe, lambda number, block: weights[number])
+        found = ModelTuning(steps=12, lr=0.1, checks=checks).refine(whole, found_of(masks), lambda step: None)
+        return whole.divergence(probe, lambda number, block: moved(found[number]))
 
     start = whole.divergence(
         probe, lambda number, block: {name: block.linears[name].weight * mask for name, mask in masks[number].items()}
@@ -267,7 +309,7 @@ def test_steps_of_tuning_that_did_not_help_are_undone_and_the_step_size_shrinks(
 def test_tuning_that_only_makes_it_worse_gives_back_its_start():
     model = dense_model()
     whole, masks = whole_of(model), uniform_masks(model)
-    _, weights = ModelTuning(steps=2, lr=1.0, checks=1).refine(whole, masks, None, lambda step: None)
-    for own, block, kept in zip(weights or (), whole.blocks(False), masks, strict=True):
-        for name, weight in own.items():
+    found = ModelTuning(steps=2, lr=1.0, checks=1).refine(whole, found_of(masks), lambda step: None)
+    for own, block, kept in zip(found, whole.blocks(False), masks, strict=True):
+        for name, weight in moved(own).items():
             assert torch.equal(weight, block.linears[name].weight * kept[name])

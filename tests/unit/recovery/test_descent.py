@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from pruned_llama import WINDOWS, as_bytes, assert_same_bits, assert_zeros_exact, pruned_llama, weights_of
+from families import tiny
+from pruned_llama import WINDOWS, as_bytes, assert_same_bits, assert_zeros_exact, pruned_llama, three_alike, weights_of
 
 from besa_exp.recovery.descent import Adam
-from besa_exp.recovery.full import Full, Kept
-from besa_exp.recovery.keep_bits import KeepBits, parameters_of_linears
+from besa_exp.recovery.full import Full, Kept, embeddings_of
+from besa_exp.recovery.keep_bits import keep_of_zeros, parameters_of_linears
 from besa_exp.recovery.lora import Factored, Lora
-from besa_exp.recovery.norms import Norms
-from besa_exp.recovery.objective import NextToken
+from besa_exp.recovery.norms import Norms, norms_and_biases
+from besa_exp.recovery.objective import NextToken, mean_loss
 from besa_exp.recovery.sketch import Sketch
+from besa_exp.tensors.keep_bits import KeepBits
 
 METHODS = {
     "full": Full(Adam(lr=1e-2, decay=0.1)),
@@ -99,6 +103,16 @@ def test_a_tuner_that_goes_on_from_its_state_ends_with_the_same_bits(method):
     assert_same_bits(model, other)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_tuner_on_a_gpu_goes_on_from_a_state_that_was_in_a_file():
+    """The fused kernel refuses a count of steps that lies on the CPU."""
+    model = pruned_llama()[0].cuda()  # type: ignore[call-arg]
+    tuner = Full(Adam(lr=1e-2)).begin(model, keep_of_zeros(model), 0)
+    steps(tuner, NextToken(model), [0])
+    tuner.load({key: value.cpu() for key, value in tuner.state().items()})
+    steps(tuner, NextToken(model), [1])
+
+
 def gradients_of(tuner, objective, windows):
     """Those to what is trained, as the optimizer sees them."""
     found = {}
@@ -121,6 +135,48 @@ def test_parts_of_a_batch_and_checkpointing_give_the_gradients_of_the_whole():
     for other in found[1:]:
         for name, gradient in found[0].items():
             torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def norm_of(gradients):
+    return float(torch.cat([gradient.flatten().double() for gradient in gradients.values()]).norm())
+
+
+@pytest.mark.parametrize("share", [0.5, 0.75, 1.25])
+def test_gradients_are_cut_to_the_norm_that_is_asked_for_and_the_norm_before_is_reported(share):
+    def gradients(clip):
+        model, keep = pruned_llama()
+        tuner = Full(Adam(lr=1e-2, clip=clip)).begin(model, keep, 0)
+        return gradients_of(tuner, NextToken(model), WINDOWS[:2])
+
+    free = gradients(None)
+    norm = norm_of(free)
+    for name, gradient in gradients(share * norm).items():
+        torch.testing.assert_close(gradient, free[name] * min(share, 1), rtol=1e-5, atol=0)
+    model, keep = pruned_llama()
+    taken = Full(Adam(lr=1e-2, clip=share * norm)).begin(model, keep, 0).step(NextToken(model), WINDOWS[:2], 0, 1.0)
+    assert taken.gradient_norm == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", [Full(Adam(lr=1e-2, clip=None)), Norms(Adam(lr=1e-2, clip=None))])
+def test_gradients_in_fp16_are_those_in_fp32_and_are_multiplied_on_their_way(method):
+    (half, keep), (model, _) = pruned_llama(dtype=torch.float16), pruned_llama(dtype=torch.float16)
+    model = model.float()
+    found, expected = (gradients_of(method.begin(own, keep, 0), NextToken(own), WINDOWS[:2]) for own in (half, model))
+    assert norm_of({name: found[name] - expected[name] for name in found}) < 0.02 * norm_of(expected)
+    half.requires_grad_()
+    loss, multiple = NextToken(half).differentiate(WINDOWS[:2])
+    assert (loss, multiple) == (pytest.approx(mean_loss(model, WINDOWS[:2], 2), rel=1e-2), 32)  # 48 tokens
+
+
+def test_a_step_is_that_of_the_windows_of_all_processes():
+    found = []
+    for processes, windows in ((nullcontext, WINDOWS[:2]), (three_alike, WINDOWS[:2].repeat_interleave(3, dim=0))):
+        model, keep = pruned_llama()
+        tuner = Full(Adam(lr=1e-2, clip=None)).begin(model, keep, 0)
+        with processes():
+            taken = tuner.step(NextToken(model), windows, 0, 1.0)
+            found.append([taken.loss, taken.gradient_norm, mean_loss(model, windows, 2)])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 @pytest.mark.parametrize(("pruned", "expected"), [(2, 10.125), (3, 6.125)])
@@ -174,6 +230,30 @@ def test_norms_alone_leave_every_linear_as_it_is():
     assert moved == {name for name, parameter in model.named_parameters() if parameter.dim() == 1}
 
 
+@pytest.mark.parametrize("alpha", [6.4, None])
+def test_a_dense_linear_is_what_it_was_and_the_product_of_factors_that_are_no_thicker_than_it(alpha):
+    model, _ = pruned_llama(pruned=0)
+    before = weights_of(model)
+    tuner = Lora(Adam(lr=1e-2), rank=100, alpha=alpha).begin(model, {}, 0)
+    steps(tuner, NextToken(model), range(3))
+    for name, form in tuner.forms.items():
+        if isinstance(form, Factored):
+            assert form.A.shape[0] == form.B.shape[1] == min(before[name].shape)
+            expected = before[name] * (form.B @ form.A) if alpha is None else before[name] + 0.064 * form.B @ form.A
+            torch.testing.assert_close(model.get_parameter(name).detach(), expected)
+
+
+def test_norms_and_biases_are_all_that_has_one_axis():
+    model = tiny("opt")
+    found = norms_and_biases(model)
+    assert found.keys() == {name for name, parameter in model.named_parameters() if parameter.dim() == 1}
+    assert any(name.endswith("q_proj.bias") for name in found)
+
+
+def test_embeddings_and_head_alone_are_left_out():
+    assert embeddings_of(pruned_llama()[0]) == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
 def test_published_beginning_of_scale_stays_of_rank_one_and_ours_does_not():
     """All entries 1 / sqrt(r): the columns of B are equal and get equal gradients."""
     model, keep = pruned_llama()
@@ -188,13 +268,23 @@ def test_published_beginning_of_scale_stays_of_rank_one_and_ours_does_not():
     assert torch.equal(gradients["B"], gradients["B"][:, :1].expand(-1, 4))
 
 
-def test_lora_holds_no_second_copy_of_all_weights_and_its_factors_follow_the_seed():
-    (model, keep), (other, _) = pruned_llama(dtype=torch.bfloat16), pruned_llama(dtype=torch.bfloat16)
-    tuner, again = (Lora(rank=4).begin(m, keep, seed) for m, seed in ((model, 1), (other, 2)))
-    forms = [form for form in tuner.forms.values() if isinstance(form, Factored)]
+def test_lora_holds_no_second_copy_of_all_weights():
+    model, keep = pruned_llama(dtype=torch.bfloat16)
+    forms = [form for form in Lora(rank=4).begin(model, keep, 0).forms.values() if isinstance(form, Factored)]
     assert sum(form.base.nbytes for form in forms) == 2 * sum(bits.count for bits in keep.values())
-    name = next(iter(keep))
-    assert not torch.equal(tuner.forms[name].trained["A"], again.forms[name].trained["A"])
+
+
+@pytest.mark.parametrize(("alpha", "scaling", "variance"), [(8.0, 2.0, 1 / 64), (None, None, 1 / 4)])
+def test_factors_are_drawn_by_seed_and_linear_with_the_same_variance_whatever_the_rank(alpha, scaling, variance):
+    model, keep = pruned_llama()
+    tuner, other = (Lora(rank=4, alpha=alpha).begin(model, keep, seed) for seed in (1, 2))
+    first, second = (f"model.layers.{number}.self_attn.q_proj.weight" for number in (0, 1))
+    forms = tuner.forms[first], tuner.forms[second], other.forms[first]
+    assert {form.scaling for form in forms if isinstance(form, Factored)} == {scaling}
+    drawn = [form.trained["A"][1:] for form in forms]
+    for one in drawn:
+        assert float(one.var()) == pytest.approx(variance, rel=0.25)
+    assert not any(torch.equal(drawn[0], another) for another in drawn[1:])
 
 
 def test_settings_that_cannot_be_are_refused():

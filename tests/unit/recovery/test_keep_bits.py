@@ -8,13 +8,16 @@ import torch
 from pruned_llama import pruned_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from besa_exp.blocks.block import discover_blocks
+from besa_exp.blocks.linears import find_linears
 from besa_exp.recovery.keep_bits import (
-    KeepBits,
     keep_of_masks,
     keep_of_zeros,
+    masks_of_keep,
     parameters_of_linears,
     sparsity_of,
 )
+from besa_exp.tensors.keep_bits import KeepBits
 
 
 def random_mask(*shape):
@@ -71,6 +74,9 @@ def test_zeros_of_a_pruned_model_are_its_mask_and_dense_tensors_have_none():
     assert sparsity_of(model, keep) == 0.5
     for name, bits in keep.items():
         assert torch.equal(bits.mask(), model.get_parameter(name) != 0)
+    name, bits = next(iter(keep.items()))
+    weights = sum(other.numel for other in keep.values())
+    assert sparsity_of(model, {name: bits}) == bits.numel / 2 / weights  # the others are dense
     dense, _ = pruned_llama(pruned=0)
     assert keep_of_zeros(dense) == {}
 
@@ -99,3 +105,10 @@ def test_a_mask_of_a_model_is_the_same_from_zeros_and_from_a_masks_file():
     again = keep_of_masks(model, masks)
     assert again.keys() == keep.keys()
     assert all(torch.equal(again[name].bits, bits.bits) for name, bits in keep.items())
+    path, (module, _) = discover_blocks(model)
+    dense = f"{path}.0.mlp.up_proj.weight"
+    written = masks_of_keep(
+        f"{path}.0", find_linears(module), {name: own for name, own in keep.items() if name != dense}
+    )
+    assert written.pop(dense).all()
+    assert all(torch.equal(mask, masks[name]) for name, mask in written.items())

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 from families import tiny
+from torch import distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from besa_exp.presets import preset, presets
 from besa_exp.recovery.lora import Lora
@@ -56,6 +58,8 @@ def test_tokens_stand_for_the_steps_that_see_them() -> None:
 def test_the_plan_warms_up_and_judges_as_asked() -> None:
     plan = plan_of(asked(warm_up=0.25, checks=4, batch_size=3, micro_batch=2, seed=5, steps=20))
     assert [step for step in range(1, 21) if plan.judges_after(step)] == [5, 10, 15, 20]
+    uneven = plan_of(asked(checks=4, steps=11))
+    assert [step for step in range(1, 12) if uneven.judges_after(step)] == [3, 6, 9, 11]
     assert (plan.trial, plan_of(asked(lr=0.1, steps=20)).trial) == (2, 0)
     assert (plan.schedule.warm_up, plan.schedule.steps, plan.batch_size, plan.judged, plan.seed) == (5, 20, 3, 2, 5)
     assert [plan.schedule.scale(step) for step in range(5)] == [0.2, 0.4, 0.6, 0.8, 1.0]
@@ -100,6 +104,31 @@ def test_what_only_the_loaded_model_shows_is_refused() -> None:
     assert "model.dtype=bfloat16" in check_fit(asked("mezo"), one_after_the_other.half())[0]
 
 
+@pytest.fixture
+def of_two():
+    """This process is the first of two; nothing is sent."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        ("spiel", {}, ["recovery=spiel: runs in one process"]),
+        ("sparsegrad", {}, ["recovery=sparsegrad: runs in one process"]),
+        ("full", {"shard": True, "batch_size": 3, "held_out": 5}, ["recovery.batch_size=3", "recovery.held_out=5"]),
+        ("full", {"shard": True, "batch_size": 4, "held_out": 6, "tested": 3}, []),
+        ("full", {"shard": True, "task": "rte", "tested": 3}, ["recovery.tested=3"]),
+        ("lora", {"batch_size": 3}, []),
+    ],
+)
+def test_what_several_processes_cannot_share_is_refused(of_two, name: str, changes: dict, told: list[str]) -> None:
+    problems = check_fit(asked(name, **changes), tiny("llama"))
+    assert len(problems) == len(told)
+    assert all(problem.startswith(begun) for problem, begun in zip(problems, told, strict=True))
+
+
 def test_all_problems_are_told_together() -> None:
     problems = check_recovery(asked(lr=-1.0, distill="all", schedule="step"), 0.5, "unstructured", 512)
     assert len(problems) == 3
@@ -110,6 +139,8 @@ def test_a_window_longer_than_the_context_and_a_rounded_model_are_refused() -> N
     assert "recovery=norms" in check_recovery(asked(), 0.5, "unstructured", 512, quantised=True)[0]
     assert check_recovery(asked("norms"), 0.5, "unstructured", 512, quantised=True) == []
     assert "none of the 50% zeros" in check_recovery(asked("sparsegrad"), 0.5, "unstructured", 512)[0]
+    assert "only gather" in check_recovery(asked("sparsegrad", lr=None, steps=100), 0.0, "unstructured", 512)[0]
+    assert check_recovery(asked("sparsegrad", lr=None, steps=101), 0.0, "unstructured", 512) == []
     assert "2:4 is lost" in check_recovery(asked("spiel", exchange=True), 0.5, "2:4", 512)[0]
     assert check_recovery(asked("spiel", exchange=True), 0.5, "unstructured", 512) == []
     assert check_recovery(asked("spiel"), 0.5, "2:4", 512) == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -16,6 +18,7 @@ from besa_exp.recovery.lora import Lora
 from besa_exp.recovery.objective import NextToken, mean_loss
 from besa_exp.recovery.saved_states import SavedStates
 from besa_exp.recovery.schedule import Schedule, batch_at, key_of
+from besa_exp.recovery.tuner import Taken
 from besa_exp.recovery.tuning import Parts, Plan, tune
 
 LEARNED, HELD_OUT = WINDOWS[:8], WINDOWS[8:]
@@ -28,10 +31,15 @@ class Killed(Exception):
 
 def tuned(method, plan=PLAN, folder=None, held_out=HELD_OUT, on_point=lambda point: None, identity=None, **objective):
     model, keep = pruned_llama()
+    for name, bits in keep.items():
+        model.get_parameter(name)[~bits.mask()] = -0.0
     states = SavedStates(folder, identity or {"lr": 0.01}) if folder else None
     parts = Parts(LEARNED, held_out)
     report, _ = tune(model, keep, method, NextToken(model, **objective), parts, plan, states, on_point)
     assert_zeros_exact(model, keep)
+    judged = {point.step + 1: point.held_out for point in report.points if point.held_out is not None}
+    judged = {0: report.before} | {step: loss for step, loss in judged.items() if math.isfinite(loss)}
+    assert (report.best_step, report.after) == min(judged.items(), key=lambda item: item[1])
     return model, report
 
 
@@ -91,7 +99,7 @@ def test_the_step_size_is_found_by_trial_once_and_the_course_is_that_of_the_size
     small = Full(Adam(lr=3e-5))
     given, expected = tuned(Full(Adam(lr=3e-3)), held_out=LEARNED)
     with pytest.raises(Killed):
-        tuned(small, searched, tmp_path, LEARNED, killing_at(3, []))
+        tuned(small, searched, tmp_path, LEARNED, killing_at(1, []))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("besa_exp.recovery.tuning.downhill", None)
         model, report = tuned(small, searched, tmp_path, LEARNED)
@@ -100,6 +108,39 @@ def test_the_step_size_is_found_by_trial_once_and_the_course_is_that_of_the_size
     assert report.after == pytest.approx(expected.after, rel=1e-4)
     for name, value in weights_of(model).items():
         torch.testing.assert_close(value, given.get_parameter(name), rtol=1e-3, atol=1e-4)
+
+
+class Remembered:
+    """A method and its tuner: changes nothing, and remembers the step sizes."""
+
+    parameters, keep = {}, {}
+
+    def __init__(self):
+        self.scales = []
+
+    def begin(self, model, keep, seed):
+        return self
+
+    def step(self, objective, windows, number, scale):
+        self.scales.append(scale)
+        return Taken(1.0)
+
+    def ready(self):
+        return nullcontext()
+
+    def state(self):
+        return {}
+
+    def load(self, state):
+        """There is nothing."""
+
+
+def test_each_size_is_tried_with_the_whole_schedule_in_a_few_steps():
+    (model, keep), method, schedule = pruned_llama(), Remembered(), Schedule(12, warm_up=4)
+    tune(model, keep, method, NextToken(model), Parts(LEARNED, HELD_OUT), Plan(schedule, judge_every=6, trial=6))
+    short = replace(schedule, steps=6, warm_up=2)
+    tried = [factor * short.scale(step) for factor in (1.0, 3.0, 0.3) for step in range(6)]
+    assert method.scales == tried + [schedule.scale(step) for step in range(12)]
 
 
 def test_sizes_that_ruin_the_model_are_not_taken():
@@ -156,14 +197,15 @@ def test_a_full_disk_is_told_and_the_state_before_is_kept(tmp_path, monkeypatch)
 
 
 def test_a_loss_that_is_not_finite_ends_the_course_with_the_best_weights(tmp_path):
-    plan = Plan(Schedule(9, shape="constant"), batch_size=8, judge_every=1)
-    model, report = tuned(Full(Adam(lr=1e30, clip=None)), plan, folder=tmp_path)
+    plan, points, again = Plan(Schedule(9, shape="constant"), batch_size=8, judge_every=4), [], []
+    model, report = tuned(Full(Adam(lr=1e30, clip=None)), plan, folder=tmp_path, on_point=points.append)
     assert report.stopped is not None
     assert "at step 0" in report.stopped or "at step 1" in report.stopped
     assert "recovery.lr" in report.stopped
     assert_same_bits(model, pruned_llama()[0])
-    _, same = tuned(Full(Adam(lr=1e30, clip=None)), plan, folder=tmp_path)
+    _, same = tuned(Full(Adam(lr=1e30, clip=None)), plan, folder=tmp_path, on_point=again.append)
     assert (same.stopped, same.after) == (report.stopped, report.after)
+    assert [point.seconds for point in again] == [point.seconds for point in points]  # reported, not computed
 
 
 def test_every_window_is_used_once_before_any_comes_again_and_order_is_a_function_of_the_seed():
@@ -173,7 +215,7 @@ def test_every_window_is_used_once_before_any_comes_again_and_order_is_a_functio
     assert len({tuple(epoch.tolist()) for epoch in numbers}) == 3
     assert torch.equal(batch_at(4, 7, 3, seed=1), numbers.flatten()[12:15])
     assert not torch.equal(torch.cat([batch_at(step, 7, 3, seed=2) for step in range(7)]), numbers.flatten())
-    assert key_of("a", 1, "b") != key_of("a", 1, "c")
+    assert len({key_of("a", 1, "b"), key_of("a", 1, "c"), key_of("a1", "b")}) == 3
 
 
 @pytest.mark.parametrize(

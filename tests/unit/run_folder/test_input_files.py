@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,21 @@ def test_a_finished_run_is_no_answer_to_a_changed_input_which_is_named(
     assert problem.startswith(f"{done} holds a finished run of other inputs: {CHANGED[name]}{tmp_path}")
     assert f"{Path(name).name}: {before.st_size} bytes of" in problem
     assert "overwrite=true" in problem
+
+
+def test_a_finished_run_is_no_answer_to_changed_code_of_a_method_of_ones_own(
+    asked: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "a_method_elsewhere.py").write_text("then")
+    asked = replace(asked, pruner={"_target_": "besa_exp.methods.pruners.uniform.Uniform"}, update=None)
+    asked = replace(asked, budget={"by": {"_target_": "a_method_elsewhere.Mine"}})
+    folder = finished_run(tmp_path / "run", {})
+    write_inputs(folder, fingerprint(asked))
+    assert check_run_inputs(folder, asked) == []
+    (tmp_path / "a_method_elsewhere.py").write_text("now")
+    (problem,) = check_run_inputs(folder, asked)
+    assert "of other inputs: the code of budget has changed (a_method_elsewhere.py: 4 bytes of" in problem
 
 
 def test_a_copy_of_the_same_content_a_further_readme_and_a_missing_text_change_nothing(

@@ -1,0 +1,49 @@
+"""Whether what a preset or a person gives for a method is one, and takes the target; asked before any long work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from besa_exp.blocks.pruner import Pruner
+from besa_exp.methods.budgets.budget import Budget
+from besa_exp.methods.budgets.trial import DepthSearch, check_budget
+from besa_exp.methods.budgets.uniform import SameForAll
+from besa_exp.methods.structure.method import StructureMethod
+from besa_exp.methods.updates.updated import Update, with_update
+
+KINDS: Mapping[str, tuple[type, ...]] = {
+    "pruner": (Pruner,),
+    "update": (Update,),
+    "budget": (Budget, DepthSearch, SameForAll),
+    "structure": (StructureMethod,),
+}
+
+
+def check_kinds(methods: Mapping[str, Any]) -> list[str]:
+    """The problem of each method, by its group, that lacks a member of its kind, in complete sentences."""
+    return [_unlike(group, methods[group]) for group, kinds in KINDS.items() if not _is_one(methods[group], kinds)]
+
+
+def check_methods(methods: Mapping[str, Any], sparsity: float, pattern: str) -> list[str]:
+    """The problems of methods of their kinds with this target, in complete sentences."""
+    pruner, update, budget = (methods[group] for group in ("pruner", "update", "budget"))
+    answers = {"pruner": pruner.check(sparsity, pattern), "update": update.check(pattern) if update else []}
+    problems = [
+        f"{group}={type(methods[group]).__name__}: its check gives {answer!r}; it gives a list of sentences, [] where "
+        "nothing is wrong"
+        for group, answer in answers.items()
+        if not isinstance(answer, list)
+    ]
+    return problems or [*with_update(pruner, update).check(sparsity, pattern), *check_budget(budget, pattern)]
+
+
+def _is_one(method: Any, kinds: tuple[type, ...]) -> bool:
+    """A run may do without any method but the pruner."""
+    return isinstance(method, kinds) or (method is None and Pruner not in kinds)
+
+
+def _unlike(group: str, method: Any) -> str:
+    members = [", ".join(sorted(name for name in vars(kind) if not name.startswith("_"))) for kind in KINDS[group]]
+    article, names = "an" if group == "update" else "a", " or ".join(filter(None, members))
+    return f"{group}={type(method).__name__}: {article} {group} has {names}; see docs/extending.md"
