@@ -14,8 +14,9 @@ covariance of the loss with the unit's staying: the gradient of E[L] to s of the
 allowed structures, which such noise draws from nearly (perturb and maximise: Papandreou and Yuille, ICCV 2011); of a
 row it is E[L e], the gradient to the mean of normal noise. Few units differ between the draws of a pair, those near the
 border; all others stand still. A quarter of the samples (the probe) is not learned from and judges what would be
-decided, `checks` times, the start first. What raises their loss is undone, and the spread and with it the steps shrink;
-a new best is what lowers it by more than the standard error. So the result is never worse than the start on the probe.
+decided, `checks` times, the start first: what lowers its loss by more than the standard error is a new best, what
+raises it by more is undone, and the spread and with it the steps shrink. So the result is never worse than the start on
+the probe.
 
 The authors' estimator is `baseline=moving`: s_u is a unit's probability to stay, K masks m_k are drawn by it, every one
 for the whole batch, and
@@ -337,8 +338,8 @@ class PolicyGradient:
             )
 
     def _judged(self, model: Searched, state: State) -> State:
-        """After the probe's verdict: a new best where the loss fell by more than the standard error of the difference,
-        on where it fell by less, else back to the best with smaller steps."""
+        """After the probe's verdict: a new best where the loss fell, back to the best with smaller steps where it rose;
+        on where it did neither by more than the standard error of the difference."""
         mask = self._decided(model, state.scores)
         losses = model.losses(mask.expand(len(model.probe), -1), model.probe)
         if state.best is None:
@@ -346,10 +347,10 @@ class PolicyGradient:
             return replace(state, best=state.scores, best_losses=tuple(losses.tolist()))
         rise = losses - torch.tensor(state.best_losses, dtype=torch.float64)
         error = float(rise.std()) / math.sqrt(len(rise)) if len(rise) > 1 else 0.0
-        if float(rise.mean()) < -error:
-            return replace(state, best=state.scores, best_losses=tuple(losses.tolist()))
-        if float(rise.mean()) < 0:
+        if abs(float(rise.mean())) <= error:
             return state
+        if float(rise.mean()) < 0:
+            return replace(state, best=state.scores, best_losses=tuple(losses.tolist()))
         return replace(state, scores=state.best, shrunk=state.shrunk * SHRINK)
 
     def _decided(self, model: Searched, scores: Float[Tensor, " unit"]) -> Bool[Tensor, " unit"]:
