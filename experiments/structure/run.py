@@ -1,12 +1,12 @@
 """Runs the study, one `besa prune` after the other in one process; what is done is skipped.
 
 At the size of one block less and of two, and with 10 % of the parameters gone: whole blocks, heads and channels, and
-zeros in all linears, so many that as few weights are not zero. Then Barber after Wanda, and skipped FFNs.
+zeros in all linears, so many that as few weights are not zero. Then Barber after Wanda, skipped FFNs, zeros in what is
+left of a model without a block, and the policy gradient's search.
 
     python experiments/structure/run.py MODEL... [--runs outputs/structure]     embedded, babyllama, stories260k
 
-after `experiments/tokens.py first_results`, which makes the tokens of all but the embedded model. `estimator`: the two
-baselines of the policy gradient at equal forwards, by several first steps, on stories260k and the embedded model.
+after `experiments/tokens.py first_results`, which makes the tokens of all but the embedded model.
 """
 
 from __future__ import annotations
@@ -51,6 +51,12 @@ def study(model: str) -> Iterator[list[str]]:
             yield ["pruner=besa", sparsity, f"seed={seed}"]
             for name in ("random_sp", "magnitude_sp"):
                 yield [f"structure={name}", f"structure.ratio={shares[size]:.4f}", "pruner=dense", f"seed={seed}"]
+        zeros = f"sparsity={block / (linears - block):.4f}"  # as many as the block that went before had weights
+        yield ["structure=sleb", "structure.blocks=1", "pruner=besa", zeros, f"seed={seed}"]
+        for shape in ("uniform", "uneven"):
+            searched = ["structure=policy_gradient", f"structure.ratio={shares['one']:.4f}", f"structure.shape={shape}"]
+            search = ["structure.steps=75", "structure.rate=0.4", "calibration.batch_size=8"]
+            yield [*searched, *search, "pruner=dense", f"seed={seed}"]
 
 
 def run(model: str, words: list[str], runs: Path) -> None:

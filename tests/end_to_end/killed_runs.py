@@ -116,10 +116,7 @@ def all_kills(folder: Path, moments: list[dict], arguments: list[str]) -> list[d
 
 
 def kill_again_and_again() -> int:
-    """What the server has not imported is imported once, here, for all the children."""
     folder, moments, *arguments = sys.argv[1:]
-    if any(argument.startswith("evaluator.tasks=") for argument in arguments):
-        from besa_exp.evaluation import zero_shot  # noqa: F401
     seen = all_kills(Path(folder), json.loads(moments), [*arguments, f"hydra.run.dir={folder}"])
     sys.stdout.write(json.dumps(seen) + "\n")
     return 0

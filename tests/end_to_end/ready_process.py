@@ -1,4 +1,5 @@
-"""Runs programs in processes that have torch and transformers already: a server imports them once and forks for each.
+"""Runs programs in processes that have torch, transformers and lm-eval already: a server imports them once and forks
+for each.
 
 A program here must not need what is read when they are imported (environment variables, above all) to differ from the
 server's."""
@@ -78,6 +79,7 @@ def run_ready(program: str, *arguments: str, output: str | None = None) -> subpr
 def serve() -> int:
     """Forks for each request; answers with the process and then, when it ends, with its exit code."""
     from besa_exp.cli import jobs, preflight, prune  # noqa: F401
+    from besa_exp.evaluation import zero_shot  # noqa: F401
     from besa_exp.machine.process import imports_are_done
     from besa_exp.methods.pruners import besa, uniform  # noqa: F401
     from besa_exp.runs import evaluate  # noqa: F401

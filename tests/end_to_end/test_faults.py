@@ -127,19 +127,19 @@ def test_a_run_killed_in_the_search_for_its_budget_goes_on_with_it(
     request_arguments: list[str], tmp_path: Path
 ) -> None:
     """Killed in the search twice. (After it, blocks are too fast to be sure of a kill before the end.)"""
-    asked = [*request_arguments, "pruner=wanda", "budget=evopress", "budget.generations=30"]
+    asked = [*request_arguments, "pruner=wanda", "budget=evopress", "budget.generations=20"]
     assert main([*asked, f"hydra.run.dir={tmp_path / 'unbroken'}"]) == 0
     folder = tmp_path / "run"
-    kills = killed(asked, folder, [{"generations": 3}, {"generations": 12}])
-    assert 3 <= kills[0]["generations"] < 30
+    kills = killed(asked, folder, [{"generations": 3}, {"generations": 8}])
+    assert 3 <= kills[0]["generations"] < 20
     assert not kills[1]["blocks"]
     assert main([*asked, f"hydra.run.dir={folder}"]) == 0
     assert_equal_runs(folder, tmp_path / "unbroken")
     generations = [
         int(number) for number in re.findall(r"evopress, generation (\d+)", (folder / "run.log").read_text())
     ]
-    assert sorted(set(generations)) == list(range(1, 31))
-    assert len(generations) <= 30 + 2, "a finished generation was searched again"
+    assert sorted(set(generations)) == list(range(1, 21))
+    assert len(generations) <= 20 + 2, "a finished generation was searched again"
 
 
 def test_wandb_has_each_point_of_a_run_that_was_killed_twice_once(

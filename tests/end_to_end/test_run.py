@@ -7,12 +7,12 @@ import csv
 import json
 import math
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ready_process import BESA, run_ready
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -51,9 +51,8 @@ def arguments(tokens: Path, folder: Path) -> list[str]:
 def run(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a finished run and what it printed."""
     folder = tmp_path_factory.mktemp("run") / "first"
-    command = [sys.executable, "-m", "besa_exp", *arguments(tokens, folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_ready(BESA, *arguments(tokens, folder))
+    assert done.returncode == 0, done.stdout
     return folder, done.stdout
 
 

@@ -13,9 +13,9 @@ x being (m - m') / 2 of a unit, and of a row its share of e in units of that par
 covariance of the loss with the unit's staying: the gradient of E[L] to s of the policy p(m) ~ exp(<s, m>) over the
 allowed structures, which such noise draws from nearly (perturb and maximise: Papandreou and Yuille, ICCV 2011); of a
 row it is E[L e], the gradient to the mean of normal noise. Few units differ between the draws of a pair, those near the
-border; all others stand still. A few samples (the probe) are not learned from: they judge what would be decided,
-`checks` times, the start first. What raises their loss is undone, and the spread and with it the steps shrink; a new
-best is what lowers it by more than the standard error. So the result is never worse than the start on the probe.
+border; all others stand still. A quarter of the samples (the probe) is not learned from and judges what would be
+decided, `checks` times, the start first. What raises their loss is undone, and the spread and with it the steps shrink;
+a new best is what lowers it by more than the standard error. So the result is never worse than the start on the probe.
 
 The authors' estimator is `baseline=moving`: s_u is a unit's probability to stay, K masks m_k are drawn by it, every one
 for the whole batch, and
@@ -42,7 +42,6 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from besa_exp.blocks.probe import num_learned, num_probe_samples
 from besa_exp.checkpoints.narrowed_config import SAVED_AS
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
 from besa_exp.errors import RunError, check_fields, one_of, within
@@ -64,6 +63,7 @@ from besa_exp.methods.structure.widths import (
 )
 
 KEPT_EVERY = 10  # steps
+PROBE = 4  # one of so many samples judges: twice the usual share, as losses of tokens tell little
 HALVINGS = 60  # of the interval that holds the shift of a projection
 NEAR_ZERO = 1e-7  # the authors', beside s and 1 - s
 BASELINES = ("antithetic", "leave_one_out", "moving")
@@ -191,11 +191,12 @@ class Searched:
 
     @property
     def probe(self) -> Int[Tensor, " sample"]:
-        return torch.arange(self.num_samples - num_probe_samples(self.num_samples), self.num_samples)
+        """The last samples."""
+        return torch.arange(self.num_samples - max(1, self.num_samples // PROBE), self.num_samples)
 
-    def batch(self, step: int) -> Int[Tensor, " sample"]:
-        """The next samples, in turn, of those that are learned from."""
-        learned = num_learned(self.num_samples)
+    def batch(self, step: int, judged: bool) -> Int[Tensor, " sample"]:
+        """The next samples, in turn, of those that are learned from: all but the probe, where that judges."""
+        learned = max(1, self.num_samples - len(self.probe)) if judged else self.num_samples
         size = min(self.batch_size, learned)
         return (torch.arange(size) + step * size) % learned
 
@@ -290,7 +291,7 @@ class PolicyGradient:
 
     def _pairs(self, model: Searched, state: State) -> State:
         """After a step with antithetic draws, a pair or more for each sample of the batch."""
-        samples = model.batch(state.step).repeat(self.draws // 2)
+        samples = model.batch(state.step, self.checks > 0).repeat(self.draws // 2)
         counts = units_of_rows(model.dimensions)
         row_of = torch.arange(len(counts)).repeat_interleave(counts)
         generator, spread = self._generator(state), self.spread * state.shrunk
@@ -308,7 +309,7 @@ class PolicyGradient:
 
     def _independent(self, model: Searched, state: State) -> State:
         """After a step with draws of every unit by itself, each for the whole batch: the authors'."""
-        samples = model.batch(state.step)
+        samples = model.batch(state.step, self.checks > 0)
         uniform = torch.rand(self.draws, len(state.scores), generator=self._generator(state))
         masks = uniform < state.scores
         rows = model.losses(masks.repeat_interleave(len(samples), dim=0), samples.repeat(self.draws))

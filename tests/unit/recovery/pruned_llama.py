@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
 import torch
 from tiny_llama import tiny_llama
+from torch import distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from besa_exp.recovery.keep_bits import keep_of_zeros, parameters_of_linears
 
@@ -51,3 +57,14 @@ def weights_of(model):
 def as_bytes(tensor):
     """The bits of a tensor."""
     return tensor.detach().contiguous().view(torch.uint8)
+
+
+@contextmanager
+def three_alike() -> Iterator[None]:
+    """This process is the first of three that own the same, where each window comes three times: what they have in sum
+    is three times what it has."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", lambda own: own.mul_(3))
+        yield
+    dist.destroy_process_group()

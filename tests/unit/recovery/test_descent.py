@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from families import tiny
-from pruned_llama import WINDOWS, as_bytes, assert_same_bits, assert_zeros_exact, pruned_llama, weights_of
+from pruned_llama import WINDOWS, as_bytes, assert_same_bits, assert_zeros_exact, pruned_llama, three_alike, weights_of
 
 from besa_exp.recovery.descent import Adam
 from besa_exp.recovery.full import Full, Kept, embeddings_of
 from besa_exp.recovery.keep_bits import keep_of_zeros, parameters_of_linears
 from besa_exp.recovery.lora import Factored, Lora
 from besa_exp.recovery.norms import Norms, norms_and_biases
-from besa_exp.recovery.objective import NextToken
+from besa_exp.recovery.objective import NextToken, mean_loss
 from besa_exp.recovery.sketch import Sketch
 from besa_exp.tensors.keep_bits import KeepBits
 
@@ -162,7 +164,19 @@ def test_gradients_in_fp16_are_those_in_fp32_and_are_multiplied_on_their_way(met
     found, expected = (gradients_of(method.begin(own, keep, 0), NextToken(own), WINDOWS[:2]) for own in (half, model))
     assert norm_of({name: found[name] - expected[name] for name in found}) < 0.02 * norm_of(expected)
     half.requires_grad_()
-    assert NextToken(half).differentiate(WINDOWS[:2])[1] == 32  # 48 tokens
+    loss, multiple = NextToken(half).differentiate(WINDOWS[:2])
+    assert (loss, multiple) == (pytest.approx(mean_loss(model, WINDOWS[:2], 2), rel=1e-2), 32)  # 48 tokens
+
+
+def test_a_step_is_that_of_the_windows_of_all_processes():
+    found = []
+    for processes, windows in ((nullcontext, WINDOWS[:2]), (three_alike, WINDOWS[:2].repeat_interleave(3, dim=0))):
+        model, keep = pruned_llama()
+        tuner = Full(Adam(lr=1e-2, clip=None)).begin(model, keep, 0)
+        with processes():
+            taken = tuner.step(NextToken(model), windows, 0, 1.0)
+            found.append([taken.loss, taken.gradient_norm, mean_loss(model, windows, 2)])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 @pytest.mark.parametrize(("pruned", "expected"), [(2, 10.125), (3, 6.125)])

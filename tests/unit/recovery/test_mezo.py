@@ -6,13 +6,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pruned_llama import EXAMPLES, WINDOWS, as_bytes, assert_same_bits, assert_zeros_exact, pruned_llama, weights_of
+from pruned_llama import (
+    EXAMPLES,
+    WINDOWS,
+    as_bytes,
+    assert_same_bits,
+    assert_zeros_exact,
+    pruned_llama,
+    three_alike,
+    weights_of,
+)
 
 from besa_exp.recovery.mezo import BlockFiles, Mezo, normal, rounded_at_random
 from besa_exp.recovery.objective import NextToken, mean_loss, next_token_losses, option_losses
 from besa_exp.recovery.saved_states import SavedStates
-from besa_exp.recovery.schedule import Schedule
+from besa_exp.recovery.schedule import Schedule, key_of
 from besa_exp.recovery.tuning import Parts, Plan, tune
+from besa_exp.tensors.keep_bits import kept_values
 
 TOLD = Mezo(lr=1e-4, together=2)
 
@@ -42,6 +52,43 @@ def test_both_losses_are_those_of_the_whole_model_with_perturbed_weights(tied, w
         assert loss == pytest.approx(mean_loss(other, windows, 3, losses), rel=2e-6)
     for name, value in before.items():
         assert torch.equal(as_bytes(value), as_bytes(model.get_parameter(name))), f"{name} drifted"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_are_along_z_by_the_projected_gradient_and_rounded_at_random_in_bf16(dtype):
+    model, keep, tuner = begun(dtype)
+    for number, scale in enumerate((0.5, 0.25)):
+        before = weights_of(model)
+        plus, minus = tuner.losses(NextToken(model), WINDOWS[:2], number)
+        taken = tuner.step(NextToken(model), WINDOWS[:2], number, scale)
+        assert taken.loss == (plus + minus) / 2
+        projected, rate = (plus - minus) / 2e-3, scale * 1e-4
+        state = tuner.state()
+        assert (state["projected"][number], state["rates"][number]) == (pytest.approx(projected), rate)
+        for name, parameter in model.named_parameters():
+            kept, own = (kept_values(value.detach(), keep.get(name)) for value in (before[name], parameter))
+            moved = kept.float() - rate * projected * tuner.noise(number, name, len(kept))
+            if dtype == torch.bfloat16:
+                moved = rounded_at_random(moved, key_of("rounding", 0, number, name))
+            assert torch.equal(own.float(), moved) or torch.allclose(own, moved, rtol=0, atol=1e-7), name
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    model, _, tuner = begun()
+    model.lm_head.weight.fill_(torch.inf)
+    before = weights_of(model)
+    taken = tuner.step(NextToken(model), WINDOWS[:2], 0, 1.0)
+    assert taken.loss != taken.loss
+    assert not len(tuner.state()["projected"])
+    assert all(torch.equal(value, model.get_parameter(name)) for name, value in before.items())
+
+
+def test_losses_are_those_of_the_windows_of_all_processes():
+    model, _, tuner = begun()
+    expected = tuner.losses(NextToken(model), WINDOWS[:2], 0)
+    with three_alike():
+        found = tuner.losses(NextToken(model), WINDOWS[:2].repeat_interleave(3, dim=0), 0)
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

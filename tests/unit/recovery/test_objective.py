@@ -19,6 +19,7 @@ from besa_exp.recovery.objective import (
     option_errors,
     option_losses,
     option_scores,
+    square_head,
 )
 
 
@@ -68,6 +69,7 @@ def test_squarehead_is_a_ratio_of_each_window_and_block_of_states_after_blocks()
     told = Distillation("squarehead", task_weight=0.0)
     whole, gradient = value(NextToken(model, told, teacher, 4), WINDOWS[:4])
     assert whole == pytest.approx(float(expected), rel=1e-5)
+    assert square_head(torch.full((1, 2, 3), 1e-6), torch.zeros(1, 2, 3)).tolist() == [1.0]
     parts, of_parts = value(NextToken(model, told, teacher, 1), WINDOWS[:4])
     assert parts == pytest.approx(whole, rel=1e-5)
     torch.testing.assert_close(of_parts, gradient, rtol=1e-4, atol=1e-6)

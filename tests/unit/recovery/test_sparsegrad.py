@@ -8,7 +8,7 @@ from pruned_llama import WINDOWS, assert_same_bits, pruned_llama, weights_of
 
 from besa_exp.recovery.descent import Adam
 from besa_exp.recovery.objective import NextToken
-from besa_exp.recovery.sparsegrad import SparseGrad, largest
+from besa_exp.recovery.sparsegrad import Rotated, SparseGrad, largest
 
 TOLD = SparseGrad(Adam(lr=3e-3), share=0.05, gather=2)
 
@@ -28,7 +28,11 @@ def test_the_first_steps_look_and_the_others_lower_the_loss_of_the_named_linears
     assert losses[0] == losses[1]
     assert all(torch.equal(value, model.get_parameter(name)) for name, value in before.items())
     model, tuner, losses = stepped(range(6))
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[3] < losses[2] == losses[0]
+    assert tuner.descent is not None
+    for name, form in tuner.descent.forms.items():
+        assert isinstance(form, Rotated)
+        assert form.count == int(0.05 * model.get_parameter(name).numel())
     moved = {name for name, value in before.items() if not torch.equal(value, model.get_parameter(name))}
     assert moved == set(tuner.parameters)
     assert all(".mlp." in name for name in moved)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,6 +28,30 @@ def stepped(method, numbers, dtype=torch.float32, state=None):
     for number in numbers:
         tuner.step(NextToken(model), WINDOWS[2 * number % 12 :][:2], number, 1.0)
     return model, keep, tuner
+
+
+@pytest.mark.parametrize(("dtype", "decay"), [(torch.float32, 0.0), (torch.float32, 10.0), (torch.float16, 0.0)])
+def test_the_first_step_is_adams_by_the_gradient_at_the_entries(dtype, decay):
+    model, keep = pruned_llama(dtype=dtype)
+    plain = copy.deepcopy(model).float().requires_grad_()
+    NextToken(plain).differentiate(WINDOWS[:2])
+    tuner = replace(AG, decay=decay).begin(model, keep, 0)
+    taken = tuner.step(NextToken(model), WINDOWS[:2], 0, 0.5)
+    expected, found, deltas = [], [], []
+    for name, tuned in tuner.tuned.items():
+        gradient = plain.get_parameter(name).grad
+        assert gradient is not None
+        expected.append(gradient.flatten()[tuned.indices])
+        found.append(tuned.moment / 0.1)
+        deltas.append(tuned.deltas)
+    expected, found, deltas = map(torch.cat, (expected, found, deltas))
+    assert float((found - expected).norm()) < 0.02 * float(expected.norm())
+    assert taken.gradient_norm == pytest.approx(float(expected.norm()), rel=0.02)
+    lr = 0.5 * AG.lr
+    assert float(deltas.abs().max()) == pytest.approx(lr * (1 - lr * decay), rel=1e-3)
+    assert float((deltas * expected).sum()) == pytest.approx(
+        -lr * (1 - lr * decay) * float(expected.abs().sum()), rel=0.02
+    )
 
 
 @pytest.mark.parametrize("method", [AG, SM3], ids=["ag", "sm3"])
@@ -73,6 +99,37 @@ def test_exchanged_zeros_are_as_many_and_lie_elsewhere():
     assert came > 10
     _, _, later = stepped(EXCHANGE, range(9))
     assert {name: bits.count for name, bits in later.keep.items()} == {name: bits.count for name, bits in keep.items()}
+
+
+def test_of_what_goes_the_smallest_weights_are_pruned_for_what_comes_from_outside_the_mask():
+    _, keep, tuner = stepped(EXCHANGE, [])
+    name, tuned = next(iter(tuner.tuned.items()))
+    mask = keep[name].mask().flatten()
+    free = mask.scatter(0, tuned.indices, value=False)
+    slots, coming = torch.tensor([5, 1, 7, 3]), torch.cat([(~mask).nonzero()[:2, 0], free.nonzero()[:2, 0]])
+    ordered, stays = tuner._move_zeros(name, slots, coming)
+    least = slots[tuned.base[slots].abs().argsort()[:2]]
+    assert stays.tolist() == [False, False, True, True]
+    assert set(ordered[:2].tolist()) == set(least.tolist())
+    gone = mask & ~tuner.keep[name].mask().flatten()
+    assert set(gone.nonzero()[:, 0].tolist()) == set(tuned.indices[least].tolist())
+
+
+def test_entries_are_drawn_by_seed_and_linear():
+    model, _ = pruned_llama(pruned=0)
+    tuners = [AG.begin(model, {}, seed) for seed in (0, 1)]
+    first, second = (f"model.layers.{number}.self_attn.q_proj.weight" for number in (0, 1))
+    drawn = [tuners[0].tuned[first], tuners[0].tuned[second], tuners[1].tuned[first]]
+    assert len({tuple(tuned.indices.tolist()) for tuned in drawn}) == 3
+
+
+def test_no_negative_zero_is_written():
+    _, _, tuner = stepped(AG, [])
+    name, tuned = next(iter(tuner.tuned.items()))
+    tuned.base.fill_(-0.0)
+    tuned.deltas.fill_(-0.0)
+    tuner._write(name)
+    assert not torch.signbit(tuner.parameters[name].flatten()[tuned.indices]).any()
 
 
 def test_the_loop_ends_with_the_mask_of_its_best_weights(tmp_path):

@@ -116,6 +116,7 @@ def test_what_follows_begins_with_the_finished_blocks_whether_the_model_is_whole
                 assert torch.equal(weight, written[f"model.layers.{index}.{name}.weight"])
                 assert torch.equal(own.keep_masks()[name], weight != 0)
         tuned.append([one.weights() for one in decided.found if one.weights])
+        assert len(tuned[-1]) == len(tuning.begun)
     for whole, streamed in zip(*tuned, strict=True):
         assert all(torch.equal(streamed[name], weight) for name, weight in whole.items())
 
