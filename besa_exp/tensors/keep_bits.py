@@ -63,8 +63,11 @@ class KeepBits:
 
     def scatter_(self, values: Shaped[Tensor, " kept"], dense: Shaped[Tensor, "*shape"]) -> None:
         """Write the values into the kept places of `dense`; the others stay as they are. No -0.0 is written."""
-        flat = dense.view(-1)
-        flat.scatter_(0, self.places(), without_negative_zeros(values.to(dense.dtype)))
+        values = without_negative_zeros(values.to(dense.dtype))
+        if dense.is_cuda:  # the deterministic form of scatter_ sorts the places there
+            dense.masked_scatter_(self.mask(), values)
+        else:
+            dense.view(-1).scatter_(0, self.places(), values)
 
     def clear_(self, dense: Shaped[Tensor, "*shape"]) -> None:
         """Write 0 into all other places, whatever is there: -0.0, NaN."""

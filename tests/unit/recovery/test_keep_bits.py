@@ -34,6 +34,15 @@ def test_bits_are_the_mask_whatever_the_size_and_lie_as_in_masks_files(shape):
     assert torch.equal(bits.places(), mask.flatten().nonzero()[:, 0])
 
 
+def test_scattering_by_the_mask_as_on_a_gpu_gives_the_same_weights():
+    mask = random_mask(5, 7)
+    bits, values = KeepBits.of(mask), torch.arange(1.0, 1 + int(mask.sum()))
+    scattered, masked = torch.zeros(5, 7), torch.zeros(5, 7)
+    bits.scatter_(values, scattered)
+    assert torch.equal(masked.masked_scatter_(mask, values), scattered)
+    assert torch.equal(bits.gather(scattered), values)
+
+
 def test_unpacking_by_shifts_as_on_a_gpu_gives_the_same_places():
     mask = random_mask(5, 7)
     bits = KeepBits.of(mask)
