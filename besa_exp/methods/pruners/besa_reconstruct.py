@@ -54,6 +54,11 @@ class BesaReconstruct:
         check_fields(self, "pruner", one_of("besa", "sparsegpt"), "begin")
         check_fields(self, "pruner", within(least=0, most=1), "start", "until")
         check_fields(self, "pruner", within(least=1), "every")
+        if self.model and self.tuning.norms:
+            raise ValueError(
+                "pruner.tuning.norms=true: the steps under the model's loss begin with the dense norms again; leave it "
+                "at false, or take pruner=besa_reconstruct, which has no such steps"
+            )
 
     @property
     def traits(self) -> Traits:

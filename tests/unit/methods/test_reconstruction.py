@@ -16,6 +16,7 @@ from besa_exp.blocks.probe import probe_loss
 from besa_exp.blocks.pruner import PrunedBlock, Task
 from besa_exp.blocks.reports import Step
 from besa_exp.methods.pruners.besa_reconstruct import BesaReconstruct
+from besa_exp.methods.pruners.model_tuning import ModelTuning
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
 from besa_exp.methods.pruners.uniform import Uniform
 from besa_exp.methods.tuning import Ramp, Tuning, downhill, keep_valuable, tune
@@ -205,6 +206,11 @@ def test_besa_reconstruct_begins_with_the_masks_of_besa_and_numbers_its_steps_on
 def test_besa_reconstruct_refuses_to_begin_with_what_it_does_not_know() -> None:
     with pytest.raises(ValueError, match=r"pruner\.begin=wanda: must be one of besa, sparsegpt"):
         BesaReconstruct(begin="wanda")
+
+
+def test_tuned_norms_are_refused_where_the_dense_ones_would_come_back() -> None:
+    with pytest.raises(ValueError, match=r"pruner\.tuning\.norms=true: .* pruner=besa_reconstruct"):
+        BesaReconstruct(Tuning(norms=True), model=ModelTuning())
 
 
 def test_besa_reconstruct_keeps_an_n_m_pattern() -> None:
