@@ -166,10 +166,7 @@ def launch(request: Request) -> list[Outcome]:
     if job.finished:
         return [finished_before(job.folder, job.config)]
     made = [place for place in (job.folder, *job.folder.parents) if not place.exists()]
-    OmegaConf.set_readonly(job.config.hydra, False)  # as Hydra returns it
-    # What it would compose, in a tenth of a second.
-    hydra.config_loader.load_configuration = lambda *_, **__: job.config  # type: ignore[method-assign]
-    outcome = hydra.run(request.config_name, run_job, list(request.lines)).return_value
+    outcome = hydra.run(request.config_name, run_job, [*request.lines, "hydra.mode=RUN"]).return_value
     if outcome.status == "refused" and made and is_leader():
         _remove_refused(made)
     return [outcome]
