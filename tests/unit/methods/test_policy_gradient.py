@@ -227,6 +227,7 @@ def test_what_the_probe_does_not_confirm_is_undone_and_the_start_is_a_candidate(
     def worse_and_worse(masks, samples):
         """For the probe, sample 5; the others learn."""
         probed.append(samples.tolist() == [5])
+        assert probed[-1] or 5 not in samples
         return torch.full((len(samples),), float(len(probed)), dtype=torch.float64) + masks.double().std(1)
 
     probed = []
@@ -239,6 +240,32 @@ def test_what_the_probe_does_not_confirm_is_undone_and_the_start_is_a_candidate(
     (begun,) = replace(method, steps=1, rate=1e-9).search(searched(), start)
     *_, better = method.search(searched(), start)
     assert better.probe_loss <= begun.probe_loss
+
+
+def test_steps_fall_with_their_number_and_draws_narrow_with_what_was_undone():
+    method = PolicyGradient(0.2, steps=10_000, checks=0)
+    start, seen = start_of(method), []
+
+    def noted(masks, samples):
+        seen.append(masks)
+        return losses(masks, samples)
+
+    second = replace(start, step=1)
+    of_many, of_two = (next(replace(method, steps=n).search(searched(), second)).scores for n in (10_000, 2))
+    torch.testing.assert_close(of_many - start.scores, 2 * (of_two - start.scores), rtol=1e-3, atol=1e-6)
+    for shrunk in (1.0, 1e-9):
+        next(method.search(searched(noted), replace(start, shrunk=shrunk)))
+    wide, narrow = (len(masks.unique(dim=0)) for masks in seen)
+    assert wide > narrow == 1
+
+
+def test_the_best_that_the_probe_saw_is_decided():
+    method = PolicyGradient(0.2)
+    start, found = start_of(method), parts()[2:]
+    state = replace(start, scores=start.scores.flip(0), best=start.scores)
+    assert (
+        method.decide(state, *found) == method.decide(start, *found) != method.decide(replace(state, best=None), *found)
+    )
 
 
 def test_within_the_standard_error_nothing_is_a_new_best_or_undone():
