@@ -224,15 +224,17 @@ def uniform_masks(model):
 def test_a_step_of_tuning_moves_kept_weights_as_adam_does_with_the_gradient_of_one_graph():
     model = dense_model()
     whole, masks, samples = whole_of(model), uniform_masks(model), torch.tensor([1, 2])
-    leaves = [
-        {name: (block.linears[name].weight * mask).requires_grad_() for name, mask in own.items()}
+    begun = [
+        {name: 1.1 * block.linears[name].weight.detach() * mask for name, mask in own.items()}
         for block, own in zip(whole.blocks(False), masks, strict=True)
     ]
+    leaves = [{name: weight.clone().requires_grad_() for name, weight in own.items()} for own in begun]
     state = whole.inputs[samples]
     for block, own in zip(whole.blocks(False), leaves, strict=True):
         state = block(state, own)
     divergence(whole.head(whole.outputs[samples]), whole.head(state)).mean().backward()
-    state = _Tuned.of(whole, found_of(masks), 0.01)
+    found = zip(found_of(masks), begun, strict=True)
+    state = _Tuned.of(whole, [replace(one, weights=lambda own=own: own) for one, own in found], 0.01)
     state.step(samples, 1.0)
     for number, (block, plain, kept) in enumerate(zip(whole.blocks(False), leaves, masks, strict=True)):
         for name, weight in state.weights(number, block).items():
