@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import nan
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -94,7 +95,9 @@ def test_the_weights_that_were_pruned_come_back_for_the_next_measurement() -> No
 
 
 def test_a_block_at_work_holds_more_where_more_samples_pass_it_together() -> None:
-    one, eight = (probe(Uniform(), 1024, together).cost(8).working for together in (1, 8))
+    """Medians of three: what a process touches for the first time counts once, whatever is measured."""
+    measured = [[probe(Uniform(), 1024, together).cost(8).working for together in (1, 8)] for _ in range(3)]
+    one, eight = map(median, zip(*measured, strict=True))
     assert eight > 3 * one > 0
 
 
