@@ -115,6 +115,8 @@ REAL_MAIN := sparsegpt,besa_paper,besa,best
 REAL_TOKENS := outputs/real_model/tokens
 REAL_SCORES := 'evaluator.perplexity_sets=[$(REAL_TOKENS)/wikitext2.safetensors,$(REAL_TOKENS)/c4.safetensors]' \
 	'evaluator.tasks=[piqa,boolq,arc_easy,arc_challenge,winogrande,hellaswag]'
+REAL_RECOVERY = recovery.path=$(SHARED)/data/wikitext2/wiki.valid.raw recovery.steps=24 recovery.seq_len=512 \
+	recovery.held_out=8 recovery.checks=4
 
 real-study: real-model
 	$(BIN)/python experiments/tokens.py real_model --shared $(SHARED)
@@ -133,6 +135,7 @@ real-study: real-model
 	$(REAL_RUN) pruner=wanda sparsity=0.6,0.7 budget=owl,alpha,dlp,atp,learned,evopress
 	$(REAL_RUN) pruner=sparsegpt,besa sparsity=0.7 budget=owl,alpha,dlp,atp
 	$(REAL_RUN) pruner=best sparsity=0.7 budget=alpha
+	$(REAL_RUN) pruner=best sparsity=0.6 save.model=true recovery=full $(REAL_RECOVERY)
 	$(BIN)/python experiments/real_model/losses.py
 	$(BIN)/python experiments/real_model/collect.py
 

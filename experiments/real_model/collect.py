@@ -6,6 +6,7 @@ results. What results.json holds already stays, unless the same run was made aga
 
 from __future__ import annotations
 
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ COLUMNS = (*((f"{100 * target:.0f} %", target, UNSTRUCTURED) for target in TARGE
 
 def record(run: RunRecord) -> dict[str, Any]:
     """What the study keeps of a run."""
-    method = run.method.label.replace(f", {run.pattern}", "")
+    method = re.sub(r"path=\S*/", "path=", run.method.label.replace(f", {run.pattern}", ""))  # wherever a text lies
     by_row = run.pattern == "N:4"  # each row keeps an N of its own: beside 2:4, under a name that says so
     return {
         "method": f"{method}, N:4" if by_row else method,
