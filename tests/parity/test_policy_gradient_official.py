@@ -10,7 +10,7 @@ from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.checkpoints.narrowed_model import dimensions_of_model, narrowed_model
 from besa_exp.checkpoints.structure import Structure
 from besa_exp.methods.descent import falling
-from besa_exp.methods.structure.policy_gradient import (
+from besa_exp.methods.structure.estimators import (
     moving_baseline,
     policy_gradient,
     projected,

@@ -21,19 +21,15 @@ from besa_exp.checkpoints.narrowed_model import costs_of_model, dimensions_of_mo
 from besa_exp.errors import RunError
 from besa_exp.evaluation.perplexity import sum_of_losses
 from besa_exp.methods.descent import SHRINK, falling
-from besa_exp.methods.structure.method import DenseModel
-from besa_exp.methods.structure.policy_gradient import (
-    PolicyGradient,
-    Searched,
-    State,
+from besa_exp.methods.structure.estimators import (
     antithetic_gradient,
-    losses_on,
     moving_baseline,
     policy_gradient,
     projected,
     starting_scores,
-    unit_costs,
 )
+from besa_exp.methods.structure.method import DenseModel
+from besa_exp.methods.structure.policy_gradient import PolicyGradient, Searched, State, losses_on, unit_costs
 from besa_exp.methods.structure.widths import Importances, importances_of, kept_parameters, random_importances
 
 IDS = torch.randint(0, 256, (6, 12), generator=torch.Generator().manual_seed(2))
