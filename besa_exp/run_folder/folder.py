@@ -121,7 +121,8 @@ class RunFolder:
                     write_status(path, status, started, error)
                 raise
             write_status(path, "done", started)
-            for name in ("blocks", "narrowed", "recovery", "scores.json", "spent.json"):
+            drop_work(path)
+            for name in ("scores.json", "spent.json"):
                 atomic.remove(path / name)
 
     def give_up(self, error: Exception) -> None:
@@ -141,8 +142,8 @@ class RunFolder:
             write_status(path, "failed", started, error, words)
 
     def rewind(self, reports: Sequence[BlockReport], scored: bool = True) -> None:
-        """metrics.jsonl and sparsity.csv as they were when the blocks of `reports` had been finished. What was said last
-        stays of the dense model, where it was `scored` before, and of each step of a search over the whole model."""
+        """metrics.jsonl and sparsity.csv as they were when the blocks of `reports` had been finished. The last word on
+        the dense model, where it was `scored` before, and on each step of a search over the whole model stays."""
         if not self.writes:
             return
         lines = self._lines()
@@ -265,6 +266,14 @@ def _block_line(report: BlockReport) -> dict[str, Any]:
 
 def _json_line(line: Mapping[str, Any]) -> str:
     return json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def drop_work(path: Path) -> None:
+    """What a finished run needs no more and may be as large as the model goes, also where the run was killed when it
+    had just finished."""
+    with suppress(OSError):  # the results are there, in somebody else's folder perhaps
+        for name in ("blocks", "narrowed", "recovery"):
+            atomic.remove(path / name)
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def write_status(
         "finished": None if status == "running" else now(),
         "process": os.getpid(),
         "host": socket.gethostname(),
-        "error": f"{type(error).__name__}: {error}" if error else None,
+        "error": ": ".join(filter(None, (type(error).__name__, str(error)))) if error else None,
         "command": shlex.join(["besa", *command]) if command else None,
     }
     atomic.write_text(path / "status.json", json.dumps(record, indent=2) + "\n")

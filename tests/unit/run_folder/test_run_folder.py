@@ -95,7 +95,7 @@ def test_an_interrupted_run_says_so(tmp_path: Path) -> None:
         fail_run(tmp_path, KeyboardInterrupt())
     status = read_status(tmp_path)
     assert status is not None
-    assert (status["status"], status["error"]) == ("interrupted", "KeyboardInterrupt: ")
+    assert (status["status"], status["error"]) == ("interrupted", "KeyboardInterrupt")
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
