@@ -1,5 +1,5 @@
-"""Collects run folders of the study into results.json and tables.md beside this file, and writes README's table of
-results. What results.json holds already stays, unless the same run was made again.
+"""Collects run folders of the study into results.json and tables.md beside this file, and writes README's table and
+figure of results. What results.json holds already stays, unless the same run was made again.
 
     python experiments/real_model/collect.py [outputs/real_model/runs]
 """
@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from results_figure import figure
+
 from besa_exp.display.markdown import markdown_table
 from besa_exp.display.missed_target import missed_by
 from besa_exp.report.runs import RunRecord, read_run
@@ -20,6 +22,7 @@ from besa_exp.report.studies import kept_records, over_seeds
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
+FIGURE = HERE.parents[1] / "docs" / "results.svg"
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->"
 METHODS = (
     "dense",
@@ -165,6 +168,7 @@ def main() -> None:
     lines += cost_table(rows)
     (HERE / "tables.md").write_text("\n".join(lines), encoding="utf-8")
     README.write_text(with_results(README.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    FIGURE.write_text(figure(rows), encoding="utf-8")
     print("\n".join(lines))
 
 
