@@ -43,7 +43,7 @@ class Interrupted(SystemExit):
         self.signal_name = signal_name
 
     def __str__(self) -> str:
-        return f"{self.signal_name} received; the same command goes on after the last whole block"
+        return f"{self.signal_name} received; run the same command again to resume after the last finished block"
 
 
 class Unavailable(Exception):

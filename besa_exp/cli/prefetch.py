@@ -56,14 +56,14 @@ def _run(arguments: argparse.Namespace) -> int:
     of_jobs = (needs_of(job.model, job.calibration, job.evaluator, job.recovery) for job in jobs)
     needs = list(dict.fromkeys(need for needs in of_jobs for need in needs))
     if not needs:
-        print("nothing is needed of the hub: model, text and tasks are on this machine")
+        print("nothing is needed from the hub: model, text and tasks are on this machine")
         return 0
     unreachable = "offline=true" if any(job.offline for job in jobs) else _silent()
     items = [_settled(need, unreachable) for need in needs]
     _show(items)
     path = _write_manifest(items)
     missing = [item.need for item in items if item.status == "missing"]
-    print(f"{len(items) - len(missing)} of {len(items)} there; manifest: {path}")
+    print(f"{len(items) - len(missing)} of {len(items)} are on this machine; manifest: {path}")
     if missing:
         hint = f"; nothing was downloaded ({unreachable}): where there is a network, {prefetch_command(missing)}"
         print(f"{len(missing)} missing" + (hint if unreachable else ""), file=sys.stderr)

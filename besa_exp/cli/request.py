@@ -115,7 +115,7 @@ def composed_for_one(
     swept = [override for override in overrides if override.is_sweep_override()]
     composer.problems |= {o.key_or_group: told_sweep(o, f"one command {does} one checkpoint") for o in swept}
     if arguments.multirun:
-        composer.problems["-m"] = f"-m: one command {does} one checkpoint; leave it out, and loop in the shell"
+        composer.problems["-m"] = f"-m: one command {does} one checkpoint; leave -m out, and loop in the shell"
     lines = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
     return composer, lines, composed_by(composer, lines), unknown
 
@@ -153,7 +153,7 @@ def _shared_folder(job: Job, other: Job, lines_of_jobs: Sequence[Sequence[str]])
     if set(job.lines) == set(other.lines):
         common = set.intersection(*map(set, lines_of_jobs))
         twice = " ".join(line for line in job.lines if line not in common) or " ".join(job.lines)
-        return f"{twice} stands twice in the sweep; name each value once"
+        return f"{twice} is named twice in the sweep; name each value once"
     different = _only(job.lines, other.lines)
     return (
         f"two jobs of the sweep would share the folder {job.folder}, with {different}: what distinguishes them does "

@@ -94,7 +94,9 @@ class NextToken:
     def of_logits(self, logits: Logits, windows: Windows) -> Float[Tensor, ""]:
         """See `tuner.Objective`. ValueError: more than logits is followed."""
         if self.distillation.kind == "squarehead":
-            raise ValueError("recovery.distill=squarehead: needs hidden states, which this method has not; use logits")
+            raise ValueError(
+                "recovery.distill=squarehead: needs hidden states, which this method does not compute; use logits"
+            )
         return self._of(logits, (), windows)
 
     def _of(self, logits: Logits, states: tuple[Tensor, ...], windows: Windows) -> Float[Tensor, ""]:
