@@ -110,7 +110,8 @@ class Traits:
     each weight too. `dense_targets`: targets come from dense inputs (else: what the dense block makes of the pruned
     prefix's outputs). `blocks_together`: how many blocks make one task. `quantiser`: what kept weights are rounded
     with; None: they are not. `reach`: the least and the largest sparsity that it can end at. `refinements`: the
-    searches over the whole model that follow."""
+    searches over the whole model that follow. `blind`: it reads neither inputs nor targets, so that the probe samples
+    alone pass through the blocks, for the reported loss."""
 
     statistic: type[Statistic] | None = None
     gradients: bool = False
@@ -119,6 +120,7 @@ class Traits:
     quantiser: Quantiser | None = None
     reach: tuple[float, float] = (0.0, 1.0)
     refinements: tuple[Refinement, ...] = ()
+    blind: bool = False
 
 
 @runtime_checkable

@@ -38,10 +38,12 @@ class Updated:
 
     @property
     def traits(self) -> Traits:
-        """The pruner's, with the statistic that the update asks for, and dense targets where one of the two does."""
+        """The pruner's, with the statistic that the update asks for, and dense targets where one of the two does; blind
+        where both are."""
         own, update = self.pruner.traits, self.update.traits
         dense_targets = own.dense_targets or update.dense_targets
-        return replace(own, statistic=update.statistic or own.statistic, dense_targets=dense_targets)
+        statistic, blind = update.statistic or own.statistic, own.blind and update.blind
+        return replace(own, statistic=statistic, dense_targets=dense_targets, blind=blind)
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """The pruner's problems and the update's, and a pruner that rounds, or needs another statistic than the update
