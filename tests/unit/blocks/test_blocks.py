@@ -233,7 +233,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_the_block():
 
 
 class Seeing(Uniform):
-    traits = Traits()
+    @property
+    def traits(self) -> Traits:
+        return Traits()
 
 
 def test_what_a_blind_pruner_gives_takes_the_probe_samples_alone():
