@@ -116,7 +116,7 @@ def _pruned(
     if not block.linears:  # all of it stays dense
         block.outputs(inputs, batch_size, out=observed)
         return PrunedBlock({}, {})
-    statistics, _ = observe(block, inputs, pruner.traits.statistic, batch_size, observed)
+    statistics, _ = observe(block, inputs, pruner.traits.observed(goal), batch_size, observed)
     gradients = squared_gradients(block, inputs) if pruner.traits.gradients else {}
     return pruner.prune_block(Task(block, inputs, targets, statistics, goal, on_step, gradients))
 

@@ -106,12 +106,12 @@ class Refinement(Protocol):
 class Traits:
     """What the block loop has to know about a pruner or an update before it runs it.
 
-    `statistic`: what to observe about the inputs of each linear; None: nothing. `gradients`: observe the gradient to
-    each weight too. `dense_targets`: targets come from dense inputs (else: what the dense block makes of the pruned
-    prefix's outputs). `blocks_together`: how many blocks make one task. `quantiser`: what kept weights are rounded
-    with; None: they are not. `reach`: the least and the largest sparsity that it can end at. `refinements`: the
-    searches over the whole model that follow. `blind`: it reads neither inputs nor targets, so that the probe samples
-    alone pass through the blocks, for the reported loss."""
+    `statistic`: what to observe about the inputs of each linear; None: nothing. `under_pattern`: in its place where the
+    goal is N:M; None: the same. `gradients`: observe the gradient to each weight too. `dense_targets`: targets come
+    from dense inputs (else: what the dense block makes of the pruned prefix's outputs). `blocks_together`: how many
+    blocks make one task. `quantiser`: what kept weights are rounded with; None: they are not. `reach`: the least and
+    the largest sparsity that it can end at. `refinements`: the searches over the whole model that follow. `blind`: it
+    reads neither inputs nor targets, so that the probe samples alone pass through the blocks, for the reported loss."""
 
     statistic: type[Statistic] | None = None
     gradients: bool = False
@@ -121,6 +121,11 @@ class Traits:
     reach: tuple[float, float] = (0.0, 1.0)
     refinements: tuple[Refinement, ...] = ()
     blind: bool = False
+    under_pattern: type[Statistic] | None = None
+
+    def observed(self, goal: Goal) -> type[Statistic] | None:
+        """What to observe for this goal."""
+        return self.under_pattern if goal.pattern and self.under_pattern else self.statistic
 
 
 @runtime_checkable
