@@ -65,7 +65,7 @@ BEDS = {
             "recovery.checks=4",
         ),
         sleb=(f"calibration.path={REAL}",),
-        search=("structure.steps=50", "calibration.batch_size=8"),
+        search=("structure.steps=25", "calibration.batch_size=8"),
     ),
 }
 
@@ -76,33 +76,30 @@ def study(bed: Bed, seed: int) -> Iterator[list[str]]:
         yield ["pruner=dense"]
     shares = {name: (blocks * bed.block / bed.parameters) or 0.1 for name, blocks in bed.sizes.items()}
     zeros = {name: f"sparsity={share * bed.parameters / bed.linears:.4f}" for name, share in shares.items()}
-    for size, blocks in bed.sizes.items():
-        for name in ("shortgpt", "angular") if blocks else ():
-            yield [f"structure={name}", f"structure.blocks={blocks}", "pruner=dense"]
-        if blocks:
-            yield ["structure=sleb", f"structure.blocks={blocks}", "pruner=dense", *bed.sleb]
+    whole = {name: f"structure.blocks={blocks}" for name, blocks in bed.sizes.items() if blocks}
+    for size in bed.sizes:
+        for name in ("shortgpt", "angular") if size in whole else ():
+            yield [f"structure={name}", whole[size], "pruner=dense"]
         for name in ("wanda_sp", "magnitude_sp", "random_sp"):
             yield [f"structure={name}", f"structure.ratio={shares[size]:.4f}", "pruner=dense"]
-        for name in ("wanda", "besa"):
-            yield [f"pruner={name}", zeros[size]]
-    for update in ([], ["update=barber"]):
-        yield ["pruner=wanda", *update, "sparsity=0.5"]
+        yield ["pruner=wanda", zeros[size]]
     for skipping in ("ffn", "static", "random"):
         yield ["pruner=dense", f"skipping={skipping}"]
-    size, blocks = next((size, blocks) for size, blocks in bed.sizes.items() if blocks)
-    share = f"structure.ratio={shares[size]:.4f}"
-    for shape in ("uniform", "uneven"):
+    for update in ([], ["update=barber"]):
+        yield ["pruner=wanda", *update, "sparsity=0.5"]
+    size = next(iter(whole))
+    share, removed = f"structure.ratio={shares[size]:.4f}", bed.sizes[size] * bed.block
+    for shape in ("uneven", "uniform"):
         yield ["structure=policy_gradient", share, f"structure.shape={shape}", *bed.search, "pruner=dense"]
-    removed = blocks * bed.block  # as many zeros in what is left as weights have gone
-    yield [
-        "structure=shortgpt",
-        f"structure.blocks={blocks}",
-        "pruner=besa",
-        f"sparsity={removed / (bed.linears - removed):.4f}",
-    ]
-    for first in (["structure=shortgpt", f"structure.blocks={blocks}"], ["structure=wanda_sp", share]):
+    for size_of_sleb in whole:
+        yield ["structure=sleb", whole[size_of_sleb], "pruner=dense", *bed.sleb]
+    for first in (["structure=shortgpt", whole[size]], ["structure=wanda_sp", share]):
         yield [*first, "pruner=dense", *bed.recovery]
     yield ["pruner=wanda", zeros[size], *bed.recovery]
+    for size_of_besa in reversed(bed.sizes):
+        yield ["pruner=besa", zeros[size_of_besa]]
+    as_many = f"sparsity={removed / (bed.linears - removed):.4f}"  # zeros in what is left as weights have gone
+    yield ["structure=shortgpt", whole[size], "pruner=besa", as_many]
 
 
 def run(model: str, words: list[str], seed: int, runs: Path) -> None:
