@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -79,6 +79,15 @@ def pruned_by_masks(keep_masks: Mapping[str, Bool[Tensor, "out in"]]) -> PrunedB
     return PrunedBlock(keep_masks, {name: 1 - mask.float().mean(dim=1) for name, mask in keep_masks.items()})
 
 
+class Passes(NamedTuple):
+    """Samples that pass all blocks of the model: `plain`, without a prediction; `judged`, with the divergence of their
+    predictions; `learned`, with its gradient too."""
+
+    plain: int
+    judged: int
+    learned: int
+
+
 @runtime_checkable
 class Refinement(Protocol):
     """A search over the whole model that begins where the block loop has ended."""
@@ -90,6 +99,10 @@ class Refinement(Protocol):
 
     def bytes_held(self, weights: int, sparsity: float) -> tuple[int, int]:
         """Of all blocks at once, of so many weights: what lies on the device, and what lies where it fits."""
+        ...
+
+    def passes(self, samples: int) -> Passes:
+        """What the search asks for, of so many calibration samples."""
         ...
 
     def refine(

@@ -90,4 +90,6 @@ def counted(settings: RunSettings, model: PreTrainedModel, size: ModelSize, seq_
         "calibration text and scoring are not counted; a disk of 2 GB/s and hashes of 1.3 GB/s are assumed"
     )
     budget = 0.0 if isinstance(settings.budget, SameForAll | None) else nan
-    return Costs("device", DISK, block=seconds, budget=budget, token=(0.0, 0.0), note=note)
+    in_block = (a_pass / chip.half + moved / chip.bandwidth) / seq_len
+    predicted = 2 * text.vocab_size * hidden / chip.half
+    return Costs("device", DISK, block=seconds, budget=budget, token=(in_block, predicted), note=note)
