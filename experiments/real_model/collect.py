@@ -63,6 +63,13 @@ def record(run: RunRecord) -> dict[str, Any]:
     }
 
 
+NOTE = """\
+SmolLM2-135M-Instruct, its weights dequantised from 4 bits: perplexity on 16 windows of 1,024 tokens of WikiText-2's
+test text (the last column: of C4), calibrated on 32 windows of 512 tokens of WikiText-2's validation text. Lower is
+better. Mean ± sample standard deviation over three seeds, or over as many as stand in brackets. N:4: each row keeps an
+N of its own of every 4 weights. `wanda+admm` is `pruner=wanda update=admm`; `besa, scope=model` is `pruner=besa
+pruner.scope=model`, the search under the model's own loss."""
+"""Above README's table."""
 IN_README = {
     "dense": "-",
     "wanda": "stay",
@@ -147,14 +154,7 @@ def with_results(text: str, rows: Sequence[dict[str, Any]]) -> str:
     ]
     titles = ["method", *(title for title, *_ in COLUMNS), "C4, 50 %", "kept weights"]
     head, _, rest = text.partition(BEGIN)
-    note = (
-        "SmolLM2-135M: perplexity on 16 windows of 1,024 tokens of WikiText-2's test text (the last column: of C4), "
-        "calibrated on 32\nwindows of 512 tokens of WikiText-2. Mean ± standard deviation over three seeds, or over as "
-        "many as stand in brackets. N:4:\neach row keeps an N of its own of every 4 weights. "
-        "`wanda+admm` is `pruner=wanda update=admm`; `besa, scope=model` is `pruner=besa\npruner.scope=model`, "
-        "the search under the model's own loss."
-    )
-    return "\n".join([f"{head}{BEGIN}{note}", "", *markdown_table(titles, lines), ""]) + END + rest.partition(END)[2]
+    return "\n".join([f"{head}{BEGIN}{NOTE}", "", *markdown_table(titles, lines), ""]) + END + rest.partition(END)[2]
 
 
 def main() -> None:

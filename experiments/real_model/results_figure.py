@@ -55,10 +55,10 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> str:
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
             'font-family="Helvetica, Arial, sans-serif" font-size="13" fill="#1f2937" role="img">',
-            "<title>Perplexity of SmolLM2-135M on WikiText-2 against sparsity, by pruning method</title>",
+            "<title>Perplexity of SmolLM2-135M-Instruct on WikiText-2 against sparsity, by pruning method</title>",
             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
             f'<clipPath id="plot"><path d="M{LEFT} {TOP}H{RIGHT}V{HEIGHT}H{LEFT}Z"/></clipPath>',
-            f'<text x="{LEFT}" y="24">WikiText-2 perplexity of SmolLM2-135M (lower is better)</text>',
+            f'<text x="{LEFT}" y="24">WikiText-2 perplexity of SmolLM2-135M-Instruct (lower is better)</text>',
             *_axes(),
             *_dense(dense),
             *(line for method, points in curves.items() for line in _curve(points, COLOUR_OF[method])),
