@@ -33,6 +33,10 @@ from besa_exp.settings import RunSettings
 from besa_exp.texts.calibration_check import check_calibration
 
 Status = Literal["there", "fetched", "missing"]
+HELP = """\
+besa prefetch [key=value ...]. Downloads what a run with these keys needs from the hub, or lists what is missing.
+Its groups, keys and flags are those of besa prune:
+"""
 WIDTH_OF_FILES = 200  # columns of a table that no terminal shows
 
 
@@ -48,6 +52,8 @@ class Item:
 
 def prefetch(arguments: Sequence[str]) -> int:
     """The exit code: 0 where all is there in the end, 1 where something is missing."""
+    if {"--help", "-h"} & {*arguments}:
+        print(HELP)
     return composed("besa prefetch", CONFIG_NAME, arguments, _run)
 
 
