@@ -89,7 +89,7 @@ def test_every_preset_can_be_shown(group: str) -> None:
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("pruner=besaa", "no such preset; did you mean besa?"),
+        ("pruner=besaa", "no such preset (did you mean besa?)"),
         ("prunner=besa", "did you mean pruner?"),
         ("spasity", "did you mean sparsity?"),
     ],
