@@ -322,9 +322,11 @@ def test_the_same_command_finds_its_finished_run(given: list[str], capsys: pytes
     assert main(["prune", *given]) == 0
     (folder,) = Path("outputs").iterdir()
     written = (folder / "results.json").stat().st_mtime_ns
+    (folder / "blocks").mkdir()  # of a run that was killed when it had just finished
     capsys.readouterr()
     assert main(["prune", *given, "tracker=wandb"]) == 0
     assert capsys.readouterr().out.startswith("finished before: 50.00 % zeros")
+    assert not (folder / "blocks").exists()
     assert main(["prune", *given, f"hydra.run.dir={folder}", "sparsity=0.6"]) == 2
     assert "holds a finished run of another request (sparsity: 0.5 before, 0.6 now)" in capsys.readouterr().err
     assert (folder / "results.json").stat().st_mtime_ns == written
