@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from pruned_llama import WINDOWS, assert_same_bits, assert_zeros_exact, pruned_l
 
 from besa_exp.recovery.objective import NextToken
 from besa_exp.recovery.schedule import Schedule
-from besa_exp.recovery.spiel import Spiel, Tuned, adam_step, ag_exchange, sm3_step
+from besa_exp.recovery.spiel import Spiel, Tuned, adam_step, ag_exchange, sm3_exchange, sm3_step
 from besa_exp.recovery.tuning import Parts, Plan, tune
 
 AG = Spiel(steps=9, lr=5e-3, density=0.05, reselect=4, gather=2)
@@ -81,6 +82,42 @@ def test_a_tuner_goes_on_inside_a_phase_of_selection_with_the_same_bits(method, 
     assert_same_bits(whole, model)
     for name, value in expected.state().items():
         assert torch.equal(value, again.state()[name]), name
+
+
+@dataclass
+class Overflowing:
+    """The next token's loss, told as another, and a gradient of which something else is to be divided."""
+
+    inner: NextToken
+    told: tuple[float, float]
+
+    def differentiate(self, windows):
+        self.inner.differentiate(windows)
+        return self.told
+
+    def of_logits(self, logits, windows):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("told", [(math.nan, 1.0), (1.0, 0.0)], ids=["loss", "gradient"])
+@pytest.mark.parametrize("method", [AG, SM3, EXCHANGE], ids=["ag", "sm3", "exchange"])
+def test_a_step_that_is_not_finite_changes_nothing(method, told):
+    """The second step, after which entries would be exchanged."""
+    model, _, tuner = stepped(method, [0])
+    state, before = {key: value.clone() for key, value in tuner.state().items()}, weights_of(model)
+    taken = tuner.step(Overflowing(NextToken(model), told), WINDOWS[2:4], 1, 1.0)
+    assert not (math.isfinite(taken.loss) and math.isfinite(taken.gradient_norm))
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert all(torch.equal(value, state[key]) for key, value in tuner.state().items())
+    tuner.step(NextToken(model), WINDOWS[2:4], 1, 1.0)  # nothing of it is left
+    assert_same_bits(model, stepped(method, range(2))[0])
+
+
+def test_where_fewer_places_are_free_than_entries_go_as_many_come_by_accumulators():
+    tuned = Tuned.at(torch.tensor([0, 1, 4, 5]), torch.zeros(2, 3))
+    tuned.rows, tuned.columns = torch.tensor([2.0, 1.0]), torch.tensor([3.0, 1.0, 2.0])
+    slots, coming = sm3_exchange(tuned, torch.tensor([3, 0, 1, 2]), None)
+    assert (slots.tolist(), coming.tolist()) == ([3, 0], [2, 3])  # of r_i c_j 4 and 3
 
 
 def test_exchanged_zeros_are_as_many_and_lie_elsewhere():
