@@ -110,6 +110,7 @@ def test_options_are_told_apart_by_the_mean_log_probability_of_their_own_tokens(
     same = EXAMPLES[:1].clone()
     same[:, 1] = same[:, 0]
     assert option_errors(called(model, same, False)[0], same).tolist() == [1]  # nothing says which
+    assert option_errors(torch.full_like(logits, torch.nan), EXAMPLES).tolist() == [1] * 3
 
 
 def test_faults_are_told():
