@@ -39,14 +39,18 @@ def test_the_first_step_is_adams_by_the_gradient_at_the_entries(dtype, decay):
     tuner = replace(AG, decay=decay).begin(model, keep, 0)
     taken = tuner.step(NextToken(model), WINDOWS[:2], 0, 0.5)
     expected, found, deltas = [], [], []
+    gathered, sums = [], []
     for name, tuned in tuner.tuned.items():
         gradient = plain.get_parameter(name).grad
         assert gradient is not None
         expected.append(gradient.flatten()[tuned.indices])
         found.append(tuned.moment / 0.1)
         deltas.append(tuned.deltas)
+        gathered.append(gradient.flatten()[tuned.candidates])
+        sums.append(tuned.sums)
     expected, found, deltas = map(torch.cat, (expected, found, deltas))
     assert float((found - expected).norm()) < 0.02 * float(expected.norm())
+    assert float((torch.cat(sums) - torch.cat(gathered)).norm()) < 0.02 * float(torch.cat(gathered).norm())
     assert taken.gradient_norm == pytest.approx(float(expected.norm()), rel=0.02)
     lr = 0.5 * AG.lr
     assert float(deltas.abs().max()) == pytest.approx(lr * (1 - lr * decay), rel=1e-3)
@@ -145,6 +149,16 @@ def test_entries_are_drawn_by_seed_and_linear():
     first, second = (f"model.layers.{number}.self_attn.q_proj.weight" for number in (0, 1))
     drawn = [tuners[0].tuned[first], tuners[0].tuned[second], tuners[1].tuned[first]]
     assert len({tuple(tuned.indices.tolist()) for tuned in drawn}) == 3
+
+
+def test_a_weight_is_rounded_once():
+    """1 + 2^-8 + 2^-17 is nearer to 1 + 2^-7; a delta that is rounded by itself would leave a tie that goes to 1."""
+    _, _, tuner = stepped(AG, [], torch.bfloat16)
+    name, tuned = next(iter(tuner.tuned.items()))
+    tuned.base.fill_(1.0)
+    tuned.deltas.fill_(2**-8 + 2**-17)
+    tuner._write(name)
+    assert set(tuner.parameters[name].flatten()[tuned.indices].tolist()) == {1 + 2**-7}
 
 
 def test_no_negative_zero_is_written():
