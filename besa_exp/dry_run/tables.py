@@ -53,7 +53,9 @@ def estimate_tables(found: Estimate) -> RenderableType:
     kept = ["kept in the end", *(_size(found.kept) if place == "disk" else "" for place in places)]
     times = [[part, _time(value)] for part, value in found.seconds.items() if value != 0]
     for row in times:
-        if row[0] == "prune":
+        if row[0] == "refine":
+            row[0] = "prune: the search over all blocks"
+        elif row[0] == "prune":
             row[0] += f": {found.blocks} blocks of {_time(found.seconds['prune'] / found.blocks)}"
     table = _table(f"{found.folder}: memory and disk", ["part", *places, "during"], rows, [most, kept])
     remarks = Text("\n".join([*verdicts(found), *_remarks(found)]))

@@ -67,6 +67,17 @@ def rows_of(model, sparsity=0.5):
     return ModelRows.of(whole_of(model), uniform(model, sparsity), Wanda())
 
 
+@pytest.mark.parametrize("search", [ModelSearch(steps=5, batch_size=2, checks=5), ModelTuning(steps=5, checks=2)])
+def test_a_search_says_how_many_samples_pass_the_blocks(search):
+    """A sample that is learned from passes a block twice: forward, and once more on the way back."""
+    model, seen = dense_model(), []
+    whole, found = whole_of(model), [Found(lambda masks=masks: masks) for masks in uniform(model)]
+    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    search.refine(whole, found, lambda step: None)
+    said = search.passes(len(INPUT_IDS))
+    assert sum(seen) == said.plain + said.judged + 2 * said.learned
+
+
 def test_the_divergence_is_that_of_the_model_with_the_masked_weights():
     model, pruned = dense_model(), dense_model()
     rows = rows_of(model)
