@@ -100,7 +100,7 @@ def carry_out(config: DictConfig, pruner_name: str, folder: Path, single: bool =
 
 def _named(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
-        return f"{error}: what is finished is kept; make space and give the same command again"
+        return f"{error}: what is finished is kept; free disk space, then run the same command again"
     return str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
 
 
@@ -216,7 +216,7 @@ def _outcome_of_lost(job: Job, reason: str) -> Outcome:
     if status.get("status") == "failed":
         return Outcome(job.folder, "failed", status["error"])
     state = seen_status(job.folder) or "not begun"
-    text = f"the launcher lost it ({reason}); its folder says {state}; the same command goes on with what is missing"
+    text = f"the launcher lost this job ({reason}); its folder says {state}; run the same command again to finish it"
     return Outcome(job.folder, "failed", text)
 
 

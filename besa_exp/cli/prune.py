@@ -69,7 +69,9 @@ def _parsed(command: str, arguments: Sequence[str]) -> argparse.Namespace:
 def _run(arguments: argparse.Namespace) -> int:
     request = read_request(arguments)
     if request.multirun and is_launched():
-        raise ConfigurationError("torchrun shares one run among its processes: leave -m out, one command a job")
+        raise ConfigurationError(
+            "torchrun runs one job on all its processes: leave -m out and give each job a command of its own"
+        )
     if any(job.config.get("dry_run") for job in request.jobs):
         return dry_run(request)
     began = time.monotonic()

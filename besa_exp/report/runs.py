@@ -174,7 +174,9 @@ def _weights(results: Mapping[str, Any]) -> int:
 def _state(path: Path, status: Mapping[str, Any]) -> tuple[str, str | None]:
     """The status as it is shown to a person, and why."""
     state = seen_status(path) or "done"
-    return state, "its process was killed; the same command goes on" if state == KILLED else status.get("error")
+    return state, "its process was killed; run the same command again to resume" if state == KILLED else status.get(
+        "error"
+    )
 
 
 def _mapping(path: Path) -> Mapping[str, Any]:

@@ -291,8 +291,8 @@ def _check_free(path: Path, overwrite: bool) -> None:
     foreign = [name for name in (*WRITTEN, "status.json") if name != "run.log" and (path / name).exists()]
     if foreign and read_status(path) is None:
         raise ConfigurationError(
-            f"{path} holds {', '.join(foreign)}, which a run would replace, but is no run's folder: "
-            "a run needs a folder of its own; name another with hydra.run.dir="
+            f"{path} is not a run folder, and a run would replace its {', '.join(foreign)}; name another folder with "
+            "hydra.run.dir="
         )
 
 

@@ -64,8 +64,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What pruning did, block by block. `keep_masks`: of every linear's weight, by its name in the model, on the CPU.
-    `tokens_sha256` names the calibration tokens, `folder` the run folder where there is one."""
+    """What pruning did, block by block.
+
+    `target`: the sparsity that was asked for, in [0, 1). `keep_masks`: {weight's name in the model: bool [out in], True
+    where the weight was kept}, on the CPU; empty where a run kept no masks. `tokens_sha256`: hash of the calibration
+    tokens. `folder`: the run folder; None where a model object was pruned."""
 
     blocks: tuple[BlockReport, ...]
     target: float
@@ -75,17 +78,18 @@ class PruneReport:
 
     @property
     def sparsity(self) -> float:
-        """The fraction of zeros over the linears of all blocks, counted."""
+        """The fraction of zeros among the weights of all pruned linears, in [0, 1], counted after pruning."""
         linears = [linear for block in self.blocks for linear in block.linears]
         return sum(linear.pruned for linear in linears) / sum(linear.weights for linear in linears)
 
     @property
     def losses(self) -> list[float]:
-        """The reconstruction loss of each block as written."""
+        """Each block's reconstruction loss on the probe samples after pruning, in block order: the squared error
+        of a token's output relative to the dense one's, mean over tokens, unless the pruner's `loss` is another."""
         return [block.loss_after for block in self.blocks]
 
     def to_pandas(self) -> Any:
-        """A DataFrame with a row for each linear of each block."""
+        """A DataFrame with a row for each linear of each block; see `linear_table`. ConfigurationError: no pandas."""
         return linear_table(self.blocks)
 
     def __repr__(self) -> str:
@@ -94,10 +98,13 @@ class PruneReport:
 
 
 def load_model(path: str = "embedded", *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
-    """The model and the tokenizer of a folder, a hub id or a preset (`besa list models`); `embedded` is the small model
-    that the package carries. `dtype` auto: what the preset says, or as saved.
+    """The model and the tokenizer (None where there is none) of `path`: a folder, a hub id or a preset of `besa list
+    models`; `embedded` is the small model that the package carries.
 
-    The files are checked as `besa prune` checks them: ConfigurationError where weights are missing or left over."""
+    `dtype`: float32, bfloat16, float16, or auto (as the preset says, else as saved). `device`: cpu, cuda, cuda:N, or
+    auto (a GPU where there is one).
+
+    ConfigurationError: the model cannot be found, or its files lack weights or hold others."""
     settings = replace(_model_settings(path), load="whole")
     settings = settings if dtype == "auto" else replace(settings, dtype=dtype)
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
@@ -128,19 +135,28 @@ def prune(
     overwrite: bool = False,
     on_block: Callable[[BlockReport], None] = lambda report: None,
 ) -> PruneReport:
-    """Prune a model object in place, or the model in the folder or hub id of a path into the run folder `out`.
+    """Prune a model object in place, or the model at a path (a folder, a hub id, a preset) into the run folder `out`.
 
     `texts_or_tokens` calibrate: the name of a set (`c4`, `embedded`), a path of a text or token file, a list of texts,
-    or token ids [sample, seq], which are taken as they are. `num_samples` windows of `seq_len` tokens are drawn from
-    texts, `batch_size` of them pass through a block together; None: what the set's preset says, 128 windows of 2,048
-    tokens (or the model's context) for given texts.
+    or token ids [sample seq], which are used as they are. `num_samples` windows of `seq_len` tokens are drawn from
+    texts, and `batch_size` of them pass through a block together; None: as the set's preset says; for given texts 128
+    windows of 2,048 tokens, or of the model's context if that is shorter. `tokenizer` is needed for texts only.
 
-    `pruner`, `update`, `budget`, `recovery` and, for a path, `structure` are names of presets or objects;
-    `besa_exp.preset(group, name)` makes the object of a preset. What a pattern of `ignore` matches
-    (`0.*`, `*.mlp.down_proj`) stays dense. `on_block` is given the report of each block as it is finished. `evaluator`
-    scores the model in `out`.
+    `sparsity`: the fraction of the blocks' linear weights that become zero, in [0, 1). `pattern`: `unstructured`, or
+    N:M (N kept of every M consecutive inputs, `2:4`), which fixes the sparsity. `ignore`: patterns of BLOCK.linear
+    (`0.*`, `*.mlp.down_proj`) that stay dense; the sparsity is met over the rest.
 
-    ConfigurationError (a ValueError): the request cannot be carried out as it is written; all problems are named."""
+    `pruner`, `update`, `budget`: the name of a preset (`besa list pruners`) or an object; `besa_exp.preset(group,
+    name)` makes a preset's object. `seed` seeds the draws of calibration windows and the presets given by name.
+    `compute_dtype`: of the products, `auto` (the weights') or `bfloat16`. `on_block` is called with each block's
+    report: when it is finished, or, with `out`, at the end.
+
+    With a path only: `out`, where the same call resumes an unfinished run; `structure` and `recovery`, names or
+    objects; `evaluator`, which scores the pruned model; `overwrite`, which replaces a finished run.
+
+    ConfigurationError (a ValueError): the request cannot be carried out as written; it names all problems, before any
+    weight changes. RunError: pruning failed in a block, which it names; a model object then has the blocks before it
+    pruned."""
     settings = _settings(
         model_or_path, _calibration(texts_or_tokens, seed, num_samples, seq_len, batch_size), seed,
         pruner=pruner, update=update, budget=budget, structure=structure, recovery=recovery,

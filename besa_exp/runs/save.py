@@ -68,7 +68,7 @@ def save_pruned(loaded: LoadedModel, finished: FinishedBlocks, folder: Path, car
             save_beside_weights(loaded.model, loaded.tokenizer, partial, card, loaded.folder)
     except OSError as error:
         raise RunError(
-            f"{folder} could not be written ({error}); the pruned blocks are kept: make space and give the same "
+            f"{folder} could not be written ({error}); the pruned blocks are kept: free disk space, then run the same "
             "command again, or set save.model=false"
         ) from error
 

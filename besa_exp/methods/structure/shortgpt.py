@@ -23,7 +23,7 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
-from besa_exp.errors import check_fields, one_of, within
+from besa_exp.errors import RunError, check_fields, one_of, within
 from besa_exp.machine import distributed
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel
@@ -133,7 +133,12 @@ class ShortGPT:
 
     def removed(self, found: Passage, costs: Costs) -> tuple[list[int], dict[str, list[float | None]]]:
         """The blocks that go, and of each block its influence, or of each first block of a run the distance across it;
-        None: protected."""
+        None: protected. RunError: a state is not finite."""
+        if wrong := (~found.influence.isfinite()).nonzero().flatten().tolist():
+            raise RunError(
+                f"structure=shortgpt: the states before or after block {wrong[0]} are not finite; load the model in "
+                "float32 or bfloat16 (model.dtype)"
+            )
         count, number = amount(self.blocks, self.ratio, costs), len(found.influence)
         protected = [*range(self.protect_first), *range(number - self.protect_last, number)]
         if self.metric == "influence":

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from reloaded_here import reload_here
 from tiny_llama import byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
@@ -80,13 +81,15 @@ def test_a_model_object_gets_the_weights_and_masks_of_a_run(asked: dict[str, Any
     assert report.sparsity == run.sparsity
 
 
-def test_a_path_is_pruned_into_a_run_folder(dense: Path, tmp_path: Path) -> None:
+def test_a_path_is_pruned_into_a_run_folder(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reload_here(monkeypatch)
     model, seen = tiny(), []
     in_place = besa_exp.prune(model, None, TOKENS, pruner="besa", sparsity=0.4)
     in_run = besa_exp.prune(
         dense, None, TOKENS, pruner="besa", sparsity=0.4, out=tmp_path / "run", on_block=seen.append
     )
     assert in_run.folder == tmp_path / "run"
+    assert besa_exp.load_run(tmp_path / "run").results["reloaded"]["token_loss"] > 0
     assert in_run.losses == in_place.losses == [block.loss_after for block in seen]
     assert in_run.sparsity == in_place.sparsity == pytest.approx(0.4, abs=0.001)
     assert all(torch.equal(mask, in_place.keep_masks[name]) for name, mask in in_run.keep_masks.items())
