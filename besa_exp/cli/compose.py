@@ -125,6 +125,8 @@ class Composer:
         if not wrong:
             return None
         near = did_you_mean(str(wrong[0]), valid)
+        if wrong[0] == "null":
+            near = f"; none is chosen where {group} is left out, or taken back with ~{group}"
         return group, f"{group}={wrong[0]}: no such preset{near}; presets of {group}: {', '.join(valid)}"
 
     def _unknown_keys(self, lines: Sequence[str]) -> dict[str, str]:
