@@ -36,14 +36,14 @@ class RunError(RuntimeError):
 
 class Interrupted(SystemExit):
     """The system asked the process to end (SIGTERM, or SIGUSR1 before a pre-emption). Exit code 143; the same command
-    goes on after the last whole block."""
+    goes on after what is finished."""
 
     def __init__(self, signal_name: str):
         super().__init__(143)
         self.signal_name = signal_name
 
     def __str__(self) -> str:
-        return f"{self.signal_name} received; run the same command again to resume after the last finished block"
+        return f"{self.signal_name} received; run the same command again to resume after what is finished"
 
 
 class Unavailable(Exception):

@@ -92,7 +92,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _ended(code: int) -> str:
-    on = "; run the same command again to resume after the last finished block"
+    on = "; run the same command again to resume after what is finished"
     if code == 128 + signal.SIGTERM:
         return f"the job was interrupted{on}"
     if code >= 0:

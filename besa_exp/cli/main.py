@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         _check_text(rest)
-        code = COMMANDS[command](rest)
+        with command_line(["besa", *arguments]):
+            code = COMMANDS[command](rest)
         sys.stdout.flush()
         return code if command in WORKING else exit_code_of(sys.stdout, code)
     except ConfigurationError as error:
@@ -69,6 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("besa: interrupted; run the same command again to resume", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def command_line(words: Sequence[str]) -> Iterator[None]:
+    """What Hydra and a run's status.json read as the command: sys.argv, put back afterwards."""
+    saved, sys.argv = sys.argv, list(words)
+    try:
+        yield
+    finally:
+        sys.argv = saved
 
 
 def _check_text(words: Sequence[str]) -> None:

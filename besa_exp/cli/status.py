@@ -54,7 +54,7 @@ def status_tables(runs: Sequence[RunRecord], everything: bool = False) -> list[R
     left = [run for run in runs if run.status not in ("done", "running")]
     if left:
         parts.append(Text(f"{len(left)} left. Run the same commands again to finish them, for example:"))
-        parts.append(Text(f"  {left[0].command or 'besa prune ...'}"))
+        parts.append(Text(f"  {left[0].command or f'besa_exp.prune(..., out={left[0].folder!r})'}"))
     return parts
 
 

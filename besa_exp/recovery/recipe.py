@@ -144,6 +144,8 @@ def check_recovery(
         problems = check_task(asked.task, asked.path) + _check_task_loss(asked)
     else:
         problems = check_source(asked.path, "recovery.path", "calibration", asked.column) if asked.path else []
+        if asked.task_loss != "options":
+            problems.append(f"recovery.task_loss={asked.task_loss}: is of a task; name one with recovery.task")
     for name in ("batch_size", "micro_batch", "held_out", "steps", "tokens", "shots", "tested", "checks"):
         if (value := getattr(asked, name)) is not None and value < 1:
             problems.append(f"recovery.{name}={value}: must be at least 1")

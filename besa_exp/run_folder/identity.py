@@ -21,9 +21,9 @@ IDENTITY = "identity.json"  # in the folder of the blocks
 # Of a model's keys: where the weights lie, and what is said about them elsewhere. They decide nothing.
 NOT_DECIDING = ("load", "convert", "name", "context", "published_perplexity")
 DECIDING = ("method", "model", "calibration", *METHOD_GROUPS, "sparsity", "pattern", "seed", "deterministic")
-DECIDING += ("compute_dtype", "ignore")
+DECIDING += ("compute_dtype", "ignore", "teacher")
 # With what decides the results of the same blocks.
-DETERMINING = (*DECIDING, "checkpoint", "teacher", "evaluator", "skipping", "device", "save")
+DETERMINING = (*DECIDING, "checkpoint", "evaluator", "skipping", "device", "save")
 NOT_RESULTS = ("verify", "push_to_hub")  # of the keys of `save`
 
 

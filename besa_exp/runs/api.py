@@ -36,6 +36,9 @@ from besa_exp.methods.updates.updated import with_update
 from besa_exp.presets import METHOD_GROUPS, preset, preset_values, presets
 from besa_exp.report.loaded import linear_table, load_run
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
+from besa_exp.run_folder.identity import check_finished, config_of
+from besa_exp.run_folder.inputs import check_run_inputs
+from besa_exp.run_folder.status import is_done
 from besa_exp.runs.block_loop import BlockLoop, check_blocks
 from besa_exp.runs.prune import prune as prune_into
 from besa_exp.runs.prune_model import check_refinements
@@ -54,6 +57,7 @@ from besa_exp.texts.calibration import Calibration, given_calibration
 
 Texts = str | Sequence[str] | Int[Tensor, "sample seq"]
 KeepMasks = Mapping[str, Bool[Tensor, "_out _in"]]
+GIVEN = ("given texts", "given tokens")  # as a calibration set is called that has no other name
 SEQ_LEN = 2048  # tokens of a window of given texts, or the model's context if that is less
 logger = logging.getLogger(__name__)
 
@@ -267,9 +271,10 @@ def _calibration(
         base = preset("calibration", given if named else "embedded", seed=seed)
         base = base if named else CalibrationSettings("local", path=given, seed=seed)
     else:
-        kind = "tokens" if isinstance(given, Tensor) else "texts"
-        base = CalibrationSettings(f"given {kind}", seq_len=SEQ_LEN, seed=seed)
-        for number, text in enumerate(given if kind == "texts" else ()):
+        texts, tokens = GIVEN
+        kind = tokens if isinstance(given, Tensor) else texts
+        base = CalibrationSettings(kind, seq_len=SEQ_LEN, seed=seed)
+        for number, text in enumerate(given if kind == texts else ()):
             if not isinstance(text, str):
                 raise ConfigurationError(
                     f"texts: number {number} is {type(text).__name__}, not text; leave it out, or give token ids as a "
@@ -285,7 +290,7 @@ def _read_calibration(given: Texts, settings: RunSettings, seq_len: int | None, 
     calibration, context = settings.calibration, model_context(loaded.model)
     if isinstance(given, str):
         return calibration_of(calibration, settings.offline, loaded)
-    if seq_len is None and calibration.name == "given texts":
+    if seq_len is None and calibration.name == GIVEN[0]:
         calibration = replace(calibration, seq_len=min(SEQ_LEN, context))
     return given_calibration(given, calibration, loaded.tokenizer, context, vocabulary_size(loaded.model))
 
@@ -354,22 +359,31 @@ def _ignored(step: Any) -> None:
 def as_a_run(model: nn.Module, seed: int, deterministic: bool = True) -> Iterator[None]:
     """As a run has it: evaluation mode, frozen weights, seeds and deterministic algorithms. All of it is put back."""
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    training, strict = model.training, torch.are_deterministic_algorithms_enabled()
-    warns, filled = torch.is_deterministic_algorithms_warn_only_enabled(), torch.utils.deterministic
-    fills = filled.fill_uninitialized_memory
+    training = model.training
     model.eval().requires_grad_(False)
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    filled.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        with torch.random.fork_rng():
+        with _torch_as_before():
+            torch.use_deterministic_algorithms(deterministic, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
             torch.manual_seed(seed)
             yield
     finally:
-        torch.use_deterministic_algorithms(strict, warn_only=warns)
-        filled.fill_uninitialized_memory = fills  # pyright: ignore[reportAttributeAccessIssue]
         model.train(training)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])
+
+
+@contextmanager
+def _torch_as_before() -> Iterator[None]:
+    """Random states and determinism are put back: they are the program's that calls."""
+    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _pruned_into(
@@ -390,10 +404,23 @@ def _pruned_into(
     def calibrate(loaded: LoadedModel) -> Calibration:
         return read(replace(loaded, tokenizer=tokenizer or loaded.tokenizer))
 
-    prune_into(settings, folder, calibrate=calibrate)
+    if not _is_answered(settings, folder, tokenizer):
+        with _torch_as_before():
+            prune_into(settings, folder, calibrate=calibrate)
     run = load_run(folder)
     for report in run.blocks:
         on_block(report)
     calibration = run.results["calibration"] or {}
     tokens = calibration.get("tokens_sha256", "")
     return PruneReport(run.blocks, run.results["target_sparsity"], run.masks(), tokens, folder)
+
+
+def _is_answered(settings: RunSettings, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Whether the run that is asked for is finished there, as far as that is known before given texts are read.
+    ConfigurationError: the finished run there is another."""
+    given = tokenizer is not None or settings.calibration.name in GIVEN
+    if settings.overwrite or given or not is_done(folder):
+        return False
+    if problems := check_finished(folder, config_of(settings)) + check_run_inputs(folder, settings):
+        raise ConfigurationError(*problems)
+    return True

@@ -19,6 +19,7 @@ import pytest
 import torch
 from hub_process import hub_of
 from one_process import answers
+from ready_process import TIMEOUT
 from tiny_llama import byte_tokenizer, tiny_llama
 
 from besa_exp.cli.main import main
@@ -36,8 +37,13 @@ def watch(event, arguments):
 
 sys.addaudithook(watch)
 from besa_exp.cli.main import main
-codes = [main(words) for words in json.loads(sys.argv[1])]
-print("CODES", *codes)
+from besa_exp.machine.process import run_as_process
+
+def run():
+    print("CODES", *[main(words) for words in json.loads(sys.argv[1])])
+    return 0
+
+run_as_process(run)
 """
 CARD = "---\nconfigs:\n- config_name: main\n  data_files:\n" + "".join(
     f"  - split: {split}\n    path: main/{split}-*\n" for split in ("train", "validation", "test")
@@ -139,7 +145,7 @@ def ran(fetched: Fetched) -> subprocess.CompletedProcess[str]:
     converted = ["evaluator=none", "pruner=magnitude", "tracker=none", "model.convert=true", "save.model=false", *small]
     runs += [["prune", f"model.path={model}", *converted, f"hydra.run.dir={Path(model).name}"] for model in HELD]
     command = [*(NO_INTERFACES if MAY else []), sys.executable, "-c", WATCHED, json.dumps(runs)]
-    asked = {"cwd": fetched.work, "env": fetched.environment, "timeout": 300}
+    asked = {"cwd": fetched.work, "env": fetched.environment, "timeout": TIMEOUT}
     return subprocess.run(command, capture_output=True, text=True, **asked)
 
 

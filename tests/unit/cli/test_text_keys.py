@@ -105,6 +105,10 @@ CASES = {
     ("--sparsity=0.5",): "--sparsity=0.5: no such flag; a key is written without dashes: sparsity=0.5",
     ("--sparsity", "0.5"): "a key is written without dashes: sparsity=VALUE",
     ("model=local", "model.path="): "model.path=: is empty",
+    ("calibration.path=",): "calibration.path=: is empty; give a text, or leave the key out",  # $FILE that is not set
+    ("calibration.num_samples=1e30",): "calibration.num_samples=1e+30: must be at most 2^63 - 1",
+    ("model.revision=v2",): "model.revision=v2: model.path=embedded is local; only a model of the hub has revisions",
+    ("tracker.name=wandbb",): "tracker.name=wandbb: must be wandb or none; did you mean wandb?",
 }
 
 
