@@ -108,7 +108,7 @@ CASES = {
     ("calibration.path=",): "calibration.path=: is empty; give a text, or leave the key out",  # $FILE that is not set
     ("calibration.num_samples=1e30",): "calibration.num_samples=1e+30: must be at most 2^63 - 1",
     ("model.revision=v2",): "model.revision=v2: model.path=embedded is local; only a model of the hub has revisions",
-    ("tracker.name=wandbb",): "tracker.name=wandbb: must be wandb or none; did you mean wandb?",
+    ("tracker.name=wandbb",): "tracker.name=wandbb: must be wandb or none (did you mean wandb?)",
 }
 
 
