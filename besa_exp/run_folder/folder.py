@@ -121,9 +121,9 @@ class RunFolder:
                     write_status(path, status, started, error)
                 raise
             write_status(path, "done", started)
-            drop_work(path)
-            for name in ("scores.json", "spent.json"):
+            for name in ("scores.json", "spent.json"):  # first: besa evaluate has its own under these names
                 atomic.remove(path / name)
+            drop_work(path)
 
     def give_up(self, error: Exception) -> None:
         """The last words of a process whose run is stuck and cannot raise `error` itself."""

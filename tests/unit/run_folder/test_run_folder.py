@@ -122,7 +122,7 @@ def test_a_folder_with_files_that_no_run_wrote_is_refused_untouched(tmp_path: Pa
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_text("precious")
     (tmp_path / "status.json").write_text('{"status": "mine"}')
-    match = "holds model, status.json, which a run would replace"
+    match = "is not a run folder, and a run would replace its model, status.json"
     with pytest.raises(ConfigurationError, match=match), RunFolder.open(tmp_path, overwrite=True):
         pass
     assert (tmp_path / "model" / "weights").read_text() == "precious"
