@@ -29,14 +29,22 @@ from besa_exp.texts.tokens import write_token_file
 
 TINYSTORIES_MODELS = ("babyllama-105", "stories260K")
 SEQ_LEN, SEEDS = 256, 3
+SETS = (
+    ("calibration", 32, 512),
+    ("calibration-large", 128, 1024),
+    ("calibration-small", 4, 512),
+)  # windows, their tokens
 REAL_MODEL = Path("outputs/models/smollm2-135m-instruct")  # make real-model
 
 
 def first_results(shared: Path, out: Path) -> None:
-    """calibration-<seed>.safetensors and held-out.safetensors for each model."""
+    """For each model calibration-<seed>.safetensors, tuning.safetensors, which they are drawn from, and
+    held-out.safetensors."""
     for name in TINYSTORIES_MODELS:
         tokenizer, folder = AutoTokenizer.from_pretrained(shared / "models" / name), made(out / name)
-        draw(windows(tokenizer, stories(shared, "valid"), 600), {128: "calibration-{seed}"}, folder)
+        pool = windows(tokenizer, stories(shared, "valid"), 600)
+        draw(pool, {128: "calibration-{seed}"}, folder)
+        write_token_file(pool, folder / "tuning.safetensors")
         write_token_file(windows(tokenizer, stories(shared, "test"), 200), folder / "held-out.safetensors")
 
 
@@ -55,7 +63,8 @@ def paper(shared: Path, out: Path) -> None:
 
 
 def real_model(shared: Path, out: Path) -> None:
-    """calibration-<seed>.safetensors, calibration-large-<seed>.safetensors, and wikitext2 and c4, held out."""
+    """calibration-<seed>.safetensors, a large set beside it, a small one for searches that run the model many times,
+    and wikitext2 and c4, held out."""
     tokenizer, folder = AutoTokenizer.from_pretrained(REAL_MODEL), made(out)
     raw, c4 = shared / "data" / "wikitext2", shared / "data" / "c4" / "c4_docs.jsonl"
     valid, test = (
@@ -63,7 +72,7 @@ def real_model(shared: Path, out: Path) -> None:
     )
     for seed in range(SEEDS):
         generator = torch.Generator().manual_seed(seed)
-        for name, count, length in (("calibration", 32, 512), ("calibration-large", 128, 1024)):
+        for name, count, length in SETS:
             starts = torch.randint(0, len(valid) - length, (count,), generator=generator).tolist()
             drawn = torch.stack([valid[start : start + length] for start in starts])
             write_token_file(drawn, folder / f"{name}-{seed}.safetensors")

@@ -82,7 +82,10 @@ def prune_blocks(
     def room() -> Hidden:
         return allocate(inputs.shape, inputs.dtype) if allocate else torch.empty_like(inputs)
 
-    traits, targets = pruner.traits, room()
+    traits = pruner.traits
+    if traits.blind:
+        inputs = own_probe(inputs)
+    targets = room()
     dense_inputs = room().copy_(inputs) if traits.dense_targets else inputs
     observed = room() if traits.dense_targets else targets  # the block as it is, on the pruned prefix
     for block in blocks:
@@ -97,7 +100,8 @@ def prune_blocks(
             write_weights(block, pruned)
         block.outputs(inputs, batch_size, out=inputs)
         if pruned:
-            after = finite_loss(block, own_probe(inputs), own_probe(targets))
+            probe = (inputs, targets) if traits.blind else (own_probe(inputs), own_probe(targets))
+            after = finite_loss(block, *probe)
             yield _report(block, pruned, after, time.perf_counter() - started), pruned
             del pruned  # before the next block is read
         if traits.dense_targets:
@@ -112,7 +116,7 @@ def _pruned(
     if not block.linears:  # all of it stays dense
         block.outputs(inputs, batch_size, out=observed)
         return PrunedBlock({}, {})
-    statistics, _ = observe(block, inputs, pruner.traits.statistic, batch_size, observed)
+    statistics, _ = observe(block, inputs, pruner.traits.observed(goal), batch_size, observed)
     gradients = squared_gradients(block, inputs) if pruner.traits.gradients else {}
     return pruner.prune_block(Task(block, inputs, targets, statistics, goal, on_step, gradients))
 

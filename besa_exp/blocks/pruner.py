@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -79,6 +79,15 @@ def pruned_by_masks(keep_masks: Mapping[str, Bool[Tensor, "out in"]]) -> PrunedB
     return PrunedBlock(keep_masks, {name: 1 - mask.float().mean(dim=1) for name, mask in keep_masks.items()})
 
 
+class Passes(NamedTuple):
+    """Samples that pass all blocks of the model: `plain`, without a prediction; `judged`, with the divergence of their
+    predictions; `learned`, with its gradient too."""
+
+    plain: int
+    judged: int
+    learned: int
+
+
 @runtime_checkable
 class Refinement(Protocol):
     """A search over the whole model that begins where the block loop has ended."""
@@ -90,6 +99,10 @@ class Refinement(Protocol):
 
     def bytes_held(self, weights: int, sparsity: float) -> tuple[int, int]:
         """Of all blocks at once, of so many weights: what lies on the device, and what lies where it fits."""
+        ...
+
+    def passes(self, samples: int) -> Passes:
+        """What the search asks for, of so many calibration samples."""
         ...
 
     def refine(
@@ -106,11 +119,12 @@ class Refinement(Protocol):
 class Traits:
     """What the block loop has to know about a pruner or an update before it runs it.
 
-    `statistic`: what to observe about the inputs of each linear; None: nothing. `gradients`: observe the gradient to
-    each weight too. `dense_targets`: targets come from dense inputs (else: what the dense block makes of the pruned
-    prefix's outputs). `blocks_together`: how many blocks make one task. `quantiser`: what kept weights are rounded
-    with; None: they are not. `reach`: the least and the largest sparsity that it can end at. `refinements`: the
-    searches over the whole model that follow."""
+    `statistic`: what to observe about the inputs of each linear; None: nothing. `under_pattern`: in its place where the
+    goal is N:M; None: the same. `gradients`: observe the gradient to each weight too. `dense_targets`: targets come
+    from dense inputs (else: what the dense block makes of the pruned prefix's outputs). `blocks_together`: how many
+    blocks make one task. `quantiser`: what kept weights are rounded with; None: they are not. `reach`: the least and
+    the largest sparsity that it can end at. `refinements`: the searches over the whole model that follow. `blind`: it
+    reads neither inputs nor targets, so that the probe samples alone pass through the blocks, for the reported loss."""
 
     statistic: type[Statistic] | None = None
     gradients: bool = False
@@ -119,6 +133,12 @@ class Traits:
     quantiser: Quantiser | None = None
     reach: tuple[float, float] = (0.0, 1.0)
     refinements: tuple[Refinement, ...] = ()
+    blind: bool = False
+    under_pattern: type[Statistic] | None = None
+
+    def observed(self, goal: Goal) -> type[Statistic] | None:
+        """What to observe for this goal."""
+        return self.under_pattern if goal.pattern and self.under_pattern else self.statistic
 
 
 @runtime_checkable

@@ -116,7 +116,7 @@ class Composer:
             return f"{line}: cannot be read ({str(error).splitlines()[0].rstrip('.')}); arguments are written key=value"
         groups = GlobalHydra.instance().config_loader().list_groups("")
         meant = [f"{group}={line}" for group in groups if group != "hydra" and line in self.presets(group)]
-        return f"{line}: arguments are written key=value" + (f"; did you mean {' or '.join(meant)}?" if meant else "")
+        return f"{line}: arguments are written key=value" + (f" (did you mean {' or '.join(meant)}?)" if meant else "")
 
     def _unknown_preset(self, override: Override) -> tuple[str, str] | None:
         group = override.key_or_group
@@ -183,7 +183,7 @@ def _unknown_key(config: DictConfig, key: str) -> str | None:
     beside += absent
     near = did_you_mean(key.rsplit(".", 1)[-1], beside, f"{where}.") if where else did_you_mean(key, names)
     if same_end:
-        near = f"; did you mean {' or '.join(same_end)}?"
+        near = f" (did you mean {' or '.join(same_end)}?)"
     choice = config.hydra.runtime.choices.get(where)
     of = (f" of {where}={choice}" if choice else f" of {where}") if where else ""
     apart = choice and config.hydra.mode == RunMode.MULTIRUN

@@ -81,7 +81,7 @@ def counted(settings: RunSettings, model: PreTrainedModel, size: ModelSize, seq_
     seconds = a_pass * (plain + 3 * differentiated) / chip.half
     moved = 2 * seq_len * (PASSED_OVER[0] * hidden + PASSED_OVER[1] * ffn)
     seconds += (moved * (plain + 2.5 * differentiated) + A_STEP * weights * steps) / chip.bandwidth
-    if pruner.traits.statistic is Hessian:  # q, k, v share one, gate and up; the upper halves alone are summed
+    if pruner.traits.observed(goal) is Hessian:  # q, k, v share one, gate and up; the upper halves alone are summed
         seconds += samples * seq_len * (3 * hidden**2 + ffn**2) * 17 / 16 / chip.half
         seconds += (weights * hidden + hidden * ffn**2 + ffn**3) / chip.single  # factors, and what the kept weights do
     note = (
@@ -90,4 +90,6 @@ def counted(settings: RunSettings, model: PreTrainedModel, size: ModelSize, seq_
         "calibration text and scoring are not counted; a disk of 2 GB/s and hashes of 1.3 GB/s are assumed"
     )
     budget = 0.0 if isinstance(settings.budget, SameForAll | None) else nan
-    return Costs("device", DISK, block=seconds, budget=budget, token=(0.0, 0.0), note=note)
+    in_block = (a_pass / chip.half + moved / chip.bandwidth) / seq_len
+    predicted = 2 * text.vocab_size * hidden / chip.half
+    return Costs("device", DISK, block=seconds, budget=budget, token=(in_block, predicted), note=note)

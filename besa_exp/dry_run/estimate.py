@@ -19,11 +19,12 @@ import torch
 from transformers import PreTrainedModel
 
 from besa_exp.blocks.activations import OF_ALL_BLOCKS, activation_bytes
+from besa_exp.blocks.probe import num_probe_samples
 from besa_exp.checkpoints.load import SHARE_OF_FREE, is_to_stream, model_context, weight_bytes
 from besa_exp.checkpoints.streaming import saves_blocks_anew, streamed_sources
 from besa_exp.checkpoints.tensor_sources import stored_tensors
 from besa_exp.dry_run.chips import CHIPS, counted
-from besa_exp.dry_run.costs import Costs, measured
+from besa_exp.dry_run.costs import BACKWARD, Costs, measured
 from besa_exp.dry_run.sizes import ModelSize, local_folder, model_size, model_without_weights
 from besa_exp.dry_run.texts import Texts, read_texts
 from besa_exp.errors import ConfigurationError
@@ -110,9 +111,6 @@ def _not_estimated(settings: RunSettings) -> list[str]:
     missing = {
         "the memory of a budget over depth is not estimated": not isinstance(settings.budget, SameForAll | None),
         "the structure is not estimated: time and memory are those of the dense model's blocks": settings.structure,
-        "the time of the search over the whole model that follows the block loop is not estimated": (
-            settings.pruner.traits.refinements
-        ),
         "of the recovery's memory, the activations of a step are not estimated": settings.recovery,
     }
     return [note for note, holds in missing.items() if holds]
@@ -209,7 +207,7 @@ def _refining(
 def _seconds(
     settings: RunSettings, size: ModelSize, texts: Texts, costs: Costs, streamed: bool, saved: int, on_cuda: bool
 ) -> dict[str, float]:
-    """By the parts of results.json's `seconds`."""
+    """By the parts of results.json's `seconds`, whose `prune` is `prune` and `refine` here."""
     disk, blocks, count, masks = costs.disk, sum(size.blocks), len(size.blocks), size.masks * settings.save.masks
     load = (size.outside if streamed else size.total) * disk.read
     tokens = sum(windows * length for windows, length in [*texts.windows, *texts.requests])
@@ -228,6 +226,8 @@ def _seconds(
         save += saved * disk.write + 2 * blocks * disk.read + load + apart
     checked = REPLAYED * texts.seq_len * costs.token[0]
     seconds = {"load": load, "calibrate": texts.calibrate, "prune": costs.budget + count * (a_block + checked)}
+    if settings.pruner.traits.refinements:
+        seconds["refine"] = _refining_seconds(settings, size, texts, costs)
     if settings.recovery:
         seconds["recover"] = costs.recovery.seconds + costs.recovery.written * disk.keep
     seconds |= {"save": save, "evaluate": evaluated * (2 if settings.evaluator.dense else 1)}
@@ -249,3 +249,15 @@ def remedies(parts: Sequence[Part], place: Place) -> list[str]:
     _, phase = peak(parts, place)
     here = [part for part in parts if part.place == place and phase in part.phases and part.remedy and part.size > 0]
     return list(dict.fromkeys(part.remedy for part in sorted(here, key=lambda part: -part.size)))[:3]
+
+
+def _refining_seconds(settings: RunSettings, size: ModelSize, texts: Texts, costs: Costs) -> float:
+    """Of the searches over the whole model: their passes, those of the dense model before and of the probe samples
+    after, when each block is written again. A block that is differentiated is passed once more."""
+    refinements = settings.pruner.traits.refinements
+    asked = [one.passes(texts.samples) for one in refinements]
+    plain, judged, learned = (sum(counts) for counts in zip(*asked, strict=True))
+    plain += len(refinements) * texts.samples + 2 * num_probe_samples(texts.samples)
+    of_blocks, of_predictions = plain + judged + (1 + BACKWARD) * learned, 2 * judged + (1 + BACKWARD) * learned
+    tokens = of_blocks * costs.token[0] * len(size.blocks) + of_predictions * costs.token[1]
+    return texts.seq_len * tokens + (sum(size.blocks) + size.masks) * costs.disk.keep

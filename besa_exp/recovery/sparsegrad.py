@@ -31,6 +31,7 @@ from besa_exp.recovery.gradients import taking_gradients
 from besa_exp.recovery.keep_bits import parameters_of_linears, sparsity_of
 from besa_exp.recovery.tuner import Objective, Taken, Windows
 from besa_exp.tensors.keep_bits import KeepBits, put_kept
+from besa_exp.tensors.statistics import is_finite
 
 Matrix = Float[Tensor, "out in"]
 
@@ -105,9 +106,13 @@ class SparseGradTuner:
     def step(self, objective: Objective, windows: Windows, number: int, scale: float) -> Taken:
         """One step; the first only look."""
         if number < self.settings.gather:
+            before = dict(self.products)
             with taking_gradients(self.parameters, self._gather):
                 loss, _ = objective.differentiate(windows)
-            return Taken(loss)
+            finite = all(is_finite(products) for both in self.products.values() for products in both)
+            if not (math.isfinite(loss) and finite):
+                self.products = before
+            return Taken(loss, None if finite else math.inf)
         if self.descent is None:
             self.descent = self._descent()
         return self.descent.step(objective, windows, number, scale)

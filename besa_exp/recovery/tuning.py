@@ -32,6 +32,7 @@ from besa_exp.texts.tasks import Options
 
 logger = logging.getLogger(__name__)
 FACTORS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # times a method's step size that are tried
+RUINED = 1e100  # times its factor is the loss of a size that ends in none: the search goes on to smaller ones
 KEEP = "/keep"  # ends the name under which the bits of a tensor lie beside the best weights
 
 
@@ -185,7 +186,7 @@ def _found_factor(
         loss = math.inf if stopped else judge(tuner)
         put_back()
         logger.info("%d steps of %g times the step size: held-out loss %.4f", plan.trial, factor, loss)
-        return loss if math.isfinite(loss) else math.inf
+        return loss if math.isfinite(loss) else RUINED * factor
 
     return downhill(FACTORS, 1.0, loss_after)
 

@@ -98,6 +98,7 @@ def predict(keys: list[str]) -> dict[str, Any]:
     found: Estimate = estimate(
         read_settings(config, method_name(config.hydra.runtime.choices)), Path(config.hydra.run.dir)
     )
+    found.seconds["prune"] += found.seconds.pop("refine", 0.0)
     return {
         "seconds": found.seconds,
         "host": peak(found.parts, "host")[0],

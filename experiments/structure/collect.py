@@ -18,7 +18,7 @@ from besa_exp.display.markdown import markdown_table
 from besa_exp.report.studies import Record, kept_records, over_seeds
 
 HERE = Path(__file__).parent
-MODELS = ("embedded", "babyllama", "stories260k")
+MODELS = ("smollm2", "embedded", "babyllama", "stories260k")
 HEADS = ("method", "left", "blocks gone", "perplexity", "runs")
 
 
@@ -40,6 +40,7 @@ def _record(model: str, run: str, results: dict[str, Any]) -> Record:
         "pruned": sum(linear["pruned"] for block in results["blocks"] for linear in block["linears"].values()),
         "perplexity": perplexity,
         "skipping": (results.get("skipping") or {}).get(name),
+        "recovery": results.get("recovery"),
         "tokens_sha256": results["provenance"]["perplexity"][name]["tokens_sha256"],
         "environment": results["environment"],
     }
@@ -59,10 +60,10 @@ def gone(run: Record) -> str:
 
 
 def method(run: Record) -> str:
-    """`sleb`, `wanda`, `skipping=ffn (24.6 %)`."""
-    if under := run["skipping"]:
-        return f"dense, skipping={under['name']}"
-    return run["method"].removesuffix("+dense")
+    """`sleb`, `wanda`, `dense, skipping=ffn`, `wanda_sp, recovery=full`."""
+    name = run["method"].removesuffix("+dense")
+    name += f", skipping={run['skipping']['name']}" if run["skipping"] else ""
+    return name + (f", recovery={run['recovery']['method']}" if run.get("recovery") else "")
 
 
 def table(runs: list[Record]) -> list[str]:

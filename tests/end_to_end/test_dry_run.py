@@ -15,7 +15,7 @@ from besa_exp.cli.prune import prune
 from besa_exp.errors import ConfigurationError
 
 PARTS = ("weights", "activations and targets", "statistics, pruner and forward pass at work")
-PARTS += ("finished blocks and masks", "masks.safetensors", "saved shards", "logs and metrics", "at once, at most")
+PARTS += ("finished blocks and masks", "masks.safetensors", "saved shards", "logs and metrics", "peak")
 TIMES = ("load", "calibrate", "prune: 2 blocks of", "save", "evaluate", "total")
 
 

@@ -234,7 +234,7 @@ def test_prefetch_only_lists_where_there_is_no_network(cause: str, capsys: pytes
 @pytest.mark.usefixtures("empty_caches")
 def test_prefetch_says_where_nothing_is_needed_of_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prefetch"]) == 0
-    assert "nothing is needed of the hub" in capsys.readouterr().out
+    assert "nothing is needed from the hub" in capsys.readouterr().out
     assert list(Path.cwd().iterdir()) == []
 
 

@@ -58,7 +58,7 @@ def test_a_signal_ends_the_run_as_interrupted_and_the_same_command_goes_on(
     folder = tmp_path / "run"
     ended = interrupted(request_arguments, folder, number)
     assert ended.returncode == 143
-    assert "the same command goes on" in ended.stdout
+    assert "run the same command again to resume" in ended.stdout
     assert json.loads((folder / "status.json").read_text())["status"] == "interrupted"
     finished = len(list(folder.glob("blocks/00000?.json")))
     assert main([*request_arguments, f"hydra.run.dir={folder}"]) == 0
@@ -243,7 +243,7 @@ def test_a_full_disk_ends_the_run_with_a_message_and_it_goes_on_when_there_is_ro
     environment = os.environ | {"OUT": str(out)}
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "make space and give the same command again" in done.stdout + done.stderr
+    assert "free disk space, then run the same command again" in done.stdout + done.stderr
     assert_equal_runs(out, unbroken)
 
 

@@ -221,7 +221,7 @@ def test_widths_of_experts_are_refused(asked: list[str], tmp_path: Path, capsys:
     words = [word for word in asked if not word.startswith("model.path")]
     arguments = [f"model.path={tmp_path / 'mixtral'}", "structure=wanda_sp", f"hydra.run.dir={tmp_path / 'run'}"]
     assert main([*words, *arguments]) == 2
-    assert "mixtures of experts, whose channels are not cut here" in " ".join(capsys.readouterr().err.split())
+    assert "mixtures of experts, whose channels cannot be removed" in " ".join(capsys.readouterr().err.split())
 
 
 def test_masks_do_not_rebuild_a_model_of_which_parts_are_gone(

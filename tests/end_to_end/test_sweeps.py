@@ -56,7 +56,7 @@ def test_a_job_that_is_killed_is_told_with_a_remedy_and_the_others_are_done_with
     states = {status(folder)["status"]: folder for folder in folders("besa")}
     assert set(states) == {"failed", "done"}
     killed, done = states["failed"], states["done"]
-    for told in ("SIGKILL", "out of memory", "n_jobs=1", "the same command goes on"):
+    for told in ("SIGKILL", "out of memory", "n_jobs=1", "run the same command again to resume"):
         assert told in status(killed)["error"]
     assert any("failed" in line and "SIGKILL" in line and killed.name in line for line in said.splitlines())
     assert any(re.search(r"2 +done", line) and done.name in line for line in said.splitlines())
@@ -82,7 +82,7 @@ def test_a_sweep_that_is_terminated_leaves_its_job_interrupted_and_begins_no_oth
     ended = sweep.wait()
     assert ended.returncode == 143, ended.stdout
     assert "Traceback" not in ended.stdout
-    assert "the same command goes on" in ended.stdout
+    assert "run the same command again to resume" in ended.stdout
     assert [status(folder)["status"] for folder in folders("besa") if (folder / "status.json").is_file()] == [
         "interrupted"
     ]

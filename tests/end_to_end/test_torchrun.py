@@ -86,12 +86,14 @@ def test_two_processes_give_the_masks_losses_and_scores_of_one(short, tokens, tm
     done = run_ready("two_ranks.py", *command) if launcher == "forked" else on_two(*command)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("block 2 of 2") == 1  # one rank speaks
-    floors_tip = pruner == "besa_paper"  # all rows start at one half, and floor(alpha in) tips on the last bit
-    assert_same_but_for_rounding(tmp_path / "one", tmp_path / "two", loss=5e-3 if floors_tip else 1e-3)
+    # All rows of besa_paper start at one half, and floor(alpha in) tips on the last bit. Two weights that SparseGPT
+    # exchanges alter what it chooses in all later columns of their row, and the next block's inputs.
+    tips = pruner in ("besa_paper", "sparsegpt")
+    assert_same_but_for_rounding(tmp_path / "one", tmp_path / "two", loss=5e-3 if tips else 1e-3)
     for folder in [] if "update=dsnot" in more else [tmp_path / "one", tmp_path / "two"]:
         assert_weights_of_least_score_went(folder)
     one, two = (results(tmp_path / name) for name in ("one", "two"))
-    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-3)
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=5e-3 if tips else 1e-3)
     assert two["zero_shot"].keys() == one["zero_shot"].keys()  # values: of one and the same model, below
 
 

@@ -29,7 +29,7 @@ from besa_exp.methods.pruners.model_tuning import ModelTuning
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
 from besa_exp.methods.tuning import Ramp, Tuning, Weights, tune
 from besa_exp.tensors.masks import Goal
-from besa_exp.tensors.statistics import Hessian
+from besa_exp.tensors.statistics import Hessian, InputNorm
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,13 @@ class BesaReconstruct:
 
     @property
     def traits(self) -> Traits:
-        """What SparseGPT observes, the targets, and what follows the block loop."""
-        return Traits(Hessian, dense_targets=self.dense_targets, refinements=(self.model,) if self.model else ())
+        """What `besa` observes, or SparseGPT; the targets, and what follows the block loop."""
+        return Traits(
+            InputNorm if self.begin == "besa" else Hessian,
+            dense_targets=self.dense_targets,
+            refinements=(self.model,) if self.model else (),
+            under_pattern=Hessian,
+        )
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         return SparseGPT(self.group_size, self.damping).check(sparsity, pattern)

@@ -14,7 +14,7 @@ from besa_exp.blocks.pruner import PrunedBlock, Task, Traits, pruned_by_masks
 class Dense:
     """Keeps every weight."""
 
-    traits = Traits()
+    traits = Traits(blind=True)
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """Any goal: it is not pruned towards."""

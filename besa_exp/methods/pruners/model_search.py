@@ -22,6 +22,8 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.observation import Observed
+from besa_exp.blocks.probe import num_probe_samples
+from besa_exp.blocks.pruner import Passes
 from besa_exp.blocks.reports import ModelStep
 from besa_exp.blocks.whole_model import Found, KeepMasks, Whole, batches
 from besa_exp.errors import RunError, check_fields, within
@@ -54,6 +56,11 @@ class ModelSearch:
     def bytes_held(weights: int, sparsity: float) -> tuple[int, int]:
         """The weights' ranks, in 16 bits."""
         return 2 * weights, 0
+
+    def passes(self, samples: int) -> Passes:
+        """Every sample, observed and in its pruned block; the steps; the probe samples at first and at each check."""
+        judged = (1 + min(self.checks, self.steps)) * num_probe_samples(samples)
+        return Passes(2 * samples, judged, self.steps * self.batch_size)
 
     def refine(
         self,

@@ -25,6 +25,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.probe import num_probe_samples
+from besa_exp.blocks.pruner import Passes
 from besa_exp.blocks.reports import ModelStep
 from besa_exp.blocks.whole_model import Found, Whole, batches
 from besa_exp.errors import check_fields, within
@@ -59,6 +61,10 @@ class ModelTuning:
     def bytes_held(weights: int, sparsity: float) -> tuple[int, int]:
         """A bit a weight; values and moments of the kept ones."""
         return weights // 8, HELD * round((1 - sparsity) * weights)
+
+    def passes(self, samples: int) -> Passes:
+        """The steps; the probe samples at the start and at each check."""
+        return Passes(0, (1 + min(self.checks, self.steps)) * num_probe_samples(samples), self.steps * self.batch_size)
 
     def refine(
         self,

@@ -47,7 +47,8 @@ class Uniform:
     def traits(self) -> Traits:
         importance = importance_of(self.importance)
         shared_inputs = InputNorm if self.permute else None  # a statistic shows which linears share their inputs
-        return Traits(importance.statistic or shared_inputs, importance.gradients)
+        statistic = importance.statistic or shared_inputs
+        return Traits(statistic, importance.gradients, blind=not (statistic or importance.gradients))
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """Any sparsity, any N:M whose N is given; there must be groups where they are to be chosen."""

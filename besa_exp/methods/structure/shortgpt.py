@@ -14,7 +14,7 @@ block's output after the final norm, where that block's own output is taken here
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
-from besa_exp.errors import check_fields, one_of, within
+from besa_exp.errors import RunError, check_fields, one_of, within
 from besa_exp.machine import distributed
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel
@@ -120,7 +120,8 @@ class ShortGPT:
         check_fields(self, "structure", within(least=0), "protect_first", "protect_last")
 
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
-        return amount_problems(self.blocks, self.ratio, costs, self.protect_first, self.protect_last)
+        protected = {"protect_first": self.protect_first, "protect_last": self.protect_last}
+        return amount_problems(self.blocks, self.ratio, costs, protected)
 
     def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:
         """From one pass of the dense model. What was measured of each block, or run of blocks, is kept."""
@@ -132,7 +133,12 @@ class ShortGPT:
 
     def removed(self, found: Passage, costs: Costs) -> tuple[list[int], dict[str, list[float | None]]]:
         """The blocks that go, and of each block its influence, or of each first block of a run the distance across it;
-        None: protected."""
+        None: protected. RunError: a state is not finite."""
+        if wrong := (~found.influence.isfinite()).nonzero().flatten().tolist():
+            raise RunError(
+                f"structure=shortgpt: the states before or after block {wrong[0]} are not finite; load the model in "
+                "float32 or bfloat16 (model.dtype)"
+            )
         count, number = amount(self.blocks, self.ratio, costs), len(found.influence)
         protected = [*range(self.protect_first), *range(number - self.protect_last, number)]
         if self.metric == "influence":
@@ -170,13 +176,12 @@ def amount(blocks: int | None, ratio: float | None, costs: Costs) -> int:
     return min(range(len(costs.blocks) + 1), key=lambda count: abs(count * each - wanted))
 
 
-def amount_problems(
-    blocks: int | None, ratio: float | None, costs: Costs, protect_first: int, protect_last: int
-) -> list[str]:
-    """Why so many blocks cannot go, in complete sentences."""
+def amount_problems(blocks: int | None, ratio: float | None, costs: Costs, protected: Mapping[str, int]) -> list[str]:
+    """Why so many blocks cannot go, in complete sentences. `protected`: how many stay at each end, by the key that says
+    so."""
     number, count = len(costs.blocks), amount(blocks, ratio, costs)
     asked = f"structure.blocks={blocks}" if blocks is not None else f"structure.ratio={ratio}"
-    free = number - protect_first - protect_last
+    free = number - sum(protected.values())
     if count == 0 and ratio is not None:
         share = costs.blocks[0] / costs.total
         return [
@@ -187,6 +192,6 @@ def amount_problems(
     if count > max(free, 0):
         return [
             f"{asked}: would remove {count} blocks, and {max(free, 0)} of the {number} are not protected "
-            f"(structure.protect_first={protect_first}, structure.protect_last={protect_last})"
+            f"({', '.join(f'structure.{key}={value}' for key, value in protected.items())})"
         ]
     return []

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from besa_exp.blocks.pruner import PrunedBlock, Pruner, Task, Traits
+from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.statistics import InputNorm
 
 
@@ -38,25 +39,28 @@ class Updated:
 
     @property
     def traits(self) -> Traits:
-        """The pruner's, with the statistic that the update asks for, and dense targets where one of the two does."""
+        """The pruner's, with the statistic that the update asks for, and dense targets where one of the two does; blind
+        where both are."""
         own, update = self.pruner.traits, self.update.traits
         dense_targets = own.dense_targets or update.dense_targets
-        return replace(own, statistic=update.statistic or own.statistic, dense_targets=dense_targets)
+        statistic, blind = update.statistic or own.statistic, own.blind and update.blind
+        under_pattern = update.statistic or own.under_pattern
+        return replace(own, statistic=statistic, dense_targets=dense_targets, blind=blind, under_pattern=under_pattern)
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """The pruner's problems and the update's, and a pruner that rounds, or needs another statistic than the update
         observes."""
         problems = [*self.pruner.check(sparsity, pattern), *self.update.check(pattern)]
-        own = self.pruner.traits
-        update = f"update={type(self.update).__name__.lower()}"
+        own, goal = self.pruner.traits, Goal.parse(sparsity, pattern)
+        observed, update = own.observed(goal), f"update={type(self.update).__name__.lower()}"
         if own.quantiser:
             problems = [*problems, f"{update}: moves the weights that the pruner rounds; leave the update out"]
-        if own.statistic in (None, InputNorm, self.traits.statistic):
+        if observed in (None, InputNorm, self.traits.observed(goal)):
             return problems
         return [
             *problems,
             f"{update}: cannot follow pruner {type(self.pruner).__name__.lower()}, which needs the "
-            f"{own.statistic.__name__} of the inputs and not what the update observes; choose another pruner, such as "
+            f"{observed.__name__} of the inputs and not what the update observes; choose another pruner, such as "
             "wanda, or another update",
         ]
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from besa_exp.blocks.block import capture_blocks, discover_blocks, embed
 from besa_exp.blocks.loop import check_decided, prune_blocks
 from besa_exp.blocks.observation import observe
-from besa_exp.blocks.pruner import pruned_by_masks
+from besa_exp.blocks.pruner import Traits, pruned_by_masks
 from besa_exp.blocks.replay_check import check_replay
 from besa_exp.errors import RunError
 from besa_exp.methods.pruners.besa import Besa
@@ -230,6 +230,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_the_block():
     blocks = capture_blocks(model, INPUT_IDS)
     with pytest.raises(RunError, match=r"model\.layers\.[01]"):
         list(prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 5), Besa(), Goal(0.5), 5))
+
+
+class Seeing(Uniform):
+    @property
+    def traits(self) -> Traits:
+        return Traits()
+
+
+def test_what_a_blind_pruner_gives_takes_the_probe_samples_alone():
+    ids, passed = torch.arange(24 * 8).view(24, 8) % 90, []
+
+    def reports_by(pruner):
+        model = tiny_llama(context=32).requires_grad_(False)
+        blocks = capture_blocks(model, ids)
+        passed.append(0)
+
+        def count(module, args):
+            passed[-1] += len(args[0])
+
+        blocks[1].module.register_forward_pre_hook(count)
+        return [report for report, _ in prune_blocks(blocks, embed(model, blocks, ids, 8), pruner, Goal(0.5), 8)]
+
+    blind, seeing, _ = map(reports_by, (Uniform("magnitude"), Seeing("magnitude"), Uniform()))
+    assert [report.linears for report in blind] == [report.linears for report in seeing]
+    losses = [[report.loss_after for report in reports] for reports in (blind, seeing)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert passed[1] == passed[2] == passed[0] + 2 * (24 - 3)  # the block as it is and pruned
 
 
 class Products(TorchDispatchMode):

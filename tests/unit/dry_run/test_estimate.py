@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from besa_exp.blocks.activations import allocator
 from besa_exp.display.tables import as_text
-from besa_exp.dry_run.chips import passes_of
+from besa_exp.dry_run.chips import CHIPS, passes_of
 from besa_exp.dry_run.costs import disk_speed, recovery_cost
 from besa_exp.dry_run.estimate import LIBRARIES, Estimate, Part, _refining, estimate, peak, remedies
 from besa_exp.dry_run.probe import BlockProbe, cut_down
@@ -207,7 +207,14 @@ def test_a_run_of_the_paper_is_estimated_with_no_hub_for_a_gpu_that_is_not_here(
     assert sizes["saved shards"] == sizes["weights outside the blocks"] == 4 * 32000 * 8192 + 2 * 8192  # others: links
     assert 5 * 60 < large.seconds["prune"] < 7 * 60
     assert paper_run("meta-llama/Llama-2-7b-hf", Besa(), "a100").seconds["prune"] > 2 * small.seconds["prune"]
-    said = as_text(estimate_tables(small), 300)
+    assert "refine" not in small.seconds
+    refined = paper_run("meta-llama/Llama-2-7b-hf", BesaReconstruct(model=ModelTuning(steps=14)), "h200")
+    longer = paper_run("meta-llama/Llama-2-7b-hf", BesaReconstruct(model=ModelTuning(steps=28)), "h200")
+    # 2 samples a step, four times through 6.6 of 6.7 billion weights, each two operations, at 2,048 tokens
+    products = 14 * 2 * 4 * 2048 * 2 * 6.6e9 / CHIPS["h200"].half
+    assert products < longer.seconds["refine"] - refined.seconds["refine"] < 1.5 * products
+    said = as_text(estimate_tables(refined), 300)
+    assert "prune: the search over all blocks" in said
     assert "an estimate from counts for h200, on which nothing was measured" in said
     assert "memory of h200: fits: " in said
     assert "calibrate" not in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,17 @@ def wanted(name: Any, **changes: Any) -> Skipping:
     return Skipping(settings, IDS if settings.is_calibrated else None)
 
 
-@pytest.mark.parametrize(("name", "near"), [("ffn", 0.04), ("static", 0.0), ("random", 0.06)])
-def test_a_quarter_of_the_ffns_is_skipped_where_a_quarter_is_asked_for(name: str, near: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "near", "prompt"), [("ffn", 0.04, 0), ("ffn", 0.04, 6), ("static", 0.0, 0), ("random", 0.06, 0)]
+)
+def test_a_quarter_of_the_ffns_is_skipped_where_a_quarter_is_asked_for(name: str, near: float, prompt: int) -> None:
     one = loaded()
-    decided = decide(one, wanted(name, fraction=0.25))
+    decided = decide(one, wanted(name, fraction=0.25, prompt_tokens=prompt))
     with decided.on(one.model) as course:
         perplexity(one.model, IDS, 24, 2)
-    assert course.counted == 8 * IDS.numel()
+    assert course.counted == 8 * (IDS.numel() - 4 * prompt)
     assert course.fraction == pytest.approx(0.25, abs=near)
+    assert name != "ffn" or course.fraction == decided.found["skipped"]
     assert decided.record(course)["skipped"] == course.fraction
 
 
@@ -55,38 +59,53 @@ def test_static_blocks_are_those_whose_ffn_turns_states_least_and_not_cold() -> 
 
     def after(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
         cosines = torch.nn.functional.cosine_similarity(between[-1].double(), output.double(), dim=-1)
-        turning.append(-float(cosines[:, 5:].mean()))
+        turning.append(-float(cosines[:, 21:].mean()))
 
     model: Any = one.model
     for layer in model.model.layers:
         layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: between.append(args[0]))
         layer.register_forward_hook(after)
     model(IDS, use_cache=False)
-    expected = sorted(sorted(range(1, 7), key=lambda block: turning[block])[:2])
-    assert decide(loaded(), wanted("static", fraction=0.25, prompt_tokens=5)).found == {"blocks": expected}
+    expected = sorted(sorted(range(1, 7), key=lambda block: turning[block])[:3])
+    assert decide(loaded(), wanted("static", fraction=0.35, prompt_tokens=21)).found == {"blocks": expected}
+
+
+def test_prompts_pass_the_blocks_of_least_influence_that_are_not_cold() -> None:
+    one = loaded()
+    model: Any = one.model
+    states = model(IDS, output_hidden_states=True, use_cache=False).hidden_states[:-1]  # the last is normed
+    kept = [torch.nn.functional.cosine_similarity(*pair, dim=-1).mean() for pair in itertools.pairwise(states)]
+    expected = sorted(sorted(range(1, 7), key=lambda block: 1 - float(kept[block]))[:2])
+    decided = decide(one, wanted("shortgpt_gen", fraction=0.25, prompt_tokens=6))
+    assert decided.found == {"blocks": expected}
+    with decided.generating(model) as course:
+        model.generate(IDS[:, :6], max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    assert decided.record(course)["skipped"] == 2 / 8
 
 
 def test_prompts_that_pass_blocks_in_one_pass_are_prefill_and_decoding() -> None:
     model = loaded().model
     with passing_prompts(model, (2, 5), 6) as course:
         expected = model(IDS, use_cache=False).logits
-    with torch.no_grad(), prefill_skipping(model, (2, 5)):
+    with torch.no_grad(), prefill_skipping(model, (2, 5)) as prefill:
         found = model(IDS[:, :6], use_cache=True)
         held, tokens = found.past_key_values, IDS[:, 6:].split(1, dim=1)
         logits = [found.logits, *(model(ids, past_key_values=held, use_cache=True).logits for ids in tokens)]
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-4, atol=1e-4)
-    assert (course.skipped, course.counted) == (2 * 4 * 6, 8 * 4 * 6)
+    assert (course.skipped, course.counted) == (2 * 4 * 6, 8 * 4 * 6) == (prefill.skipped, prefill.counted)
     assert not torch.allclose(expected, model(IDS).logits, atol=1e-3)
 
 
 def test_padding_on_the_right_is_nobodys_and_changes_nothing() -> None:
     one = loaded()
     decided = decide(one, wanted("ffn", threshold=0.0, span=2))
-    padded = torch.cat([IDS, torch.zeros(4, 3, dtype=torch.long)], 1)
+    ids = IDS.clone()
+    ids[:, 7] = 0  # inside the text the same id is a token
+    padded = torch.cat([ids, torch.zeros(4, 3, dtype=torch.long)], 1)
     with decided.on(one.model, 0) as course:
         found = one.model(padded, use_cache=False).logits[:, :24]
     with decided.on(one.model) as plain:
-        expected = one.model(IDS, use_cache=False).logits
+        expected = one.model(ids, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (course.skipped, course.counted) == (plain.skipped, plain.counted)
 
@@ -136,13 +155,13 @@ def test_models_that_cannot_skip_are_refused_before_they_are_pruned() -> None:
 @pytest.mark.parametrize(
     ("changes", "load", "reason"),
     [
-        ({"name": "ffn"}, "auto", "says not how much; give skipping.threshold or skipping.fraction"),
-        ({"name": "random"}, "auto", "give skipping.fraction"),
+        ({"name": "ffn"}, "auto", "does not say how much to skip; set skipping.threshold or skipping.fraction"),
+        ({"name": "random"}, "auto", "set skipping.fraction"),
         ({"name": "random", "fraction": 1.5}, "auto", r"skipping.fraction=1.5: must be in \[0, 1\]"),
-        ({"name": "ffn", "threshold": 3.0}, "auto", "2 never skips"),
+        ({"name": "ffn", "threshold": 3.0}, "auto", "or 2, which never skips"),
         ({"name": "ffn", "fraction": 0.1, "span": 0}, "auto", "skipping.span=0: must be at least 1"),
         ({"name": "shortgpt_gen", "fraction": 0.1}, "auto", "skipping.prompt_tokens=0: must be at least 1"),
-        ({"name": "static", "blocks": (-1,)}, "auto", "-1 is no block"),
+        ({"name": "static", "blocks": (-1,)}, "auto", "-1 is not a block"),
         ({"name": "ffn", "fraction": 0.1}, "streamed", "set model.load=whole"),
     ],
 )

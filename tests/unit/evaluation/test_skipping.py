@@ -65,6 +65,10 @@ def test_cold_blocks_warm_tokens_and_the_prompt_never_skip():
     assert bool(ran[3:].all())
     assert bool(ran[:, :, : 4 + 3].all())
     assert not bool(ran[2, :, 7:].any())
+    for policy in (StaticSkipping((0,), warm_tokens=3), RandomSkipping(1.0, warm_tokens=3)):
+        ran = logits_under(policy)[1].ran[0][0]
+        assert bool(ran[:, :7].all())
+        assert not bool(ran[:, 7:].any())
 
 
 def test_rows_do_not_influence_each_other_and_left_padding_changes_nothing():
@@ -80,6 +84,21 @@ def test_rows_do_not_influence_each_other_and_left_padding_changes_nothing():
     found, other = logits_under(GREEDY, padded, attention_mask=mask, position_ids=positions)
     torch.testing.assert_close(found[:, 2:], expected, rtol=1e-4, atol=1e-4)
     assert (other.skipped, other.counted) == (course.skipped, course.counted)
+
+
+def test_sequences_of_unlike_prompts_decode_together_as_each_does_by_itself():
+    """Paddings on the left are no tokens of the prompt: what is decoded begins at one place."""
+    model, middle = model_of()
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), IDS[:1, :4]], 1)
+    with skipping(model, GREEDY, middle) as alone:
+        short, long = (model.generate(ids, **settings) for ids in (IDS[:1, :4], IDS[1:2, :7]))
+    both = torch.cat([padded, IDS[1:2, :7]])
+    with skipping(model, GREEDY, middle) as together:
+        found = model.generate(both, attention_mask=(both != 0).long(), **settings)
+    assert found[:, 7:].tolist() == [short[0, 4:].tolist(), long[0, 7:].tolist()]
+    assert (together.skipped, together.counted) == (alone.skipped, alone.counted)
+    assert alone.skipped > 0
 
 
 def test_a_skipped_ffn_is_not_computed_where_all_tokens_skip_it():
@@ -128,6 +147,9 @@ def test_random_skipping_skips_its_fraction():
     for block in range(3):
         drawn = RandomSkipping(0.3, seed=block).skips(block, 3, numbers, numbers).float().mean()
         assert float(drawn) == pytest.approx(0.3, abs=0.03)
+    one, block, seed = (RandomSkipping(0.3, s).skips(b, 3, numbers, numbers) for s, b in ((0, 0), (0, 1), (1, 0)))
+    for other in (block, seed):  # draws of their own
+        assert float((one & other).float().mean()) == pytest.approx(0.09, abs=0.03)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -121,6 +121,9 @@ def test_squared_gradients_are_means_of_each_samples_own_square():
     for x in inputs.double():
         expected += (2 / 18 * (dense - sparse).double() @ x.T @ x).square() / 4
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-9)
+    given, under = ({"a": one.half()} for one in (dense, sparse))
+    half = squared_gradients(lambda x, w: x @ w["a"].T, given, under, inputs.half(), torch.float16)["a"]
+    torch.testing.assert_close(half, found, rtol=0.05, atol=0.01 * float(found.max()))
     batched = squared_gradients(lambda x, w: 7 * x @ w["a"].T, {"a": dense}, {"a": sparse}, inputs)["a"]
     torch.testing.assert_close(batched, found * 7.0**4, rtol=1e-5, atol=1e-9)
 
@@ -183,12 +186,56 @@ def test_attention_is_rebuilt_before_the_mlp_is_scored():
 def test_two_of_four_is_kept_and_other_granularities_are_refused():
     _, _, found, _ = updated(Barber((0.3,), accept=False), MAGNITUDE, "2:4")
     assert all(mask.view(len(mask), -1, 4).sum(-1).eq(2).all() for mask in found.keep_masks.values())
-    metric, mask = torch.tensor([[1.0, 5.0, 7.0, 6.0, 2.0, 3.0, 1.0, 1.0]]), torch.tensor([[1, 0, 0, 0, 1, 0, 0, 0]])
+    metric, mask = torch.tensor([[5.0, 7.0, 6.0, 1.0, 2.0, 3.0, 1.0, 1.0]]), torch.tensor([[0, 0, 0, 1, 1, 0, 0, 0]])
     found = exchanged({"a": metric}, {"a": mask.bool()}, "row", 1.0, 4)  # two would come back to a group that keeps one
-    assert found["a"].int().tolist() == [[0, 0, 1, 0, 1, 0, 0, 0]]
+    assert found["a"].int().tolist() == [[0, 1, 0, 0, 1, 0, 0, 0]]
     assert Barber().check("2:4") == []
     (told,) = Updated(Uniform(), Barber(granularity="part")).check(0.5, "2:4")
     assert "exchanges between rows break N:M" in told
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "N:8"])
+def test_groups_are_those_of_the_order_of_inputs_in_which_they_were_made(pattern):
+    """Of every 4 inputs, or of every 8 as many as each row has of its own."""
+    size = int(pattern[-1])
+    task, pruned = pruned_block(MAGNITUDE, 0.5, "2:4")
+    order = {name: torch.randperm(mask.shape[1], generator=GENERATOR) for name, mask in pruned.keep_masks.items()}
+    given = {name: torch.zeros_like(mask) for name, mask in pruned.keep_masks.items()}
+    for name, mask in given.items():
+        kept = torch.arange(len(mask)) % 3 + 1 if size == 8 else torch.full((len(mask),), 2)
+        mask[:, order[name]] = torch.arange(mask.shape[1]) % size < kept[:, None]
+    task = replace(task, goal=Goal.parse(0.5, pattern))
+    pruned = replace(pruned, keep_masks=given, permutations=order)
+    found = Barber((0.3,), accept=False).update_block(task, pruned)
+    for name, mask in given.items():
+        counts = [one[:, order[name]].unflatten(1, (-1, size)).sum(dim=2) for one in (mask, found.keep_masks[name])]
+        assert torch.equal(*counts)
+        assert not torch.equal(mask, found.keep_masks[name])
+
+
+def test_an_exchange_in_the_mlp_that_undoes_some_of_what_attention_gained_is_not_made():
+    """The targets are what the block puts out once attention has made its exchanges."""
+    task, pruned = pruned_block(MAGNITUDE)
+    forced = Barber((0.2,), accept=False).update_block(task, pruned).keep_masks
+    best = {name: (forced if "attn" in name else pruned.keep_masks)[name] for name in forced}
+    weights = {name: linear.weight * best[name] for name, linear in task.block.linears.items()}
+    found = Barber((0.2,)).update_block(replace(task, targets=task.block.outputs(task.inputs, 10, weights)), pruned)
+    assert all(torch.equal(found.keep_masks[name], mask) for name, mask in best.items())
+
+
+def test_scores_are_of_the_dense_weights_also_where_the_pruner_moved_the_kept_ones():
+    task, pruned = pruned_block(SparseGPT(group_size=32))
+    assert pruned.weights is not None
+    moved = pruned.weights
+    (part, names), _ = parts_of(task.block, task.inputs)
+    dense = {name: task.block.linears[name].weight.detach() for name in names}
+    sparse = {name: moved[name] * pruned.keep_masks[name] for name in names}
+    learned = task.inputs[: len(task.inputs) - 1]
+    scores = squared_gradients(part, dense, sparse, learned)
+    metrics = {name: barber_metric(dense[name], score) for name, score in scores.items()}
+    expected = exchanged(metrics, {name: pruned.keep_masks[name] for name in names}, "row", 0.3)
+    found = Barber((0.3,), accept=False).update_block(task, pruned)
+    assert all(torch.equal(found.keep_masks[name], mask) for name, mask in expected.items())
 
 
 def test_weights_that_the_pruner_moved_stay_where_they_stay_kept():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,7 @@ from besa_exp.blocks.course import Course
 from besa_exp.errors import RunError
 from besa_exp.methods.allocation import Rows, project_to_budget, shift_by_narrowing
 from besa_exp.methods.cuts import Buffers, count_gradient, cut_block
-from besa_exp.methods.descent import descend
+from besa_exp.methods.descent import SHRINK, descend
 from besa_exp.methods.n_of_m import Alike, round_to_worth, rows_of_groups
 from besa_exp.methods.pruners.besa import besa_step
 from besa_exp.tensors.quantisation import Quantiser, quantise, rounded
@@ -198,7 +198,8 @@ def test_descent_ends_at_the_best_state_that_the_judge_saw_and_projects_after_ev
     assert max(seen) > 0.31
 
 
-def test_descent_takes_smaller_steps_each_time_that_nothing_was_gained():
+def test_descent_begins_again_at_the_best_with_smaller_steps_each_time_that_nothing_was_gained():
+    """Adam's first moment is 0 then, its second one and its count of steps go on."""
     place, seen = torch.zeros(1), []
     descend(
         [(place, 0.1)],
@@ -210,8 +211,15 @@ def test_descent_takes_smaller_steps_each_time_that_nothing_was_gained():
         judge=lambda: seen.append(place.item()) or 1.0,
     )
     assert place.item() == 0
-    for earlier, later in itertools.pairwise(seen[1:6]):
-        assert 0 < later < 0.5 * earlier
+    expected = [0.0]
+    for check in range(10):
+        moment, reached = 0.0, 0.0
+        for number in (2 * check, 2 * check + 1):
+            moment = 0.8 * moment + 0.2
+            rate = 0.1 * SHRINK**check * (1 + math.cos(math.pi * number / 20)) / 2
+            reached += rate * moment / (1 - 0.8 ** (number + 1))
+        expected.append(reached)
+    assert seen == pytest.approx(expected, rel=1e-4)
 
 
 def on_meta(values):

@@ -67,6 +67,18 @@ def rows_of(model, sparsity=0.5):
     return ModelRows.of(whole_of(model), uniform(model, sparsity), Wanda())
 
 
+@pytest.mark.parametrize("search", [ModelSearch(steps=5, batch_size=2, checks=5), ModelTuning(steps=5, checks=2)])
+def test_a_search_says_how_many_samples_pass_the_blocks(search):
+    """A sample that is learned from passes a block twice: forward, and once more on the way back."""
+    model, seen = dense_model(), []
+    whole, found = whole_of(model), [Found(lambda masks=masks: masks) for masks in uniform(model)]
+    down = model.get_submodule("model.layers.1.mlp.down_proj")
+    down.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    search.refine(whole, found, lambda step: None)
+    said = search.passes(len(INPUT_IDS))
+    assert sum(seen) == said.plain + said.judged + 2 * said.learned
+
+
 def test_the_divergence_is_that_of_the_model_with_the_masked_weights():
     model, pruned = dense_model(), dense_model()
     rows = rows_of(model)
@@ -263,6 +275,17 @@ def test_tuning_keeps_every_zero_and_is_better_on_the_probe():
 
     probe = whole.samples()[1]
     assert whole.divergence(probe, lambda number, block: weights[number]) < 0.8 * whole.divergence(probe, dense)
+
+
+def test_the_first_of_five_steps_up_to_the_full_size_is_a_fifth_of_it():
+    model = dense_model()
+    whole, masks = whole_of(model, ids=INPUT_IDS[:1].expand(4, -1)), uniform_masks(model)
+    found = ModelTuning(steps=1, lr=0.001).refine(whole, found_of(masks), lambda step: None)
+    for block, one, own in zip(whole.blocks(False), found, masks, strict=True):
+        for name, weight in moved(one).items():
+            kept = block.linears[name].weight[own[name]]
+            most = float((weight[own[name]] - kept).abs().max())
+            assert most == pytest.approx(0.2 * 0.001 * float(kept.square().mean().sqrt()), rel=1e-2)
 
 
 def test_tuning_holds_four_numbers_a_kept_weight_and_gives_the_same_where_they_lie_in_files(tmp_path):

@@ -153,6 +153,7 @@ def test_independent_draws_keep_the_budget_of_their_probabilities():
     method = PolicyGradient(0.2, steps=6, rate=0.1, draws=3, baseline="moving", checks=0)
     units = unit_costs(costs, dimensions)
     spendable = kept_parameters(costs, 0.2) - costs.total + float(units.sum())
+    assert float((units * start_of(method).scores).sum()) == pytest.approx(spendable, rel=0.01)
     for state in method.search(searched(), start_of(method)):
         assert float((units * state.scores).sum(dtype=torch.float64)) <= spendable * (1 + 1e-6)
 
@@ -178,6 +179,73 @@ def test_antithetic_draws_are_structures_that_may_be_decided_and_each_sample_has
         assert len({*channels.tolist()}) == 1 or shape == "uneven"
         left = costs.total - float((~mask * unit_costs(costs, dimensions)).sum())
         assert left <= kept_parameters(costs, 0.2)
+
+
+def test_samples_come_in_turn_and_those_of_the_probe_only_judge():
+    model = searched()
+    assert model.probe.tolist() == [5]
+    assert [model.batch(step, judged=True).tolist() for step in range(3)] == [[0, 1, 2], [3, 4, 0], [1, 2, 3]]
+    assert model.batch(1, judged=False).tolist() == [3, 4, 5]
+
+
+WORTH = torch.randn(6 + 3 * 96, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+SIZES = [2, 2, 2, 96, 96, 96]  # of a block's groups, then of its channels
+
+
+def recording(seen):
+    """A loss of its own for each sample."""
+
+    def losses_of(masks, samples):
+        seen.append((masks, samples.tolist()))
+        return masks.double() @ WORTH * (samples.double() - 2.5)
+
+    return losses_of
+
+
+def test_an_antithetic_step_is_the_literal_one():
+    """The fourth of ten, with steps that have shrunk: noise by row and unit, pairs of one sample each, and g."""
+    method, seen = PolicyGradient(0.2, steps=10, draws=4, rate=0.3, spread=0.5, seed=2, checks=0), []
+    start = replace(start_of(method), step=3, shrunk=0.4)
+    state = next(method.search(searched(recording(seen)), start))
+    ((masks, samples),) = seen
+    assert samples == [3, 4, 5] * 4
+    generator = torch.Generator().manual_seed(2 * 1_000_003 + 3)
+    own, shared = (torch.randn(6, count, generator=generator).double() for count in (294, 6))
+    row_of = [row for row, size in enumerate(SIZES) for _ in range(size)]
+    spreads = torch.tensor([0.2 / math.sqrt(SIZES[row]) for row in row_of]).double()
+    noise = spreads * own + 0.2 / math.sqrt(6) * shared[:, row_of]
+    for pair, e in enumerate(noise.float()):
+        assert torch.equal(masks[pair], method._decided(searched(), start.scores + e))
+        assert torch.equal(masks[pair + 6], method._decided(searched(), start.scores - e))
+    d = [float((masks[p].double() - masks[p + 6].double()) @ WORTH) * (samples[p] - 2.5) / 2 for p in range(6)]
+    size = math.sqrt(sum(one**2 for one in d) / 6)
+    gradient = torch.zeros(294, dtype=torch.float64)
+    for pair in range(6):
+        x = (masks[pair].double() - masks[pair + 6].double()) / 2
+        gradient += d[pair] / size / 6 * (spreads * x + 0.2 / math.sqrt(6) * shared[pair, row_of])
+    rate = 0.3 * (1 + math.cos(math.pi * 0.3)) / 2
+    torch.testing.assert_close(state.scores.double(), start.scores - rate * gradient, rtol=0, atol=1e-6)
+
+
+def test_a_step_with_independent_draws_is_the_literal_one():
+    method, seen = PolicyGradient(0.2, steps=10, draws=3, rate=0.01, seed=2, baseline="moving", checks=0), []
+    start = replace(start_of(method), step=3, shrunk=0.4, baseline=0.5)
+    state = next(method.search(searched(recording(seen)), start))
+    ((masks, samples),) = seen
+    assert samples == [3, 4, 5] * 3
+    drawn = torch.rand(3, 294, generator=torch.Generator().manual_seed(2 * 1_000_003 + 3)) < start.scores
+    assert torch.equal(masks, drawn.repeat_interleave(3, dim=0))
+    of_draws = [float(mask.double() @ WORTH) * (0.5 + 1.5 + 2.5) / 3 for mask in drawn]
+    delta = 0.8 * 0.5 + 0.2 * sum(of_draws) / 3
+    assert state.baseline == pytest.approx(delta)
+    s, gradient = start.scores.double(), torch.zeros(294, dtype=torch.float64)
+    for loss, mask in zip(of_draws, drawn, strict=True):
+        gradient += (loss - delta) / 2 * (mask.double() - s) / ((s + 1e-7) * (1 - s + 1e-7)).sqrt()
+    moved = s - 0.01 * 0.4 * (1 + math.cos(math.pi * 0.3)) / 2 * gradient
+    _, _, costs, dimensions = parts()
+    units = unit_costs(costs, dimensions)
+    spendable = kept_parameters(costs, 0.2) - costs.total + float(units.sum())
+    torch.testing.assert_close(state.scores.double(), projected(moved, spendable, units), rtol=0, atol=1e-6)
 
 
 def test_the_antithetic_gradient_is_a_literal_sum_in_units_of_the_losses_spread():
@@ -217,7 +285,7 @@ def kept_worth(structure, worth):
 
 
 def test_what_the_probe_does_not_confirm_is_undone_and_the_start_is_a_candidate():
-    method = PolicyGradient(0.2, steps=8, rate=0.5, spread=0.3, checks=4)
+    method = PolicyGradient(0.2, steps=7, rate=0.5, spread=0.3, checks=4)  # after 2, 4, 6 and 7 steps
     start = start_of(method)
 
     def worse_and_worse(masks, samples):
@@ -265,8 +333,8 @@ def test_the_best_that_the_probe_saw_is_decided():
 
 
 def test_within_the_standard_error_nothing_is_a_new_best_or_undone():
-    # A fall and a rise by 0.1 in the mean, with an error of 0.23; then a fall by 0.1 of all.
-    verdicts = iter([[1.0] * 4, [0.5, 1.3, 0.5, 1.3], [0.7, 1.5, 0.7, 1.5], [0.9] * 4])
+    # A fall and a rise by 0.2 in the mean, with an error of 0.46 / 2; then a fall by 0.3 with the same error.
+    verdicts = iter([[1.0] * 4, [0.4, 1.2, 0.4, 1.2], [0.8, 1.6, 0.8, 1.6], [0.3, 1.1, 0.3, 1.1]])
 
     def losses_of(masks, samples):
         found = next(verdicts) if samples.tolist() == [12, 13, 14, 15] else masks.double().std(1).tolist()
@@ -281,7 +349,7 @@ def test_within_the_standard_error_nothing_is_a_new_best_or_undone():
         assert not torch.equal(state.scores, start.scores)
     assert last.shrunk == 1
     assert last.best is last.scores
-    assert last.best_losses == (0.9,) * 4
+    assert last.best_losses == (0.3, 1.1, 0.3, 1.1)
 
 
 def test_a_state_is_read_as_it_was_written():

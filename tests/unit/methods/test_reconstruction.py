@@ -20,11 +20,12 @@ from besa_exp.methods.pruners.model_tuning import ModelTuning
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
 from besa_exp.methods.pruners.uniform import Uniform
 from besa_exp.methods.tuning import Ramp, Tuning, downhill, keep_valuable, tune
+from besa_exp.methods.updates.dsnot import Dsnot
 from besa_exp.methods.updates.obs import Obs
 from besa_exp.methods.updates.reconstruct import Reconstruct
 from besa_exp.methods.updates.updated import Updated
 from besa_exp.tensors.masks import Goal, keep_per_row
-from besa_exp.tensors.statistics import Hessian
+from besa_exp.tensors.statistics import Hessian, InputMoments, InputNorm
 
 INPUT_IDS = torch.randint(0, 258, (16, 24), generator=torch.Generator().manual_seed(1))
 DENSE = tiny_llama(context=32).requires_grad_(False)
@@ -255,9 +256,29 @@ def test_an_update_leaves_the_pruners_masks_alone_and_numbers_its_steps_on() -> 
         assert torch.equal(mask, masks["Updated"][name])
 
 
-def test_an_update_refuses_a_pruner_that_needs_another_statistic() -> None:
-    assert Updated(Uniform(), Obs()).check(0.5, "unstructured") == []
-    assert Updated(SparseGPT(), Reconstruct()).check(0.5, "unstructured") == []
+@pytest.mark.parametrize(
+    ("pruner", "update", "pattern", "refused"),
+    [
+        (Uniform(), Obs(), "unstructured", False),
+        (SparseGPT(), Reconstruct(), "unstructured", False),
+        (SparseGPT(), Dsnot(), "unstructured", True),
+        (BesaReconstruct(), Dsnot(), "unstructured", False),
+        (BesaReconstruct(), Dsnot(), "2:4", True),
+        (BesaReconstruct(begin="sparsegpt"), Dsnot(), "unstructured", True),
+    ],
+)
+def test_an_update_refuses_a_pruner_that_needs_another_statistic(pruner, update, pattern, refused) -> None:
+    problems = Updated(pruner, update).check(0.5, pattern)
+    assert bool(problems) == refused
+    assert all("needs the Hessian of the inputs and not what the update observes" in problem for problem in problems)
+
+
+def test_best_observes_hessians_where_sparsegpt_chooses_the_mask_alone() -> None:
+    asked = Goal(0.5), Goal.parse(0.5, "2:4")
+    for update, second in ((None, Hessian), (Obs(), Hessian), (Dsnot(), InputMoments)):
+        first = InputNorm if update is None else second
+        pruner = BesaReconstruct() if update is None else Updated(BesaReconstruct(), update)
+        assert tuple(map(pruner.traits.observed, asked)) == (first, second)
 
 
 def test_norms_are_tuned_on_request_and_the_probe_chooses_them_with_the_weights() -> None:

@@ -12,6 +12,7 @@ from tiny_llama import tiny_llama
 from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.checkpoints.narrowed_model import costs_of_model, narrowed_model
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
+from besa_exp.errors import RunError
 from besa_exp.methods.structure.shortgpt import (
     Passage,
     ShortGPT,
@@ -98,6 +99,16 @@ def test_the_earlier_of_equal_blocks_goes_first_and_protected_ones_stay():
     found = Passage(influence, torch.zeros(6, 1, 2))
     method = ShortGPT(blocks=2, protect_first=1, protect_last=1)
     assert method.removed(found, Costs(0, (1,) * 5, (0,) * 5, (0,) * 5))[0] == [2, 3]
+
+
+@pytest.mark.parametrize("metric", ["influence", "angular"])
+def test_states_that_are_not_finite_end_the_choice(metric):
+    """Their cosine is no number, and would count as the greatest influence, or as the least turn."""
+    states = torch.ones(2, 3, 4)
+    states[1, 2, 3] = torch.inf
+    found = Passage(torch.tensor([0.1, float(block_influence(states, states).mean()), 0.3]), torch.zeros(4, 1, 2))
+    with pytest.raises(RunError, match=r"block 1 are not finite.*model\.dtype"):
+        ShortGPT(blocks=1, metric=metric).removed(found, Costs(0, (1,) * 3, (0,) * 3, (0,) * 3))
 
 
 def test_a_ratio_becomes_the_nearest_number_of_blocks():

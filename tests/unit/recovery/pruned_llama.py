@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ from torch import distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from besa_exp.recovery.keep_bits import keep_of_zeros, parameters_of_linears
+from besa_exp.recovery.objective import NextToken
 
 WINDOWS = torch.randint(0, 256, (12, 24), generator=torch.Generator().manual_seed(3))
 LENGTHS, OWN = [(9, 20), (12, 3), (7, 7)], [(2, 5), (1, 2), (3, 3)]  # of options of examples, and what they add
@@ -29,6 +31,20 @@ def pruned_llama(pruned=2, dtype=torch.float32, seed=0, **changes):
         groups = parameter.view(*parameter.shape[:-1], -1, 4)
         groups.scatter_(-1, groups.abs().argsort(dim=-1)[..., :pruned], 0)
     return model, keep_of_zeros(model)
+
+
+class Overflowing:
+    """The next token's loss, where the loss or else the gradient alone is not finite."""
+
+    def __init__(self, model, fault):
+        self.inner, self.fault = NextToken(model), fault
+
+    def differentiate(self, windows):
+        loss, _ = self.inner.differentiate(windows)
+        return (math.nan, 1.0) if self.fault == "loss" else (loss, 0.0)  # the gradient is divided by what comes second
+
+    def of_logits(self, logits, windows):
+        return self.inner.of_logits(logits, windows)
 
 
 def assert_zeros_exact(model, keep):

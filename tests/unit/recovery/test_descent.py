@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 
 import pytest
 import torch
 from families import tiny
-from pruned_llama import WINDOWS, as_bytes, assert_same_bits, assert_zeros_exact, pruned_llama, three_alike, weights_of
+from pruned_llama import (
+    WINDOWS,
+    Overflowing,
+    as_bytes,
+    assert_same_bits,
+    assert_zeros_exact,
+    pruned_llama,
+    three_alike,
+    weights_of,
+)
 
 from besa_exp.recovery.descent import Adam
 from besa_exp.recovery.full import Full, Kept, embeddings_of
@@ -210,14 +220,16 @@ def test_kept_values_below_the_dtypes_smallest_number_are_written_as_plus_zero()
     assert not torch.signbit(parameter).any()
 
 
-def test_a_step_that_is_not_finite_changes_nothing():
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(fault):
     model, keep = pruned_llama()
-    tuner = Full(Adam(lr=1e-2), embeddings=False).begin(model, keep, 0)
+    tuner = Full(Adam(lr=1e-2)).begin(model, keep, 0)
     steps(tuner, NextToken(model), [0])
-    model.lm_head.weight.fill_(torch.inf)
     state, before = {key: value.clone() for key, value in tuner.state().items()}, weights_of(model)
-    taken = steps(tuner, NextToken(model), [1])[0]
-    assert taken.loss != taken.loss
+    (taken,) = steps(tuner, Overflowing(model, fault), [1])
+    assert taken.gradient_norm is not None
+    assert math.isfinite(taken.loss) == (fault != "loss")
+    assert math.isfinite(taken.gradient_norm) == (fault != "gradient")
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     assert all(torch.equal(value, state[key]) for key, value in tuner.state().items())
 

@@ -75,13 +75,16 @@ def test_squarehead_is_a_ratio_of_each_window_and_block_of_states_after_blocks()
     torch.testing.assert_close(of_parts, gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_squarehead_is_followed_through_checkpointed_blocks_too():
-    losses = []
+def test_squarehead_is_followed_through_checkpointed_blocks_too_which_are_computed_twice():
+    losses, passes = [], []
     for checkpointing in (False, True):
         (model, keep), (teacher, _) = pruned_llama(), pruned_llama(pruned=0)
+        for layer in model.model.layers:
+            layer.get_submodule("mlp").register_forward_pre_hook(lambda *_, twice=checkpointing: passes.append(twice))
         objective = NextToken(model, Distillation("squarehead"), teacher, 2, checkpointing)
         tuner = Full(Adam(lr=1e-2)).begin(model, keep, 0)
         losses.append([tuner.step(objective, WINDOWS[:2], number, 1.0) for number in range(3)])
+    assert (passes.count(False), passes.count(True)) == (3 * 2, 2 * 3 * 2)
     for plain, other in zip(*losses, strict=True):
         assert other.loss == pytest.approx(plain.loss, rel=1e-5)
         assert other.gradient_norm == pytest.approx(plain.gradient_norm, rel=1e-4)
@@ -107,6 +110,7 @@ def test_options_are_told_apart_by_the_mean_log_probability_of_their_own_tokens(
     same = EXAMPLES[:1].clone()
     same[:, 1] = same[:, 0]
     assert option_errors(called(model, same, False)[0], same).tolist() == [1]  # nothing says which
+    assert option_errors(torch.full_like(logits, torch.nan), EXAMPLES).tolist() == [1] * 3
 
 
 def test_faults_are_told():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from pruned_llama import WINDOWS, assert_same_bits, pruned_llama, weights_of
+from pruned_llama import WINDOWS, Overflowing, assert_same_bits, pruned_llama, weights_of
 
 from besa_exp.recovery.descent import Adam
 from besa_exp.recovery.objective import NextToken
@@ -36,6 +38,23 @@ def test_the_first_steps_look_and_the_others_lower_the_loss_of_the_named_linears
     moved = {name for name, value in before.items() if not torch.equal(value, model.get_parameter(name))}
     assert moved == set(tuner.parameters)
     assert all(".mlp." in name for name in moved)
+
+
+class Infinite(Overflowing):
+    """A gradient that is not finite by itself."""
+
+    def differentiate(self, windows):
+        (self.inner.model(windows, use_cache=False).logits.sum() * torch.inf).backward()
+        return 1.0, 1.0
+
+
+@pytest.mark.parametrize("objective", [Overflowing, Infinite])
+def test_gradients_that_are_not_finite_are_not_gathered(objective):
+    model, tuner, _ = stepped([0])
+    before = {name: value.clone() for name, value in tuner.state().items()}
+    taken = tuner.step(objective(model, "loss"), WINDOWS[:2], 1, 1.0)
+    assert not (math.isfinite(taken.loss) and math.isfinite(taken.gradient_norm or 0))  # so that the course ends
+    assert all(torch.equal(value, before[name]) for name, value in tuner.state().items())
 
 
 def test_the_weights_come_back_from_their_coordinates():

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from pruned_llama import WINDOWS, assert_same_bits, assert_zeros_exact, pruned_llama, weights_of
+from pruned_llama import WINDOWS, Overflowing, assert_same_bits, assert_zeros_exact, pruned_llama, weights_of
 
 from besa_exp.recovery.objective import NextToken
 from besa_exp.recovery.schedule import Schedule
-from besa_exp.recovery.spiel import Spiel, Tuned, adam_step, ag_exchange, sm3_step
+from besa_exp.recovery.spiel import Spiel, Tuned, adam_step, ag_exchange, sm3_exchange, sm3_step
 from besa_exp.recovery.tuning import Parts, Plan, tune
 
 AG = Spiel(steps=9, lr=5e-3, density=0.05, reselect=4, gather=2)
@@ -38,14 +39,18 @@ def test_the_first_step_is_adams_by_the_gradient_at_the_entries(dtype, decay):
     tuner = replace(AG, decay=decay).begin(model, keep, 0)
     taken = tuner.step(NextToken(model), WINDOWS[:2], 0, 0.5)
     expected, found, deltas = [], [], []
+    gathered, sums = [], []
     for name, tuned in tuner.tuned.items():
         gradient = plain.get_parameter(name).grad
         assert gradient is not None
         expected.append(gradient.flatten()[tuned.indices])
         found.append(tuned.moment / 0.1)
         deltas.append(tuned.deltas)
+        gathered.append(gradient.flatten()[tuned.candidates])
+        sums.append(tuned.sums)
     expected, found, deltas = map(torch.cat, (expected, found, deltas))
     assert float((found - expected).norm()) < 0.02 * float(expected.norm())
+    assert float((torch.cat(sums) - torch.cat(gathered)).norm()) < 0.02 * float(torch.cat(gathered).norm())
     assert taken.gradient_norm == pytest.approx(float(expected.norm()), rel=0.02)
     lr = 0.5 * AG.lr
     assert float(deltas.abs().max()) == pytest.approx(lr * (1 - lr * decay), rel=1e-3)
@@ -81,6 +86,29 @@ def test_a_tuner_goes_on_inside_a_phase_of_selection_with_the_same_bits(method, 
     assert_same_bits(whole, model)
     for name, value in expected.state().items():
         assert torch.equal(value, again.state()[name]), name
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+@pytest.mark.parametrize("method", [AG, SM3, EXCHANGE], ids=["ag", "sm3", "exchange"])
+def test_a_step_that_is_not_finite_changes_nothing(method, fault):
+    """The second step, after which entries would be exchanged."""
+    model, _, tuner = stepped(method, [0])
+    state, before = {key: value.clone() for key, value in tuner.state().items()}, weights_of(model)
+    taken = tuner.step(Overflowing(model, fault), WINDOWS[2:4], 1, 1.0)
+    assert math.isfinite(taken.loss) == (fault != "loss")
+    assert math.isfinite(taken.gradient_norm) == (fault != "gradient")
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert all(torch.equal(value, state[key]) for key, value in tuner.state().items())
+    tuner.step(NextToken(model), WINDOWS[2:4], 1, 1.0)  # nothing of it is left
+    expected = stepped(method, range(2))[2].state()
+    assert all(torch.equal(value, expected[key]) for key, value in tuner.state().items())
+
+
+def test_where_fewer_places_are_free_than_entries_go_as_many_come_by_accumulators():
+    tuned = Tuned.at(torch.tensor([0, 1, 4, 5]), torch.zeros(2, 3))
+    tuned.rows, tuned.columns = torch.tensor([2.0, 1.0]), torch.tensor([3.0, 1.0, 2.0])
+    slots, coming = sm3_exchange(tuned, torch.tensor([3, 0, 1, 2]), None)
+    assert (slots.tolist(), coming.tolist()) == ([3, 0], [2, 3])  # of r_i c_j 4 and 3
 
 
 def test_exchanged_zeros_are_as_many_and_lie_elsewhere():
@@ -121,6 +149,16 @@ def test_entries_are_drawn_by_seed_and_linear():
     first, second = (f"model.layers.{number}.self_attn.q_proj.weight" for number in (0, 1))
     drawn = [tuners[0].tuned[first], tuners[0].tuned[second], tuners[1].tuned[first]]
     assert len({tuple(tuned.indices.tolist()) for tuned in drawn}) == 3
+
+
+def test_a_weight_is_rounded_once():
+    """1 + 2^-8 + 2^-17 is nearer to 1 + 2^-7; a delta that is rounded by itself would leave a tie that goes to 1."""
+    _, _, tuner = stepped(AG, [], torch.bfloat16)
+    name, tuned = next(iter(tuner.tuned.items()))
+    tuned.base.fill_(1.0)
+    tuned.deltas.fill_(2**-8 + 2**-17)
+    tuner._write(name)
+    assert set(tuner.parameters[name].flatten()[tuned.indices].tolist()) == {1 + 2**-7}
 
 
 def test_no_negative_zero_is_written():

@@ -20,6 +20,7 @@ from besa_exp.recovery.saved_states import SavedStates
 from besa_exp.recovery.schedule import Schedule, batch_at, key_of
 from besa_exp.recovery.tuner import Taken
 from besa_exp.recovery.tuning import Parts, Plan, tune
+from besa_exp.tensors.keep_bits import KeepBits
 
 LEARNED, HELD_OUT = WINDOWS[:8], WINDOWS[8:]
 PLAN = Plan(Schedule(6, warm_up=2), batch_size=3, judge_every=2)
@@ -60,6 +61,7 @@ def test_the_result_is_better_on_held_out_text_where_that_is_what_is_learned():
     assert report.stopped is None
     assert [point.step for point in report.points] == list(range(8))
     assert [point.held_out is not None for point in report.points] == [False, False, False, True] * 2
+    assert [point.tokens for point in report.points] == [8 * 24] * 8
 
 
 def test_a_course_that_only_makes_it_worse_ends_with_the_pruned_model():
@@ -150,22 +152,55 @@ def test_each_size_is_tried_with_the_whole_schedule_in_a_few_steps():
 
 
 class Scaled(Remembered):
-    """After each step the head is the pruned model's times a number: the nearer to 0, the smaller the loss."""
+    """After each step the head is the pruned model's times a number, the nearer to 0, the smaller the loss; and the
+    mask is another."""
 
     def begin(self, model, keep, seed):
         self.parameters, self.head = {"lm_head.weight": model.lm_head.weight}, model.lm_head.weight.clone()
         return self
 
+    def mask(self, number):
+        return self.head > 0.01 * number
+
     def step(self, objective, windows, number, scale):
         self.parameters["lm_head.weight"].copy_(self.head * (0.9, 0.8, 0.95, 0.85)[number])
+        self.keep = {"lm_head.weight": KeepBits.of(self.mask(number))}
         return Taken(1.0)
 
 
-def test_the_best_state_is_kept_where_those_after_it_are_a_little_worse():
-    (model, keep), method = pruned_llama(), Scaled()
-    report, _ = tune(model, keep, method, NextToken(model), Parts(LEARNED, HELD_OUT), Plan(Schedule(4), judge_every=1))
+@pytest.mark.parametrize("in_files", [False, True])
+def test_the_best_state_is_kept_with_its_mask_where_those_after_it_are_a_little_worse(tmp_path, in_files):
+    (model, keep), method, plan = pruned_llama(), Scaled(), Plan(Schedule(4), judge_every=1)
+    states = SavedStates(tmp_path, {}) if in_files else None
+    report, kept = tune(model, keep, method, NextToken(model), Parts(LEARNED, HELD_OUT), plan, states)
     assert (report.best_step, report.after) == (2, min(point.held_out or math.inf for point in report.points))
     assert torch.equal(model.lm_head.weight, method.head * 0.8)
+    assert torch.equal(kept["lm_head.weight"].mask(), method.mask(1))
+
+
+class Ruining(Scaled):
+    """The larger the steps, the smaller the loss, were those from 0.3 times their size on not what ruins it: they have
+    no finite loss themselves, or leave a model that has none."""
+
+    def __init__(self, itself):
+        super().__init__()
+        self.itself = itself
+
+    def step(self, objective, windows, number, scale):
+        ruins = scale >= 0.3
+        self.parameters["lm_head.weight"].copy_(self.head * (1 - scale / 200))
+        if ruins and not self.itself:
+            self.parameters["lm_head.weight"].fill_(math.nan)
+        return Taken(math.nan if ruins and self.itself else 1.0)
+
+
+@pytest.mark.parametrize("itself", [True, False])
+def test_the_greatest_size_that_ends_in_a_loss_is_taken(itself):
+    (model, keep), method = pruned_llama(), Ruining(itself)
+    plan = Plan(Schedule(2, shape="constant"), trial=1)
+    report, _ = tune(model, keep, method, NextToken(model), Parts(LEARNED, HELD_OUT), plan)
+    assert (report.factor, report.stopped) == (0.1, None)
+    assert report.before == mean_loss(pruned_llama()[0], HELD_OUT, 8)
 
 
 def test_sizes_that_ruin_the_model_are_not_taken():
@@ -185,7 +220,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, caplog):
     content[-3] ^= 1
     weights.write_bytes(content)
     model, _ = tuned(method, folder=tmp_path, held_out=LEARNED)
-    assert "does not hold what was written" in caplog.text
+    assert "is damaged" in caplog.text
     assert_same_bits(model, whole)
 
 
@@ -215,7 +250,9 @@ def test_a_full_disk_is_told_and_the_state_before_is_kept(tmp_path, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr("besa_exp.recovery.saved_states.save_file", no_room)
-        with pytest.raises(RunError, match=r"No space left on device.*make space and give the same command again"):
+        with pytest.raises(
+            RunError, match=r"No space left on device.*free disk space, then run the same command again"
+        ):
             tuned(method, folder=tmp_path, held_out=LEARNED)
     model, _ = tuned(method, folder=tmp_path, held_out=LEARNED)
     assert_same_bits(model, tuned(method, held_out=LEARNED)[0])

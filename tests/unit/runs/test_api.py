@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from besa_exp.cli.configuration import CONF_DIR, as_values, method_name, read_se
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.presets import METHOD_GROUPS, preset
 from besa_exp.run_folder.identity import as_plain, config_of, request_identity
+from besa_exp.run_folder.status import read_status
 from besa_exp.runs.prune import prune as prune_into
 from besa_exp.settings import EvaluatorSettings, ModelSettings, RunSettings, SaveSettings, TrackerSettings
 from besa_exp.tensors.masks import keep_per_row
@@ -93,6 +95,23 @@ def test_a_path_is_pruned_into_a_run_folder(dense: Path, tmp_path: Path, monkeyp
     assert all(torch.equal(mask, in_place.keep_masks[name]) for name, mask in in_run.keep_masks.items())
     with pytest.raises(ConfigurationError, match="holds a finished run"):
         besa_exp.prune(dense, None, TOKENS, pruner="besa", sparsity=0.3, out=tmp_path / "run")
+
+
+def test_the_same_call_reports_the_finished_run_and_leaves_the_program_as_it_was(dense: Path, tmp_path: Path) -> None:
+    write_token_file(TOKENS, tmp_path / "tokens.safetensors")
+    asked = partial(besa_exp.prune, dense, None, str(tmp_path / "tokens.safetensors"), pruner="magnitude")
+    torch.use_deterministic_algorithms(False)
+    before = torch.get_rng_state()
+    report = asked(out=tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert (read_status(tmp_path / "run") or {})["command"] is None  # that of pytest is none of ours
+    assert "## Command" not in (tmp_path / "run" / "model" / "README.md").read_text()
+    (tmp_path / "run" / "run.log").unlink()
+    assert asked(out=tmp_path / "run").losses == report.losses
+    assert not (tmp_path / "run" / "run.log").exists()
+    with pytest.raises(ConfigurationError, match=r"another request \(sparsity: 0.5 before, 0.3 now\)"):
+        asked(sparsity=0.3, out=tmp_path / "run")
 
 
 def test_the_report_counts_what_the_model_holds() -> None:
