@@ -13,10 +13,6 @@ os.environ.pop("HYDRA_FULL_ERROR", None)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each process that a test starts would compile the package again
 
 import pytest
-import yaml
-
-# Hydra composes some thirty presets for each command, most of a small run's time. The parser in C reads them alike.
-yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # type: ignore[misc]
 
 ROOT = Path(__file__).parents[1]
 SHARED_DIR = Path(os.environ.get("BESA_SHARED", ROOT.parent / "shared"))
@@ -30,6 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("tx", None) and not IN_WORKER and not config.option.collectonly:
         return
     import checked_shapes  # noqa: F401
+    import quick_composing  # noqa: F401
     import torch
 
     if IN_WORKER:
