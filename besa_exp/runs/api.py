@@ -377,7 +377,7 @@ def as_a_run(model: nn.Module, seed: int, deterministic: bool = True) -> Iterato
 def _torch_as_before() -> Iterator[None]:
     """Random states and determinism are put back: they are the program's that calls."""
     strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
     try:
         with torch.random.fork_rng():
             yield
