@@ -14,7 +14,7 @@ block's output after the final norm, where that block's own output is taken here
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -120,7 +120,8 @@ class ShortGPT:
         check_fields(self, "structure", within(least=0), "protect_first", "protect_last")
 
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
-        return amount_problems(self.blocks, self.ratio, costs, self.protect_first, self.protect_last)
+        ends = {"protect_first": self.protect_first, "protect_last": self.protect_last}
+        return amount_problems(self.blocks, self.ratio, costs, ends)
 
     def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:
         """From one pass of the dense model. What was measured of each block, or run of blocks, is kept."""
@@ -175,13 +176,11 @@ def amount(blocks: int | None, ratio: float | None, costs: Costs) -> int:
     return min(range(len(costs.blocks) + 1), key=lambda count: abs(count * each - wanted))
 
 
-def amount_problems(
-    blocks: int | None, ratio: float | None, costs: Costs, protect_first: int, protect_last: int
-) -> list[str]:
-    """Why so many blocks cannot go, in complete sentences."""
+def amount_problems(blocks: int | None, ratio: float | None, costs: Costs, ends: Mapping[str, int]) -> list[str]:
+    """Why so many blocks cannot go, in complete sentences. `ends`: how many stay at each end, by key."""
     number, count = len(costs.blocks), amount(blocks, ratio, costs)
     asked = f"structure.blocks={blocks}" if blocks is not None else f"structure.ratio={ratio}"
-    free = number - protect_first - protect_last
+    free = number - sum(ends.values())
     if count == 0 and ratio is not None:
         share = costs.blocks[0] / costs.total
         return [
@@ -190,8 +189,6 @@ def amount_problems(
     if count >= number:
         return [f"{asked}: would remove all {number} blocks; at least one must stay"]
     if count > max(free, 0):
-        return [
-            f"{asked}: would remove {count} blocks, and {max(free, 0)} of the {number} are not protected "
-            f"(structure.protect_first={protect_first}, structure.protect_last={protect_last})"
-        ]
+        keys = ", ".join(f"structure.{key}={stay}" for key, stay in ends.items())
+        return [f"{asked}: would remove {count} blocks, and {max(free, 0)} of the {number} are not protected ({keys})"]
     return []
