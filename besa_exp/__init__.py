@@ -1,9 +1,12 @@
 """BESA: blockwise, differentiable sparsity allocation for pruning large language models (arXiv 2402.16880).
 
 model, tokenizer = besa_exp.load_model("path or hub id")
-report = besa_exp.prune(model, tokenizer, texts, pruner="besa", sparsity=0.5)
-besa_exp.tune(model, tokenizer, texts, recovery="full")
-runs = besa_exp.load_runs("outputs/*").to_pandas()
+report = besa_exp.prune(model, tokenizer, texts, pruner="besa", sparsity=0.5)  # in place
+besa_exp.tune(model, tokenizer, texts, recovery="full")  # in place; zeros stay
+runs = besa_exp.load_runs("outputs/*").to_pandas()  # one row a run
+
+Errors of a request are ConfigurationError, a ValueError that names every problem with its remedy. docs/python.md has a
+table of the arguments.
 """
 
 from __future__ import annotations

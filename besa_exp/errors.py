@@ -36,14 +36,14 @@ class RunError(RuntimeError):
 
 class Interrupted(SystemExit):
     """The system asked the process to end (SIGTERM, or SIGUSR1 before a pre-emption). Exit code 143; the same command
-    goes on after the last whole block."""
+    goes on after what is finished."""
 
     def __init__(self, signal_name: str):
         super().__init__(143)
         self.signal_name = signal_name
 
     def __str__(self) -> str:
-        return f"{self.signal_name} received; the same command goes on after the last whole block"
+        return f"{self.signal_name} received; run the same command again to resume after what is finished"
 
 
 class Unavailable(Exception):
@@ -134,11 +134,11 @@ def as_unavailable() -> Iterator[None]:
 
 
 def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> str:
-    """`; did you mean X?`, or nothing where no name is near. `prefix` is put before the name that is shown."""
+    """` (did you mean X?)`, or nothing where no name is near. `prefix` is put before the name that is shown."""
     valid = sorted(set(names))
     folded = {name.lower().replace("-", "_"): name for name in valid}
     near = difflib.get_close_matches(word.lower().replace("-", "_"), folded, n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{folded[near[0]]}?" if near else ""
+    return f" (did you mean {prefix}{folded[near[0]]}?)" if near else ""
 
 
 def did_you_mean_one_of(word: str, names: Iterable[str]) -> str:
@@ -147,7 +147,7 @@ def did_you_mean_one_of(word: str, names: Iterable[str]) -> str:
     longer = [name for name in valid if name.startswith(f"{word}_")]
     near = difflib.get_close_matches(word, valid, n=3, cutoff=0.5)
     found = list(dict.fromkeys([*longer[:2], *near, *longer]))[:3]
-    return f"; did you mean {' or '.join(found)}?" if found else ""
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
 
 
 def quoted(key: str, value: str) -> str:

@@ -6,7 +6,7 @@ A preset is read here without Hydra too, for the Python API: its YAML, those tha
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from pkgutil import resolve_name
@@ -38,9 +38,10 @@ def presets(group: str) -> dict[str, str]:
 
 
 def preset(group: str, name: str, **given: Any) -> Any:
-    """The object that a preset describes, such as `preset("pruner", "besa")`. `given` are the values that presets refer
-    to as `${key}`: `seed`, 0 by default. ConfigurationError: there is no such group or preset, or a value has to be
-    given."""
+    """The object that a preset describes: `preset("pruner", "besa")` is a frozen dataclass, which `dataclasses.replace`
+    copies with other values. `given`: the values that presets refer to as `${key}`, such as `seed` (0 by default).
+
+    ConfigurationError: there is no such group or preset, or a value has to be given."""
     return _built(preset_values(group, name, **given))
 
 
@@ -130,12 +131,16 @@ def listing(wanted: Sequence[str] = (), beside: Path | None = None) -> str:
         raise ConfigurationError(f"--config-dir={beside}: there is no such folder; give one with GROUP/NAME.yaml files")
     known = {**{group: group for group in groups()}, **{f"{group}s": group for group in groups()}}
     if unknown := [name for name in wanted if name not in known]:
-        listed = ", ".join(groups())
-        raise ConfigurationError(
-            *(f"{name}: no such group{did_you_mean(name, known)}; groups: {listed}" for name in unknown)
-        )
+        raise ConfigurationError(*(no_such_group(name, known) for name in unknown))
     chosen = dict.fromkeys(known[name] for name in wanted or groups())
     return "\n\n".join(_group_listing(group, beside) for group in chosen)
+
+
+def no_such_group(word: str, known: Iterable[str], what: str = "group") -> str:
+    """The problem of a word that is no group; a preset's name is shown with its group, else the nearest of `known`."""
+    holding = [f"besa show {group}={word}" for group in groups() if word in presets(group)]
+    near = f"; it is a preset: {' or '.join(holding)}" if holding else did_you_mean(word, known)
+    return f"{word}: no such {what}{near}; groups: {', '.join(groups())}"
 
 
 def _group_listing(group: str, beside: Path | None) -> str:

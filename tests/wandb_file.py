@@ -15,7 +15,7 @@ HEADER_BYTES = 7
 CHUNK_BYTES = 32 * 1024
 CHUNK_HEADER = struct.Struct("<IHB")  # checksum, length, kind: whole, first, middle, last
 ENDS_RECORD = (1, 4)
-WRITING_SECONDS = 20
+WRITING_SECONDS = 300  # at most
 
 
 def records(folder: Path) -> list[Any]:

@@ -46,8 +46,8 @@ def arguments_of_the_shape(model: nn.Module, modules: list[nn.Module], input_ids
     others = captured_arguments(model, modules, other_tokens(model, input_ids))
     if place := difference(modules[0], found, others):
         raise NotAlone(
-            f"{type(model).__name__} gives its blocks {place}, which depends on the tokens: blocks are called on their "
-            "own here, with what depends on the shape alone, so that this model can be scored but not pruned"
+            f"{type(model).__name__} gives its blocks {place}, which depends on the tokens. Pruning calls each block "
+            "on its own and repeats only arguments that depend on the shape; this model can be scored but not pruned"
         )
     return found
 
@@ -59,7 +59,7 @@ def check_unwritten(model: nn.Module, modules: list[nn.Module], input_ids: Token
     if place := difference(modules[0], now, used):
         raise NotAlone(
             f"the blocks of {type(model).__name__} hand on more than hidden states: they write into {place}, which "
-            "later ones read; blocks are called on their own here, so that this model can be scored but not pruned"
+            "later blocks read. Pruning calls each block on its own; this model can be scored but not pruned"
         )
 
 
@@ -98,14 +98,14 @@ def captured_arguments(model: nn.Module, modules: list[nn.Module], input_ids: To
             refused = error
     if found is None:
         raise NotAlone(
-            f"{type(model).__name__} does more with what its blocks return than to hand on hidden states "
-            f"({type(refused).__name__}: {refused}): its blocks cannot be called on their own, so that this model can "
-            "be scored but not pruned"
+            f"{type(model).__name__} does more with what its blocks return than hand on hidden states "
+            f"({type(refused).__name__}: {refused}). Pruning calls each block on its own; this model can be scored but "
+            "not pruned"
         ) from refused
     for name in (name for arguments in found for name, value in _named(modules[0], arguments).items() if _holds(value)):
         raise NotAlone(
-            f"the blocks of {type(model).__name__} hand on more than hidden states ({name}): blocks are called on "
-            "their own here, so that this model can be scored but not pruned"
+            f"the blocks of {type(model).__name__} hand on more than hidden states ({name}). Pruning calls each block "
+            "on its own; this model can be scored but not pruned"
         )
     return found
 
@@ -127,8 +127,9 @@ def _captured(
         model(input_ids.to(next(model.parameters()).device), use_cache=False)
     if len(seen) != len(modules):
         raise NotAlone(
-            f"{type(model).__name__}: {len(modules)} blocks of {type(modules[0]).__name__} were found, {len(seen)} "
-            "calls seen: some are skipped or called again. Looked for a decoder that calls each of its blocks once"
+            f"{type(model).__name__}: {len(modules)} blocks of {type(modules[0]).__name__} were found, but "
+            f"{len(seen)} calls were seen: some blocks are skipped or called again. Only a decoder that calls each "
+            "block once can be pruned"
         )
     return seen
 
@@ -139,8 +140,8 @@ def check_states(model: nn.Module, hidden: Any, input_ids: TokenIds) -> None:
     if len(shape) != 3 or shape[:2] != tuple(input_ids.shape):
         raise NotAlone(
             f"the states between the blocks of {type(model).__name__} have the shape {list(shape)} for "
-            f"{list(input_ids.shape)} tokens, where [sample, seq, hidden] is what blocks are given here: this model "
-            "can be scored but not pruned"
+            f"{list(input_ids.shape)} tokens, but pruning gives blocks [sample, seq, hidden]; this model can be scored "
+            "but not pruned"
         )
 
 

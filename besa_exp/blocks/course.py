@@ -19,7 +19,7 @@ from besa_exp.blocks.block import Block
 from besa_exp.blocks.reports import Step
 from besa_exp.errors import RunError
 
-NOTHING_PASSES = "so much of the block is zero that nothing passes; ask for a lower sparsity"
+NOTHING_PASSES = "too much of the block is zero for a gradient to pass; ask for a lower sparsity"
 logger = logging.getLogger(__name__)
 
 

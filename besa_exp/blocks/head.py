@@ -30,8 +30,8 @@ def head_of(model: nn.Module, blocks: Sequence[Block], input_ids: Int[Tensor, "s
         logits, others = (head_logits(model, modules, ids, state) for ids in (one, other_tokens(model, one)))
     if not torch.equal(logits, others):
         raise NotAlone(
-            f"{type(model).__name__} makes its logits of the tokens as well as of the last block's output: what "
-            "tries whole models, a budget or a search, cannot be used"
+            f"{type(model).__name__} computes its logits from the tokens as well as from the last block's output: a "
+            "budget or a search that tries whole models cannot be used"
         )
 
     def head(hidden: Hidden) -> Logits:

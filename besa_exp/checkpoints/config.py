@@ -19,8 +19,8 @@ def config_problems(config: Mapping[str, Any], where: str, trust_remote_code: bo
     problems = []
     if config.get("is_encoder_decoder"):
         problems.append(
-            f"{where}: {_kind(config)} is an encoder-decoder (is_encoder_decoder in its config.json); blocks are "
-            "looked for in decoder-only models: give one of these"
+            f"{where}: {_kind(config)} is an encoder-decoder (is_encoder_decoder in its config.json); give a "
+            "decoder-only model"
         )
     quantisation = config.get("quantization_config") or text_part(config).get("quantization_config")
     if quantisation:
@@ -38,7 +38,7 @@ def config_problems(config: Mapping[str, Any], where: str, trust_remote_code: bo
     return problems
 
 
-_UNQUANTISED = "pruning ranks and moves plain weights: give the unquantised model that it was made from"
+_UNQUANTISED = "pruning needs plain weights: give the unquantised model that it was made from"
 
 
 def quantised_tensors(tensors: Mapping[str, Any], where: str) -> list[str]:

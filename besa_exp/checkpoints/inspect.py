@@ -148,7 +148,7 @@ def weight_files(folder: Path, where: str | None = None) -> tuple[list[Path], li
         others = [name for name in names if name != whole.name and (folder / name).is_file()]
         two = (
             f"{where}: holds two sets of weights, {whole.name} and {', '.join(others[:2])} ..., which its index names; "
-            "remove the one that is not meant"
+            "remove the set that you do not want"
         )
         return ([], [two]) if others else ([whole], [])
     if names:

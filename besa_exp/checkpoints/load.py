@@ -187,8 +187,8 @@ def _check_all_loaded(settings: ModelSettings, model: nn.Module, loading: Mappin
         )
     if left:
         problems.append(
-            f"{where} also hold {_few(left)}, for which {kind} as config.json describes it has no place; correct "
-            "config.json (as the number of blocks), or remove them from the files"
+            f"{where} also hold {_few(left)}, which {kind} as config.json describes it does not have; correct "
+            "config.json (such as the number of blocks), or remove these tensors from the files"
         )
     if problems:
         raise ConfigurationError(*problems)

@@ -56,9 +56,9 @@ class Family:
     no_heads: str | None = None
 
 
-_OF_HIDDEN = "the width of its heads is the hidden size over their number, so that no config says fewer of them"
-_OVER_ALL = "it norms queries and keys over all heads together, so that without some the others change"
-_EXPERTS = "its FFNs are mixtures of experts, whose channels are not cut here"
+_OF_HIDDEN = "its head size is the hidden size over the number of heads, so its config cannot express fewer heads"
+_OVER_ALL = "it norms queries and keys over all heads together, so removing some changes the others"
+_EXPERTS = "its FFNs are mixtures of experts, whose channels cannot be removed"
 FAMILIES = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"), Family()),
     "olmo2": Family(no_heads=_OVER_ALL),
@@ -67,7 +67,7 @@ FAMILIES = {
     "opt": Family("ffn_dim", no_heads=_OF_HIDDEN),
     "falcon": Family("ffn_hidden_size", no_heads=_OF_HIDDEN),
     "gpt2": Family("n_inner", no_heads=_OF_HIDDEN),
-    "bloom": Family(None, "its FFN is four times the hidden size, which no config changes", _OF_HIDDEN),
+    "bloom": Family(None, "its FFN is always four times the hidden size", _OF_HIDDEN),
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"), Family(None, _EXPERTS)),
     "olmoe": Family(None, _EXPERTS, _OVER_ALL),
 }
@@ -84,9 +84,7 @@ def dimensions_of(config: Mapping[str, Any]) -> Dimensions:
     head_dim = text.get("head_dim") or (hidden // heads if heads else 0)
     blocks = _first(text, COUNTS)
     if not blocks:
-        raise ConfigurationError(
-            f"structure: {_kind(text)} gives its number of blocks under none of {', '.join(COUNTS)}"
-        )
+        raise ConfigurationError(f"structure: {_kind(text)} names its number of blocks by none of {', '.join(COUNTS)}")
     groups = heads if family.no_heads else _first(text, GROUPS) or heads
     return Dimensions(blocks, hidden, groups, heads, head_dim, channels or 0)
 
@@ -104,11 +102,11 @@ def width_problems(config: Mapping[str, Any], groups: bool, channels: bool) -> l
         ]
     found = []
     if groups and (text.get("use_qk_norm") or text.get("qk_layernorm")) and not family.no_heads:
-        found.append(f"structure: heads of {_kind(text)} cannot go: {_OVER_ALL}; keep all groups")
+        found.append(f"structure: heads of {_kind(text)} cannot be removed: {_OVER_ALL}; keep all groups")
     if groups and family.no_heads:
-        found.append(f"structure: heads of {_kind(text)} cannot go: {family.no_heads}; keep all groups")
+        found.append(f"structure: heads of {_kind(text)} cannot be removed: {family.no_heads}; keep all groups")
     if channels and family.no_channels:
-        found.append(f"structure: channels of {_kind(text)} cannot go: {family.no_channels}; keep all channels")
+        found.append(f"structure: channels of {_kind(text)} cannot be removed: {family.no_channels}; keep all channels")
     return found
 
 
@@ -132,15 +130,15 @@ def block_problems(config: Mapping[str, Any]) -> list[str]:
         value = text.get(key)
         if value not in (None, alike) and not isinstance(value, list):
             found.append(
-                f"structure: {key}={value} in the config of {_kind(text)} says what a block is by its place, which a "
-                "removed block would shift; keep all blocks"
+                f"structure: {key}={value} in the config of {_kind(text)} depends on a block's place, which changes "
+                "when blocks are removed; keep all blocks"
             )
     known = (*COUNTS, *BY_LAYER, *NUMBERS, *FIRST, *HARMLESS, *BY_PLACE)
     for key, value in text.items():
         if "layer" in key and "norm" not in key and value and key not in known:
             found.append(
-                f"structure: what {key}={value} in the config of {_kind(text)} says of blocks that move is not known "
-                "here; keep all blocks"
+                f"structure: {key}={value} in the config of {_kind(text)} may depend on a block's place, which is not "
+                "known here; keep all blocks"
             )
     for key in BY_LAYER:
         value, blocks = text.get(key), _first(text, COUNTS)
@@ -161,7 +159,9 @@ def narrowed_config(config: Mapping[str, Any], structure: Structure, uneven: boo
         problems += block_problems(text)
     problems += width_problems(text, structure.groups is not None, structure.channels is not None)
     if not uneven and not structure.is_uniform:
-        problems.append("structure: the blocks have uneven widths, which no config says; set structure.shape=uniform")
+        problems.append(
+            "structure: the blocks have uneven widths, which no config can express; set structure.shape=uniform"
+        )
     if problems:
         raise ValueError(problems[0])
     text |= _fewer_blocks(text, structure) if len(structure.blocks) < dimensions.blocks else {}

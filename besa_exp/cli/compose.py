@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from besa_exp.cli.text_keys import list_keys, text_keys
 from besa_exp.errors import did_you_mean, quoted, what_needs_quotes
-from besa_exp.presets import CONF_DIR
+from besa_exp.presets import CONF_DIR, METHOD_GROUPS
 
 
 @dataclass
@@ -65,6 +65,7 @@ class Composer:
             except OverrideParseException as error:
                 self.problems[line] = self._unparsed(line, error)
         self.problems.update(filter(None, map(self._unknown_preset, overrides)))
+        self.problems.update(filter(None, map(_another_class, overrides)))
         return [override for override in overrides if override.key_or_group.split(".")[0] not in self.problems]
 
     def spread(self, overrides: Sequence[Override], params: Sequence[str]) -> list[list[str]]:
@@ -116,7 +117,7 @@ class Composer:
             return f"{line}: cannot be read ({str(error).splitlines()[0].rstrip('.')}); arguments are written key=value"
         groups = GlobalHydra.instance().config_loader().list_groups("")
         meant = [f"{group}={line}" for group in groups if group != "hydra" and line in self.presets(group)]
-        return f"{line}: arguments are written key=value" + (f"; did you mean {' or '.join(meant)}?" if meant else "")
+        return f"{line}: arguments are written key=value" + (f" (did you mean {' or '.join(meant)}?)" if meant else "")
 
     def _unknown_preset(self, override: Override) -> tuple[str, str] | None:
         group = override.key_or_group
@@ -137,6 +138,15 @@ class Composer:
         changed = [key_of(line) for line in lines if line not in choices and not line.startswith(("+", "~"))]
         messages = {key: _unknown_key(config, key) for key in changed}
         return {key: message for key, message in messages.items() if message}
+
+
+def _another_class(override: Override) -> tuple[str, str] | None:
+    """The problem of a method's class as a key: runs are told apart by its preset's name, and never by the class."""
+    group, _, rest = override.key_or_group.partition(".")
+    if group not in METHOD_GROUPS or rest != "_target_":
+        return None
+    rule = "a preset names its class; write a preset of your own with this _target_, see docs/extending.md"
+    return override.key_or_group, f"{override.input_line}: {rule}"
 
 
 def told_sweep(override: Override, rule: str) -> str:
@@ -183,7 +193,7 @@ def _unknown_key(config: DictConfig, key: str) -> str | None:
     beside += absent
     near = did_you_mean(key.rsplit(".", 1)[-1], beside, f"{where}.") if where else did_you_mean(key, names)
     if same_end:
-        near = f"; did you mean {' or '.join(same_end)}?"
+        near = f" (did you mean {' or '.join(same_end)}?)"
     choice = config.hydra.runtime.choices.get(where)
     of = (f" of {where}={choice}" if choice else f" of {where}") if where else ""
     apart = choice and config.hydra.mode == RunMode.MULTIRUN

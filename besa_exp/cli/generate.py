@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 PLAIN_WIDTH = 120
 DESCRIPTION = """\
-Lets the pruned model of a run go on from each prompt, greedily, and the dense model it was made from beside it.
-DIR may be any model folder; without a run's configuration it speaks alone. With skipping=NAME and its keys (besa list
-skippings) the model in DIR speaks without and with it, and tokens a second of both are measured, taking turns."""
+Continues each prompt, greedily, with the pruned model of a run and with its dense model, side by side. DIR may be any
+model folder; where no run made it, there is no dense model to show. With skipping=NAME and its keys (besa list
+skippings) the command compares the model in DIR without and with skipping: its texts, and its tokens a second."""
 GIVEN = ("skipping", "calibration", "model", "seed", "device", "deterministic")  # keys that a policy is asked with
 
 
@@ -40,26 +40,32 @@ def generate(arguments: Sequence[str]) -> int:
     """Prints the texts; 0. ConfigurationError: there is no model to load."""
     parser = argparse.ArgumentParser(prog="besa generate", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("place", metavar="DIR", help="a run folder that kept its model, or a model folder")
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="repeat it for several")
-    parser.add_argument("--chat", action="store_true", help="each prompt is a user's turn, as the chat template says")
+    parser.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="text to continue; may be given several times"
+    )
+    parser.add_argument("--chat", action="store_true", help="format each prompt as a user's turn, by the chat template")
     parser.add_argument("--tokens", type=int, default=40, metavar="N", help="new tokens at most (default: %(default)s)")
-    parser.add_argument("--no-dense", action="store_true", help="the pruned model alone")
-    parser.add_argument("--offline", action="store_true", help="never reach for the network")
-    parser.add_argument("keys", nargs="*", metavar="key=value", help="skipping=NAME and what it is to be found on")
+    parser.add_argument("--no-dense", action="store_true", help="leave the dense model out")
+    parser.add_argument("--offline", action="store_true", help="never use the network")
+    parser.add_argument(
+        "keys", nargs="*", metavar="key=value", help="skipping=NAME, and the keys of what it is calibrated on"
+    )
     asked = parser.parse_intermixed_args(arguments)
     prompts = asked.prompt or list(PROMPTS)
     if asked.tokens < 1 or not all(prompts):
-        raise ConfigurationError("--tokens must be at least 1, and a --prompt must have a character")
+        raise ConfigurationError("--tokens must be at least 1, and a --prompt must not be empty")
     if asked.keys:
         if asked.chat:
-            raise ConfigurationError("--chat goes without keys: what skipping says is compared on plain prompts")
+            raise ConfigurationError(
+                "--chat takes no keys: skipping is compared on plain prompts; leave one of them out"
+            )
         return _generate_skipping(asked.place, asked.keys, prompts, asked.tokens, asked.offline)
     models = _models(asked.place, asked.no_dense)
     set_before_imports(offline=asked.offline)
     found = {which: _texts(settings, prompts, asked) for which, settings in models.items()}
     _print_texts(console := console_of(PLAIN_WIDTH), prompts, {which: texts for which, (texts, _) in found.items()})
     if not asked.chat and any(chats for _, chats in found.values()):
-        console.print("The tokenizer has a chat template: --chat puts each prompt as its user does.", style="dim")
+        console.print("The tokenizer has a chat template: --chat formats each prompt by it.", style="dim")
     return 0
 
 

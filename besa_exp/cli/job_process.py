@@ -92,11 +92,11 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _ended(code: int) -> str:
-    on = "; the same command goes on after the last finished block"
+    on = "; run the same command again to resume after what is finished"
     if code == 128 + signal.SIGTERM:
         return f"the job was interrupted{on}"
     if code >= 0:
-        return f"the job's process ended with exit code {code} and no word; see what it printed{on}"
+        return f"the job's process ended with exit code {code} and left no error; see what it printed{on}"
     name = signal.Signals(-code).name
     cause = " (most often because the machine or its limit ran out of memory)" if -code == signal.SIGKILL else ""
     remedy = "run fewer jobs at once (hydra.launcher.n_jobs=1 with joblib) or set model.load=streamed activations=disk"

@@ -38,7 +38,7 @@ from besa_exp.hub.publish import publish
 from besa_exp.machine.environment_variables import set_before_imports
 from besa_exp.machine.streams import keep_streams
 from besa_exp.machine.torchrun import is_leader
-from besa_exp.run_folder.folder import RunFolder, read_results
+from besa_exp.run_folder.folder import RunFolder, drop_work, read_results
 from besa_exp.run_folder.status import is_done, read_status, seen_status
 from besa_exp.runs.interruption import interruptible
 
@@ -100,7 +100,7 @@ def carry_out(config: DictConfig, pruner_name: str, folder: Path, single: bool =
 
 def _named(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
-        return f"{error}: what is finished is kept; make space and give the same command again"
+        return f"{error}: what is finished is kept; free disk space, then run the same command again"
     return str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
 
 
@@ -125,6 +125,7 @@ def _prune(config: DictConfig, pruner_name: str, folder: Path) -> dict[str, Any]
 
 def finished_before(folder: Path, config: DictConfig | None = None) -> Outcome:
     """The outcome of a run whose results were there already; its model is pushed where `config` asks for it now."""
+    drop_work(folder)
     if config is not None and config.save.get("push_to_hub"):
         publish(folder, read_settings(config, "", with_pruner=False).save)
     return finished("finished before", folder, read_results(folder))
@@ -215,7 +216,7 @@ def _outcome_of_lost(job: Job, reason: str) -> Outcome:
     if status.get("status") == "failed":
         return Outcome(job.folder, "failed", status["error"])
     state = seen_status(job.folder) or "not begun"
-    text = f"the launcher lost it ({reason}); its folder says {state}; the same command goes on with what is missing"
+    text = f"the launcher lost this job ({reason}); its folder says {state}; run the same command again to finish it"
     return Outcome(job.folder, "failed", text)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 from besa_exp import __version__
+from besa_exp.cli.command_line import command_line
 from besa_exp.errors import ConfigurationError, Interrupted, RunError, did_you_mean
 from besa_exp.machine.streams import exit_code_of
 from besa_exp.machine.torchrun import is_launched
@@ -18,26 +19,26 @@ HELP = """\
 besa: prunes language models block by block (BESA, arXiv 2402.16880) and compares methods.
 
   besa prune [key=value ...]     prune a model; with no arguments the embedded one: no network, account or GPU
-  besa prune -m key=a,b,c ...    one job for each value
-  besa evaluate checkpoint=DIR   score any model folder, run folder or hub id; a run's results get the new scores
+  besa prune -m key=a,b,c ...    a sweep: one job for each value
+  besa evaluate checkpoint=DIR   score a model folder, run folder or hub id; the scores join the run's results
   besa tune checkpoint=DIR recovery=NAME
-                                 tune a pruned model under its own zeros, which stay
+                                 tune a pruned model while its zeros stay zero
   besa masks apply MASKS --model DIR --out DIR
                                  rebuild a pruned model from dense weights and a run's masks.safetensors
-  besa compare DIR...            finished runs as one sorted table (--latex, --csv)
+  besa compare DIR...            compare finished runs in one sorted table (--latex, --csv)
   besa report DIR... [--out DIR]
-                                 compare run folders and sweeps: one page, tables, figures
-  besa status DIR...             what runs, what failed and why, what is left
+                                 write one page, tables and figures that compare runs and sweeps
+  besa status DIR...             show which runs are running, failed (and why) or left
   besa generate DIR [--prompt TEXT] [--chat]
-                                 what a run's model says, the dense one beside it
-  besa prefetch [key=value ...]  fetch all that a run of the same keys takes from the hub, or list what is missing
-  besa list [group ...]          the presets there are, with a line each
-  besa show GROUP=PRESET         what each key of a preset means, its type and value; besa show: a run's own keys
+                                 generate text with a run's model and, beside it, the dense one
+  besa prefetch [key=value ...]  download what a run with these keys needs from the hub, or list what is missing
+  besa list [group ...]          list the presets, one line each
+  besa show GROUP=PRESET         explain a preset's keys: meaning, type, value; besa show: the other keys of a run
   besa --version
 
-  besa prune --help              all groups, keys and flags
-  besa prune --cfg job           the configuration of a run, without running it
-  eval "$(besa -sc install=bash)"  completes commands, presets and keys (zsh too)
+  besa prune --help              list all groups, keys and flags
+  besa prune --cfg job           show the configuration of a run without running it
+  eval "$(besa -sc install=bash)"  complete commands, presets and keys with Tab (zsh too)
 """
 
 
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         _check_text(rest)
-        code = COMMANDS[command](rest)
+        with command_line(["besa", *arguments]):
+            code = COMMANDS[command](rest)
         sys.stdout.flush()
         return code if command in WORKING else exit_code_of(sys.stdout, code)
     except ConfigurationError as error:
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"besa: interrupted: {error}", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
-        print("besa: interrupted; the same command goes on after what is finished", file=sys.stderr)
+        print("besa: interrupted; run the same command again to resume", file=sys.stderr)
         return 130
 
 
@@ -109,9 +111,11 @@ def _list(arguments: Sequence[str]) -> int:
 
     from besa_exp.presets import listing
 
-    parser = argparse.ArgumentParser(prog="besa list", allow_abbrev=False, description="The presets there are.")
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help="pruners, models, ...; all of them by default")
-    parser.add_argument("--config-dir", "-cd", type=Path, metavar="DIR", help="a folder of presets of your own too")
+    parser = argparse.ArgumentParser(
+        prog="besa list", allow_abbrev=False, description="Lists the presets, one line each."
+    )
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help="pruners, models, ... (default: all groups)")
+    parser.add_argument("--config-dir", "-cd", type=Path, metavar="DIR", help="list your own presets in DIR too")
     asked = parser.parse_args(arguments)
     print(listing(asked.groups, asked.config_dir))
     return 0

@@ -33,6 +33,10 @@ from besa_exp.settings import RunSettings
 from besa_exp.texts.calibration_check import check_calibration
 
 Status = Literal["there", "fetched", "missing"]
+HELP = """\
+besa prefetch [key=value ...]. Downloads what a run with these keys needs from the hub, or lists what is missing.
+Its groups, keys and flags are those of besa prune:
+"""
 WIDTH_OF_FILES = 200  # columns of a table that no terminal shows
 
 
@@ -48,6 +52,8 @@ class Item:
 
 def prefetch(arguments: Sequence[str]) -> int:
     """The exit code: 0 where all is there in the end, 1 where something is missing."""
+    if {"--help", "-h"} & {*arguments}:
+        print(HELP)
     return composed("besa prefetch", CONFIG_NAME, arguments, _run)
 
 
@@ -56,14 +62,14 @@ def _run(arguments: argparse.Namespace) -> int:
     of_jobs = (needs_of(job.model, job.calibration, job.evaluator, job.recovery) for job in jobs)
     needs = list(dict.fromkeys(need for needs in of_jobs for need in needs))
     if not needs:
-        print("nothing is needed of the hub: model, text and tasks are on this machine")
+        print("nothing is needed from the hub: model, text and tasks are on this machine")
         return 0
     unreachable = "offline=true" if any(job.offline for job in jobs) else _silent()
     items = [_settled(need, unreachable) for need in needs]
     _show(items)
     path = _write_manifest(items)
     missing = [item.need for item in items if item.status == "missing"]
-    print(f"{len(items) - len(missing)} of {len(items)} there; manifest: {path}")
+    print(f"{len(items) - len(missing)} of {len(items)} are on this machine; manifest: {path}")
     if missing:
         hint = f"; nothing was downloaded ({unreachable}): where there is a network, {prefetch_command(missing)}"
         print(f"{len(missing)} missing" + (hint if unreachable else ""), file=sys.stderr)

@@ -44,6 +44,7 @@ from besa_exp.texts.calibration_check import check_calibration
 from besa_exp.texts.embedded.text import MODEL_DIR
 
 BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}  # auto: as saved
+TRACKERS = ("wandb", "none")
 TRACKER_MODES = ("offline", "online", "disabled")
 LARGEST_SEED = 2**32 - 1
 
@@ -185,9 +186,12 @@ def check_model(settings: ModelSettings, key: str = "model.path") -> tuple[Model
     """What is known of the model and its problems, without loading it; `key` is what a person set to name it."""
     if not settings.path.strip():
         return None, [f"{key}=: is empty; give a model's folder, a hub id (owner/name), or embedded"]
+    folder = model_folder(settings)
+    if settings.revision and (folder or is_gguf(settings.path)):
+        rule = "only a model of the hub has revisions, and what lies here is taken as it is; leave it out"
+        return None, [f"model.revision={settings.revision}: {key}={settings.path} is local; {rule}"]
     if is_gguf(settings.path):
         return inspect_gguf(Path(settings.path).expanduser(), key, settings.convert)
-    folder = model_folder(settings)
     if folder is None:
         return _check_hub_id(settings, key)
     return inspect_model_folder(folder, key, settings.convert, settings.trust_remote_code)
@@ -278,6 +282,8 @@ def _in_a_block(name: str) -> str:
 
 
 def _check_tracker(settings: TrackerSettings, offline: bool) -> list[str]:
+    if settings.name not in TRACKERS:
+        return [f"tracker.name={settings.name}: must be {' or '.join(TRACKERS)}{did_you_mean(settings.name, TRACKERS)}"]
     if settings.mode not in TRACKER_MODES:
         near = did_you_mean(settings.mode, TRACKER_MODES)
         source = " (WANDB_MODE says so)" if os.environ.get("WANDB_MODE") == settings.mode else ""

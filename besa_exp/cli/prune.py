@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,6 +14,7 @@ from hydra import initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
+from besa_exp.cli.command_line import command_line
 from besa_exp.cli.configuration import CONF_DIR, method_name, read_settings
 from besa_exp.cli.jobs import launch, run_job, show
 from besa_exp.cli.request import CONFIG_NAME, Job, Request, check_composition, read_request
@@ -69,7 +69,9 @@ def _parsed(command: str, arguments: Sequence[str]) -> argparse.Namespace:
 def _run(arguments: argparse.Namespace) -> int:
     request = read_request(arguments)
     if request.multirun and is_launched():
-        raise ConfigurationError("torchrun shares one run among its processes: leave -m out, one command a job")
+        raise ConfigurationError(
+            "torchrun runs one job on all its processes: leave -m out and give each job a command of its own"
+        )
     if any(job.config.get("dry_run") for job in request.jobs):
         return dry_run(request)
     began = time.monotonic()
@@ -95,7 +97,7 @@ def dry_run(request: Request) -> int:
 
 def hydra_flags(arguments: Sequence[str], config_name: str = CONFIG_NAME) -> int:
     """--cfg, --info, --help, completion and the like, as any Hydra program answers them."""
-    with _command_line(["besa", *arguments]):
+    with command_line(["besa", *arguments]):
         try:
             hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base=HYDRA_VERSION)(_rerun)()
         except ValueError as error:  # flags that exclude each other
@@ -108,13 +110,3 @@ def _rerun(config: DictConfig) -> None:
     outcome = run_job(config)
     show([outcome])
     sys.exit(outcome.exit_code)
-
-
-@contextmanager
-def _command_line(arguments: Sequence[str]) -> Iterator[None]:
-    """`hydra.main` reads sys.argv."""
-    saved, sys.argv = sys.argv, list(arguments)
-    try:
-        yield
-    finally:
-        sys.argv = saved

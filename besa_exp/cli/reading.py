@@ -17,6 +17,8 @@ from besa_exp.presets import METHOD_GROUPS
 
 MISSING_VALUE = "???"  # what OmegaConf calls a value that the user must give
 SCALARS = (bool, int, float, str)
+LARGEST = 2**63 - 1
+MAY_BE_EMPTY = ("model.path", "model.name")  # here: the one is checked as a place, the other made of it
 UNREAD = object()  # stands for a value that could not be read
 
 
@@ -71,6 +73,8 @@ class Reader:
             path = f"{key}.{name}" if key else str(name)
             if name not in known:
                 self.refuse(path, f"{path}: no such key{did_you_mean(str(name), known)}; keys: {', '.join(known)}")
+            elif isinstance(value, str) and not value.strip() and path not in MAY_BE_EMPTY:
+                values[name] = self.refuse(path, f"{path}={value}: is empty; give a text, or leave the key out")
             else:
                 values[name] = self.value(value, hints[name], path)
         self._require(known, values, key)
@@ -146,7 +150,9 @@ class Reader:
         if hint is bool and isinstance(value, bool):
             return value
         if hint is int and number and float(value).is_integer():
-            return int(value)
+            if abs(value) <= LARGEST:
+                return int(value)
+            return self.refuse(key, f"{key}={value}: must be at most 2^63 - 1, as no tensor counts further")
         if hint is float and number and math.isfinite(value):
             return float(value)
         if hint is str and isinstance(value, str):

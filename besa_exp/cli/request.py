@@ -24,7 +24,7 @@ from besa_exp.cli.preflight import preflight
 from besa_exp.errors import ConfigurationError
 from besa_exp.hub.publish import check_names, check_push
 from besa_exp.machine.environment_variables import set_before_imports
-from besa_exp.presets import METHOD_GROUPS
+from besa_exp.presets import CONF_DIR, METHOD_GROUPS
 from besa_exp.run_folder.identity import check_finished
 from besa_exp.run_folder.inputs import check_run_inputs
 from besa_exp.run_folder.status import is_done
@@ -95,11 +95,14 @@ def check_composition(arguments: argparse.Namespace, config_name: str = CONFIG_N
 def composer_of(arguments: argparse.Namespace, config_name: str = CONFIG_NAME) -> Composer:
     """Composes with the presets of --config-dir too."""
     name, folder = arguments.config_name or config_name, arguments.config_dir
+    if folder is not None and not Path(folder).is_dir():
+        raise ConfigurationError(f"--config-dir={folder}: there is no such folder; check the path")
+    places = map(Path, filter(None, [arguments.config_path or CONF_DIR, folder]))
+    if arguments.config_name and not any((place / f"{name.removesuffix('.yaml')}.yaml").is_file() for place in places):
+        raise ConfigurationError(f"--config-name={name}: there is no such file; leave it out, and choose GROUP=PRESET")
     if folder is None:
         given = [line for line in arguments.overrides if key_of(line) == "hydra.searchpath"]
         return Composer(name, tuple(given))
-    if not Path(folder).is_dir():
-        raise ConfigurationError(f"--config-dir={folder}: there is no such folder; check the path")
     return Composer(name, (f"hydra.searchpath=['file://{Path(folder).absolute()}']",), Path(folder))
 
 
@@ -115,7 +118,7 @@ def composed_for_one(
     swept = [override for override in overrides if override.is_sweep_override()]
     composer.problems |= {o.key_or_group: told_sweep(o, f"one command {does} one checkpoint") for o in swept}
     if arguments.multirun:
-        composer.problems["-m"] = f"-m: one command {does} one checkpoint; leave it out, and loop in the shell"
+        composer.problems["-m"] = f"-m: one command {does} one checkpoint; leave -m out, and loop in the shell"
     lines = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
     return composer, lines, composed_by(composer, lines), unknown
 
@@ -153,7 +156,7 @@ def _shared_folder(job: Job, other: Job, lines_of_jobs: Sequence[Sequence[str]])
     if set(job.lines) == set(other.lines):
         common = set.intersection(*map(set, lines_of_jobs))
         twice = " ".join(line for line in job.lines if line not in common) or " ".join(job.lines)
-        return f"{twice} stands twice in the sweep; name each value once"
+        return f"{twice} is named twice in the sweep; name each value once"
     different = _only(job.lines, other.lines)
     return (
         f"two jobs of the sweep would share the folder {job.folder}, with {different}: what distinguishes them does "

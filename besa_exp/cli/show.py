@@ -25,7 +25,7 @@ from rich.text import Text
 
 from besa_exp.display.terminal import console_of
 from besa_exp.errors import ConfigurationError, did_you_mean
-from besa_exp.presets import CONF_DIR, default_preset, first_comment, groups, listing, presets
+from besa_exp.presets import CONF_DIR, default_preset, first_comment, groups, listing, no_such_group, presets
 
 PLAIN_WIDTH = 120
 NARROW = 80  # columns, below which keys are no table
@@ -44,10 +44,12 @@ class Key:
 
 def show(arguments: Sequence[str]) -> int:
     """Prints what is asked for; 0. ConfigurationError: there is no such group, preset or key."""
-    text = "What each key means, its type and value; without words, of a run's own keys."
+    text = "Explains the keys of presets: meaning, type and value. Without arguments: the keys outside all groups."
     parser = argparse.ArgumentParser(prog="besa show", allow_abbrev=False, description=text)
-    parser.add_argument("words", nargs="*", metavar="GROUP=PRESET", help="besa list: all presets")
-    parser.add_argument("--config-dir", "-cd", type=Path, metavar="DIR", help="a folder of presets of your own too")
+    parser.add_argument(
+        "words", nargs="*", metavar="GROUP=PRESET", help="such as pruner=besa; besa list names all presets"
+    )
+    parser.add_argument("--config-dir", "-cd", type=Path, metavar="DIR", help="read your own presets in DIR too")
     asked = parser.parse_args(arguments)
     console = console_of(PLAIN_WIDTH)
     if not asked.words:
@@ -70,10 +72,7 @@ def _show_one(console: Console, word: str, beside: Path | None) -> None:
         _tell(console, "besa prune", CONF_DIR / "prune.yaml", "", _run_settings(), only=group)
         return
     if group not in known:
-        named = {*known, *own}
-        raise ConfigurationError(
-            f"{word}: no such group or key{did_you_mean(group, named)}; groups: {', '.join(groups())}"
-        )
+        raise ConfigurationError(no_such_group(group, {*known, *own}, "group or key"))
     group = known[group]
     own = {path.stem: path for path in (beside / group).glob("*.yaml")} if beside else {}
     ours = {preset: CONF_DIR / group / f"{preset}.yaml" for preset in presets(group)}

@@ -22,8 +22,8 @@ from besa_exp.run_folder.status import KILLED, read_status
 
 PLAIN_WIDTH = 160
 DESCRIPTION = """\
-Shows of each run folder whether it is running, done, failed (with the error) or interrupted, and how far it got.
-The exit code is 1 where a run failed."""
+Shows for each run folder whether it is running, done, failed (with the error) or interrupted, and how far it got.
+The exit code is 1 if a run failed."""
 ORDER = ("running", "failed", "unreadable", "interrupted", "interrupted (killed)", "done")
 STYLES = {"running": "cyan", "failed": "red", "unreadable": "red", "done": "green"}
 
@@ -32,7 +32,7 @@ def status(arguments: Sequence[str]) -> int:
     """Prints a line a run that is not done, and the counts; 1 where one failed."""
     parser = argparse.ArgumentParser(prog="besa status", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("places", nargs="*", default=["outputs"], metavar="DIR", help="run folders, sweeps, patterns")
-    parser.add_argument("--all", action="store_true", help="finished runs a line each too")
+    parser.add_argument("--all", action="store_true", help="list finished runs too, one line each")
     asked = parser.parse_args(arguments)
     runs = [read_run(folder) for folder in find_runs(asked.places)]
     console = console_of(PLAIN_WIDTH)
@@ -53,8 +53,8 @@ def status_tables(runs: Sequence[RunRecord], everything: bool = False) -> list[R
         parts.append(_table(listed, known))
     left = [run for run in runs if run.status not in ("done", "running")]
     if left:
-        parts.append(Text(f"{len(left)} left. The same command goes on with what is missing, for example:"))
-        parts.append(Text(f"  {left[0].command or 'besa prune ...'}"))
+        parts.append(Text(f"{len(left)} left. Run the same commands again to finish them, for example:"))
+        parts.append(Text(f"  {left[0].command or f'besa_exp.prune(..., out={left[0].folder!r})'}"))
     return parts
 
 

@@ -20,7 +20,7 @@ from besa_exp.cli.request import composed_for_one, sets_one_of
 from besa_exp.display.model_card import score_rows
 from besa_exp.errors import ConfigurationError
 from besa_exp.hub.publish import publish
-from besa_exp.run_folder.folder import read_results
+from besa_exp.run_folder.folder import drop_work, read_results
 from besa_exp.run_folder.status import is_done
 from besa_exp.settings import TuneSettings
 
@@ -44,6 +44,7 @@ def tune(arguments: Sequence[str]) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     asked = read_asked(arguments)
     if asked.finished:
+        drop_work(asked.folder)
         print(f"finished before: {outcome(read_results(asked.folder))} -> {asked.folder}")
         return 0
     from besa_exp.runs.interruption import interruptible

@@ -33,7 +33,8 @@ def model_card(
     revision: str | None = None,
     licence: Mapping[str, str] | None = None,
 ) -> str:
-    """Markdown from the content of results.json (without scores: a card that names none) and the command's words.
+    """Markdown from the content of results.json (without scores: a card that names none) and the command's words, if
+    there was one.
 
     `hub_id` is the dense model's name on the Hugging Face hub, where it has one, `licence` what its own card says of
     that (`base_licence`). The title has the name that was given to the run's model, the base model its own. The
@@ -53,7 +54,6 @@ def model_card(
         + (f"; **{missed}**" if (missed := told_miss(results)) else ""),
     ]
     lines += [*_facts(results), "", savings(results), "", *_linear_types(results)]
-    shown = shlex.join(["besa", *masked_command(command[1:])])
     lines += [
         "",
         *_scores(results),
@@ -61,13 +61,9 @@ def model_card(
         *_section(f"Speed, {(results.get('simulated_speed') or {}).get('model')}", SPEED_HEADS, speed_rows(results)),
         *_section("Cost", COST_HEADS, cost_rows(results)),
         *use_lines(results),
-        "## Command",
-        "",
-        "```",
-        shown,
-        "```",
-        "",
     ]
+    if command:
+        lines += ["## Command", "", "```", shlex.join(["besa", *masked_command(command[1:])]), "```", ""]
     return without_folders("\n".join(lines))
 
 

@@ -90,10 +90,10 @@ class PruningProgress:
     log: Callable[[str], None]
     _seconds: list[float] = field(default_factory=list)
     _steps: int = 0
-    _began: float = field(default_factory=time.monotonic)
+    _began: float = 0.0
 
     def __post_init__(self) -> None:
-        self._seconds = list(self.seconds_before)
+        self._seconds, self._began = list(self.seconds_before), time.monotonic()
         self._show("")
 
     def step(self, step: Step) -> None:

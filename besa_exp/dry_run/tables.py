@@ -46,11 +46,11 @@ def estimate_tables(found: Estimate) -> RenderableType:
     rows: list[list[str]] = []
     for part in found.parts:
         if part.place in places:
-            when = "all of it" if part.phases == PHASES else ", ".join(part.phases)
+            when = "whole run" if part.phases == PHASES else ", ".join(part.phases)
             rows.append([part.name, *(_size(part.size) if place == part.place else "" for place in places), when])
     sizes, phases = zip(*(peak(found.parts, place) for place in places), strict=True)
-    most = ["at once, at most", *map(_size, sizes), ", ".join(dict.fromkeys(phases))]
-    kept = ["kept in the end", *(_size(found.kept) if place == "disk" else "" for place in places)]
+    most = ["peak", *map(_size, sizes), ", ".join(dict.fromkeys(phases))]
+    kept = ["left on disk", *(_size(found.kept) if place == "disk" else "" for place in places)]
     times = [[part, _time(value)] for part, value in found.seconds.items() if value != 0]
     for row in times:
         if row[0] == "refine":
@@ -81,7 +81,9 @@ def sweep_table(jobs: Sequence[Estimate], done: Sequence[Path] = ()) -> Renderab
     table = _table("what the jobs need", ["folder", *places, "kept", "time"], rows, [summed])
     lines = [f"{job.folder}: {line}" for job in jobs for line in verdicts(job) if NOT in line]
     notes = dict.fromkeys(note for job in jobs for note in _remarks(job))
-    return Group(table, Text("\n".join([*lines, *notes, "note: jobs that run at once take their memory each"])))
+    return Group(
+        table, Text("\n".join([*lines, *notes, "note: each job that runs at the same time takes its own memory"]))
+    )
 
 
 def verdicts(found: Estimate) -> list[str]:
@@ -91,7 +93,7 @@ def verdicts(found: Estimate) -> list[str]:
     for place, free in found.free.items():
         needed, phase = peak(more, place)
         cures = f"; try {', or '.join(named)}" if needed > free and (named := remedies(found.parts, place)) else ""
-        said = f"{'fits' if needed <= free else NOT}: {_size(needed)} more while it runs {phase}, {_size(free)} free"
+        said = f"{'fits' if needed <= free else NOT}: peak {_size(needed)} during {phase}, {_size(free)} free"
         lines.append(f"{names[place]}: {said}{cures}")
     return lines
 
@@ -109,7 +111,7 @@ def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], tota
 
 
 def _remarks(found: Estimate) -> list[str]:
-    done = ["a finished run is there, which the command shows and leaves alone (overwrite=true prunes again)"]
+    done = ["this run is finished: the command will only show it (overwrite=true prunes again)"]
     notes = [*done * found.finished, *filter(None, [out_of_reach(found.settings)]), *found.notes]
     return [f"note: {note}" for note in notes]
 

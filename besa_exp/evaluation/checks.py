@@ -111,19 +111,19 @@ def check_skipping(settings: SkippingSettings, load: str = "auto") -> list[str]:
     of, problems = settings, []
     needs = {"ffn": "skipping.threshold or ", "static": "skipping.blocks or ", "shortgpt_gen": "skipping.blocks or "}
     if of.fraction is None and (of.is_calibrated or of.name == "random"):
-        problems.append(f"skipping={of.name}: says not how much; give {needs.get(of.name, '')}skipping.fraction")
+        problems.append(
+            f"skipping={of.name}: does not say how much to skip; set {needs.get(of.name, '')}skipping.fraction"
+        )
     if of.fraction is not None and not 0 <= of.fraction <= 1:
         problems.append(
             f"skipping.fraction={of.fraction:g}: must be in [0, 1]; write for example skipping.fraction=0.25"
         )
     if of.threshold is not None and not -1 <= of.threshold <= 2:
-        problems.append(
-            f"skipping.threshold={of.threshold:g}: a cosine is in [-1, 1], and 2 never skips; give such a one"
-        )
+        problems.append(f"skipping.threshold={of.threshold:g}: must be a cosine, in [-1, 1], or 2, which never skips")
     problems += too_low(of, "skipping", span=1, cold_first=0, cold_last=0, warm_tokens=0, num_samples=1)
     problems += too_low(of, "skipping", prompt_tokens=1 if of.name == "shortgpt_gen" else 0)
     if negative := [block for block in of.blocks if block < 0]:
-        problems.append(f"skipping.blocks: {negative[0]} is no block; they are counted from 0")
+        problems.append(f"skipping.blocks: {negative[0]} is not a block; blocks are counted from 0")
     if load == "streamed":
         problems.append("model.load=streamed: skipping needs the whole model in memory; set model.load=whole")
     return problems

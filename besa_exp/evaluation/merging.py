@@ -59,7 +59,7 @@ def remaining(
         ]:
             conflicts.append(_conflict(f"perplexity on {name}", differs))
         else:
-            known.append(f"perplexity on {name} is known: {found[0].value:.4f}")
+            known.append(f"perplexity on {name}: already scored, {found[0].value:.4f}")
     for name in scored_names(settings):
         found = scores.named("zero_shot", name)
         record = scores.conditions(found[0]) if found else {}
@@ -105,7 +105,7 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
             unavailable.pop(name, None)
     for name, reason in scores.unavailable.items():
         if any(before.named(kind, name) or scores.named(kind, name) for kind in KINDS):
-            notes.append(f"{name} could not be scored again ({reason}): its earlier score stays")
+            notes.append(f"{name} could not be scored again ({reason}); its earlier score is kept")
             continue
         unavailable[name] = reason
         if name in scores.perplexity:
@@ -195,7 +195,7 @@ def _task_difference(name: str, settings: EvaluatorSettings, seed: int, record: 
 
 def _conflict(what: str, differs: list[str]) -> str:
     return (
-        f"{what} has been scored otherwise ({'; '.join(differs)}): overwrite=true replaces the score and says so, "
+        f"{what} was scored under other conditions ({'; '.join(differs)}): overwrite=true replaces the score, "
         "hydra.run.dir= keeps both"
     )
 

@@ -54,7 +54,7 @@ def _sum(
         try:
             return _sum_of(logits_of_batches(model, weights, batches, math.inf, on_count), batches)
         except NotAlone as error:
-            logger.warning("each block is read again for each of the batches: %s", error)
+            logger.warning("the streamed model is read again for each batch: %s", error)
         with weights.on_demand(model):
             return _sum_of((model(input_ids=ids, use_cache=False).logits for ids in batches), batches)
 

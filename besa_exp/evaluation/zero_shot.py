@@ -155,7 +155,7 @@ class Harness(_HFLM):
             self._answer = lambda _: next(logits)
             return score()
         except NotAlone as error:
-            logger.warning("each block is read again for each batch of questions: %s", error)
+            logger.warning("the streamed model is read again for each batch of questions: %s", error)
         finally:
             self._answer = None
         with self._whole():

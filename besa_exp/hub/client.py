@@ -57,7 +57,9 @@ class HubModel:
         try:
             info = HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT)
         except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-            raise NoSuchModel(f"the hub shows no such model or revision ({first_line(error)})") from error
+            raise NoSuchModel(
+                f"the hub has no such model or revision, or hides it from you ({first_line(error)})"
+            ) from error
         except (OSError, HTTPError) as error:
             return HubModel(repository, revision, unreachable=first_line(error))
         return HubModel(repository, revision, tuple(file.rfilename for file in info.siblings or []))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -209,6 +210,8 @@ def failing_together(last_words: Callable[[RunError], None] | None = None) -> It
     try:
         yield
     except BaseException as error:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's would interrupt what is said of the failure
         failed, text = _first_failure(error)
         if is_first() and failed != 0 and not isinstance(error, (RunError, ConfigurationError, KeyboardInterrupt)):
             raise (RunError(f"rank {failed} failed: {text}") if text else Interrupted("SIGTERM")) from error

@@ -54,6 +54,7 @@ class Adam:
 
     def __post_init__(self) -> None:
         check_fields(self, "recovery", within(above=0, note="try 1e-4"), "lr")
+        check_fields(self, "recovery", within(least=0), "decay")
         check_fields(self, "recovery", within(above=0, or_null=True), "clip")
 
 

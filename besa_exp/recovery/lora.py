@@ -81,6 +81,7 @@ class Lora:
 
     def __post_init__(self) -> None:
         check_fields(self, "recovery", within(least=1), "rank")
+        check_fields(self, "recovery", within(above=0, or_null=True), "alpha")
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> Descent:
         """A pair of factors for each linear of the blocks, and norms and biases where they are trained too."""

@@ -70,6 +70,7 @@ class Mezo:
 
     def __post_init__(self) -> None:
         check_fields(self, "recovery", within(above=0), "lr", "eps")
+        check_fields(self, "recovery", within(least=0), "decay")
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> MezoTuner:
         """All parameters, each tied one once. Steps would be lost in fp16 (`recipe.check_fit`)."""

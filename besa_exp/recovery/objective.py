@@ -53,6 +53,9 @@ class Distillation:
             raise ValueError(f"recovery.distill={self.kind}: must be one of {', '.join(KINDS)}")
         if not self.temperature > 0:
             raise ValueError(f"recovery.temperature={self.temperature}: must be above 0")
+        for key, value in {"distill_weight": self.weight, "task_weight": self.task_weight}.items():
+            if value < 0:
+                raise ValueError(f"recovery.{key}={value:g}: must not be negative; 0 leaves that loss out")
 
 
 def next_token_losses(logits: Logits, windows: Windows) -> Float[Tensor, " sample"]:
@@ -94,7 +97,9 @@ class NextToken:
     def of_logits(self, logits: Logits, windows: Windows) -> Float[Tensor, ""]:
         """See `tuner.Objective`. ValueError: more than logits is followed."""
         if self.distillation.kind == "squarehead":
-            raise ValueError("recovery.distill=squarehead: needs hidden states, which this method has not; use logits")
+            raise ValueError(
+                "recovery.distill=squarehead: needs hidden states, which this method does not compute; use logits"
+            )
         return self._of(logits, (), windows)
 
     def _of(self, logits: Logits, states: tuple[Tensor, ...], windows: Windows) -> Float[Tensor, ""]:

@@ -104,7 +104,7 @@ def objective_of(asked: RecoverySettings, method: Method, model: nn.Module, teac
         losses = next_token_losses if asked.task is None else TASK_LOSSES[asked.task_loss]
         return NextToken(model, distillation_of(asked), teacher, asked.micro_batch, asked.checkpointing, losses)
     if teacher is None:
-        raise ConfigurationError("recovery=blocks: the dense model is needed too, whose states are followed")
+        raise ConfigurationError("recovery=blocks: needs the dense model, whose states it follows; give teacher=")
     assert asked.seq_len is not None
     return Reconstruction.of(model, teacher, method.scope, asked.micro_batch, asked.seq_len)
 
@@ -113,7 +113,7 @@ def check_fit(asked: RecoverySettings, model: nn.Module) -> list[str]:
     """What of the loaded model, or of the processes there are, speaks against it, in complete sentences."""
     problems = []
     if asked.name == "mezo" and any(parameter.dtype == torch.float16 for parameter in model.parameters()):
-        problems.append("recovery=mezo: steps are lost in float16; set model.dtype=bfloat16 or float32")
+        problems.append("recovery=mezo: float16 rounds its small steps away; set model.dtype=bfloat16 or float32")
     if asked.name in ("spiel", "sparsegrad") and distributed.num_ranks() > 1:
         problems.append(f"recovery={asked.name}: runs in one process; start it without torchrun")
     if asked.shard:
@@ -144,6 +144,8 @@ def check_recovery(
         problems = check_task(asked.task, asked.path) + _check_task_loss(asked)
     else:
         problems = check_source(asked.path, "recovery.path", "calibration", asked.column) if asked.path else []
+        if asked.task_loss != "options":
+            problems.append(f"recovery.task_loss={asked.task_loss}: is of a task; name one with recovery.task")
     for name in ("batch_size", "micro_batch", "held_out", "steps", "tokens", "shots", "tested", "checks"):
         if (value := getattr(asked, name)) is not None and value < 1:
             problems.append(f"recovery.{name}={value}: must be at least 1")
@@ -205,7 +207,7 @@ def _check_task_loss(asked: RecoverySettings) -> list[str]:
 def _check_method(asked: RecoverySettings, sparsity: float, pattern: str, quantised: bool) -> list[str]:
     problems = []
     if asked.name == "mezo" and asked.distill == "squarehead":
-        problems.append("recovery.distill=squarehead: needs hidden states, which mezo has not; use logits")
+        problems.append("recovery.distill=squarehead: needs hidden states, which mezo does not compute; use logits")
     if asked.shard and asked.name != "full":
         problems.append("recovery.shard=true: is for recovery=full; the other methods hold little beside the model")
     if asked.name == "sparsegrad" and sparsity > 0:

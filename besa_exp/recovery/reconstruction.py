@@ -81,9 +81,7 @@ class Reconstruction:
         together = BLOCKS_OF[scope]
         tuned, dense = (units(capture_blocks(side, shape), together) for side in (model, teacher))
         if len(tuned) != len(dense):
-            raise ConfigurationError(
-                "recovery=blocks: the dense model has not as many blocks as the pruned one; use recovery=full"
-            )
+            raise ConfigurationError("recovery=blocks: the dense model has another number of blocks; use recovery=full")
         pairs = zip(tuned, dense, strict=True)
         first = [tuned[0].layers[0], dense[0].layers[0]]
         sample = embed(model, first[:1], shape[:1], 1)
@@ -105,7 +103,7 @@ class Reconstruction:
 
     def of_logits(self, logits: Logits, windows: Windows) -> Float[Tensor, ""]:
         """ValueError: this is no loss of logits."""
-        raise ValueError("recovery=blocks compares states, and this method has logits alone")
+        raise ValueError("recovery=blocks compares hidden states, which this method does not compute")
 
     def _errors(self, text: Windows) -> Iterator[tuple[Float[Tensor, "sample seq"], Sequence[nn.Parameter]]]:
         """Of each window the error of every token, and what learns from it."""

@@ -73,8 +73,8 @@ class SavedStates:
         if content["identity"] != json.loads(json.dumps(dict(self.identity))):
             raise ConfigurationError(
                 f"{self.folder} holds a tuning run of other settings "
-                f"({_differences(content['identity'], self.identity)}); give the same ones again to go on, or another "
-                "folder"
+                f"({_differences(content['identity'], self.identity)}); use the same settings to resume, or name "
+                "another folder"
             )
         return content["record"], load_file(self._files(slot)[0]), content["best"]
 
@@ -98,7 +98,7 @@ class SavedStates:
         except (OSError, ValueError, KeyError, AttributeError) as error:
             wrong = [f"{description.name} ({error})"]
         if wrong:
-            logger.warning("the state before is gone on from: %s does not hold what was written", ", ".join(wrong))
+            logger.warning("resuming from the state before: %s is damaged", ", ".join(wrong))
             return None
         return content
 
@@ -123,7 +123,7 @@ class SavedStates:
         except (OSError, SafetensorError) as error:
             raise RunError(
                 f"the state of the tuning could not be written to {self.folder} ({error}); the one before is kept: "
-                "make space and give the same command again"
+                "free disk space, then run the same command again"
             ) from error
 
 

@@ -60,7 +60,10 @@ class Spiel:
 
     def __post_init__(self) -> None:
         check_fields(self, "recovery", one_of(*SELECTIONS), "selection")
+        check_fields(self, "recovery", within(above=0), "lr")
+        check_fields(self, "recovery", within(least=0), "decay")
         check_fields(self, "recovery", within(above=0, below=1), "density")
+        check_fields(self, "recovery", within(above=0, most=1), "first")
         check_fields(self, "recovery", within(least=1, most=self.reselect - 2, note="recovery.reselect - 2"), "gather")
         if self.exchange and self.selection == "sm3":
             raise ValueError("recovery.exchange=true: needs recovery.selection=ag; sm3 knows nothing of pruned places")

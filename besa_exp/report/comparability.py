@@ -15,11 +15,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from besa_exp.report.runs import Measure, RunRecord, ScoreRecord
+from besa_exp.report.runs import CHECKPOINT, Measure, RunRecord, ScoreRecord
 
 RECONSTRUCTION = Measure("reconstruction", "reconstruction loss")
 REASONS = 4  # differences that are spelled out
-DATA_FREE = ("dense",)  # what it scores does not depend on the calibration set
+DATA_FREE = ("dense", CHECKPOINT)  # what it scores does not depend on the calibration set
 
 
 @dataclass(frozen=True)
@@ -161,5 +161,5 @@ def _calibration_source(run: RunRecord) -> dict[str, str]:
     text = str(provenance.get("text_sha256") or "")[:12]
     if run.seed is not None:  # a token file for each seed, as calibration-0.safetensors, is one set
         name = re.sub(rf"(?<!\d){run.seed}(?!\d)(?=[^/]*$)", "<seed>", name)
-    size = f"{calibration.get('num_samples')} x {calibration.get('seq_len')} tokens"
+    size = f"{calibration.get('num_samples')} x {calibration.get('seq_len')} tokens" if calibration else "unknown"
     return {"calibration set": f"{name} {text}".strip(), "calibration size": size}

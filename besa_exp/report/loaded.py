@@ -21,7 +21,8 @@ from besa_exp.run_folder.status import seen_status
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run folder. `results` is results.json, empty where the run is not finished; `config` is config.yaml."""
+    """A run folder. `results` is results.json, {} where the run is not finished; `config` is config.yaml, {} where it
+    is missing; docs/runs.md says what they hold."""
 
     folder: Path
     status: str  # done, failed, interrupted, interrupted (killed), running
@@ -45,11 +46,11 @@ class LoadedRun:
 
     @property
     def sparsity(self) -> float | None:
-        """The measured fraction of zeros; None where the run is not finished."""
+        """The measured fraction of zeros among the linears' weights, in [0, 1]; None where the run is not finished."""
         return self.results.get("measured_sparsity")
 
     def steps(self) -> Any:
-        """A DataFrame with a row for each optimisation step of each block."""
+        """A DataFrame with a row for each optimisation step of each block; empty for methods that do not search."""
         return self.table("step")
 
     def table(self, kind: str) -> Any:
@@ -62,7 +63,7 @@ class LoadedRun:
         return found.drop(columns="kind", errors="ignore")
 
     def masks(self) -> dict[str, Any]:
-        """The keep masks [out, in] by the weights' names, from masks.safetensors; empty where the run kept none."""
+        """{weight's name: keep mask, bool [out in]} from masks.safetensors, on the CPU; {} where the run kept none."""
         file = self.folder / "masks.safetensors"
         if not file.is_file():
             return {}
@@ -108,7 +109,7 @@ class LoadedRun:
 
 @dataclass(frozen=True)
 class LoadedRuns(Sequence[LoadedRun]):
-    """Runs in the order of their folders."""
+    """A sequence of runs in the order of their folders; a slice of it is one too."""
 
     runs: tuple[LoadedRun, ...]
 
@@ -122,12 +123,12 @@ class LoadedRuns(Sequence[LoadedRun]):
         return iter(self.runs)
 
     def to_pandas(self) -> Any:
-        """A DataFrame with a row for each run; what a run does not have is missing there."""
+        """A DataFrame with a row for each run and a column for each key of `LoadedRun.row`; what a run lacks is NaN."""
         return _pandas().DataFrame([run.row() for run in self.runs])
 
 
 def load_run(folder: str | Path) -> LoadedRun:
-    """The run in a folder. ConfigurationError: it is no run folder, or its results cannot be read."""
+    """The run in a folder, finished or not. ConfigurationError: it is no run folder, or its files cannot be read."""
     path = Path(folder)
     status = seen_status(path)
     results = path / "results.json"
@@ -144,7 +145,9 @@ def load_run(folder: str | Path) -> LoadedRun:
 
 
 def load_runs(*places: str | Path | Iterable[str | Path]) -> LoadedRuns:
-    """The runs at and below folders or patterns such as `outputs/*`. ConfigurationError: a place without a run."""
+    """The runs at and below folders or patterns such as `outputs/*`; `outputs` where none is named.
+
+    ConfigurationError: a place without a run."""
     named: list[str] = []
     for place in places or ("outputs",):
         named += [str(place)] if isinstance(place, (str, Path)) else map(str, place)

@@ -24,6 +24,7 @@ from besa_exp.report.methods import Method, method_of
 from besa_exp.run_folder.status import KILLED, read_status, seen_status
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # heads and rows
+CHECKPOINT = "checkpoint"  # the method of what besa evaluate scored and no run made
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it is there
 UNREADABLE = (
     OSError,
@@ -121,13 +122,14 @@ def read_run(path: Path) -> RunRecord:
 
 def _run(path: Path, status: Mapping[str, Any], state: str, error: str | None, results: Mapping[str, Any]) -> RunRecord:
     config = _mapping(path / "config.yaml")
-    name = results.get("pruner") or config.get("method") or "unknown"
+    name = results.get("pruner") or config.get("method") or ("unknown" if status else CHECKPOINT)
     pattern = str(results.get("pattern") or config.get("pattern") or "unstructured")
     model = config.get("model")
     of_config = model if isinstance(model, Mapping) else {}
     given = results.get("model_name") or results.get("model") or of_config.get("name") or of_config.get("path")
     sizes, structure, recovery = (results.get(key) for key in ("parameters", "structure", "recovery"))
-    blocks = tuple(BlockReport.from_dict(block) for block in results.get("blocks") or ())
+    pruned = [block for block in results.get("blocks") or () if "reconstruction_loss" in block]  # not scored alone
+    blocks = tuple(map(BlockReport.from_dict, pruned))
     return RunRecord(
         folder=str(path),
         status=state,
@@ -146,7 +148,7 @@ def _run(path: Path, status: Mapping[str, Any], state: str, error: str | None, r
         structure=StructureReport.from_dict(structure, sizes) if structure and sizes else None,
         recovery=RecoveryReport.from_dict(recovery) if recovery else None,
         blocks=blocks,
-        weights=_weights(results, blocks),
+        weights=_weights(results),
         scores=tuple(_records(Scores.from_dict(results))),
         dense_scores=tuple(_records(Scores.from_dict(results.get("dense") or {}, results.get("provenance") or {}))),
         unavailable=results.get("unavailable") or {},
@@ -162,8 +164,9 @@ def _run(path: Path, status: Mapping[str, Any], state: str, error: str | None, r
     )
 
 
-def _weights(results: Mapping[str, Any], blocks: Sequence[BlockReport]) -> int:
-    reported = sum(linear.weights for block in blocks for linear in block.linears)
+def _weights(results: Mapping[str, Any]) -> int:
+    blocks = results.get("blocks") or ()
+    reported = sum(linear["weights"] for block in blocks for linear in block["linears"].values())
     structure = results.get("structure")
     return structure["weights"]["dense"] if structure else results.get("weights_in_blocks", reported)
 
@@ -171,7 +174,9 @@ def _weights(results: Mapping[str, Any], blocks: Sequence[BlockReport]) -> int:
 def _state(path: Path, status: Mapping[str, Any]) -> tuple[str, str | None]:
     """The status as it is shown to a person, and why."""
     state = seen_status(path) or "done"
-    return state, "its process was killed; the same command goes on" if state == KILLED else status.get("error")
+    return state, "its process was killed; run the same command again to resume" if state == KILLED else status.get(
+        "error"
+    )
 
 
 def _mapping(path: Path) -> Mapping[str, Any]:

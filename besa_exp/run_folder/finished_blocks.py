@@ -106,7 +106,7 @@ class FinishedBlocks:
         except (OSError, SafetensorError) as error:
             raise RunError(
                 f"block index {report.index} could not be written to {self.folder} ({error}); the blocks before it are "
-                "kept: make space and give the same command again"
+                "kept: free disk space, then run the same command again"
             ) from error
 
     @property
@@ -120,7 +120,9 @@ class FinishedBlocks:
             with atomic.replaced_file(self.outside) as partial:
                 save_file(on_host(tensors), partial)
         except (OSError, SafetensorError) as error:
-            raise RunError(f"{self.outside} could not be written ({error}); make space and start again") from error
+            raise RunError(
+                f"{self.outside} could not be written ({error}); free disk space, then start again"
+            ) from error
 
     def tensors(self, index: int, dense_sha256: str | None = None) -> dict[str, Tensor]:
         """A finished block's tensors by full name. ConfigurationError: they were pruned from dense weights of another
@@ -163,7 +165,7 @@ class FinishedBlocks:
                 return BlockReport.from_dict(content["report"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             wrong = [f"{record.name} ({error})"]
-        logger.warning("block %d is pruned again: %s does not hold what was written", index, ", ".join(wrong))
+        logger.warning("block %d is pruned again: %s is damaged", index, ", ".join(wrong))
         return None
 
 

@@ -27,7 +27,7 @@ from besa_exp.errors import ConfigurationError, Interrupted, RunError
 from besa_exp.evaluation.score import Scores
 from besa_exp.machine import atomic
 from besa_exp.machine.environment import masked
-from besa_exp.run_folder.identity import check_identity
+from besa_exp.run_folder.identity import IDENTITY, check_identity
 from besa_exp.run_folder.lock import locked
 from besa_exp.run_folder.log import logging_to
 from besa_exp.run_folder.status import is_done, now, read_status, write_status
@@ -45,6 +45,7 @@ KEPT = (
     "narrowed",
     "wandb",
 )  # what an unfinished run goes on with
+OF_IDENTITY = ("blocks", "recovery", "structure.json", "structure_search.json", "narrowed")  # with no word of their own
 WRITTEN = (
     "results.json",
     "sparsity.csv",
@@ -100,10 +101,12 @@ class RunFolder:
             goes_on = resume is not None and not is_done(path) and not overwrite
             if resume is not None and goes_on:
                 check_identity(path / "blocks", resume)
+            named = (path / "blocks" / IDENTITY).is_file()  # else nobody says which request the rest is of
+            kept = [name for name in KEPT if goes_on and (named or name not in OF_IDENTITY)]
             started, before = now(), read_status(path)
             write_status(path, "running", started)
             for name in (*WRITTEN, *LEFTOVERS):
-                if not (goes_on and name in KEPT):
+                if name not in kept:
                     atomic.remove(path / name)
             try:
                 with logging_to(path / "run.log"):
@@ -118,8 +121,9 @@ class RunFolder:
                     write_status(path, status, started, error)
                 raise
             write_status(path, "done", started)
-            for name in ("blocks", "narrowed", "recovery", "scores.json", "spent.json"):
+            for name in ("scores.json", "spent.json"):  # first: besa evaluate has its own under these names
                 atomic.remove(path / name)
+            drop_work(path)
 
     def give_up(self, error: Exception) -> None:
         """The last words of a process whose run is stuck and cannot raise `error` itself."""
@@ -137,19 +141,19 @@ class RunFolder:
                 raise error
             write_status(path, "failed", started, error, words)
 
-    def rewind(self, reports: Sequence[BlockReport]) -> None:
-        """metrics.jsonl and sparsity.csv as they were when the blocks of `reports` had been finished; scores of the
-        dense model and the course of a search over the whole model stay."""
+    def rewind(self, reports: Sequence[BlockReport], scored: bool = True) -> None:
+        """metrics.jsonl and sparsity.csv as they were when the blocks of `reports` had been finished. The last word on
+        the dense model, where it was `scored` before, and on each step of a search over the whole model stays."""
         if not self.writes:
             return
         lines = self._lines()
-        kept = [line for line in lines if line.get("kind") == "scores" and line.get("which") == "dense"]
-        kept += [*{line["step"]: line for line in lines if line.get("kind") == "model_step"}.values()]
+        kept = {_which(line): line for line in lines if scored and line.get("which") == "dense"}
+        kept |= {_which(line): line for line in lines if line.get("kind") == "model_step"}
         with atomic.replaced_file(self.metrics) as partial:
             blocks = [[*map(_step_line, report.steps), _block_line(report)] for report in reports]
             times = {_which(line): line["time"] for line in lines if "time" in line}
             again = [line | {"time": times.get(_which(line), _time())} for line in chain(*blocks)]
-            partial.write_text("".join(map(_json_line, [*kept, *again])), encoding="utf-8")
+            partial.write_text("".join(map(_json_line, [*kept.values(), *again])), encoding="utf-8")
         self.sparsity.unlink(missing_ok=True)
         for report in reports:
             self._append_sparsity(report)
@@ -264,6 +268,14 @@ def _json_line(line: Mapping[str, Any]) -> str:
     return json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n"
 
 
+def drop_work(path: Path) -> None:
+    """What a finished run needs no more and may be as large as the model goes, also where the run was killed when it
+    had just finished."""
+    with suppress(OSError):  # the results are there, in somebody else's folder perhaps
+        for name in ("blocks", "narrowed", "recovery"):
+            atomic.remove(path / name)
+
+
 def read_results(path: Path) -> dict[str, Any]:
     """results.json of a finished run."""
     return json.loads((path / "results.json").read_text(encoding="utf-8"))
@@ -273,14 +285,14 @@ def _check_free(path: Path, overwrite: bool) -> None:
     if is_done(path) and not overwrite:
         raise ConfigurationError(
             f"{path} holds a finished run, which is left alone; "
-            "overwrite=true starts again there, hydra.run.dir= names another folder"
+            "overwrite=true starts again there, hydra.run.dir= (from Python out=) names another folder"
         )
     # run.log is left out: the command's own logging may have begun it
     foreign = [name for name in (*WRITTEN, "status.json") if name != "run.log" and (path / name).exists()]
     if foreign and read_status(path) is None:
         raise ConfigurationError(
-            f"{path} holds {', '.join(foreign)}, which a run would replace, but is no run's folder: "
-            "a run needs a folder of its own; name another with hydra.run.dir="
+            f"{path} is not a run folder, and a run would replace its {', '.join(foreign)}; name another folder with "
+            "hydra.run.dir="
         )
 
 

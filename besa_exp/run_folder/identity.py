@@ -21,9 +21,9 @@ IDENTITY = "identity.json"  # in the folder of the blocks
 # Of a model's keys: where the weights lie, and what is said about them elsewhere. They decide nothing.
 NOT_DECIDING = ("load", "convert", "name", "context", "published_perplexity")
 DECIDING = ("method", "model", "calibration", *METHOD_GROUPS, "sparsity", "pattern", "seed", "deterministic")
-DECIDING += ("compute_dtype", "ignore")
+DECIDING += ("compute_dtype", "ignore", "teacher")
 # With what decides the results of the same blocks.
-DETERMINING = (*DECIDING, "checkpoint", "teacher", "evaluator", "skipping", "device", "save")
+DETERMINING = (*DECIDING, "checkpoint", "evaluator", "skipping", "device", "save")
 NOT_RESULTS = ("verify", "push_to_hub")  # of the keys of `save`
 
 
@@ -117,8 +117,8 @@ def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
         raise ConfigurationError(f"{path} cannot be read ({error}); start again with overwrite=true") from error
     if differences := _differences(before, as_plain(identity)):
         raise ConfigurationError(
-            f"{folder.parent} holds an unfinished run of another request ({'; '.join(differences)}); ask for the same "
-            "again to go on with it, start again with overwrite=true, or name another folder with hydra.run.dir="
+            f"{folder.parent} holds an unfinished run of another request ({'; '.join(differences)}); repeat the old "
+            "request to resume it, start again with overwrite=true, or name another folder with hydra.run.dir="
         )
 
 
@@ -135,7 +135,7 @@ def check_finished(folder: Path, config: Mapping[str, Any]) -> list[str]:
     scores = all(text.startswith(("evaluator.", "skipping")) for text in differences)
     more = f", score it further with besa evaluate {argument('checkpoint', str(folder))}" if scores else ""
     return [
-        f"{folder} holds a finished run of another request ({'; '.join(differences)}); ask for the same again to see "
+        f"{folder} holds a finished run of another request ({'; '.join(differences)}); repeat the old request to see "
         f"it{more}, start again with overwrite=true, or name another folder with hydra.run.dir="
     ]
 

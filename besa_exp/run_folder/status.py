@@ -20,7 +20,8 @@ KILLED = "interrupted (killed)"
 
 
 def read_status(path: Path) -> dict[str, Any] | None:
-    """status.json (`status`, `started`, `finished`, `process`, `host`, `error`, `command`); None where no run's is."""
+    """status.json (`status`, `started`, `finished`, `process`, `host`, `error`, `command`, null where there was none);
+    None where no run's is."""
     status = atomic.read_json(path / "status.json")
     return status if status and {"status", "process"} <= status.keys() else None
 
@@ -44,16 +45,22 @@ def write_status(
     path: Path, status: str, started: str, error: BaseException | None = None, words: Sequence[str] | None = None
 ) -> None:
     """Replaces status.json by what this process says. `words`: of the command, where that is not this process's own."""
+    command = [*masked_command((own_command() if words is None else words)[1:])]
     record = {
         "status": status,
         "started": started,
         "finished": None if status == "running" else now(),
         "process": os.getpid(),
         "host": socket.gethostname(),
-        "error": f"{type(error).__name__}: {error}" if error else None,
-        "command": shlex.join(["besa", *masked_command((sys.argv if words is None else words)[1:])]),
+        "error": ": ".join(filter(None, (type(error).__name__, str(error)))) if error else None,
+        "command": shlex.join(["besa", *command]) if command else None,
     }
     atomic.write_text(path / "status.json", json.dumps(record, indent=2) + "\n")
+
+
+def own_command() -> list[str]:
+    """The words of the `besa` command that this process is; none where a notebook or another program called."""
+    return [*sys.argv] if Path(sys.argv[0]).name == "besa" else []
 
 
 def now() -> str:

@@ -36,6 +36,9 @@ from besa_exp.methods.updates.updated import with_update
 from besa_exp.presets import METHOD_GROUPS, preset, preset_values, presets
 from besa_exp.report.loaded import linear_table, load_run
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
+from besa_exp.run_folder.identity import check_finished, config_of
+from besa_exp.run_folder.inputs import check_run_inputs
+from besa_exp.run_folder.status import is_done
 from besa_exp.runs.block_loop import BlockLoop, check_blocks
 from besa_exp.runs.prune import prune as prune_into
 from besa_exp.runs.prune_model import check_refinements
@@ -54,14 +57,18 @@ from besa_exp.texts.calibration import Calibration, given_calibration
 
 Texts = str | Sequence[str] | Int[Tensor, "sample seq"]
 KeepMasks = Mapping[str, Bool[Tensor, "_out _in"]]
+GIVEN = ("given texts", "given tokens")  # as a calibration set is called that has no other name
 SEQ_LEN = 2048  # tokens of a window of given texts, or the model's context if that is less
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What pruning did, block by block. `keep_masks`: of every linear's weight, by its name in the model, on the CPU.
-    `tokens_sha256` names the calibration tokens, `folder` the run folder where there is one."""
+    """What pruning did, block by block.
+
+    `target`: the sparsity that was asked for, in [0, 1). `keep_masks`: {weight's name in the model: bool [out in], True
+    where the weight was kept}, on the CPU; empty where a run kept no masks. `tokens_sha256`: hash of the calibration
+    tokens. `folder`: the run folder; None where a model object was pruned."""
 
     blocks: tuple[BlockReport, ...]
     target: float
@@ -71,17 +78,18 @@ class PruneReport:
 
     @property
     def sparsity(self) -> float:
-        """The fraction of zeros over the linears of all blocks, counted."""
+        """The fraction of zeros among the weights of all pruned linears, in [0, 1], counted after pruning."""
         linears = [linear for block in self.blocks for linear in block.linears]
         return sum(linear.pruned for linear in linears) / sum(linear.weights for linear in linears)
 
     @property
     def losses(self) -> list[float]:
-        """The reconstruction loss of each block as written."""
+        """Each block's reconstruction loss on the probe samples after pruning, in block order: the squared error
+        of a token's output relative to the dense one's, mean over tokens, unless the pruner's `loss` is another."""
         return [block.loss_after for block in self.blocks]
 
     def to_pandas(self) -> Any:
-        """A DataFrame with a row for each linear of each block."""
+        """A DataFrame with a row for each linear of each block; see `linear_table`. ConfigurationError: no pandas."""
         return linear_table(self.blocks)
 
     def __repr__(self) -> str:
@@ -90,10 +98,13 @@ class PruneReport:
 
 
 def load_model(path: str = "embedded", *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
-    """The model and the tokenizer of a folder, a hub id or a preset (`besa list models`); `embedded` is the small model
-    that the package carries. `dtype` auto: what the preset says, or as saved.
+    """The model and the tokenizer (None where there is none) of `path`: a folder, a hub id or a preset of `besa list
+    models`; `embedded` is the small model that the package carries.
 
-    The files are checked as `besa prune` checks them: ConfigurationError where weights are missing or left over."""
+    `dtype`: float32, bfloat16, float16, or auto (as the preset says, else as saved). `device`: cpu, cuda, cuda:N, or
+    auto (a GPU where there is one).
+
+    ConfigurationError: the model cannot be found, or its files lack weights or hold others."""
     settings = replace(_model_settings(path), load="whole")
     settings = settings if dtype == "auto" else replace(settings, dtype=dtype)
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
@@ -124,19 +135,28 @@ def prune(
     overwrite: bool = False,
     on_block: Callable[[BlockReport], None] = lambda report: None,
 ) -> PruneReport:
-    """Prune a model object in place, or the model in the folder or hub id of a path into the run folder `out`.
+    """Prune a model object in place, or the model at a path (a folder, a hub id, a preset) into the run folder `out`.
 
     `texts_or_tokens` calibrate: the name of a set (`c4`, `embedded`), a path of a text or token file, a list of texts,
-    or token ids [sample, seq], which are taken as they are. `num_samples` windows of `seq_len` tokens are drawn from
-    texts, `batch_size` of them pass through a block together; None: what the set's preset says, 128 windows of 2,048
-    tokens (or the model's context) for given texts.
+    or token ids [sample seq], which are used as they are. `num_samples` windows of `seq_len` tokens are drawn from
+    texts, and `batch_size` of them pass through a block together; None: as the set's preset says; for given texts 128
+    windows of 2,048 tokens, or of the model's context if that is shorter. `tokenizer` is needed for texts only.
 
-    `pruner`, `update`, `budget`, `recovery` and, for a path, `structure` are names of presets or objects;
-    `besa_exp.preset(group, name)` makes the object of a preset. What a pattern of `ignore` matches
-    (`0.*`, `*.mlp.down_proj`) stays dense. `on_block` is given the report of each block as it is finished. `evaluator`
-    scores the model in `out`.
+    `sparsity`: the fraction of the blocks' linear weights that become zero, in [0, 1). `pattern`: `unstructured`, or
+    N:M (N kept of every M consecutive inputs, `2:4`), which fixes the sparsity. `ignore`: patterns of BLOCK.linear
+    (`0.*`, `*.mlp.down_proj`) that stay dense; the sparsity is met over the rest.
 
-    ConfigurationError (a ValueError): the request cannot be carried out as it is written; all problems are named."""
+    `pruner`, `update`, `budget`: the name of a preset (`besa list pruners`) or an object; `besa_exp.preset(group,
+    name)` makes a preset's object. `seed` seeds the draws of calibration windows and the presets given by name.
+    `compute_dtype`: of the products, `auto` (the weights') or `bfloat16`. `on_block` is called with each block's
+    report: when it is finished, or, with `out`, at the end.
+
+    With a path only: `out`, where the same call resumes an unfinished run; `structure` and `recovery`, names or
+    objects; `evaluator`, which scores the pruned model; `overwrite`, which replaces a finished run.
+
+    ConfigurationError (a ValueError): the request cannot be carried out as written; it names all problems, before any
+    weight changes. RunError: pruning failed in a block, which it names; a model object then has the blocks before it
+    pruned."""
     settings = _settings(
         model_or_path, _calibration(texts_or_tokens, seed, num_samples, seq_len, batch_size), seed,
         pruner=pruner, update=update, budget=budget, structure=structure, recovery=recovery,
@@ -251,9 +271,10 @@ def _calibration(
         base = preset("calibration", given if named else "embedded", seed=seed)
         base = base if named else CalibrationSettings("local", path=given, seed=seed)
     else:
-        kind = "tokens" if isinstance(given, Tensor) else "texts"
-        base = CalibrationSettings(f"given {kind}", seq_len=SEQ_LEN, seed=seed)
-        for number, text in enumerate(given if kind == "texts" else ()):
+        texts, tokens = GIVEN
+        kind = tokens if isinstance(given, Tensor) else texts
+        base = CalibrationSettings(kind, seq_len=SEQ_LEN, seed=seed)
+        for number, text in enumerate(given if kind == texts else ()):
             if not isinstance(text, str):
                 raise ConfigurationError(
                     f"texts: number {number} is {type(text).__name__}, not text; leave it out, or give token ids as a "
@@ -269,7 +290,7 @@ def _read_calibration(given: Texts, settings: RunSettings, seq_len: int | None, 
     calibration, context = settings.calibration, model_context(loaded.model)
     if isinstance(given, str):
         return calibration_of(calibration, settings.offline, loaded)
-    if seq_len is None and calibration.name == "given texts":
+    if seq_len is None and calibration.name == GIVEN[0]:
         calibration = replace(calibration, seq_len=min(SEQ_LEN, context))
     return given_calibration(given, calibration, loaded.tokenizer, context, vocabulary_size(loaded.model))
 
@@ -338,22 +359,31 @@ def _ignored(step: Any) -> None:
 def as_a_run(model: nn.Module, seed: int, deterministic: bool = True) -> Iterator[None]:
     """As a run has it: evaluation mode, frozen weights, seeds and deterministic algorithms. All of it is put back."""
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    training, strict = model.training, torch.are_deterministic_algorithms_enabled()
-    warns, filled = torch.is_deterministic_algorithms_warn_only_enabled(), torch.utils.deterministic
-    fills = filled.fill_uninitialized_memory
+    training = model.training
     model.eval().requires_grad_(False)
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    filled.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        with torch.random.fork_rng():
+        with _torch_as_before():
+            torch.use_deterministic_algorithms(deterministic, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
             torch.manual_seed(seed)
             yield
     finally:
-        torch.use_deterministic_algorithms(strict, warn_only=warns)
-        filled.fill_uninitialized_memory = fills  # pyright: ignore[reportAttributeAccessIssue]
         model.train(training)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])
+
+
+@contextmanager
+def _torch_as_before() -> Iterator[None]:
+    """Random states and determinism are put back: they are the program's that calls."""
+    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _pruned_into(
@@ -374,10 +404,23 @@ def _pruned_into(
     def calibrate(loaded: LoadedModel) -> Calibration:
         return read(replace(loaded, tokenizer=tokenizer or loaded.tokenizer))
 
-    prune_into(settings, folder, calibrate=calibrate)
+    if not _is_answered(settings, folder, tokenizer):
+        with _torch_as_before():
+            prune_into(settings, folder, calibrate=calibrate)
     run = load_run(folder)
     for report in run.blocks:
         on_block(report)
     calibration = run.results["calibration"] or {}
     tokens = calibration.get("tokens_sha256", "")
     return PruneReport(run.blocks, run.results["target_sparsity"], run.masks(), tokens, folder)
+
+
+def _is_answered(settings: RunSettings, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Whether the run that is asked for is finished there, as far as that is known before given texts are read.
+    ConfigurationError: the finished run there is another."""
+    given = tokenizer is not None or settings.calibration.name in GIVEN
+    if settings.overwrite or given or not is_done(folder):
+        return False
+    if problems := check_finished(folder, config_of(settings)) + check_run_inputs(folder, settings):
+        raise ConfigurationError(*problems)
+    return True

@@ -21,7 +21,7 @@ def dense_results(run: Run, loaded: LoadedModel) -> dict[str, Any]:
     """results.json but for times and memory; with `evaluator.dense` the scores are shared with the runs beside it."""
     settings = run.settings
     reports, size = counted(loaded), parameters(loaded)
-    run.folder.rewind(reports)
+    run.folder.rewind(reports, scored=False)
     run.console.plan(settings, model_facts(loaded))
     results = counts_of(settings, reports, Size(size, size), environment(run.device))
     results |= {"model_notes": [*loaded.notes]} if loaded.notes else {}

@@ -140,11 +140,11 @@ def _scored(evaluation: _Evaluation, loaded: LoadedModel, config: Mapping[str, A
 def _renew_card(folder: RunFolder, results: Mapping[str, Any]) -> None:
     """The card of the run's model, with its new scores."""
     command = results.get("command") or (read_status(folder.path) or {}).get("command")
-    if not command or "pruner" not in results or not (folder.model / "README.md").is_file():
+    if "pruner" not in results or not (folder.model / "README.md").is_file():
         return
     asked = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8")) or {}
     revision = (asked.get("model") or {}).get("revision")
-    write_card(folder.model, renewed_card(folder.model, results, command, revision))
+    write_card(folder.model, renewed_card(folder.model, results, command or "", revision))
 
 
 def _measured(evaluation: _Evaluation, loaded: LoadedModel, digest: str, left: Any) -> Scores:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from besa_exp.blocks.activations import OF_ALL_BLOCKS, allocator
+from besa_exp.blocks.decided import Decided
 from besa_exp.blocks.pruner import Pruner, Refinement
 from besa_exp.blocks.reports import BlockReport, Step
 from besa_exp.blocks.units import unit_ends
@@ -59,9 +60,12 @@ def prune_model(run: Run, work: Work) -> Work:
     kept, finished = work.structure.kept if work.structure else (), work.finished
     loop = BlockLoop.of(settings, loaded, input_ids, finished, len(reports), kept)
     with run.spent.timed("prune"):
-        reports = _follow(run, work, loop, pruner, reports, tracks=not later)
-        if later:
-            reports, finished = _refine(run, work, loop, later, reports), finished.refined
+        if later and (refined := _refined_before(run, work)):
+            reports = _follow(run, work, loop.again(len(refined)), Decided([], refined), refined, budget=False)
+        else:
+            reports = _follow(run, work, loop, pruner, reports, tracks=not later)
+            reports = _refine(run, work, loop, later, reports) if later else reports
+    finished = finished.refined if later else finished
     if distributed.is_first():
         keep_row_sparsities(run, finished, work.numbered(reports))
     distributed.barrier()  # the first rank has written the blocks
@@ -113,6 +117,16 @@ def _follow(
         goal = Goal.parse(settings.sparsity, settings.pattern)
         pruner = Rounding(pruner, loop.loaded.stored) if loop.loaded.stored else pruner
         loop.run(pruner, goal, settings.budget if budget else None, on_step, on_block)
+    return reports
+
+
+def _refined_before(run: Run, work: Work) -> list[BlockReport]:
+    """The reports of all blocks as the search over the whole model left them, where an earlier attempt has written them
+    all; else none."""
+    reports = distributed.from_first(work.finished.refined.begin)
+    if len(reports) < num_blocks(work.loaded):
+        return []
+    run.folder.rewind(work.numbered(reports))
     return reports
 
 

@@ -204,7 +204,7 @@ def _not_streamed(asked: RecoverySettings) -> str | None:
 
 def _dense(run: Run, pruned: LoadedModel, settings: ModelSettings) -> nn.Module:
     """The dense model, read again. ConfigurationError: states are compared block by block, and it has other blocks."""
-    run.console.stage(f"recovery: loading {settings.path}, to be followed")
+    run.console.stage(f"recovery: loading the dense model {settings.path} to follow")
     dense = in_a_fast_dtype(load_model(settings, run.device, run.settings.offline), settings.dtype)
     asked, blocks = run.settings.recovery, [num_blocks(loaded) for loaded in (pruned, dense)]
     if asked and (asked.name == "blocks" or asked.distill == "squarehead") and blocks[0] != blocks[1]:

@@ -52,6 +52,7 @@ def counts_of(
         "schema": SCHEMA,
         "model": settings.model.path,
         "model_name": settings.model.name,
+        **({"model_revision": settings.model.revision} if settings.model.revision else {}),
         "pruner": settings.pruner_name,
         **parts_of(settings),
         "pattern": settings.pattern,

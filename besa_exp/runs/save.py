@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,6 +32,7 @@ from besa_exp.machine import atomic, distributed
 from besa_exp.machine.disk import ONE_FILE
 from besa_exp.machine.environment import environment
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
+from besa_exp.run_folder.status import own_command
 from besa_exp.runs.cpu_units import as_stored, in_a_fast_dtype
 from besa_exp.runs.results import attempt_of, results_of
 from besa_exp.runs.run import Run, Work, num_blocks
@@ -68,7 +68,7 @@ def save_pruned(loaded: LoadedModel, finished: FinishedBlocks, folder: Path, car
             save_beside_weights(loaded.model, loaded.tokenizer, partial, card, loaded.folder)
     except OSError as error:
         raise RunError(
-            f"{folder} could not be written ({error}); the pruned blocks are kept: make space and give the same "
+            f"{folder} could not be written ({error}); the pruned blocks are kept: free disk space, then run the same "
             "command again, or set save.model=false"
         ) from error
 
@@ -244,7 +244,7 @@ def card(run: Run, source: Path, results: Mapping[str, Any], base: str | None = 
     """The model card, with the licence of the dense model's folder `source`; a model that is neither embedded nor a
     folder is named by its hub id, another by that of its `base`."""
     model = run.settings.model
-    return model_card(results, sys.argv, hub_id(model) or base, model.revision, base_licence(source))
+    return model_card(results, own_command(), hub_id(model) or base, model.revision, base_licence(source))
 
 
 def written(run: Run, source: Path, results: Mapping[str, Any], base: str | None = None) -> dict[str, Any]:

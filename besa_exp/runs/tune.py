@@ -50,8 +50,9 @@ def made_by(settings: TuneSettings) -> Mapping[str, Any]:
 
 def teacher_of(settings: TuneSettings) -> ModelSettings | None:
     """The dense model to follow: the one that is named, else what the checkpoint's run pruned; None: neither."""
-    path = settings.teacher or made_by(settings).get("model")
-    same = replace(settings.model, name=Path(path or "").name, revision=None, load="whole", context=None)
+    made = {"model": settings.teacher} if settings.teacher else made_by(settings)
+    path, revision = made.get("model"), made.get("model_revision")
+    same = replace(settings.model, name=Path(path or "").name, revision=revision, load="whole", context=None)
     return replace(same, path=path) if path else None
 
 
@@ -93,7 +94,7 @@ def tune_checkpoint(settings: TuneSettings, path: Path) -> dict[str, Any]:
         results = _tuned(run, work, teacher_of(settings)) | {"checkpoint": settings.checkpoint}
         made = made_by(settings)
         results["model_name"] = made.get("model_name") or Path(made.get("model", settings.checkpoint)).name
-        results |= {key: made[key] for key in ("model", "budget", "update", "ignore") if key in made}
+        results |= {key: made[key] for key in ("model", "model_revision", "budget", "update", "ignore") if key in made}
         base = base_licence(loaded.folder, "base_model").get("base_model") if made else None  # as that run knew it
         return written(run, loaded.folder, results, base)
 

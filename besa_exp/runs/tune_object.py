@@ -36,13 +36,17 @@ def tune(
     seed: int = 0,
     on_step: Callable[[Point], None] = lambda point: None,
 ) -> RecoveryReport:
-    """Tune a model object in place; its zeros stay, and the weights that held-out text likes best are kept.
+    """Tune a model object in place. Its zeros stay zero, and the state with the least held-out loss is kept.
 
-    `recovery` is the name of a preset or `replace(besa_exp.preset("recovery", "lora"), steps=500)`, `texts_or_tokens`
-    the name of a set, a path, texts, or token ids [sample, seq]. `teacher`: the dense model, where `blocks` or
-    `distill` follows one. `dense`: a model without zeros is tuned too. `on_step` is given each step as it is taken.
+    `texts_or_tokens`: the name of a set, a path of a text or token file, a list of texts, or token ids [sample seq].
+    `recovery`: the name of a preset (`besa list recovery`) or a changed one, such as
+    `replace(besa_exp.preset("recovery", "lora"), steps=500)`; an object's own seed counts, else `seed`. `teacher`: the
+    dense model, which `recovery="blocks"` and `distill` follow. `dense`: also tune a model without zeros. `on_step` is
+    called with each step: its `step`, `loss` (nats a token), `gradient_norm` and, where it was judged, `held_out`.
 
-    ConfigurationError (a ValueError): the request cannot be carried out; all problems are named."""
+    The report has `loss_before` and `loss_after` of the held-out windows: mean cross-entropy a token, in nats.
+
+    ConfigurationError (a ValueError): the request cannot be carried out; it names all problems."""
     asked = preset("recovery", recovery, seed=seed) if isinstance(recovery, str) else recovery
     context = model_context(model)
     asked = replace(asked, seq_len=asked.seq_len or min(SEQ_LEN, context))

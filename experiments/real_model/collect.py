@@ -1,5 +1,5 @@
-"""Collects run folders of the study into results.json and tables.md beside this file, and writes README's table of
-results. What results.json holds already stays, unless the same run was made again.
+"""Collects run folders of the study into results.json and tables.md beside this file, and writes README's table and
+figure of results. What results.json holds already stays, unless the same run was made again.
 
     python experiments/real_model/collect.py [outputs/real_model/runs]
 """
@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from results_figure import figure
+
 from besa_exp.display.markdown import markdown_table
 from besa_exp.display.missed_target import missed_by
 from besa_exp.report.runs import RunRecord, read_run
@@ -20,6 +22,7 @@ from besa_exp.report.studies import kept_records, over_seeds
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
+FIGURE = HERE.parents[1] / "docs" / "results.svg"
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->"
 METHODS = (
     "dense",
@@ -60,6 +63,13 @@ def record(run: RunRecord) -> dict[str, Any]:
     }
 
 
+NOTE = """\
+SmolLM2-135M-Instruct, its weights dequantised from 4 bits: perplexity on 16 windows of 1,024 tokens of WikiText-2's
+test text (the last column: of C4), calibrated on 32 windows of 512 tokens of WikiText-2's validation text. Lower is
+better. Mean ± sample standard deviation over three seeds, or over as many as stand in brackets. N:4: each row keeps an
+N of its own of every 4 weights. `wanda+admm` is `pruner=wanda update=admm`; `besa, scope=model` is `pruner=besa
+pruner.scope=model`, the search under the model's own loss."""
+"""Above README's table."""
 IN_README = {
     "dense": "-",
     "wanda": "stay",
@@ -144,14 +154,7 @@ def with_results(text: str, rows: Sequence[dict[str, Any]]) -> str:
     ]
     titles = ["method", *(title for title, *_ in COLUMNS), "C4, 50 %", "kept weights"]
     head, _, rest = text.partition(BEGIN)
-    note = (
-        "SmolLM2-135M: perplexity on 16 windows of 1,024 tokens of WikiText-2's test text (the last column: of C4), "
-        "calibrated on 32\nwindows of 512 tokens of WikiText-2. Mean ± standard deviation over three seeds, or over as "
-        "many as stand in brackets. N:4:\neach row keeps an N of its own of every 4 weights. "
-        "`wanda+admm` is `pruner=wanda update=admm`; `besa, scope=model` is `pruner=besa\npruner.scope=model`, "
-        "the search under the model's own loss."
-    )
-    return "\n".join([f"{head}{BEGIN}{note}", "", *markdown_table(titles, lines), ""]) + END + rest.partition(END)[2]
+    return "\n".join([f"{head}{BEGIN}{NOTE}", "", *markdown_table(titles, lines), ""]) + END + rest.partition(END)[2]
 
 
 def main() -> None:
@@ -165,6 +168,7 @@ def main() -> None:
     lines += cost_table(rows)
     (HERE / "tables.md").write_text("\n".join(lines), encoding="utf-8")
     README.write_text(with_results(README.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    FIGURE.write_text(figure(rows), encoding="utf-8")
     print("\n".join(lines))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import checked_shapes  # noqa: F401 - before the rooms that it checks
 import pytest
 import torch
 from resumed_runs import BLOCKS, killed

@@ -21,7 +21,7 @@ from typing import IO, Any
 import besa_exp
 
 BESA = str(Path(besa_exp.__file__).parent / "__main__.py")
-TIMEOUT = 600  # seconds
+TIMEOUT = 1800  # seconds, for a machine that is ten times as slow; what hangs alone takes as long
 # The parent's WANDB_SERVICE is its own: it would outlive killed runs and hold them.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
 
@@ -77,15 +77,18 @@ def run_ready(program: str, *arguments: str, output: str | None = None) -> subpr
 
 
 def serve() -> int:
-    """Forks for each request; answers with the process and then, when it ends, with its exit code."""
+    """Forks for each request, with the embedded text read; answers with the process and then, when it ends, with its
+    exit code."""
     from besa_exp.cli import jobs, preflight, prune  # noqa: F401
     from besa_exp.evaluation import zero_shot  # noqa: F401
     from besa_exp.machine.process import imports_are_done
     from besa_exp.methods.pruners import besa, uniform  # noqa: F401
     from besa_exp.runs import evaluate  # noqa: F401
     from besa_exp.runs import prune as pruning  # noqa: F401
+    from besa_exp.texts.embedded.continuations import continuation_items
 
     imports_are_done()
+    continuation_items()
     for line in sys.stdin:
         request = json.loads(line)
         if child := os.fork():

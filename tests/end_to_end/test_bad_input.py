@@ -40,16 +40,16 @@ def refused(given: list[str], capsys: pytest.CaptureFixture[str]) -> Refusal:
 
 BAD: dict[str, dict[str, list[str]]] = {  # what is asked at once, and what each argument is told in a line of its own
     "names": {
-        "pruner=wandaa": ["pruner=wandaa: no such preset; did you mean wanda?", "sparsegpt"],
-        "experiment=comparison": ["no such preset; did you mean compare?"],
-        "hydra/launcher=jobib": ["no such preset; did you mean joblib?"],
-        "sparcity=0.5": ["sparcity: no such key; did you mean sparsity?"],
+        "pruner=wandaa": ["pruner=wandaa: no such preset (did you mean wanda?)", "sparsegpt"],
+        "experiment=comparison": ["no such preset (did you mean compare?)"],
+        "hydra/launcher=jobib": ["no such preset (did you mean joblib?)"],
+        "sparcity=0.5": ["sparcity: no such key (did you mean sparsity?)"],
         "calibration.num_sample=4": ["did you mean calibration.num_samples?", "seq_len"],
-        "num_samples=4": ["num_samples: no such key; did you mean calibration.num_samples?"],
+        "num_samples=4": ["num_samples: no such key (did you mean calibration.num_samples?)"],
         "budget=null": ["budget=null: no such preset", "uniform"],
-        "budgt=owl": ["budgt: no such key; did you mean budget?", "experiment"],
+        "budgt=owl": ["budgt: no such key (did you mean budget?)", "experiment"],
         "hydra.run.dri=x": ["did you mean hydra.run.dir?"],
-        "wanda": ["arguments are written key=value; did you mean pruner=wanda?"],
+        "wanda": ["arguments are written key=value (did you mean pruner=wanda?)"],
         "seed=[1": ["seed=[1: [ in a value", "quote"],
     },
     "no values": {
@@ -62,7 +62,7 @@ BAD: dict[str, dict[str, list[str]]] = {  # what is asked at once, and what each
         "model.dtype=float8": ["model.dtype=float8: must be one of auto, float32, bfloat16, float16"],
         "calibration.num_samples=0": ["calibration.num_samples=0: must be at least 1"],
         "device=gpu": ["device=gpu: must be auto, cpu, cuda or cuda:N"],
-        "tracker.mode=onlin": ["tracker.mode=onlin: must be one of offline, online, disabled; did you mean online?"],
+        "tracker.mode=onlin": ["tracker.mode=onlin: must be one of offline, online, disabled (did you mean online?)"],
     },
     "values": {
         "sparsity=nan": ["sparsity=nan: must be a finite number"],
@@ -221,7 +221,7 @@ def test_two_jobs_of_a_sweep_for_one_folder_are_refused(refused: Refusal) -> Non
 def test_an_unknown_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prunne"]) == 2
     said = capsys.readouterr().err
-    assert "prunne: no such command; did you mean prune?" in said
+    assert "prunne: no such command (did you mean prune?)" in said
     assert "commands: prune, " in said
 
 
@@ -322,9 +322,11 @@ def test_the_same_command_finds_its_finished_run(given: list[str], capsys: pytes
     assert main(["prune", *given]) == 0
     (folder,) = Path("outputs").iterdir()
     written = (folder / "results.json").stat().st_mtime_ns
+    (folder / "blocks").mkdir()  # of a run that was killed when it had just finished
     capsys.readouterr()
     assert main(["prune", *given, "tracker=wandb"]) == 0
     assert capsys.readouterr().out.startswith("finished before: 50.00 % zeros")
+    assert not (folder / "blocks").exists()
     assert main(["prune", *given, f"hydra.run.dir={folder}", "sparsity=0.6"]) == 2
     assert "holds a finished run of another request (sparsity: 0.5 before, 0.6 now)" in capsys.readouterr().err
     assert (folder / "results.json").stat().st_mtime_ns == written
@@ -355,7 +357,7 @@ def test_a_finished_run_is_no_answer_where_its_calibration_tokens_have_changed(
 def test_the_program_exits_with_2_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     command = [sys.executable, "-m", "besa_exp", "prune", "sparsity=abc", "pruner=wandaa"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    answer = subprocess.run(command, capture_output=True, text=True)
     assert answer.returncode == 2
     assert answer.stdout == ""
     assert answer.stderr.splitlines()[0] == "besa prune: 2 problems, nothing was done"
@@ -379,7 +381,7 @@ for arguments in {commands!r}:
     main(arguments)
     print("LOADED", json.dumps(sorted(sys.modules)))
 """
-    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     lines = [line.partition(" ")[2] for line in answer.stdout.splitlines() if line.startswith("LOADED ")]
     return [set(json.loads(line)) for line in lines]
 

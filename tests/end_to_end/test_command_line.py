@@ -43,11 +43,13 @@ def test_flags_of_hydra_are_answered_by_hydra(flags: list[str], capsys: pytest.C
     assert "hydra" in capsys.readouterr().out
 
 
-def test_help_lists_every_group_and_key(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_group_and_key_after_what_prefetch_does(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        main(["prune", "--help"])
+        main(["prefetch", "--help"])
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
+    assert shown.startswith("besa prefetch [key=value ...]. Downloads what a run")
+    assert "besa prune [key=value ...]" in shown
     assert "pruner: besa, " in shown
     assert "num_samples:" in shown
     assert "--multirun" in shown

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from reloaded_here import reload_here
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -42,6 +43,7 @@ SMALLER = {"num_samples=16, seq_len=128": "num_samples=8, seq_len=64", "[:4096]"
 
 def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPLBACKEND", "agg")
+    reload_here(monkeypatch)
     cells = json.loads((EXAMPLES / "three_methods.ipynb").read_text(encoding="utf-8"))["cells"]
     names: dict[str, object] = {"__name__": "notebook"}
     seen: set[str] = set()

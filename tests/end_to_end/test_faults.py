@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ready_process import TIMEOUT
 from resumed_runs import assert_equal_runs, killed, metrics_of, results_of
 from wandb_file import history, one
 
@@ -23,27 +24,30 @@ import json, socket, sys
 from pathlib import Path
 from besa_exp.cli.main import main
 from besa_exp.hub import client
+from besa_exp.machine.process import run_as_process
 client.HUB_TIMEOUT = 1.0
 lost, scored = json.loads(sys.argv[1])
-with socket.socket() as silent:  # takes connections and never answers; closed, its port refuses them
-    silent.bind(("127.0.0.1", 0))
-    silent.listen()
-    import huggingface_hub.constants
-    huggingface_hub.constants.ENDPOINT = f"http://127.0.0.1:{silent.getsockname()[1]}"
-    first, asked = main(lost), 0
-    silent.setblocking(False)
-    try:
-        while silent.accept():
-            asked += 1
-    except BlockingIOError:
-        pass
-second = main(lost)
-third = main([*lost, "dry_run=true"])
-left = list(Path.cwd().iterdir())
-print("codes", first, second, third, "asked", asked)
-huggingface_hub.constants.ENDPOINT = "http://127.0.0.1:9"
-print("SCORED", file=sys.stderr, flush=True)
-sys.exit(f"left behind: {left}" if left else main(scored))
+def ask():
+    with socket.socket() as silent:  # takes connections and never answers; closed, its port refuses them
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        import huggingface_hub.constants
+        huggingface_hub.constants.ENDPOINT = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        first, asked = main(lost), 0
+        silent.setblocking(False)
+        try:
+            while silent.accept():
+                asked += 1
+        except BlockingIOError:
+            pass
+    second = main(lost)
+    third = main([*lost, "dry_run=true"])
+    left = list(Path.cwd().iterdir())
+    print("codes", first, second, third, "asked", asked)
+    huggingface_hub.constants.ENDPOINT = "http://127.0.0.1:9"
+    print("SCORED", file=sys.stderr, flush=True)
+    return f"left behind: {left}" if left else main(scored)
+run_as_process(ask)
 """
 
 
@@ -61,7 +65,7 @@ def test_a_hub_that_cannot_be_reached_is_not_asked_over_and_over_and_what_needs_
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": "http://127.0.0.1:9"}
     command = [sys.executable, "-c", NO_HUB, json.dumps([lost, scored])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
     assert done.returncode == 0, done.stderr
     _, *codes, _, asked = next(line for line in done.stdout.splitlines() if line.startswith("codes")).split()
     assert codes == ["2", "2", "2"]

@@ -10,12 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from ready_process import BESA, start_ready
+from ready_process import BESA, run_ready
 from resumed_runs import BLOCKS, assert_equal_runs, killed, metrics_of, results_of
 from safetensors.torch import load_file, save_file
 
@@ -34,12 +33,8 @@ def assert_equal_tensors(streamed: Path, whole: Path) -> None:
 
 def interrupted(arguments: list[str], folder: Path, number: int, finished: int = 2) -> subprocess.CompletedProcess[str]:
     """A run that is sent a signal once `finished` blocks are on the disk."""
-    run = start_ready(BESA, *arguments, f"hydra.run.dir={folder}")
-    while len(list(folder.glob("blocks/00000?.json"))) < finished:
-        assert not run.ended(), run.wait()
-        time.sleep(0.001)
-    os.kill(run.pid, number)
-    return run.wait()
+    last = f"/blocks/{finished - 1:06}.json"
+    return run_ready("signalled_run.py", str(int(number)), last, BESA, *arguments, f"hydra.run.dir={folder}")
 
 
 def test_a_run_killed_ten_times_ends_with_the_bytes_of_an_unbroken_one(request_arguments, unbroken, tmp_path):
@@ -63,7 +58,7 @@ def test_a_signal_ends_the_run_as_interrupted_and_the_same_command_goes_on(
     folder = tmp_path / "run"
     ended = interrupted(request_arguments, folder, number)
     assert ended.returncode == 143
-    assert "the same command goes on" in ended.stdout
+    assert "run the same command again to resume" in ended.stdout
     assert json.loads((folder / "status.json").read_text())["status"] == "interrupted"
     finished = len(list(folder.glob("blocks/00000?.json")))
     assert main([*request_arguments, f"hydra.run.dir={folder}"]) == 0
@@ -195,10 +190,8 @@ def test_blocks_that_are_pruned_together_are_finished_together_and_their_reports
 IN_A_SMALL_FILE_SYSTEM = """
 place=$0
 mount -t tmpfs -o size=80m tmpfs "$place" || exit 98
-"$PYTHON" -c "$FILL" "$place" & filler=$!
 "$@"
 code=$?
-kill $filler 2>/dev/null
 [ $code = 1 ] && cp -r "$place/run" "$OUT"
 exit $code
 """
@@ -206,27 +199,31 @@ TWICE = """
 import sys
 from pathlib import Path
 from besa_exp.cli.main import main
+from besa_exp.machine.process import run_as_process
+
 filler, *words = sys.argv[1:]
-code = main(words)
-if code == 1:
-    Path(filler).unlink()
-    code = 1 if main(words) == 0 else 97
-sys.exit(code)
-"""  # the code of the first
-FILL = """
-import sys, time
-from pathlib import Path
-place = Path(sys.argv[1])
-while not (place / "run/blocks/000000.json").exists():
-    time.sleep(0.0005)
-with (place / "filler").open("wb", buffering=0) as file:
-    for size in (1 << 20, 1 << 12):
-        try:
-            while file.write(bytes(size)):
-                pass
-        except OSError:
-            continue
-"""
+
+def fill(event, arguments):
+    if event != "os.rename" or not str(arguments[1]).endswith("/blocks/000000.json"):
+        return
+    with open(filler, "wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12):
+            try:
+                while file.write(bytes(size)):
+                    pass
+            except OSError:
+                continue
+
+def twice():
+    code = main(words)
+    if code == 1:
+        Path(filler).unlink()
+        code = 1 if main(words) == 0 else 97
+    return code
+
+sys.addaudithook(fill)
+run_as_process(twice)
+"""  # the disk is full when the first block is finished; the code of the first run
 
 
 def needs_mounts(place: Path) -> None:
@@ -243,10 +240,10 @@ def test_a_full_disk_ends_the_run_with_a_message_and_it_goes_on_when_there_is_ro
     needs_mounts(place)
     command = [sys.executable, "-c", TWICE, f"{place}/filler", *request_arguments, f"hydra.run.dir={place}/run"]
     arguments = ["unshare", "-rm", "sh", "-c", IN_A_SMALL_FILE_SYSTEM, str(place), *command]
-    environment = os.environ | {"OUT": str(out), "PYTHON": sys.executable, "FILL": FILL}
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    environment = os.environ | {"OUT": str(out)}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "make space and give the same command again" in done.stdout + done.stderr
+    assert "free disk space, then run the same command again" in done.stdout + done.stderr
     assert_equal_runs(out, unbroken)
 
 
@@ -255,9 +252,7 @@ def test_a_file_system_that_is_read_only_is_refused(request_arguments, tmp_path)
     needs_mounts(place)
     command = [sys.executable, "-m", "besa_exp", *request_arguments, f"hydra.run.dir={place}/run"]
     script = 'mount -t tmpfs -o ro tmpfs "$0" && exec "$@"'
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script, str(place), *command], capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script, str(place), *command], capture_output=True, text=True)
     assert done.returncode == 2, done.stdout + done.stderr
     assert f"{place} cannot be written to; name another folder with hydra.run.dir=" in done.stderr
 

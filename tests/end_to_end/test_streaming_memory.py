@@ -10,7 +10,7 @@ from ready_process import run_ready
 from safetensors.torch import save_file
 from tiny_llama import tiny_llama
 
-BLOCKS, HIDDEN, FFN, SAMPLES, SEQ_LEN = 24, 512, 1408, 4, 32
+BLOCKS, HIDDEN, FFN, SAMPLES, SEQ_LEN = 24, 512, 1408, 2, 32
 BLOCK_BYTES = 4 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * FFN)
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from ready_process import BESA, start_ready
+from ready_process import BESA, TIMEOUT, start_ready
 from wandb_file import one
 
 from besa_exp.cli.main import main
@@ -24,6 +24,7 @@ LAUNCHERS = {  # beside Hydra's own, whose next job begins when one was killed a
     "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
     "submitit_local": ["hydra/launcher=submitit_local"],
 }
+LONG_AND_SHORT = "100000,1"  # epochs of two jobs, of which the first takes hours
 
 
 @pytest.fixture(params=list(LAUNCHERS))
@@ -55,7 +56,7 @@ def test_a_job_that_is_killed_is_told_with_a_remedy_and_the_others_are_done_with
     states = {status(folder)["status"]: folder for folder in folders("besa")}
     assert set(states) == {"failed", "done"}
     killed, done = states["failed"], states["done"]
-    for told in ("SIGKILL", "out of memory", "n_jobs=1", "the same command goes on"):
+    for told in ("SIGKILL", "out of memory", "n_jobs=1", "run the same command again to resume"):
         assert told in status(killed)["error"]
     assert any("failed" in line and "SIGKILL" in line and killed.name in line for line in said.splitlines())
     assert any(re.search(r"2 +done", line) and done.name in line for line in said.splitlines())
@@ -81,26 +82,16 @@ def test_a_sweep_that_is_terminated_leaves_its_job_interrupted_and_begins_no_oth
     ended = sweep.wait()
     assert ended.returncode == 143, ended.stdout
     assert "Traceback" not in ended.stdout
-    assert "the same command goes on" in ended.stdout
+    assert "run the same command again to resume" in ended.stdout
     assert [status(folder)["status"] for folder in folders("besa") if (folder / "status.json").is_file()] == [
         "interrupted"
     ]
 
 
-@pytest.mark.slow
-def test_a_job_that_is_terminated_stays_interrupted_and_the_others_are_done(
-    given: list[str], capfd: pytest.CaptureFixture[str]
-) -> None:
-    with signal_to_the_long_job(signal.SIGTERM):
-        assert main(of_a_long_and_a_short_job(given)) == 1
-    assert "the job was interrupted" in capfd.readouterr().out
-    assert {status(folder)["status"] for folder in folders("besa")} == {"interrupted", "done"}
-
-
 def of_a_long_and_a_short_job(given: list[str], *more: str) -> list[str]:
-    """The words of a sweep whose first job takes hours."""
+    """The words of a sweep of such jobs."""
     given = [argument for argument in given if not argument.startswith("pruner=")]
-    return ["prune", "-m", *given, "pruner=besa", "pruner.epochs=100000,1", *more]
+    return ["prune", "-m", *given, "pruner=besa", f"pruner.epochs={LONG_AND_SHORT}", *more]
 
 
 @contextmanager
@@ -122,7 +113,7 @@ def signal_to_the_long_job(number: int) -> Iterator[None]:
 
 def _process_of_the_long_job() -> int:
     """Once it optimises its first block."""
-    limit = time.monotonic() + 300
+    limit = time.monotonic() + TIMEOUT
     while time.monotonic() < limit:
         for folder in folders("besa"):
             metrics = folder / "metrics.jsonl"
@@ -143,9 +134,17 @@ def study(given: list[str], **swept: str) -> list[str]:
     return [*kept, "--config-dir", "presets", "experiment=own"]
 
 
-def test_a_sweep_told_so_keeps_models_whose_cards_show_a_command_that_runs_this_job_alone(given: list[str]) -> None:
-    assert main(["prune", *study(given, pruner="wanda", seed="3"), "save.model=true"]) == 0
-    (job,) = folders("wanda")
+@pytest.mark.slow
+def test_a_job_that_is_terminated_stays_interrupted_and_the_other_keeps_a_model_whose_card_shows_how_to_run_it_alone(
+    given: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In a study of one's own that is told to keep models."""
+    asked = study(given, pruner="besa", seed="3", **{"pruner.epochs": LONG_AND_SHORT})
+    with signal_to_the_long_job(signal.SIGTERM):
+        assert main(["prune", *asked, "save.model=true"]) == 1
+    assert "the job was interrupted" in capfd.readouterr().out
+    interrupted, job = sorted(folders("besa"), key=lambda folder: status(folder)["status"], reverse=True)
+    assert (status(interrupted)["status"], status(job)["status"]) == ("interrupted", "done")
     assert (job / "model" / "model.safetensors").is_file()
     command = shlex.split(json.loads((job / "results.json").read_text())["command"])
     (block,) = re.findall(r"^```\n(besa prune .*?)^```", (job / "model/README.md").read_text(), re.M | re.S)

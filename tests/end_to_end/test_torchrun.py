@@ -11,13 +11,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from compared_runs import assert_same_but_for_rounding, assert_weights_of_least_score_went, results
-from ready_process import run_ready, start_ready
+from ready_process import TIMEOUT, run_ready
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -39,7 +38,7 @@ def on_two(*arguments: str) -> subprocess.CompletedProcess[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=TIMEOUT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
@@ -150,12 +149,8 @@ def test_what_one_process_began_two_finish(unfinished, unbroken, request_argumen
 
 def test_what_two_processes_began_one_finishes(unbroken, request_arguments, tmp_path, capsys):
     folder = tmp_path / "run"
-    two = start_ready("two_ranks.py", *request_arguments, f"hydra.run.dir={folder}")
-    while len(list(folder.glob("blocks/??????.json"))) < 2:
-        assert not two.ended(), "it ended before it was killed"
-        time.sleep(0.001)
-    os.kill(two.pid, signal.SIGTERM)
-    two.wait()
+    at_the_second = [str(int(signal.SIGTERM)), "/blocks/000001.json"]
+    run_ready("signalled_run.py", *at_the_second, "two_ranks.py", *request_arguments, f"hydra.run.dir={folder}")
     assert main([*request_arguments, f"hydra.run.dir={folder}"]) == 0
     assert "blocks are already pruned" in capsys.readouterr().out
     assert_same_but_for_rounding(unbroken, folder)
@@ -175,7 +170,7 @@ def test_a_failing_rank_ends_all_with_its_error(short, tokens, tmp_path):
     ids[31, 3] = unused  # of the last sample that the second rank owns, on which it checks the blocks
     save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
     given = ["pruner=wanda", "evaluator=none", f"model.path={broken}", f"hydra.run.dir={folder}"]
-    done = on_two(*KEYS, *given, f"calibration.path={tmp_path / 'ids.safetensors'}")
+    done = run_ready("two_ranks.py", *KEYS, *given, f"calibration.path={tmp_path / 'ids.safetensors'}")
     assert done.returncode != 0
     assert "rank 1 failed: model.layers.0" in done.stdout
     status = json.loads((folder / "status.json").read_text())

@@ -24,8 +24,12 @@ def run(arguments: list[str], folder: Path) -> Path:
 
 
 def lines_of(folder: Path, kind: str) -> list[dict]:
+    return [{**line, "time": ""} for line in timed_lines_of(folder, kind)]
+
+
+def timed_lines_of(folder: Path, kind: str) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{**line, "time": ""} for line in lines if line["kind"] == kind]
+    return [line for line in lines if line["kind"] == kind]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -69,8 +73,10 @@ def test_a_run_killed_while_it_writes_what_the_search_found_ends_with_the_bytes_
     refined, request_arguments, tmp_path
 ):
     folder = tmp_path / "run"
-    killed([*request_arguments, *MODEL], folder, [{"refined": 1}])
+    killed([*request_arguments, *MODEL], folder, [{"refined": 1}, {"refined": BLOCKS}])
+    searched = timed_lines_of(folder, "model_step")
     assert_equal_runs(run([*request_arguments, *MODEL], folder), refined)
+    assert timed_lines_of(folder, "model_step") == searched  # whose blocks had all been written
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])

@@ -21,7 +21,8 @@ from tiny_llama import tiny_llama
 
 import besa_exp
 import besa_exp.cli.configuration  # registers the resolvers of conf/
-from besa_exp.presets import CONF_DIR, groups
+from besa_exp.cli.show import keys_of
+from besa_exp.presets import CONF_DIR, groups, presets
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,12 +35,17 @@ def fenced(page: Path, language: str) -> list[str]:
 
 
 def commands() -> Iterator[str]:
-    """Each `besa ...` line of a code block, and each that stands in a line of text."""
+    """Each `besa ...` line of a code block, and each that stands in a line of text; under torchrun too."""
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        lines = [line for block in fenced(page, "") for line in block.splitlines()]
-        lines += re.findall(r"`(besa [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+        lines = [line for block in fenced(page, "") for line in block.splitlines()] + spans(page)
+        lines = [re.sub(r"^(torchrun .* -m besa_exp|\.venv/bin/besa) ", "besa ", line) for line in lines]
         yield from (line for line in lines if line.startswith("besa "))
+
+
+def spans(page: Path) -> list[str]:
+    """What stands in backticks within a page's text."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", text)]
 
 
 def anchors(page: Path) -> set[str]:
@@ -48,13 +54,36 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_table_of_results_holds_the_records_of_the_study(monkeypatch) -> None:
-    study = ROOT / "experiments" / "real_model"
-    monkeypatch.syspath_prepend(str(study))
+@pytest.fixture
+def study(monkeypatch) -> tuple[Any, list[dict[str, Any]]]:
+    """`collect.py` of the real model's study, and its records."""
+    folder = ROOT / "experiments" / "real_model"
+    monkeypatch.syspath_prepend(str(folder))
     collect = importlib.import_module("collect")
-    sys.modules.pop("collect")
+    for name in ("collect", "results_figure"):
+        sys.modules.pop(name)
+    return collect, json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def test_the_table_of_results_holds_the_records_of_the_study(study) -> None:
+    collect, records = study
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert collect.with_results(text, json.loads((study / "results.json").read_text(encoding="utf-8"))) == text
+    assert collect.with_results(text, records) == text
+
+
+def test_the_figure_of_results_holds_the_records_of_the_study(study) -> None:
+    collect, records = study
+    drawn = collect.FIGURE.read_text(encoding="utf-8")
+    assert collect.figure(records) == drawn, "run python experiments/real_model/collect.py"
+    curves = re.findall(r'<path d="M([\d.]+ [-\dL. ]+)" fill="none"', drawn)
+    besa = [point.split() for point in curves[3].split("L")]  # the fourth line: wanda, sparsegpt, besa_paper, besa
+    assert len(curves) == 6
+    at = [48 + (float(x) - 64) / (620 - 64) * 34 for x, _ in besa]  # %: from 48 to 82 across the plot
+    read = [20 * 40 ** ((344 - float(y)) / (344 - 46)) for _, y in besa]  # from 20 to 800, a logarithm
+    row = next(line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if "| `besa` | 3" in line)
+    written = [float(cell.split()[0]) for cell in row.split("|")[2:6]]
+    assert at == pytest.approx([50, 60, 70, 80], abs=0.05)
+    assert read == pytest.approx(written, rel=0.01)
 
 
 def test_every_link_leads_somewhere() -> None:
@@ -93,6 +122,62 @@ def test_a_command_of_the_documents_composes(command: str) -> None:
             compose(COMPOSED[name], lines, return_hydra_config=True)
 
 
+def keys() -> set[str]:
+    """Every key of every command and preset, dotted, and every group of keys."""
+    at_the_top = {
+        key.name for command in ("prune", "evaluate", "tune") for key in keys_of(CONF_DIR / f"{command}.yaml")
+    }
+    whole_runs = ("experiment", "testbed", "debug")  # their keys are those of a run
+    found = at_the_top | {
+        key.name if group in whole_runs else f"{group}.{key.name}"
+        for group in groups()
+        for preset in presets(group)
+        for key in keys_of(CONF_DIR / group / f"{preset}.yaml")
+    }
+    return found | {key.rpartition(".")[0] for key in found}
+
+
+def test_every_key_and_preset_that_the_documents_name_is_there() -> None:
+    known, unknown = keys(), []
+    for page in PAGES:
+        words = [word for text in [*spans(page), *fenced(page, "")] for word in re.split(r"[\s,'\"()]+", text)]
+        for word in words:
+            name, given, value = word.partition("=")
+            group = name.partition(".")[0]
+            if group not in (*groups(), "save") or not re.fullmatch(r"\w+(\.[a-z]\w*)*", name):
+                continue
+            dotted = "." in name and not name.endswith((".py", ".yaml", ".json", ".layers"))
+            chosen = given and "." not in name and re.fullmatch(r"[a-z]\w+", value)
+            if (dotted and name not in known) or (chosen and value not in (*presets(group), "random", "none", "null")):
+                unknown.append(f"{page.relative_to(ROOT)}: {word}")
+    assert unknown == []
+
+
+def test_every_method_stands_in_the_readme_or_among_those_that_round() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rounding = (ROOT / "docs/quantisation.md").read_text(encoding="utf-8")
+    methods = {name for group in ("structure", "budget", "update", "recovery", "skipping") for name in presets(group)}
+    assert [name for name in sorted(methods - {"uniform"}) if f"`{name}`" not in text] == []
+    pruners = set(presets("pruner")) - {"dense"}
+    assert [name for name in sorted(pruners) if f"`{name}`" not in text and f"`{name}`" not in rounding] == []
+
+
+def test_every_file_and_target_of_make_that_the_documents_name_is_there() -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    places = [ROOT, ROOT / "besa_exp", ROOT / "besa_exp/methods", ROOT / "tests", ROOT / "tests/end_to_end"]
+    missing = []
+    for page in PAGES:
+        for span in spans(page):
+            made = re.match(r"make ([\w-]+)", span)
+            file = re.fullmatch(r"[\w.]+/[\w./]+\.py", span)
+            written_by_the_reader = span.endswith("random.py") or span == "large_models/templates.py"
+            if made and made[1] not in targets:
+                missing.append(f"{page.relative_to(ROOT)}: {span}")
+            if file and not written_by_the_reader and not any((place / span).is_file() for place in places):
+                missing.append(f"{page.relative_to(ROOT)}: {span}")
+    assert missing == []
+
+
 def test_the_python_of_the_documents_is_python() -> None:
     blocks = [block for page in PAGES for block in fenced(page, "python")]
     assert len(blocks) > 5
@@ -116,9 +201,8 @@ def test_every_key_and_group_has_a_line() -> None:
 
 def test_every_room_has_a_line() -> None:
     rooms = {path.name for path in (ROOT / "besa_exp").iterdir() if path.is_dir()} - {"__pycache__", "conf"}
-    for page in ("README.md", "CONTRIBUTING.md"):
-        text = (ROOT / page).read_text(encoding="utf-8")
-        assert [room for room in sorted(rooms) if f"{room}/`" not in text] == []
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert [room for room in sorted(rooms) if f"{room}/`" not in text] == []
 
 
 def test_the_pruner_that_the_documents_work_out_prunes() -> None:

@@ -36,7 +36,8 @@ class Progress:
             atomic.write_text(self.file, json.dumps(found) + "\n")
         except OSError as error:
             raise RunError(
-                f"the search could not be written to {self.file} ({error}); make space and give the same command again"
+                f"the search could not be written to {self.file} ({error}); free disk space, then run the same command "
+                "again"
             ) from error
 
     def _read(self) -> dict[str, Any]:
@@ -45,5 +46,5 @@ class Progress:
         try:
             return json.loads(self.file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            logger.warning("the search begins again: %s does not hold what was written (%s)", self.file, error)
+            logger.warning("the search starts again: %s is damaged (%s)", self.file, error)
             return {}

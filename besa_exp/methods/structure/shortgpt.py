@@ -120,8 +120,8 @@ class ShortGPT:
         check_fields(self, "structure", within(least=0), "protect_first", "protect_last")
 
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
-        ends = {"protect_first": self.protect_first, "protect_last": self.protect_last}
-        return amount_problems(self.blocks, self.ratio, costs, ends)
+        protected = {"protect_first": self.protect_first, "protect_last": self.protect_last}
+        return amount_problems(self.blocks, self.ratio, costs, protected)
 
     def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:
         """From one pass of the dense model. What was measured of each block, or run of blocks, is kept."""
@@ -176,11 +176,12 @@ def amount(blocks: int | None, ratio: float | None, costs: Costs) -> int:
     return min(range(len(costs.blocks) + 1), key=lambda count: abs(count * each - wanted))
 
 
-def amount_problems(blocks: int | None, ratio: float | None, costs: Costs, ends: Mapping[str, int]) -> list[str]:
-    """Why so many blocks cannot go, in complete sentences. `ends`: how many stay at each end, by key."""
+def amount_problems(blocks: int | None, ratio: float | None, costs: Costs, protected: Mapping[str, int]) -> list[str]:
+    """Why so many blocks cannot go, in complete sentences. `protected`: how many stay at each end, by the key that says
+    so."""
     number, count = len(costs.blocks), amount(blocks, ratio, costs)
     asked = f"structure.blocks={blocks}" if blocks is not None else f"structure.ratio={ratio}"
-    free = number - sum(ends.values())
+    free = number - sum(protected.values())
     if count == 0 and ratio is not None:
         share = costs.blocks[0] / costs.total
         return [
@@ -189,6 +190,8 @@ def amount_problems(blocks: int | None, ratio: float | None, costs: Costs, ends:
     if count >= number:
         return [f"{asked}: would remove all {number} blocks; at least one must stay"]
     if count > max(free, 0):
-        keys = ", ".join(f"structure.{key}={stay}" for key, stay in ends.items())
-        return [f"{asked}: would remove {count} blocks, and {max(free, 0)} of the {number} are not protected ({keys})"]
+        return [
+            f"{asked}: would remove {count} blocks, and {max(free, 0)} of the {number} are not protected "
+            f"({', '.join(f'structure.{key}={value}' for key, value in protected.items())})"
+        ]
     return []

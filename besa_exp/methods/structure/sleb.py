@@ -124,8 +124,8 @@ class Sleb:
         check_fields(self, "structure", one_of(*LOSSES), "loss")
 
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
-        ends = {"early_barrier": self.early_barrier, "latter_barrier": self.latter_barrier}
-        return amount_problems(self.blocks, self.ratio, costs, ends)
+        protected = {"early_barrier": self.early_barrier, "latter_barrier": self.latter_barrier}
+        return amount_problems(self.blocks, self.ratio, costs, protected)
 
     def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:
         """Each removal is kept before the next is looked for."""

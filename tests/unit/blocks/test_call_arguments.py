@@ -156,5 +156,5 @@ def test_a_head_that_looks_at_the_tokens_is_refused_where_it_is_given_others(odd
         hidden = embed(model, blocks, INPUT_IDS, 5)
         torch.testing.assert_close(head_of(model, blocks, INPUT_IDS)(hidden), hidden @ model.embed.weight.T)
         return
-    with pytest.raises(NotAlone, match="makes its logits of the tokens as well"):
+    with pytest.raises(NotAlone, match="computes its logits from the tokens as well"):
         head_of(model, blocks, INPUT_IDS)

@@ -292,8 +292,12 @@ def test_the_listing_has_every_preset_with_its_line() -> None:
 
 
 def test_an_unknown_group_is_answered_with_the_nearest() -> None:
-    with pytest.raises(ConfigurationError, match="prunners: no such group; did you mean pruners"):
+    with pytest.raises(ConfigurationError, match=r"prunners: no such group \(did you mean pruners\?\); groups"):
         listing(["prunners"])
+    with pytest.raises(
+        ConfigurationError, match=r"^wanda: no such group; it is a preset: besa show pruner=wanda; groups"
+    ):
+        listing(["wanda"])
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_a_folder_that_is_not_there_is_told_before_the_hub_is_asked(capsys: pyte
     [
         (["skipping=ffn", "evaluator=paper"], "evaluator=paper: besa generate takes skipping=NAME"),
         (["skipping.fraction=0.5"], "besa generate takes skipping=NAME"),
-        (["skipping=ffn", "--chat"], "--chat goes without keys"),
+        (["skipping=ffn", "--chat"], "--chat takes no keys"),
         (["--chat"], "--chat: the tokenizer of embedded has no chat template"),
         (["skipping=ffn", "skipping.span=0"], r"skipping\.span=0: must be at least 1"),
     ],

@@ -74,3 +74,18 @@ def test_a_preset_that_has_the_name_of_one_of_ours_is_not_passed_over(
     assert "presets/pruner/wanda.yaml: is not read, as the package has a preset" in capsys.readouterr().err
     assert main(["prune", "--config-dir", "presets", "pruner=wanda", "--cfg", "job"]) == 2
     assert main(["prune", "--config-dir", "presets", "pruner=magnitude", "--cfg", "job"]) == 0
+
+
+def test_a_configuration_that_is_not_there_is_refused_with_the_remedy(
+    presets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prune", "--config-dir", "presets", "--config-name", "mine"]) == 2
+    assert "--config-name=mine: there is no such file; leave it out" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_class_on_the_command_line_is_refused_as_runs_are_told_apart_by_presets(
+    presets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prune", "pruner=wanda", "pruner._target_=a_method_of_mine.Mine"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 problem, nothing was done - pruner._target_=a_method_of_mine.Mine: a preset names its class;" in said

@@ -89,7 +89,7 @@ def test_every_preset_can_be_shown(group: str) -> None:
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("pruner=besaa", "no such preset; did you mean besa?"),
+        ("pruner=besaa", "no such preset (did you mean besa?)"),
         ("prunner=besa", "did you mean pruner?"),
         ("spasity", "did you mean sparsity?"),
     ],
@@ -127,7 +127,7 @@ def test_status_tells_what_failed_how_far_it_got_and_how_to_go_on(
     (failed,) = [line for line in shown.splitlines() if line.startswith("failed")]
     assert "1 of 2" in failed  # a finished run of the same model has two
     assert "block 1, mlp.down_proj" in failed
-    assert "2 left. The same command goes on with what is missing" in shown
+    assert "2 left. Run the same commands again to finish them" in shown
     assert "  besa prune x=1" in shown
     assert "done  " not in shown
 

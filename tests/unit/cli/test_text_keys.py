@@ -100,11 +100,15 @@ CASES = {
     "that stands in quotes: 'model.path=\"a,b\"'",
     ("evaluator.perplexity_sets=a,b",): "a list stands in brackets: 'evaluator.perplexity_sets=[a,b]'",
     ("seed=1,2",): "seed=1,2: several values; add -m to run them all",
-    ("-m", "seed=1,1"): "seed=1 stands twice in the sweep; name each value once",
-    ("-m", "seed=1,1,2", "sparsity=0.6"): "seed=1 stands twice in the sweep",
+    ("-m", "seed=1,1"): "seed=1 is named twice in the sweep; name each value once",
+    ("-m", "seed=1,1,2", "sparsity=0.6"): "seed=1 is named twice in the sweep",
     ("--sparsity=0.5",): "--sparsity=0.5: no such flag; a key is written without dashes: sparsity=0.5",
     ("--sparsity", "0.5"): "a key is written without dashes: sparsity=VALUE",
     ("model=local", "model.path="): "model.path=: is empty",
+    ("calibration.path=",): "calibration.path=: is empty; give a text, or leave the key out",  # $FILE that is not set
+    ("calibration.num_samples=1e30",): "calibration.num_samples=1e+30: must be at most 2^63 - 1",
+    ("model.revision=v2",): "model.revision=v2: model.path=embedded is local; only a model of the hub has revisions",
+    ("tracker.name=wandbb",): "tracker.name=wandbb: must be wandb or none (did you mean wandb?)",
 }
 
 

@@ -42,6 +42,7 @@ def test_the_card_names_method_target_measured_sparsity_and_command() -> None:
     chat = RESULTS["calibration"] | {"provenance": {"chat_template": True}}
     assert "2048 tokens of conversations\n" in model_card(RESULTS | {"calibration": chat}, COMMAND)
     assert "besa prune sparsity=0.6 '+hf_token=***' 'model.path=my models/tiny'" in card
+    assert "## Command" not in model_card(RESULTS, [])  # of a notebook
 
 
 def test_a_model_that_was_not_scored_dense_has_no_column_for_it() -> None:

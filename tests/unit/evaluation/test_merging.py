@@ -125,7 +125,7 @@ def test_a_score_that_cannot_be_had_anew_stays() -> None:
     union, told = merged(RESULTS, scores_of({"wikitext2": None}, unavailable={"wikitext2": "no network"}))
     assert union["perplexity"]["wikitext2"] == 6.0
     assert "wikitext2" not in union["unavailable"]
-    assert "its earlier score stays" in told[0]
+    assert "its earlier score is kept" in told[0]
 
 
 def test_scores_join_results_that_hold_none() -> None:
@@ -141,6 +141,6 @@ def test_text_samples_come_by_themselves_beside_new_scores_alone_and_each_once()
     assert remaining(ASKED, 0, 4096, spoken).settings.prompts == PROMPTS[1:]
     known = replace(ASKED, perplexity_sets=("wikitext2",))
     left = remaining(replace(known, tasks=()), 0, 4096, RESULTS)
-    assert (left.settings.prompts, left.known) == (None, ("perplexity on wikitext2 is known: 6.0000",))
+    assert (left.settings.prompts, left.known) == (None, ("perplexity on wikitext2: already scored, 6.0000",))
     asked = remaining(replace(known, tasks=(), prompts=(PROMPTS[0],)), 0, 4096, spoken)
     assert (asked.settings.prompts, asked.known[-1]) == ((), "text samples are known")

@@ -155,13 +155,13 @@ def test_models_that_cannot_skip_are_refused_before_they_are_pruned() -> None:
 @pytest.mark.parametrize(
     ("changes", "load", "reason"),
     [
-        ({"name": "ffn"}, "auto", "says not how much; give skipping.threshold or skipping.fraction"),
-        ({"name": "random"}, "auto", "give skipping.fraction"),
+        ({"name": "ffn"}, "auto", "does not say how much to skip; set skipping.threshold or skipping.fraction"),
+        ({"name": "random"}, "auto", "set skipping.fraction"),
         ({"name": "random", "fraction": 1.5}, "auto", r"skipping.fraction=1.5: must be in \[0, 1\]"),
-        ({"name": "ffn", "threshold": 3.0}, "auto", "2 never skips"),
+        ({"name": "ffn", "threshold": 3.0}, "auto", "or 2, which never skips"),
         ({"name": "ffn", "fraction": 0.1, "span": 0}, "auto", "skipping.span=0: must be at least 1"),
         ({"name": "shortgpt_gen", "fraction": 0.1}, "auto", "skipping.prompt_tokens=0: must be at least 1"),
-        ({"name": "static", "blocks": (-1,)}, "auto", "-1 is no block"),
+        ({"name": "static", "blocks": (-1,)}, "auto", "-1 is not a block"),
         ({"name": "ffn", "fraction": 0.1}, "streamed", "set model.load=whole"),
     ],
 )

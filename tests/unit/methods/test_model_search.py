@@ -72,7 +72,8 @@ def test_a_search_says_how_many_samples_pass_the_blocks(search):
     """A sample that is learned from passes a block twice: forward, and once more on the way back."""
     model, seen = dense_model(), []
     whole, found = whole_of(model), [Found(lambda masks=masks: masks) for masks in uniform(model)]
-    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    down = model.get_submodule("model.layers.1.mlp.down_proj")
+    down.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
     search.refine(whole, found, lambda step: None)
     said = search.passes(len(INPUT_IDS))
     assert sum(seen) == said.plain + said.judged + 2 * said.learned

@@ -104,7 +104,7 @@ def test_errors_fall_zeros_stay_and_nothing_outside_the_blocks_moves(dtype):
 
 def test_a_dense_model_of_other_blocks_is_refused():
     model, _, _ = models()
-    with pytest.raises(ValueError, match="as many blocks"):
+    with pytest.raises(ValueError, match="another number of blocks"):
         Reconstruction.of(model, tiny_llama(context=32), "block", 2, TEXT.shape[1])
 
 

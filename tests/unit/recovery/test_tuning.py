@@ -220,7 +220,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, caplog):
     content[-3] ^= 1
     weights.write_bytes(content)
     model, _ = tuned(method, folder=tmp_path, held_out=LEARNED)
-    assert "does not hold what was written" in caplog.text
+    assert "is damaged" in caplog.text
     assert_same_bits(model, whole)
 
 
@@ -250,7 +250,9 @@ def test_a_full_disk_is_told_and_the_state_before_is_kept(tmp_path, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr("besa_exp.recovery.saved_states.save_file", no_room)
-        with pytest.raises(RunError, match=r"No space left on device.*make space and give the same command again"):
+        with pytest.raises(
+            RunError, match=r"No space left on device.*free disk space, then run the same command again"
+        ):
             tuned(method, folder=tmp_path, held_out=LEARNED)
     model, _ = tuned(method, folder=tmp_path, held_out=LEARNED)
     assert_same_bits(model, tuned(method, held_out=LEARNED)[0])

@@ -28,7 +28,7 @@ def figures(place: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=[1, 3])
 def drawn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The figures of every preset, at one target and at three; one method is far off, one has a long name."""
+    """The figures of every preset, laid out, at one target and at three; one method is far off, one has a long name."""
     folder = tmp_path_factory.mktemp("runs")
     for number, pruner in enumerate([*presets("pruner"), "owl+wanda+a_method_with_a_rather_long_name"]):
         for target in (0.5, 0.6, 0.7)[: request.param]:
@@ -41,12 +41,14 @@ def drawn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             finished_run(
                 folder / f"{pruner}-{target}", changes | {"blocks": [block(0, target - 0.1), block(1, target)]}
             )
-    return figures(folder)
+    found = figures(folder)
+    for figure in found.values():
+        figure.draw_without_rendering()
+    return found
 
 
 def test_no_legend_lies_over_a_panel_and_every_point_within_its_own(drawn: dict[str, Any]) -> None:
     for name, figure in drawn.items():
-        figure.draw_without_rendering()
         boxes = [axes.get_window_extent() for axes in figure.axes]
         for legend in [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]:
             own = legend.get_window_extent()
@@ -69,7 +71,6 @@ def test_every_method_that_has_a_score_is_named_in_the_figure(drawn: dict[str, A
 
 def test_nothing_is_cut_off_at_the_edge(drawn: dict[str, Any]) -> None:
     for name, figure in drawn.items():
-        figure.draw_without_rendering()
         tight = figure.get_tightbbox()
         width, height = figure.get_size_inches()
         assert tight.x0 >= -0.02, name

@@ -64,6 +64,15 @@ def test_places_without_runs_are_all_told(tmp_path: Path) -> None:
     assert len(refusal.value.problems) == 2
 
 
+def test_scores_of_a_folder_that_no_run_made_are_read_too(tmp_path: Path) -> None:
+    linears = {"mlp.up_proj": {"weights": 8, "pruned": 2, "sparsity": 0.25}}
+    scored = {"model": "models/tiny", "measured_sparsity": 0.25, "blocks": [{"index": 0, "linears": linears}]}
+    (tmp_path / "results.json").write_text(json.dumps({**scored, "perplexity": {"wikitext2": 9.0}, "zero_shot": {}}))
+    run = read_run(tmp_path)
+    assert (run.status, run.error, run.method.label, run.weights) == ("done", None, "checkpoint", 8)
+    assert [score.value for score in run.scores] == [9.0]
+
+
 def test_a_cut_off_file_makes_one_run_unreadable_and_hides_no_other(tmp_path: Path) -> None:
     broken = finished_run(tmp_path / "broken")
     (broken / "results.json").write_text('{"pruner": "wanda", "blo')

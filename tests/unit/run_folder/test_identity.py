@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from besa_exp.run_folder.identity import check_finished
+from besa_exp.errors import ConfigurationError
+from besa_exp.run_folder.identity import as_plain, check_finished, check_identity, request_identity
 
 ASKED = {
     "method": "wanda",
@@ -65,3 +67,10 @@ def test_a_sparsity_that_the_pattern_fixes_says_nothing(finished: Path) -> None:
 def test_a_run_that_does_not_say_what_it_was_asked_is_taken_as_it_is(finished: Path) -> None:
     (finished / "config.yaml").write_text("[")
     assert check_finished(finished, ASKED) == []
+
+
+def test_an_unfinished_tuning_is_not_gone_on_with_under_another_teacher(tmp_path: Path) -> None:
+    asked = {"recovery": {"name": "blocks"}, "teacher": "one"}
+    (tmp_path / "identity.json").write_text(json.dumps(as_plain(request_identity(asked))))
+    with pytest.raises(ConfigurationError, match=r"another request \(teacher: 'one' before, 'two' now\)"):
+        check_identity(tmp_path, request_identity({**asked, "teacher": "two"}))

@@ -95,7 +95,7 @@ def test_an_interrupted_run_says_so(tmp_path: Path) -> None:
         fail_run(tmp_path, KeyboardInterrupt())
     status = read_status(tmp_path)
     assert status is not None
-    assert (status["status"], status["error"]) == ("interrupted", "KeyboardInterrupt: ")
+    assert (status["status"], status["error"]) == ("interrupted", "KeyboardInterrupt")
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_folder_with_files_that_no_run_wrote_is_refused_untouched(tmp_path: Pa
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_text("precious")
     (tmp_path / "status.json").write_text('{"status": "mine"}')
-    match = "holds model, status.json, which a run would replace"
+    match = "is not a run folder, and a run would replace its model, status.json"
     with pytest.raises(ConfigurationError, match=match), RunFolder.open(tmp_path, overwrite=True):
         pass
     assert (tmp_path / "model" / "weights").read_text() == "precious"
@@ -213,6 +213,29 @@ def test_lines_say_when_they_were_written_also_when_a_later_attempt_goes_on(tmp_
         folder.metrics.write_text(re.sub(r'"time": "[^"]+"', '"time": "long ago"', folder.metrics.read_text()))
         folder.rewind([report])
         assert [json.loads(line)["time"] for line in folder.metrics.read_text().splitlines()] == ["long ago"] * 2
+
+
+def test_what_a_later_attempt_says_again_of_the_dense_model_stands_once(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path) as folder:
+        for _ in range(2):
+            folder.log_scores("dense", Scores())
+        folder.rewind([REPORT])
+        assert [line["kind"] for line in metrics(tmp_path)] == ["scores", "block"]
+        folder.rewind([REPORT], scored=False)
+        assert [line["kind"] for line in metrics(tmp_path)] == ["block"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_no_identity_names_the_request_of_is_not_gone_on_with(named: bool, tmp_path: Path) -> None:
+    with pytest.raises(RunError):
+        fail_run(tmp_path, RunError("full"))
+    kept = ("recovery/tokens.safetensors", "structure.json", "scores.json")
+    for name in (*kept, *(["blocks/identity.json"] if named else [])):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with RunFolder.open(tmp_path, resume={"seed": 1}):
+        there = [name for name in kept if (tmp_path / name).is_file()]
+    assert there == ([*kept] if named else ["scores.json"])
 
 
 def test_run_log_holds_the_projects_lines_and_all_warnings_and_logging_is_left_as_it_was(

@@ -6,12 +6,14 @@ import copy
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from reloaded_here import reload_here
 from tiny_llama import byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
@@ -21,6 +23,7 @@ from besa_exp.cli.configuration import CONF_DIR, as_values, method_name, read_se
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.presets import METHOD_GROUPS, preset
 from besa_exp.run_folder.identity import as_plain, config_of, request_identity
+from besa_exp.run_folder.status import read_status
 from besa_exp.runs.prune import prune as prune_into
 from besa_exp.settings import EvaluatorSettings, ModelSettings, RunSettings, SaveSettings, TrackerSettings
 from besa_exp.tensors.masks import keep_per_row
@@ -78,18 +81,37 @@ def test_a_model_object_gets_the_weights_and_masks_of_a_run(asked: dict[str, Any
     assert report.sparsity == run.sparsity
 
 
-def test_a_path_is_pruned_into_a_run_folder(dense: Path, tmp_path: Path) -> None:
+def test_a_path_is_pruned_into_a_run_folder(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reload_here(monkeypatch)
     model, seen = tiny(), []
     in_place = besa_exp.prune(model, None, TOKENS, pruner="besa", sparsity=0.4)
     in_run = besa_exp.prune(
         dense, None, TOKENS, pruner="besa", sparsity=0.4, out=tmp_path / "run", on_block=seen.append
     )
     assert in_run.folder == tmp_path / "run"
+    assert besa_exp.load_run(tmp_path / "run").results["reloaded"]["token_loss"] > 0
     assert in_run.losses == in_place.losses == [block.loss_after for block in seen]
     assert in_run.sparsity == in_place.sparsity == pytest.approx(0.4, abs=0.001)
     assert all(torch.equal(mask, in_place.keep_masks[name]) for name, mask in in_run.keep_masks.items())
     with pytest.raises(ConfigurationError, match="holds a finished run"):
         besa_exp.prune(dense, None, TOKENS, pruner="besa", sparsity=0.3, out=tmp_path / "run")
+
+
+def test_the_same_call_reports_the_finished_run_and_leaves_the_program_as_it_was(dense: Path, tmp_path: Path) -> None:
+    write_token_file(TOKENS, tmp_path / "tokens.safetensors")
+    asked = partial(besa_exp.prune, dense, None, str(tmp_path / "tokens.safetensors"), pruner="magnitude")
+    torch.use_deterministic_algorithms(False)
+    before = torch.get_rng_state()
+    report = asked(out=tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert (read_status(tmp_path / "run") or {})["command"] is None  # that of pytest is none of ours
+    assert "## Command" not in (tmp_path / "run" / "model" / "README.md").read_text()
+    (tmp_path / "run" / "run.log").unlink()
+    assert asked(out=tmp_path / "run").losses == report.losses
+    assert not (tmp_path / "run" / "run.log").exists()
+    with pytest.raises(ConfigurationError, match=r"another request \(sparsity: 0.5 before, 0.3 now\)"):
+        asked(sparsity=0.3, out=tmp_path / "run")
 
 
 def test_the_report_counts_what_the_model_holds() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from reloaded_here import reload_here
 from safetensors.torch import load_file, save_file
 from tiny_llama import INPUT_IDS, tiny_llama
 
@@ -130,6 +131,8 @@ def test_blocks_that_are_left_are_pruned_and_told_under_their_numbers_in_the_den
 
 @pytest.mark.parametrize("load", LOADS)
 def test_no_second_model_is_held_while_the_saved_one_is_read_and_scored(load, request_of, tmp_path, monkeypatch):
+    if load == "streamed":  # the process loads the saved model in the same way
+        reload_here(monkeypatch)
     held: list[weakref.ref[torch.Tensor]] = []
 
     def noting(run: Run, work: Work) -> Work:
