@@ -13,10 +13,6 @@ os.environ.pop("HYDRA_FULL_ERROR", None)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each process that a test starts would compile the package again
 
 import pytest
-import yaml
-
-# Hydra composes some thirty presets for each command, most of a small run's time. The parser in C reads them alike.
-yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # type: ignore[misc]
 
 ROOT = Path(__file__).parents[1]
 SHARED_DIR = Path(os.environ.get("BESA_SHARED", ROOT.parent / "shared"))
@@ -31,6 +27,10 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     import checked_shapes  # noqa: F401
     import torch
+    import yaml
+
+    # Hydra composes some thirty presets for each command, most of a small run's time. The parser in C reads them alike.
+    yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # type: ignore[misc]
 
     if IN_WORKER:
         torch.set_num_threads(1)  # the workers share the cores

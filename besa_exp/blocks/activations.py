@@ -64,6 +64,6 @@ def _in_a_file(shape: torch.Size, dtype: torch.dtype, folder: Path) -> Tensor:
         except OSError as error:
             raise RunError(
                 f"{folder}: {size / 1e6:.1f} MB that are to lie in a file do not fit on this disk ({error.strerror}); "
-                "make space, lower calibration.num_samples, or set activations=host"
+                "free disk space, lower calibration.num_samples, or set activations=host"
             ) from error
         return torch.from_file(file.name, shared=True, size=shape.numel(), dtype=dtype).view(shape)

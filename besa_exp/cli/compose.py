@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from besa_exp.cli.text_keys import list_keys, text_keys
 from besa_exp.errors import did_you_mean, quoted, what_needs_quotes
-from besa_exp.presets import CONF_DIR
+from besa_exp.presets import CONF_DIR, METHOD_GROUPS
 
 
 @dataclass
@@ -65,6 +65,7 @@ class Composer:
             except OverrideParseException as error:
                 self.problems[line] = self._unparsed(line, error)
         self.problems.update(filter(None, map(self._unknown_preset, overrides)))
+        self.problems.update(filter(None, map(_another_class, overrides)))
         return [override for override in overrides if override.key_or_group.split(".")[0] not in self.problems]
 
     def spread(self, overrides: Sequence[Override], params: Sequence[str]) -> list[list[str]]:
@@ -139,6 +140,15 @@ class Composer:
         changed = [key_of(line) for line in lines if line not in choices and not line.startswith(("+", "~"))]
         messages = {key: _unknown_key(config, key) for key in changed}
         return {key: message for key, message in messages.items() if message}
+
+
+def _another_class(override: Override) -> tuple[str, str] | None:
+    """The problem of a method's class as a key: runs are told apart by its preset's name, and never by the class."""
+    group, _, rest = override.key_or_group.partition(".")
+    if group not in METHOD_GROUPS or rest != "_target_":
+        return None
+    rule = "a preset names its class; write a preset of your own with this _target_, see docs/extending.md"
+    return override.key_or_group, f"{override.input_line}: {rule}"
 
 
 def told_sweep(override: Override, rule: str) -> str:

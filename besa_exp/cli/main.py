@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 
 from besa_exp import __version__
+from besa_exp.cli.command_line import command_line
 from besa_exp.errors import ConfigurationError, Interrupted, RunError, did_you_mean
 from besa_exp.machine.streams import exit_code_of
 from besa_exp.machine.torchrun import is_launched
@@ -71,16 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("besa: interrupted; run the same command again to resume", file=sys.stderr)
         return 130
-
-
-@contextmanager
-def command_line(words: Sequence[str]) -> Iterator[None]:
-    """What Hydra and a run's status.json read as the command: sys.argv, put back afterwards."""
-    saved, sys.argv = sys.argv, list(words)
-    try:
-        yield
-    finally:
-        sys.argv = saved
 
 
 def _check_text(words: Sequence[str]) -> None:

@@ -14,9 +14,9 @@ from hydra import initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
+from besa_exp.cli.command_line import command_line
 from besa_exp.cli.configuration import CONF_DIR, method_name, read_settings
 from besa_exp.cli.jobs import launch, run_job, show
-from besa_exp.cli.main import command_line
 from besa_exp.cli.request import CONFIG_NAME, Job, Request, check_composition, read_request
 from besa_exp.cli.text_keys import with_text_quoted
 from besa_exp.errors import ConfigurationError

@@ -8,18 +8,21 @@ an option. Of a whole sequence that is given, one pass computes what prefill and
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import DynamicCache
 
 from besa_exp.blocks.block import Hidden, discover_blocks
 from besa_exp.blocks.call_arguments import hidden_of
 from besa_exp.blocks.linears import replaced_forwards
 from besa_exp.errors import RunError
 from besa_exp.evaluation.skipping import Call, Course
+
+NEAR = 0.02  # of two ways to make the same keys, in half precision
 
 
 @contextmanager
@@ -53,7 +56,7 @@ def passing_prompts(
 def prefill_skipping(model: nn.Module, blocks: Sequence[int], rotated: bool = True) -> Iterator[Course]:
     """`blocks` pass on their states as they are while more than one token is processed, and run for single ones; the
     course counts as that of `passing_prompts`. `rotated=False` caches their keys as the authors' code does. RunError:
-    another kind of attention."""
+    another kind of attention, here or, where it shows in its keys alone, at the first prompt."""
     _, modules = discover_blocks(model)
     chosen, course = [modules[block] for block in blocks], Course()
 
@@ -73,24 +76,53 @@ def _passed_by(module: Any, forward: Callable[..., Any], rotated: bool) -> Calla
     rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     wanted = ("k_proj", "v_proj", "head_dim", "layer_idx")
     if rotate is None or not all(hasattr(attention, name) for name in wanted) or not hasattr(module, "input_layernorm"):
-        raise RunError(
-            f"skipping=shortgpt_gen: how {type(module).__name__} makes its keys is not known here; a Llama-like block "
-            "(input_layernorm, self_attn with k_proj and v_proj) is"
-        )
+        raise _unknown(module)
+    checked = not rotated
+
+    def made(normed: Hidden, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        shape = (*normed.shape[:2], -1, attention.head_dim)
+        key = attention.k_proj(normed).view(shape)
+        key = attention.k_norm(key) if hasattr(attention, "k_norm") else key
+        key, value = key.transpose(1, 2), attention.v_proj(normed).view(shape).transpose(1, 2)
+        return rotate(key, key, *kwargs["position_embeddings"])[1] if rotated else key, value
 
     def run(hidden: Hidden, *args: Any, **kwargs: Any) -> Any:
+        nonlocal checked
         if hidden.shape[1] == 1:
             return forward(hidden, *args, **kwargs)
         cache = kwargs.get("past_key_values")
         if cache is not None:
             normed = module.input_layernorm(hidden)
-            shape = (*hidden.shape[:2], -1, attention.head_dim)
-            key = attention.k_proj(normed).view(shape)
-            key = attention.k_norm(key) if hasattr(attention, "k_norm") else key
-            key, value = key.transpose(1, 2), attention.v_proj(normed).view(shape).transpose(1, 2)
-            if rotated:
-                _, key = rotate(key, key, *kwargs["position_embeddings"])
-            cache.update(key, value, attention.layer_idx)
+            if not checked and cache.get_seq_length(attention.layer_idx) == 0:
+                _check_keys(module, normed, kwargs, made)
+                checked = True
+            cache.update(*made(normed, kwargs), attention.layer_idx)
         return hidden
 
     return run
+
+
+def _check_keys(
+    module: Any,
+    normed: Hidden,
+    kwargs: Mapping[str, Any],
+    made: Callable[[Hidden, Mapping[str, Any]], tuple[Tensor, Tensor]],
+) -> None:
+    """RunError: keys or values are not those that the block's attention caches, as where it leaves some unrotated."""
+    own = DynamicCache()
+    module.self_attn(normed, **{**kwargs, "past_key_values": own})
+    held = own.layers[module.self_attn.layer_idx]
+    try:
+        found = made(normed, kwargs)
+    except RuntimeError as error:  # shapes of another kind of attention
+        raise _unknown(module) from error
+    for one, other in zip(found, (held.keys, held.values), strict=True):
+        if one.shape != other.shape or float((one - other).norm()) > NEAR * float(other.norm()):
+            raise _unknown(module)
+
+
+def _unknown(module: nn.Module) -> RunError:
+    return RunError(
+        f"skipping=shortgpt_gen: how {type(module).__name__} makes its keys is not known here; a Llama-like block "
+        "(input_layernorm, self_attn with k_proj and v_proj, keys rotated whole) is"
+    )

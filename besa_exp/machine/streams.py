@@ -1,8 +1,8 @@
 """Standard streams that may go away: a reader that has seen enough (`| head -1`), a full disk, a stream closed before.
 
 What a run says also stands in its run.log, so that its work goes on: the first line that cannot be written is the last
-that is tried. A stream that was closed before the program began is /dev/null, else the next file to be opened would
-take its place and get what others print.
+that is tried, and a character that a stream's encoding does not have becomes a question mark. A stream that was closed
+before the program began is /dev/null, else the next file to be opened would take its place and get what others print.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def keep_streams() -> None:
         if stream is None:
             kept = LastingStream(os.fdopen(number, "wb", closefd=False), encoding="utf-8")
         elif stream is own and isinstance(stream, io.TextIOWrapper) and not isinstance(stream, LastingStream):
-            keys = {"encoding": stream.encoding, "errors": stream.errors}
+            keys = {"encoding": stream.encoding, "errors": "replace" if stream.errors == "strict" else stream.errors}
             buffered = stream.line_buffering
             kept = LastingStream(stream.detach(), line_buffering=buffered, **keys)
         else:

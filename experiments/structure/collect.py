@@ -60,10 +60,10 @@ def gone(run: Record) -> str:
 
 
 def method(run: Record) -> str:
-    """`sleb`, `wanda`, `dense, skipping=ffn`, `wanda_sp, recovery=full`."""
-    name = run["method"].removesuffix("+dense")
-    name += f", skipping={run['skipping']['name']}" if run["skipping"] else ""
-    return name + (f", recovery={run['recovery']['method']}" if run.get("recovery") else "")
+    """`sleb`, `wanda`, `dense, skipping=ffn`, `wanda_sp+full` (tuned), `policy_gradient, uneven`."""
+    name = run["method"].removesuffix("+dense").replace("+dense+", "+")
+    name += ", uneven" if "-uneven-" in run["run"] else ""
+    return name + (f", skipping={run['skipping']['name']}" if run["skipping"] else "")
 
 
 def table(runs: list[Record]) -> list[str]:

@@ -56,7 +56,7 @@ def test_the_same_command_without_it_starts_fresh_and_a_finished_run_stays_as_it
     results = folder / "results.json"
     written = (results.read_bytes(), results.stat().st_mtime_ns)
     capsys.readouterr()
-    assert "a finished run is there" in told(capsys, *given)
+    assert "this run is finished" in told(capsys, *given)
     assert (results.read_bytes(), results.stat().st_mtime_ns) == written
     assert json.loads((folder / "status.json").read_text())["status"] == "done"
     assert [path.name for path in Path("outputs").iterdir()] == [folder.name]

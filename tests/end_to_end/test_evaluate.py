@@ -70,7 +70,7 @@ def test_new_scores_of_a_run_join_its_results(run: Path, ask: Ask, tmp_path: Pat
     second, before = token_file(tmp_path / "second.safetensors", 2), results_in(run)
     code, said = ask(f"checkpoint={named}", f"evaluator.perplexity_sets=[{tmp_path / 'first.safetensors'},{second}]")
     assert code == 0
-    assert "first.safetensors is known" in said
+    assert "first.safetensors: already scored" in said
     after = results_in(run)
     assert set(after["perplexity"]) == {*before["perplexity"], str(second)}
     assert after["perplexity"][str(second)] == pytest.approx(literal_perplexity(run / "model", second), rel=1e-6)
@@ -88,7 +88,7 @@ def test_what_is_scored_is_told_and_left_alone_before_a_model_is_loaded(run: Pat
     before = (run / "results.json").read_bytes()
     code, said = ask("checkpoint=run", f"evaluator.perplexity_sets=[{tmp_path / 'first.safetensors'}]")
     assert code == 0
-    assert "first.safetensors is known" in said
+    assert "first.safetensors: already scored" in said
     assert "finished before: 50.00 % zeros" in said
     assert "loading" not in said
     assert (run / "results.json").read_bytes() == before

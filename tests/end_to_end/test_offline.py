@@ -111,7 +111,7 @@ def fetched(hub: str, tmp_path_factory: pytest.TempPathFactory) -> Fetched:
 def test_the_manifest_says_what_lies_where_in_which_version(fetched: Fetched) -> None:
     code, said = fetched.told[0]
     assert code == 0, said
-    assert "4 of 4 there" in said
+    assert "4 of 4 are on this machine" in said
     (items,) = (items for items in fetched.manifests if len(items) == 4)
     assert [(item["kind"], item["name"], item["status"]) for item in items] == [
         ("model", "stand/in", "fetched"),
@@ -223,7 +223,7 @@ def test_a_run_off_line_names_all_that_is_missing_and_the_command_that_fetches_i
 def test_prefetch_only_lists_where_there_is_no_network(cause: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prefetch", *ASKED, *(["offline=true"] if cause == "offline=true" else [])]) == 1
     said = capsys.readouterr()
-    assert "0 of 5 there" in said.out
+    assert "0 of 5 are on this machine" in said.out
     assert "5 missing; nothing was downloaded" in said.err
     assert ("offline=true" if cause == "offline=true" else "does not answer") in said.err
     assert FETCHES in said.err
@@ -241,7 +241,7 @@ def test_prefetch_says_where_nothing_is_needed_of_the_hub(capsys: pytest.Capture
 @pytest.mark.usefixtures("empty_caches")
 def test_prefetch_takes_a_sweep_as_prune_does(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prefetch", "-m", "model.path=a/one,a/two", "pruner=wanda,besa", "offline=true"]) == 1
-    assert "0 of 2 there" in capsys.readouterr().out
+    assert "0 of 2 are on this machine" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("empty_caches")
@@ -262,7 +262,7 @@ def test_a_model_without_all_its_shards_is_missing(tmp_path: Path, capsys: pytes
     refs.mkdir()
     (refs / "main").write_text(COMMIT)
     assert main(["prefetch", "model.path=owner/name", "offline=true", "evaluator=none"]) == 0
-    assert "1 of 1 there" in capsys.readouterr().out
+    assert "1 of 1 are on this machine" in capsys.readouterr().out
     sorted(snapshot.glob("*.safetensors"))[-1].unlink()
     assert main(["prefetch", "model.path=owner/name", "offline=true", "evaluator=none"]) == 1
     assert "which its index names" in capsys.readouterr().out

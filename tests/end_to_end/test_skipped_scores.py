@@ -82,7 +82,7 @@ def test_scores_of_a_runs_model_under_a_policy_leave_its_own_alone_and_have_a_fo
     assert record["skipped"] == pytest.approx(0.5, abs=0.2)
     assert (Path("run") / "results.json").read_bytes() == before
     assert main([*words, "skipping=ffn", "skipping.fraction=0.5", *found]) == 0
-    assert "is known" in capsys.readouterr().out
+    assert "already scored" in capsys.readouterr().out
     assert main([*words, "skipping=random", "hydra.run.dir=run"]) == 2
     assert "skipping nothing then" in capsys.readouterr().err
 

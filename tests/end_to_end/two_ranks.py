@@ -6,6 +6,7 @@ because it must fork before torch has computed anything.
 
 import sys
 from collections.abc import Callable
+from tempfile import TemporaryDirectory
 
 from besa_exp.machine.torchrun import only_the_leader_speaks
 
@@ -19,20 +20,23 @@ def rank(*arguments: str) -> None:
 
 
 def launch(entry: Callable[..., None], *arguments: str) -> int:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=2,
-        run_id="two ranks",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="fork",
-    )
-    elastic_launch(config, entry)(*arguments)
+    with TemporaryDirectory() as logs:  # torch's own would stay
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=2,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+            run_id="two ranks",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=0.1,
+            start_method="fork",
+        )
+        elastic_launch(config, entry)(*arguments)
     return 0
 
 

@@ -10,13 +10,13 @@ under a pair of draws of its own, m with e and m' with -e (antithetic), and
     g = mean over pairs of d x / sqrt(mean d^2),  d = (L(m) - L(m')) / 2,    s <- s - rate g * (that part's size),
 
 x being (m - m') / 2 of a unit, and of a row its share of e in units of that part's size. E[d x] of a unit is the
-covariance of the loss with the unit's staying: the gradient of E[L] to s of the policy p(m) ~ exp(<s, m>) over the
-allowed structures, which such noise draws from nearly (perturb and maximise: Papandreou and Yuille, ICCV 2011); of a
-row it is E[L e], the gradient to the mean of normal noise. Few units differ between the draws of a pair, those near the
-border; all others stand still. A quarter of the samples (the probe) is not learned from and judges what would be
-decided, `checks` times, the start first: what lowers its loss by more than the standard error is a new best, what
-raises it by more is undone, and the spread and with it the steps shrink. So the result is never worse than the start on
-the probe.
+covariance of the loss with the unit's staying, as far as both change with the sign of e: the gradient of E[L] to s of
+the policy p(m) ~ exp(<s, m>) over the allowed structures, which such noise draws from nearly (perturb and maximise:
+Papandreou and Yuille, ICCV 2011); of a row it is E[L e], the gradient to the mean of normal noise. Few units differ
+between the draws of a pair, those near the border; all others stand still. A quarter of the samples (the probe) is not
+learned from and judges what would be decided, `checks` times, the start first: what lowers its loss by more than the
+standard error is a new best, what raises it by more is undone, and the spread and with it the steps shrink. So the
+result is never worse than the start on the probe.
 
 The authors' estimator is `baseline=moving`: s_u is a unit's probability to stay, K masks m_k are drawn by it, every one
 for the whole batch, and

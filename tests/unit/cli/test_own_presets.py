@@ -81,3 +81,11 @@ def test_a_configuration_that_is_not_there_is_refused_with_the_remedy(
 ) -> None:
     assert main(["prune", "--config-dir", "presets", "--config-name", "mine"]) == 2
     assert "--config-name=mine: there is no such file; leave it out" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_class_on_the_command_line_is_refused_as_runs_are_told_apart_by_presets(
+    presets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prune", "pruner=wanda", "pruner._target_=a_method_of_mine.Mine"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 problem, nothing was done - pruner._target_=a_method_of_mine.Mine: a preset names its class;" in said

@@ -84,8 +84,8 @@ def test_a_report_marks_missed_targets_in_table_page_and_paper(tmp_path: Path, c
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "report")]) == 0
     assert "1 of them missed their target" in capsys.readouterr().out
     (summary,) = (tmp_path / "report").glob("summary.md")
-    assert "20.000 at 48.5%" in summary.read_text()
-    rows = list(csv.DictReader((tmp_path / "report" / "summary.csv").read_text().splitlines()))
+    assert "20.000 at 48.5%" in summary.read_text(encoding="utf-8")
+    rows = list(csv.DictReader((tmp_path / "report" / "summary.csv").read_text(encoding="utf-8").splitlines()))
     assert {row["method"]: float(row["target_missed"]) for row in rows} == {
         "magnitude": 0.0,
         "wanda": pytest.approx(-0.015),

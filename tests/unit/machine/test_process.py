@@ -4,6 +4,7 @@ the command's own."""
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,6 +52,13 @@ def test_a_process_ends_with_the_commands_code_and_collects_as_usual_once_the_im
     done = subprocess.run([sys.executable, "-c", COMMAND], capture_output=True, text=True, timeout=60)
     assert done.returncode == 3, done.stderr
     assert done.stderr == ""
+
+
+def test_a_terminal_without_a_character_is_no_reason_to_end() -> None:
+    command = "from besa_exp.machine.process import run_as_process; run_as_process(lambda: print('\u2713 done') or 3)"
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "? done\n", "")
 
 
 def test_in_a_process_that_is_no_command_nothing_is_changed() -> None:

@@ -75,7 +75,7 @@ def test_the_states_of_the_last_tokens_are_those_of_their_depth_after_the_inputs
     states = [inputs]
     for block in blocks:
         states.append(block.outputs(states[-1], 4))
-    torch.testing.assert_close(found, torch.stack([state[:, -1] for state in states]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, torch.stack([state[:, -1] for state in states]), rtol=1e-3, atol=1e-3)
 
 
 def test_the_angular_run_is_the_one_across_which_the_last_tokens_turn_least():

@@ -17,6 +17,8 @@ from besa_exp.checkpoints.narrowed_model import costs_of_model, dimensions_of_mo
 from besa_exp.checkpoints.structure import Structure
 from besa_exp.errors import RunError
 from besa_exp.evaluation.perplexity import sum_of_losses
+from besa_exp.methods.budgets.progress import Progress
+from besa_exp.methods.structure.method import DenseModel
 from besa_exp.methods.structure.shortgpt import without
 from besa_exp.methods.structure.sleb import Removal, Sleb, losses_without, summed_entropies
 
@@ -95,6 +97,21 @@ def test_a_removal_is_read_as_it_was_written():
     told = replace(found, losses={1: math.nan, 2: 3.5}).to_dict()
     assert told["losses"] == {"1": None, "2": 3.5}  # JSON has no NaN
     assert math.isnan(Removal.from_dict(told).losses[1])
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
+def test_losses_that_are_kept_are_nats_a_token(tmp_path, loss):
+    """Of 11 predicted tokens a sample, or of the distributions at all 12."""
+    model, blocks, inputs, head = parts()
+    costs, dimensions = costs_of_model(model), dimensions_of_model(model)
+    dense = DenseModel(lambda: blocks, inputs.clone, lambda: head, IDS, costs, dimensions, 2)
+    kept = Progress(tmp_path / "search.json")
+    structure = Sleb(1, loss=loss).choose(dense, kept, lambda text: None)
+    logits, small = model(IDS).logits, narrowed_model(model, structure)(IDS).logits
+    expected = sum_of_losses(small, IDS) / (5 * 11) if loss == "cross_entropy" else divergence(logits, small).mean()
+    (removal,) = map(Removal.from_dict, kept.read()["removals"])
+    assert structure == without([removal.block], 6)
+    assert removal.losses[removal.block] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_barriers_are_counted_among_the_blocks_that_are_alive():

@@ -17,6 +17,7 @@ from besa_exp.methods.structure.widths import (
     Importances,
     carrying_linears,
     chosen,
+    chosen_units,
     column_importance,
     group_importance,
     importances_of,
@@ -138,3 +139,20 @@ def test_blocks_without_such_linears_are_refused():
     with pytest.raises(ValueError, match=r"widths are read off self_attn\.o_proj and mlp\.down_proj or"):
         carrying_linears(block.linears)
     assert costs_of_model(tiny("llama")).total == tiny("llama").num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "of_channel", "shape", "expected"),
+    [
+        (836, 0.4, "uneven", (2, 4)),  # bundles count by their mean
+        (786, 0.9, "uneven", (1, 4)),  # no part of a multiple
+        (880, 0.9, "uneven", (1, 10)),
+        (880, 0.9, "uniform", (1, 10)),
+    ],
+)
+def test_widths_are_multiples_of_channels_or_all(parameters, of_channel, shape, expected):
+    """580 parameters in no unit; a group costs 60, a channel 24: 736 with one group and four of the ten channels."""
+    costs, dimensions = Costs(0, (1000,), (60,), (24,)), Dimensions(1, 8, 3, 6, 2, 10)
+    scores = Importances(torch.full((1, 3), 0.5), torch.full((1, 10), of_channel))
+    units = chosen_units(scores, costs, dimensions, 1 - parameters / 1000, 4, shape)
+    assert tuple(int(kept.sum()) for kept in units) == expected

@@ -113,3 +113,13 @@ def test_a_dense_model_that_is_its_own_teacher_has_no_error():
     objective = Reconstruction.of(dense, copy.deepcopy(dense), "pair", 2, TEXT.shape[1])
     with taking_gradients(dict(dense.named_parameters()), lambda name, gradient: None):
         assert objective.differentiate(TEXT)[0] == 0.0
+
+
+def test_no_graph_reaches_from_one_window_into_the_next():
+    model, _, dense = models()
+    objective, seen = Reconstruction.of(model.requires_grad_(), dense, "block", 3, 24), []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].requires_grad))
+    objective.differentiate(TEXT)
+    assert len(seen) >= BLOCKS
+    assert not any(seen)

@@ -8,7 +8,7 @@ from pruned_llama import WINDOWS, assert_zeros_exact, pruned_llama
 
 from besa_exp.recovery.descent import Adam
 from besa_exp.recovery.objective import NextToken
-from besa_exp.recovery.sketch import Looked, Sketch, sketch_codes, tables
+from besa_exp.recovery.sketch import Looked, Sketch, _Rows, sketch_codes, tables
 
 TOLD = Sketch(Adam(lr=1e-3), bits=3)
 
@@ -53,6 +53,14 @@ def test_the_gradient_of_a_table_is_that_of_autograd_and_the_zero_entry_has_none
     assert leaf.grad is not None
     torch.testing.assert_close(found[:, 1:], leaf.grad[:, 1:])
     assert not found[:, 0].any()
+
+
+def test_two_clusters_join_for_a_split_that_gains_more_than_their_error_rises():
+    """By 1.483^2 / 2 = 1.1 more than the 1.16 - 0.08 - 0.08 that the join costs."""
+    values = torch.tensor([[0.0, 1.483, 20, 20.4, 21, 21.4]], dtype=torch.float64)
+    rows = _Rows.of(values, torch.ones_like(values))
+    assert rows._exchanged(torch.tensor([[0, 2, 4, 6]])).tolist() == [[0, 1, 2, 6]]
+    assert rows._exchanged(torch.tensor([[0, 1, 2, 6]])).tolist() == [[0, 1, 2, 6]]
 
 
 def test_k_means_of_a_row_of_few_values_finds_them():
