@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from besa_exp.blocks.block import Hidden, discover_blocks
 from besa_exp.blocks.call_arguments import hidden_of
@@ -109,6 +108,8 @@ def _check_keys(
     made: Callable[[Hidden, Mapping[str, Any]], tuple[Tensor, Tensor]],
 ) -> None:
     """RunError: keys or values are not those that the block's attention caches, as where it leaves some unrotated."""
+    from transformers import DynamicCache  # which what reads no model does without
+
     own = DynamicCache()
     module.self_attn(normed, **{**kwargs, "past_key_values": own})
     held = own.layers[module.self_attn.layer_idx]

@@ -136,7 +136,7 @@ def test_steps_by_accumulators_are_the_recorded_ones_up_to_a_tie(golden, shared_
         if number == 1:
             for name in LINEARS:
                 recorded_values = tuned_before(tensors, "sm3", 0, name)
-                torch.testing.assert_close(tuner.tuned[f"{name}.weight"].rows, recorded_values.rows, rtol=1e-5, atol=0)
+                torch.testing.assert_close(tuner.tuned[f"{name}.weight"].rows, recorded_values.rows, rtol=1e-4, atol=0)
                 assert torch.equal(before[f"{name}.weight"][0], recorded_values.indices)
     for name, tuned in tuner.tuned.items():
         place = f"sm3.final.{name.removesuffix('.weight')}"
