@@ -1,4 +1,4 @@
-"""Collects the study's run folders into results.json beside this file and prints a table for each model.
+"""Collects the study's run folders into results.json beside this file, and writes a table for each model to tables.md.
 
 A row is a method at one size, over seeds. What is left: parameters of the dense model that are there and not zero.
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,9 @@ def method(run: Record) -> str:
     """`sleb`, `wanda`, `dense, skipping=ffn`, `wanda_sp+full` (tuned), `policy_gradient, uneven`."""
     name = run["method"].removesuffix("+dense").replace("+dense+", "+")
     name += ", uneven" if "-uneven-" in run["run"] else ""
-    return name + (f", skipping={run['skipping']['name']}" if run["skipping"] else "")
+    if under := run["skipping"]:
+        name += f", skipping={under['name']}" + f", {under['warm_tokens']} warm" * bool(under["warm_tokens"])
+    return name
 
 
 def table(runs: list[Record]) -> list[str]:
@@ -85,6 +86,8 @@ if __name__ == "__main__":
     parser.add_argument("--runs", type=Path, default=Path("outputs/structure"))
     found = read_runs(parser.parse_args().runs)
     records = kept_records(HERE / "results.json", found, lambda run: (run["model"], run["run"]))
+    lines = ["# Tables", "", "Written by `collect.py` from results.json: a row is a method at one size, over seeds."]
     for model in MODELS:
         if own := [run for run in records if run["model"] == model]:
-            sys.stdout.write("\n".join(["", f"### {model}", "", *table(own)]) + "\n")
+            lines += ["", f"## {model}", "", *table(own)]
+    (HERE / "tables.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

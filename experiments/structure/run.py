@@ -85,6 +85,8 @@ def study(bed: Bed, seed: int) -> Iterator[list[str]]:
         yield ["pruner=wanda", zeros[size]]
     for skipping in ("ffn", "static", "random"):
         yield ["pruner=dense", f"skipping={skipping}"]
+    for skipping in ("ffn", "random"):  # the first tokens of a window, which large models make much of, never skip
+        yield ["pruner=dense", f"skipping={skipping}", "skipping.warm_tokens=25"]
     for update in ([], ["update=barber"]):
         yield ["pruner=wanda", *update, "sparsity=0.5"]
     size = next(iter(whole))
