@@ -65,7 +65,7 @@ BEDS = {
             "recovery.checks=4",
         ),
         sleb=(f"calibration.path={REAL}",),
-        search=("structure.steps=25", "calibration.batch_size=8"),
+        search=("structure.steps=10", "calibration.batch_size=8"),
     ),
 }
 

@@ -28,6 +28,15 @@ def starting_scores(importances: Importances, keep: float) -> Importances:
     return Importances(groups.clamp(0, 1), channels.clamp(0, 1))
 
 
+def with_one_border(rows: Float[Tensor, "block unit"], kept: int) -> Float[Tensor, "block unit"]:
+    """Scores of the same order in each row, of which the `kept` largest lie above one half and the others below: by
+    score, every row keeps as many. Where all are kept, the least lies a quarter above."""
+    falling = rows.sort(dim=1, descending=True).values
+    least = falling[:, kept - 1 : kept]
+    next_one = falling[:, kept : kept + 1] if kept < rows.shape[1] else least - 0.5
+    return (rows - (least + next_one) / 2 + 0.5).clamp(0, 1)
+
+
 def moving_baseline(previous: float | None, mean: float, window: int) -> float:
     """The authors' delta: the first step's mean loss, then (1 - 1/T) delta + mean / T, before it is used."""
     return mean if previous is None else (1 - 1 / window) * previous + mean / window

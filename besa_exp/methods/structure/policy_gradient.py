@@ -55,6 +55,7 @@ from besa_exp.methods.structure.estimators import (
     policy_gradient,
     projected,
     starting_scores,
+    with_one_border,
 )
 from besa_exp.methods.structure.method import DenseModel
 from besa_exp.methods.structure.sleb import summed_entropies
@@ -67,6 +68,7 @@ from besa_exp.methods.structure.widths import (
     importances_by_name,
     kept_parameters,
     masked,
+    proportional,
     width_amount_problems,
 )
 
@@ -201,10 +203,16 @@ class PolicyGradient:
         return self.decide(state, costs, dimensions)
 
     def begin(self, importances: Importances, costs: Costs, dimensions: Dimensions) -> State:
-        """From the importances that `start` names; within the budget."""
+        """From the importances that `start` names; within the budget. Uneven widths begin with even ones: the scores of
+        blocks, and of heads and channels, cannot be compared before a loss has been seen."""
         units, spendable = unit_costs(costs, dimensions), self._spendable(costs, dimensions)
-        scores = starting_scores(importances, min(1.0, spendable / float(units.sum()))).flat
-        return State(0, projected(scores, spendable, units))
+        scores = starting_scores(importances, min(1.0, spendable / float(units.sum())))
+        if self.shape == "uniform" or self.baseline != "antithetic":
+            return State(0, projected(scores.flat, spendable, units))
+        even = proportional(importances, costs, dimensions, self.ratio, self.multiple)
+        numbers = (len(kept[0]) if kept else None for kept in (even.groups, even.channels))
+        rows = zip((scores.groups, scores.channels), numbers, strict=True)
+        return State(0, torch.cat([with_one_border(one, kept or one.shape[1]).flatten() for one, kept in rows]))
 
     def search(self, model: Searched, state: State) -> Iterator[State]:
         """The states of the steps that are left after `state`. RunError: too few losses of a step are finite."""

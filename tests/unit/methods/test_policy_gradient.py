@@ -27,10 +27,17 @@ from besa_exp.methods.structure.estimators import (
     policy_gradient,
     projected,
     starting_scores,
+    with_one_border,
 )
 from besa_exp.methods.structure.method import DenseModel
 from besa_exp.methods.structure.policy_gradient import PolicyGradient, Searched, State, losses_on, unit_costs
-from besa_exp.methods.structure.widths import Importances, importances_of, kept_parameters, random_importances
+from besa_exp.methods.structure.widths import (
+    Importances,
+    importances_of,
+    kept_parameters,
+    proportional,
+    random_importances,
+)
 
 IDS = torch.randint(0, 256, (6, 12), generator=torch.Generator().manual_seed(2))
 SCORES = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
@@ -262,7 +269,7 @@ def test_the_antithetic_gradient_is_a_literal_sum_in_units_of_the_losses_spread(
     ("hidden", "settings", "least"),
     [
         ("units", {"steps": 40, "rate": 1.0, "spread": 1.0}, 0.2),
-        ("rows", {"steps": 30, "rate": 0.4, "shape": "uneven"}, 0.8),
+        ("rows", {"steps": 60, "rate": 0.4, "shape": "uneven"}, 0.8),
     ],
 )
 def test_the_antithetic_search_finds_what_is_hidden_in_the_losses(hidden, settings, least):
@@ -388,6 +395,31 @@ def test_what_stays_is_just_below_the_budget_and_is_the_masked_model(shape, rati
     small = narrowed_model(model, structure, uneven=not structure.is_uniform)
     assert small.num_parameters() == left
     torch.testing.assert_close(small(IDS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_uneven_widths_begin_with_even_ones_in_the_order_of_the_importances():
+    """Whatever the scale of a block's importances, or of heads beside channels, is."""
+    _, _, costs, dimensions = parts()
+    found = random_importances(dimensions, 3)
+    scaled = Importances(
+        found.groups * torch.tensor([[1.0], [1e3], [1e-3]]), found.channels ** torch.tensor([[1.0], [3], [9]])
+    )
+    method = PolicyGradient(0.25, shape="uneven")
+    begun = method.decide(method.begin(scaled, costs, dimensions), costs, dimensions)
+    even = proportional(scaled, costs, dimensions, 0.25)
+    for one, other in ((begun.groups, even.groups), (begun.channels, even.channels)):
+        assert one is not None
+        assert other is not None
+        assert all({*kept} <= {*more} for kept, more in zip(other, one, strict=True))
+        assert sum(map(len, one)) - sum(map(len, other)) <= 3  # what the rest of the budget holds
+
+
+def test_one_border_keeps_a_rows_order_and_puts_so_many_above_it():
+    rows = torch.tensor([[0.1, 0.9, 0.5, 0.4], [30.0, 10.0, 40.0, 20.0]])
+    found = with_one_border(rows, 2)
+    assert ((found > 0.5) == torch.tensor([[0, 1, 1, 0], [1, 0, 1, 0]], dtype=torch.bool)).all()
+    torch.testing.assert_close(found[0], torch.tensor([0.15, 0.95, 0.55, 0.45]))
+    assert with_one_border(rows, 4).min(dim=1).values.tolist() == [0.75, 0.75]
 
 
 def test_without_a_step_the_order_is_that_of_the_start():
