@@ -65,10 +65,10 @@ from besa_exp.methods.structure.widths import (
     Importances,
     chosen,
     chosen_units,
+    even_widths,
     importances_by_name,
     kept_parameters,
     masked,
-    proportional,
     width_amount_problems,
 )
 
@@ -209,10 +209,9 @@ class PolicyGradient:
         scores = starting_scores(importances, min(1.0, spendable / float(units.sum())))
         if self.shape == "uniform" or self.baseline != "antithetic":
             return State(0, projected(scores.flat, spendable, units))
-        even = proportional(importances, costs, dimensions, self.ratio, self.multiple)
-        numbers = (len(kept[0]) if kept else None for kept in (even.groups, even.channels))
-        rows = zip((scores.groups, scores.channels), numbers, strict=True)
-        return State(0, torch.cat([with_one_border(one, kept or one.shape[1]).flatten() for one, kept in rows]))
+        groups, channels = even_widths(costs, dimensions, self.ratio, self.multiple)
+        even = Importances(with_one_border(scores.groups, groups), with_one_border(scores.channels, channels))
+        return State(0, even.flat)
 
     def search(self, model: Searched, state: State) -> Iterator[State]:
         """The states of the steps that are left after `state`. RunError: too few losses of a step are finite."""

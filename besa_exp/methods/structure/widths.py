@@ -219,11 +219,15 @@ def proportional(
 ) -> Structure:
     """Of every block as many groups and as many channels, in shares as equal as the budget and whole numbers allow: for
     importances of which those of heads and of channels cannot be compared."""
+    groups, channels = ([number] * dimensions.blocks for number in even_widths(costs, dimensions, ratio, multiple))
+    return _structure(_largest(importances.groups, groups), _largest(importances.channels, channels))
+
+
+def even_widths(costs: Costs, dimensions: Dimensions, ratio: float, multiple: int = 1) -> tuple[int, int]:
+    """How many groups and how many channels every block keeps by `proportional`."""
     assert not width_amount_problems(costs, dimensions, ratio, multiple), "no width meets the budget"
     pairs = _frontier(costs, dimensions, kept_parameters(costs, ratio), multiple)
-    groups, channels = min(pairs, key=lambda pair: abs(pair[0] / dimensions.groups - pair[1] / dimensions.channels))
-    counts = [groups] * dimensions.blocks, [channels] * dimensions.blocks
-    return _structure(_largest(importances.groups, counts[0]), _largest(importances.channels, counts[1]))
+    return min(pairs, key=lambda pair: abs(pair[0] / dimensions.groups - pair[1] / dimensions.channels))
 
 
 def _fixed(costs: Costs, dimensions: Dimensions) -> int:
