@@ -27,6 +27,7 @@ from besa_exp.evaluation.checks import check_evaluator, check_skipping
 from besa_exp.hub.client import is_hub_id
 from besa_exp.hub.publish import check_push
 from besa_exp.machine.disk import check_disk, required_bytes
+from besa_exp.rules import broken_rules
 from besa_exp.run_folder.identity import check_finished
 from besa_exp.run_folder.inputs import check_run_inputs
 from besa_exp.run_folder.lookup import check_run, run_and_model
@@ -46,7 +47,6 @@ from besa_exp.texts.embedded.text import MODEL_DIR
 BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}  # auto: as saved
 TRACKERS = ("wandb", "none")
 TRACKER_MODES = ("offline", "online", "disabled")
-LARGEST_SEED = 2**32 - 1
 
 
 def preflight(
@@ -153,7 +153,7 @@ def _check_shared(
     settings: RunSettings | EvaluationSettings, unknown: Collection[str], here: bool, key: str
 ) -> tuple[ModelFolder | None, list[str]]:
     """What pruning and scoring have in common; `key` is what a person set to name the model."""
-    facts, problems = None, _check_dtype(settings.model.dtype)
+    facts, problems = None, broken_rules(settings, "") + _check_dtype(settings.model.dtype)
     if "model" not in unknown:
         facts, of_model = check_model(settings.model, key)
         problems += of_model
@@ -163,7 +163,6 @@ def _check_shared(
         problems += check_skipping(settings.skipping, settings.model.load)
     if "tracker" not in unknown:
         problems += _check_tracker(settings.tracker, settings.offline)
-    problems += _check_seed(settings.seed)
     return facts, problems + (_check_device(settings.device) if here else [])
 
 
@@ -215,11 +214,6 @@ def _check_hub_id(settings: ModelSettings, key: str) -> tuple[ModelFolder | None
 
 def _check_target(settings: RunSettings, facts: ModelFolder | None, with_pruner: bool) -> list[str]:
     sparsity, problems = settings.sparsity, []
-    if not 0 <= sparsity < 1:
-        problems.append(
-            f"sparsity={sparsity:g}: must be in [0, 1), the fraction of weights that become zero; "
-            "write for example sparsity=0.5"
-        )
     try:
         parse_pattern(settings.pattern)
     except ValueError as error:
@@ -291,12 +285,6 @@ def _check_tracker(settings: TrackerSettings, offline: bool) -> list[str]:
     if offline and settings.mode == "online":
         return ["tracker.mode=online: needs the network, which offline=true forbids; set tracker.mode=offline"]
     return []
-
-
-def _check_seed(seed: int) -> list[str]:
-    if 0 <= seed <= LARGEST_SEED:
-        return []
-    return [f"seed={seed}: must be in [0, {LARGEST_SEED}]; write for example seed=0"]
 
 
 def _check_device(device: str) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from besa_exp.errors import ConfigurationError, too_low
+from besa_exp.errors import ConfigurationError
+from besa_exp.rules import broken_rules
 from besa_exp.settings import CalibrationSettings
 from besa_exp.texts.sources import check_source, is_token_file
 from besa_exp.texts.token_files import token_file_shape
@@ -13,7 +14,7 @@ from besa_exp.texts.token_files import token_file_shape
 def check_calibration(settings: CalibrationSettings, context: int | None) -> list[str]:
     """What is wrong with these settings, in complete sentences, found without reading any text. `context` None: not
     known yet."""
-    problems = too_low(settings, "calibration", num_samples=1, seq_len=2, batch_size=1, seed=0)
+    problems = broken_rules(settings, "calibration")
     source, key = (settings.path, "calibration.path") if settings.path else (settings.name, "calibration")
     if unreadable := check_source(source, key, "calibration", settings.column, settings.chat_template):
         return problems + unreadable
