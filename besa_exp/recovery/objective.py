@@ -51,6 +51,8 @@ class Distillation:
 
     def __post_init__(self) -> None:
         check_fields(self, "recovery")
+        if self.distill_weight == self.task_weight == 0:
+            raise ValueError("recovery.distill_weight=0, recovery.task_weight=0: nothing is learned; raise one of them")
 
 
 def next_token_losses(logits: Logits, windows: Windows) -> Float[Tensor, " sample"]:

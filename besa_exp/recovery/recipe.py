@@ -161,9 +161,14 @@ def check_recovery(
 
 
 def _check_trial(asked: RecoverySettings) -> list[str]:
+    """Steps of SparseGrad that only gather gradients must leave some."""
     trial, method = plan_of(asked).trial, method_of(asked)
-    if not (isinstance(method, SparseGrad) and 0 < trial <= method.gather):
+    if not isinstance(method, SparseGrad) or (trial or steps_of(asked)) > method.gather:
         return []
+    if not trial:
+        return [
+            f"recovery.gather={method.gather}: no step is left that tunes; set less than the {steps_of(asked)} steps"
+        ]
     return [
         f"recovery.lr=null: the {trial} steps of a trial only gather gradients (recovery.gather={method.gather}), so "
         "that no step size can be found; set recovery.lr, or more recovery.steps"

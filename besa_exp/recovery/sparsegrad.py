@@ -48,6 +48,8 @@ class SparseGrad:
 
     def __post_init__(self) -> None:
         check_fields(self, "recovery")
+        if not self.kinds:
+            raise ValueError("recovery.kinds=[]: names no linear to tune; write for example recovery.kinds=[up_proj]")
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> SparseGradTuner:
         """ValueError: the model is pruned, or has no linear of these kinds."""
