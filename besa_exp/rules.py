@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -71,6 +71,7 @@ TYPES: Mapping[Any, tuple[Callable[[Any], bool], str]] = {
     int: (lambda value: isinstance(value, Integral), "be a whole number"),
     float: (lambda value: isinstance(value, Real) and math.isfinite(value), "be a finite number"),
     str: (lambda value: isinstance(value, str), "be a text"),
+    bool: (lambda value: isinstance(value, bool), "be true or false"),
 }
 
 
@@ -106,14 +107,18 @@ def ruled_hints(cls: type) -> Mapping[str, Any]:
 
 
 def _broken(value: Any, hint: Any) -> Iterator[str]:
-    """What a value must be and is not, for each rule in its hint that it, or a part of it, breaks."""
+    """What a value must be and is not: of the hint's type, and within its rule; so must each part of a list."""
     origin, inner = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        fits, kind = TYPES[inner[0]]
-        if isinstance(value, bool) or not fits(value):
-            yield kind
-        elif not inner[1].holds(value):
-            yield inner[1].said
+    if hint in TYPES:
+        fits, said = TYPES[hint]
+        if not fits(value) or isinstance(value, bool) != (hint is bool):
+            yield said
+    elif origin is Annotated:
+        of_type = next(_broken(value, inner[0]), None)
+        if of_type or not inner[1].holds(value):
+            yield of_type or inner[1].said
+    elif origin is Literal:
+        yield from [one_of(*inner).said] * (value not in inner)
     elif origin is tuple:
         for item in value if isinstance(value, list | tuple) else [value]:
             yield from _broken(item, inner[0])
@@ -121,13 +126,17 @@ def _broken(value: Any, hint: Any) -> Iterator[str]:
         for item in value.values():
             yield from _broken(item, inner[1])
     elif origin in (Union, types.UnionType) and not (value is None and type(None) in inner):
-        words = [word for option in inner if get_origin(option) is Literal for word in get_args(option)]
-        for option in inner if not (isinstance(value, str) and value in words) else ():
-            yield from _broken(value, option)
+        found = [next(_broken(value, option), None) for option in inner if option is not type(None)]
+        if all(found):
+            yield ", or ".join(filter(None, found))
+    elif is_dataclass(hint) and not isinstance(value, hint):  # type: ignore[arg-type]
+        yield f"be {getattr(hint, '__name__', hint)}, or the name of a preset"
 
 
 def shown(value: Any) -> str:
     """As a person writes it: `null`, `true`, `[1,2]`."""
     if isinstance(value, list | tuple):
         return f"[{','.join(map(shown, value))}]"
+    if isinstance(value, float):
+        return str(value).removesuffix(".0")
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -161,8 +161,8 @@ def prune(
     settings = _settings(
         model_or_path, _calibration(texts_or_tokens, seed, num_samples, seq_len, batch_size), seed,
         pruner=pruner, update=update, budget=budget, structure=structure, recovery=recovery,
-        sparsity=sparsity, pattern=pattern, ignore=tuple(ignore), compute_dtype=compute_dtype,
-        evaluator=evaluator, overwrite=overwrite,
+        ignore=tuple(ignore) if isinstance(ignore, list | tuple) else (ignore,),
+        sparsity=sparsity, pattern=pattern, compute_dtype=compute_dtype, evaluator=evaluator, overwrite=overwrite,
     )  # fmt: skip
     read = partial(_read_calibration, texts_or_tokens, settings, seq_len)
     if isinstance(model_or_path, (str, Path)):
@@ -250,7 +250,7 @@ def _check_model(model: Any) -> list[str]:
 def _check_target(settings: RunSettings) -> list[str]:
     """What speaks against the target, in complete sentences."""
     sparsity = settings.sparsity
-    if problems := [*broken_rules(settings, ""), *broken_rules(settings.evaluator, "evaluator")]:
+    if problems := broken_rules(settings, "") or broken_rules(settings.evaluator, "evaluator"):
         return problems
     try:
         Goal.parse(sparsity, settings.pattern)

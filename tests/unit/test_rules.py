@@ -22,6 +22,11 @@ from besa_exp.settings import EvaluationSettings, RecoverySettings, RunSettings,
 
 
 @dataclass(frozen=True)
+class Inner:
+    pass
+
+
+@dataclass(frozen=True)
 class Fields:
     lr: Annotated[float, within(above=0, below=1, note="a share of the row")] | None = 0.5
     steps: Count = 1
@@ -29,6 +34,8 @@ class Fields:
     batch_size: Count | Literal["auto"] = "auto"
     ratios: tuple[Share, ...] = (0.5,)
     published: dict[str, dict[int, Positive]] | None = None
+    dense: bool = False
+    inner: Inner | None = None
 
 
 @pytest.mark.parametrize(
@@ -51,20 +58,22 @@ def test_values_are_held_to_their_limits(rule: Rule, inside: list[Any], outside:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"lr": 1.0}, "group.lr=1.0: must be above 0 and below 1, a share of the row; write for example group.lr=0.5"),
+        ({"lr": 1.0}, "group.lr=1: must be above 0 and below 1, a share of the row; write for example group.lr=0.5"),
         ({"lr": math.nan}, "group.lr=nan: must be a finite number; write for example group.lr=0.5"),
         ({"lr": -math.inf}, "group.lr=-inf: must be a finite number; write for example group.lr=0.5"),
         ({"lr": "x"}, "group.lr=x: must be a finite number; write for example group.lr=0.5"),
-        ({"steps": 1.0}, "group.steps=1.0: must be a whole number; write for example group.steps=1"),
+        ({"steps": 1.5}, "group.steps=1.5: must be a whole number; write for example group.steps=1"),
         ({"steps": True}, "group.steps=true: must be a whole number; write for example group.steps=1"),
         ({"steps": None}, "group.steps=null: must be a whole number; write for example group.steps=1"),
         ({"steps": 0}, "group.steps=0: must be at least 1; write for example group.steps=1"),
         ({"name": "ce"}, "group.name=ce: must be one of kl, mse; write for example group.name=kl"),
         (
             {"batch_size": "all"},
-            "group.batch_size=all: must be a whole number; write for example group.batch_size=auto",
+            "group.batch_size=all: must be a whole number, or be one of auto; write for example group.batch_size=auto",
         ),
         ({"ratios": (1, 2)}, "group.ratios=[1,2]: must be above 0 and at most 1; write for example group.ratios=[0.5]"),
+        ({"dense": 1}, "group.dense=1: must be true or false; write for example group.dense=false"),
+        ({"inner": 1}, "group.inner=1: must be Inner, or the name of a preset"),
         ({"published": {"c4": {64: -1}}}, "group.published={'c4': {64: -1}}: must be above 0"),
     ],
 )
