@@ -27,7 +27,6 @@ from besa_exp.evaluation.checks import check_evaluator, check_skipping
 from besa_exp.hub.client import is_hub_id
 from besa_exp.hub.publish import check_push
 from besa_exp.machine.disk import check_disk, required_bytes
-from besa_exp.rules import broken_rules
 from besa_exp.run_folder.identity import check_finished
 from besa_exp.run_folder.inputs import check_run_inputs
 from besa_exp.run_folder.lookup import check_run, run_and_model
@@ -153,7 +152,7 @@ def _check_shared(
     settings: RunSettings | EvaluationSettings, unknown: Collection[str], here: bool, key: str
 ) -> tuple[ModelFolder | None, list[str]]:
     """What pruning and scoring have in common; `key` is what a person set to name the model."""
-    facts, problems = None, broken_rules(settings, "") + _check_dtype(settings.model.dtype)
+    facts, problems = None, _check_dtype(settings.model.dtype)
     if "model" not in unknown:
         facts, of_model = check_model(settings.model, key)
         problems += of_model
