@@ -195,11 +195,11 @@ class PolicyGradient:
         return self.decide(state, costs, dimensions)
 
     def begin(self, importances: Importances, costs: Costs, dimensions: Dimensions) -> State:
-        """From the importances that `start` names; within the budget. Uneven widths begin with even ones: the scores of
-        blocks, and of heads and channels, cannot be compared before a loss has been seen."""
+        """From the importances that `start` names; within the budget. Antithetic draws begin with equal widths: the
+        scores of blocks, and of heads and channels, cannot be compared before a loss has been seen."""
         units, spendable = unit_costs(costs, dimensions), self._spendable(costs, dimensions)
         scores = starting_scores(importances, min(1.0, spendable / float(units.sum())))
-        if self.shape == "uniform" or self.baseline != "antithetic":
+        if self.baseline != "antithetic":
             return State(0, projected(scores.flat, spendable, units))
         groups, channels = even_widths(costs, dimensions, self.ratio, self.multiple)
         even = Importances(with_one_border(scores.groups, groups), with_one_border(scores.channels, channels))
