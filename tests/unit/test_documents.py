@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from tiny_llama import tiny_llama
 import besa_exp
 import besa_exp.cli.configuration  # registers the resolvers of conf/
 from besa_exp.cli.show import keys_of
+from besa_exp.errors import ConfigurationError
 from besa_exp.presets import CONF_DIR, groups, presets
 
 ROOT = Path(__file__).parents[2]
@@ -205,9 +207,12 @@ def test_every_room_has_a_line() -> None:
     assert [room for room in sorted(rooms) if f"{room}/`" not in text] == []
 
 
-def test_the_pruner_that_the_documents_work_out_prunes() -> None:
+def test_the_pruner_that_the_documents_work_out_prunes(monkeypatch: pytest.MonkeyPatch) -> None:
     (source,) = (block for block in fenced(ROOT / "docs/extending.md", "python") if "class Random" in block)
-    names: dict[str, Any] = {"__name__": "__main__"}
-    exec(source, names)
+    module: Any = ModuleType("worked_out")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(source, vars(module))
+    with pytest.raises(ConfigurationError, match="must be in"):
+        module.Random(seed=-1)
     tokens = torch.randint(0, 258, (4, 16), generator=torch.Generator().manual_seed(1))
-    assert besa_exp.prune(tiny_llama(), None, tokens, pruner=names["Random"](seed=1), sparsity=0.25).sparsity == 0.25
+    assert besa_exp.prune(tiny_llama(), None, tokens, pruner=module.Random(seed=1), sparsity=0.25).sparsity == 0.25
