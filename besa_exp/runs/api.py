@@ -26,8 +26,7 @@ from besa_exp.blocks.ignored import Ignored
 from besa_exp.blocks.pruner import Pruner
 from besa_exp.blocks.reports import BlockReport
 from besa_exp.checkpoints.files import load_masks
-from besa_exp.checkpoints.finite_weights import check_finite_weights
-from besa_exp.checkpoints.load import LoadedModel, model_context, vocabulary_size
+from besa_exp.checkpoints.load import LoadedModel, check_finite_weights, model_context, vocabulary_size
 from besa_exp.checkpoints.load import load_model as load
 from besa_exp.display.missed_target import out_of_reach
 from besa_exp.errors import ConfigurationError
