@@ -26,11 +26,11 @@ from besa_exp.blocks.ignored import Ignored
 from besa_exp.blocks.pruner import Pruner
 from besa_exp.blocks.reports import BlockReport
 from besa_exp.checkpoints.files import load_masks
-from besa_exp.checkpoints.finite_weights import check_finite_weights
-from besa_exp.checkpoints.load import LoadedModel, model_context, vocabulary_size
+from besa_exp.checkpoints.load import LoadedModel, check_finite_weights, model_context, vocabulary_size
 from besa_exp.checkpoints.load import load_model as load
 from besa_exp.display.missed_target import out_of_reach
 from besa_exp.errors import ConfigurationError
+from besa_exp.machine.device import set_determinism
 from besa_exp.methods.given import check_kinds, check_methods
 from besa_exp.methods.updates.updated import with_update
 from besa_exp.presets import METHOD_GROUPS, preset, preset_values, presets
@@ -363,9 +363,7 @@ def as_a_run(model: nn.Module, seed: int, deterministic: bool = True) -> Iterato
     model.eval().requires_grad_(False)
     try:
         with _torch_as_before():
-            torch.use_deterministic_algorithms(deterministic, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-            torch.manual_seed(seed)
+            set_determinism(seed, deterministic)
             yield
     finally:
         model.train(training)

@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa_exp.blocks.reports import RecoveryReport
-from besa_exp.checkpoints.finite_weights import check_finite_weights
-from besa_exp.checkpoints.load import model_context, vocabulary_size
+from besa_exp.checkpoints.load import check_finite_weights, model_context, vocabulary_size
 from besa_exp.errors import ConfigurationError
 from besa_exp.presets import preset
 from besa_exp.recovery.keep_bits import keep_of_zeros, sparsity_of
