@@ -26,6 +26,7 @@ from besa_exp.recovery.sparsegrad import SparseGrad, no_zero_stays
 from besa_exp.recovery.spiel import Spiel
 from besa_exp.recovery.tuner import Method, Objective
 from besa_exp.recovery.tuning import Plan
+from besa_exp.rules import broken_rules
 from besa_exp.settings import RecoverySettings
 from besa_exp.texts.sources import check_source
 from besa_exp.texts.tasks import check_task
@@ -80,8 +81,6 @@ def step_size(method: Any) -> float:
 
 def plan_of(asked: RecoverySettings) -> Plan:
     """The plan of all steps. ValueError: a value that it refuses."""
-    if not 0 <= asked.warm_up < 1:
-        raise ValueError(f"recovery.warm_up={asked.warm_up:g}: is the share of the steps, from 0 to below 1")
     steps = steps_of(asked)
     schedule = Schedule(steps, int(asked.warm_up * steps), asked.schedule)
     trial = math.ceil(TRIAL * steps) if asked.lr is None else 0
@@ -146,14 +145,10 @@ def check_recovery(
         problems = check_source(asked.path, "recovery.path", "calibration", asked.column) if asked.path else []
         if asked.task_loss != "options":
             problems.append(f"recovery.task_loss={asked.task_loss}: is of a task; name one with recovery.task")
-    for name in ("batch_size", "micro_batch", "held_out", "steps", "tokens", "shots", "tested", "checks"):
-        if (value := getattr(asked, name)) is not None and value < 1:
-            problems.append(f"recovery.{name}={value}: must be at least 1")
+    problems += broken_rules(asked, "recovery")
     assert asked.seq_len is not None
-    if asked.seq_len < 2 or (context is not None and asked.seq_len > context):
-        problems.append(
-            f"recovery.seq_len={asked.seq_len}: must be from 2 to the model's context, {context or 'as it is'}"
-        )
+    if context is not None and asked.seq_len > context:
+        problems.append(f"recovery.seq_len={asked.seq_len}: exceeds the model's context; set it to {context} or less")
     problems += _check_method(asked, sparsity, pattern, quantised) + _check_followed(asked, blocks_removed)
     if problems:
         return problems
@@ -166,9 +161,14 @@ def check_recovery(
 
 
 def _check_trial(asked: RecoverySettings) -> list[str]:
+    """Steps of SparseGrad that only gather gradients must leave some."""
     trial, method = plan_of(asked).trial, method_of(asked)
-    if not (isinstance(method, SparseGrad) and 0 < trial <= method.gather):
+    if not isinstance(method, SparseGrad) or (trial or steps_of(asked)) > method.gather:
         return []
+    if not trial:
+        return [
+            f"recovery.gather={method.gather}: no step is left that tunes; set less than the {steps_of(asked)} steps"
+        ]
     return [
         f"recovery.lr=null: the {trial} steps of a trial only gather gradients (recovery.gather={method.gather}), so "
         "that no step size can be found; set recovery.lr, or more recovery.steps"

@@ -35,6 +35,7 @@ from besa_exp.methods.given import check_kinds, check_methods
 from besa_exp.methods.updates.updated import with_update
 from besa_exp.presets import METHOD_GROUPS, preset, preset_values, presets
 from besa_exp.report.loaded import linear_table, load_run
+from besa_exp.rules import broken_rules, check_fields
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.run_folder.identity import check_finished, config_of
 from besa_exp.run_folder.inputs import check_run_inputs
@@ -160,8 +161,8 @@ def prune(
     settings = _settings(
         model_or_path, _calibration(texts_or_tokens, seed, num_samples, seq_len, batch_size), seed,
         pruner=pruner, update=update, budget=budget, structure=structure, recovery=recovery,
-        sparsity=sparsity, pattern=pattern, ignore=tuple(ignore), compute_dtype=compute_dtype,
-        evaluator=evaluator, overwrite=overwrite,
+        ignore=tuple(ignore) if isinstance(ignore, list | tuple) else (ignore,),
+        sparsity=sparsity, pattern=pattern, compute_dtype=compute_dtype, evaluator=evaluator, overwrite=overwrite,
     )  # fmt: skip
     read = partial(_read_calibration, texts_or_tokens, settings, seq_len)
     if isinstance(model_or_path, (str, Path)):
@@ -202,7 +203,6 @@ def _settings(
             )
         except ConfigurationError as error:
             problems += error.problems
-    problems += [] if 0 <= seed < 2**32 else [f"seed={seed}: must be a whole number from 0 to {2**32 - 1}"]
     if problems:
         raise ConfigurationError(*problems)
     kind = type(model_or_path).__name__
@@ -250,8 +250,8 @@ def _check_model(model: Any) -> list[str]:
 def _check_target(settings: RunSettings) -> list[str]:
     """What speaks against the target, in complete sentences."""
     sparsity = settings.sparsity
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
-        return [f"sparsity={sparsity}: must be in [0, 1), the fraction of weights that become zero, as 0.5"]
+    if problems := broken_rules(settings, "") or broken_rules(settings.evaluator, "evaluator"):
+        return problems
     try:
         Goal.parse(sparsity, settings.pattern)
     except ValueError as error:
@@ -281,9 +281,9 @@ def _calibration(
                     "tensor [sample, seq]"
                 )
     said = {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size}
-    if wrong := [f"{key}={value}: must be 1 or more" for key, value in said.items() if value is not None and value < 1]:
-        raise ConfigurationError(*wrong)
-    return replace(base, **{key: value for key, value in said.items() if value is not None})
+    asked = replace(base, **{key: value for key, value in said.items() if value is not None})
+    check_fields(asked, "")
+    return asked
 
 
 def _read_calibration(given: Texts, settings: RunSettings, seq_len: int | None, loaded: LoadedModel) -> Calibration:

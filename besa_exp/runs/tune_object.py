@@ -20,6 +20,7 @@ from besa_exp.recovery.parts import parts_of, report_of
 from besa_exp.recovery.recipe import check_fit, check_recovery, method_of, objective_of, plan_of
 from besa_exp.recovery.tuning import Point
 from besa_exp.recovery.tuning import tune as tune_model
+from besa_exp.rules import check_fields
 from besa_exp.runs.api import SEQ_LEN, as_a_run
 from besa_exp.settings import RecoverySettings
 
@@ -47,6 +48,7 @@ def tune(
 
     ConfigurationError (a ValueError): the request cannot be carried out; it names all problems."""
     asked = preset("recovery", recovery, seed=seed) if isinstance(recovery, str) else recovery
+    check_fields(asked, "" if isinstance(recovery, str) else "recovery")  # of a preset only `seed` can be wrong
     context = model_context(model)
     asked = replace(asked, seq_len=asked.seq_len or min(SEQ_LEN, context))
     keep = keep_of_zeros(model)
