@@ -37,8 +37,9 @@ def test_zeros_stay_and_the_held_out_loss_falls() -> None:
 
 def test_two_calls_give_the_same_bits() -> None:
     one, other = pruned(), pruned()
-    for model in (one, other):
-        besa_exp.tune(model, None, RULE, recovery=ASKED)
+    besa_exp.tune(one, None, RULE, recovery=ASKED)
+    with torch.inference_mode():
+        besa_exp.tune(other, None, RULE, recovery=ASKED)
     assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in one.state_dict().items())
 
 
@@ -47,6 +48,10 @@ def test_what_cannot_be_tuned_is_refused() -> None:
         besa_exp.tune(tiny_llama(context=32), None, RULE, recovery=ASKED)
     with pytest.raises(ConfigurationError, match="of this model would stay"):
         besa_exp.tune(pruned(), None, RULE, recovery=replace(ASKED, name="sparsegrad"))
+    with pytest.raises(ConfigurationError, match="LlamaModel is no causal language model"):
+        besa_exp.tune(pruned().model, None, RULE, recovery=ASKED)
+    with pytest.raises(ConfigurationError, match="number 0 is ndarray, not text"):
+        besa_exp.tune(pruned(), None, RULE.numpy(), recovery=ASKED)
     with pytest.raises(ConfigurationError, match="given exactly where one is followed"):
         besa_exp.tune(pruned(), None, RULE, recovery=replace(ASKED, distill="logits"))
 
