@@ -47,6 +47,7 @@ LATER_KEYS = (
     ("evaluator", "include_path", None),
     ("evaluator", "max_windows", None),
     ("evaluator", "prompts", None),
+    ("recovery", "method", None),
     ("recovery", "exchange", False),
     ("recovery", "shard", False),
     ("recovery", "task", None),

@@ -1,4 +1,4 @@
-"""`besa show` and `besa status`."""
+"""`besa show`, `besa list --json` and `besa status`."""
 
 from __future__ import annotations
 
@@ -70,6 +70,27 @@ def test_a_preset_of_ones_own_is_shown_over_what_it_builds_on(
     assert lines[0] == "evaluator=mine: my scores"
     values = {words[0]: words[1] for line in lines if len(words := line.split()) > 1}
     assert (values["evaluator.tasks"], values["evaluator.seq_len"]) == ("[piqa]", "null")
+
+
+def test_a_value_that_a_preset_replaces_by_a_group_of_keys_is_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "pruner").mkdir()
+    mine = tmp_path / "pruner" / "mine.yaml"
+    mine.write_text(
+        "# mine\ndefaults: [besa]\nimportance:\n  _target_: mine.Mine\n  power: 0.5  # of the norm\nmodel: null\n"
+    )
+    names = {key.name for key in keys_of(mine)}
+    assert {"importance.power", "model", "epochs"} <= names
+    assert not {"importance", "model.steps"} & names
+
+
+def test_programs_read_the_listing_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pruner").mkdir()
+    (tmp_path / "pruner" / "mine.yaml").write_text("# of mine\n_target_: mine.Mine\n")
+    assert main(["list", "pruners", "--config-dir", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"pruner": presets("pruner") | {"mine": f"of mine (of {tmp_path})"}}
+    assert main(["list", "--json"]) == 0
+    assert [*json.loads(capsys.readouterr().out)] == groups()
 
 
 def test_an_experiment_is_shown_with_what_it_chooses_and_sweeps(capsys: pytest.CaptureFixture[str]) -> None:
