@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from run_folders import finished_run, unfinished_run
+from run_folders import block, finished_run, unfinished_run
 
 from besa_exp.cli.main import main
 from besa_exp.cli.show import in_words, keys_of
@@ -151,6 +151,23 @@ def test_status_tells_what_failed_how_far_it_got_and_how_to_go_on(
     assert "2 left. Run the same commands again to finish them" in shown
     assert "  besa prune x=1" in shown
     assert "done  " not in shown
+
+
+def test_status_names_runs_apart_counts_no_block_of_none_and_shows_commands_to_copy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished_run(tmp_path / "narrow", {"blocks": [block(0)]})
+    finished_run(tmp_path / "whole")
+    finished_run(tmp_path / "narrower", {"blocks": [block(0)]})
+    command = f"besa prune {'x' * 200}"
+    for place in ("one", "two"):
+        failed = unfinished_run(tmp_path / place / "run", status="failed", error="as asked", command=command)
+        (failed / "config.yaml").write_text("model: {path: models/tiny}\n")
+        (failed / "metrics.jsonl").write_text(json.dumps({"kind": "block", "block": 0}) + "\n")
+    shown = said(capsys, "status", str(tmp_path), code=1)
+    assert f"  {command}\n" in shown
+    assert "".join(shown.split()).count("1of2") == 2
+    assert all(str(tmp_path / place / "run") in "".join(shown.split()) for place in ("one", "two"))
 
 
 def test_status_of_finished_runs_is_one_line_and_all_lists_them(
