@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -234,16 +236,34 @@ def test_what_cannot_be_done_is_refused_with_the_remedy(asked: dict, answer: str
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
 
 
+@contextmanager
+def half_by_default() -> Iterator[None]:
+    """As programs have it that make models in 16 bits."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        assert torch.get_default_dtype() == torch.bfloat16
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize(
-    "surrounding", [torch.no_grad, torch.inference_mode, partial(torch.autocast, "cpu", torch.bfloat16)]
+    "surrounding",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        partial(torch.autocast, "cpu", torch.bfloat16),
+        half_by_default,
+        partial(torch.device, "meta"),
+    ],
 )
 def test_the_contexts_of_the_calling_program_do_not_move_the_numbers(surrounding) -> None:
     """A search takes gradients, and its products are those of the weights' dtype."""
     models, of_numpy = [tiny(), tiny()], {"sparsity": np.float32(0.5), "seed": np.int64(0)}
-    besa_exp.prune(models[0], None, TOKENS, pruner="besa", sparsity=0.5)
+    besa_exp.prune(models[0], None, TOKENS, pruner="besa", update="admm", sparsity=0.5)
     with surrounding():
         before = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
-        besa_exp.prune(models[1], None, TOKENS, pruner="besa", **of_numpy)
+        besa_exp.prune(models[1], None, TOKENS, pruner="besa", update="admm", **of_numpy)
         after = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
     assert before == after
     assert all(torch.equal(weight, models[1].state_dict()[name]) for name, weight in models[0].state_dict().items())
