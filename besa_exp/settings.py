@@ -132,10 +132,11 @@ class SaveSettings:
 
 @dataclass(frozen=True)
 class RecoverySettings:
-    """How the whole pruned model is tuned: `name` is the method. What only some methods have is None with the others;
-    `besa_exp.recovery.recipe` makes the method of it."""
+    """How the whole pruned model is tuned: `name` is the method, `method` one that is not the package's. What only some
+    methods have is None with the others; `besa_exp.recovery.recipe` makes the method of it."""
 
     name: str
+    method: Any = None
     lr: Positive | None = None  # None: found by trial
     path: str | None = None  # a local text or token file in place of the calibration's source
     column: str = "text"
