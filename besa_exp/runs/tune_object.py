@@ -65,6 +65,6 @@ def tune(
         file = Path(folder) / "tokens.safetensors"
         parts = parts_of(asked, given, file, tokenizer, vocabulary_size(model))
         objective = objective_of(asked, method, model, teacher)
-        before = parts.accuracy(model, asked.micro_batch)
+        before = parts.accuracy(model, asked.windows_together)
         found, _ = tune_model(model, keep, method, objective, parts, plan_of(asked), on_point=on_step)
-        return report_of(asked, found, parts, before, parts.accuracy(model, asked.micro_batch))
+        return report_of(asked, found, parts, before, parts.accuracy(model, asked.windows_together))
