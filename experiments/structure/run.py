@@ -61,6 +61,7 @@ BEDS = {
             "recovery.path=${oc.env:BESA_SHARED,../shared}/data/wikitext2/wiki.valid.raw",
             "recovery.steps=24",
             "recovery.seq_len=512",
+            "recovery.micro_batch=8",
             "recovery.held_out=8",
             "recovery.checks=4",
         ),
