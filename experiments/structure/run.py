@@ -39,7 +39,7 @@ class Bed:
 
 
 SIZES = {"10%": 0, "one": 1, "two": 2}
-TUNED = ("recovery=full", "recovery.steps=70")
+TUNED = ("recovery=full", "recovery.steps=70", "recovery.micro_batch=8")
 ON_STORIES = "recovery.path=outputs/first_results/tokens/{}/tuning.safetensors"
 REAL = "outputs/real_model/tokens/calibration-small-${seed}.safetensors"
 EMBEDDED = ("testbed=embedded", "evaluator.perplexity_sets=[embedded]", "calibration.num_samples=32")
