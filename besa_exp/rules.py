@@ -8,6 +8,7 @@ configuration each key by itself, before the object is made: so a key has one ru
 from __future__ import annotations
 
 import math
+import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from besa_exp.errors import ConfigurationError
 
 LARGEST_SEED = 2**32 - 1  # that every library's generator takes
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -129,9 +131,11 @@ def _broken(value: Any, hint: Any) -> str | None:
 
 
 def shown(value: Any) -> str:
-    """As a person writes it: `null`, `true`, `[1,2]`."""
+    """As a person writes it: `null`, `true`, `[1,2]`; a text that would be read as a number, in quotes."""
     if isinstance(value, list | tuple):
         return f"[{','.join(map(shown, value))}]"
     if isinstance(value, float):
         return str(value).removesuffix(".0")
+    if isinstance(value, str):
+        return f"'{value}'" if NUMBER.fullmatch(value) else value
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -16,6 +16,7 @@ BlockNumber = Annotated[int, within(least=0, note="as blocks are counted from 0"
 Cosine = Annotated[float, within(least=-1, most=2, note="or 2, which never skips")]
 Distilled = Annotated[str, one_of("none", "logits", "squarehead")]
 Schedules = Annotated[str, one_of("constant", "linear", "cosine")]
+TOKENS_TOGETHER = 2048  # that pass the model together while it is tuned
 Window = Annotated[int, within(least=2, note="as a token is predicted from one before it")]
 
 
@@ -132,10 +133,11 @@ class SaveSettings:
 
 @dataclass(frozen=True)
 class RecoverySettings:
-    """How the whole pruned model is tuned: `name` is the method. What only some methods have is None with the others;
-    `besa_exp.recovery.recipe` makes the method of it."""
+    """How the whole pruned model is tuned: `name` is the method, `method` one that is not the package's. What only some
+    methods have is None with the others; `besa_exp.recovery.recipe` makes the method of it."""
 
     name: str
+    method: Any = None
     lr: Positive | None = None  # None: found by trial
     path: str | None = None  # a local text or token file in place of the calibration's source
     column: str = "text"
@@ -147,7 +149,7 @@ class RecoverySettings:
     tokens: Count | None = None  # in the place of steps
     seq_len: Window | None = None  # None: the calibration's
     batch_size: Count = 8
-    micro_batch: Count = 8  # windows that pass the model together
+    micro_batch: Count | None = None  # windows that pass the model together; None: see `windows_together`
     checkpointing: bool = False
     shard: bool = False  # full: the model is dealt out to the processes of torchrun
     schedule: Schedules = "cosine"
@@ -176,6 +178,11 @@ class RecoverySettings:
     kinds: tuple[str, ...] | None = None
     scope: str | None = None
     exchange: bool | None = None
+
+    @property
+    def windows_together(self) -> int:
+        """Where nothing is said, as many as hold TOKENS_TOGETHER: activations lie in memory until the way back."""
+        return self.micro_batch or min(self.batch_size, max(1, TOKENS_TOGETHER // (self.seq_len or TOKENS_TOGETHER)))
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ LATER_KEYS = (
     ("evaluator", "include_path", None),
     ("evaluator", "max_windows", None),
     ("evaluator", "prompts", None),
+    ("recovery", "method", None),
     ("recovery", "exchange", False),
     ("recovery", "shard", False),
     ("recovery", "task", None),
@@ -166,7 +167,8 @@ def _told_differences(method: str, values: Mapping[str, Any], calibration: str) 
     differing = method_of(method, values, "unstructured").variant.split(", ")
     given = values.get("calibration")
     sizes = {key: given[key] for key in SIZES if key in given} if isinstance(given, Mapping) else {}
-    return [text for text in [*differing, *differences(sizes, "calibration", calibration)] if text][:MOST_TOLD]
+    told = [text for text in [*differing, *differences(sizes, "calibration", calibration)] if text][:MOST_TOLD]
+    return [re.sub(r"^path=.*/", "path=", text) for text in told]  # a file is enough: names hold no folders
 
 
 def evaluation_folder(config: DictConfig) -> str:

@@ -39,7 +39,7 @@ class Bed:
 
 
 SIZES = {"10%": 0, "one": 1, "two": 2}
-TUNED = ("recovery=full", "recovery.steps=70")
+TUNED = ("recovery=full", "recovery.steps=70", "recovery.micro_batch=8")
 ON_STORIES = "recovery.path=outputs/first_results/tokens/{}/tuning.safetensors"
 REAL = "outputs/real_model/tokens/calibration-small-${seed}.safetensors"
 EMBEDDED = ("testbed=embedded", "evaluator.perplexity_sets=[embedded]", "calibration.num_samples=32")
@@ -61,6 +61,7 @@ BEDS = {
             "recovery.path=${oc.env:BESA_SHARED,../shared}/data/wikitext2/wiki.valid.raw",
             "recovery.steps=24",
             "recovery.seq_len=512",
+            "recovery.micro_batch=8",
             "recovery.held_out=8",
             "recovery.checks=4",
         ),
@@ -95,7 +96,7 @@ def study(bed: Bed, seed: int) -> Iterator[list[str]]:
         yield ["structure=policy_gradient", share, f"structure.shape={shape}", *bed.search, "pruner=dense"]
     for size_of_sleb in whole:
         yield ["structure=sleb", whole[size_of_sleb], "pruner=dense", *bed.sleb]
-    for first in (["structure=shortgpt", whole[size]], ["structure=wanda_sp", share]):
+    for first in (["structure=shortgpt", whole[size]], ["structure=wanda_sp", share], []):  # []: the text's part in it
         yield [*first, "pruner=dense", *bed.recovery]
     yield ["pruner=wanda", zeros[size], *bed.recovery]
     for size_of_besa in reversed(bed.sizes):
