@@ -85,6 +85,8 @@ def check_fields(owner: Any, group: str) -> None:
 
 def broken_rules(owner: Any, group: str) -> list[str]:
     """The problem of each field of `owner` that breaks its rule; its key in `group` is the field's name."""
+    if not is_dataclass(owner):
+        return [f"{group}={shown(owner)}: must be the name of a preset, or an object as besa_exp.preset makes it"]
     prefix, hints = f"{group}." if group else "", ruled_hints(type(owner))
     found = [
         broken_rule(field, hints[field.name], getattr(owner, field.name), prefix + field.name)

@@ -161,7 +161,7 @@ def test_a_killed_tuning_goes_on_to_the_same_bytes(pruned: Path, words: list[str
     [
         (["checkpoint=gone"], "checkpoint=gone"),
         ([], "checkpoint: no value given"),
-        (["checkpoint=run", "recovery=sparsegrad"], "zeros of this model would stay"),
+        (["checkpoint=run", "recovery=sparsegrad", "recovery.gather=2"], "zeros of this model would stay"),
         (["checkpoint=run", "model.load=streamed"], "model.load=whole"),
         (["checkpoint=run", "recovery.steps=0"], "recovery.steps=0"),
         (["checkpoint=run", "recovery=none"], "recovery=none: no such preset"),

@@ -90,6 +90,11 @@ def test_all_fields_that_break_their_rules_are_named_together_and_others_are_let
     check_fields(Fields(lr=None, batch_size=3, ratios=(1, 0.1), published={"c4": {64: 5.5}}), "")
 
 
+def test_what_is_no_object_of_a_preset_is_refused() -> None:
+    (problem,) = broken_rules(None, "recovery")
+    assert problem.startswith("recovery=null: must be the name of a preset")
+
+
 def parts(hint: Any) -> Iterator[Any]:
     """What a type is made of, those with a rule whole."""
     if get_origin(hint) in (Annotated, Literal) or not get_args(hint):
