@@ -55,7 +55,8 @@ def _choose(device: torch.device, needed: int, share: float) -> str:
 def _in_a_file(shape: torch.Size, dtype: torch.dtype, folder: Path) -> Tensor:
     """Mapped memory; the system writes it out when it needs the room. RunError: the disk has not as much. All of it is
     taken at once: a full disk met through mapped memory ends the process without a word (SIGBUS)."""
-    size = shape.numel() * dtype.itemsize
+    if not (size := shape.numel() * dtype.itemsize):  # a rank that owns no sample: no file can be mapped
+        return torch.empty(shape, dtype=dtype)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".activations-") as file:
         try:
             file.truncate(size)

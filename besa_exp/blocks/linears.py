@@ -84,7 +84,7 @@ def find_linears(module: nn.Module) -> dict[str, Linear]:
                     linears[f"{path}.{expert}.{kind}".lstrip(".")] = Linear(
                         inner, place, expert, inner.is_transposed is True, of_mixture=True
                     )
-        elif isinstance(inner, nn.Linear | Conv1D) and inner not in routers:
+        elif isinstance(inner, nn.Linear | Conv1D) and inner not in routers and inner.weight.numel():
             linears[path] = Linear(
                 inner, f"{path}.weight", transposed=isinstance(inner, Conv1D), of_mixture=inner in chosen
             )

@@ -28,14 +28,16 @@ def observe(
     block: Block, inputs: Hidden, statistic: type[S] | None, batch_size: int, out: Hidden | None = None
 ) -> tuple[dict[str, S], Hidden]:
     """One pass of the block as it is over all samples: a statistic, of the samples of all ranks, for every linear
-    (linears that are given the same tensor share one) and the outputs, into `out` where given. RunError: a statistic is
-    not finite, or a linear was never called.
+    (linears that are given the same tensor share one) and the outputs, into `out` where given, which may be `inputs`
+    itself. RunError: a statistic is not finite, or a linear was never called.
 
     Experts of a stack that fewer than FEW_TOKENS tokens reach are given all tokens in a second pass; other experts that
     none reach count every input alike, so that their weights' magnitude decides. Both are named in the log."""
     if statistic is None:
         return {}, block.outputs(inputs, batch_size, out=out)
     outputs = torch.empty_like(inputs) if out is None else out
+    if out is inputs and any(linear.expert is not None for linear in block.linears.values()):
+        inputs = inputs.clone()  # for a second pass
     statistics, tokens = _pass(block, inputs, statistic, batch_size, block.linears, outputs)
     few = {
         name: linear
@@ -155,14 +157,12 @@ def _pass(
     tokens: dict[str, int] = {}
     for counts in distributed.gathered(observer.tokens):
         tokens |= {name: tokens.get(name, 0) + count for name, count in counts.items()}
-    return _of_all_ranks(block, observer.statistics, statistic), tokens
+    return _of_all_ranks(block, observer.statistics, statistic, distributed.total(len(inputs))), tokens
 
 
-def _of_all_ranks(block: Block, own: Mapping[str, S], statistic: type[S]) -> dict[str, S]:
-    """The statistics summed over ranks. A linear that some ranks' samples do not reach, as in a mixture of experts, has
-    nothing to add there."""
-    if distributed.num_ranks() == 1:
-        return dict(own)
+def _of_all_ranks(block: Block, own: Mapping[str, S], statistic: type[S], samples: int) -> dict[str, S]:
+    """The statistics summed over ranks, of all `samples`. A linear that some ranks' samples do not reach, as in a
+    mixture of experts, has nothing to add there."""
     leaders: dict[str, str] = {}  # of the linears that share a statistic the first, by linear
     for found in distributed.gathered({name: names[0] for _, names in by_shared_input(own) for name in names}):
         leaders |= found
@@ -170,8 +170,8 @@ def _of_all_ranks(block: Block, own: Mapping[str, S], statistic: type[S]) -> dic
     for name in sorted(set(leaders.values())):
         weight = block.linears[name].weight
         summed[name] = own[name] if name in own else statistic(weight.shape[1], weight.device)
-        summed[name].sum_over_ranks()
-    return {name: summed[leaders[name]] for name in block.linears if name in leaders}
+        summed[name].sum_over_ranks(samples)
+    return {name: summed[leader] for name, leader in leaders.items()}
 
 
 class _Observer(Generic[S]):

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,6 +26,7 @@ from besa_exp.checkpoints.narrowed_config import BY_BLOCK, MODELLING_FILE, model
 from besa_exp.checkpoints.shards import write_joined
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.machine import atomic
+from besa_exp.tensors.keep_bits import packed_bits, unpacked
 
 SHARD_SIZE = "5GB"
 BESIDE_WEIGHTS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken")
@@ -111,25 +111,11 @@ def save_masks(
     `dense_sha256` (see `weights_sha256`) names the dense weights that the masks belong to; `weights_updated`: kept
     weights were changed too, so that dense weights and masks do not give the pruned ones."""
     names = sorted(keep_masks)
-    packed = {name: packed_bits(keep_masks[name]) for name in names}
+    packed = {name: packed_bits(keep_masks[name]).cpu() for name in names}
     shapes = {name: list(keep_masks[name].shape) for name in names}
     packed |= {f"{name}.permutation": order.to("cpu", torch.int32) for name, order in (permutations or {}).items()}
     description = {"shapes": shapes, "dense_sha256": dense_sha256, "weights_updated": weights_updated}
     _write_masks(path, description, lambda partial, text: save_file(packed, partial, text))
-
-
-def packed_bits(values: Bool[Tensor, "out in"]) -> UInt8[Tensor, " byte"]:
-    """One bit a value on the CPU, the first of a byte the highest. A GPU packs its own: an eighth is copied."""
-    return (
-        torch.from_numpy(np.packbits(values.numpy())) if values.device.type == "cpu" else packed_on_device(values).cpu()
-    )
-
-
-def packed_on_device(values: Bool[Tensor, "out in"]) -> UInt8[Tensor, " byte"]:
-    """The same where `values` lie."""
-    bits = torch.nn.functional.pad(values.flatten(), (0, -values.numel() % 8)).view(-1, 8).to(torch.uint8)
-    worth = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=bits.device)
-    return bits.mul_(worth).sum(dim=1, dtype=torch.uint8)
 
 
 def _write_masks(path: Path, description: Mapping[str, Any], write: Callable[[Path, dict[str, str]], None]) -> None:
@@ -159,12 +145,8 @@ def load_masks(path: Path) -> dict[str, Bool[Tensor, "out in"]]:
 
 def read_masks(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Bool[Tensor, "out in"]]:
     """The keep_masks of these names and shapes alone."""
-    keep_masks = {}
     with safe_open(path, framework="pt") as file:
-        for name, (rows, columns) in shapes.items():
-            bits = np.unpackbits(file.get_tensor(name).numpy(), count=rows * columns)
-            keep_masks[name] = torch.from_numpy(bits).bool().view(rows, columns)
-    return keep_masks
+        return {name: unpacked(file.get_tensor(name), torch.Size(shape)) for name, shape in shapes.items()}
 
 
 def masks_description(path: Path) -> dict[str, Any]:

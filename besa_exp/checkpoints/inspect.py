@@ -49,7 +49,10 @@ def inspect_model_folder(
     if problems:
         return None, problems
     safe = (folder / "model.safetensors").is_file() or (folder / INDEX).is_file()
-    if convert and not safe and (pickles := pickled_files(folder)):
+    pickles, problem = pickled_files(folder) if convert and not safe else ([], None)
+    if problem:
+        return None, [problem]
+    if pickles:
         missing = [file.name for file in pickles if not file.is_file()]
         if missing:
             return None, [f"{where}: {', '.join(missing)} missing, which its index names; copy them too"]
@@ -66,16 +69,18 @@ def inspect_model_folder(
 
 def inspect_config(folder: Path, where: str, trust_remote_code: bool) -> tuple[dict[str, Any], list[str]]:
     """config.json, and what it says against the model."""
-    config_file, adapter_file = folder / "config.json", folder / "adapter_config.json"
+    files = [file for name in ("config.json", "adapter_config.json") if (file := folder / name).is_file()]
+    if not files:
+        return {}, [_only_gguf(folder, where) or f"{where}: {_no_model(folder)}"]
     try:
-        if config_file.is_file():
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-            return config, config_problems(config, where, trust_remote_code)
-        if adapter_file.is_file():
-            return {}, [adapter_problem(json.loads(adapter_file.read_text(encoding="utf-8")), where)]
+        config = json.loads(files[0].read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no keys")
     except (OSError, ValueError) as error:
-        return {}, [f"{config_file}: cannot be read as JSON ({error}); copy the model folder again"]
-    return {}, [_only_gguf(folder, where) or f"{where}: {_no_model(folder)}"]
+        return {}, [f"{files[0]}: cannot be read as JSON ({error}); copy the model folder again"]
+    if files[0].name == "adapter_config.json":
+        return {}, [adapter_problem(config, where)]
+    return config, config_problems(config, where, trust_remote_code)
 
 
 def _no_model(folder: Path) -> str:
@@ -89,13 +94,11 @@ def _no_model(folder: Path) -> str:
     return "no config.json in it; give the folder that save_pretrained wrote"
 
 
-def pickled_files(folder: Path) -> list[Path]:
-    """The .bin files that make up the model: those of their index, or the only one."""
-    index = folder / "pytorch_model.bin.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return [folder / name for name in sorted(set(weight_map.values()))]
-    return [file for file in [folder / "pytorch_model.bin"] if file.is_file()]
+def pickled_files(folder: Path) -> tuple[list[Path], str | None]:
+    """The .bin files that make up the model: those of their index, or the only one; or that the index is none."""
+    index, only = folder / "pytorch_model.bin.index.json", folder / "pytorch_model.bin"
+    names, problem = _names_in(index) if index.is_file() else ([only.name] * only.is_file(), None)
+    return [folder / name for name in names], problem
 
 
 def only_pickled(where: str, file: str) -> str:
@@ -122,15 +125,13 @@ def read_header(file: Path) -> tuple[dict[str, Any], str | None]:
             return {}, f"{file}: {size} bytes are too few for its header: it was cut off; copy or download it again"
         try:
             header = json.loads(stream.read(length))
-        except ValueError:
+            header.pop("__metadata__", None)
+            expected = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        except (ValueError, AttributeError, TypeError, LookupError):
             return {}, f"{file}: its header is not JSON: it is no safetensors file; copy or download it again"
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
     if size != expected:
-        return (
-            {},
-            f"{file}: {size:,} bytes where its header says {expected:,}: it was cut off; copy or download it again",
-        )
+        short = f"{size:,} bytes where its header says {expected:,}: it was cut off; copy or download it again"
+        return {}, f"{file}: {short}"
     return header, None
 
 

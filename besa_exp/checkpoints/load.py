@@ -19,21 +19,17 @@ from besa_exp.blocks.block import Block, capture_blocks
 from besa_exp.checkpoints.config import code_of
 from besa_exp.checkpoints.fetch import fetched_config, fetched_model
 from besa_exp.checkpoints.gguf_file import inspect_gguf, is_gguf
-from besa_exp.checkpoints.inspect import (
-    CONTEXT_KEYS,
-    index_without_metadata,
-    inspect_model_folder,
-    weight_files,
-)
+from besa_exp.checkpoints.inspect import CONTEXT_KEYS, index_without_metadata, inspect_model_folder, weight_files
 from besa_exp.checkpoints.pickles import converted_folder
-from besa_exp.checkpoints.streaming import StreamedWeights, dtype_of, open_streamed
+from besa_exp.checkpoints.streaming import StreamedWeights, open_streamed
 from besa_exp.checkpoints.tensor_sources import without_ignored
-from besa_exp.checkpoints.transformers_config import read_config
-from besa_exp.errors import ConfigurationError, Unavailable, first_line
+from besa_exp.checkpoints.transformers_config import dtype_of, read_config
+from besa_exp.errors import ConfigurationError, RunError, Unavailable, first_line
 from besa_exp.hub.client import NoSuchModel
 from besa_exp.machine import distributed
 from besa_exp.machine.memory import free_memory
 from besa_exp.settings import ModelSettings
+from besa_exp.tensors.statistics import is_finite
 from besa_exp.texts.embedded.text import MODEL_DIR
 
 CONTEXT = 2048  # tokens that the families without a limit were trained on at a time
@@ -196,6 +192,17 @@ def _check_all_loaded(settings: ModelSettings, model: nn.Module, loading: Mappin
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_finite_weights(model: nn.Module, path: str) -> None:
+    """RunError, before any long work: a weight that is in memory (a streamed model's blocks are not) holds NaN or
+    infinity, which would show up as a NaN loss far from where it is, or at some late sample."""
+    for name, weight in model.named_parameters():
+        if not weight.is_meta and weight.is_floating_point() and weight.numel() and not is_finite(weight.detach()):
+            raise RunError(
+                f"model.path={path}: {name} holds NaN or infinity: the model is broken as it is saved, or overflows as "
+                f"{str(weight.dtype).removeprefix('torch.')}; copy it again, or set model.dtype=float32"
+            )
 
 
 def load_tokenizer(settings: ModelSettings, folder: Path) -> PreTrainedTokenizerBase | None:

@@ -26,7 +26,7 @@ NOT_COPIED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf
 def converted_folder(folder: Path) -> Path:
     """The folder's model with safetensors in place of its .bin files. ConfigurationError: a file holds more than
     tensors, or tensors without data; RunError: it cannot be written."""
-    sources = pickled_files(folder)
+    sources, _ = pickled_files(folder)
     return converted_once(folder, sources, lambda partial: _write(folder, sources, partial))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from besa_exp.blocks.block import Block, discover_blocks
 from besa_exp.checkpoints.tensor_sources import (
@@ -29,7 +29,7 @@ from besa_exp.checkpoints.tensor_sources import (
     tensor_sources,
     tensors_of_file,
 )
-from besa_exp.checkpoints.transformers_config import read_config, stored_dtype
+from besa_exp.checkpoints.transformers_config import dtype_of, read_config
 from besa_exp.machine.background import ahead
 from besa_exp.machine.memory import give_back_memory
 
@@ -176,8 +176,3 @@ def give_back_large_tensors() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGE)
-
-
-def dtype_of(config: PreTrainedConfig, wanted: str, folder: Path) -> torch.dtype:
-    """What the weights are computed in: as `wanted`, or for auto as they were saved."""
-    return stored_dtype(config, folder) if wanted == "auto" else getattr(torch, wanted)

@@ -33,12 +33,11 @@ def read_config(folder: Path, trust_remote_code: bool) -> tuple[PreTrainedConfig
     return config, [f"its config.json asks for {asked}; attention is computed by PyTorch's own instead"]
 
 
-def stored_dtype(config: PreTrainedConfig, folder: Path) -> torch.dtype:
-    """What `dtype="auto"` stands for: what the config says or, where it says nothing, the dtype of the first weights;
-    fp32 where there are none."""
-    if isinstance(config.dtype, torch.dtype):
-        return config.dtype
-    if isinstance(config.dtype, str):
-        return getattr(torch, config.dtype)
+def dtype_of(config: PreTrainedConfig, wanted: str, folder: Path) -> torch.dtype:
+    """What the weights are computed in: as `wanted`, or for auto what the config says or, where it says nothing, the
+    dtype of the first weights; fp32 where there are none."""
+    said = config.dtype if wanted == "auto" else wanted
+    if said is not None:
+        return getattr(torch, said) if isinstance(said, str) else said
     files, problems = weight_files(folder)
     return torch.float32 if problems else get_state_dict_dtype(load_state_dict(str(files[0]), map_location="meta"))

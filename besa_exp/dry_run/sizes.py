@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from besa_exp.blocks.block import discover_blocks, discover_linears
 from besa_exp.checkpoints.fetch import cached_folder
 from besa_exp.checkpoints.load import config_folder, model_path, unpacked_gguf
-from besa_exp.checkpoints.streaming import dtype_of
-from besa_exp.checkpoints.transformers_config import read_config
+from besa_exp.checkpoints.transformers_config import dtype_of, read_config
 from besa_exp.errors import ConfigurationError, first_line
 from besa_exp.settings import ModelSettings
 

@@ -47,7 +47,7 @@ def halved_until_it_fits(attempt: Callable[[int], T], size: int, what: str) -> t
         try:
             return attempt(size), size
         except torch.OutOfMemoryError:
-            if size == 1:
+            if size <= 1:  # 0 tokens, where less than one has room
                 raise Unavailable(f"a single {what} does not fit into the device's memory") from None
         size //= 2
         torch.cuda.empty_cache()  # does nothing where CUDA was not used; here the failed attempt's tensors are gone

@@ -10,11 +10,10 @@ wait. Incomplete scores are not kept.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +73,7 @@ def shared_dense_scores(
     Where `folder` cannot be written to, they are computed."""
     wanted = json.loads(json.dumps(key))
     path = folder / f"{hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]}.json"
-    with _alone(path.with_suffix(".lock"), on_wait):
+    with atomic.alone(path.with_suffix(".lock"), on_wait):
         if found := _read(path, wanted):
             return found, True
         scores = compute()
@@ -134,22 +133,3 @@ def _read(path: Path, key: Mapping[str, Any]) -> Scores | None:
         return Scores.from_dict(content["scores"]) if content["key"] == key else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-@contextmanager
-def _alone(lock: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Holds `lock`; the system frees it when the process ends. Where there can be no lock, nobody waits."""
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
-    except OSError:
-        yield
-        return
-    with file:
-        with suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                on_wait()
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield

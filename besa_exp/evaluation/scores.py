@@ -293,6 +293,8 @@ def _harness(asked: _Asked) -> Any:
     loaded = asked.loaded
     if loaded.tokenizer is None:
         raise Unavailable("the model has no tokenizer; a zero-shot task needs one")
+    if loaded.tokenizer.bos_token_id is None and loaded.tokenizer.eos_token_id is None:
+        raise Unavailable("the tokenizer has neither BOS nor EOS; lm-eval needs one: name it in tokenizer_config.json")
     try:
         from besa_exp.evaluation.zero_shot import harness
     except ImportError as error:

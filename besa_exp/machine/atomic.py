@@ -5,11 +5,12 @@ Every file has the mode that the umask gives: safetensors makes its own 0600, wh
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,25 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         remove(replaced)
     finally:
         remove(partial)
+
+
+@contextmanager
+def alone(lock: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Holds `lock`; the system frees it when the process ends. Where there can be no lock, nobody waits."""
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError:
+        yield
+        return
+    with file:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait()
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def remove(path: Path) -> None:

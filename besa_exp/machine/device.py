@@ -19,14 +19,19 @@ from besa_exp.settings import EvaluationSettings, RunSettings
 
 def prepared_device(settings: RunSettings | EvaluationSettings) -> torch.device:
     """Sets seeds and determinism and returns the device: auto is a GPU where there is one, one for each rank."""
-    torch.manual_seed(settings.seed)
-    if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
-    # Else every torch.empty is filled: time in each step, and memory for modules built without weights.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    set_determinism(settings.seed, settings.deterministic)
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     return distributed.local_device(torch.device(automatic if settings.device == "auto" else settings.device))
+
+
+def set_determinism(seed: int, deterministic: bool) -> None:
+    """Seeds torch, and lets it use deterministic algorithms alone, with a warning where there is none."""
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    # Else every torch.empty is filled: time in each step, and memory for modules built without weights.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def compute_dtype(settings: RunSettings) -> torch.dtype | None:

@@ -24,8 +24,7 @@ from besa_exp.blocks.ignored import Ignored
 from besa_exp.blocks.pruner import Pruner
 from besa_exp.blocks.reports import BlockReport
 from besa_exp.checkpoints.files import load_masks
-from besa_exp.checkpoints.finite_weights import check_finite_weights
-from besa_exp.checkpoints.load import LoadedModel
+from besa_exp.checkpoints.load import LoadedModel, check_finite_weights
 from besa_exp.checkpoints.load import load_model as load
 from besa_exp.display.missed_target import out_of_reach
 from besa_exp.errors import ConfigurationError
@@ -156,8 +155,8 @@ def prune(
     settings = settings_of(
         model_or_path, given, plain(seed), {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size},
         pruner=pruner, update=update, budget=budget, structure=structure, recovery=recovery,
-        sparsity=plain(sparsity), pattern=pattern, ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
-        compute_dtype=compute_dtype, evaluator=evaluator, overwrite=overwrite,
+        ignore=tuple(ignore) if isinstance(ignore, list | tuple) else (ignore,), sparsity=plain(sparsity),
+        pattern=pattern, compute_dtype=compute_dtype, evaluator=evaluator, overwrite=overwrite,
     )  # fmt: skip
     read = partial(read_calibration, given, settings, seq_len)
     if isinstance(model_or_path, (str, Path)):

@@ -8,6 +8,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from besa_exp.machine.device import set_determinism
+
 
 @contextmanager
 def as_a_run(model: nn.Module, seed: int, deterministic: bool = True) -> Iterator[None]:
@@ -17,9 +19,7 @@ def as_a_run(model: nn.Module, seed: int, deterministic: bool = True) -> Iterato
     model.eval().requires_grad_(False)
     try:
         with torch_as_before():
-            torch.use_deterministic_algorithms(deterministic, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-            torch.manual_seed(seed)
+            set_determinism(seed, deterministic)
             yield
     finally:
         for name, module in model.named_modules():

@@ -19,9 +19,8 @@ from typing import Any
 from besa_exp.blocks.ignored import Ignored
 from besa_exp.blocks.reports import Size
 from besa_exp.checkpoints.files import check_savable
-from besa_exp.checkpoints.finite_weights import check_finite_weights
 from besa_exp.checkpoints.gguf_file import dequantised
-from besa_exp.checkpoints.load import LoadedModel
+from besa_exp.checkpoints.load import LoadedModel, check_finite_weights
 from besa_exp.display.missed_target import miss_of, out_of_reach
 from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.policies import check_skips

@@ -16,6 +16,7 @@ from besa_exp.checkpoints.load import LoadedModel, model_context, vocabulary_siz
 from besa_exp.errors import ConfigurationError
 from besa_exp.methods.given import check_kinds, check_methods
 from besa_exp.presets import METHOD_GROUPS, preset, preset_values, presets
+from besa_exp.rules import broken_rules
 from besa_exp.runs.recover import check_recovery_of
 from besa_exp.runs.run import calibration_of
 from besa_exp.settings import CalibrationSettings, ModelSettings, RunSettings, TrackerSettings
@@ -59,7 +60,10 @@ def settings_of(
     chosen = {"pruner": pruner} | {group: more.pop(group) for group in METHOD_GROUPS if group != "pruner"}
     is_path = isinstance(model_or_path, (str, Path))
     problems = [] if is_path else check_model(model_or_path)
-    problems += check_seed(seed)
+    try:
+        calibration = _calibration_settings(given, seed, sizes)
+    except ConfigurationError as error:
+        raise ConfigurationError(*problems, *error.problems) from None
     methods = {}
     for group in METHOD_GROUPS:
         try:
@@ -73,7 +77,7 @@ def settings_of(
     kind = type(model_or_path).__name__
     settings = RunSettings(
         model=model_settings(str(model_or_path)) if is_path else ModelSettings(kind, kind),
-        calibration=_calibration_settings(given, seed, sizes),
+        calibration=calibration,
         pruner_name="+".join(_name(chosen[group]) for group in METHOD_GROUPS if chosen[group] is not None),
         evaluator=preset("evaluator", evaluator) if isinstance(evaluator, str) else evaluator,
         tracker=TrackerSettings("none"),
@@ -115,12 +119,6 @@ def check_model(model: Any) -> list[str]:
     ]
 
 
-def check_seed(seed: Any) -> list[str]:
-    """Why it is none, in a complete sentence."""
-    is_one = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**32
-    return [] if is_one else [f"seed={seed!r}: must be a whole number from 0 to {2**32 - 1}"]
-
-
 def plain(number: Any) -> Any:
     """A number of numpy's or torch's as Python's; all else as it is."""
     return number.item() if hasattr(number, "item") else number
@@ -129,8 +127,8 @@ def plain(number: Any) -> Any:
 def _check_target(settings: RunSettings) -> list[str]:
     """What speaks against the target, in complete sentences."""
     sparsity = settings.sparsity
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
-        return [f"sparsity={sparsity!r}: must be in [0, 1), the fraction of weights that become zero, as 0.5"]
+    if problems := broken_rules(settings, "") or broken_rules(settings.evaluator, "evaluator"):
+        return problems
     try:
         Goal.parse(sparsity, settings.pattern)
     except ValueError as error:
@@ -173,7 +171,8 @@ def _calibration_settings(given: Given, seed: int, sizes: Mapping[str, int | Non
         texts, tokens = GIVEN
         base = CalibrationSettings(tokens if isinstance(given, Tensor) else texts, seq_len=SEQ_LEN, seed=seed)
     said = {key: size for key, size in sizes.items() if size is not None}
-    problems = [f"{key}={size}: must be 1 or more" for key, size in said.items() if size < 1]
+    asked = replace(base, **said)
+    problems = broken_rules(asked, "")
     if base.name == GIVEN[1]:
         problems += [
             f"{key}={said[key]}: is of windows that are drawn from texts; tokens are taken as they are: leave it "
@@ -183,7 +182,7 @@ def _calibration_settings(given: Given, seed: int, sizes: Mapping[str, int | Non
         ]
     if problems:
         raise ConfigurationError(*problems)
-    return replace(base, **said)
+    return asked
 
 
 def read_calibration(given: Given, settings: RunSettings, seq_len: int | None, loaded: LoadedModel) -> Calibration:

@@ -12,8 +12,7 @@ from typing import Any
 
 from besa_exp.blocks.reports import BlockReport, LinearReport, Size
 from besa_exp.checkpoints.files import check_savable, weights_sha256
-from besa_exp.checkpoints.finite_weights import check_finite_weights
-from besa_exp.checkpoints.load import LoadedModel, model_context
+from besa_exp.checkpoints.load import LoadedModel, check_finite_weights, model_context
 from besa_exp.display.model_card import base_licence
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed

@@ -10,8 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa_exp.blocks.reports import RecoveryReport
-from besa_exp.checkpoints.finite_weights import check_finite_weights
-from besa_exp.checkpoints.load import model_context, vocabulary_size
+from besa_exp.checkpoints.load import check_finite_weights, model_context, vocabulary_size
 from besa_exp.errors import ConfigurationError
 from besa_exp.presets import preset
 from besa_exp.recovery.keep_bits import keep_of_zeros, sparsity_of
@@ -19,8 +18,9 @@ from besa_exp.recovery.parts import parts_of, report_of
 from besa_exp.recovery.recipe import check_fit, check_recovery, method_of, objective_of, plan_of
 from besa_exp.recovery.tuning import Point
 from besa_exp.recovery.tuning import tune as tune_model
+from besa_exp.rules import check_fields
 from besa_exp.runs.as_a_run import as_a_run
-from besa_exp.runs.python_request import SEQ_LEN, Texts, check_model, check_seed, given_texts, plain
+from besa_exp.runs.python_request import SEQ_LEN, Texts, check_model, given_texts, plain
 from besa_exp.settings import RecoverySettings
 
 
@@ -47,9 +47,10 @@ def tune(
 
     ConfigurationError (a ValueError): the request cannot be carried out; it names all problems."""
     given, seed = given_texts(texts_or_tokens), plain(seed)
-    if problems := check_model(model) + check_seed(seed):
+    if problems := check_model(model):
         raise ConfigurationError(*problems)
     asked = preset("recovery", recovery, seed=seed) if isinstance(recovery, str) else recovery
+    check_fields(asked, "" if isinstance(recovery, str) else "recovery")  # of a preset only `seed` can be wrong
     context = model_context(model)
     asked = replace(asked, seq_len=asked.seq_len or min(SEQ_LEN, context))
     keep = keep_of_zeros(model)
@@ -64,6 +65,6 @@ def tune(
         file = Path(folder) / "tokens.safetensors"
         parts = parts_of(asked, given, file, tokenizer, vocabulary_size(model))
         objective = objective_of(asked, method, model, teacher)
-        before = parts.accuracy(model, asked.micro_batch)
+        before = parts.accuracy(model, asked.windows_together)
         found, _ = tune_model(model, keep, method, objective, parts, plan_of(asked), on_point=on_step)
-        return report_of(asked, found, parts, before, parts.accuracy(model, asked.micro_batch))
+        return report_of(asked, found, parts, before, parts.accuracy(model, asked.windows_together))

@@ -30,12 +30,14 @@ def upper_factor(hessian: Float[Tensor, "in in"], damping: float, where: str) ->
     mean = diagonal.mean()
     for attempt in range(4):
         relative = damping * 10**attempt
+        if attempt:
+            refused = "%s: the Hessian is not positive definite at damping %g, trying %g"
+            log.warning(refused, where, relative / 10, relative)
         damped = hessian.flip(0, 1)
         damped.diagonal().copy_((diagonal + relative * mean).flip(0))
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed and bool(lower.diagonal().isfinite().all()):  # what is not finite in a row shows there
             return lower.flip(0, 1)
-        log.warning("%s: the Hessian is not positive definite at damping %g, trying %g", where, relative, relative * 10)
     raise RunError(
         f"{where}: the Hessian of its inputs is not positive definite even at damping {damping * 1000:g} of its mean "
         "diagonal; use more calibration tokens or a larger pruner.damping."

@@ -14,9 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from jaxtyping import Bool, Int, Shaped, UInt8
-from torch import Tensor
-
-BITS_OF_A_BYTE = 8
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -30,8 +28,7 @@ class KeepBits:
     @staticmethod
     def of(keep_mask: Bool[Tensor, "*shape"]) -> KeepBits:
         """The bits of a keep mask, on its device."""
-        bits = torch.from_numpy(np.packbits(keep_mask.cpu().numpy()))
-        return KeepBits(bits.to(keep_mask.device), keep_mask.shape, int(keep_mask.sum()))
+        return KeepBits(packed_bits(keep_mask), keep_mask.shape, int(keep_mask.sum()))
 
     @staticmethod
     def packed(bits: UInt8[Tensor, " bytes"], shape: torch.Size) -> KeepBits:
@@ -49,13 +46,15 @@ class KeepBits:
 
     def mask(self) -> Bool[Tensor, "*shape"]:
         """The keep mask as booleans."""
-        return self._flat().view(self.shape)
+        return unpacked(self.bits, self.shape)
 
     def places(self) -> Int[Tensor, " kept"]:
         """The flat positions of the kept weights, in rising order."""
         if self.bits.device.type == "cpu":
-            return torch.from_numpy(np.flatnonzero(self._flat().numpy()))
-        return torch.nonzero_static(self._flat(), size=self.count).squeeze(1)  # a plain nonzero waits for the device
+            return torch.from_numpy(np.flatnonzero(self.mask().numpy()))
+        return torch.nonzero_static(self.mask().flatten(), size=self.count).squeeze(
+            1
+        )  # a plain nonzero waits for the device
 
     def gather(self, dense: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, " kept"]:
         """The values at the kept places, in the tensor's dtype."""
@@ -73,11 +72,26 @@ class KeepBits:
         """Write 0 into all other places, whatever is there: -0.0, NaN."""
         dense.masked_fill_(~self.mask(), 0)
 
-    def _flat(self) -> Bool[Tensor, " weights"]:
-        if self.bits.device.type == "cpu":
-            return torch.from_numpy(np.unpackbits(self.bits.numpy(), count=self.numel).view(np.bool_))
-        shifts = torch.arange(BITS_OF_A_BYTE - 1, -1, -1, dtype=torch.uint8, device=self.bits.device)
-        return (self.bits[:, None] >> shifts & 1).bool().flatten()[: self.numel]
+
+def packed_bits(values: Bool[Tensor, "*shape"]) -> UInt8[Tensor, " bytes"]:
+    """One bit a value, the first of a byte the highest, where the values lie."""
+    on_cpu = values.device.type == "cpu"
+    return torch.from_numpy(np.packbits(values.numpy())) if on_cpu else packed_on_device(values)
+
+
+def packed_on_device(values: Bool[Tensor, "*shape"]) -> UInt8[Tensor, " bytes"]:
+    """The same by what a GPU does too."""
+    bits = nn.functional.pad(values.flatten(), (0, -values.numel() % 8)).view(-1, 8).to(torch.uint8)
+    worth = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=bits.device)
+    return bits.mul_(worth).sum(dim=1, dtype=torch.uint8)
+
+
+def unpacked(bits: UInt8[Tensor, " bytes"], shape: torch.Size) -> Bool[Tensor, "*shape"]:
+    """The inverse."""
+    if bits.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel()).view(np.bool_)).view(shape)
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
+    return (bits[:, None] >> shifts & 1).bool().flatten()[: shape.numel()].view(shape)
 
 
 def kept_values(dense: Shaped[Tensor, "*shape"], keep: KeepBits | None) -> Shaped[Tensor, " kept"]:

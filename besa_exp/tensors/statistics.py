@@ -24,7 +24,9 @@ class Statistic(Protocol):
 
     def add(self, inputs: Tensor, samples: int) -> None: ...
 
-    def sum_over_ranks(self) -> None: ...
+    def sum_over_ranks(self, samples: int) -> None:
+        """`samples`: of all ranks, those too that added nothing, as no token of theirs reached an expert."""
+        ...
 
     def is_finite(self) -> bool: ...
 
@@ -72,8 +74,8 @@ class InputNorm:
         """The statistic, called `scaler_row` in Wanda's code."""
         return (self.total / self.samples).float()
 
-    def sum_over_ranks(self) -> None:
-        self.total, self.samples = distributed.all_sum(self.total), distributed.total(self.samples)
+    def sum_over_ranks(self, samples: int) -> None:
+        self.total, self.samples = distributed.all_sum(self.total), samples
 
     def is_finite(self) -> bool:
         return is_finite(self.total.float())
@@ -111,9 +113,9 @@ class InputMoments:
         mean = self.sums / self.tokens
         return (self.squares / self.tokens - mean.square()).clamp(min=0).float()
 
-    def sum_over_ranks(self) -> None:
+    def sum_over_ranks(self, samples: int) -> None:
         self.squares, self.sums = distributed.all_sum(self.squares), distributed.all_sum(self.sums)
-        self.samples, self.tokens = distributed.total(self.samples), distributed.total(self.tokens)
+        self.samples, self.tokens = samples, distributed.total(self.tokens)
 
     def is_finite(self) -> bool:
         return is_finite(self.squares.float())
@@ -159,8 +161,8 @@ class Hessian:
         """What `InputNorm` accumulates: half the diagonal."""
         return self.upper.diagonal() / self.samples
 
-    def sum_over_ranks(self) -> None:
-        self.upper, self.samples = distributed.all_sum(self.upper), distributed.total(self.samples)
+    def sum_over_ranks(self, samples: int) -> None:
+        self.upper, self.samples = distributed.all_sum(self.upper), samples
 
     def is_finite(self) -> bool:
         return is_finite(self.upper)

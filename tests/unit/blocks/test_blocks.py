@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from besa_exp.blocks.block import capture_blocks, discover_blocks, embed
+from besa_exp.blocks.linears import find_linears
 from besa_exp.blocks.loop import check_decided, prune_blocks
 from besa_exp.blocks.observation import observe
 from besa_exp.blocks.pruner import Traits, pruned_by_masks
@@ -105,6 +106,12 @@ def test_states_that_overflow_are_no_fault_of_the_replay():
 def test_a_model_without_blocks_is_refused_with_what_was_looked_for():
     with pytest.raises(RunError, match="ModuleList"):
         discover_blocks(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_a_linear_without_weights_is_none():
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    module[1].weight = nn.Parameter(torch.empty(0, 4))
+    assert [*find_linears(module)] == ["0"]
 
 
 def test_linears_that_are_given_the_same_tensor_share_one_statistic():

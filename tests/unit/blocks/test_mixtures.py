@@ -93,7 +93,7 @@ def test_experts_that_few_tokens_reach_are_calibrated_on_all_and_named_in_the_lo
     assert few
     assert len(few) < 4
     with caplog.at_level(logging.INFO, "besa_exp"):
-        found, _ = observe(block, inputs, InputNorm, 3)
+        found, outputs = observe(block, inputs, InputNorm, 3)
     named = ", ".join(f"{expert} ({reached[expert]})" for expert in few)
     assert f"mlp.experts: fewer than {FEW_TOKENS} tokens reached experts {named}; calibrated on all" in caplog.text
     for expert in few:
@@ -101,6 +101,10 @@ def test_experts_that_few_tokens_reach_are_calibrated_on_all_and_named_in_the_lo
             expected = given.square().sum(dim=0) / SAMPLES
             squared = found[f"mlp.experts.{expert}.{kind}"].squared_norm.double()
             torch.testing.assert_close(squared, expected, rtol=1e-4, atol=1e-9)
+    in_place, written = observe(block, inputs, InputNorm, 3, out=inputs)  # as a budget's survey does
+    assert written is inputs
+    torch.testing.assert_close(inputs, outputs)
+    assert all(torch.equal(in_place[name].total, own.total) for name, own in found.items())
 
 
 class Experts(nn.Module):
@@ -130,6 +134,37 @@ def test_separate_experts_that_no_token_reaches_are_pruned_by_magnitude_and_name
     assert torch.equal(wanda["experts.1"], magnitude["experts.1"])
     assert "layers.0.experts.1: no token reached it; its weights' magnitude decides" in caplog.text
     assert "experts.0" not in caplog.text
+
+
+class Sorted(nn.Module):
+    """A mixture of separate modules: tokens go to expert 0 or 1, by the sign of their first number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(2))
+
+    def forward(self, hidden):
+        tokens = hidden.flatten(0, 1)
+        sent = [tokens[:, 0] >= 0, tokens[:, 0] < 0]
+        out = torch.zeros_like(tokens)
+        for expert, own in zip(self.experts, sent, strict=True):
+            if own.any():
+                out[own] = expert(tokens[own])
+        return out.view_as(hidden)
+
+
+@pytest.mark.parametrize("statistic", [InputNorm, Hessian])
+def test_the_statistic_of_a_separate_expert_does_not_depend_on_batches_that_miss_it(statistic):
+    module = Sorted().requires_grad_(False)
+    block = Block(0, "layers.0", module, discover_linears(module), lambda batch_size: ((), {}))
+    inputs = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0))
+    inputs[:3, :, 0] = inputs[:3, :, 0].abs()
+    inputs[3:, :, 0] = -inputs[3:, :, 0].abs()  # one sample of four, so that most batches of one miss expert 1
+    for batch_size in (1, 4):
+        found, _ = observe(block, inputs, statistic, batch_size)
+        for expert, samples in enumerate((inputs[:3], inputs[3:])):
+            expected = samples.double().square().sum(dim=(0, 1)) / 4
+            torch.testing.assert_close(found[f"experts.{expert}"].squared_norm.double(), expected, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,6 @@ from besa_exp.checkpoints.files import (
     count_zeros,
     load_masks,
     masks_description,
-    packed_bits,
-    packed_on_device,
     save_masks,
     save_model,
     weights_sha256,
@@ -209,9 +207,3 @@ def test_the_hash_of_weights_depends_on_every_weight_and_not_on_their_order() ->
     assert weights_sha256({name: weight.float() for name, weight in weights.items()}) != first
     weights["model.layers.1.mlp.up_proj.weight"].data[3, 7] += 0.5
     assert weights_sha256(weights) != first
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 172), (16, 64)])
-def test_a_gpu_packs_masks_into_the_bits_that_a_cpu_does(shape):
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    assert torch.equal(packed_on_device(mask), packed_bits(mask))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 import torch
 from families import tiny
 
-from besa_exp.checkpoints import load
+from besa_exp.checkpoints import conversion, load
 from besa_exp.checkpoints import pickles as pickled_weights
+from besa_exp.checkpoints.conversion import converted_once
 from besa_exp.checkpoints.fetch import wanted_files
 from besa_exp.checkpoints.files import check_savable
 from besa_exp.checkpoints.inspect import inspect_model_folder
@@ -236,3 +238,28 @@ def test_a_model_that_is_needed_whole_and_would_be_streamed_is_refused_before_a_
     ):
         load_model(settings(folder), CPU, True, "skipping")
     assert load_model(settings(folder, load="whole"), CPU, True, "skipping").weights is None
+
+
+def test_of_two_runs_that_convert_a_model_one_writes_it_and_the_other_waits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    waiting, written, found = threading.Event(), [], []
+    monkeypatch.setattr(conversion.logger, "info", lambda *_: waiting.set())
+
+    def write(folder):
+        written.append(folder)
+        assert waiting.wait(20), "nobody waited"
+        (folder / "config.json").write_text("{}")
+
+    (tmp_path / "model.bin").write_text("weights")
+
+    def convert():
+        found.append(converted_once(tmp_path, [tmp_path / "model.bin"], write))
+
+    threads = [threading.Thread(target=convert) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(written) == 1
+    assert found[0] == found[1]
+    assert [file.name for file in found[0].iterdir()] == ["config.json"]

@@ -83,14 +83,23 @@ def test_a_folder_without_config_is_no_model(tmp_path: Path) -> None:
     assert "no config.json" in problem_of(tmp_path)
 
 
-def test_a_config_that_is_not_json_is_told(tmp_path: Path) -> None:
-    (written(tmp_path) / "config.json").write_text("{")
-    assert "config.json: cannot be read as JSON" in problem_of(tmp_path)
+@pytest.mark.parametrize("text", ["{", "[]", "null"])
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_a_config_that_is_not_json_of_keys_is_told(tmp_path: Path, name: str, text: str) -> None:
+    (written(tmp_path) / "config.json").unlink()
+    (tmp_path / name).write_text(text)
+    assert f"/{name}: cannot be read as JSON" in problem_of(tmp_path)
 
 
-def test_an_index_that_is_no_index_is_told(tmp_path: Path) -> None:
-    (written(tmp_path) / "model.safetensors.index.json").write_text("[]")
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_an_index_that_is_no_index_is_told(tmp_path: Path, text: str) -> None:
+    (written(tmp_path) / "model.safetensors.index.json").write_text(text)
     assert "cannot be read as an index" in problem_of(tmp_path)
+    for name in ("model.safetensors.index.json", "model.safetensors"):
+        (tmp_path / name).unlink()
+    (tmp_path / "pytorch_model.bin.index.json").write_text(text)
+    _, problems = inspect_model_folder(tmp_path, convert=True)
+    assert "pytorch_model.bin.index.json: cannot be read as an index" in problems[0]
 
 
 def test_a_folder_without_weights_is_told(tmp_path: Path) -> None:
@@ -113,6 +122,7 @@ def test_a_file_that_was_cut_off_anywhere_is_found(tmp_path: Path, kept: int) ->
     assert "copy or download it again" in problem_of(tmp_path)
 
 
-def test_a_file_that_is_no_safetensors_is_told(tmp_path: Path) -> None:
-    (written(tmp_path) / "model.safetensors").write_bytes((40).to_bytes(8, "little") + b"x" * 90)
+@pytest.mark.parametrize("header", [b"x" * 40, b"[]", b'{"a": 1}', b'{"a": {"dtype": "F32"}}'])
+def test_a_file_that_is_no_safetensors_is_told(tmp_path: Path, header: bytes) -> None:
+    (written(tmp_path) / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"x" * 50)
     assert "no safetensors file" in problem_of(tmp_path)

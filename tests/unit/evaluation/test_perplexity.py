@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.errors import Unavailable
-from besa_exp.evaluation.batches import rows_at_once, tokens_at_once
+from besa_exp.evaluation.batches import halved_until_it_fits, rows_at_once, tokens_at_once
 from besa_exp.evaluation.checks import PROMPTS, check_evaluator
 from besa_exp.evaluation.perplexity import LOGITS_AT_ONCE, cut_windows, perplexity, sum_of_losses
 from besa_exp.evaluation.score import Scores, partly_scored
@@ -152,6 +152,20 @@ def test_a_window_that_does_not_fit_by_itself_makes_the_set_unavailable(model, t
     (tmp_path / "a.txt").write_text(TEXT)
     scores = score(SmallMemory(model, 0), settings(tmp_path / "a.txt"))
     assert "a single window of 64 tokens does not fit" in scores.unavailable[str(tmp_path / "a.txt")]
+
+
+@pytest.mark.parametrize(("tokens_that_fit", "tried"), [(4, [4, 2, 1]), (0, [0])])
+def test_a_question_that_does_not_fit_by_itself_ends_the_halving(tokens_that_fit, tried):
+    sizes: list[int] = []
+
+    def attempt(size):
+        assert len(sizes) < 9, "it is tried without end"
+        sizes.append(size)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(Unavailable, match="a single question does not fit"):
+        halved_until_it_fits(attempt, tokens_that_fit, "question")
+    assert sizes == tried
 
 
 def test_an_automatic_batch_holds_fewer_tokens_where_the_vocabulary_is_large():

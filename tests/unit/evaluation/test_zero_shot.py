@@ -355,11 +355,14 @@ def test_a_choice_longer_than_the_context_makes_the_task_unavailable(mirror):
     assert scores.unavailable.keys() == {"piqa", "openbookqa"}
 
 
-def test_without_a_tokenizer_every_task_is_unavailable_and_lm_eval_is_not_loaded(model, mirror):
-    loaded = LoadedModel(model, None, None, Path())
+@pytest.mark.parametrize(
+    ("tokenizer", "reason"), [(None, "no tokenizer"), (byte_tokenizer(specials=False), "neither BOS nor EOS")]
+)
+def test_without_what_lm_eval_needs_of_a_tokenizer_every_task_is_unavailable(model, mirror, tokenizer, reason):
+    loaded = LoadedModel(model, tokenizer, None, Path())
     scores = evaluate(loaded, settings("piqa", TASK_NAME, data_dir=mirror), True, 0, lambda _: None)
     assert scores.unavailable.keys() == {"piqa", TASK_NAME}
-    assert all("no tokenizer" in reason for reason in scores.unavailable.values())
+    assert all(reason in said for said in scores.unavailable.values())
 
 
 def test_load_task_raises_unavailable_for_a_mirror_without_the_task(tmp_path):

@@ -17,7 +17,7 @@ from besa_exp.recovery.keep_bits import (
     parameters_of_linears,
     sparsity_of,
 )
-from besa_exp.tensors.keep_bits import KeepBits
+from besa_exp.tensors.keep_bits import KeepBits, packed_bits, packed_on_device
 
 
 def random_mask(*shape):
@@ -121,3 +121,9 @@ def test_a_mask_of_a_model_is_the_same_from_zeros_and_from_a_masks_file():
     )
     assert written.pop(dense).all()
     assert all(torch.equal(mask, masks[name]) for name, mask in written.items())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 172), (16, 64)])
+def test_a_gpu_packs_masks_into_the_bits_that_a_cpu_does(shape):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert torch.equal(packed_on_device(mask), packed_bits(mask))

@@ -43,6 +43,7 @@ def test_hidden_states_for_which_the_disk_has_no_room_are_refused_at_once(tmp_pa
     """Met later, in mapped memory, a full disk would end the process without a word."""
     place, allocate = allocator("disk", CPU, tmp_path, 0)
     assert (place, allocate(torch.Size([2, 3]), torch.bfloat16).fill_(1).sum()) == ("disk", 6)
+    assert allocate(torch.Size([0, 3]), torch.bfloat16).shape == (0, 3)  # of a rank that owns no sample
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
     try:

@@ -28,7 +28,8 @@ def test_an_indefinite_hessian_is_damped_more_and_the_log_names_the_linear(caplo
     assert "model.layers.3.mlp.up_proj: the Hessian is not positive definite at damping 0.01, trying 0.1" in caplog.text
 
 
-def test_a_hessian_that_no_damping_makes_definite_ends_the_run_with_linear_and_remedy() -> None:
+def test_a_hessian_that_no_damping_makes_definite_ends_the_run_with_linear_and_remedy(caplog) -> None:
     match = r"model.layers.3.mlp.up_proj: .*not positive definite even at damping 10 .*more calibration tokens"
     with pytest.raises(RunError, match=match):
         upper_factor(hessian(-20.0), DAMPING, "model.layers.3.mlp.up_proj")
+    assert caplog.messages[-1].endswith("at damping 1, trying 10")
