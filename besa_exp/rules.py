@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -95,8 +95,7 @@ def broken_rules(owner: Any, group: str) -> list[str]:
 
 def broken_rule(field: Field, hint: Any, value: Any, key: str) -> str | None:
     """The problem of the field that `key` sets, with the field's default as the remedy; None: there is none."""
-    said = next(_broken(value, hint), None)
-    if said is None:
+    if (said := _broken(value, hint)) is None:
         return None
     remedy = "" if field.default in (MISSING, None, ()) else f"; write for example {key}={shown(field.default)}"
     return f"{key}={shown(value)}: must {said}{remedy}"
@@ -108,31 +107,27 @@ def ruled_hints(cls: type) -> Mapping[str, Any]:
     return get_type_hints(cls, include_extras=True)
 
 
-def _broken(value: Any, hint: Any) -> Iterator[str]:
-    """What a value must be and is not: of the hint's type, and within its rule; so must each part of a list."""
+def _broken(value: Any, hint: Any) -> str | None:
+    """What a value must be and is not, by the type and the rule in its hint; so must each part of a list."""
     origin, inner = get_origin(hint), get_args(hint)
     if hint in TYPES:
         fits, said = TYPES[hint]
-        if not fits(value) or isinstance(value, bool) != (hint is bool):
-            yield said
-    elif origin is Annotated:
-        of_type = next(_broken(value, inner[0]), None)
-        if of_type or not inner[1].holds(value):
-            yield of_type or inner[1].said
-    elif origin is Literal:
-        yield from [one_of(*inner).said] * (value not in inner)
-    elif origin is tuple:
-        for item in value if isinstance(value, list | tuple) else [value]:
-            yield from _broken(item, inner[0])
-    elif origin is dict:
-        for item in value.values():
-            yield from _broken(item, inner[1])
-    elif origin in (Union, types.UnionType) and not (value is None and type(None) in inner):
-        found = [next(_broken(value, option), None) for option in inner if option is not type(None)]
-        if all(found):
-            yield ", or ".join(filter(None, found))
-    elif is_dataclass(hint) and not isinstance(value, hint):  # type: ignore[arg-type]
-        yield f"be {getattr(hint, '__name__', hint)}, or the name of a preset"
+        return None if fits(value) and isinstance(value, bool) == (hint is bool) else said
+    if origin is Annotated:
+        return _broken(value, inner[0]) or (None if inner[1].holds(value) else inner[1].said)
+    if origin is Literal:
+        return None if value in inner else one_of(*map(str, inner)).said
+    if origin in (tuple, dict):
+        parts = value.values() if origin is dict else value if isinstance(value, list | tuple) else [value]
+        return next(filter(None, (_broken(part, inner[origin is dict]) for part in parts)), None)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in inner:
+            return None
+        found = [_broken(value, option) for option in inner if option is not type(None)]
+        return ", or ".join(filter(None, found)) if all(found) else None
+    if is_dataclass(hint) and not isinstance(value, hint):  # type: ignore[arg-type]
+        return f"be {getattr(hint, '__name__', hint)}, or the name of a preset"
+    return None
 
 
 def shown(value: Any) -> str:

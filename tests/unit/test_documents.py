@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from tiny_llama import tiny_llama
 import besa_exp
 import besa_exp.cli.configuration  # registers the resolvers of conf/
 from besa_exp.cli.show import keys_of
+from besa_exp.errors import ConfigurationError
 from besa_exp.presets import CONF_DIR, groups, presets
 
 ROOT = Path(__file__).parents[2]
@@ -206,11 +208,15 @@ def test_every_room_has_a_line() -> None:
     assert [room for room in sorted(rooms) if f"{room}/`" not in text] == []
 
 
-def test_the_methods_that_the_documents_work_out_prune_and_tune() -> None:
-    names: dict[str, Any] = {"__name__": "__main__"}
+def test_the_methods_that_the_documents_work_out_prune_and_tune(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("worked_out")  # where hints are looked up
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    names = vars(module)
     for source in fenced(ROOT / "docs/extending.md", "python"):
         if "\nclass " in source:
             exec(source, names)
+    with pytest.raises(ConfigurationError, match=r"pruner\.seed=-1: must be in"):
+        names["Random"](seed=-1)
     tokens, model = torch.randint(0, 258, (8, 16), generator=torch.Generator().manual_seed(1)), tiny_llama()
     assert besa_exp.prune(tiny_llama(), None, tokens, pruner=names["Random"](seed=1), sparsity=0.25).sparsity == 0.25
     root = replace(besa_exp.preset("pruner", "wanda"), importance=names["Root"](power=2.0))

@@ -268,11 +268,11 @@ def test_besa_paper_cannot_leave_its_published_range():
     ("make", "field"),
     [
         (lambda: Besa(granularity="column"), "pruner.granularity=column"),
-        (lambda: Besa(lr=0.0), "pruner.lr=0.0"),
+        (lambda: Besa(lr=0.0), "pruner.lr=0: must be above 0"),
         (lambda: Besa(epochs=0), "pruner.epochs=0"),
         (lambda: BesaPaper(metric="wanda"), "pruner.metric=wanda"),
-        (lambda: BesaPaper(d_coef=0.0), "pruner.d_coef=0.0"),
-        (lambda: SparseGPT(damping=0.0), "pruner.damping=0.0"),
+        (lambda: BesaPaper(d_coef=0.0), "pruner.d_coef=0: must be above 0"),
+        (lambda: SparseGPT(damping=0.0), "pruner.damping=0: must be above 0"),
         (lambda: SparseGPT(group_size=0), "pruner.group_size=0"),
     ],
 )
