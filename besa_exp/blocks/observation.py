@@ -133,12 +133,7 @@ def _few_tokens(few: Mapping[str, Linear], tokens: Mapping[str, int]) -> str:
 
 
 def _pass(
-    block: Block,
-    inputs: Hidden,
-    statistic: type[S],
-    batch_size: int,
-    linears: Mapping[str, Linear],
-    out: Hidden | None,
+    block: Block, inputs: Hidden, statistic: type[S], batch_size: int, linears: Mapping[str, Linear], out: Hidden | None
 ) -> tuple[dict[str, S], dict[str, int]]:
     """The statistics of `linears` over all samples, and the tokens that reached each, both of all ranks; the block's
     outputs into `out`. Without `out` experts are given all tokens."""
