@@ -25,13 +25,15 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 py
 
 setup: $(STAMP)
 
-# torch goes first, so that nothing else brings another build of it. Pip compiles the modules: where Python is told to
-# write no bytecode (PYTHONDONTWRITEBYTECODE), each of the tests' processes would else compile torch again.
+# torch goes first, so that nothing else brings another build of it. The modules are compiled at the end, on all cores
+# (pip would take one), but for those of other Pythons that packages carry: where Python is told to write no bytecode
+# (PYTHONDONTWRITEBYTECODE), each of the tests' processes would else compile torch again.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.13 found; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 	@touch $@
 
 run: $(STAMP)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import difflib
 import logging
-import math
 import re
 import shlex
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 logger = logging.getLogger(__name__)
 # Characters of a value that Hydra reads without quotes, as such or between others.
@@ -48,65 +45,6 @@ class Interrupted(SystemExit):
 
 class Unavailable(Exception):
     """A data set or task that cannot be loaded here; the run records the reason as n/a and continues."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What the value of a key must be: `holds` decides, `said` ends the sentence that begins with "must"."""
-
-    holds: Callable[[Any], bool]
-    said: str
-
-
-def within(
-    *,
-    above: float | None = None,
-    least: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
-    note: str = "",
-    or_null: bool = False,
-) -> Rule:
-    """A finite number within these limits. `note` follows the rule, such as what a paper uses."""
-    limits = {"above": above, "at least": least, "below": below, "at most": most}
-    words = " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
-    said = "not be negative" if words == "at least 0" else f"be {words}"
-
-    def holds(value: Any) -> bool:
-        if value is None:
-            return or_null
-        return (
-            math.isfinite(value)
-            and (above is None or value > above)
-            and (least is None or value >= least)
-            and (below is None or value < below)
-            and (most is None or value <= most)
-        )
-
-    return Rule(holds, f"{said}{', or null' if or_null else ''}{f'; {note}' if note else ''}")
-
-
-def one_of(*names: str) -> Rule:
-    """One of these names."""
-    return Rule(lambda value: value in names, f"be one of {', '.join(names)}")
-
-
-def check_fields(owner: object, group: str, rule: Rule, *keys: str) -> None:
-    """ConfigurationError: fields of `owner`, whose keys in `group` these are, break the rule; each is named."""
-    values = {key: getattr(owner, key) for key in keys}
-    problems = [f"{group}.{key}={value}: must {rule.said}" for key, value in values.items() if not rule.holds(value)]
-    if problems:
-        raise ConfigurationError(*problems)
-
-
-def too_low(owner: object, group: str, **least: int) -> list[str]:
-    """The problems of fields of `owner`, whose keys in `group` these are, that are numbers below their least."""
-    values = {key: getattr(owner, key) for key in least}
-    return [
-        f"{group}.{key}={value}: must be at least {least[key]}; set {group}.{key}={least[key]} or more"
-        for key, value in values.items()
-        if isinstance(value, int) and value < least[key]
-    ]
 
 
 def first_line(error: Exception) -> str:

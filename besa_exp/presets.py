@@ -123,7 +123,12 @@ def default_preset(group: str) -> str | None:
 
 
 def listing(wanted: Sequence[str] = (), beside: Path | None = None) -> str:
-    """The presets of the wanted groups (all of them by default), a line each, with those in the folder `beside`;
+    """The presets of the wanted groups (all of them by default), a line each."""
+    return "\n\n".join(_group_listing(group, lines) for group, lines in listed(wanted, beside).items())
+
+
+def listed(wanted: Sequence[str] = (), beside: Path | None = None) -> dict[str, dict[str, str]]:
+    """{group: {preset: its line}} of the wanted groups (all of them by default), with those in the folder `beside`;
     `models` is as good as `model`.
 
     ConfigurationError: there is no such group or folder."""
@@ -133,7 +138,7 @@ def listing(wanted: Sequence[str] = (), beside: Path | None = None) -> str:
     if unknown := [name for name in wanted if name not in known]:
         raise ConfigurationError(*(no_such_group(name, known) for name in unknown))
     chosen = dict.fromkeys(known[name] for name in wanted or groups())
-    return "\n\n".join(_group_listing(group, beside) for group in chosen)
+    return {group: presets(group) | _beside(group, beside) for group in chosen}
 
 
 def no_such_group(word: str, known: Iterable[str], what: str = "group") -> str:
@@ -143,9 +148,12 @@ def no_such_group(word: str, known: Iterable[str], what: str = "group") -> str:
     return f"{word}: no such {what}{near}; groups: {', '.join(groups())}"
 
 
-def _group_listing(group: str, beside: Path | None) -> str:
-    own = sorted((beside / group).glob("*.yaml")) if beside else []
-    lines = presets(group) | {path.stem: f"{first_comment(path)} (of {beside})".strip() for path in own}
+def _beside(group: str, folder: Path | None) -> dict[str, str]:
+    own = sorted((folder / group).glob("*.yaml")) if folder else []
+    return {path.stem: f"{first_comment(path)} (of {folder})".strip() for path in own}
+
+
+def _group_listing(group: str, lines: Mapping[str, str]) -> str:
     width = max(map(len, lines), default=0)
     default = default_preset(group)
     shown = [f"  {name:<{width}}  {line}{' (default)' if name == default else ''}" for name, line in lines.items()]

@@ -6,7 +6,18 @@ Nothing here imports torch or Hydra, so that a configuration is read and checked
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from besa_exp.rules import Count, CountOrZero, Fraction, NotNegative, Positive, Seed, Share, one_of, within
+
+Target = Annotated[float, within(least=0, below=1, note="the fraction of weights that become zero")]
+TableBits = Annotated[int, within(least=2, most=4)]  # of recovery=sketch
+BlockNumber = Annotated[int, within(least=0, note="as blocks are counted from 0")]
+Cosine = Annotated[float, within(least=-1, most=2, note="or 2, which never skips")]
+Distilled = Annotated[str, one_of("none", "logits", "squarehead")]
+Schedules = Annotated[str, one_of("constant", "linear", "cosine")]
+TOKENS_TOGETHER = 2048  # that pass the model together while it is tuned
+Window = Annotated[int, within(least=2, note="as a token is predicted from one before it")]
 
 
 @dataclass(frozen=True)
@@ -20,8 +31,8 @@ class ModelSettings:
     load: Literal["auto", "whole", "streamed"] = "auto"  # streamed: one block in memory at a time
     trust_remote_code: bool = False
     convert: bool = False  # pickled weights (.bin) or a GGUF file are written as safetensors first
-    context: int | None = None  # longest window in tokens, as known before the model's own config is there
-    published_perplexity: dict[str, dict[int, float]] = field(default_factory=dict)  # set to window to value, dense
+    context: Window | None = None  # longest window in tokens, as known before the model's own config is there
+    published_perplexity: dict[str, dict[int, Positive]] = field(default_factory=dict)  # set to window to value, dense
 
 
 @dataclass(frozen=True)
@@ -31,10 +42,10 @@ class CalibrationSettings:
     name: str
     path: str | None = None
     column: str = "text"  # of JSON lines and parquet: where the documents are
-    num_samples: int = 128
-    seq_len: int = 2048
-    seed: int = 0
-    batch_size: int = 8  # samples a forward pass of the block loop holds
+    num_samples: Count = 128
+    seq_len: Window = 2048
+    seed: Seed = 0
+    batch_size: Count = 8  # samples a forward pass of the block loop holds
     save_tokens: bool = False
     chat_template: bool = False  # each text is a conversation or a user's turn, as the tokenizer's template writes it
 
@@ -46,13 +57,13 @@ class EvaluatorSettings:
     name: str
     perplexity_sets: tuple[str, ...] = ()
     column: str = "text"  # of perplexity sets in JSON lines and parquet: where the documents are
-    seq_len: int | None = None  # perplexity window; None: min(2048, the model's context)
+    seq_len: Window | None = None  # perplexity window; None: min(2048, the model's context)
     tasks: tuple[str, ...] = ()  # lm-eval's tasks, groups and tags, and those of include_path
     include_path: str | None = None  # a folder with task definitions of one's own
-    max_windows: int | None = None  # first windows of each perplexity set; None: all
-    limit: int | None = None
-    num_fewshot: int | None = None  # None: as each task says
-    batch_size: int | Literal["auto"] = "auto"  # windows or questions scored together
+    max_windows: Count | None = None  # first windows of each perplexity set; None: all
+    limit: Count | None = None
+    num_fewshot: CountOrZero | None = None  # None: as each task says
+    batch_size: Count | Literal["auto"] = "auto"  # windows or questions scored together
     data_dir: str | None = None
     dense: bool = False
     simulated_speed: bool = False  # cycles on a simulated sparse accelerator
@@ -66,16 +77,16 @@ class SkippingSettings:
     `fraction`, the threshold, or the blocks, are found on calibration tokens where they are not given."""
 
     name: Literal["ffn", "static", "random", "shortgpt_gen"]
-    fraction: float | None = None  # of all FFNs (shortgpt_gen: blocks)
-    threshold: float | None = None  # ffn: the cosine from which on the next FFNs are skipped
-    blocks: tuple[int, ...] = ()  # static, shortgpt_gen: which
-    span: int | None = None  # ffn: FFNs skipped after the threshold is reached; None: up to the cold end
-    cold_first: int = 1  # first and last blocks that never skip
-    cold_last: int = 1
-    warm_tokens: int = 0  # first decoded tokens that never skip
-    prompt_tokens: int = 0  # first tokens of each window or question that count as its prompt
-    num_samples: int = 8  # calibration windows on which the threshold or the blocks are found
-    seed: int = 0  # random: of what is drawn
+    fraction: Annotated[float, within(least=0, most=1)] | None = None  # of all FFNs (shortgpt_gen: blocks)
+    threshold: Cosine | None = None  # ffn: the cosine from which on the next FFNs are skipped
+    blocks: tuple[BlockNumber, ...] = ()  # static, shortgpt_gen: which
+    span: Count | None = None  # ffn: FFNs skipped after the threshold is reached; None: up to the cold end
+    cold_first: CountOrZero = 1  # first and last blocks that never skip
+    cold_last: CountOrZero = 1
+    warm_tokens: CountOrZero = 0  # first decoded tokens that never skip
+    prompt_tokens: CountOrZero = 0  # first tokens of each window or question that count as its prompt
+    num_samples: Count = 8  # calibration windows on which the threshold or the blocks are found
+    seed: Seed = 0  # random: of what is drawn
 
     @property
     def is_calibrated(self) -> bool:
@@ -122,50 +133,56 @@ class SaveSettings:
 
 @dataclass(frozen=True)
 class RecoverySettings:
-    """How the whole pruned model is tuned: `name` is the method. What only some methods have is None with the others;
-    `besa_exp.recovery.recipe` makes the method of it."""
+    """How the whole pruned model is tuned: `name` is the method, `method` one that is not the package's. What only some
+    methods have is None with the others; `besa_exp.recovery.recipe` makes the method of it."""
 
     name: str
-    lr: float | None = None  # None: found by trial
+    method: Any = None
+    lr: Positive | None = None  # None: found by trial
     path: str | None = None  # a local text or token file in place of the calibration's source
     column: str = "text"
     task: str | None = None  # in place of a text; `path` is then a file of its rows
     task_loss: str = "options"  # or answer, accuracy
-    shots: int = 500  # examples of each label of the task to learn from
-    tested: int = 500  # examples of the task that are scored
-    steps: int = 200
-    tokens: int | None = None  # in the place of steps
-    seq_len: int | None = None  # None: the calibration's
-    batch_size: int = 8
-    micro_batch: int = 8  # windows that pass the model together
+    shots: Count = 500  # examples of each label of the task to learn from
+    tested: Count = 500  # examples of the task that are scored
+    steps: Count = 200
+    tokens: Count | None = None  # in the place of steps
+    seq_len: Window | None = None  # None: the calibration's
+    batch_size: Count = 8
+    micro_batch: Count | None = None  # windows that pass the model together; None: see `windows_together`
     checkpointing: bool = False
     shard: bool = False  # full: the model is dealt out to the processes of torchrun
-    schedule: str = "cosine"  # or linear, constant
-    warm_up: float = 0.1  # share of the steps
-    held_out: int = 32  # windows that choose the state that is kept
-    checks: int = 10  # how often they judge
-    distill: str = "none"  # or logits, squarehead
-    distill_weight: float = 1.0
-    task_weight: float = 1.0
-    temperature: float = 1.0
-    decay: float = 0.0
-    clip: float | None = None
-    seed: int = 0
+    schedule: Schedules = "cosine"
+    warm_up: Annotated[float, within(least=0, below=1)] = 0.1  # share of the steps
+    held_out: Count = 32  # windows that choose the state that is kept
+    checks: Count = 10  # how often they judge
+    distill: Distilled = "none"
+    distill_weight: NotNegative = 1.0
+    task_weight: NotNegative = 1.0
+    temperature: Positive = 1.0
+    decay: NotNegative = 0.0
+    clip: Positive | None = None
+    seed: Seed = 0
     embeddings: bool | None = None
     norms: bool | None = None
-    rank: int | None = None
-    alpha: float | None = None
-    bits: int | None = None
-    eps: float | None = None
+    rank: Count | None = None
+    alpha: Positive | None = None
+    bits: TableBits | None = None
+    eps: Positive | None = None
     selection: str | None = None
-    density: float | None = None
-    reselect: int | None = None
-    first: float | None = None
-    gather: int | None = None
-    share: float | None = None
+    density: Fraction | None = None
+    reselect: Annotated[int, within(least=3)] | None = None
+    first: Share | None = None
+    gather: Count | None = None
+    share: Share | None = None
     kinds: tuple[str, ...] | None = None
     scope: str | None = None
     exchange: bool | None = None
+
+    @property
+    def windows_together(self) -> int:
+        """Where nothing is said, as many as hold TOKENS_TOGETHER: activations lie in memory until the way back."""
+        return self.micro_batch or min(self.batch_size, max(1, TOKENS_TOGETHER // (self.seq_len or TOKENS_TOGETHER)))
 
 
 @dataclass(frozen=True)
@@ -184,10 +201,10 @@ class RunSettings:
     recovery: RecoverySettings | None = None  # how the whole pruned model is tuned; None: not at all
     structure: Any = None  # what is taken out whole before all else; None: nothing
     skipping: SkippingSettings | None = None  # what is skipped while the models are scored
-    sparsity: float = 0.5
+    sparsity: Target = 0.5
     pattern: str = "unstructured"  # or "2:4": 2 kept of every 4 inputs; or "N:8": N chosen by row
     ignore: tuple[str, ...] = ()  # patterns of BLOCK.linear: what stays dense
-    seed: int = 0
+    seed: Seed = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     deterministic: bool = True
     offline: bool = False
@@ -227,7 +244,7 @@ class EvaluationSettings:
     tracker: TrackerSettings
     skipping: SkippingSettings | None = None  # what is skipped while it is scored
     calibration: CalibrationSettings | None = None  # of what skipping.fraction is found on
-    seed: int = 0  # of few-shot examples
+    seed: Seed = 0  # of few-shot examples
     device: str = "auto"
     deterministic: bool = True
     offline: bool = False
@@ -246,7 +263,7 @@ class TuneSettings:
     tracker: TrackerSettings
     dense: bool = False  # a model without zeros is tuned too
     teacher: str | None = None  # the dense model that is followed where one is; None: the one that was pruned
-    seed: int = 0
+    seed: Seed = 0
     device: str = "auto"
     deterministic: bool = True
     offline: bool = False

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.text import Text
 
 from besa_exp.display.terminal import console_of
@@ -50,7 +52,8 @@ def comparison(arguments: Sequence[str]) -> int:
 def show(runs: Sequence[RunRecord], found: Sequence[Comparison]) -> None:
     """The tables on standard output, as wide as the terminal is."""
     console = console_of(PLAIN_WIDTH)
-    console.print(Group(*tables(runs, found, console.width)))
+    for part in tables(runs, found, console.width):
+        console.print(part, soft_wrap=isinstance(part, Text))
 
 
 def tables(runs: Sequence[RunRecord], found: Sequence[Comparison], width: int) -> list[RenderableType]:
@@ -69,5 +72,6 @@ def tables(runs: Sequence[RunRecord], found: Sequence[Comparison], width: int) -
 
 
 def _common(runs: Sequence[RunRecord]) -> str:
-    parents = {str(Path(run.folder).parent) for run in runs}
-    return " ".join(sorted(parents)[:3])
+    parents = sorted({str(Path(run.folder).parent) for run in runs})
+    places = parents if len(parents) <= 3 else [os.path.commonpath(parents) or "."]
+    return " ".join(map(shlex.quote, places))

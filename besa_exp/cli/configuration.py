@@ -47,6 +47,7 @@ LATER_KEYS = (
     ("evaluator", "include_path", None),
     ("evaluator", "max_windows", None),
     ("evaluator", "prompts", None),
+    ("recovery", "method", None),
     ("recovery", "exchange", False),
     ("recovery", "shard", False),
     ("recovery", "task", None),
@@ -102,7 +103,7 @@ def read_settings(config: DictConfig, pruner_name: str, with_pruner: bool = True
     Unreadable: unknown keys, missing or ill-typed values, or values a pruner refuses; all of them."""
     values = as_values(config)
     if isinstance(values.get("model"), dict):
-        values["model"]["name"] = _model_name(values)
+        _name_model(values)
     given: dict[str, Any] = {"pruner_name": pruner_name}
     if not with_pruner:
         given |= {group: values.pop(group, None) for group in METHOD_GROUPS}
@@ -117,7 +118,7 @@ def read_of_checkpoint(config: DictConfig, cls: type[Of]) -> Of:
     model, checkpoint = values.get("model"), values.get("checkpoint")
     if isinstance(model, dict):
         model["path"] = "embedded" if checkpoint == MISSING_VALUE else run_and_model(str(checkpoint))[1]
-        model["name"] = _model_name(values)
+        _name_model(values)
     return _read(config, values, cls, {})
 
 
@@ -166,7 +167,8 @@ def _told_differences(method: str, values: Mapping[str, Any], calibration: str) 
     differing = method_of(method, values, "unstructured").variant.split(", ")
     given = values.get("calibration")
     sizes = {key: given[key] for key in SIZES if key in given} if isinstance(given, Mapping) else {}
-    return [text for text in [*differing, *differences(sizes, "calibration", calibration)] if text][:MOST_TOLD]
+    told = [text for text in [*differing, *differences(sizes, "calibration", calibration)] if text][:MOST_TOLD]
+    return [re.sub(r"^path=.*/", "path=", text) for text in told]  # a file is enough: names hold no folders
 
 
 def evaluation_folder(config: DictConfig) -> str:
@@ -234,6 +236,12 @@ def _without_later_keys(values: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(kept.get(group), dict) and kept[group].get(key) == default:
             kept[group] = {name: value for name, value in kept[group].items() if name != key}
     return kept
+
+
+def _name_model(values: Mapping[str, Any]) -> None:
+    """A model that has no name gets one; what is no text is left to be refused."""
+    if values["model"].get("name") in (None, "", MISSING_VALUE):
+        values["model"]["name"] = _model_name(values)
 
 
 def _model_name(values: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ besa: prunes language models block by block (BESA, arXiv 2402.16880) and compare
   besa generate DIR [--prompt TEXT] [--chat]
                                  generate text with a run's model and, beside it, the dense one
   besa prefetch [key=value ...]  download what a run with these keys needs from the hub, or list what is missing
-  besa list [group ...]          list the presets, one line each
+  besa list [group ...]          list the presets, one line each (--json: for programs)
   besa show GROUP=PRESET         explain a preset's keys: meaning, type, value; besa show: the other keys of a run
   besa --version
 
@@ -108,16 +108,19 @@ def _version(_: Sequence[str]) -> int:
 
 def _list(arguments: Sequence[str]) -> int:
     import argparse
+    import json
 
-    from besa_exp.presets import listing
+    from besa_exp.presets import listed, listing
 
     parser = argparse.ArgumentParser(
         prog="besa list", allow_abbrev=False, description="Lists the presets, one line each."
     )
     parser.add_argument("groups", nargs="*", metavar="GROUP", help="pruners, models, ... (default: all groups)")
     parser.add_argument("--config-dir", "-cd", type=Path, metavar="DIR", help="list your own presets in DIR too")
+    parser.add_argument("--json", action="store_true", help="{group: {preset: line}}, for programs")
     asked = parser.parse_args(arguments)
-    print(listing(asked.groups, asked.config_dir))
+    wanted = asked.groups, asked.config_dir
+    print(json.dumps(listed(*wanted), indent=1, ensure_ascii=False) if asked.json else listing(*wanted))
     return 0
 
 

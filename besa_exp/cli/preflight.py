@@ -46,7 +46,6 @@ from besa_exp.texts.embedded.text import MODEL_DIR
 BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}  # auto: as saved
 TRACKERS = ("wandb", "none")
 TRACKER_MODES = ("offline", "online", "disabled")
-LARGEST_SEED = 2**32 - 1
 
 
 def preflight(
@@ -163,7 +162,6 @@ def _check_shared(
         problems += check_skipping(settings.skipping, settings.model.load)
     if "tracker" not in unknown:
         problems += _check_tracker(settings.tracker, settings.offline)
-    problems += _check_seed(settings.seed)
     return facts, problems + (_check_device(settings.device) if here else [])
 
 
@@ -215,11 +213,6 @@ def _check_hub_id(settings: ModelSettings, key: str) -> tuple[ModelFolder | None
 
 def _check_target(settings: RunSettings, facts: ModelFolder | None, with_pruner: bool) -> list[str]:
     sparsity, problems = settings.sparsity, []
-    if not 0 <= sparsity < 1:
-        problems.append(
-            f"sparsity={sparsity:g}: must be in [0, 1), the fraction of weights that become zero; "
-            "write for example sparsity=0.5"
-        )
     try:
         parse_pattern(settings.pattern)
     except ValueError as error:
@@ -291,12 +284,6 @@ def _check_tracker(settings: TrackerSettings, offline: bool) -> list[str]:
     if offline and settings.mode == "online":
         return ["tracker.mode=online: needs the network, which offline=true forbids; set tracker.mode=offline"]
     return []
-
-
-def _check_seed(seed: int) -> list[str]:
-    if 0 <= seed <= LARGEST_SEED:
-        return []
-    return [f"seed={seed}: must be in [0, {LARGEST_SEED}]; write for example seed=0"]
 
 
 def _check_device(device: str) -> list[str]:

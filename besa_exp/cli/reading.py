@@ -1,4 +1,4 @@
-"""Plain values from configuration into frozen dataclasses, checked against the dataclass's own type hints.
+"""Plain values from configuration into frozen dataclasses, checked against the dataclass's own type hints and rules.
 
 Every problem is collected with the key it belongs to, so that all are reported together and none hides another.
 """
@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from besa_exp.errors import did_you_mean
 from besa_exp.presets import METHOD_GROUPS
+from besa_exp.rules import broken_rule, ruled_hints, shown
 
 MISSING_VALUE = "???"  # what OmegaConf calls a value that the user must give
 SCALARS = (bool, int, float, str)
@@ -57,13 +58,13 @@ class Reader:
 
         `given` are fields that come from elsewhere. What `__post_init__` refuses is a problem of `key`."""
         if not isinstance(node, Mapping):
-            return self.refuse(key, f"{key}={_shown(node)}: must be a group of keys; choose a preset of {key}")
+            return self.refuse(key, f"{key}={shown(node)}: must be a group of keys; choose a preset of {key}")
         cls = self._class(node.get("_target_"), hint, key)
         if cls is UNREAD:
             return UNREAD
         known = {field.name: field for field in fields(cls) if field.init and field.name not in (given or {})}
         try:
-            hints = get_type_hints(cls)
+            hints, ruled = get_type_hints(cls), ruled_hints(cls)
         except (NameError, TypeError) as error:
             return self.refuse(key, f"{key}._target_={node['_target_']}: its fields' types cannot be read ({error})")
         values: dict[str, Any] = dict(given or {})
@@ -76,7 +77,9 @@ class Reader:
             elif isinstance(value, str) and not value.strip() and path not in MAY_BE_EMPTY:
                 values[name] = self.refuse(path, f"{path}={value}: is empty; give a text, or leave the key out")
             else:
-                values[name] = self.value(value, hints[name], path)
+                read = self.value(value, hints[name], path)
+                broken = None if read is UNREAD else broken_rule(known[name], ruled[name], read, path)
+                values[name] = self.refuse(path, broken) if broken else read
         self._require(known, values, key)
         if any(value is UNREAD for value in values.values()):
             return UNREAD
@@ -127,7 +130,7 @@ class Reader:
             return value
         names = [str(choice) for choice in choices]
         near = did_you_mean(str(value), names)
-        return self.refuse(key, f"{key}={_shown(value)}: must be one of {', '.join(names)}{near}")
+        return self.refuse(key, f"{key}={shown(value)}: must be one of {', '.join(names)}{near}")
 
     def _tuple(self, value: Any, hint: Any, key: str) -> Any:
         values = value if isinstance(value, list | tuple) else [value]
@@ -137,7 +140,7 @@ class Reader:
     def _mapping(self, value: Any, hints: tuple[Any, ...], key: str) -> Any:
         """Keys that stand for numbers may be written as text, as they are on the command line and in JSON."""
         if not isinstance(value, Mapping):
-            return self.refuse(key, f"{key}={_shown(value)}: must be a group of keys, or {{}}")
+            return self.refuse(key, f"{key}={shown(value)}: must be a group of keys, or {{}}")
         (key_hint, hint), read = hints, {}
         for name, item in value.items():
             path = f"{key}.{name}"
@@ -162,11 +165,7 @@ class Reader:
             return self.refuse(key, f"{key}={value}: must be a text, not a number; write it in quotes: {example}")
         rule = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}[hint]
         rule = " or ".join([rule, *words])
-        return self.refuse(key, f"{key}={_shown(value)}: must be {rule}; write for example {key}={_example(hint)}")
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        return self.refuse(key, f"{key}={shown(value)}: must be {rule}; write for example {key}={_example(hint)}")
 
 
 def _example(hint: type) -> str:

@@ -230,7 +230,7 @@ def _check_settings(composer: Composer, job: Job, unknown: set[str]) -> None:
         name = method_name(job.config.hydra.runtime.choices)
         settings = read_settings(job.config, name, with_pruner="pruner" not in unknown)
     except Unreadable as error:
-        problems |= error.by_key
+        problems |= {problem: problem for problem in error.problems}  # jobs of a sweep have others of the same key
         rest = [line for line in job.lines if not sets_one_of(composer, line, error.by_key)]
         missing = [group for group in STANDS_IN if OmegaConf.is_missing(job.config[group], "path")]
         if len(rest) < len(job.lines):

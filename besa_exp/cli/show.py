@@ -133,8 +133,14 @@ def keys_of(path: Path) -> list[Key]:
         else:
             for own in _flat(key, value, "", lines):
                 comment = own.comment or (found[own.name].comment if own.name in found else "")
+                found = {name: one for name, one in found.items() if not _replaces(own.name, name)}
                 found[own.name] = Key(own.name, own.value, comment)
     return list(found.values())
+
+
+def _replaces(own: str, base: str) -> bool:
+    """Whether a key that is given takes another's place: a value that of a group, or an object that of a value."""
+    return own == f"{base}.{TARGET}" or base.startswith(f"{own}.")
 
 
 def _chosen(defaults: Sequence[Any], path: Path) -> Iterator[Key]:

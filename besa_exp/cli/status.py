@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -36,7 +37,8 @@ def status(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     runs = [read_run(folder) for folder in find_runs(asked.places)]
     console = console_of(PLAIN_WIDTH)
-    console.print(Group(*status_tables(runs, everything=asked.all)))
+    for part in status_tables(runs, everything=asked.all):
+        console.print(part, soft_wrap=isinstance(part, Text))  # a command can be copied as it stands
     return int(any(run.status in ("failed", "unreadable") for run in runs))
 
 
@@ -49,7 +51,10 @@ def status_tables(runs: Sequence[RunRecord], everything: bool = False) -> list[R
     parts: list[RenderableType] = [Text(head, style="bold")]
     listed = sorted((r for r in runs if everything or r.status != "done"), key=lambda r: (_order(r.status), r.folder))
     if listed:
-        known = {run.model: len(run.blocks) for run in runs if run.blocks}  # as finished runs say
+        known: dict[str, int] = {}  # as finished runs say; a structure may have left some of them with fewer
+        for run in runs:
+            if run.blocks:
+                known[run.model] = max(known.get(run.model, 0), len(run.blocks))
         parts.append(_table(listed, known))
     left = [run for run in runs if run.status not in ("done", "running")]
     if left:
@@ -67,12 +72,14 @@ def _table(runs: Sequence[RunRecord], blocks: dict[str, int]) -> Table:
     heads = ("status", "run", "blocks", "took", *(["what happened"] if any(run.error for run in runs) else []))
     for head in heads:
         table.add_column(head, overflow="fold", no_wrap=head in ("blocks", "took"))
+    names = Counter(run.path.name for run in runs)
     for run in runs:
+        name = run.path.name if names[run.path.name] == 1 else run.folder
         facts = read_status(run.path) or {}
         state = Text(run.status, style=STYLES.get(run.status, "yellow"))
         error = " ".join(str(run.error or "").split()).removeprefix("RunError: ")
         took = "" if run.status == KILLED else _took(facts)
-        cells = (state, Text(run.path.name), _progress(run, blocks), took, Text(error))
+        cells = (state, Text(name), _progress(run, blocks), took, Text(error))
         table.add_row(*cells[: len(heads)])
     return table
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from besa_exp.errors import ConfigurationError, did_you_mean_one_of, too_low
+from besa_exp.errors import ConfigurationError, did_you_mean_one_of
 from besa_exp.evaluation.task_definitions import TASK_FOLDERS, all_names, find, read_definitions, tasks_root, unreadable
+from besa_exp.rules import broken_rules
 from besa_exp.settings import EvaluatorSettings, SkippingSettings
 from besa_exp.texts.sources import check_source, is_token_file
 from besa_exp.texts.token_files import token_file_shape
@@ -35,7 +36,7 @@ def check_evaluator(settings: EvaluatorSettings, context: int | None) -> list[st
 
 
 def _number_problems(settings: EvaluatorSettings, context: int | None) -> list[str]:
-    problems = too_low(settings, "evaluator", seq_len=2, limit=1, max_windows=1, num_fewshot=0, batch_size=1)
+    problems = broken_rules(settings, "evaluator")
     if context is not None and settings.seq_len is not None and settings.seq_len > context:
         problems.append(
             f"evaluator.seq_len={settings.seq_len}: a window exceeds the model's context of {context}; set "
@@ -108,22 +109,14 @@ def _unknown_task(task: str, include_path: str | None) -> list[str]:
 
 def check_skipping(settings: SkippingSettings, load: str = "auto") -> list[str]:
     """What is wrong with a policy, in complete sentences; `load` is model.load."""
-    of, problems = settings, []
+    of, problems = settings, broken_rules(settings, "skipping")
     needs = {"ffn": "skipping.threshold or ", "static": "skipping.blocks or ", "shortgpt_gen": "skipping.blocks or "}
     if of.fraction is None and (of.is_calibrated or of.name == "random"):
         problems.append(
             f"skipping={of.name}: does not say how much to skip; set {needs.get(of.name, '')}skipping.fraction"
         )
-    if of.fraction is not None and not 0 <= of.fraction <= 1:
-        problems.append(
-            f"skipping.fraction={of.fraction:g}: must be in [0, 1]; write for example skipping.fraction=0.25"
-        )
-    if of.threshold is not None and not -1 <= of.threshold <= 2:
-        problems.append(f"skipping.threshold={of.threshold:g}: must be a cosine, in [-1, 1], or 2, which never skips")
-    problems += too_low(of, "skipping", span=1, cold_first=0, cold_last=0, warm_tokens=0, num_samples=1)
-    problems += too_low(of, "skipping", prompt_tokens=1 if of.name == "shortgpt_gen" else 0)
-    if negative := [block for block in of.blocks if block < 0]:
-        problems.append(f"skipping.blocks: {negative[0]} is not a block; blocks are counted from 0")
+    if of.name == "shortgpt_gen" and of.prompt_tokens == 0:
+        problems.append("skipping.prompt_tokens=0: must be at least 1, as prompts alone skip blocks")
     if load == "streamed":
         problems.append("model.load=streamed: skipping needs the whole model in memory; set model.load=whole")
     return problems

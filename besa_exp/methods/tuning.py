@@ -34,9 +34,9 @@ from besa_exp.blocks.probe import num_learned, probe_loss
 from besa_exp.blocks.pruner import PrunedBlock, pruned_by_masks
 from besa_exp.blocks.reports import Step
 from besa_exp.blocks.whole_model import KeepMasks, Weights, batches
-from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
 from besa_exp.methods.descent import Best, adam_on_weights, falling, kept_size, take_step
+from besa_exp.rules import Count, Seed, Share, check_fields
 from besa_exp.tensors.losses import differentiate, gradients, token_loss
 from besa_exp.tensors.masks import keep_largest
 
@@ -56,16 +56,15 @@ class Tuning:
     probe's loss most. `checks`: how often the probe samples judge once the mask is fixed. `norms`: whether they are
     tuned too."""
 
-    epochs: int = 4
-    batch_size: int = 4
-    lr: float | None = None
-    checks: int = 4
-    seed: int = 0
+    epochs: Count = 4
+    batch_size: Count = 4
+    lr: Share | None = None
+    checks: Count = 4
+    seed: Seed = 0
     norms: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self, "tuning", within(least=1), "epochs", "batch_size", "checks")
-        check_fields(self, "tuning", within(above=0, most=1, note="in units of the weights' size", or_null=True), "lr")
+        check_fields(self, "tuning")
 
     def num_steps(self, learn: int) -> int:
         """Steps over `learn` samples."""

@@ -17,11 +17,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
 from besa_exp.recovery.gradients import taking_gradients
 from besa_exp.recovery.sharded import is_dealt_out, own
 from besa_exp.recovery.tuner import Objective, Taken, Windows
+from besa_exp.rules import NotNegative, Positive, check_fields
 from besa_exp.tensors.keep_bits import KeepBits
 
 
@@ -48,14 +48,12 @@ class Adam:
     """The settings of AdamW (Loshchilov and Hutter, arXiv 1711.05101). `decay` pulls on what makes up tensors of two
     axes and more; norms and biases are spared. `clip`: the greatest norm of the gradient over all that is trained."""
 
-    lr: float
-    decay: float = 0.0
-    clip: float | None = 1.0
+    lr: Positive
+    decay: NotNegative = 0.0
+    clip: Positive | None = 1.0
 
     def __post_init__(self) -> None:
-        check_fields(self, "recovery", within(above=0, note="try 1e-4"), "lr")
-        check_fields(self, "recovery", within(least=0), "decay")
-        check_fields(self, "recovery", within(above=0, or_null=True), "clip")
+        check_fields(self, "recovery")
 
 
 class Descent:

@@ -27,11 +27,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from besa_exp.errors import check_fields, within
 from besa_exp.recovery.descent import Adam, Descent, Form
 from besa_exp.recovery.keep_bits import parameters_of_linears
 from besa_exp.recovery.norms import norms_and_biases
 from besa_exp.recovery.schedule import key_of
+from besa_exp.rules import Count, Positive, check_fields
 from besa_exp.tensors.keep_bits import KeepBits, kept_values, put_kept
 
 
@@ -75,13 +75,12 @@ class Lora:
     beside the factors, as PERP does."""
 
     adam: Adam = field(default_factory=lambda: Adam(lr=3e-3))
-    rank: int = 16
-    alpha: float | None = 32.0
+    rank: Count = 16
+    alpha: Positive | None = 32.0
     norms: bool = True
 
     def __post_init__(self) -> None:
-        check_fields(self, "recovery", within(least=1), "rank")
-        check_fields(self, "recovery", within(above=0, or_null=True), "alpha")
+        check_fields(self, "recovery")
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> Descent:
         """A pair of factors for each linear of the blocks, and norms and biases where they are trained too."""

@@ -38,11 +38,11 @@ from torch import Tensor, nn
 from besa_exp.blocks.block import Block, Hidden, capture_blocks, discover_blocks, embed
 from besa_exp.blocks.head import head_logits
 from besa_exp.checkpoints.streaming import on_demand
-from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
 from besa_exp.recovery.objective import sequences
 from besa_exp.recovery.schedule import key_of
 from besa_exp.recovery.tuner import Objective, Taken, Windows
+from besa_exp.rules import Count, NotNegative, Positive, check_fields
 from besa_exp.tensors.keep_bits import KeepBits, kept_values, put_kept
 
 SIGNS = (1, -1)
@@ -62,15 +62,14 @@ class Mezo:
     """`decay` spares norms and biases. `together`: how many windows pass a block at once. `files`: of a streamed
     model's blocks."""
 
-    lr: float = 1e-5
-    eps: float = 1e-3
-    decay: float = 0.0
-    together: int = 8
+    lr: Positive = 1e-5
+    eps: Positive = 1e-3
+    decay: NotNegative = 0.0
+    together: Count = 8
     files: BlockFiles | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, "recovery", within(above=0), "lr", "eps")
-        check_fields(self, "recovery", within(least=0), "decay")
+        check_fields(self, "recovery")
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> MezoTuner:
         """All parameters, each tied one once. Steps would be lost in fp16 (`recipe.check_fit`)."""

@@ -30,12 +30,13 @@ from besa_exp.blocks.linears import replaced_forwards
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
 from besa_exp.recovery.tuner import Logits, Windows
+from besa_exp.rules import NotNegative, Positive, check_fields
+from besa_exp.settings import Distilled
 from besa_exp.texts.tasks import Options
 
 Losses = Callable[[Logits, Windows], Float[Tensor, " sample"]]
 """The loss of each window, or of each example of a task, by the logits of its `sequences`."""
 
-KINDS = ("none", "logits", "squarehead")
 SMALLEST = 1e-30  # of a sum of squares: a state of zeros is not divided by zero
 
 
@@ -43,19 +44,15 @@ SMALLEST = 1e-30  # of a sum of squares: a state of zeros is not divided by zero
 class Distillation:
     """What of the dense model's is followed, and how much."""
 
-    kind: str = "none"
-    weight: float = 1.0
-    task_weight: float = 1.0
-    temperature: float = 1.0
+    distill: Distilled = "none"
+    distill_weight: NotNegative = 1.0
+    task_weight: NotNegative = 1.0
+    temperature: Positive = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"recovery.distill={self.kind}: must be one of {', '.join(KINDS)}")
-        if not self.temperature > 0:
-            raise ValueError(f"recovery.temperature={self.temperature}: must be above 0")
-        for key, value in {"distill_weight": self.weight, "task_weight": self.task_weight}.items():
-            if value < 0:
-                raise ValueError(f"recovery.{key}={value:g}: must not be negative; 0 leaves that loss out")
+        check_fields(self, "recovery")
+        if self.distill_weight == self.task_weight == 0:
+            raise ValueError("recovery.distill_weight=0, recovery.task_weight=0: nothing is learned; raise one of them")
 
 
 def next_token_losses(logits: Logits, windows: Windows) -> Float[Tensor, " sample"]:
@@ -79,16 +76,16 @@ class NextToken:
     losses: Losses = next_token_losses
 
     def __post_init__(self) -> None:
-        if (self.distillation.kind != "none") != (self.teacher is not None):
+        if (self.distillation.distill != "none") != (self.teacher is not None):
             raise ConfigurationError(
-                f"recovery.distill={self.distillation.kind}: a dense model is given exactly where one is followed"
+                f"recovery.distill={self.distillation.distill}: a dense model is given exactly where one is followed"
             )
 
     def differentiate(self, windows: Windows) -> tuple[float, float]:
         """See `tuner.Objective`."""
 
         def losses_of(part: Windows) -> Iterator[tuple[Tensor, None]]:
-            logits, states = called(self.model, part, self.distillation.kind == "squarehead")
+            logits, states = called(self.model, part, self.distillation.distill == "squarehead")
             yield self._of(logits, states, part) / len(windows), None
 
         with checkpointed(self.model) if self.checkpointing else nullcontext():
@@ -96,7 +93,7 @@ class NextToken:
 
     def of_logits(self, logits: Logits, windows: Windows) -> Float[Tensor, ""]:
         """See `tuner.Objective`. ValueError: more than logits is followed."""
-        if self.distillation.kind == "squarehead":
+        if self.distillation.distill == "squarehead":
             raise ValueError(
                 "recovery.distill=squarehead: needs hidden states, which this method does not compute; use logits"
             )
@@ -106,15 +103,15 @@ class NextToken:
         windows = windows.to(logits.device)
         distillation = self.distillation
         loss = self.losses(logits, windows).sum()
-        if distillation.kind == "none" or self.teacher is None:
+        if distillation.distill == "none" or self.teacher is None:
             return loss
         with torch.no_grad():
-            dense_logits, dense_states = called(self.teacher, windows, distillation.kind == "squarehead")
-        if distillation.kind == "logits":
+            dense_logits, dense_states = called(self.teacher, windows, distillation.distill == "squarehead")
+        if distillation.distill == "logits":
             apart = soft_divergence(dense_logits, logits, distillation.temperature).sum()
         else:
             apart = torch.stack([square_head(*pair).sum() for pair in zip(dense_states, states, strict=True)]).mean()
-        return distillation.task_weight * loss + distillation.weight * apart
+        return distillation.task_weight * loss + distillation.distill_weight * apart
 
 
 def differentiated(

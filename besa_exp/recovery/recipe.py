@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from besa_exp.recovery.sparsegrad import SparseGrad, no_zero_stays
 from besa_exp.recovery.spiel import Spiel
 from besa_exp.recovery.tuner import Method, Objective
 from besa_exp.recovery.tuning import Plan
+from besa_exp.rules import broken_rules
 from besa_exp.settings import RecoverySettings
 from besa_exp.texts.sources import check_source
 from besa_exp.texts.tasks import check_task
@@ -59,9 +61,11 @@ def steps_of(asked: RecoverySettings) -> int:
 def method_of(asked: RecoverySettings) -> Method:
     """The method, with a step size to begin the search with where none is given. ValueError: there is none of this
     name, or it refuses a value."""
+    if asked.method is not None:
+        return _not_ours(asked)
     if asked.name not in OWN_KEYS:
-        near = did_you_mean(asked.name, OWN_KEYS)
-        raise ValueError(f"recovery.name={asked.name}: must be one of {', '.join(OWN_KEYS)}{near}")
+        rule = f"must be one of {', '.join(OWN_KEYS)}{did_you_mean(asked.name, OWN_KEYS)}"
+        raise ValueError(f"recovery.name={asked.name}: {rule}; one of your own goes with recovery.method")
     own: dict[str, Any] = {key: getattr(asked, key) for key in OWN_KEYS[asked.name] if getattr(asked, key) is not None}
     if asked.name in BY_ADAM:
         lr = BY_ADAM[asked.name]().adam.lr if asked.lr is None else asked.lr
@@ -69,8 +73,23 @@ def method_of(asked: RecoverySettings) -> Method:
     if asked.clip is not None:
         raise ValueError(f"recovery.clip={asked.clip:g}: recovery={asked.name} clips no gradient; set it to null")
     if asked.name == "mezo":
-        return Mezo(together=asked.micro_batch, **own)
+        return Mezo(together=asked.windows_together, **own)
     return Spiel(steps=steps_of(asked), **own)
+
+
+def _not_ours(asked: RecoverySettings) -> Method:
+    """`asked.method` with the step size that is asked for, and the other settings of AdamW where it takes them.
+    ValueError: it is no method, or goes by the name of one of ours."""
+    method: Any = asked.method
+    kind = type(method).__name__
+    if not (isinstance(asked.method, Method) and (hasattr(method, "adam") or hasattr(method, "lr"))):
+        raise ValueError(f"recovery.method={kind}: a recovery method has begin, adam or lr; see docs/extending.md")
+    if asked.name in OWN_KEYS:
+        raise ValueError(f"recovery.name={asked.name}: is a method of the package; give {kind} a name of its own")
+    lr = step_size(method) if asked.lr is None else asked.lr
+    if hasattr(method, "adam"):
+        return replace(method, adam=Adam(lr, decay=asked.decay, clip=asked.clip))
+    return replace(method, lr=lr)
 
 
 def step_size(method: Any) -> float:
@@ -80,12 +99,10 @@ def step_size(method: Any) -> float:
 
 def plan_of(asked: RecoverySettings) -> Plan:
     """The plan of all steps. ValueError: a value that it refuses."""
-    if not 0 <= asked.warm_up < 1:
-        raise ValueError(f"recovery.warm_up={asked.warm_up:g}: is the share of the steps, from 0 to below 1")
     steps = steps_of(asked)
     schedule = Schedule(steps, int(asked.warm_up * steps), asked.schedule)
     trial = math.ceil(TRIAL * steps) if asked.lr is None else 0
-    return Plan(schedule, asked.batch_size, math.ceil(steps / asked.checks), asked.micro_batch, asked.seed, trial)
+    return Plan(schedule, asked.batch_size, math.ceil(steps / asked.checks), asked.windows_together, asked.seed, trial)
 
 
 def distillation_of(asked: RecoverySettings) -> Distillation:
@@ -102,11 +119,11 @@ def objective_of(asked: RecoverySettings, method: Method, model: nn.Module, teac
     """What is minimised. ConfigurationError: a dense model is missing, not asked for, or has other blocks."""
     if not isinstance(method, Blocks):
         losses = next_token_losses if asked.task is None else TASK_LOSSES[asked.task_loss]
-        return NextToken(model, distillation_of(asked), teacher, asked.micro_batch, asked.checkpointing, losses)
+        return NextToken(model, distillation_of(asked), teacher, asked.windows_together, asked.checkpointing, losses)
     if teacher is None:
         raise ConfigurationError("recovery=blocks: needs the dense model, whose states it follows; give teacher=")
     assert asked.seq_len is not None
-    return Reconstruction.of(model, teacher, method.scope, asked.micro_batch, asked.seq_len)
+    return Reconstruction.of(model, teacher, method.scope, asked.windows_together, asked.seq_len)
 
 
 def check_fit(asked: RecoverySettings, model: nn.Module) -> list[str]:
@@ -146,14 +163,10 @@ def check_recovery(
         problems = check_source(asked.path, "recovery.path", "calibration", asked.column) if asked.path else []
         if asked.task_loss != "options":
             problems.append(f"recovery.task_loss={asked.task_loss}: is of a task; name one with recovery.task")
-    for name in ("batch_size", "micro_batch", "held_out", "steps", "tokens", "shots", "tested", "checks"):
-        if (value := getattr(asked, name)) is not None and value < 1:
-            problems.append(f"recovery.{name}={value}: must be at least 1")
+    problems += broken_rules(asked, "recovery")
     assert asked.seq_len is not None
-    if asked.seq_len < 2 or (context is not None and asked.seq_len > context):
-        problems.append(
-            f"recovery.seq_len={asked.seq_len}: must be from 2 to the model's context, {context or 'as it is'}"
-        )
+    if context is not None and asked.seq_len > context:
+        problems.append(f"recovery.seq_len={asked.seq_len}: exceeds the model's context; set it to {context} or less")
     problems += _check_method(asked, sparsity, pattern, quantised) + _check_followed(asked, blocks_removed)
     if problems:
         return problems
@@ -166,9 +179,14 @@ def check_recovery(
 
 
 def _check_trial(asked: RecoverySettings) -> list[str]:
+    """Steps of SparseGrad that only gather gradients must leave some."""
     trial, method = plan_of(asked).trial, method_of(asked)
-    if not (isinstance(method, SparseGrad) and 0 < trial <= method.gather):
+    if not isinstance(method, SparseGrad) or (trial or steps_of(asked)) > method.gather:
         return []
+    if not trial:
+        return [
+            f"recovery.gather={method.gather}: no step is left that tunes; set less than the {steps_of(asked)} steps"
+        ]
     return [
         f"recovery.lr=null: the {trial} steps of a trial only gather gradients (recovery.gather={method.gather}), so "
         "that no step size can be found; set recovery.lr, or more recovery.steps"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -22,11 +23,12 @@ from torch import Tensor, nn
 
 from besa_exp.blocks.block import Block, Hidden, capture_blocks, discover_blocks, embed
 from besa_exp.blocks.units import sub_blocks, units
-from besa_exp.errors import ConfigurationError, check_fields, one_of
+from besa_exp.errors import ConfigurationError
 from besa_exp.recovery.descent import Adam, Descent
 from besa_exp.recovery.full import Kept
 from besa_exp.recovery.objective import differentiated
 from besa_exp.recovery.tuner import Logits, Windows
+from besa_exp.rules import check_fields, one_of
 from besa_exp.tensors.keep_bits import KeepBits
 from besa_exp.tensors.losses import token_errors
 
@@ -39,10 +41,10 @@ class Blocks:
     objective is a `Reconstruction`."""
 
     adam: Adam = field(default_factory=lambda: Adam(lr=3e-4))
-    scope: str = "block"
+    scope: Annotated[str, one_of(*BLOCKS_OF)] = "block"
 
     def __post_init__(self) -> None:
-        check_fields(self, "recovery", one_of(*BLOCKS_OF), "scope")
+        check_fields(self, "recovery")
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> Descent:
         """Each parameter inside a block."""

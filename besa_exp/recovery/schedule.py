@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-SHAPES = ("constant", "linear", "cosine")
+from besa_exp.settings import Schedules
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,10 @@ class Schedule:
 
     steps: int
     warm_up: int = 0
-    shape: str = "cosine"
+    shape: Schedules = "cosine"
 
     def __post_init__(self) -> None:
         assert 0 <= self.warm_up < self.steps
-        if self.shape not in SHAPES:
-            raise ValueError(f"recovery.schedule={self.shape}: must be one of {', '.join(SHAPES)}")
 
     def scale(self, step: int) -> float:
         """The factor at `step`, which counts from 0."""

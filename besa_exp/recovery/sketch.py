@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from besa_exp.recovery.descent import Adam, Descent, Form
 from besa_exp.recovery.keep_bits import parameters_of_linears
 from besa_exp.recovery.norms import norms_and_biases
+from besa_exp.rules import check_fields
+from besa_exp.settings import TableBits
 from besa_exp.tensors.keep_bits import KeepBits, put_kept
 
-BITS = range(2, 5)
 ITERATIONS = 1000
 ROWS = 256  # that are clustered together
 SMALLEST = torch.finfo(torch.float64).tiny
@@ -63,12 +64,11 @@ class Sketch:
     """`bits` b. `norms`: norms and biases are trained beside the tables."""
 
     adam: Adam = field(default_factory=lambda: Adam(lr=1e-3))
-    bits: int = 4
+    bits: TableBits = 4
     norms: bool = True
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
-            raise ValueError(f"recovery.bits={self.bits}: must be from {BITS.start} to {BITS.stop - 1}")
+        check_fields(self, "recovery")
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> Descent:
         """Tables for each linear of the blocks; the model holds the sketched weights from now on."""

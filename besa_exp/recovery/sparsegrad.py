@@ -25,11 +25,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from besa_exp.errors import check_fields, within
 from besa_exp.recovery.descent import Adam, Descent
 from besa_exp.recovery.gradients import taking_gradients
 from besa_exp.recovery.keep_bits import parameters_of_linears, sparsity_of
 from besa_exp.recovery.tuner import Objective, Taken, Windows
+from besa_exp.rules import Count, Share, check_fields
 from besa_exp.tensors.keep_bits import KeepBits, put_kept
 from besa_exp.tensors.statistics import is_finite
 
@@ -42,13 +42,14 @@ class SparseGrad:
     of the names of the linears that are tuned, as published those of the MLP."""
 
     adam: Adam = field(default_factory=lambda: Adam(lr=1e-4))
-    share: float = 0.01
-    gather: int = 10
+    share: Share = 0.01
+    gather: Count = 10
     kinds: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
 
     def __post_init__(self) -> None:
-        check_fields(self, "recovery", within(above=0, most=1), "share")
-        check_fields(self, "recovery", within(least=1), "gather")
+        check_fields(self, "recovery")
+        if not self.kinds:
+            raise ValueError("recovery.kinds=[]: names no linear to tune; write for example recovery.kinds=[up_proj]")
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> SparseGradTuner:
         """ValueError: the model is pruned, or has no linear of these kinds."""

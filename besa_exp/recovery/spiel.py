@@ -24,16 +24,17 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from besa_exp.errors import check_fields, one_of, within
 from besa_exp.recovery.gradients import taking_gradients
 from besa_exp.recovery.keep_bits import parameters_of_linears
 from besa_exp.recovery.schedule import key_of
 from besa_exp.recovery.tuner import Objective, Taken, Windows
+from besa_exp.rules import Count, Fraction, NotNegative, Positive, Share, check_fields, one_of, within
 from besa_exp.tensors.keep_bits import KeepBits, without_negative_zeros
 
 SELECTIONS = ("ag", "sm3")
@@ -48,23 +49,23 @@ class Spiel:
     gradients of `gather` steps (one more after the first time, as the authors' code has it); `steps` is the number of
     all. `first`: p0. `decay` pulls deltas to 0."""
 
-    steps: int
-    lr: float = 1e-3
-    selection: str = "ag"
-    density: float = 0.01
-    reselect: int = 20
-    gather: int = 5
-    first: float = 0.2
-    decay: float = 0.0
+    steps: Count
+    lr: Positive = 1e-3
+    selection: Annotated[str, one_of(*SELECTIONS)] = "ag"
+    density: Fraction = 0.01
+    reselect: Annotated[int, within(least=3)] = 20
+    gather: Count = 5
+    first: Share = 0.2
+    decay: NotNegative = 0.0
     exchange: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self, "recovery", one_of(*SELECTIONS), "selection")
-        check_fields(self, "recovery", within(above=0), "lr")
-        check_fields(self, "recovery", within(least=0), "decay")
-        check_fields(self, "recovery", within(above=0, below=1), "density")
-        check_fields(self, "recovery", within(above=0, most=1), "first")
-        check_fields(self, "recovery", within(least=1, most=self.reselect - 2, note="recovery.reselect - 2"), "gather")
+        check_fields(self, "recovery")
+        if self.gather > self.reselect - 2:
+            raise ValueError(
+                f"recovery.gather={self.gather}: must be at most {self.reselect - 2}, recovery.reselect - 2; lower "
+                "it, or raise recovery.reselect"
+            )
         if self.exchange and self.selection == "sm3":
             raise ValueError("recovery.exchange=true: needs recovery.selection=ag; sm3 knows nothing of pruned places")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -23,13 +23,16 @@ SPECIAL |= {mark: f"\\{mark}" for mark in "&%$#_{}"}
 
 
 def terminal_table(comparison: Comparison, width: int) -> RenderableType:
-    """Rich: as many measures as `width` columns hold, the first one always, what was lost beside each of them."""
+    """Rich: as many measures as `width` columns hold, the first one always, what was lost beside each of them. Where
+    that leaves too little for the methods' names, what runs cost goes too."""
+    costs = _shown_costs(comparison)
     for number in range(len(comparison.measures), 0, -1):
         for timed in (True, False):
-            table = _table(comparison, comparison.measures[:number], timed)
+            table = _table(comparison, comparison.measures[:number], timed, costs)
             if Measurement.get(Console(width=1000), Console(width=1000).options, table).maximum <= width:
                 return Group(*_headed(comparison, table, len(comparison.measures) - number))
-    return Group(*_headed(comparison, _table(comparison, comparison.measures[:1], False), len(comparison.measures) - 1))
+    table = _table(comparison, comparison.measures[:1], False, {})
+    return Group(*_headed(comparison, table, len(comparison.measures) - 1))
 
 
 def _headed(comparison: Comparison, table: Table, hidden: int) -> list[RenderableType]:
@@ -53,12 +56,11 @@ def _reasons(comparison: Comparison) -> dict[str, int]:
     return {reason: number for number, reason in enumerate(apart, 1)}
 
 
-def _table(comparison: Comparison, measures: Sequence[Measure], timed: bool) -> Table:
+def _table(comparison: Comparison, measures: Sequence[Measure], timed: bool, costs: Mapping[str, str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("method", overflow="fold")
     for head in ("target", "zeros"):
         table.add_column(head, justify="right", no_wrap=True)
-    costs = _shown_costs(comparison)
     for head in costs.values():
         table.add_column(head, justify="right", no_wrap=True)
     for measure in measures:
@@ -74,7 +76,7 @@ def _table(comparison: Comparison, measures: Sequence[Measure], timed: bool) -> 
         if before is not None and (row.target != before or row.apart):
             table.add_section()
         before = row.target
-        table.add_row(*_terminal_cells(comparison, row, measures, timed, reasons))
+        table.add_row(*_terminal_cells(comparison, row, measures, timed, costs, reasons))
     return table
 
 
@@ -87,13 +89,18 @@ def _shown_costs(comparison: Comparison) -> dict[str, str]:
 
 
 def _terminal_cells(
-    comparison: Comparison, row: Row, measures: Sequence[Measure], timed: bool, reasons: dict[str, int]
+    comparison: Comparison,
+    row: Row,
+    measures: Sequence[Measure],
+    timed: bool,
+    costs: Iterable[str],
+    reasons: Mapping[str, int],
 ) -> list[Text]:
     name = Text(row.method.label + (f" [{reasons[row.apart]}]" if row.apart else ""), style="dim" if row.apart else "")
     zeros = Text(f"{row.measured:.2%}".replace("%", " %") + (f" {MISSED}" if row.missed else ""))
     zeros.stylize("yellow" if row.missed else "")
     found = [name, Text(_percent(row.target)), zeros]
-    for key in _shown_costs(comparison):
+    for key in costs:
         value = row.cost.get(key)
         found.append(Text("" if value is None else f"{value:.1%}" if key == COSTS[0] else f"{value:,.0f}"))
     for measure in measures:

@@ -144,7 +144,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     """What two requests of plain keys say differently; a key that only one of them knows came later, unless the other
     says null for all of them."""
     told = [
-        f"{key}: {before[key]!r} before, {now[key]!r} now"
+        f"{key}: {_as_written(before[key])} before, {_as_written(now[key])} now"
         for key in sorted(before.keys() & now.keys())
         if before[key] != now[key]
     ]
@@ -152,6 +152,11 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
         nulls = [key for key, value in one.items() if value is None]
         told += [f"{key}: {words}" for key in nulls if any(name.startswith(f"{key}.") for name in other)]
     return told
+
+
+def _as_written(value: Any) -> str:
+    """As it is written for a key: null, true."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def as_plain(identity: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

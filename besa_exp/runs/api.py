@@ -8,57 +8,51 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
-from torch import Tensor, nn
+from jaxtyping import Bool
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from besa_exp.blocks.decided import Decided
 from besa_exp.blocks.ignored import Ignored
 from besa_exp.blocks.pruner import Pruner
 from besa_exp.blocks.reports import BlockReport
 from besa_exp.checkpoints.files import load_masks
-from besa_exp.checkpoints.load import LoadedModel, check_finite_weights, model_context, vocabulary_size
+from besa_exp.checkpoints.load import LoadedModel, check_finite_weights
 from besa_exp.checkpoints.load import load_model as load
 from besa_exp.display.missed_target import out_of_reach
 from besa_exp.errors import ConfigurationError
-from besa_exp.machine.device import set_determinism
-from besa_exp.methods.given import check_kinds, check_methods
 from besa_exp.methods.updates.updated import with_update
-from besa_exp.presets import METHOD_GROUPS, preset, preset_values, presets
 from besa_exp.report.loaded import linear_table, load_run
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.run_folder.identity import check_finished, config_of
 from besa_exp.run_folder.inputs import check_run_inputs
 from besa_exp.run_folder.status import is_done
+from besa_exp.runs.as_a_run import as_a_run, torch_as_before
 from besa_exp.runs.block_loop import BlockLoop, check_blocks
 from besa_exp.runs.prune import prune as prune_into
 from besa_exp.runs.prune_model import check_refinements
-from besa_exp.runs.recover import check_recovery_of
-from besa_exp.runs.run import calibration_of
-from besa_exp.settings import (
-    CalibrationSettings,
-    EvaluatorSettings,
-    ModelSettings,
-    RecoverySettings,
-    RunSettings,
-    TrackerSettings,
+from besa_exp.runs.python_request import (
+    GIVEN,
+    Texts,
+    for_paths_alone,
+    given_texts,
+    model_settings,
+    plain,
+    read_calibration,
+    settings_of,
 )
+from besa_exp.settings import EvaluatorSettings, RecoverySettings, RunSettings
 from besa_exp.tensors.masks import Goal
-from besa_exp.texts.calibration import Calibration, given_calibration
+from besa_exp.texts.calibration import Calibration
 
-Texts = str | Sequence[str] | Int[Tensor, "sample seq"]
 KeepMasks = Mapping[str, Bool[Tensor, "_out _in"]]
-GIVEN = ("given texts", "given tokens")  # as a calibration set is called that has no other name
-SEQ_LEN = 2048  # tokens of a window of given texts, or the model's context if that is less
 logger = logging.getLogger(__name__)
 
 
@@ -105,7 +99,7 @@ def load_model(path: str = "embedded", *, dtype: str = "auto", device: str = "au
     auto (a GPU where there is one).
 
     ConfigurationError: the model cannot be found, or its files lack weights or hold others."""
-    settings = replace(_model_settings(path), load="whole")
+    settings = replace(model_settings(path), load="whole")
     settings = settings if dtype == "auto" else replace(settings, dtype=dtype)
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load(settings, torch.device(automatic if device == "auto" else device), offline=False)
@@ -157,142 +151,19 @@ def prune(
     ConfigurationError (a ValueError): the request cannot be carried out as written; it names all problems, before any
     weight changes. RunError: pruning failed in a block, which it names; a model object then has the blocks before it
     pruned."""
-    settings = _settings(
-        model_or_path, _calibration(texts_or_tokens, seed, num_samples, seq_len, batch_size), seed,
+    given = given_texts(texts_or_tokens)
+    settings = settings_of(
+        model_or_path, given, plain(seed), {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size},
         pruner=pruner, update=update, budget=budget, structure=structure, recovery=recovery,
-        sparsity=sparsity, pattern=pattern, ignore=tuple(ignore), compute_dtype=compute_dtype,
-        evaluator=evaluator, overwrite=overwrite,
+        ignore=tuple(ignore) if isinstance(ignore, list | tuple) else (ignore,), sparsity=plain(sparsity),
+        pattern=pattern, compute_dtype=compute_dtype, evaluator=evaluator, overwrite=overwrite,
     )  # fmt: skip
-    read = partial(_read_calibration, texts_or_tokens, settings, seq_len)
+    read = partial(read_calibration, given, settings, seq_len)
     if isinstance(model_or_path, (str, Path)):
         return _pruned_into(settings, out, tokenizer, read, on_block)
-    if problems := _for_paths_alone(settings, out):
+    if problems := for_paths_alone(settings, out):
         raise ConfigurationError(*problems)
     return _pruned_in_place(settings, LoadedModel(model_or_path, tokenizer, None, Path()), read, on_block)
-
-
-def _for_paths_alone(settings: RunSettings, out: str | Path | None) -> list[str]:
-    """What is asked that a model object cannot be given."""
-    problems = {
-        "structure= is for a path: what is left of a model is another model, which is written to out=": (
-            settings.structure is not None
-        ),
-        "out= and evaluator= are for a path; a model object is pruned in place: save it with "
-        "model.save_pretrained(...), and score what was saved with besa evaluate checkpoint=...": (
-            out is not None or settings.evaluator.name != "none"
-        ),
-        "recovery= is for a path; tune a model object that is pruned with besa_exp.tune(model, tokenizer, texts, "
-        "recovery=...)": settings.recovery is not None,
-    }
-    return [problem for problem, holds in problems.items() if holds]
-
-
-def _settings(
-    model_or_path: Any, calibration: CalibrationSettings, seed: int, *, pruner: Any, evaluator: Any, **more: Any
-) -> RunSettings:
-    """ConfigurationError: a preset that there is not, or a target that this method cannot meet."""
-    chosen = {"pruner": pruner} | {group: more.pop(group) for group in METHOD_GROUPS if group != "pruner"}
-    is_path = isinstance(model_or_path, (str, Path))
-    problems = [] if is_path else _check_model(model_or_path)
-    methods = {}
-    for group in METHOD_GROUPS:
-        try:
-            methods[group] = (
-                preset(group, chosen[group], seed=seed) if isinstance(chosen[group], str) else chosen[group]
-            )
-        except ConfigurationError as error:
-            problems += error.problems
-    problems += [] if 0 <= seed < 2**32 else [f"seed={seed}: must be a whole number from 0 to {2**32 - 1}"]
-    if problems:
-        raise ConfigurationError(*problems)
-    kind = type(model_or_path).__name__
-    settings = RunSettings(
-        model=_model_settings(str(model_or_path)) if is_path else ModelSettings(kind, kind),
-        calibration=calibration,
-        pruner_name="+".join(_name(chosen[group]) for group in METHOD_GROUPS if chosen[group] is not None),
-        evaluator=preset("evaluator", evaluator) if isinstance(evaluator, str) else evaluator,
-        tracker=TrackerSettings("none"),
-        seed=seed,
-        **methods,
-        **more,
-    )
-    if problems := _check_target(settings):
-        raise ConfigurationError(*problems)
-    return settings
-
-
-def _model_settings(path: str) -> ModelSettings:
-    """Those of the model preset of this name, else of the folder or hub id."""
-    if path not in presets("model") or path == "local" or Path(path).is_dir():
-        return ModelSettings(Path(path).name, path)
-    values = preset_values("model", path)
-    values.pop("_target_")
-    name = values.pop("name") or Path(values["path"]).name
-    return ModelSettings(name=name, **values)
-
-
-def _name(method: Any) -> str:
-    """Of a preset or an object; an object is called by its class."""
-    return method if isinstance(method, str) else getattr(method, "name", type(method).__name__.lower())
-
-
-def _check_model(model: Any) -> list[str]:
-    names = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
-    classes = [cls.__name__ for cls in type(model).__mro__]
-    if isinstance(model, PreTrainedModel) and any(name in names or name.endswith("ForCausalLM") for name in classes):
-        return []
-    return [
-        f"{type(model).__name__} is no causal language model of transformers; give what "
-        "AutoModelForCausalLM.from_pretrained(...) returns, or the path of a model"
-    ]
-
-
-def _check_target(settings: RunSettings) -> list[str]:
-    """What speaks against the target, in complete sentences."""
-    sparsity = settings.sparsity
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
-        return [f"sparsity={sparsity}: must be in [0, 1), the fraction of weights that become zero, as 0.5"]
-    try:
-        Goal.parse(sparsity, settings.pattern)
-    except ValueError as error:
-        return [str(error)]
-    if problems := check_kinds(vars(settings)):
-        return problems
-    problems = check_methods(vars(settings), sparsity, settings.pattern)
-    return problems + (check_recovery_of(settings, sparsity, None) if settings.recovery else [])
-
-
-def _calibration(
-    given: Texts, seed: int, num_samples: int | None, seq_len: int | None, batch_size: int | None
-) -> CalibrationSettings:
-    """The settings of the set's preset, with what was said otherwise."""
-    if isinstance(given, str):
-        named = given in presets("calibration") and given != "local"
-        base = preset("calibration", given if named else "embedded", seed=seed)
-        base = base if named else CalibrationSettings("local", path=given, seed=seed)
-    else:
-        texts, tokens = GIVEN
-        kind = tokens if isinstance(given, Tensor) else texts
-        base = CalibrationSettings(kind, seq_len=SEQ_LEN, seed=seed)
-        for number, text in enumerate(given if kind == texts else ()):
-            if not isinstance(text, str):
-                raise ConfigurationError(
-                    f"texts: number {number} is {type(text).__name__}, not text; leave it out, or give token ids as a "
-                    "tensor [sample, seq]"
-                )
-    said = {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size}
-    if wrong := [f"{key}={value}: must be 1 or more" for key, value in said.items() if value is not None and value < 1]:
-        raise ConfigurationError(*wrong)
-    return replace(base, **{key: value for key, value in said.items() if value is not None})
-
-
-def _read_calibration(given: Texts, settings: RunSettings, seq_len: int | None, loaded: LoadedModel) -> Calibration:
-    calibration, context = settings.calibration, model_context(loaded.model)
-    if isinstance(given, str):
-        return calibration_of(calibration, settings.offline, loaded)
-    if seq_len is None and calibration.name == GIVEN[0]:
-        calibration = replace(calibration, seq_len=min(SEQ_LEN, context))
-    return given_calibration(given, calibration, loaded.tokenizer, context, vocabulary_size(loaded.model))
 
 
 def _pruned_in_place(
@@ -355,35 +226,6 @@ def _ignored(step: Any) -> None:
     """A step of a search, of which only the last state counts here."""
 
 
-@contextmanager
-def as_a_run(model: nn.Module, seed: int, deterministic: bool = True) -> Iterator[None]:
-    """As a run has it: evaluation mode, frozen weights, seeds and deterministic algorithms. All of it is put back."""
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    training = model.training
-    model.eval().requires_grad_(False)
-    try:
-        with _torch_as_before():
-            set_determinism(seed, deterministic)
-            yield
-    finally:
-        model.train(training)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained[name])
-
-
-@contextmanager
-def _torch_as_before() -> Iterator[None]:
-    """Random states and determinism are put back: they are the program's that calls."""
-    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        torch.use_deterministic_algorithms(strict, warn_only=warns)
-        torch.utils.deterministic.fill_uninitialized_memory = fills  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def _pruned_into(
     settings: RunSettings,
     out: str | Path | None,
@@ -403,7 +245,7 @@ def _pruned_into(
         return read(replace(loaded, tokenizer=tokenizer or loaded.tokenizer))
 
     if not _is_answered(settings, folder, tokenizer):
-        with _torch_as_before():
+        with torch_as_before():
             prune_into(settings, folder, calibrate=calibrate)
     run = load_run(folder)
     for report in run.blocks:

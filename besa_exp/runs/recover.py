@@ -156,7 +156,7 @@ def _parts(run: Run, loaded: LoadedModel, calibration: Calibration, asked: Recov
 
 def _accuracy(loaded: LoadedModel, parts: Parts, asked: RecoverySettings) -> float | None:
     with loaded.callable():
-        return parts.accuracy(loaded.model, asked.micro_batch)
+        return parts.accuracy(loaded.model, asked.windows_together)
 
 
 def _rounded(loaded: LoadedModel, found: Recovery, parts: Parts, asked: RecoverySettings) -> Recovery:
@@ -167,7 +167,7 @@ def _rounded(loaded: LoadedModel, found: Recovery, parts: Parts, asked: Recovery
         for parameter in loaded.model.parameters():
             parameter.copy_(parameter.to(loaded.stored))
     with loaded.callable():
-        after = mean_loss(loaded.model, parts.held_out, asked.micro_batch, parts.losses)
+        after = mean_loss(loaded.model, parts.held_out, asked.windows_together, parts.losses)
     return replace(found, after=after)
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from jaxtyping import Int
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa_exp.blocks.reports import RecoveryReport
@@ -20,14 +18,16 @@ from besa_exp.recovery.parts import parts_of, report_of
 from besa_exp.recovery.recipe import check_fit, check_recovery, method_of, objective_of, plan_of
 from besa_exp.recovery.tuning import Point
 from besa_exp.recovery.tuning import tune as tune_model
-from besa_exp.runs.api import SEQ_LEN, as_a_run
+from besa_exp.rules import check_fields
+from besa_exp.runs.as_a_run import as_a_run
+from besa_exp.runs.python_request import SEQ_LEN, Texts, check_model, given_texts, plain
 from besa_exp.settings import RecoverySettings
 
 
 def tune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    texts_or_tokens: str | Sequence[str] | Int[Tensor, "sample seq"] = "embedded",
+    texts_or_tokens: Texts = "embedded",
     *,
     recovery: str | RecoverySettings = "full",
     dense: bool = False,
@@ -46,7 +46,11 @@ def tune(
     The report has `loss_before` and `loss_after` of the held-out windows: mean cross-entropy a token, in nats.
 
     ConfigurationError (a ValueError): the request cannot be carried out; it names all problems."""
+    given, seed = given_texts(texts_or_tokens), plain(seed)
+    if problems := check_model(model):
+        raise ConfigurationError(*problems)
     asked = preset("recovery", recovery, seed=seed) if isinstance(recovery, str) else recovery
+    check_fields(asked, "" if isinstance(recovery, str) else "recovery")  # of a preset only `seed` can be wrong
     context = model_context(model)
     asked = replace(asked, seq_len=asked.seq_len or min(SEQ_LEN, context))
     keep = keep_of_zeros(model)
@@ -59,8 +63,8 @@ def tune(
     with as_a_run(model, asked.seed), tempfile.TemporaryDirectory(prefix="besa-") as folder:
         check_finite_weights(model, type(model).__name__)
         file = Path(folder) / "tokens.safetensors"
-        parts = parts_of(asked, texts_or_tokens, file, tokenizer, vocabulary_size(model))
+        parts = parts_of(asked, given, file, tokenizer, vocabulary_size(model))
         objective = objective_of(asked, method, model, teacher)
-        before = parts.accuracy(model, asked.micro_batch)
+        before = parts.accuracy(model, asked.windows_together)
         found, _ = tune_model(model, keep, method, objective, parts, plan_of(asked), on_point=on_step)
-        return report_of(asked, found, parts, before, parts.accuracy(model, asked.micro_batch))
+        return report_of(asked, found, parts, before, parts.accuracy(model, asked.windows_together))

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from besa_exp.rules import NotNegative, Positive, check_fields
 from besa_exp.tensors.statistics import InputNorm, Statistic, WithNorm
 
 
@@ -114,10 +115,13 @@ class Wanda:
 class Ria:
     """`ria_importance`; `power` is the paper's a."""
 
-    power: float = 0.5
+    power: NotNegative = 0.5
 
     statistic = InputNorm
     gradients = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, "pruner.importance")
 
     def __call__(self, weight: Tensor, statistic: WithNorm, squared_gradient: Tensor | None) -> Tensor:
         return ria_importance(weight, statistic.squared_norm, self.power)
@@ -127,10 +131,13 @@ class Ria:
 class WandaPlus:
     """`wanda_plus_importance`; `scale` is the paper's alpha."""
 
-    scale: float = 100.0
+    scale: Positive = 100.0
 
     statistic = InputNorm
     gradients = True
+
+    def __post_init__(self) -> None:
+        check_fields(self, "pruner.importance")
 
     def __call__(self, weight: Tensor, statistic: WithNorm, squared_gradient: Tensor | None) -> Tensor:
         assert squared_gradient is not None, "the gradient to the weights was not observed"

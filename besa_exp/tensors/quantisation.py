@@ -13,13 +13,13 @@ zero, so that zero is one of the values: a pruned weight stays exactly zero.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from besa_exp.errors import check_fields, within
+from besa_exp.rules import Count, check_fields, within
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,11 @@ class Quantiser:
     """`group_size`: consecutive inputs of a row that share their scale; None: the whole row, an output channel. A
     row's last group may be smaller."""
 
-    bits: int = 4
-    group_size: int | None = None
+    bits: Annotated[int, within(least=2, most=8)] = 4
+    group_size: Count | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, "pruner.quantiser", within(least=2, most=8), "bits")
-        check_fields(self, "pruner.quantiser", within(least=1, or_null=True, note="null: whole rows"), "group_size")
+        check_fields(self, "pruner.quantiser")
 
     def logits(self, weight: Float[Tensor, "out in"], strength: float) -> Float[Tensor, "2 out group"]:
         """Logits of equal strengths in (0, 1) for all groups: of the lower ends, then of the upper ones."""

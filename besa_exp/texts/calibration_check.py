@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from besa_exp.errors import ConfigurationError, too_low
+from besa_exp.errors import ConfigurationError
+from besa_exp.rules import broken_rules
 from besa_exp.settings import CalibrationSettings
-from besa_exp.texts.sources import check_source, is_token_file
+from besa_exp.texts.embedded.text import CALIBRATION_CHARACTERS
+from besa_exp.texts.files import COMPRESSED, format_of
+from besa_exp.texts.sources import EMBEDDED, check_source, is_token_file
 from besa_exp.texts.token_files import token_file_shape
 
 
 def check_calibration(settings: CalibrationSettings, context: int | None) -> list[str]:
     """What is wrong with these settings, in complete sentences, found without reading any text. `context` None: not
     known yet."""
-    problems = too_low(settings, "calibration", num_samples=1, seq_len=2, batch_size=1, seed=0)
+    problems = broken_rules(settings, "calibration")
     source, key = (settings.path, "calibration.path") if settings.path else (settings.name, "calibration")
     if unreadable := check_source(source, key, "calibration", settings.column, settings.chat_template):
         return problems + unreadable
+    problems += _more_than_the_text(settings, source)
     seq_len, remedy = settings.seq_len, f"set calibration.seq_len={context} or less"
     if is_token_file(source):
         try:
@@ -35,3 +39,20 @@ def check_calibration(settings: CalibrationSettings, context: int | None) -> lis
             f"{key}={source}: a window of {seq_len} tokens exceeds the model's context of {context}; {remedy}"
         )
     return problems
+
+
+def _more_than_the_text(settings: CalibrationSettings, source: str) -> list[str]:
+    """Of a text whose length is known unread: it has at most a token for each byte, and a few between documents."""
+    path = Path(source).expanduser()
+    if source == EMBEDDED:
+        size = CALIBRATION_CHARACTERS
+    elif format_of(path.name) == "plain" and path.suffix not in COMPRESSED:
+        size = path.stat().st_size
+    else:
+        return []
+    if settings.num_samples * settings.seq_len <= 2 * size + 2:
+        return []
+    return [
+        f"calibration.num_samples={settings.num_samples}: {source}, a text of {size:,} characters, has at most "
+        f"{2 * size // settings.seq_len:,} windows of {settings.seq_len} tokens; set less, or give more text"
+    ]

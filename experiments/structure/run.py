@@ -95,7 +95,7 @@ def study(bed: Bed, seed: int) -> Iterator[list[str]]:
         yield ["structure=policy_gradient", share, f"structure.shape={shape}", *bed.search, "pruner=dense"]
     for size_of_sleb in whole:
         yield ["structure=sleb", whole[size_of_sleb], "pruner=dense", *bed.sleb]
-    for first in (["structure=shortgpt", whole[size]], ["structure=wanda_sp", share]):
+    for first in (["structure=shortgpt", whole[size]], ["structure=wanda_sp", share], []):  # []: the text's part in it
         yield [*first, "pruner=dense", *bed.recovery]
     yield ["pruner=wanda", zeros[size], *bed.recovery]
     for size_of_besa in reversed(bed.sizes):

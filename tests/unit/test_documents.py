@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -205,9 +206,19 @@ def test_every_room_has_a_line() -> None:
     assert [room for room in sorted(rooms) if f"{room}/`" not in text] == []
 
 
-def test_the_pruner_that_the_documents_work_out_prunes() -> None:
-    (source,) = (block for block in fenced(ROOT / "docs/extending.md", "python") if "class Random" in block)
+def test_the_methods_that_the_documents_work_out_prune_and_tune() -> None:
     names: dict[str, Any] = {"__name__": "__main__"}
-    exec(source, names)
-    tokens = torch.randint(0, 258, (4, 16), generator=torch.Generator().manual_seed(1))
+    for source in fenced(ROOT / "docs/extending.md", "python"):
+        if "\nclass " in source:
+            exec(source, names)
+    tokens, model = torch.randint(0, 258, (8, 16), generator=torch.Generator().manual_seed(1)), tiny_llama()
     assert besa_exp.prune(tiny_llama(), None, tokens, pruner=names["Random"](seed=1), sparsity=0.25).sparsity == 0.25
+    root = replace(besa_exp.preset("pruner", "wanda"), importance=names["Root"](power=2.0))
+    by_root, by_wanda = (
+        besa_exp.prune(one, None, tokens, pruner=by) for one, by in ((model, root), (tiny_llama(), "wanda"))
+    )
+    assert by_root.sparsity == by_wanda.sparsity == 0.5
+    assert any(not torch.equal(mask, by_wanda.keep_masks[name]) for name, mask in by_root.keep_masks.items())
+    asked = {"name": "head", "method": names["Head"](), "steps": 2, "held_out": 2, "lr": 1e-3, "seq_len": 16}
+    tuned = replace(besa_exp.preset("recovery", "norms"), **asked)
+    assert besa_exp.tune(model, None, tokens, recovery=tuned).steps == 2

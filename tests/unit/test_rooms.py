@@ -20,7 +20,7 @@ FLOORS = (
     "checkpoints",
 )
 FLOORS += ("checkpoints", "blocks", "tensors", "texts", "hub", "machine")
-CELLAR = {"errors", "settings", "presets"}  # files that every room may import
+CELLAR = {"errors", "rules", "settings", "presets"}  # files that every room may import
 MODULES = {
     ".".join(["besa_exp", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")

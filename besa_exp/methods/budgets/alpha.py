@@ -15,13 +15,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
-from besa_exp.errors import RunError, check_fields, within
+from besa_exp.errors import RunError
+from besa_exp.rules import check_fields, within
 from besa_exp.tensors.statistics import is_finite
 
 BINS = 100  # of the histogram that shows the densest place
@@ -45,10 +47,10 @@ def hill_exponent(weight: Float[Tensor, "out in"]) -> float:
 class Alpha:
     """`epsilon`: largest relative deviation from the target, before scaling; the paper: 0.3, 0.4 with magnitude."""
 
-    epsilon: float = 0.3
+    epsilon: Annotated[float, within(least=0, below=1)] = 0.3
 
     def __post_init__(self) -> None:
-        check_fields(self, "budget", within(least=0, below=1, note="the paper uses 0.3"), "epsilon")
+        check_fields(self, "budget")
 
     def sparsities(
         self, blocks: Iterable[Block], inputs: Hidden, sparsity: float, batch_size: int

@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from besa_exp.errors import check_fields, within
 from besa_exp.methods.budgets.budget import Work
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.budgets.trial import Trial
+from besa_exp.rules import Count, Fraction, check_fields
 from besa_exp.tensors.importance import Importance, ImportanceName
 
 
@@ -29,13 +29,12 @@ from besa_exp.tensors.importance import Importance, ImportanceName
 class Atp:
     """`step` of the grid: of the sparsity between the first block and the last. `num_samples` are tried on."""
 
-    step: float = 0.06
-    num_samples: int = 8
+    step: Fraction = 0.06
+    num_samples: Count = 8
     importance: Importance | ImportanceName = "wanda"
 
     def __post_init__(self) -> None:
-        check_fields(self, "budget", within(above=0, below=1, note="0.06 is the default"), "step")
-        check_fields(self, "budget", within(least=1, note="8 is the default"), "num_samples")
+        check_fields(self, "budget")
 
     def progressions(self, sparsity: float, num_blocks: int) -> list[Float[Tensor, " block"]]:
         """The progressions that are tried, the uniform one first."""

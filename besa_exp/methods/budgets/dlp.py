@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.observation import Observed
-from besa_exp.errors import check_fields, within
 from besa_exp.methods.budgets.budget import around, survey
+from besa_exp.rules import check_fields, within
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
 from besa_exp.tensors.selection import kth_smallest
 
@@ -30,11 +31,11 @@ NEAR_ZERO = 1e-12  # of the largest median: smaller ones count as that
 class Dlp:
     """`width` is twice the paper's alpha: between the least and the most that a block gives up."""
 
-    width: float = 0.3
+    width: Annotated[float, within(least=0, below=1)] = 0.3
     importance: Importance | ImportanceName = "wanda"
 
     def __post_init__(self) -> None:
-        check_fields(self, "budget", within(least=0, below=1, note="the paper uses 0.3"), "width")
+        check_fields(self, "budget")
 
     def sparsities(
         self, blocks: Iterable[Block], inputs: Hidden, sparsity: float, batch_size: int

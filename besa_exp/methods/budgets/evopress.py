@@ -29,10 +29,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from besa_exp.errors import check_fields, within
 from besa_exp.methods.budgets.budget import Work
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.budgets.trial import Sparsities, Trial
+from besa_exp.rules import Count, Fraction, Seed, check_fields
 from besa_exp.tensors.importance import Importance, ImportanceName
 
 MOST_EXCHANGES = 3
@@ -46,18 +46,17 @@ class EvoPress:
     """`tokens` and `survivors` of each selection of a generation, in order; tokens are whole samples, as many as there
     are. `width`: how far a block may be from the target, in `levels` steps."""
 
-    generations: int = 20
-    children: int = 8
-    tokens: tuple[int, ...] = (512, 2048)
-    survivors: tuple[int, ...] = (2, 1)
-    width: float = 0.2
-    levels: int = 8
-    seed: int = 0
+    generations: Count = 20
+    children: Count = 8
+    tokens: tuple[Count, ...] = (512, 2048)
+    survivors: tuple[Count, ...] = (2, 1)
+    width: Fraction = 0.2
+    levels: Count = 8
+    seed: Seed = 0
     importance: Importance | ImportanceName = "wanda"
 
     def __post_init__(self) -> None:
-        check_fields(self, "budget", within(least=1), "generations", "children", "levels")
-        check_fields(self, "budget", within(above=0, below=1, note="0.2 is the default"), "width")
+        check_fields(self, "budget")
         if len(self.tokens) != len(self.survivors) or not self.tokens or min(*self.tokens, *self.survivors) < 1:
             raise ValueError(
                 f"budget.tokens={[*self.tokens]}, budget.survivors={[*self.survivors]}: must be as many numbers above "

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.observation import Observed
-from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
 from besa_exp.methods.budgets.budget import Work, pruned_to
+from besa_exp.rules import Count, Fraction, check_fields
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
 
 SHARES = 400  # steps in which a block's sparsity is dealt out
@@ -39,13 +39,12 @@ SHARES = 400  # steps in which a block's sparsity is dealt out
 class Learned:
     """`width`: how far a level, and a block's sparsity, may be from the target. `num_samples` are measured with."""
 
-    width: float = 0.2
-    num_samples: int = 4
+    width: Fraction = 0.2
+    num_samples: Count = 4
     importance: Importance | ImportanceName = "wanda"
 
     def __post_init__(self) -> None:
-        check_fields(self, "budget", within(above=0, below=1, note="0.2 is the default"), "width")
-        check_fields(self, "budget", within(least=1, note="4 is the default"), "num_samples")
+        check_fields(self, "budget")
 
     def levels(self, sparsity: float) -> list[float]:
         """The sparsities that are tried, within (0, 1) and `width` of the target."""

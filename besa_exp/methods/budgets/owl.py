@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.observation import Observed
-from besa_exp.errors import check_fields, within
 from besa_exp.methods.budgets.budget import around, survey
+from besa_exp.rules import Positive, check_fields, within
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
 
 
@@ -26,13 +27,12 @@ from besa_exp.tensors.importance import Importance, ImportanceName, importance_o
 class Owl:
     """`outlier` is the paper's M, `width` twice its lambda."""
 
-    outlier: float = 5.0
-    width: float = 0.16
+    outlier: Positive = 5.0
+    width: Annotated[float, within(least=0, below=1)] = 0.16
     importance: Importance | ImportanceName = "wanda"
 
     def __post_init__(self) -> None:
-        check_fields(self, "budget", within(above=0, note="the paper uses 5"), "outlier")
-        check_fields(self, "budget", within(least=0, below=1, note="the paper uses 0.16"), "width")
+        check_fields(self, "budget")
 
     def sparsities(
         self, blocks: Iterable[Block], inputs: Hidden, sparsity: float, batch_size: int

@@ -34,6 +34,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -46,7 +47,6 @@ from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
 from besa_exp.blocks.reports import Step
 from besa_exp.blocks.units import SCOPES
 from besa_exp.blocks.whole_model import batches
-from besa_exp.errors import check_fields, one_of, within
 from besa_exp.machine import distributed
 from besa_exp.methods.allocation import Rows, along_budget, project_to_budget
 from besa_exp.methods.cuts import Buffers, cut_block
@@ -54,6 +54,7 @@ from besa_exp.methods.descent import descend
 from besa_exp.methods.n_of_m import rows_of_groups
 from besa_exp.methods.pruners.model_search import ModelSearch
 from besa_exp.methods.pruners.sub_blocks import prune_parts
+from besa_exp.rules import Count, Seed, Share, check_fields, one_of
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
 from besa_exp.tensors.losses import LOSSES, Loss, differentiate, gradients, token_loss
 from besa_exp.tensors.pattern import fixes_sparsity
@@ -98,25 +99,21 @@ class Besa:
     (`besa_exp.blocks.units`). `loss`: what is learned from (`besa_exp.tensors.losses`). `model`: with scope=model, the
     search over the whole model."""
 
-    granularity: str = "row"
-    epochs: int = 1
-    batch_size: int = 1
-    lr: float = 0.05
-    window: float = 0.1
-    checks: int = 2
-    seed: int = 0
-    scope: str = "block"
-    loss: str = "token"
+    granularity: Annotated[str, one_of("row", "linear")] = "row"
+    epochs: Count = 1
+    batch_size: Count = 1
+    lr: Share = 0.05
+    window: Share = 0.1
+    checks: Count = 2
+    seed: Seed = 0
+    scope: Annotated[str, one_of(*SCOPES)] = "block"
+    loss: Annotated[str, one_of(*LOSSES)] = "token"
     importance: Importance | ImportanceName = "wanda"
     model: ModelSearch = field(default_factory=ModelSearch)
 
     def __post_init__(self) -> None:
         importance_of(self.importance)  # which refuses an unknown name
-        check_fields(self, "pruner", one_of("row", "linear"), "granularity")
-        check_fields(self, "pruner", one_of(*SCOPES), "scope")
-        check_fields(self, "pruner", one_of(*LOSSES), "loss")
-        check_fields(self, "pruner", within(least=1), "epochs", "batch_size", "checks")
-        check_fields(self, "pruner", within(above=0, most=1), "lr", "window")
+        check_fields(self, "pruner")
 
     @property
     def traits(self) -> Traits:

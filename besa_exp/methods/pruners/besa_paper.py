@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 from prodigyopt import Prodigy
@@ -26,9 +27,9 @@ from torch import Tensor, nn
 from besa_exp.blocks.course import Course
 from besa_exp.blocks.probe import probe_loss
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits, pruned_by_masks
-from besa_exp.errors import check_fields, one_of, within
 from besa_exp.machine import distributed
 from besa_exp.methods.pruners.candidates import CandidateAllocation, reach
+from besa_exp.rules import Count, NotNegative, Positive, check_fields, one_of, within
 from besa_exp.tensors.hessian import dead_inputs, upper_factor
 from besa_exp.tensors.importance import Importance, Magnitude, Wanda, obs_importance
 from besa_exp.tensors.losses import channel_loss, differentiate
@@ -46,25 +47,21 @@ class BesaPaper:
     `optimizer`: prodigy or adamw [normal-opt]. `lr`: 1 for prodigy, 0.01 for adamw. `d_coef`: per model in the
     published runs, 5 for row-wise 7B and 13B."""
 
-    granularity: str = "row"
-    metric: str = "Wanda"
+    granularity: Annotated[str, one_of("row", "linear")] = "row"
+    metric: Annotated[str, one_of(*IMPORTANCES, "SparseGPT", "SparseGPT-Git")] = "Wanda"
     sigmoid: bool = True
     dense_targets: bool = False
-    sparsity_step: float = 0.01
-    penalty: float = 5.0
-    epochs: int = 1
-    batch_size: int = 1
-    optimizer: str = "prodigy"
-    lr: float = 1.0
-    d_coef: float = 5.0
-    damping: float = 0.01
+    sparsity_step: Annotated[float, within(above=0, most=0.5)] = 0.01
+    penalty: NotNegative = 5.0
+    epochs: Count = 1
+    batch_size: Count = 1
+    optimizer: Annotated[str, one_of("prodigy", "adamw")] = "prodigy"
+    lr: Positive = 1.0
+    d_coef: Positive = 5.0
+    damping: Positive = 0.01
 
     def __post_init__(self) -> None:
-        check_fields(self, "pruner", one_of("row", "linear"), "granularity")
-        check_fields(self, "pruner", one_of(*IMPORTANCES, "SparseGPT", "SparseGPT-Git"), "metric")
-        check_fields(self, "pruner", one_of("prodigy", "adamw"), "optimizer")
-        check_fields(self, "pruner", within(above=0), "epochs", "batch_size", "lr", "d_coef", "damping")
-        check_fields(self, "pruner", within(above=0, most=0.5, note="the paper uses 0.01"), "sparsity_step")
+        check_fields(self, "pruner")
 
     @property
     def traits(self) -> Traits:

@@ -21,13 +21,14 @@ sparsity is fixed: SparseGPT's mask, and its kept weights are tuned.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits, pruned_by_masks
-from besa_exp.errors import check_fields, one_of, within
 from besa_exp.methods.pruners.besa import Besa
 from besa_exp.methods.pruners.model_tuning import ModelTuning
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
 from besa_exp.methods.tuning import Ramp, Tuning, Weights, tune
+from besa_exp.rules import Count, Positive, check_fields, one_of, within
 from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.statistics import Hessian, InputNorm
 
@@ -40,20 +41,17 @@ class BesaReconstruct:
     weights of all blocks are tuned after the last; None: they are not."""
 
     tuning: Tuning = field(default_factory=Tuning)
-    begin: str = "besa"
-    start: float = 1.0
-    until: float = 0.6
-    every: int = 4
-    group_size: int = 128
-    damping: float = 0.01
+    begin: Annotated[str, one_of("besa", "sparsegpt")] = "besa"
+    start: Annotated[float, within(least=0, most=1)] = 1.0
+    until: Annotated[float, within(least=0, most=1)] = 0.6
+    every: Count = 4
+    group_size: Count = 128
+    damping: Positive = 0.01
     dense_targets: bool = True
     model: ModelTuning | None = None
 
     def __post_init__(self) -> None:
-        SparseGPT(self.group_size, self.damping)  # which refuses what it cannot use
-        check_fields(self, "pruner", one_of("besa", "sparsegpt"), "begin")
-        check_fields(self, "pruner", within(least=0, most=1), "start", "until")
-        check_fields(self, "pruner", within(least=1), "every")
+        check_fields(self, "pruner")
         if self.model and self.tuning.norms:
             raise ValueError(
                 "pruner.tuning.norms=true: the steps under the model's loss begin with the dense norms again; leave it "

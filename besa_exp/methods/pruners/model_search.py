@@ -26,11 +26,12 @@ from besa_exp.blocks.probe import num_probe_samples
 from besa_exp.blocks.pruner import Passes
 from besa_exp.blocks.reports import ModelStep
 from besa_exp.blocks.whole_model import Found, KeepMasks, Whole, batches
-from besa_exp.errors import RunError, check_fields, within
+from besa_exp.errors import RunError
 from besa_exp.machine import distributed
 from besa_exp.methods.allocation import Rows, along_budget, project_to_budget
 from besa_exp.methods.cuts import Buffers, cut_block
 from besa_exp.methods.descent import descend
+from besa_exp.rules import Count, Seed, Share, check_fields
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
 from besa_exp.tensors.masks import round_to_total
 
@@ -40,17 +41,16 @@ class ModelSearch:
     """`lr`: the first step size, in sparsity; `window`: as in `besa`; `checks`: how often the probe samples judge.
     `importance`: as in `besa`, which gives its own."""
 
-    steps: int = 56
-    batch_size: int = 1
-    lr: float = 0.02
-    window: float = 0.1
-    checks: int = 4
-    seed: int = 0
+    steps: Count = 56
+    batch_size: Count = 1
+    lr: Share = 0.02
+    window: Share = 0.1
+    checks: Count = 4
+    seed: Seed = 0
     importance: Importance | ImportanceName = "wanda"
 
     def __post_init__(self) -> None:
-        check_fields(self, "pruner.model", within(least=1), "steps", "batch_size", "checks")
-        check_fields(self, "pruner.model", within(above=0, most=1), "lr", "window")
+        check_fields(self, "pruner.model")
 
     @staticmethod
     def bytes_held(weights: int, sparsity: float) -> tuple[int, int]:

@@ -29,10 +29,10 @@ from besa_exp.blocks.probe import num_probe_samples
 from besa_exp.blocks.pruner import Passes
 from besa_exp.blocks.reports import ModelStep
 from besa_exp.blocks.whole_model import Found, Whole, batches
-from besa_exp.errors import check_fields, within
 from besa_exp.machine import distributed
 from besa_exp.machine.memory import give_back_memory
 from besa_exp.methods.descent import Best, adam_on_weights, begin_adam, falling, kept_size, take_step
+from besa_exp.rules import Count, Seed, Share, check_fields
 from besa_exp.tensors.keep_bits import KeepBits
 
 logger = logging.getLogger(__name__)
@@ -47,15 +47,14 @@ class ModelTuning:
     cosine. `checks`: how often the probe samples judge: steps that did not help are undone, and the step size
     shrinks."""
 
-    steps: int = 14
-    batch_size: int = 2
-    lr: float = 0.001
-    checks: int = 4
-    seed: int = 0
+    steps: Count = 14
+    batch_size: Count = 2
+    lr: Share = 0.001
+    checks: Count = 4
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        check_fields(self, "pruner.model", within(least=1), "steps", "batch_size", "checks")
-        check_fields(self, "pruner.model", within(above=0, most=1, note="in units of the weights' size"), "lr")
+        check_fields(self, "pruner.model")
 
     @staticmethod
     def bytes_held(weights: int, sparsity: float) -> tuple[int, int]:

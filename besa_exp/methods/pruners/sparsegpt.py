@@ -27,7 +27,7 @@ from torch import Tensor
 
 from besa_exp.blocks.probe import probe_loss
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits, pruned_by_masks
-from besa_exp.errors import check_fields, within
+from besa_exp.rules import Count, Positive, check_fields
 from besa_exp.tensors import kernels
 from besa_exp.tensors.hessian import dead_inputs, upper_factor
 from besa_exp.tensors.importance import obs_importance
@@ -96,14 +96,13 @@ def _num_pruned(importance: Float[Tensor, "out columns"], goal: Goal, before: in
 class SparseGPT:
     """Mask and update group by group. `damping` is relative to the mean diagonal of H."""
 
-    group_size: int = 128
-    damping: float = 0.01
+    group_size: Count = 128
+    damping: Positive = 0.01
 
     traits = Traits(Hessian)
 
     def __post_init__(self) -> None:
-        check_fields(self, "pruner", within(least=1, note="the paper uses 128"), "group_size")
-        check_fields(self, "pruner", within(above=0, note="the paper uses 0.01"), "damping")
+        check_fields(self, "pruner")
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         """Any sparsity; N:M when M divides the group size."""

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits, pruned_by_masks
-from besa_exp.errors import check_fields, one_of
+from besa_exp.rules import check_fields, one_of
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_name, importance_of
 from besa_exp.tensors.masks import Goal, goals_of_linears, keep_largest, keep_n_of_m, keep_per_row
 from besa_exp.tensors.pattern import check_unchosen, fixes_sparsity
@@ -36,12 +37,12 @@ class Uniform:
     block."""
 
     importance: Importance | ImportanceName = "wanda"
-    granularity: str = "row"
+    granularity: Annotated[str, one_of("row", "linear")] = "row"
     permute: bool = False
 
     def __post_init__(self) -> None:
         importance_of(self.importance)  # which refuses an unknown name
-        check_fields(self, "pruner", one_of("row", "linear"), "granularity")
+        check_fields(self, "pruner")
 
     @property
     def traits(self) -> Traits:

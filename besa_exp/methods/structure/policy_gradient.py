@@ -37,7 +37,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -45,7 +45,7 @@ from torch import Tensor
 
 from besa_exp.checkpoints.narrowed_config import SAVED_AS
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
-from besa_exp.errors import RunError, check_fields, one_of, within
+from besa_exp.errors import RunError
 from besa_exp.machine import distributed
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.descent import SHRINK, falling
@@ -71,6 +71,7 @@ from besa_exp.methods.structure.widths import (
     masked,
     width_amount_problems,
 )
+from besa_exp.rules import Count, CountOrZero, Fraction, Positive, Seed, check_fields, one_of, within
 
 KEPT_EVERY = 10  # steps
 PROBE = 4  # one of so many samples judges: twice the usual share, as losses of tokens tell little
@@ -144,33 +145,24 @@ class PolicyGradient:
     importances the scores begin with. `multiple`: of which a block's channels are a multiple in the end. `window`: of
     the moving baseline, the authors'. `save`: how blocks of `shape` uneven are saved."""
 
-    ratio: float
-    steps: int = 1000
-    draws: int = 2
-    rate: float = 0.2
-    spread: float = 0.25
-    checks: int = 10
-    start: str = "wanda_sp"
-    baseline: str = "antithetic"
-    window: int = 5
-    multiple: int = 1
-    shape: str = "uniform"
-    save: str = "padded"
-    seed: int = 0
+    ratio: Fraction
+    steps: Count = 1000
+    draws: Annotated[int, within(least=2)] = 2
+    rate: Positive = 0.2
+    spread: Positive = 0.25
+    checks: CountOrZero = 10
+    start: Annotated[str, one_of(*IMPORTANCES)] = "wanda_sp"
+    baseline: Annotated[str, one_of(*BASELINES)] = "antithetic"
+    window: Count = 5
+    multiple: Count = 1
+    shape: Annotated[str, one_of(*SHAPES)] = "uniform"
+    save: Annotated[str, one_of(*SAVED_AS)] = "padded"
+    seed: Seed = 0
 
     narrows = True
 
     def __post_init__(self) -> None:
-        check_fields(self, "structure", within(least=1), "steps", "window", "multiple")
-        check_fields(self, "structure", within(least=2), "draws")
-        check_fields(self, "structure", within(least=0), "checks")
-        check_fields(self, "structure", within(above=0), "spread")
-        check_fields(self, "structure", within(above=0, note="the authors use 0.002 for Llama-2-7B"), "rate")
-        check_fields(self, "structure", within(above=0, below=1), "ratio")
-        check_fields(self, "structure", one_of(*BASELINES), "baseline")
-        check_fields(self, "structure", one_of(*SHAPES), "shape")
-        check_fields(self, "structure", one_of(*IMPORTANCES), "start")
-        check_fields(self, "structure", one_of(*SAVED_AS), "save")
+        check_fields(self, "structure")
         if self.baseline == "antithetic" and self.draws % 2:
             raise ValueError(f"structure.draws={self.draws}: antithetic draws come in pairs; set an even number")
 
@@ -203,11 +195,11 @@ class PolicyGradient:
         return self.decide(state, costs, dimensions)
 
     def begin(self, importances: Importances, costs: Costs, dimensions: Dimensions) -> State:
-        """From the importances that `start` names; within the budget. Uneven widths begin with even ones: the scores of
-        blocks, and of heads and channels, cannot be compared before a loss has been seen."""
+        """From the importances that `start` names; within the budget. Antithetic draws begin with equal widths: the
+        scores of blocks, and of heads and channels, cannot be compared before a loss has been seen."""
         units, spendable = unit_costs(costs, dimensions), self._spendable(costs, dimensions)
         scores = starting_scores(importances, min(1.0, spendable / float(units.sum())))
-        if self.shape == "uniform" or self.baseline != "antithetic":
+        if self.baseline != "antithetic":
             return State(0, projected(scores.flat, spendable, units))
         groups, channels = even_widths(costs, dimensions, self.ratio, self.multiple)
         even = Importances(with_one_border(scores.groups, groups), with_one_border(scores.channels, channels))

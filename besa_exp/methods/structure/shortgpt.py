@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -23,12 +24,14 @@ from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
-from besa_exp.errors import RunError, check_fields, one_of, within
+from besa_exp.errors import RunError
 from besa_exp.machine import distributed
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel
+from besa_exp.rules import CountOrZero, Fraction, check_fields, one_of, within
 
 METRICS = ("influence", "angular")
+Removed = Annotated[int, within(least=1, note="as structure=null removes none")]
 SMALLEST = 1e-30  # of a product of norms
 
 
@@ -105,19 +108,18 @@ class ShortGPT:
     """`blocks` are removed; None: as many as come nearest to `ratio` of all parameters. `metric`: `influence`, each
     block by itself, or `angular`, a run. `protect_first`, `protect_last`: so many blocks stay at each end."""
 
-    blocks: int | None = None
-    ratio: float | None = None
-    metric: str = "influence"
-    protect_first: int = 0
-    protect_last: int = 0
+    blocks: Removed | None = None
+    ratio: Fraction | None = None
+    metric: Annotated[str, one_of(*METRICS)] = "influence"
+    protect_first: CountOrZero = 0
+    protect_last: CountOrZero = 0
 
     narrows = False
     saved_as = None
 
     def __post_init__(self) -> None:
+        check_fields(self, "structure")
         check_amount(self.blocks, self.ratio)
-        check_fields(self, "structure", one_of(*METRICS), "metric")
-        check_fields(self, "structure", within(least=0), "protect_first", "protect_last")
 
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
         protected = {"protect_first": self.protect_first, "protect_last": self.protect_last}
@@ -153,16 +155,12 @@ def without(removed: Sequence[int], num_blocks: int) -> Structure:
 
 
 def check_amount(blocks: int | None, ratio: float | None) -> None:
-    """ValueError: neither is given, or what is given is no amount."""
+    """ValueError: neither is given."""
     if blocks is None and ratio is None:
         raise ValueError(
             "structure.blocks=null and structure.ratio=null: give one of the two, the number of blocks to remove or "
             "the share of all parameters"
         )
-    if blocks is not None and blocks < 1:
-        raise ValueError(f"structure.blocks={blocks}: must be at least 1; structure=null removes none")
-    if ratio is not None and not 0 < ratio < 1:
-        raise ValueError(f"structure.ratio={ratio}: must be above 0 and below 1, as 0.2 for a fifth of the parameters")
 
 
 def amount(blocks: int | None, ratio: float | None, costs: Costs) -> int:

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -27,11 +27,12 @@ from torch import Tensor
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.head import Head, few_samples, summed_divergences
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
-from besa_exp.errors import RunError, check_fields, one_of, within
+from besa_exp.errors import RunError
 from besa_exp.machine import distributed
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel
-from besa_exp.methods.structure.shortgpt import amount, amount_problems, check_amount, without
+from besa_exp.methods.structure.shortgpt import Removed, amount, amount_problems, check_amount, without
+from besa_exp.rules import CountOrZero, Fraction, check_fields, one_of
 
 LOSSES = ("kl", "cross_entropy")
 
@@ -108,20 +109,18 @@ class Sleb:
     """`blocks` are removed; None: as many as come nearest to `ratio` of all parameters. Of the blocks that are alive
     the first `early_barrier` and the last `latter_barrier` cannot go."""
 
-    blocks: int | None = None
-    ratio: float | None = None
-    early_barrier: int = 1
-    latter_barrier: int = 1
-    loss: str = "kl"
+    blocks: Removed | None = None
+    ratio: Fraction | None = None
+    early_barrier: CountOrZero = 1
+    latter_barrier: CountOrZero = 1
+    loss: Annotated[str, one_of(*LOSSES)] = "kl"
 
     narrows = False
     saved_as = None
 
     def __post_init__(self) -> None:
+        check_fields(self, "structure")
         check_amount(self.blocks, self.ratio)
-        barrier = within(least=0, note="the authors use 1")
-        check_fields(self, "structure", barrier, "early_barrier", "latter_barrier")
-        check_fields(self, "structure", one_of(*LOSSES), "loss")
 
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
         protected = {"early_barrier": self.early_barrier, "latter_barrier": self.latter_barrier}

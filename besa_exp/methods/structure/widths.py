@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,9 +26,9 @@ from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.linears import Linear
 from besa_exp.blocks.observation import observe
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
-from besa_exp.errors import check_fields, one_of, within
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel
+from besa_exp.rules import Count, Fraction, Seed, check_fields, one_of
 from besa_exp.tensors.statistics import InputNorm
 
 OF_HEADS = ("self_attn.o_proj",)
@@ -124,17 +125,16 @@ class Widths:
     """`ratio` of all parameters go: of every block as many groups and as many channels, those of least `importance`,
     channels in multiples of `multiple`."""
 
-    ratio: float
-    importance: str = "wanda_sp"
-    multiple: int = 1
-    seed: int = 0
+    ratio: Fraction
+    importance: Annotated[str, one_of(*IMPORTANCES)] = "wanda_sp"
+    multiple: Count = 1
+    seed: Seed = 0
 
     narrows = True
     saved_as = None
 
     def __post_init__(self) -> None:
-        check_fields(self, "structure", within(above=0, below=1, note="0.2 is a fifth"), "ratio")
-        check_fields(self, "structure", one_of(*IMPORTANCES), "importance")
+        check_fields(self, "structure")
 
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
         return width_amount_problems(costs, dimensions, self.ratio, self.multiple)

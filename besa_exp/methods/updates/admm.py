@@ -22,7 +22,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
-from besa_exp.errors import RunError, check_fields, within
+from besa_exp.errors import RunError
+from besa_exp.rules import CountOrZero, Positive, check_fields
 from besa_exp.tensors.statistics import Hessian, by_shared_input
 
 RHO = 1.0
@@ -72,15 +73,14 @@ def polish(
 class Admm:
     """`damping` is relative to the unit diagonal of G; `iterations` of ADMM, then `polishing` ones."""
 
-    damping: float = 0.1
-    iterations: int = 20
-    polishing: int = 10
+    damping: Positive = 0.1
+    iterations: CountOrZero = 20
+    polishing: CountOrZero = 10
 
     traits = Traits(Hessian)
 
     def __post_init__(self) -> None:
-        check_fields(self, "update", within(above=0, note="the paper uses 0.1"), "damping")
-        check_fields(self, "update", within(least=0), "iterations", "polishing")
+        check_fields(self, "update")
 
     def check(self, pattern: str) -> list[str]:
         return []

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from jaxtyping import Bool, Float
@@ -33,6 +34,7 @@ from besa_exp.blocks.units import sub_blocks
 from besa_exp.blocks.whole_model import KeepMasks, Weights
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
+from besa_exp.rules import Share, check_fields, one_of
 from besa_exp.tensors.losses import differentiate, gradients
 
 GRANULARITIES = ("row", "column", "linear", "part")
@@ -127,18 +129,17 @@ class Barber:
     the probe samples' loss falls; else the only ratio's is. `granularity`: whom a number of zeros is shared by.
     `retain`: weights that the pruner moved stay as it left them where they stay kept; else all are the dense ones."""
 
-    ratios: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2)
-    granularity: str = "row"
+    ratios: tuple[Share, ...] = (0.01, 0.02, 0.05, 0.1, 0.2)
+    granularity: Annotated[str, one_of(*GRANULARITIES)] = "row"
     accept: bool = True
     retain: bool = True
 
     traits = Traits()
 
     def __post_init__(self) -> None:
-        if self.granularity not in GRANULARITIES:
-            raise ValueError(f"update.granularity={self.granularity}: must be one of {', '.join(GRANULARITIES)}")
-        if not self.ratios or not all(0 < ratio <= 1 for ratio in self.ratios):
-            raise ValueError(f"update.ratios={[*self.ratios]}: must be numbers above 0 and at most 1; the paper: 0.01")
+        check_fields(self, "update")
+        if not self.ratios:
+            raise ValueError("update.ratios=[]: must hold a number; the paper: [0.01]")
         if not self.accept and len(self.ratios) > 1:
             raise ValueError(
                 f"update.accept=false with update.ratios={[*self.ratios]}: nothing chooses between several ratios "

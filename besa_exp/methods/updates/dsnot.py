@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
-from besa_exp.errors import check_fields, within
+from besa_exp.rules import Count, NotNegative, check_fields
 from besa_exp.tensors.importance import wanda_importance
 from besa_exp.tensors.statistics import InputMoments
 
@@ -76,14 +76,13 @@ class Dsnot:
     """At most `cycles` exchanges a row; `threshold` is the size of error, summed over a sample's tokens, that is left
     alone."""
 
-    cycles: int = 50
-    threshold: float = 0.1
+    cycles: Count = 50
+    threshold: NotNegative = 0.1
 
     traits = Traits(InputMoments)
 
     def __post_init__(self) -> None:
-        check_fields(self, "update", within(least=1, note="the paper uses 50"), "cycles")
-        check_fields(self, "update", within(least=0, note="the paper uses 0.1"), "threshold")
+        check_fields(self, "update")
 
     def check(self, pattern: str) -> list[str]:
         return []

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from besa_exp.blocks.pruner import PrunedBlock, Task, Traits
-from besa_exp.errors import check_fields, within
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
+from besa_exp.rules import Positive, check_fields
 from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.statistics import Hessian
 
@@ -19,12 +19,12 @@ from besa_exp.tensors.statistics import Hessian
 class Obs:
     """`damping` is relative to the mean diagonal of H."""
 
-    damping: float = 0.01
+    damping: Positive = 0.01
 
     traits = Traits(Hessian)
 
     def __post_init__(self) -> None:
-        check_fields(self, "update", within(above=0, note="SparseGPT uses 0.01"), "damping")
+        check_fields(self, "update")
 
     def check(self, pattern: str) -> list[str]:
         return []

@@ -271,6 +271,8 @@ def test_the_name_tells_model_pruner_sparsity_and_seed() -> None:
         r"embedded-wanda-0\.6-s3-[0-9a-f]{8}", run_name(composed("pruner=wanda", "sparsity=0.6", "seed=3"))
     )
     assert re.fullmatch(r"embedded-wanda-2_4-s0-[0-9a-f]{8}", run_name(composed("pruner=wanda", "pattern=2:4")))
+    tuned = run_name(composed("recovery=full", "recovery.path=/home/me/a.txt"))
+    assert re.fullmatch(r"embedded-besa_full-path_a\.txt-0\.5-s0-[0-9a-f]{8}", tuned)
 
 
 @given(path=strategies.text(max_size=300), seed=strategies.integers())

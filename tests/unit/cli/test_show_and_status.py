@@ -1,4 +1,4 @@
-"""`besa show` and `besa status`."""
+"""`besa show`, `besa list --json` and `besa status`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from run_folders import finished_run, unfinished_run
+from run_folders import block, finished_run, unfinished_run
 
 from besa_exp.cli.main import main
 from besa_exp.cli.show import in_words, keys_of
@@ -72,6 +72,27 @@ def test_a_preset_of_ones_own_is_shown_over_what_it_builds_on(
     assert (values["evaluator.tasks"], values["evaluator.seq_len"]) == ("[piqa]", "null")
 
 
+def test_a_value_that_a_preset_replaces_by_a_group_of_keys_is_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "pruner").mkdir()
+    mine = tmp_path / "pruner" / "mine.yaml"
+    mine.write_text(
+        "# mine\ndefaults: [besa]\nimportance:\n  _target_: mine.Mine\n  power: 0.5  # of the norm\nmodel: null\n"
+    )
+    names = {key.name for key in keys_of(mine)}
+    assert {"importance.power", "model", "epochs"} <= names
+    assert not {"importance", "model.steps"} & names
+
+
+def test_programs_read_the_listing_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pruner").mkdir()
+    (tmp_path / "pruner" / "mine.yaml").write_text("# of mine\n_target_: mine.Mine\n")
+    assert main(["list", "pruners", "--config-dir", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"pruner": presets("pruner") | {"mine": f"of mine (of {tmp_path})"}}
+    assert main(["list", "--json"]) == 0
+    assert [*json.loads(capsys.readouterr().out)] == groups()
+
+
 def test_an_experiment_is_shown_with_what_it_chooses_and_sweeps(capsys: pytest.CaptureFixture[str]) -> None:
     shown = said(capsys, "show", "experiment=joint")
     assert "besa show evaluator=perplexity" in shown
@@ -130,6 +151,23 @@ def test_status_tells_what_failed_how_far_it_got_and_how_to_go_on(
     assert "2 left. Run the same commands again to finish them" in shown
     assert "  besa prune x=1" in shown
     assert "done  " not in shown
+
+
+def test_status_names_runs_apart_counts_no_block_of_none_and_shows_commands_to_copy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished_run(tmp_path / "narrow", {"blocks": [block(0)]})
+    finished_run(tmp_path / "whole")
+    finished_run(tmp_path / "narrower", {"blocks": [block(0)]})
+    command = f"besa prune {'x' * 200}"
+    for place in ("one", "two"):
+        failed = unfinished_run(tmp_path / place / "run", status="failed", error="as asked", command=command)
+        (failed / "config.yaml").write_text("model: {path: models/tiny}\n")
+        (failed / "metrics.jsonl").write_text(json.dumps({"kind": "block", "block": 0}) + "\n")
+    shown = said(capsys, "status", str(tmp_path), code=1)
+    assert f"  {command}\n" in shown
+    assert "".join(shown.split()).count("1of2") == 2
+    assert all(str(tmp_path / place / "run") in "".join(shown.split()) for place in ("one", "two"))
 
 
 def test_status_of_finished_runs_is_one_line_and_all_lists_them(

@@ -161,7 +161,7 @@ def test_models_that_cannot_skip_are_refused_before_they_are_pruned() -> None:
         ({"name": "ffn", "threshold": 3.0}, "auto", "or 2, which never skips"),
         ({"name": "ffn", "fraction": 0.1, "span": 0}, "auto", "skipping.span=0: must be at least 1"),
         ({"name": "shortgpt_gen", "fraction": 0.1}, "auto", "skipping.prompt_tokens=0: must be at least 1"),
-        ({"name": "static", "blocks": (-1,)}, "auto", "-1 is not a block"),
+        ({"name": "static", "blocks": (-1,)}, "auto", "must not be negative, as blocks are counted from 0"),
         ({"name": "ffn", "fraction": 0.1}, "streamed", "set model.load=whole"),
     ],
 )

@@ -274,7 +274,7 @@ def test_barber_is_an_update_and_bad_settings_are_refused():
     assert isinstance(Barber(), Update)
     refused: list[tuple[dict[str, Any], str]] = [
         ({"granularity": "block"}, "must be one of row, column, linear, part"),
-        ({"ratios": (0.0,)}, "must be numbers above 0 and at most 1"),
+        ({"ratios": (0.0,)}, "must be above 0 and at most 1"),
         ({"ratios": (0.1, 0.2), "accept": False}, "nothing chooses between several ratios"),
     ]
     for changes, reason in refused:

@@ -138,7 +138,7 @@ def test_what_cannot_be_removed_is_a_problem_before_anything_is_read(method, rea
     ("changes", "reason"),
     [
         ({}, "give one of the two"),
-        ({"blocks": 0}, "must be at least 1; structure=null removes none"),
+        ({"blocks": 0}, "must be at least 1, as structure=null removes none"),
         ({"ratio": 1.0}, "must be above 0 and below 1"),
         ({"blocks": 1, "metric": "cosine"}, "must be one of influence, angular"),
         ({"blocks": 1, "protect_last": -1}, "must not be negative"),

@@ -45,7 +45,7 @@ def test_the_loss_is_the_mean_over_all_tokens_but_the_first_of_each_window():
 
 def test_distilled_logits_are_a_divergence_at_the_temperature_times_its_square():
     (model, _), (teacher, _) = pruned_llama(), pruned_llama(pruned=0)
-    told = Distillation("logits", weight=0.7, task_weight=0.2, temperature=2.0)
+    told = Distillation("logits", distill_weight=0.7, task_weight=0.2, temperature=2.0)
     with torch.no_grad():
         p = (teacher(WINDOWS[:4]).logits.double() / 2).log_softmax(dim=-1)
         q = (model(WINDOWS[:4]).logits.double() / 2).log_softmax(dim=-1)

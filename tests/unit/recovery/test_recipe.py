@@ -69,17 +69,17 @@ def test_the_plan_warms_up_and_judges_as_asked() -> None:
     ("changes", "told"),
     [
         ({"name": "lara"}, "did you mean lora"),
-        ({"lr": 0.0}, "recovery.lr=0.0"),
-        ({"clip": -1.0}, "recovery.clip=-1.0"),
-        ({"decay": -1.0}, "recovery.decay=-1.0"),
-        ({"name": "mezo", "clip": None, "decay": -1.0}, "recovery.decay=-1.0"),
-        ({"name": "spiel", "clip": None, "lr": -1.0}, "recovery.lr=-1.0"),
-        ({"name": "spiel", "clip": None, "lr": 0.1, "first": 0.0}, "recovery.first=0.0"),
-        ({"name": "lora", "alpha": 0.0}, "recovery.alpha=0.0"),
-        ({"distill": "logits", "task_weight": -1.0}, "recovery.task_weight=-1"),
+        ({"lr": 0.0}, "recovery.lr=0: must"),
+        ({"clip": -1.0}, "recovery.clip=-1: must"),
+        ({"decay": -1.0}, "recovery.decay=-1: must"),
+        ({"name": "mezo", "clip": None, "decay": -1.0}, "recovery.decay=-1: must"),
+        ({"name": "spiel", "clip": None, "lr": -1.0}, "recovery.lr=-1: must"),
+        ({"name": "spiel", "clip": None, "lr": 0.1, "first": 0.0}, "recovery.first=0: must"),
+        ({"name": "lora", "alpha": 0.0}, "recovery.alpha=0: must"),
+        ({"distill": "logits", "task_weight": -1.0}, "recovery.task_weight=-1: must"),
         ({"task_loss": "answer"}, "name one with recovery.task"),
         ({"schedule": "step"}, "recovery.schedule=step"),
-        ({"warm_up": 1.0}, "recovery.warm_up=1"),
+        ({"warm_up": 1.0}, "recovery.warm_up=1: must be in [0, 1)"),
         ({"checks": 0}, "recovery.checks=0"),
         ({"held_out": 0}, "recovery.held_out=0"),
         ({"distill": "all"}, "recovery.distill=all"),
@@ -91,6 +91,9 @@ def test_the_plan_warms_up_and_judges_as_asked() -> None:
         ({"task": "rte", "distill": "logits"}, "its options are all that is followed"),
         ({"name": "norms", "shard": True}, "is for recovery=full"),
         ({"name": "mezo"}, "clips no gradient"),
+        ({"distill": "logits", "distill_weight": 0.0, "task_weight": 0.0}, "nothing is learned"),
+        ({"seed": -1}, "recovery.seed=-1: must be in [0, 4294967295]"),
+        ({"steps": 0.5}, "recovery.steps=0.5: must be a whole number"),
         ({"name": "blocks", "scope": "half"}, "recovery.scope=half"),
         ({"name": "blocks", "distill": "logits"}, "follows the dense model's states"),
     ],
@@ -148,6 +151,9 @@ def test_a_window_longer_than_the_context_and_a_rounded_model_are_refused() -> N
     assert "none of the 50% zeros" in check_recovery(asked("sparsegrad"), 0.5, "unstructured", 512)[0]
     assert "only gather" in check_recovery(asked("sparsegrad", lr=None, steps=100), 0.0, "unstructured", 512)[0]
     assert check_recovery(asked("sparsegrad", lr=None, steps=101), 0.0, "unstructured", 512) == []
+    assert "no step is left" in check_recovery(asked("sparsegrad", steps=10), 0.0, "unstructured", 512)[0]
+    assert check_recovery(asked("sparsegrad", steps=11), 0.0, "unstructured", 512) == []
+    assert "names no linear" in check_recovery(asked("sparsegrad", kinds=()), 0.0, "unstructured", 512)[0]
     assert "2:4 is lost" in check_recovery(asked("spiel", exchange=True), 0.5, "2:4", 512)[0]
     assert check_recovery(asked("spiel", exchange=True), 0.5, "unstructured", 512) == []
     assert check_recovery(asked("spiel"), 0.5, "2:4", 512) == []

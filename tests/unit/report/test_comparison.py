@@ -82,6 +82,15 @@ def test_the_table_tells_spread_loss_and_a_missed_target(runs: Path) -> None:
     assert "missed its target" in shown
 
 
+def test_on_a_narrow_screen_what_is_left_of_the_parameters_gives_way_to_the_methods_names(tmp_path: Path) -> None:
+    changes = {"pruner": "shortgpt+wanda+full", "parameters": {"dense": 100, "left": 80}}
+    finished_run(tmp_path / "narrowed", changes, {"compute_dtype": "bfloat16"})
+    wide, narrow = (text(compared(tmp_path), width) for width in (160, 60))
+    assert "80.0%" in wide
+    assert "shortgpt+wanda+full," in narrow
+    assert "80.0%" not in narrow
+
+
 @pytest.mark.parametrize("width", [64, 80, 100, 160])
 def test_a_narrow_screen_gets_fewer_scores_and_no_broken_line(runs: Path, width: int) -> None:
     shown = text(compared(runs), width)

@@ -28,7 +28,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "sparsity: 0.5 before, 0.6 now": {"sparsity": 0.6},
     "method: 'wanda' before, 'wanda+obs' now": {"method": "wanda+obs"},
     "evaluator.tasks: ['piqa'] before, [] now": {"evaluator": {"tasks": [], "limit": None}},
-    "save.model: True before, False now": {"save": {"model": False, "verify": True}},
+    "save.model: true before, false now": {"save": {"model": False, "verify": True}},
     "skipping: null before": {"skipping": {"name": "ffn", "fraction": 0.25}},
 }
 SAME: list[dict[str, Any]] = [

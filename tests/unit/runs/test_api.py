@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -134,6 +137,7 @@ def test_weights_of_dead_inputs_that_the_mask_keeps_stay_under_an_update(update:
 def test_mode_gradients_and_random_numbers_are_put_back() -> None:
     torch.use_deterministic_algorithms(False)
     model = tiny().train()
+    model.get_submodule("model.layers.0").eval()
     model.get_input_embeddings().requires_grad_(False)
     torch.manual_seed(3)
     expected = torch.rand(1)
@@ -141,6 +145,8 @@ def test_mode_gradients_and_random_numbers_are_put_back() -> None:
     besa_exp.prune(model, None, TOKENS, pruner="wanda")
     assert torch.equal(torch.rand(1), expected)
     assert model.training
+    assert not any(module.training for module in model.get_submodule("model.layers.0").modules())
+    assert model.get_submodule("model.layers.1.mlp").training
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["model.embed_tokens.weight"]
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -201,15 +207,29 @@ def test_settings_alone_say_what_a_configuration_says() -> None:
         ({"pattern": "four"}, "must be 'unstructured' or 'N:M'"),
         ({"pruner": "magnitude", "update": "obs", "pattern": "N:8"}, "does not choose N"),
         ({"pruner": object()}, "a pruner has .*prune_block"),
-        ({"num_samples": 0}, "must be 1 or more"),
-        ({"seed": -1}, "whole number from 0"),
+        ({"sparsity": float("nan")}, "^sparsity=nan: must be a finite number"),
+        ({"num_samples": 0}, "^num_samples=0: must be at least 1"),
+        ({"seq_len": 0.5}, "^seq_len=0.5: must be a whole number"),
+        ({"seed": True}, "^seed=true: must be a whole number"),
+        ({"seed": -1}, r"^seed=-1: must be in \[0, 4294967295\]"),
+        ({"compute_dtype": "float16"}, "^compute_dtype=float16: must be one of auto, bfloat16"),
+        ({"pattern": 2}, "^pattern=2: must be a text"),
+        ({"evaluator": 1}, "^evaluator=1: must be EvaluatorSettings, or the name of a preset"),
+        ({"evaluator": EvaluatorSettings("mine", limit=-1)}, "^evaluator.limit=-1: must be at least 1"),
+        ({"sparsity": "0.5"}, "^sparsity='0.5': must be a finite number"),
+        ({"batch_size": 0}, "^batch_size=0: must be at least 1"),
+        ({"num_samples": 4}, "num_samples=4: is of windows that are drawn from texts"),
+        ({"ignore": "9.*"}, r"ignore=9\.\*: matches no linear"),
+        ({"seed": 1.5}, "^seed=1.5: must be a whole number"),
         ({"out": "somewhere"}, "are for a path"),
         ({"model_or_path": torch.nn.Linear(2, 2)}, "no causal language model"),
         ({"model_or_path": BertForMaskedLM(BERT)}, "no causal language model"),
+        ({"model_or_path": torch.nn.Module.to(tiny(), "meta")}, r"model\.embed_tokens\.weight is not in memory"),
         ({"model_or_path": "embedded"}, "is a path: give out=FOLDER"),
         ({"texts_or_tokens": ["a text"]}, "need a tokenizer"),
         ({"texts_or_tokens": ["a text", None], "tokenizer": byte_tokenizer()}, "number 1 is NoneType, not text"),
         ({"texts_or_tokens": TOKENS.numpy()}, "token ids as a tensor"),
+        ({"texts_or_tokens": {"input_ids": TOKENS}}, "dict is no list of texts"),
         ({"texts_or_tokens": torch.rand(2, 4)}, r"must be whole numbers \[sample, seq\]"),
         ({"texts_or_tokens": TOKENS + 10_000}, "model's vocabulary of"),
         ({"texts_or_tokens": TOKENS.repeat(1, 2)}, "exceed the model's context of 32"),
@@ -222,6 +242,47 @@ def test_what_cannot_be_done_is_refused_with_the_remedy(asked: dict, answer: str
     with pytest.raises(ValueError, match=answer):
         besa_exp.prune(**asked)
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+
+
+@contextmanager
+def half_by_default() -> Iterator[None]:
+    """As programs have it that make models in 16 bits."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        assert torch.get_default_dtype() == torch.bfloat16
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "surrounding",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        partial(torch.autocast, "cpu", torch.bfloat16),
+        half_by_default,
+        partial(torch.device, "meta"),
+    ],
+)
+def test_the_contexts_of_the_calling_program_do_not_move_the_numbers(surrounding) -> None:
+    """A search takes gradients, and its products are those of the weights' dtype."""
+    models, of_numpy = [tiny(), tiny()], {"sparsity": np.float32(0.5), "seed": np.int64(0)}
+    besa_exp.prune(models[0], None, TOKENS, pruner="besa", update="admm", sparsity=0.5)
+    with surrounding():
+        before = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+        besa_exp.prune(models[1], None, TOKENS, pruner="besa", update="admm", **of_numpy)
+        after = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+    assert before == after
+    assert all(torch.equal(weight, models[1].state_dict()[name]) for name, weight in models[0].state_dict().items())
+
+
+def test_texts_may_be_read_once(tmp_path: Path) -> None:
+    texts, words = ["a bb ccc dddd " * 40, "eeeee ff g " * 60], byte_tokenizer()
+    (tmp_path / "text.txt").write_text(texts[0])
+    one, other = (besa_exp.prune(tiny(), words, each, pruner="wanda", num_samples=4) for each in (texts, iter(texts)))
+    assert one.tokens_sha256 == other.tokens_sha256
+    assert besa_exp.prune(tiny(), words, tmp_path / "text.txt", pruner="wanda", num_samples=2, seq_len=16).sparsity
 
 
 def test_texts_are_cut_into_windows_of_the_context() -> None:

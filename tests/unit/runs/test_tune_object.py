@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from letters import Letters
 from tiny_llama import tiny_llama
+from torch import nn
 
 import besa_exp
 from besa_exp.blocks.reports import RecoveryReport
 from besa_exp.errors import ConfigurationError
+from besa_exp.recovery.descent import Adam, Descent
+from besa_exp.recovery.full import Kept
+from besa_exp.recovery.recipe import method_of
+from besa_exp.recovery.tuning import FACTORS
+from besa_exp.tensors.keep_bits import KeepBits
 
 RULE = torch.arange(60 * 16).view(60, 16) % 7
 ASKED = replace(besa_exp.preset("recovery", "full"), steps=6, batch_size=4, held_out=4, checks=3, lr=0.01, seq_len=16)
@@ -37,9 +44,34 @@ def test_zeros_stay_and_the_held_out_loss_falls() -> None:
 
 def test_two_calls_give_the_same_bits() -> None:
     one, other = pruned(), pruned()
-    for model in (one, other):
-        besa_exp.tune(model, None, RULE, recovery=ASKED)
+    besa_exp.tune(one, None, RULE, recovery=ASKED)
+    with torch.inference_mode():
+        besa_exp.tune(other, None, RULE, recovery=ASKED)
     assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in one.state_dict().items())
+
+
+@dataclass(frozen=True)
+class HeadAlone:
+    """A method of one's own: the head, under a step size that is found."""
+
+    adam: Adam = field(default_factory=lambda: Adam(lr=1e-2))
+
+    def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> Descent:
+        head = {name: Kept.of(value, None) for name, value in model.named_parameters() if name == "lm_head.weight"}
+        return Descent(model, head, self.adam, keep)
+
+
+def test_a_method_of_ones_own_tunes_with_the_step_size_that_is_asked_for_or_found() -> None:
+    model = pruned()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    asked = replace(ASKED, name="head", method=HeadAlone(), embeddings=None, lr=None, steps=10)
+    report = besa_exp.tune(model, None, RULE, recovery=asked)
+    assert report.loss_after < report.loss_before
+    assert report.lr in [pytest.approx(1e-2 * factor) for factor in FACTORS]
+    changed = [name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])]
+    assert (report.method, changed) == ("head", ["lm_head.weight"])
+    made = method_of(replace(asked, lr=0.5, clip=None, decay=0.1))
+    assert made == HeadAlone(Adam(lr=0.5, decay=0.1, clip=None))
 
 
 def test_what_cannot_be_tuned_is_refused() -> None:
@@ -47,6 +79,14 @@ def test_what_cannot_be_tuned_is_refused() -> None:
         besa_exp.tune(tiny_llama(context=32), None, RULE, recovery=ASKED)
     with pytest.raises(ConfigurationError, match="of this model would stay"):
         besa_exp.tune(pruned(), None, RULE, recovery=replace(ASKED, name="sparsegrad"))
+    with pytest.raises(ConfigurationError, match="LlamaModel is no causal language model"):
+        besa_exp.tune(pruned().model, None, RULE, recovery=ASKED)
+    with pytest.raises(ConfigurationError, match="number 0 is ndarray, not text"):
+        besa_exp.tune(pruned(), None, RULE.numpy(), recovery=ASKED)
+    with pytest.raises(ConfigurationError, match=r"recovery\.method=Letters: a recovery method has begin, adam or lr"):
+        besa_exp.tune(pruned(), None, RULE, recovery=replace(ASKED, name="mine", method=Letters()))
+    with pytest.raises(ConfigurationError, match=r"recovery\.name=full: is a method of the package; give HeadAlone a"):
+        besa_exp.tune(pruned(), None, RULE, recovery=replace(ASKED, method=HeadAlone()))
     with pytest.raises(ConfigurationError, match="given exactly where one is followed"):
         besa_exp.tune(pruned(), None, RULE, recovery=replace(ASKED, distill="logits"))
 

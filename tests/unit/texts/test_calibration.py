@@ -362,6 +362,19 @@ def test_checks_report_all_problems_together_with_the_nearest_name():
     assert all(key in text for key in ("calibration.num_samples=0", "calibration.batch_size=0", "calibration.seed=-1"))
 
 
+def test_more_windows_than_a_text_can_have_are_refused_unread(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("x" * 100)
+    (problem,) = check_calibration(settings(path, num_samples=10**9, seq_len=10), CONTEXT)
+    assert "calibration.num_samples=1000000000: " in problem
+    assert "a text of 100 characters, has at most 20 windows of 10 tokens" in problem
+    assert len(check_calibration(settings(None, name="embedded", num_samples=10**9), CONTEXT)) == 1
+    assert check_calibration(settings(path, num_samples=10, seq_len=10), CONTEXT) == []
+    packed = path.with_name("a.txt.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert check_calibration(settings(packed, num_samples=10**9, seq_len=10), CONTEXT) == []  # its length is not known
+
+
 def test_each_text_is_a_users_turn_where_the_chat_template_is_asked_for(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["question one", "question two"])
     tokenizer = byte_tokenizer()
