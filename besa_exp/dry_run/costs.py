@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -28,7 +28,7 @@ from besa_exp.blocks.activations import activation_bytes, allocator
 from besa_exp.blocks.block import discover_blocks
 from besa_exp.blocks.observation import Observed
 from besa_exp.checkpoints.files import weights_sha256
-from besa_exp.dry_run.probe import SHORTEST, SLOW, BlockProbe, cut_down, line
+from besa_exp.dry_run.probe import SHORTEST, SLOW, BlockProbe, cut_down, kept_for_the_way_back, line
 from besa_exp.dry_run.sizes import ModelSize
 from besa_exp.dry_run.texts import Texts
 from besa_exp.errors import RunError, first_line
@@ -42,6 +42,7 @@ from besa_exp.methods.updates.updated import with_update
 from besa_exp.recovery.keep_bits import parameters_of_linears
 from besa_exp.recovery.recipe import follows_dense, method_of, objective_of, plan_of, steps_of
 from besa_exp.recovery.reconstruction import Reconstruction
+from besa_exp.recovery.tuner import Objective
 from besa_exp.settings import RecoverySettings, RunSettings
 from besa_exp.tensors.importance import importance_of
 from besa_exp.tensors.keep_bits import KeepBits
@@ -52,6 +53,7 @@ LEAST_WORK = 3  # times the weights of the blocks that are pruned together, whic
 WRITTEN = 2**25  # bytes of the file that is written to measure the disk
 TRIED = 3  # step sizes of a recovery, where none is given
 BACKWARD = 3  # forward passes that one both ways costs
+LOGITS = 3  # times a step holds them beside what is kept for the way back: as they are, flat, and their gradient
 FEWER = 4  # times more tokens has the longer of the two steps of a recovery that are taken
 
 
@@ -68,12 +70,14 @@ class Disk(NamedTuple):
 
 
 class RecoveryCost(NamedTuple):
-    """Seconds of all steps and judgements; bytes of what the method holds, of a checkpoint, and of all checkpoints."""
+    """Seconds of all steps and judgements; bytes of what the method holds, of a checkpoint, of all checkpoints, and of
+    what a step holds besides until its gradient is taken."""
 
     seconds: float = nan
     state: float = nan
     checkpoint: float = nan
     written: float = nan
+    working: float = nan
 
 
 @dataclass(frozen=True)
@@ -163,17 +167,19 @@ def recovery_cost(probe: BlockProbe, asked: RecoverySettings, num_blocks: int) -
     tokens = max(2 * FEWER, min(asked.batch_size * seq_len, int(SLOW / BACKWARD / (in_block + head))))
     length = min(seq_len, tokens // FEWER)
     rows = tokens // length
-    objective = objective_of(replace(asked, task=None, seq_len=length), method, model, teacher)
+    text = replace(asked, task=None, seq_len=length)
+    objective = objective_of(text, method, model, teacher)
     predicted = head * (not isinstance(objective, Reconstruction))  # of a step; judgements predict all the same
 
-    def step(number: int, rows: int) -> float:
+    def step(number: int, rows: int, objective: Objective = objective) -> float:
         windows = torch.randint(0, 2, (rows, length), generator=torch.Generator().manual_seed(number))
         return seconds_of(probe.device, lambda: tuner.step(objective, windows, number, 1e-6))
 
     def bytes_of(own: Mapping[str, Tensor]) -> float:
         return sum(one.nbytes * (times if name.startswith(f"{path}.") else 1) for name, one in own.items())
 
-    step(0, 1)  # the first one does what is done once
+    with kept_for_the_way_back(model, modules) as kept:  # by the first one, which also does what is done once
+        step(0, 1, objective_of(replace(text, checkpointing=False), method, model, teacher))
     a_token, fixed = line(length, step(1, 1), rows * length, step(2, rows))
     state = bytes_of(tuner.state())
     trained = {name: one.data for name, one in tuner.parameters.items()}
@@ -185,7 +191,15 @@ def recovery_cost(probe: BlockProbe, asked: RecoverySettings, num_blocks: int) -
     judgements = 1 + sum(plan.judges_after(number) for number in range(1, steps + 1))
     judged = judgements * asked.held_out + (0 if asked.task is None else 2 * asked.tested)  # before and after
     seconds = (steps + TRIED * plan.trial) * a_step + judged * window * (num_blocks * in_block + head)
-    return RecoveryCost(seconds, state, checkpoint, judgements * checkpoint)
+    inside, outside = (size / length for size in kept())
+    inside *= 1 if isinstance(objective, Reconstruction) or asked.checkpointing else times
+    if asked.checkpointing:  # each block's inputs stay, and one block is computed again
+        inside += num_blocks * probe.model.config.get_text_config().hidden_size * model.dtype.itemsize
+    embeddings: Any = model.get_input_embeddings()
+    logits = LOGITS * embeddings.num_embeddings * model.dtype.itemsize if outside else 0
+    gradient = bytes_of({name: one for name, one in tuner.state().items() if name.endswith("exp_avg")})
+    working = asked.windows_together * window * (inside + outside + logits) + gradient
+    return RecoveryCost(seconds, state, checkpoint, judgements * checkpoint, working)
 
 
 @torch.no_grad()

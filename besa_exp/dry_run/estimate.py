@@ -111,7 +111,6 @@ def _not_estimated(settings: RunSettings) -> list[str]:
     missing = {
         "the memory of a budget over depth is not estimated": not isinstance(settings.budget, SameForAll | None),
         "the structure is not estimated: time and memory are those of the dense model's blocks": settings.structure,
-        "of the recovery's memory, the activations of a step are not estimated": settings.recovery,
     }
     return [note for note, holds in missing.items() if holds]
 
@@ -149,7 +148,7 @@ def _parts(
     traits, pruned = with_update(settings.pruner, settings.update).traits, not settings.is_dense
     states = activation_bytes(texts.samples, texts.seq_len, size.state, 1, traits.dense_targets) * pruned
     scored = max((count * length for count, length in texts.windows), default=0) * size.state * streamed
-    state, checkpoint = costs.recovery[1:3] if settings.recovery else (0, 0)
+    state, checkpoint, _, step = costs.recovery[1:] if settings.recovery else (0, 0, 0, 0)
     batch = costs.batch if settings.evaluator.perplexity_sets or settings.evaluator.tasks else 0
     follows = settings.recovery is not None and follows_dense(settings.recovery)
     tracked = settings.tracker.name == "wandb" and settings.tracker.mode != "disabled"
@@ -166,6 +165,7 @@ def _parts(
         Part("activations and targets", at, states, ("prune",), fewer),
         Part(AT_WORK, memory, costs.working if pruned else 0, ("prune", "refine"), "a smaller calibration.batch_size"),
         Part("recovery: what is trained, and its moments", memory, state, ("recover",), "recovery=lora"),
+        Part("recovery: a step's activations, gradient", memory, step, ("recover",), "recovery.micro_batch=1"),
         Part("recovery: the dense model", memory, size.total * follows, ("recover",), "recovery.distill=none"),
         Part("evaluation: a batch's logits", memory, batch, ("evaluate",), "evaluator.batch_size=1"),
         Part("evaluation: hidden states", memory, scored, ("evaluate",)),

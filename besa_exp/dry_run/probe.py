@@ -9,13 +9,15 @@ numbers of samples, or of shorter ones; the slope then grows with the length.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from besa_exp.blocks.activations import Allocate
@@ -144,6 +146,34 @@ def cut_down(model: PreTrainedModel, device: torch.device, count: int = 1) -> Pr
                 module._parameters[key] = nn.Parameter(value, requires_grad=False)
     model.tie_weights()
     return model.to(device).eval()  # pyright: ignore[reportArgumentType]
+
+
+@contextmanager
+def kept_for_the_way_back(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[Callable[[], tuple[int, int]]]:
+    """What gives the bytes that autograd keeps of the passes within: in `modules`, and outside them. Tensors that share
+    memory count once, and parameters, which are there anyway, not at all."""
+    kept: dict[int, tuple[int, bool]] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    depth = [0]
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept.setdefault(storage.data_ptr(), (storage.nbytes(), depth[0] > 0))
+        return tensor
+
+    def step(by: int, *_: object) -> None:
+        depth[0] += by
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(partial(step, 1)))
+            hooks.enter_context(module.register_forward_hook(partial(step, -1)))
+        hooks.enter_context(saved_tensors_hooks(keep, lambda tensor: tensor))
+        yield lambda: (
+            sum(size for size, inside in kept.values() if inside),
+            sum(size for size, inside in kept.values() if not inside),
+        )
 
 
 def line(x: float, y: float, later_x: float, later_y: float) -> tuple[float, float]:

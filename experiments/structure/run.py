@@ -39,7 +39,7 @@ class Bed:
 
 
 SIZES = {"10%": 0, "one": 1, "two": 2}
-TUNED = ("recovery=full", "recovery.steps=70")
+TUNED = ("recovery=full", "recovery.steps=70", "recovery.micro_batch=8")
 ON_STORIES = "recovery.path=outputs/first_results/tokens/{}/tuning.safetensors"
 REAL = "outputs/real_model/tokens/calibration-small-${seed}.safetensors"
 EMBEDDED = ("testbed=embedded", "evaluator.perplexity_sets=[embedded]", "calibration.num_samples=32")
@@ -61,6 +61,7 @@ BEDS = {
             "recovery.path=${oc.env:BESA_SHARED,../shared}/data/wikitext2/wiki.valid.raw",
             "recovery.steps=24",
             "recovery.seq_len=512",
+            "recovery.micro_batch=8",
             "recovery.held_out=8",
             "recovery.checks=4",
         ),

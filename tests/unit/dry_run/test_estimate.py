@@ -20,7 +20,7 @@ from besa_exp.display.tables import as_text
 from besa_exp.dry_run.chips import CHIPS, passes_of
 from besa_exp.dry_run.costs import disk_speed, recovery_cost
 from besa_exp.dry_run.estimate import LIBRARIES, Estimate, Part, _refining, estimate, peak, remedies
-from besa_exp.dry_run.probe import BlockProbe, cut_down
+from besa_exp.dry_run.probe import BlockProbe, cut_down, kept_for_the_way_back
 from besa_exp.dry_run.sizes import model_size, model_without_weights
 from besa_exp.dry_run.tables import estimate_tables, sweep_table, verdicts
 from besa_exp.dry_run.texts import Texts
@@ -30,6 +30,7 @@ from besa_exp.methods.pruners.model_tuning import ModelTuning
 from besa_exp.methods.pruners.uniform import Uniform
 from besa_exp.presets import preset
 from besa_exp.recovery.full import Full
+from besa_exp.recovery.objective import NextToken
 from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings, RunSettings, TrackerSettings
 from besa_exp.tensors.masks import Goal
 
@@ -180,6 +181,24 @@ def test_a_recovery_is_priced_by_its_own_steps(method: str) -> None:
         linears = sum(linear.weight.nbytes for linear in model.model.layers.modules() if isinstance(linear, nn.Linear))
         assert found.state == pytest.approx(3 * (sum(leaf.nbytes for leaf in leaves) - linears / 2), rel=0.02)
         assert found.checkpoint == found.state + sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_autograd_keeps_of_all_blocks_is_counted_on_one(checkpointing: bool) -> None:
+    """And thrice the logits, and the gradient, a third of AdamW's values. Where blocks are computed again, the states
+    between them stay, and what one block keeps."""
+    asked = replace(preset("recovery", "full"), seq_len=24, batch_size=6, micro_batch=4, checkpointing=checkpointing)
+    found = recovery_cost(probe(Uniform()), asked, 3)
+    model = tiny_llama(32, num_hidden_layers=1 if checkpointing else 3)
+    windows = torch.randint(0, 64, (4, 24))
+    with kept_for_the_way_back(model, model.model.layers) as kept:
+        NextToken(model, micro_batch=4).differentiate(windows)
+    states = 3 * windows.numel() * model.config.hidden_size * 4 * checkpointing
+    logits = 3 * windows.numel() * model.config.vocab_size * 4
+    assert found.working == pytest.approx(sum(kept()) + states + logits + found.state / 3, rel=0.03)
+    with kept_for_the_way_back(model, model.model.layers) as kept, torch.no_grad():
+        model(windows)
+    assert kept() == (0, 0)
 
 
 def paper_run(model: str, pruner, device_name) -> Estimate:
