@@ -84,11 +84,7 @@ class Block:
 
     @torch.no_grad()
     def outputs(
-        self,
-        inputs: Hidden,
-        batch_size: int,
-        weights: Mapping[str, Tensor] | None = None,
-        out: Hidden | None = None,
+        self, inputs: Hidden, batch_size: int, weights: Mapping[str, Tensor] | None = None, out: Hidden | None = None
     ) -> Hidden:
         """The outputs for all samples, `batch_size` at a time, in the inputs' dtype; into `out`, which may be `inputs`
         itself, or beside the inputs."""

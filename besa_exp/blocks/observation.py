@@ -52,7 +52,8 @@ def observe(
             logger.info("%s.%s: no token reached it; its weights' magnitude decides", block.name, name)
             columns, device = linear.weight.shape[1], linear.weight.device
             statistics[name] = statistic(columns, device)
-            statistics[name].add(torch.eye(columns, device=device), 1)
+            statistics[name].add(torch.eye(columns, device=device))
+            statistics[name].sum_over_ranks(distributed.num_ranks())  # each adds the same
         if name not in statistics:
             raise RunError(f"{block.name}: {name} did not run on the calibration tokens; cannot prune it.")
         if not statistics[name].is_finite():
@@ -133,12 +134,7 @@ def _few_tokens(few: Mapping[str, Linear], tokens: Mapping[str, int]) -> str:
 
 
 def _pass(
-    block: Block,
-    inputs: Hidden,
-    statistic: type[S],
-    batch_size: int,
-    linears: Mapping[str, Linear],
-    out: Hidden | None,
+    block: Block, inputs: Hidden, statistic: type[S], batch_size: int, linears: Mapping[str, Linear], out: Hidden | None
 ) -> tuple[dict[str, S], dict[str, int]]:
     """The statistics of `linears` over all samples, and the tokens that reached each, both of all ranks; the block's
     outputs into `out`. Without `out` experts are given all tokens."""
@@ -147,7 +143,7 @@ def _pass(
     observer = _Observer(statistic)
     with (
         watch(linears, observer.add_shared, observer.add, all_tokens=out is None),
-        block.module.register_forward_pre_hook(observer.next_batch, with_kwargs=True),
+        block.module.register_forward_pre_hook(observer.next_batch),
     ):
         if out is None:
             for batch in inputs.split(batch_size):
@@ -184,12 +180,10 @@ class _Observer(Generic[S]):
         self.statistics: dict[str, S] = {}
         self.tokens: dict[str, int] = {}
         self.seen: list[tuple[str, Tensor]] = []
-        self.samples = 0
 
-    def next_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def next_batch(self, module: nn.Module, args: object) -> None:
         """Before each forward pass of the block."""
         self.seen.clear()
-        self.samples = len(args[0] if args else kwargs["hidden_states"])
 
     def add_shared(self, name: str, inputs: Tensor) -> None:
         """Adds the inputs of the linear `name` to its statistic, unless they were added for another."""
@@ -205,4 +199,4 @@ class _Observer(Generic[S]):
         self.tokens[name] = self.tokens.get(name, 0) + inputs.shape[:-1].numel()
         if name not in self.statistics:
             self.statistics[name] = self.statistic(inputs.shape[-1], inputs.device)
-        self.statistics[name].add(inputs, self.samples)
+        self.statistics[name].add(inputs)

@@ -105,12 +105,7 @@ class Refinement(Protocol):
         """What the search asks for, of so many calibration samples."""
         ...
 
-    def refine(
-        self,
-        whole: Whole,
-        found: Sequence[Found],
-        on_step: Callable[[ModelStep], None],
-    ) -> Sequence[Found]:
+    def refine(self, whole: Whole, found: Sequence[Found], on_step: Callable[[ModelStep], None]) -> Sequence[Found]:
         """The masks and weights of all blocks, from those that the block loop found."""
         ...
 

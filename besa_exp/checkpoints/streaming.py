@@ -117,9 +117,7 @@ class StreamedWeights:
 
 @contextmanager
 def on_demand(
-    blocks: Mapping[str, nn.Module],
-    load: Callable[[str, nn.Module], None],
-    release: Callable[[nn.Module], None],
+    blocks: Mapping[str, nn.Module], load: Callable[[str, nn.Module], None], release: Callable[[nn.Module], None]
 ) -> Iterator[None]:
     """Each block, by its name in the model, is loaded before each of its forward passes and released after it."""
 

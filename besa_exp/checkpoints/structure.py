@@ -105,11 +105,7 @@ class Structure:
 
 def to_json(structure: Structure, dimensions: Dimensions) -> str:
     """The text of structure.json. What is kept whole is not listed."""
-    fields: dict[str, Any] = {
-        "format_version": FORMAT,
-        "num_blocks": dimensions.blocks,
-        "blocks": [*structure.blocks],
-    }
+    fields: dict[str, Any] = {"format_version": FORMAT, "num_blocks": dimensions.blocks, "blocks": [*structure.blocks]}
     for name in ("groups", "channels"):
         units: Units | None = getattr(structure, name)
         if units is not None:

@@ -138,10 +138,7 @@ def _target(
 
 
 def _check(
-    model: PreTrainedModel,
-    shapes: Mapping[str, tuple[int, ...]],
-    wanted: Mapping[str, Tensor],
-    left: Sequence[str],
+    model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Tensor], left: Sequence[str]
 ) -> None:
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     missing = sorted(wanted.keys() - shapes.keys() - tied)

@@ -16,8 +16,9 @@ from omegaconf import DictConfig
 
 from besa_exp.cli.command_line import command_line
 from besa_exp.cli.configuration import CONF_DIR, method_name, read_settings
+from besa_exp.cli.explained import explained
 from besa_exp.cli.jobs import launch, run_job, show
-from besa_exp.cli.request import CONFIG_NAME, Job, Request, check_composition, read_request
+from besa_exp.cli.request import CONFIG_NAME, Job, Request, checked_composition, read_request
 from besa_exp.cli.text_keys import with_text_quoted
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine.torchrun import is_launched
@@ -43,9 +44,12 @@ def composed(
     with initialize_config_dir(conf_dir, job_name="besa", version_base=HYDRA_VERSION):
         if not any(getattr(parsed, flag) for flag in ANSWERED_BY_HYDRA):
             return carry_out(parsed)
-        if parsed.cfg or parsed.info or parsed.help:
-            check_composition(parsed, config_name)
-    return hydra_flags(arguments, config_name)
+        config = checked_composition(parsed, config_name) if parsed.cfg or parsed.info or parsed.help else None
+    if config is None or not parsed.help:
+        return hydra_flags(arguments, config_name)
+    beside = Path(parsed.config_dir) if parsed.config_dir else None
+    with explained(config_name, config.hydra.runtime.choices, beside):
+        return hydra_flags(arguments, config_name)
 
 
 def _parsed(command: str, arguments: Sequence[str]) -> argparse.Namespace:

@@ -84,12 +84,13 @@ def read_request(arguments: argparse.Namespace) -> Request:
     return Request(composer.config_name, lines, multirun, launcher_of(main), tuple(jobs))
 
 
-def check_composition(arguments: argparse.Namespace, config_name: str = CONFIG_NAME) -> None:
-    """For flags that show the configuration: ConfigurationError where it cannot be composed."""
+def checked_composition(arguments: argparse.Namespace, config_name: str = CONFIG_NAME) -> DictConfig:
+    """For flags that show the configuration. ConfigurationError: it cannot be composed."""
     composer = composer_of(arguments, config_name)
-    composer.compose([str(override.input_line) for override in composer.parse(arguments.overrides)])
-    if composer.problems:
+    config = composer.compose([str(override.input_line) for override in composer.parse(arguments.overrides)])
+    if config is None or composer.problems:
         raise ConfigurationError(*composer.problems.values())
+    return config
 
 
 def composer_of(arguments: argparse.Namespace, config_name: str = CONFIG_NAME) -> Composer:

@@ -31,9 +31,7 @@ def continuations(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: in
         ids = prompt_ids(tokenizer, prompt, model.device, chat)
         room = tokens if context is None else max(1, min(tokens, context - ids.shape[1]))
         given = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": room}
-        given |= {
-            "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        }
-        made = model.generate(ids, **given)[0, ids.shape[1] :]
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        made = model.generate(ids, **given, pad_token_id=pad)[0, ids.shape[1] :]
         texts.append(tokenizer.decode(made, skip_special_tokens=True).strip())
     return texts

@@ -32,9 +32,7 @@ def finite_logits(model: nn.Module) -> Iterator[None]:
     """Checks the logits of each of the model's forward passes, whoever calls it, as long as this lasts."""
 
     def check(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
-        masked = (
-            options.get("attention_mask") is not None
-        )  # generating: the next token's logits count, others may be padding
+        masked = options.get("attention_mask") is not None  # generating: others than the last may be padding
         check_finite(output.logits[:, -1] if masked else output.logits)
 
     handle = model.register_forward_hook(check, with_kwargs=True)

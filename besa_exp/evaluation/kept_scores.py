@@ -78,14 +78,9 @@ def shared_dense_scores(
             return found, True
         scores = compute()
         if not scores.unavailable:
+            entry = {"key": wanted, "scores": {**scores.to_dict(), "provenance": scores.provenance}}
             with suppress(OSError):  # the scores are there; the next run measures them again
-                atomic.write_text(
-                    path,
-                    json.dumps(
-                        {"key": wanted, "scores": {**scores.to_dict(), "provenance": scores.provenance}}, indent=1
-                    )
-                    + "\n",
-                )
+                atomic.write_text(path, json.dumps(entry, indent=1) + "\n")
         return scores, False
 
 

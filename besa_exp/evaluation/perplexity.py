@@ -48,11 +48,7 @@ def uncounted(done: int, total: int, of: str) -> None:
 
 
 def perplexity(
-    model: nn.Module,
-    tokens: Int[Tensor, "*shape"],
-    window: int,
-    batch_size: BatchSize,
-    on_count: OnCount = uncounted,
+    model: nn.Module, tokens: Int[Tensor, "*shape"], window: int, batch_size: BatchSize, on_count: OnCount = uncounted
 ) -> Perplexity:
     """Perplexity of a causal language model on `tokens`: a stream [tokens] that is cut into windows of `window`, or
     ready windows [window, seq], taken as they are.

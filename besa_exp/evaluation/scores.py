@@ -234,12 +234,7 @@ def _score_set(asked: _Asked, source: str) -> tuple[float, dict[str, Any]]:
 
 
 def windows_of(
-    source: str,
-    tokenizer: Tokenizer | None,
-    window: int,
-    offline: bool,
-    column: str = COLUMN,
-    most: int | None = None,
+    source: str, tokenizer: Tokenizer | None, window: int, offline: bool, column: str = COLUMN, most: int | None = None
 ) -> tuple[Int[Tensor, "window seq"], dict[str, Any]]:
     """A set's windows, the first `most` where that is given, and its record. Unavailable: whatever speaks against
     it."""

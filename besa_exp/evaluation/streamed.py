@@ -42,11 +42,7 @@ def streamed_perplexity(
 
 
 def _sum(
-    model: nn.Module,
-    weights: StreamedWeights,
-    windows: Int[Tensor, "window seq"],
-    batch_size: int,
-    on_count: OnCount,
+    model: nn.Module, weights: StreamedWeights, windows: Int[Tensor, "window seq"], batch_size: int, on_count: OnCount
 ) -> Float[Tensor, ""]:
     """The sum of the losses of all windows."""
     batches = windows.to(next(model.parameters()).device).split(batch_size) if len(windows) else ()

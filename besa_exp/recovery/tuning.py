@@ -185,7 +185,8 @@ def _found_factor(
         stopped = any(_reason(point) for point in taken)
         loss = math.inf if stopped else judge(tuner)
         put_back()
-        logger.info("%d steps of %g times the step size: held-out loss %.4f", plan.trial, factor, loss)
+        steps = "1 step" if plan.trial == 1 else f"{plan.trial} steps"
+        logger.info("%s of %g times the step size: held-out loss %.4f", steps, factor, loss)
         return loss if math.isfinite(loss) else RUINED * factor
 
     return downhill(FACTORS, 1.0, loss_after)

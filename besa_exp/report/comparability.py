@@ -65,7 +65,8 @@ def entries(runs: Sequence[RunRecord]) -> list[Entry]:
 
 def _with_losses(run: RunRecord) -> list[ScoreRecord]:
     losses = [block.loss_after for block in run.blocks]
-    if not losses or run.method.pruner in DATA_FREE:
+    only_tuned = run.config.get("checkpoint") is not None  # its zeros were there before: no loss was measured
+    if not losses or only_tuned or run.method.pruner in DATA_FREE:
         return list(run.scores)
     return [*run.scores, ScoreRecord(RECONSTRUCTION, sum(losses) / len(losses), _loss_facets(run))]
 

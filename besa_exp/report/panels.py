@@ -35,9 +35,11 @@ class Panel:
 
 
 def _logarithmic(axis: Any) -> None:
-    """A logarithmic axis whose ticks are plain numbers."""
+    """A logarithmic axis whose ticks are plain numbers, where there is a number above 0."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+    if not axis.get_data_interval()[1] > 0:
+        return
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -52,9 +52,8 @@ class KeepBits:
         """The flat positions of the kept weights, in rising order."""
         if self.bits.device.type == "cpu":
             return torch.from_numpy(np.flatnonzero(self.mask().numpy()))
-        return torch.nonzero_static(self.mask().flatten(), size=self.count).squeeze(
-            1
-        )  # a plain nonzero waits for the device
+        # A plain nonzero waits for the device.
+        return torch.nonzero_static(self.mask().flatten(), size=self.count).squeeze(1)
 
     def gather(self, dense: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, " kept"]:
         """The values at the kept places, in the tensor's dtype."""

@@ -18,14 +18,14 @@ from besa_exp.machine import distributed
 
 @runtime_checkable
 class Statistic(Protocol):
-    """Accumulates over batches of a linear's inputs."""
+    """Accumulates over batches of a linear's inputs; the samples that its means are of are known at the end."""
 
     def __init__(self, columns: int, device: torch.device) -> None: ...
 
-    def add(self, inputs: Tensor, samples: int) -> None: ...
+    def add(self, inputs: Tensor) -> None: ...
 
     def sum_over_ranks(self, samples: int) -> None:
-        """`samples`: of all ranks, those too that added nothing, as no token of theirs reached an expert."""
+        """`samples`: of all ranks, those too of which no token reached an expert."""
         ...
 
     def is_finite(self) -> bool: ...
@@ -64,10 +64,9 @@ class InputNorm:
         self.total = torch.zeros(columns, dtype=torch.float64, device=device)
         self.samples = 0
 
-    def add(self, inputs: Float[Tensor, "*token in"], samples: int) -> None:
-        """Accumulate the tokens of `samples` more samples (some models flatten samples and tokens into one axis)."""
+    def add(self, inputs: Float[Tensor, "*token in"]) -> None:
+        """Accumulate more tokens (some models flatten samples and tokens into one axis)."""
         self.total += inputs.float().flatten(0, -2).square().sum(dim=0, dtype=torch.float64)
-        self.samples += samples
 
     @property
     def squared_norm(self) -> Float[Tensor, " in"]:
@@ -90,11 +89,10 @@ class InputMoments:
         self.sums = torch.zeros_like(self.squares)
         self.samples = self.tokens = 0
 
-    def add(self, inputs: Float[Tensor, "*token in"], samples: int) -> None:
+    def add(self, inputs: Float[Tensor, "*token in"]) -> None:
         tokens = inputs.float().flatten(0, -2)
         self.squares += tokens.square().sum(dim=0, dtype=torch.float64)
         self.sums += tokens.sum(dim=0, dtype=torch.float64)
-        self.samples += samples
         self.tokens += len(tokens)
 
     @property
@@ -128,7 +126,7 @@ class Hessian:
         self.upper = torch.zeros(columns, columns, dtype=torch.float32, device=device)  # right where above the diagonal
         self.samples = 0
 
-    def add(self, inputs: Float[Tensor, "*token in"], samples: int) -> None:
+    def add(self, inputs: Float[Tensor, "*token in"]) -> None:
         tokens = inputs.flatten(0, -2)
         as_they_are = sums_in_fp32(tokens)
         tokens = tokens if as_they_are else tokens.float()
@@ -138,7 +136,6 @@ class Hessian:
                 part.add_(torch.mm(left, right, out_dtype=torch.float32))
             else:
                 part.addmm_(left, right)
-        self.samples += samples
 
     @property
     def panels(self) -> list[slice]:

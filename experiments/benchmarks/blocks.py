@@ -269,7 +269,8 @@ def factor_round(work: Work) -> dict[str, float]:
         for seen in distinct:
             hessian = Hessian(seen.shape[-1], device)
             for _ in inputs:
-                hessian.add(seen, 1)
+                hessian.add(seen)
+            hessian.sum_over_ranks(len(inputs))
             upper_factor(hessian.matrix, 0.01, "benchmark")
 
     def theirs() -> None:

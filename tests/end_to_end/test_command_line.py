@@ -52,6 +52,11 @@ def test_help_lists_every_group_and_key_after_what_prefetch_does(capsys: pytest.
     assert "besa prune [key=value ...]" in shown
     assert "pruner: besa, " in shown
     assert "num_samples:" in shown
+    assert "\n  epochs: 1  # passes over the calibration set\n" in shown
+    assert "\nsparsity: 0.5  # fraction of zeros asked of the linears" in shown
+    assert "\ndeterministic: true  # only algorithms that" in shown  # as all commands have it
+    assert "\n    steps: 56  # steps of the search\n" in shown
+    assert "_target_" not in shown
     assert "--multirun" in shown
 
 

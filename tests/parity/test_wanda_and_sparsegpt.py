@@ -31,7 +31,8 @@ def factor(golden):
 def observed(statistic, inputs, batch_size=1):
     result = statistic(inputs.shape[-1], inputs.device)
     for batch in inputs.split(batch_size):
-        result.add(batch, len(batch))
+        result.add(batch)
+    result.sum_over_ranks(len(inputs))
     return result
 
 

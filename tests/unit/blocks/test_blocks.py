@@ -78,7 +78,8 @@ def test_weights_that_a_pass_rounds_once_give_what_autocast_rounds_for_each_batc
 def test_statistics_are_not_rounded_where_products_are(statistic):
     seen, inputs = statistic(24, torch.device("cpu")), torch.randn(3, 40, 24)
     with torch.autocast("cpu", torch.bfloat16):
-        seen.add(inputs, 3)
+        seen.add(inputs)
+    seen.sum_over_ranks(3)
     exact = inputs.double().flatten(0, 1)
     torch.testing.assert_close(seen.squared_norm.double(), exact.square().sum(dim=0) / 3, rtol=1e-6, atol=0)
     if isinstance(seen, Hessian):
@@ -149,8 +150,10 @@ def test_statistics_and_outputs_do_not_depend_on_the_batch_size(batch_size):
 def test_inputs_that_a_model_flattens_into_one_axis_of_tokens_count_the_same(statistic, value):
     inputs = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
     whole, flat = statistic(5, inputs.device), statistic(5, inputs.device)
-    whole.add(inputs, 3)
-    flat.add(inputs.view(21, 5), 3)
+    whole.add(inputs)
+    flat.add(inputs.view(21, 5))
+    for found in (whole, flat):
+        found.sum_over_ranks(3)
     assert torch.equal(getattr(whole, value), getattr(flat, value))
     assert getattr(whole, value).shape[-1] == 5
 
@@ -159,8 +162,9 @@ def test_inputs_that_a_model_flattens_into_one_axis_of_tokens_count_the_same(sta
 def test_the_hessian_is_the_symmetric_mean_of_products_whatever_panels_it_is_summed_in(columns):
     inputs = torch.randn(3, 9, columns, generator=torch.Generator().manual_seed(0))
     hessian = Hessian(columns, inputs.device)
-    hessian.add(inputs[:2], 2)
-    hessian.add(inputs[2:], 1)
+    hessian.add(inputs[:2])
+    hessian.add(inputs[2:])
+    hessian.sum_over_ranks(3)
     tokens = inputs.double().flatten(0, 1)
     torch.testing.assert_close(hessian.matrix.double(), 2 / 3 * tokens.T @ tokens, rtol=1e-4, atol=1e-5)
     assert torch.equal(hessian.matrix, hessian.matrix.T)
@@ -285,9 +289,9 @@ def test_a_gpu_sums_a_hessian_of_16_bit_inputs_from_the_inputs_as_they_are():
     inputs = torch.empty(4096, 512, dtype=torch.bfloat16, device="meta")
     hessian, seen = Hessian(512, inputs.device), Products()
     with seen:
-        hessian.add(inputs, 2)
+        hessian.add(inputs)
     assert seen.products == ["aten.mm.dtype"] * len(hessian.panels)
     assert seen.fp32 <= hessian.upper.numel() < inputs.numel()
     with seen:
-        hessian.add(inputs.float(), 2)
+        hessian.add(inputs.float())
     assert seen.products[len(hessian.panels) :] == ["aten.addmm_.default"] * len(hessian.panels)

@@ -45,7 +45,8 @@ def test_squared_gradients_are_those_of_each_samples_output_norm_by_finite_diffe
 def test_wanda_plus_is_its_formula_and_wanda_where_nothing_depends_on_the_weights():
     weight, norm, squared = torch.randn(4, 6), torch.rand(6), torch.rand(4, 6)
     statistic = Wanda.statistic(6, weight.device)
-    statistic.add(norm.sqrt()[None], 1)
+    statistic.add(norm.sqrt()[None])
+    statistic.sum_over_ranks(1)
     scores = WandaPlus()(weight, statistic, squared)
     torch.testing.assert_close(scores, weight.abs() * (100 * squared.sqrt() + norm.sqrt()))
     torch.testing.assert_close(WandaPlus()(weight, statistic, 0 * squared), Wanda()(weight, statistic, None))

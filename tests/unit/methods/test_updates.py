@@ -107,7 +107,8 @@ def test_dsnot_is_its_loop_over_rows_and_cycles(cycles, threshold, sparsity, pat
     inputs = torch.randn(3, 5, 24, generator=generator) * torch.rand(24, generator=generator) + 0.2
     weight, target = torch.randn(40, 24, generator=generator), Goal.parse(sparsity, pattern)
     seen = InputMoments(24, weight.device)
-    seen.add(inputs, 3)
+    seen.add(inputs)
+    seen.sum_over_ranks(3)
     keep_mask = keep_per_row(weight.abs(), target)
     given = weight, seen.total, seen.variance, seen.squared_norm, keep_mask, cycles, threshold
     group = target.pattern[1] if target.pattern else None
@@ -120,7 +121,8 @@ def test_dsnot_is_its_loop_over_rows_and_cycles(cycles, threshold, sparsity, pat
 
 def test_dsnot_revives_the_weight_of_a_constant_input_first_and_never_that_of_a_dead_one() -> None:
     seen = InputMoments(4, WEIGHT.device)
-    seen.add(torch.tensor([[0.0, 1.0, 2.0, -1.0], [0.0, 1.0, -1.0, 1.5]]), 1)
+    seen.add(torch.tensor([[0.0, 1.0, 2.0, -1.0], [0.0, 1.0, -1.0, 1.5]]))
+    seen.sum_over_ranks(1)
     weight, kept = torch.tensor([[9.0, 50.0, 5.0, -2.0]]), torch.tensor([[False, False, False, True]])
     edited = dsnot(weight, seen.total, seen.variance, seen.squared_norm, kept)
     assert edited.tolist() == [[False, True, False, False]]
@@ -130,7 +132,8 @@ def test_input_moments_are_means_over_samples_and_the_variance_of_all_tokens() -
     inputs = torch.randn(5, 6, 3, generator=GENERATOR) + 2
     seen = InputMoments(3, inputs.device)
     for batch in inputs.split(2):
-        seen.add(batch, len(batch))
+        seen.add(batch)
+    seen.sum_over_ranks(len(inputs))
     exact = inputs.double()
     torch.testing.assert_close(seen.total.double(), exact.sum(dim=1).mean(dim=0))
     torch.testing.assert_close(seen.squared_norm.double(), exact.square().sum(dim=1).mean(dim=0))

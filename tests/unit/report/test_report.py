@@ -388,6 +388,21 @@ def test_the_command_writes_page_tables_and_figures(
     assert [(row["status"], row["perplexity wikitext2"]) for row in rows] == [("done", "20.0"), ("failed", "")]
 
 
+def test_a_tuned_folder_has_no_loss_of_its_blocks_and_losses_of_nothing_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tuned folder's loss of 0 stood before all pruners'."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("plotly")
+    monkeypatch.chdir(tmp_path)
+    finished_run(
+        tmp_path / "runs" / "tuned", {"pruner": "wanda+lora", "blocks": [block(0, loss=0.0)]}, {"checkpoint": "W"}
+    )
+    assert {entry.measure.kind for entry in entries(runs_of(tmp_path))} == {"perplexity", "zero_shot"}
+    finished_run(tmp_path / "runs" / "none", {"target_sparsity": 0.0, "blocks": [block(0, 0.0, loss=0.0)]})
+    assert main(["report", "runs", "--out", "out"]) == 0
+
+
 def test_a_report_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
     assert "no such folder" in capsys.readouterr().err
