@@ -19,11 +19,12 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from besa_exp.cli.compose import Composer
 from besa_exp.cli.configuration import Unreadable, method_name, read_settings
 from besa_exp.cli.hub_needs import Held, Need, bring, described, held, needs_of, prefetch_command
 from besa_exp.cli.preflight import check_model
 from besa_exp.cli.prune import composed
-from besa_exp.cli.request import CONFIG_NAME, composed_by, composer_of
+from besa_exp.cli.request import CONFIG_NAME, composed_by, composer_of, sets_one_of
 from besa_exp.display.terminal import console_of
 from besa_exp.errors import ConfigurationError, Unavailable
 from besa_exp.evaluation.checks import check_evaluator
@@ -85,22 +86,27 @@ def _settings_of_jobs(arguments: argparse.Namespace) -> list[RunSettings]:
     main = composed_by(composer, single)
     swept = arguments.multirun or main.hydra.mode == RunMode.MULTIRUN or len(single) < len(overrides)
     params = [f"{key}={value}" for key, value in (main.hydra.sweeper.params or {}).items()]
-    configs = [composer.compose(lines) for lines in composer.spread(overrides, params)] if swept else [main]
+    spread = composer.spread(overrides, params) if swept else [single]
     jobs = []
-    for config in configs:
+    for lines in spread:
+        config = composer.compose(lines) if swept else main
         if config is not None:
-            jobs += _settings(config, composer.problems)
+            jobs += _settings(composer, lines, config)
     if composer.problems:
         raise ConfigurationError(*dict.fromkeys(composer.problems.values()))
     return jobs
 
 
-def _settings(config: DictConfig, problems: dict[str, str]) -> list[RunSettings]:
+def _settings(composer: Composer, lines: Sequence[str], config: DictConfig) -> list[RunSettings]:
     """The settings of one job, none where something is wrong with them, which is noted."""
+    problems = composer.problems
     try:
         settings = read_settings(config, method_name(config.hydra.runtime.choices), with_pruner=False)
     except Unreadable as error:
         problems |= error.by_key
+        rest = [line for line in lines if not sets_one_of(composer, line, error.by_key)]
+        if len(rest) < len(lines) and (others := composer.compose(rest)) is not None:
+            _settings(composer, rest, others)
         return []
     _, found = check_model(settings.model)
     found += check_calibration(settings.calibration, None) + check_evaluator(settings.evaluator, None)

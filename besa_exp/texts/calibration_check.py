@@ -12,6 +12,8 @@ from besa_exp.texts.files import COMPRESSED, format_of
 from besa_exp.texts.sources import EMBEDDED, check_source, is_token_file
 from besa_exp.texts.token_files import token_file_shape
 
+FAR_TOO_MANY = 10_000  # windows that take long to look for
+
 
 def check_calibration(settings: CalibrationSettings, context: int | None) -> list[str]:
     """What is wrong with these settings, in complete sentences, found without reading any text. `context` None: not
@@ -42,7 +44,8 @@ def check_calibration(settings: CalibrationSettings, context: int | None) -> lis
 
 
 def _more_than_the_text(settings: CalibrationSettings, source: str) -> list[str]:
-    """Of a text whose length is known unread: it has at most a token for each byte, and a few between documents."""
+    """Of a text whose length is known unread: it has at most two tokens for each byte, the marks between documents
+    among them. Some windows too many are refused when the text was read, which says how many it has."""
     path = Path(source).expanduser()
     if source == EMBEDDED:
         size = CALIBRATION_CHARACTERS
@@ -50,9 +53,9 @@ def _more_than_the_text(settings: CalibrationSettings, source: str) -> list[str]
         size = path.stat().st_size
     else:
         return []
-    if settings.num_samples * settings.seq_len <= 2 * size + 2:
+    if settings.num_samples <= FAR_TOO_MANY or settings.num_samples * settings.seq_len <= 2 * size + 2:
         return []
     return [
-        f"calibration.num_samples={settings.num_samples}: {source}, a text of {size:,} characters, has at most "
-        f"{2 * size // settings.seq_len:,} windows of {settings.seq_len} tokens; set less, or give more text"
+        f"calibration.num_samples={settings.num_samples}: {source}, a text of {size:,} characters, cannot have so many "
+        f"windows of {settings.seq_len} tokens; set less, or give more text"
     ]

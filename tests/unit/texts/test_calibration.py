@@ -367,7 +367,7 @@ def test_more_windows_than_a_text_can_have_are_refused_unread(tmp_path):
     path.write_text("x" * 100)
     (problem,) = check_calibration(settings(path, num_samples=10**9, seq_len=10), CONTEXT)
     assert "calibration.num_samples=1000000000: " in problem
-    assert "a text of 100 characters, has at most 20 windows of 10 tokens" in problem
+    assert "a text of 100 characters, cannot have so many windows of 10 tokens" in problem
     assert len(check_calibration(settings(None, name="embedded", num_samples=10**9), CONTEXT)) == 1
     assert check_calibration(settings(path, num_samples=10, seq_len=10), CONTEXT) == []
     packed = path.with_name("a.txt.gz")
