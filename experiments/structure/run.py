@@ -92,8 +92,9 @@ def study(bed: Bed, seed: int) -> Iterator[list[str]]:
         yield ["pruner=wanda", *update, "sparsity=0.5"]
     size = next(iter(whole))
     share, removed = f"structure.ratio={shares[size]:.4f}", bed.sizes[size] * bed.block
-    for shape in ("uneven", "uniform"):
-        yield ["structure=policy_gradient", share, f"structure.shape={shape}", *bed.search, "pruner=dense"]
+    for part, shape in [*((one, "uneven") for one in shares.values()), (shares[size], "uniform")]:
+        searched = [f"structure.ratio={part:.4f}", f"structure.shape={shape}", *bed.search]
+        yield ["structure=policy_gradient", *searched, "pruner=dense"]
     for size_of_sleb in whole:
         yield ["structure=sleb", whole[size_of_sleb], "pruner=dense", *bed.sleb]
     for first in (["structure=shortgpt", whole[size]], ["structure=wanda_sp", share], []):  # []: the text's part in it
