@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from besa_exp.blocks.activations import OF_ALL_BLOCKS, activation_bytes
 from besa_exp.blocks.probe import num_probe_samples
 from besa_exp.checkpoints.load import SHARE_OF_FREE, is_to_stream, model_context, weight_bytes
+from besa_exp.checkpoints.narrowed_model import costs_of_model
 from besa_exp.checkpoints.streaming import saves_blocks_anew, streamed_sources
 from besa_exp.checkpoints.tensor_sources import stored_tensors
 from besa_exp.dry_run.chips import CHIPS, counted
@@ -32,7 +33,9 @@ from besa_exp.evaluation.streamed import HELD_BYTES
 from besa_exp.machine.device import prepared_device
 from besa_exp.machine.disk import ONE_FILE, existing
 from besa_exp.machine.memory import free_memory
+from besa_exp.methods.budgets.budget import Work
 from besa_exp.methods.budgets.uniform import SameForAll
+from besa_exp.methods.structure.method import CountedSearch
 from besa_exp.methods.updates.updated import with_update
 from besa_exp.recovery.recipe import follows_dense
 from besa_exp.settings import RunSettings
@@ -83,6 +86,7 @@ def estimate(settings: RunSettings, folder: Path) -> Estimate:
     device = prepared_device(settings) if named == "here" else torch.device("cuda")
     model = model_without_weights(settings.model, settings.offline)
     size, linked, free = model_size(model), not saves_blocks_anew(model), dict[Place, int]()
+    searched = _search_of(settings, model)
     if named == "here":
         if device.type == "cuda":
             free["device"] = torch.cuda.mem_get_info(device)[0]
@@ -100,7 +104,7 @@ def estimate(settings: RunSettings, folder: Path) -> Estimate:
     saved = (size.outside if linked else size.total) * settings.keeps_model
     parts = _parts(settings, size, texts, costs, streamed, saved, device.type == "cuda")
     parts += _refining(settings, size, texts, streamed, device.type == "cuda", free)
-    seconds = _seconds(settings, size, texts, costs, streamed, saved, device.type == "cuda")
+    seconds = _seconds(settings, size, texts, costs, searched, streamed, saved, device.type == "cuda")
     kept = size.total * settings.keeps_model + size.masks * settings.save.masks * (not settings.is_dense) + LOGS
     notes += [*texts.notes, *filter(None, [costs.note]), *_not_estimated(settings)]
     told = str(device) if named == "here" else named
@@ -110,9 +114,19 @@ def estimate(settings: RunSettings, folder: Path) -> Estimate:
 def _not_estimated(settings: RunSettings) -> list[str]:
     missing = {
         "the memory of a budget over depth is not estimated": not isinstance(settings.budget, SameForAll | None),
-        "the structure is not estimated: time and memory are those of the dense model's blocks": settings.structure,
+        "later stages are estimated as if the structure took nothing away": settings.structure,
     }
     return [note for note, holds in missing.items() if holds]
+
+
+def _search_of(settings: RunSettings, model: PreTrainedModel) -> Work | None:
+    """What the search for a structure asks for; None: it does not say."""
+    if settings.structure is None:
+        return Work(0, 0)
+    if not isinstance(settings.structure, CountedSearch):
+        return None
+    given = settings.calibration
+    return settings.structure.work(costs_of_model(model), given.num_samples, given.batch_size)
 
 
 def _is_streamed(
@@ -205,7 +219,14 @@ def _refining(
 
 
 def _seconds(
-    settings: RunSettings, size: ModelSize, texts: Texts, costs: Costs, streamed: bool, saved: int, on_cuda: bool
+    settings: RunSettings,
+    size: ModelSize,
+    texts: Texts,
+    costs: Costs,
+    searched: Work | None,
+    streamed: bool,
+    saved: int,
+    on_cuda: bool,
 ) -> dict[str, float]:
     """By the parts of results.json's `seconds`, whose `prune` is `prune` and `refine` here."""
     disk, blocks, count, masks = costs.disk, sum(size.blocks), len(size.blocks), size.masks * settings.save.masks
@@ -225,7 +246,13 @@ def _seconds(
         apart = max(0.0, FRESH_PROCESS + size.total * disk.read - evaluated) * settings.save.verify
         save += saved * disk.write + 2 * blocks * disk.read + load + apart
     checked = REPLAYED * texts.seq_len * costs.token[0]
-    seconds = {"load": load, "calibrate": texts.calibrate, "prune": costs.budget + count * (a_block + checked)}
+    seconds = {"load": load, "calibrate": texts.calibrate}
+    if settings.structure is not None:
+        in_block, outside = costs.token
+        seconds["structure"] = (
+            texts.seq_len * (searched.passes * in_block + searched.predictions * outside) if searched else math.nan
+        )
+    seconds["prune"] = costs.budget + count * (a_block + checked)
     if settings.pruner.traits.refinements:
         seconds["refine"] = _refining_seconds(settings, size, texts, costs)
     if settings.recovery:

@@ -13,6 +13,7 @@ from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.head import Head
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
 from besa_exp.machine import distributed
+from besa_exp.methods.budgets.budget import Work
 from besa_exp.methods.budgets.progress import Progress
 
 
@@ -41,6 +42,15 @@ class DenseModel:
         for block in self.blocks():
             block.outputs(states, self.batch_size, out=states)
         return states
+
+
+@runtime_checkable
+class CountedSearch(Protocol):
+    """A structure method that says what its search asks for."""
+
+    def work(self, costs: Costs, num_samples: int, batch_size: int) -> Work:
+        """Of a model of these costs, at most."""
+        ...
 
 
 @runtime_checkable

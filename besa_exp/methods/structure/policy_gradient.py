@@ -47,6 +47,7 @@ from besa_exp.checkpoints.narrowed_config import SAVED_AS
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
+from besa_exp.methods.budgets.budget import Work
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.descent import SHRINK, falling
 from besa_exp.methods.structure.estimators import (
@@ -66,6 +67,7 @@ from besa_exp.methods.structure.widths import (
     chosen,
     chosen_units,
     even_widths,
+    importance_work,
     importances_by_name,
     kept_parameters,
     masked,
@@ -173,6 +175,14 @@ class PolicyGradient:
 
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
         return width_amount_problems(costs, dimensions, self.ratio, self.multiple)
+
+    def work(self, costs: Costs, num_samples: int, batch_size: int) -> Work:
+        """The draws of all steps, and the probe for each judgement."""
+        rows = self.steps * self.draws * batch_size
+        if self.checks:
+            judgements = 1 + math.ceil(self.steps / math.ceil(self.steps / self.checks))
+            rows += judgements * max(1, num_samples // PROBE)
+        return Work(0, importance_work(self.start, costs, num_samples).passes + rows * len(costs.blocks), rows)
 
     def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:
         """Every KEPT_EVERY steps are kept."""

@@ -26,6 +26,7 @@ from besa_exp.blocks.block import Block, Hidden
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
+from besa_exp.methods.budgets.budget import Work
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel
 from besa_exp.rules import CountOrZero, Fraction, check_fields, one_of, within
@@ -124,6 +125,9 @@ class ShortGPT:
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
         protected = {"protect_first": self.protect_first, "protect_last": self.protect_last}
         return amount_problems(self.blocks, self.ratio, costs, protected)
+
+    def work(self, costs: Costs, num_samples: int, batch_size: int) -> Work:
+        return Work(0, num_samples * len(costs.blocks))
 
     def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:
         """From one pass of the dense model. What was measured of each block, or run of blocks, is kept."""

@@ -29,6 +29,7 @@ from besa_exp.blocks.head import Head, few_samples, summed_divergences
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
+from besa_exp.methods.budgets.budget import Work
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel
 from besa_exp.methods.structure.shortgpt import Removed, amount, amount_problems, check_amount, without
@@ -125,6 +126,18 @@ class Sleb:
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
         protected = {"early_barrier": self.early_barrier, "latter_barrier": self.latter_barrier}
         return amount_problems(self.blocks, self.ratio, costs, protected)
+
+    def work(self, costs: Costs, num_samples: int, batch_size: int) -> Work:
+        """Of each removal from n blocks, with the last candidate at place l: l passes that all share, each candidate's
+        own through the blocks behind it, and its predictions; under `kl` the dense model's too."""
+        passes = len(costs.blocks) * (self.loss == "kl")
+        predictions = 0
+        for gone in range(amount(self.blocks, self.ratio, costs)):
+            left = len(costs.blocks) - gone
+            places = range(left)[self.early_barrier : left - self.latter_barrier]
+            passes += places[-1] + sum(left - 1 - place for place in places)
+            predictions += len(places) + (self.loss == "kl")
+        return Work(0, num_samples * passes, num_samples * predictions)
 
     def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:
         """Each removal is kept before the next is looked for."""

@@ -26,6 +26,7 @@ from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.linears import Linear
 from besa_exp.blocks.observation import observe
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
+from besa_exp.methods.budgets.budget import Work
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel
 from besa_exp.rules import Count, Fraction, Seed, check_fields, one_of
@@ -120,6 +121,11 @@ def importances_by_name(name: str, dense: DenseModel, keep: float, seed: int) ->
     return importances_of(dense.blocks(), dense.inputs(), dense.dimensions, keep, dense.batch_size, norms)
 
 
+def importance_work(name: str, costs: Costs, num_samples: int) -> Work:
+    """What `importances_by_name` asks for: the norms, and then the outputs without what is least important."""
+    return Work(0, 2 * num_samples * len(costs.blocks) * (name == "wanda_sp"))
+
+
 @dataclass(frozen=True)
 class Widths:
     """`ratio` of all parameters go: of every block as many groups and as many channels, those of least `importance`,
@@ -138,6 +144,9 @@ class Widths:
 
     def check(self, costs: Costs, dimensions: Dimensions) -> list[str]:
         return width_amount_problems(costs, dimensions, self.ratio, self.multiple)
+
+    def work(self, costs: Costs, num_samples: int, batch_size: int) -> Work:
+        return importance_work(self.importance, costs, num_samples)
 
     def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:
         """In one walk through the blocks; nothing is kept on the way."""
