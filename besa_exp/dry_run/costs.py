@@ -144,7 +144,7 @@ def _budget_seconds(probe: BlockProbe, budget: object, samples: int, num_blocks:
         work = budget.work(num_blocks, samples, probe.seq_len, sparsity)
         observed, _ = Observed.of(importance_of(budget.importance), block, hidden, 1)
         a_pruning = seconds_of(probe.device, lambda: [*pruned_to(block, observed, [sparsity])]) / len(block.layers)
-        return work.prunings * a_pruning + probe.seq_len * (work.passes * in_block + work.predictions * outside)
+        return work.prunings * a_pruning + work.seconds_of_passes(probe.seq_len, in_block, outside)
     if not isinstance(budget, Budget):
         return nan if isinstance(budget, DepthSearch) else 0.0
 

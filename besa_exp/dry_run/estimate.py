@@ -23,6 +23,7 @@ from besa_exp.blocks.probe import num_probe_samples
 from besa_exp.checkpoints.load import SHARE_OF_FREE, is_to_stream, model_context, weight_bytes
 from besa_exp.checkpoints.narrowed_model import costs_of_model
 from besa_exp.checkpoints.streaming import saves_blocks_anew, streamed_sources
+from besa_exp.checkpoints.structure import Costs as Parameters
 from besa_exp.checkpoints.tensor_sources import stored_tensors
 from besa_exp.dry_run.chips import CHIPS, counted
 from besa_exp.dry_run.costs import BACKWARD, Costs, measured
@@ -33,7 +34,6 @@ from besa_exp.evaluation.streamed import HELD_BYTES
 from besa_exp.machine.device import prepared_device
 from besa_exp.machine.disk import ONE_FILE, existing
 from besa_exp.machine.memory import free_memory
-from besa_exp.methods.budgets.budget import Work
 from besa_exp.methods.budgets.uniform import SameForAll
 from besa_exp.methods.structure.method import CountedSearch
 from besa_exp.methods.updates.updated import with_update
@@ -86,7 +86,7 @@ def estimate(settings: RunSettings, folder: Path) -> Estimate:
     device = prepared_device(settings) if named == "here" else torch.device("cuda")
     model = model_without_weights(settings.model, settings.offline)
     size, linked, free = model_size(model), not saves_blocks_anew(model), dict[Place, int]()
-    searched = _search_of(settings, model)
+    parameters = costs_of_model(model) if isinstance(settings.structure, CountedSearch) else None
     if named == "here":
         if device.type == "cuda":
             free["device"] = torch.cuda.mem_get_info(device)[0]
@@ -104,6 +104,7 @@ def estimate(settings: RunSettings, folder: Path) -> Estimate:
     saved = (size.outside if linked else size.total) * settings.keeps_model
     parts = _parts(settings, size, texts, costs, streamed, saved, device.type == "cuda")
     parts += _refining(settings, size, texts, streamed, device.type == "cuda", free)
+    searched = _searching(settings, parameters, texts, costs)
     seconds = _seconds(settings, size, texts, costs, searched, streamed, saved, device.type == "cuda")
     kept = size.total * settings.keeps_model + size.masks * settings.save.masks * (not settings.is_dense) + LOGS
     notes += [*texts.notes, *filter(None, [costs.note]), *_not_estimated(settings)]
@@ -119,14 +120,12 @@ def _not_estimated(settings: RunSettings) -> list[str]:
     return [note for note, holds in missing.items() if holds]
 
 
-def _search_of(settings: RunSettings, model: PreTrainedModel) -> Work | None:
-    """What the search for a structure asks for; None: it does not say."""
-    if settings.structure is None:
-        return Work(0, 0)
-    if not isinstance(settings.structure, CountedSearch):
-        return None
-    given = settings.calibration
-    return settings.structure.work(costs_of_model(model), given.num_samples, given.batch_size)
+def _searching(settings: RunSettings, parameters: Parameters | None, texts: Texts, costs: Costs) -> float:
+    """Seconds of the search for a structure; NaN: it does not say what it asks for."""
+    if parameters is None or not isinstance(settings.structure, CountedSearch):
+        return math.nan if settings.structure else 0.0
+    work = settings.structure.work(parameters, texts.samples, settings.calibration.batch_size)
+    return work.seconds_of_passes(texts.seq_len, *costs.token)
 
 
 def _is_streamed(
@@ -223,7 +222,7 @@ def _seconds(
     size: ModelSize,
     texts: Texts,
     costs: Costs,
-    searched: Work | None,
+    searched: float,
     streamed: bool,
     saved: int,
     on_cuda: bool,
@@ -248,10 +247,7 @@ def _seconds(
     checked = REPLAYED * texts.seq_len * costs.token[0]
     seconds = {"load": load, "calibrate": texts.calibrate}
     if settings.structure is not None:
-        in_block, outside = costs.token
-        seconds["structure"] = (
-            texts.seq_len * (searched.passes * in_block + searched.predictions * outside) if searched else math.nan
-        )
+        seconds["structure"] = searched
     seconds["prune"] = costs.budget + count * (a_block + checked)
     if settings.pruner.traits.refinements:
         seconds["refine"] = _refining_seconds(settings, size, texts, costs)

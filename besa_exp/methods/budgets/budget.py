@@ -42,6 +42,10 @@ class Work:
     passes: int
     predictions: int = 0
 
+    def seconds_of_passes(self, seq_len: int, in_block: float, outside: float) -> float:
+        """Where a token of a sample takes so many seconds in a block, and outside the blocks."""
+        return seq_len * (self.passes * in_block + self.predictions * outside)
+
 
 @runtime_checkable
 class Counted(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from math import nan
 from pathlib import Path
@@ -16,10 +17,11 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from besa_exp.blocks.activations import allocator
+from besa_exp.checkpoints.narrowed_model import costs_of_model
 from besa_exp.display.tables import as_text
 from besa_exp.dry_run.chips import CHIPS, passes_of
-from besa_exp.dry_run.costs import disk_speed, recovery_cost
-from besa_exp.dry_run.estimate import LIBRARIES, Estimate, Part, _refining, estimate, peak, remedies
+from besa_exp.dry_run.costs import Costs, disk_speed, recovery_cost
+from besa_exp.dry_run.estimate import LIBRARIES, Estimate, Part, _refining, _searching, estimate, peak, remedies
 from besa_exp.dry_run.probe import BlockProbe, cut_down, kept_for_the_way_back
 from besa_exp.dry_run.sizes import model_size, model_without_weights
 from besa_exp.dry_run.tables import estimate_tables, sweep_table, verdicts
@@ -28,6 +30,7 @@ from besa_exp.methods.pruners.besa import Besa
 from besa_exp.methods.pruners.besa_reconstruct import BesaReconstruct
 from besa_exp.methods.pruners.model_tuning import ModelTuning
 from besa_exp.methods.pruners.uniform import Uniform
+from besa_exp.methods.structure.shortgpt import ShortGPT
 from besa_exp.presets import preset
 from besa_exp.recovery.full import Full
 from besa_exp.recovery.objective import NextToken
@@ -199,6 +202,16 @@ def test_what_autograd_keeps_of_all_blocks_is_counted_on_one(checkpointing: bool
     with kept_for_the_way_back(model, model.model.layers) as kept, torch.no_grad():
         model(windows)
     assert kept() == (0, 0)
+
+
+def test_the_search_for_a_structure_takes_the_samples_that_there_are() -> None:
+    """A token file may hold fewer than calibration.num_samples."""
+    asked = replace(SETTINGS, structure=ShortGPT(1))
+    found = Costs("device", disk_speed(Path()), token=(2.0, 5.0))
+    parameters = costs_of_model(empty_llama(num_hidden_layers=3))
+    assert _searching(asked, parameters, Texts(4, 16), found) == 4 * 3 * 16 * 2.0
+    assert math.isnan(_searching(asked, None, Texts(4, 16), found))
+    assert _searching(SETTINGS, None, Texts(4, 16), found) == 0
 
 
 def paper_run(model: str, pruner, device_name) -> Estimate:
