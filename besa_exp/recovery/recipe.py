@@ -18,7 +18,7 @@ from besa_exp.recovery.descent import Adam
 from besa_exp.recovery.full import Full
 from besa_exp.recovery.lora import Lora
 from besa_exp.recovery.mezo import Mezo
-from besa_exp.recovery.norms import Norms
+from besa_exp.recovery.norms import Norms, norms_and_biases
 from besa_exp.recovery.objective import TASK_LOSSES, Distillation, NextToken, next_token_losses
 from besa_exp.recovery.reconstruction import Blocks, Reconstruction
 from besa_exp.recovery.schedule import Schedule
@@ -131,6 +131,8 @@ def check_fit(asked: RecoverySettings, model: nn.Module) -> list[str]:
     problems = []
     if asked.name == "mezo" and any(parameter.dtype == torch.float16 for parameter in model.parameters()):
         problems.append("recovery=mezo: float16 rounds its small steps away; set model.dtype=bfloat16 or float32")
+    if asked.name == "norms" and not norms_and_biases(model):
+        problems.append("recovery=norms: this model has no norm and no bias with a weight; use recovery=lora")
     if asked.name in ("spiel", "sparsegrad") and distributed.num_ranks() > 1:
         problems.append(f"recovery={asked.name}: runs in one process; start it without torchrun")
     if asked.shard:
@@ -179,8 +181,15 @@ def check_recovery(
 
 
 def _check_trial(asked: RecoverySettings) -> list[str]:
-    """Steps of SparseGrad that only gather gradients must leave some."""
+    """Steps of SparseGrad that only gather gradients must leave some; SpIEL's that are tried must not end with an
+    exchange of all entries."""
     trial, method = plan_of(asked).trial, method_of(asked)
+    if isinstance(method, Spiel) and trial == method.gather:
+        return [
+            f"recovery.lr=null: the {trial} steps of a trial end where all entries are exchanged for new ones "
+            f"(recovery.gather={method.gather}), so that no step size can be found; set recovery.lr, or other "
+            "recovery.steps"
+        ]
     if not isinstance(method, SparseGrad) or (trial or steps_of(asked)) > method.gather:
         return []
     if not trial:

@@ -37,7 +37,6 @@ from besa_exp.recovery.tuner import Objective, Taken, Windows
 from besa_exp.rules import Count, Fraction, NotNegative, Positive, Share, check_fields, one_of, within
 from besa_exp.tensors.keep_bits import KeepBits, without_negative_zeros
 
-SELECTIONS = ("ag", "sm3")
 BETAS, EPS = (0.9, 0.999), 1e-8
 Entries = Float[Tensor, " entry"]
 Places = Int[Tensor, " entry"]
@@ -51,7 +50,7 @@ class Spiel:
 
     steps: Count
     lr: Positive = 1e-3
-    selection: Annotated[str, one_of(*SELECTIONS)] = "ag"
+    selection: Annotated[str, one_of("ag", "sm3")] = "ag"
     density: Fraction = 0.01
     reselect: Annotated[int, within(least=3)] = 20
     gather: Count = 5
@@ -79,8 +78,8 @@ class Spiel:
         return in_turn < self.gather or (in_turn == self.reselect - 1)
 
     def exchanges_after(self, done: int) -> bool:
-        """Whether entries are exchanged once so many steps are done."""
-        return done % self.reselect == self.gather
+        """Whether entries are exchanged once so many steps are done; not after the last: what came would stay at 0."""
+        return done % self.reselect == self.gather and done < self.steps
 
     def proportion(self, done: int) -> float:
         """p."""
@@ -131,6 +130,7 @@ class SpielTuner:
 
     def __init__(self, model: nn.Module, settings: Spiel, keep: Mapping[str, KeepBits], seed: int) -> None:
         self.settings, self.keep = settings, dict(keep)
+        self.always = dict(keep) if settings.exchange else {}  # what was kept at all times: all else began at 0
         self.parameters = parameters_of_linears(model)
         self.gradients: dict[str, Entries] = {}
         self.at_candidates: dict[str, Tensor] = {}
@@ -164,9 +164,11 @@ class SpielTuner:
         return nullcontext()
 
     def state(self) -> dict[str, Tensor]:
-        """Entries, their moments or accumulators, what the phase under way has gathered, and what is kept."""
+        """Entries, their moments or accumulators, what the phase under way has gathered, and what is, and always was,
+        kept."""
         entries = {f"{name}/{key}": value for name, tuned in self.tuned.items() for key, value in vars(tuned).items()}
-        return entries | {f"{name}/keep": bits.bits for name, bits in self.keep.items()}
+        kept = {"keep": self.keep, "always": self.always}
+        return entries | {f"{name}/{key}": bits.bits for key, by_name in kept.items() for name, bits in by_name.items()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -174,9 +176,10 @@ class SpielTuner:
         for name, parameter in self.parameters.items():
             device, own = parameter.device, f"{name}/"
             found = {key.removeprefix(own): value for key, value in state.items() if key.startswith(own)}
-            if name in self.keep:
-                self.keep[name] = KeepBits.packed(found.pop("keep").to(device, copy=True), parameter.shape)
-                self.keep[name].clear_(parameter)
+            for key, by_name in (("keep", self.keep), ("always", self.always)):
+                if name in by_name:
+                    by_name[name] = KeepBits.packed(found.pop(key).to(device, copy=True), parameter.shape)
+                    by_name[name].clear_(parameter)
             self.tuned[name] = Tuned(**{key: value.to(device, copy=True) for key, value in found.items()})
             self.tuned[name].gathered = found["gathered"].clone()
             self._write(name)
@@ -242,9 +245,11 @@ class SpielTuner:
         others[pruned] = False
         ordered = torch.empty_like(slots)
         ordered[~stays], ordered[stays] = slots[pruned], slots[others]
+        shape, always = self.keep[name].shape, self.always[name].mask().view(-1)
         mask[tuned.indices[ordered[~stays]]] = False
+        self.always[name] = KeepBits.of((always & mask).view(shape))
         mask[coming] = True
-        self.keep[name] = KeepBits.of(mask.view(self.keep[name].shape))
+        self.keep[name] = KeepBits.of(mask.view(shape))
         return ordered, stays
 
     def _write(self, name: str) -> None:

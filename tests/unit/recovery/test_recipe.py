@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from families import tiny
+from families import SIZES, tiny
 from torch import distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM, OlmoConfig
 
 from besa_exp.presets import preset, presets
 from besa_exp.recovery.lora import Lora
@@ -111,6 +112,8 @@ def test_what_only_the_loaded_model_shows_is_refused() -> None:
     assert "use recovery.scope=block" in check_fit(blocks, side_by_side)[0]
     assert check_fit(blocks, one_after_the_other) == []
     assert "start several with torchrun" in check_fit(asked(shard=True), one_after_the_other)[0]
+    bare = AutoModelForCausalLM.from_config(OlmoConfig(**SIZES))
+    assert "has no norm and no bias" in check_fit(asked("norms"), bare)[0]
     assert "model.dtype=bfloat16" in check_fit(asked("mezo"), one_after_the_other.half())[0]
 
 
@@ -153,6 +156,9 @@ def test_a_window_longer_than_the_context_and_a_rounded_model_are_refused() -> N
     assert check_recovery(asked("sparsegrad", lr=None, steps=101), 0.0, "unstructured", 512) == []
     assert "no step is left" in check_recovery(asked("sparsegrad", steps=10), 0.0, "unstructured", 512)[0]
     assert check_recovery(asked("sparsegrad", steps=11), 0.0, "unstructured", 512) == []
+    assert "all entries are exchanged" in check_recovery(asked("spiel", lr=None, steps=50), 0.5, "2:4", 512)[0]
+    for steps in (40, 51):
+        assert check_recovery(asked("spiel", lr=None, steps=steps), 0.5, "2:4", 512) == []
     assert "names no linear" in check_recovery(asked("sparsegrad", kinds=()), 0.0, "unstructured", 512)[0]
     assert "2:4 is lost" in check_recovery(asked("spiel", exchange=True), 0.5, "2:4", 512)[0]
     assert check_recovery(asked("spiel", exchange=True), 0.5, "unstructured", 512) == []

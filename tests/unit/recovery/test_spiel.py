@@ -27,8 +27,12 @@ def stepped(method, numbers, dtype=torch.float32, state=None):
     if state is not None:
         tuner.load(state)
     for number in numbers:
-        tuner.step(NextToken(model), WINDOWS[2 * number % 12 :][:2], number, 1.0)
+        step(model, tuner, number)
     return model, keep, tuner
+
+
+def step(model, tuner, number):
+    tuner.step(NextToken(model), WINDOWS[2 * number % 12 :][:2], number, 1.0)
 
 
 @pytest.mark.parametrize(("dtype", "decay"), [(torch.float32, 0.0), (torch.float32, 10.0), (torch.float16, 0.0)])
@@ -76,16 +80,20 @@ def test_entries_are_unique_and_in_the_mask_their_number_stays_and_zeros_with_it
 
 
 @pytest.mark.parametrize("method", [AG, SM3, EXCHANGE], ids=["ag", "sm3", "exchange"])
-@pytest.mark.parametrize("at", [4, 5, 6])
-def test_a_tuner_goes_on_inside_a_phase_of_selection_with_the_same_bits(method, at):
+def test_a_tuner_goes_on_inside_a_phase_of_selection_with_the_same_bits(method):
     """4: one step of the phase is gathered, 5: two, 6: the exchange is done."""
-    whole, _, expected = stepped(method, range(8))
-    _, _, tuner = stepped(method, range(at))
-    assert bool(tuner.gathering) == (method.selection == "ag")
-    model, _, again = stepped(method, range(at, 8), state={key: value.clone() for key, value in tuner.state().items()})
-    assert_same_bits(whole, model)
-    for name, value in expected.state().items():
-        assert torch.equal(value, again.state()[name]), name
+    whole, _, expected = stepped(method, range(4))
+    states = {}
+    for at in (4, 5, 6):
+        assert bool(expected.gathering) == (method.selection == "ag")
+        states[at] = {key: value.clone() for key, value in expected.state().items()}
+        step(whole, expected, at)
+    step(whole, expected, 7)
+    for at, state in states.items():
+        model, _, again = stepped(method, range(at, 8), state=state)
+        assert_same_bits(whole, model)
+        for name, value in expected.state().items():
+            assert torch.equal(value, again.state()[name]), name
 
 
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
@@ -127,6 +135,19 @@ def test_exchanged_zeros_are_as_many_and_lie_elsewhere():
     assert came > 10
     _, _, later = stepped(EXCHANGE, range(9))
     assert {name: bits.count for name, bits in later.keep.items()} == {name: bits.count for name, bits in keep.items()}
+
+
+def test_what_was_pruned_and_came_back_began_at_zero_for_a_run_that_goes_on_too():
+    often = replace(EXCHANGE, steps=99, lr=5e-2, reselect=3, gather=1, first=1.0)
+    whole, _, tuner = stepped(often, range(20))
+    model, _, _ = stepped(often, [], state={key: value.clone() for key, value in tuner.state().items()})
+    assert_same_bits(whole, model)
+
+
+def test_nothing_is_exchanged_after_the_last_step():
+    """What comes begins at 0."""
+    _, _, tuner = stepped(replace(AG, steps=2), range(2))
+    assert all(tuned.deltas.all() for tuned in tuner.tuned.values())
 
 
 def test_of_what_goes_the_smallest_weights_are_pruned_for_what_comes_from_outside_the_mask():
