@@ -2,13 +2,13 @@
 
     W~ = P^T W Q,   G~ = P^T G Q with its k largest |entries| alone;   W~ by AdamW,   W = P W~ Q^T
 
-P and Q are a HOSVD of gradients G_n of a few steps, of all linears of a kind (`mlp.up_proj` of every block): P the
-eigenvectors of sum_n G_n G_n^T, Q those of sum_n G_n^T G_n, the same subspaces as the singular vectors of the
-unfoldings without an unfolding in memory. The authors' code has Q transposed: it is still orthogonal, but no longer the
-basis. On stories260K the largest 1 % of the entries of a new gradient of `up` hold 0.35 of its energy in these
-coordinates, 0.22 in plain ones and 0.20 in theirs. It also takes the k-th largest signed entry for a threshold of
-|entries|, so that about 2 k are kept; here k are, ties to the first. As there, G is the gradient of what passes the
-model together (`micro_batch`), and a step sums what is kept of each.
+P and Q are a HOSVD of gradients G_n of a few steps, of all linears of a kind and a shape (`mlp.up_proj` of every
+block; a shared expert's has another): P the eigenvectors of sum_n G_n G_n^T, Q those of sum_n G_n^T G_n, the same
+subspaces as the singular vectors of the unfoldings without an unfolding in memory. The authors' code has Q transposed:
+it is still orthogonal, but no longer the basis. On stories260K the largest 1 % of the entries of a new gradient of `up`
+hold 0.35 of its energy in these coordinates, 0.22 in plain ones and 0.20 in theirs. It also takes the k-th largest
+signed entry for a threshold of |entries|, so that about 2 k are kept; here k are, ties to the first. As there, G is the
+gradient of what passes the model together (`micro_batch`), and a step sums what is kept of each.
 
 For dense models alone: each entry of W~ moves all of W, so that no zero of W would stay. For one process: the bases are
 those of the gradients that it has seen.
@@ -95,10 +95,13 @@ class SparseGradTuner:
 
     def __init__(self, model: nn.Module, settings: SparseGrad) -> None:
         self.model, self.settings, self.keep = model, settings, {}
-        found = parameters_of_linears(model).items()
-        self.parameters = {
-            name: parameter for name, parameter in found if parameter.dim() == 2 and self._kind(name) is not None
-        }
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.kinds: dict[str, str] = {}
+        for name, parameter in parameters_of_linears(model).items():
+            kind = next((kind for kind in settings.kinds if name.endswith(f"{kind}.weight")), None)
+            if kind is not None and parameter.dim() == 2:
+                self.parameters[name] = parameter
+                self.kinds[name] = f"{kind} {len(parameter)}x{parameter.shape[1]}"
         if not self.parameters:
             raise ValueError(f"recovery.kinds={','.join(settings.kinds)}: the model has no linear of these names")
         self.products: dict[str, tuple[Tensor, Tensor]] = {}
@@ -140,12 +143,8 @@ class SparseGradTuner:
             self.descent = self._descent()
             self.descent.load(state)
 
-    def _kind(self, name: str) -> str | None:
-        return next((kind for kind in self.settings.kinds if name.endswith(f"{kind}.weight")), None)
-
     def _gather(self, name: str, gradient: Tensor) -> None:
-        kind, found = self._kind(name), gradient.float()
-        assert kind is not None
+        kind, found = self.kinds[name], gradient.float()
         own = (found @ found.T, found.T @ found)
         before = self.products.get(kind)
         self.products[kind] = own if before is None else (before[0] + own[0], before[1] + own[1])
@@ -155,9 +154,7 @@ class SparseGradTuner:
         bases = {kind: (basis(left), basis(right)) for kind, (left, right) in self.products.items()}
         forms = {}
         for name, parameter in self.parameters.items():
-            kind = self._kind(name)
-            assert kind is not None
-            P, Q = bases[kind]
+            P, Q = bases[self.kinds[name]]
             rotated = P.T @ parameter.detach().float() @ Q
             forms[name] = Rotated(rotated, P, Q, max(1, math.floor(self.settings.share * rotated.numel())))
         return Descent(self.model, forms, self.settings.adam, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -63,6 +64,26 @@ def test_the_weights_come_back_from_their_coordinates():
         weight = model.get_parameter(name).detach()
         form.write(back := torch.empty_like(weight))
         torch.testing.assert_close(back, weight, rtol=1e-4, atol=1e-5)
+
+
+def test_bases_are_those_of_the_gradients_of_all_linears_of_a_kind_and_a_shape():
+    """Of square ones too, which either side's basis would fit."""
+    model, _ = pruned_llama(pruned=0)
+    plain = copy.deepcopy(model).requires_grad_()
+    NextToken(plain).differentiate(WINDOWS[:1])
+    tuner = SparseGrad(gather=1, kinds=("_proj",)).begin(model, {}, 0)
+    tuner.step(NextToken(model), WINDOWS[:1], 0, 1.0)
+    forms = tuner._descent().forms
+    gradients = {name: plain.get_parameter(name).grad for name in forms}
+    assert len({gradient.shape for gradient in gradients.values()}) > 2
+    for name, form in forms.items():
+        alike = [other for other in gradients.values() if other.shape == gradients[name].shape]
+        assert isinstance(form, Rotated)
+        for basis, products in ((form.P, [G @ G.T for G in alike]), (form.Q, [G.T @ G for G in alike])):
+            energies = (basis.T @ sum(products) @ basis).double()
+            bound = 1e-4 * float(energies.max())
+            torch.testing.assert_close(energies, energies.diagonal().diag(), rtol=0, atol=bound)
+            assert (energies.diagonal().diff() <= bound).all()
 
 
 @pytest.mark.parametrize("at", [1, 4])
