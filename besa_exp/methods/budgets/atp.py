@@ -24,6 +24,8 @@ from besa_exp.methods.budgets.trial import Trial
 from besa_exp.rules import Count, Fraction, check_fields
 from besa_exp.tensors.importance import Importance, ImportanceName
 
+NEAR = 1e-9  # of a step, by which 2 (1 - s) = 0.3999999999999999 may fail to be whole steps
+
 
 @dataclass(frozen=True)
 class Atp:
@@ -39,7 +41,7 @@ class Atp:
     def progressions(self, sparsity: float, num_blocks: int) -> list[Float[Tensor, " block"]]:
         """The progressions that are tried, the uniform one first."""
         place = torch.arange(num_blocks, dtype=torch.float64) / max(1, num_blocks - 1)
-        count = int(min(2 * sparsity, 2 * (1 - sparsity)) / self.step) + 1
+        count = int(min(2 * sparsity, 2 * (1 - sparsity)) / self.step + NEAR) + 1
         return [sparsity + number * self.step * (place - place.mean()) for number in range(count)]
 
     def search(self, trial: Trial, sparsity: float, progress: Progress) -> Float[Tensor, " block"]:

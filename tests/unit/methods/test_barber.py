@@ -19,7 +19,14 @@ from besa_exp.blocks.probe import probe_loss
 from besa_exp.blocks.pruner import PrunedBlock, Pruner, Task
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
 from besa_exp.methods.pruners.uniform import Uniform
-from besa_exp.methods.updates.barber import Barber, barber_metric, exchanged, parts_of, squared_gradients
+from besa_exp.methods.updates.barber import (
+    Barber,
+    barber_metric,
+    exchanged,
+    exchanges,
+    parts_of,
+    squared_gradients,
+)
 from besa_exp.methods.updates.updated import Update, Updated
 from besa_exp.tensors.masks import Goal
 
@@ -91,6 +98,13 @@ def test_as_many_pairs_are_exchanged_as_a_literal_count_says():
     expected = {0.4: [0, 1, 0, 1, 0, 1], 0.5: [1, 0, 0, 1, 0, 1], 1.0: [1, 0, 1, 0, 0, 1]}
     for ratio, kept in expected.items():
         assert exchanged({"a": metric}, {"a": mask}, "row", ratio)["a"].int().tolist() == [kept]
+
+
+def test_exchanges_of_any_number_of_pairs_are_counted_exactly():
+    pairs = torch.tensor([0, 90, 3_495_263, 2**24 + 3])
+    assert exchanges(pairs, 0.7).tolist() == [0, 63, 2_446_684, 11_744_053]
+    assert exchanges(pairs, 0.3).tolist() == [0, 27, 1_048_578, 5_033_165]
+    assert exchanges(pairs, 1.0).tolist() == pairs.tolist()
 
 
 def test_ties_and_empty_sides_change_nothing():

@@ -286,6 +286,7 @@ def test_atp_keeps_its_mean_and_its_bounds_over_many_blocks() -> None:
             assert wishes.diff().max() == pytest.approx(float(wishes.diff().min()))
             assert -1e-9 <= float(wishes[0]) <= float(wishes[-1]) <= 1 + 1e-9
     assert len(Atp().progressions(0.5, 32)) == 17
+    assert len(Atp(step=0.1).progressions(0.8, 32)) == 5  # 2 (1 - 0.8) is 0.3999999999999999
 
 
 def test_evopress_finds_the_best_levels_of_all() -> None:
