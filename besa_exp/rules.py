@@ -119,6 +119,8 @@ def _broken(value: Any, hint: Any) -> str | None:
         return _broken(value, inner[0]) or (None if inner[1].holds(value) else inner[1].said)
     if origin is Literal:
         return None if value in inner else one_of(*map(str, inner)).said
+    if origin is dict and not isinstance(value, Mapping):
+        return "be a table of keys and values"
     if origin in (tuple, dict):
         parts = value.values() if origin is dict else value if isinstance(value, list | tuple) else [value]
         return next(filter(None, (_broken(part, inner[origin is dict]) for part in parts)), None)

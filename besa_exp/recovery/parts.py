@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from besa_exp.blocks.reports import RecoveryReport
@@ -24,7 +23,7 @@ from besa_exp.texts.tuning_text import tuning_tokens
 
 def parts_of(
     asked: RecoverySettings,
-    source: str | Sequence[str] | Int[Tensor, "sample seq"],
+    source: str | Sequence[str] | Tensor,
     path: Path,
     tokenizer: Tokenizer | None,
     vocabulary: int,

@@ -96,7 +96,7 @@ def given_calibration(
 
     ConfigurationError: a text without a tokenizer, too little text, or tokens that do not fit the model."""
     if isinstance(given, Tensor):
-        input_ids, provenance = _exact_tokens(given), {"given": "tokens"}
+        input_ids, provenance = exact_tokens(given), {"given": "tokens"}
     elif tokenizer is None:
         raise ConfigurationError("texts need a tokenizer; give one, or a tensor of token ids [sample, seq]")
     else:
@@ -112,7 +112,8 @@ def given_calibration(
     return Calibration(input_ids, tokens_sha256(input_ids), settings.name, provenance)
 
 
-def _exact_tokens(given: Tensor) -> Int[Tensor, "sample seq"]:
+def exact_tokens(given: Tensor) -> Int[Tensor, "sample seq"]:
+    """On the CPU. ConfigurationError: no whole numbers [sample, seq]."""
     if given.ndim != 2 or given.is_floating_point() or given.shape[0] < 1 or given.shape[1] < 2:
         raise ConfigurationError(
             f"tokens of shape {list(given.shape)} and {given.dtype}: they must be whole numbers [sample, seq], at "

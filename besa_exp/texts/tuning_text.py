@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from besa_exp.errors import ConfigurationError, Unavailable
+from besa_exp.texts.calibration import exact_tokens
 from besa_exp.texts.files import column_texts, format_of
 from besa_exp.texts.sources import COLUMN, SET_NAMES, is_token_file, read_text
 from besa_exp.texts.token_stream import TokenStream, open_token_stream, write_token_stream
@@ -20,7 +21,7 @@ SHARD = 2**19  # documents of a file of rows that are held, and drawn from, at a
 
 
 def tuning_tokens(
-    source: str | Sequence[str] | Int[Tensor, "sample seq"],
+    source: str | Sequence[str] | Tensor,
     path: Path,
     *,
     tokenizer: Tokenizer | None,
@@ -53,7 +54,7 @@ def _documents(
     source: str | Sequence[str] | Tensor, tokenizer: Tokenizer | None, seed: int, offline: bool, column: str
 ) -> Iterator[Int[Tensor, " tokens"]]:
     if isinstance(source, Tensor):
-        yield source.flatten()
+        yield exact_tokens(source).flatten()
     elif isinstance(source, str) and is_token_file(source):
         yield read_token_file(Path(source).expanduser()).flatten()
     elif tokenizer is None:
@@ -86,9 +87,9 @@ def _shards(source: str | Sequence[str], offline: bool, column: str) -> Iterator
 
 def _checked(documents: Iterator[Int[Tensor, " tokens"]], vocabulary: int, named: str) -> Iterator[Tensor]:
     for document in documents:
-        if len(document) and (greatest := int(document.max())) >= vocabulary:
+        if len(wrong := document[(document < 0) | (document >= vocabulary)]):
             raise ConfigurationError(
-                f"recovery on {named}: token id {greatest} is not in the model's vocabulary of {vocabulary}; give a "
-                "text, or tokens that this model's tokenizer made"
+                f"recovery on {named}: token id {int(wrong.max())} is not in the model's vocabulary of {vocabulary}; "
+                "give a text, or tokens that this model's tokenizer made"
             )
         yield document

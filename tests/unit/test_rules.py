@@ -74,6 +74,7 @@ def test_values_are_held_to_their_limits(rule: Rule, inside: list[Any], outside:
         ({"ratios": (1, 2)}, "group.ratios=[1,2]: must be above 0 and at most 1; write for example group.ratios=[0.5]"),
         ({"dense": 1}, "group.dense=1: must be true or false; write for example group.dense=false"),
         ({"inner": 1}, "group.inner=1: must be Inner, or the name of a preset"),
+        ({"published": 5}, "group.published=5: must be a table of keys and values"),
         ({"published": {"c4": {64: -1}}}, "group.published={'c4': {64: -1}}: must be above 0"),
     ],
 )

@@ -84,6 +84,22 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["t"]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "told"),
+    [
+        ([[1, -100, 3]], "token id -100 is not in the model's vocabulary of 64"),
+        ([[1, -100, 64]], "token id 64 is not in the model's vocabulary of 64"),
+        ([[1.5, 2.0]], r"torch\.float32: they must be whole numbers"),
+    ],
+)
+def test_given_tokens_that_are_no_ids_of_the_model_are_refused(tmp_path, tokens, told):
+    with pytest.raises(ConfigurationError, match=told):
+        tuning_text.tuning_tokens(
+            torch.tensor(tokens), tmp_path / "t", tokenizer=None, vocabulary=64, most=9, seed=0, offline=True
+        )
+    assert not (tmp_path / "t").exists()
+
+
 def test_a_large_text_is_drawn_shard_by_shard_and_read_no_further_than_it_takes(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning_text, "SHARD", 4)
     rows = [json.dumps({"text": letter * 5}) for letter in "abcdefgh"]
