@@ -35,8 +35,6 @@ from besa_exp.methods.structure.method import DenseModel
 from besa_exp.methods.structure.shortgpt import Removed, amount, amount_problems, check_amount, without
 from besa_exp.rules import CountOrZero, Fraction, check_fields, one_of
 
-LOSSES = ("kl", "cross_entropy")
-
 LossOf = Callable[[Sequence[Hidden]], Float[Tensor, " model"]]
 """Of each tried model the last block's outputs of this rank's samples to the sum of their loss."""
 
@@ -114,7 +112,7 @@ class Sleb:
     ratio: Fraction | None = None
     early_barrier: CountOrZero = 1
     latter_barrier: CountOrZero = 1
-    loss: Annotated[str, one_of(*LOSSES)] = "kl"
+    loss: Annotated[str, one_of("kl", "cross_entropy")] = "kl"
 
     narrows = False
     saved_as = None
@@ -187,6 +185,6 @@ class Sleb:
                     f"structure=sleb: without any of the blocks {candidates} the loss is not finite, after the removal "
                     f"of {removed}; load the model in float32 or bfloat16 (model.dtype)"
                 )
-            removal = Removal(min(finite, key=lambda block: (finite[block], block)), losses, passes)
+            removal = Removal(min(finite, key=finite.__getitem__), losses, passes)  # of equals the earliest
             removed.append(removal.block)
             yield removal

@@ -172,6 +172,15 @@ def test_every_family_whose_ffn_comes_after_attention_can_skip_and_others_are_re
     assert course.fraction == 1.0
 
 
+def test_a_prompt_of_two_tokens_passes_a_block_by():
+    model, ids = tiny("llama"), IDS[:2, :2] % 60 + 3
+    with passing_prompts(model, (1,), 2):
+        expected = model(ids, use_cache=False).logits
+    with torch.no_grad(), prefill_skipping(model, (1,)) as course:
+        torch.testing.assert_close(model(ids, use_cache=True).logits, expected, rtol=1e-4, atol=1e-5)
+    assert (course.skipped, course.counted) == (4, 8)
+
+
 OTHER_KEYS = {"phi3", "olmo2", "stablelm", "gpt_neox", "opt", "opt_350m", "bloom", "falcon", "gpt2", "olmoe"}
 
 

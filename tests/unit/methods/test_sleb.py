@@ -137,6 +137,11 @@ def test_a_loss_that_is_not_finite_is_never_chosen_and_none_at_all_is_an_error()
         searched(Sleb(1), loss_of=lambda tried: torch.full((len(tried),), math.nan))
 
 
+def test_of_equal_losses_the_earliest_block_goes():
+    found = searched(Sleb(2), loss_of=lambda tried: torch.ones(len(tried)))
+    assert [removal.block for removal in found] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
