@@ -60,18 +60,10 @@ class Full:
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> Descent:
         """All parameters, each tied one once; of a model that is dealt out (`sharded`) the own rows."""
-        named = dict(model.named_parameters())
         left = set() if self.embeddings else embeddings_of(model)
-        return Descent(
-            model,
-            {
-                name: Kept.of(own(parameter), own_keep(keep.get(name), parameter))
-                for name, parameter in named.items()
-                if name not in left
-            },
-            self.adam,
-            keep,
-        )
+        named = {name: parameter for name, parameter in model.named_parameters() if name not in left}
+        forms = {name: Kept.of(own(one), own_keep(keep.get(name), one)) for name, one in named.items()}
+        return Descent(model, forms, self.adam, keep)
 
 
 def embeddings_of(model: nn.Module) -> set[str]:

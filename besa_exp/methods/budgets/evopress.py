@@ -57,7 +57,7 @@ class EvoPress:
 
     def __post_init__(self) -> None:
         check_fields(self, "budget")
-        if len(self.tokens) != len(self.survivors) or not self.tokens or min(*self.tokens, *self.survivors) < 1:
+        if len(self.tokens) != len(self.survivors) or not self.tokens:
             raise ValueError(
                 f"budget.tokens={[*self.tokens]}, budget.survivors={[*self.survivors]}: must be as many numbers above "
                 "0 in both, one a selection; the authors use [2048,16384,65536] and [8,2,1]"

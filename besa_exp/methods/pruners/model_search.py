@@ -119,7 +119,8 @@ class ModelRows:
             counts = {name: (~keep_masks[name]).sum(dim=1).to(block.device) for name in rows.weights}
             room.append(_room(rows.weights, shared))
             block.outputs(states, whole.batch_size, room[-1].fill(rows, counts), out=states)
-            all_rows.append(_without_weights(rows))
+            shapes = {name: weight.to("meta") for name, weight in weights.items()}  # a streamed block's weights go
+            all_rows.append(replace(rows, weights=shapes))
             counted += counts.values()
         capacity, pruned = torch.cat([rows.columns for rows in all_rows]), torch.cat(counted)
         return ModelRows(whole, all_rows, room, capacity, pruned.to(capacity) / capacity, int(pruned.sum()))
@@ -166,11 +167,6 @@ class ModelRows:
     def _fill(self, counts: Sequence[Mapping[str, Tensor]], number: int, block: Block) -> Mapping[str, Tensor]:
         """The block's masked weights, in its buffers."""
         return self.room[number].fill(self._present(number, block), counts[number])
-
-
-def _without_weights(rows: Rows) -> Rows:
-    """Their shapes alone: a streamed block's weights go when it does."""
-    return replace(rows, weights={name: weight.to("meta") for name, weight in rows.weights.items()})
 
 
 def _room(weights: Mapping[str, Tensor], shared: dict[tuple[tuple[str, torch.Size], ...], Buffers]) -> Buffers:

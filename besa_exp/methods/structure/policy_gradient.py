@@ -62,22 +62,20 @@ from besa_exp.methods.structure.method import DenseModel
 from besa_exp.methods.structure.sleb import summed_entropies
 from besa_exp.methods.structure.widths import (
     IMPORTANCES,
-    SHAPES,
     Importances,
-    chosen,
     chosen_units,
     even_widths,
     importance_work,
     importances_by_name,
     kept_parameters,
     masked,
+    structure_of,
     width_amount_problems,
 )
 from besa_exp.rules import Count, CountOrZero, Fraction, Positive, Seed, check_fields, one_of, within
 
 KEPT_EVERY = 10  # steps
 PROBE = 4  # one of so many samples judges: twice the usual share, as losses of tokens tell little
-BASELINES = ("antithetic", "leave_one_out", "moving")
 
 
 @dataclass(frozen=True)
@@ -154,10 +152,10 @@ class PolicyGradient:
     spread: Positive = 0.25
     checks: CountOrZero = 10
     start: Annotated[str, one_of(*IMPORTANCES)] = "wanda_sp"
-    baseline: Annotated[str, one_of(*BASELINES)] = "antithetic"
+    baseline: Annotated[str, one_of("antithetic", "leave_one_out", "moving")] = "antithetic"
     window: Count = 5
     multiple: Count = 1
-    shape: Annotated[str, one_of(*SHAPES)] = "uniform"
+    shape: Annotated[str, one_of("uniform", "uneven")] = "uniform"
     save: Annotated[str, one_of(*SAVED_AS)] = "padded"
     seed: Seed = 0
 
@@ -229,7 +227,7 @@ class PolicyGradient:
     def decide(self, state: State, costs: Costs, dimensions: Dimensions) -> Structure:
         """What stays: the units of largest score that the budget holds."""
         scores = Importances(*_apart(state.scores if state.best is None else state.best, dimensions))
-        return chosen(scores, costs, dimensions, self.ratio, self.multiple, self.shape)
+        return structure_of(*chosen_units(scores, costs, dimensions, self.ratio, self.multiple, self.shape))
 
     def _pairs(self, model: Searched, state: State) -> State:
         """After a step with antithetic draws, a pair or more for each sample of the batch."""

@@ -31,7 +31,6 @@ from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel
 from besa_exp.rules import CountOrZero, Fraction, check_fields, one_of, within
 
-METRICS = ("influence", "angular")
 Removed = Annotated[int, within(least=1, note="as structure=null removes none")]
 SMALLEST = 1e-30  # of a product of norms
 
@@ -111,7 +110,7 @@ class ShortGPT:
 
     blocks: Removed | None = None
     ratio: Fraction | None = None
-    metric: Annotated[str, one_of(*METRICS)] = "influence"
+    metric: Annotated[str, one_of("influence", "angular")] = "influence"
     protect_first: CountOrZero = 0
     protect_last: CountOrZero = 0
 

@@ -34,7 +34,6 @@ from besa_exp.tensors.statistics import InputNorm
 
 OF_HEADS = ("self_attn.o_proj",)
 OF_CHANNELS = ("mlp.down_proj", "fc2", "mlp.dense_4h_to_h", "mlp.c_proj")
-SHAPES = ("uniform", "uneven")
 IMPORTANCES = ("wanda_sp", "magnitude", "random")
 
 
@@ -199,13 +198,6 @@ def width_amount_problems(costs: Costs, dimensions: Dimensions, ratio: float, mu
     ]
 
 
-def chosen(
-    scores: Importances, costs: Costs, dimensions: Dimensions, ratio: float, multiple: int = 1, shape: str = "uneven"
-) -> Structure:
-    """What `chosen_units` keeps."""
-    return _structure(*chosen_units(scores, costs, dimensions, ratio, multiple, shape))
-
-
 def chosen_units(
     scores: Importances, costs: Costs, dimensions: Dimensions, ratio: float, multiple: int = 1, shape: str = "uneven"
 ) -> tuple[Bool[Tensor, "block group"], Bool[Tensor, "block channel"]]:
@@ -229,7 +221,7 @@ def proportional(
     """Of every block as many groups and as many channels, in shares as equal as the budget and whole numbers allow: for
     importances of which those of heads and of channels cannot be compared."""
     groups, channels = ([number] * dimensions.blocks for number in even_widths(costs, dimensions, ratio, multiple))
-    return _structure(_largest(importances.groups, groups), _largest(importances.channels, channels))
+    return structure_of(_largest(importances.groups, groups), _largest(importances.channels, channels))
 
 
 def even_widths(costs: Costs, dimensions: Dimensions, ratio: float, multiple: int = 1) -> tuple[int, int]:
@@ -303,6 +295,7 @@ def _largest(rows: Float[Tensor, "block unit"], counts: list[int]) -> Bool[Tenso
     return ranks < torch.tensor(counts)[:, None]
 
 
-def _structure(groups: Bool[Tensor, "block group"], channels: Bool[Tensor, "block channel"]) -> Structure:
+def structure_of(groups: Bool[Tensor, "block group"], channels: Bool[Tensor, "block channel"]) -> Structure:
+    """All blocks, with these units."""
     kept = (tuple(tuple(row.nonzero().flatten().tolist()) for row in rows) for rows in (groups, channels))
     return Structure(tuple(range(len(groups))), *kept)

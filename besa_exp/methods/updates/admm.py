@@ -7,7 +7,7 @@ The kept weights of a linear shall give the dense outputs again:
 With G = X^T X scaled to a unit diagonal (inputs divided by their norms, weights multiplied by them), damped and
 factored once for all rows and iterations,
 
-    W_hat <- (G W + rho (Z - U)) (G + rho I)^-1,   Z <- keep_mask * (W_hat + U),   U <- U + W_hat - Z,
+    W_hat <- (W G + rho (Z - U)) (G + rho I)^-1,   Z <- keep_mask * (W_hat + U),   U <- U + W_hat - Z,
 
 rho = 1. Then conjugate gradients go on from Z within the kept weights, all rows at once. Boza also chooses the mask as
 the iterations go; here the pruner has chosen it.

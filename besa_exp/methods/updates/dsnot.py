@@ -3,7 +3,7 @@
 What a row lacks on average is the sum of its pruned W_ij times x_j, x_j the input summed over a sample's tokens. Cycle
 by cycle,
 
-1. of the pruned weights whose W_ij x_j is of the error's sign, the largest by the variance of input j comes back;
+1. of the pruned weights whose W_ij x_j is of the error's sign, that of the largest |W_ij x_j| / Var(x_j) comes back;
 2. of the kept weights whose W_ij x_j is of the other sign, that of least Wanda score |W_ij| ||X_j|| goes.
 
 Both lower the error's size. A row stops when that is at most `threshold`, before a cycle that would turn the error's

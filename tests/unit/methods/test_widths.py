@@ -16,7 +16,6 @@ from besa_exp.checkpoints.structure import Costs, Dimensions
 from besa_exp.methods.structure.widths import (
     Importances,
     carrying_linears,
-    chosen,
     chosen_units,
     column_importance,
     group_importance,
@@ -26,6 +25,7 @@ from besa_exp.methods.structure.widths import (
     narrowest,
     proportional,
     random_importances,
+    structure_of,
     width_amount_problems,
 )
 
@@ -80,7 +80,7 @@ def test_wanda_sp_sees_the_blocks_before_it_masked_and_magnitude_sees_no_inputs(
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
 @pytest.mark.parametrize("multiple", [1, 2])
 def test_uniform_widths_are_the_best_pair_of_numbers_that_fits(ratio, multiple):
-    found = chosen(SCORES, COSTS, DIMENSIONS, ratio, multiple, "uniform")
+    found = structure_of(*chosen_units(SCORES, COSTS, DIMENSIONS, ratio, multiple, "uniform"))
     budget, best = kept_parameters(COSTS, ratio), None
     for groups, channels in itertools.product(range(1, 4), range(multiple, 9, multiple)):
         size = 100 + 2 * (400 - 60 * (3 - groups) - 24 * (8 - channels))
@@ -98,7 +98,7 @@ def test_uniform_widths_are_the_best_pair_of_numbers_that_fits(ratio, multiple):
 
 def test_uneven_widths_go_by_score_and_leave_at_least_one_of_each():
     scores = Importances(torch.tensor([[0.1, 0.9, 0.8], [0.2, 0.15, 0.1]]), SCORES.channels)
-    found = chosen(scores, COSTS, DIMENSIONS, 0.55, 2, "uneven")
+    found = structure_of(*chosen_units(scores, COSTS, DIMENSIONS, 0.55, 2, "uneven"))
     assert found.groups is not None
     assert found.channels is not None
     assert found.groups[1] == (0,)  # the only one there though others score more
