@@ -6,6 +6,7 @@ import json
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -78,9 +79,15 @@ def test_a_course_that_only_makes_it_worse_ends_with_the_pruned_model():
 FULL, LORA = Full(Adam(lr=3e-3)), Lora(Adam(lr=1e-2), rank=4)
 
 
+@cache
+def whole_course(method):
+    """Of a run that was not killed."""
+    return tuned(method, held_out=LEARNED)
+
+
 @pytest.mark.parametrize(("method", "killed_at"), [(FULL, 0), (FULL, 2), (FULL, 5), (LORA, 3)])
 def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(tmp_path, method, killed_at):
-    whole, expected = tuned(method, held_out=LEARNED)
+    whole, expected = whole_course(method)
     told = []
     with pytest.raises(Killed):
         tuned(method, folder=tmp_path, held_out=LEARNED, on_point=killing_at(killed_at, told))
@@ -99,7 +106,7 @@ def test_the_step_size_is_found_by_trial_once_and_the_course_is_that_of_the_size
     """Of sizes a hundred times too small and more the greatest, and a killed run does not search again."""
     searched = replace(PLAN, trial=3)
     small = Full(Adam(lr=3e-5))
-    given, expected = tuned(Full(Adam(lr=3e-3)), held_out=LEARNED)
+    given, expected = whole_course(FULL)
     with pytest.raises(Killed):
         tuned(small, searched, tmp_path, LEARNED, killing_at(1, []))
     with pytest.MonkeyPatch.context() as patch:
@@ -210,22 +217,20 @@ def test_sizes_that_ruin_the_model_are_not_taken():
 
 
 def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, caplog):
-    method = Full(Adam(lr=3e-3))
-    whole, _ = tuned(method, held_out=LEARNED)
     with pytest.raises(Killed):
-        tuned(method, folder=tmp_path, held_out=LEARNED, on_point=killing_at(4, []))
+        tuned(FULL, folder=tmp_path, held_out=LEARNED, on_point=killing_at(4, []))
     newest = max(tmp_path.glob("state-*.json"), key=lambda file: json.loads(file.read_text())["number"])
     weights = newest.with_suffix(".safetensors")
     content = bytearray(weights.read_bytes())
     content[-3] ^= 1
     weights.write_bytes(content)
-    model, _ = tuned(method, folder=tmp_path, held_out=LEARNED)
+    model, _ = tuned(FULL, folder=tmp_path, held_out=LEARNED)
     assert "is damaged" in caplog.text
-    assert_same_bits(model, whole)
+    assert_same_bits(model, whole_course(FULL)[0])
 
 
 def test_files_are_two_states_and_the_best_weights_that_they_name(tmp_path):
-    tuned(Full(Adam(lr=3e-3)), folder=tmp_path, held_out=LEARNED)
+    tuned(FULL, folder=tmp_path, held_out=LEARNED)
     names = {file.name for file in tmp_path.iterdir()}
     assert {name for name in names if name.startswith("state")} == {
         f"state-{slot}.{ending}" for slot in "ab" for ending in ("json", "safetensors")
@@ -235,15 +240,14 @@ def test_files_are_two_states_and_the_best_weights_that_they_name(tmp_path):
 
 
 def test_the_state_of_another_run_is_refused_with_what_differs(tmp_path):
-    tuned(Full(Adam(lr=3e-3)), folder=tmp_path)
+    tuned(FULL, folder=tmp_path)
     with pytest.raises(ConfigurationError, match=r"lr 0\.01, now 0\.02"):
-        tuned(Full(Adam(lr=3e-3)), folder=tmp_path, identity={"lr": 0.02})
+        tuned(FULL, folder=tmp_path, identity={"lr": 0.02})
 
 
 def test_a_full_disk_is_told_and_the_state_before_is_kept(tmp_path, monkeypatch):
-    method = Full(Adam(lr=3e-3))
     with pytest.raises(Killed):
-        tuned(method, folder=tmp_path, held_out=LEARNED, on_point=killing_at(3, []))
+        tuned(FULL, folder=tmp_path, held_out=LEARNED, on_point=killing_at(3, []))
 
     def no_room(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -253,9 +257,9 @@ def test_a_full_disk_is_told_and_the_state_before_is_kept(tmp_path, monkeypatch)
         with pytest.raises(
             RunError, match=r"No space left on device.*free disk space, then run the same command again"
         ):
-            tuned(method, folder=tmp_path, held_out=LEARNED)
-    model, _ = tuned(method, folder=tmp_path, held_out=LEARNED)
-    assert_same_bits(model, tuned(method, held_out=LEARNED)[0])
+            tuned(FULL, folder=tmp_path, held_out=LEARNED)
+    model, _ = tuned(FULL, folder=tmp_path, held_out=LEARNED)
+    assert_same_bits(model, whole_course(FULL)[0])
 
 
 def test_a_loss_that_is_not_finite_ends_the_course_with_the_best_weights(tmp_path):
