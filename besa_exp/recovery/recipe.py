@@ -23,8 +23,8 @@ from besa_exp.recovery.objective import TASK_LOSSES, Distillation, NextToken, ne
 from besa_exp.recovery.reconstruction import Blocks, Reconstruction
 from besa_exp.recovery.schedule import Schedule
 from besa_exp.recovery.sketch import Sketch
-from besa_exp.recovery.sparsegrad import SparseGrad, no_zero_stays
-from besa_exp.recovery.spiel import Spiel
+from besa_exp.recovery.sparsegrad import SparseGrad, kinds_in, no_zero_stays
+from besa_exp.recovery.spiel import Spiel, entries_of
 from besa_exp.recovery.tuner import Method, Objective
 from besa_exp.recovery.tuning import Plan
 from besa_exp.rules import broken_rules
@@ -133,6 +133,11 @@ def check_fit(asked: RecoverySettings, model: nn.Module) -> list[str]:
         problems.append("recovery=mezo: float16 rounds its small steps away; set model.dtype=bfloat16 or float32")
     if asked.name == "norms" and not norms_and_biases(model):
         problems.append("recovery=norms: this model has no norm and no bias with a weight; use recovery=lora")
+    method = method_of(asked)
+    if isinstance(method, SparseGrad) and not kinds_in(model, method.kinds):
+        problems.append(f"recovery.kinds={','.join(method.kinds)}: the model has no linear of these names")
+    if isinstance(method, Spiel) and not any(entries_of(model, method.density).values()):
+        problems.append(f"recovery.density={method.density}: leaves no linear an entry to tune; raise it")
     if asked.name in ("spiel", "sparsegrad") and distributed.num_ranks() > 1:
         problems.append(f"recovery={asked.name}: runs in one process; start it without torchrun")
     if asked.shard:

@@ -17,7 +17,7 @@ those of the gradients that it has seen.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -52,7 +52,7 @@ class SparseGrad:
             raise ValueError("recovery.kinds=[]: names no linear to tune; write for example recovery.kinds=[up_proj]")
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> SparseGradTuner:
-        """ValueError: the model is pruned, or has no linear of these kinds."""
+        """Of a model that has linears of these kinds (`recipe.check_fit`). ValueError: it is pruned."""
         if keep:
             raise ValueError(no_zero_stays(sparsity_of(model, keep)))
         return SparseGradTuner(model, self)
@@ -95,15 +95,8 @@ class SparseGradTuner:
 
     def __init__(self, model: nn.Module, settings: SparseGrad) -> None:
         self.model, self.settings, self.keep = model, settings, {}
-        self.parameters: dict[str, nn.Parameter] = {}
-        self.kinds: dict[str, str] = {}
-        for name, parameter in parameters_of_linears(model).items():
-            kind = next((kind for kind in settings.kinds if name.endswith(f"{kind}.weight")), None)
-            if kind is not None and parameter.dim() == 2:
-                self.parameters[name] = parameter
-                self.kinds[name] = f"{kind} {len(parameter)}x{parameter.shape[1]}"
-        if not self.parameters:
-            raise ValueError(f"recovery.kinds={','.join(settings.kinds)}: the model has no linear of these names")
+        self.kinds = kinds_in(model, settings.kinds)
+        self.parameters = {name: model.get_parameter(name) for name in self.kinds}
         self.products: dict[str, tuple[Tensor, Tensor]] = {}
         self.descent: Descent | None = None
 
@@ -158,6 +151,16 @@ class SparseGradTuner:
             rotated = P.T @ parameter.detach().float() @ Q
             forms[name] = Rotated(rotated, P, Q, max(1, math.floor(self.settings.share * rotated.numel())))
         return Descent(self.model, forms, self.settings.adam, {})
+
+
+def kinds_in(model: nn.Module, kinds: Sequence[str]) -> dict[str, str]:
+    """The kind and the shape of each linear of these kinds, such as `up_proj 172x64`; stacks of experts are none."""
+    found = {}
+    for name, parameter in parameters_of_linears(model).items():
+        kind = next((kind for kind in kinds if name.endswith(f"{kind}.weight")), None)
+        if kind is not None and parameter.dim() == 2:
+            found[name] = f"{kind} {len(parameter)}x{parameter.shape[1]}"
+    return found
 
 
 def basis(products: Float[Tensor, "side side"]) -> Float[Tensor, "side side"]:

@@ -135,8 +135,7 @@ class SpielTuner:
         self.gradients: dict[str, Entries] = {}
         self.at_candidates: dict[str, Tensor] = {}
         self.gathering = False
-        sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
-        counts = entries_of(sizes, settings.density, sum(parameter.numel() for parameter in model.parameters()))
+        counts = entries_of(model, settings.density)
         self.tuned = {
             name: Tuned.at(drawn_places(parameter, keep.get(name), counts[name], key_of(seed, name)), _flat(parameter))
             for name, parameter in self.parameters.items()
@@ -258,9 +257,10 @@ class SpielTuner:
         flat[tuned.indices] = without_negative_zeros((tuned.base.float() + tuned.deltas).to(flat.dtype))
 
 
-def entries_of(sizes: Mapping[str, int], density: float, parameters: int) -> dict[str, int]:
+def entries_of(model: nn.Module, density: float) -> dict[str, int]:
     """k of each linear: floor(N |W| / sum |W|), N = floor(density * parameters)."""
-    every, total = math.floor(density * parameters), sum(sizes.values())
+    sizes = {name: parameter.numel() for name, parameter in parameters_of_linears(model).items()}
+    every, total = math.floor(density * sum(own.numel() for own in model.parameters())), sum(sizes.values())
     return {name: every * size // total for name, size in sizes.items()}
 
 

@@ -8,7 +8,7 @@ import pytest
 from families import SIZES, tiny
 from torch import distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoModelForCausalLM, OlmoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from besa_exp.presets import preset, presets
 from besa_exp.recovery.lora import Lora
@@ -112,8 +112,11 @@ def test_what_only_the_loaded_model_shows_is_refused() -> None:
     assert "use recovery.scope=block" in check_fit(blocks, side_by_side)[0]
     assert check_fit(blocks, one_after_the_other) == []
     assert "start several with torchrun" in check_fit(asked(shard=True), one_after_the_other)[0]
-    bare = AutoModelForCausalLM.from_config(OlmoConfig(**SIZES))
+    bare = AutoModelForCausalLM.from_config(AutoConfig.for_model("olmo", **SIZES))
     assert "has no norm and no bias" in check_fit(asked("norms"), bare)[0]
+    assert "kinds=fc1: the model has no" in check_fit(asked("sparsegrad", kinds=("fc1",)), one_after_the_other)[0]
+    assert "an entry to tune" in check_fit(asked("spiel", density=1e-5), one_after_the_other)[0]
+    assert check_fit(asked("spiel", density=1e-3), one_after_the_other) == []
     assert "model.dtype=bfloat16" in check_fit(asked("mezo"), one_after_the_other.half())[0]
 
 
