@@ -36,7 +36,7 @@ PRUNERS = {  # name: (pruner, how far from a 50 % target its measured sparsity m
     "besa_paper": (BesaPaper(), 0.02, False),
     "besa": (Besa(checks=2), 0.0005, False),
     "besa_linear": (Besa(granularity="linear", checks=2), 0.0005, False),
-    "besa_reconstruct": (BesaReconstruct(Tuning(epochs=1, batch_size=4), group_size=32), 0.0005, True),
+    "besa_reconstruct": (BesaReconstruct(Tuning(epochs=1, batch_size=4, lr=0.01), group_size=32), 0.0005, True),
     "besa+reconstruct": (Updated(Besa(checks=2), Reconstruct(Tuning(epochs=1))), 0.0005, False),
     "wanda+obs": (Updated(Uniform(), Obs()), 0.0005, True),
     "wanda+admm": (Updated(Uniform(), Admm()), 0.0005, True),

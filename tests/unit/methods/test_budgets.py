@@ -55,7 +55,7 @@ PRUNERS = {
     "wanda+admm": Updated(Uniform(), Admm()),
     "sparsegpt": SparseGPT(group_size=32),
     "besa": Besa(checks=2),
-    "best": BesaReconstruct(Tuning(epochs=1, batch_size=4), group_size=32),
+    "best": BesaReconstruct(Tuning(epochs=1, batch_size=4, lr=0.01), group_size=32),
 }
 INPUT_IDS = torch.randint(0, 258, (8, 24), generator=torch.Generator().manual_seed(1))
 DENSE = tiny_llama(context=32).requires_grad_(False)
