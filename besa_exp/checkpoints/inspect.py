@@ -188,7 +188,8 @@ def _index(folder: Path, named: str | None) -> Path | None:
 def _names_in(index: Path) -> tuple[list[str], str | None]:
     """The files that an index names, or that it is none."""
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())), None
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted({Path(name).as_posix() for name in named}), None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         return [], f"{index}: cannot be read as an index ({error!r}); copy the model folder again"
 

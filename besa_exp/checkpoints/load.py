@@ -119,6 +119,7 @@ def _whole(settings: ModelSettings, folder: Path, config: PreTrainedConfig, devi
             use_safetensors=True,
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # these are refused by name
             device_map={"": device},
         )
     except torch.OutOfMemoryError:

@@ -9,14 +9,13 @@ from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from besa_exp.checkpoints.load import LoadedModel, model_context, vocabulary_size
 from besa_exp.errors import ConfigurationError
 from besa_exp.methods.given import check_kinds, check_methods
 from besa_exp.presets import METHOD_GROUPS, preset, preset_values, presets
 from besa_exp.rules import broken_rules
+from besa_exp.runs.model_object import check_model
 from besa_exp.runs.recover import check_recovery_of
 from besa_exp.runs.run import calibration_of
 from besa_exp.settings import CalibrationSettings, ModelSettings, RunSettings, TrackerSettings
@@ -103,20 +102,6 @@ def model_settings(path: str) -> ModelSettings:
 def _name(method: Any) -> str:
     """Of a preset or an object; an object is called by its class."""
     return method if isinstance(method, str) else getattr(method, "name", type(method).__name__.lower())
-
-
-def check_model(model: Any) -> list[str]:
-    """Why it is not a model that can be changed in place, in a complete sentence."""
-    names = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
-    classes = [cls.__name__ for cls in type(model).__mro__]
-    if isinstance(model, PreTrainedModel) and any(name in names or name.endswith("ForCausalLM") for name in classes):
-        absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-        remedy = "load the model without device_map and low memory options, or give its path and out="
-        return [f"{absent[0]} is not in memory (a meta tensor); {remedy}"] if absent else []
-    return [
-        f"{type(model).__name__} is no causal language model of transformers; give what "
-        "AutoModelForCausalLM.from_pretrained(...) returns, or the path of a model"
-    ]
 
 
 def plain(number: Any) -> Any:

@@ -20,7 +20,8 @@ from besa_exp.recovery.tuning import Point
 from besa_exp.recovery.tuning import tune as tune_model
 from besa_exp.rules import check_fields
 from besa_exp.runs.as_a_run import as_a_run
-from besa_exp.runs.python_request import SEQ_LEN, Texts, check_model, given_texts, plain
+from besa_exp.runs.model_object import check_model
+from besa_exp.runs.python_request import SEQ_LEN, Texts, given_texts, plain
 from besa_exp.settings import RecoverySettings
 
 

@@ -91,7 +91,7 @@ def test_a_config_that_is_not_json_of_keys_is_told(tmp_path: Path, name: str, te
     assert f"/{name}: cannot be read as JSON" in problem_of(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {"a": 5}}'])
 def test_an_index_that_is_no_index_is_told(tmp_path: Path, text: str) -> None:
     (written(tmp_path) / "model.safetensors.index.json").write_text(text)
     assert "cannot be read as an index" in problem_of(tmp_path)
