@@ -172,7 +172,7 @@ def unpacked_gguf(settings: ModelSettings) -> Path | None:
 
 def _check_all_loaded(settings: ModelSettings, model: nn.Module, loading: Mapping[str, Any]) -> None:
     """transformers only warns of weights that the files lack, and draws them at random, or hold beyond the model's."""
-    lacking = sorted([*loading["missing_keys"], *(str(found) for found in loading["mismatched_keys"])])
+    lacking = sorted([*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])])
     lacking += [name for name, parameter in model.named_parameters() if parameter.is_meta]
     left = without_ignored(model, loading["unexpected_keys"])
     where, kind = f"model.path={settings.path}: its files", type(model).__name__
@@ -210,8 +210,8 @@ def load_tokenizer(settings: ModelSettings, folder: Path) -> PreTrainedTokenizer
     """The tokenizer; None, and a warning, where there is none that loads."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error)  # a log that keeps the error keeps all that its frames hold: the model
+    except Exception as error:  # noqa: BLE001 - of any type, by what its files hold
+        reason = first_line(error)  # a log that keeps the error keeps all that its frames hold: the model
         logger.warning("%s has no tokenizer that loads (%s): only token files can be read", settings.path, reason)
         return None
 
