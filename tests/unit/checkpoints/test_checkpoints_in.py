@@ -86,7 +86,7 @@ def test_what_its_config_speaks_against_is_refused_before_and_while_loading(fold
 
 def test_a_value_of_its_config_that_transformers_refuses_is_told_with_its_reason(folder):
     change_config(folder, hidden_size="32")
-    with pytest.raises(ConfigurationError, match="'hidden_size': .*expected int"):
+    with pytest.raises(ConfigurationError, match=r"'hidden_size': .*expected int"):
         load_model(settings(folder), CPU, offline=True)
 
 
