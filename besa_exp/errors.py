@@ -13,7 +13,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 # Characters of a value that Hydra reads without quotes, as such or between others.
-UNQUOTED = re.compile(r"[\w/\-\\+.$%*@?|:~, ]", re.ASCII)
+UNQUOTED = re.compile(r"[\w/\-\\+.$%*@?|:, ]", re.ASCII)
 NAMES = {"'": "a quote", '"': "a quote"}
 
 

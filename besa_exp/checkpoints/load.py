@@ -25,7 +25,7 @@ from besa_exp.checkpoints.streaming import StreamedWeights, open_streamed
 from besa_exp.checkpoints.tensor_sources import without_ignored
 from besa_exp.checkpoints.transformers_config import dtype_of, read_config
 from besa_exp.errors import ConfigurationError, RunError, Unavailable, first_line
-from besa_exp.hub.client import NoSuchModel
+from besa_exp.hub.client import NoSuchModel, is_hub_id
 from besa_exp.machine import distributed
 from besa_exp.machine.memory import free_memory
 from besa_exp.settings import ModelSettings
@@ -231,6 +231,8 @@ def config_folder(settings: ModelSettings, offline: bool) -> Path:
 def _of_hub(fetch: Callable[[ModelSettings, bool], Path], settings: ModelSettings, offline: bool) -> Path:
     """What `fetch` fetches. ConfigurationError: the hub has no such model, or its files cannot be fetched."""
     where = f"model.path={settings.path}"
+    if not is_hub_id(settings.path):
+        raise ConfigurationError(f"{where}: there is no such folder, and it is no hub id (owner/name); check the path")
     try:
         return fetch(settings, offline)
     except NoSuchModel as error:

@@ -39,7 +39,6 @@ from besa_exp.runs.block_loop import BlockLoop, check_blocks
 from besa_exp.runs.prune import prune as prune_into
 from besa_exp.runs.prune_model import check_refinements
 from besa_exp.runs.python_request import (
-    GIVEN,
     Texts,
     for_paths_alone,
     given_texts,
@@ -51,6 +50,7 @@ from besa_exp.runs.python_request import (
 from besa_exp.settings import EvaluatorSettings, RecoverySettings, RunSettings
 from besa_exp.tensors.masks import Goal
 from besa_exp.texts.calibration import Calibration
+from besa_exp.texts.sources import GIVEN
 
 KeepMasks = Mapping[str, Bool[Tensor, "_out _in"]]
 logger = logging.getLogger(__name__)
@@ -234,7 +234,7 @@ def _pruned_into(
     on_block: Callable[[BlockReport], None],
 ) -> PruneReport:
     """A run in the folder `out`, as `besa prune` makes it."""
-    if out is None:
+    if out is None or not str(out).strip():
         raise ConfigurationError(
             f"{settings.model.path} is a path: give out=FOLDER, where the run goes, or prune a model object in place: "
             "model, tokenizer = besa_exp.load_model(path)"

@@ -21,10 +21,10 @@ from besa_exp.runs.run import calibration_of
 from besa_exp.settings import CalibrationSettings, ModelSettings, RunSettings, TrackerSettings
 from besa_exp.tensors.masks import Goal
 from besa_exp.texts.calibration import Calibration, given_calibration
+from besa_exp.texts.sources import GIVEN
 
 Texts = str | Path | Iterable[str] | Int[Tensor, "sample seq"]
 Given = str | Sequence[str] | Int[Tensor, "sample seq"]  # the same, as `given_texts` reads it
-GIVEN = ("given texts", "given tokens")  # as a calibration set is called that has no other name
 SEQ_LEN = 2048  # tokens of a window of given texts, or the model's context if that is less
 
 
@@ -176,4 +176,7 @@ def read_calibration(given: Given, settings: RunSettings, seq_len: int | None, l
         return calibration_of(calibration, settings.offline, loaded)
     if seq_len is None and calibration.name == GIVEN[0]:
         calibration = replace(calibration, seq_len=min(SEQ_LEN, context))
+    if loaded.tokenizer is not None and not callable(loaded.tokenizer):
+        kind = type(loaded.tokenizer).__name__
+        raise ConfigurationError(f"tokenizer: {kind} is none; give what AutoTokenizer.from_pretrained(...) returns")
     return given_calibration(given, calibration, loaded.tokenizer, context, vocabulary_size(loaded.model))

@@ -66,6 +66,12 @@ def settings_of(dense: Path, **asked: str) -> RunSettings:
     )
 
 
+def test_a_preset_takes_a_seed_and_no_values_that_would_be_dropped() -> None:
+    assert preset("pruner", "besa", seed=5).seed == 5
+    with pytest.raises(TypeError, match="epochs"):
+        preset("pruner", "besa", epochs=3)
+
+
 @pytest.mark.parametrize(
     "asked",
     [{"pruner": "best"}, {"pruner": "wanda", "update": "obs", "budget": "owl"}],
@@ -229,6 +235,12 @@ def test_settings_alone_say_what_a_configuration_says() -> None:
         ({"model_or_path": torch.nn.Module.to(tiny(), "meta")}, r"model\.embed_tokens\.weight is not in memory"),
         ({"model_or_path": torch.nn.DataParallel(tiny())}, r"give what it wraps, its \.module"),
         ({"model_or_path": "embedded"}, "is a path: give out=FOLDER"),
+        ({"model_or_path": "embedded", "out": ""}, "is a path: give out=FOLDER"),
+        (
+            {"model_or_path": "nowhere/at/all", "out": "mine"},
+            "nowhere/at/all: there is no such folder, and it is no hub",
+        ),
+        ({"texts_or_tokens": ["a text"], "tokenizer": "gpt2"}, "tokenizer: str is none; give what AutoTokenizer"),
         ({"texts_or_tokens": ["a text"]}, "need a tokenizer"),
         ({"texts_or_tokens": ["a text", None], "tokenizer": byte_tokenizer()}, "number 1 is NoneType, not text"),
         ({"texts_or_tokens": TOKENS.numpy()}, "token ids as a tensor"),
