@@ -19,7 +19,7 @@ from typing import Any
 from besa_exp.checkpoints.structure import Dimensions, Structure
 from besa_exp.errors import ConfigurationError
 
-COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 HEADS = ("num_attention_heads", "n_head")
 GROUPS = ("num_key_value_heads", "num_kv_heads")
 HIDDEN = ("hidden_size", "n_embd")

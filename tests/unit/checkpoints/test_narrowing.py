@@ -245,6 +245,7 @@ def test_lists_by_layer_and_numbers_of_layers_follow_the_blocks():
     assert told["mlp_only_layers"] == [1]
     assert told["max_window_layers"] == 2
     assert told["eos_token_id"] == [1, 2, 3, 4, 5, 6]
+    assert narrowed_config({"model_type": "mpt", "n_layers": 3, "d_model": 32}, Structure((0, 2)))["n_layers"] == 2
     smollm = config | {"no_rope_layers": [1, 1, 1, 0, 1, 1], "no_rope_layer_interval": 4}  # the list wins
     assert narrowed_config(smollm, Structure((1, 3, 5)))["no_rope_layers"] == [1, 0, 1]
     with pytest.raises(ValueError, match="no_rope_layer_interval=4"):
