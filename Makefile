@@ -111,12 +111,16 @@ budgets: $(STAMP)
 	$(BIN)/python experiments/best/collect.py
 	$(BIN)/besa report outputs/budgets --out outputs/budgets/report
 
-# Every method once at all targets and at 2:4; C4 and zero-shot accuracy, and three seeds, for the main ones at 50 %.
+# Every method once at all targets and at 2:4; C4 and three seeds for the main ones at 50 %; zero-shot accuracy for a larger
+# calibration set.
 REAL_RUN = $(BIN)/besa prune experiment=real_model
 REAL_MAIN := sparsegpt,besa_paper,besa,best
 REAL_TOKENS := outputs/real_model/tokens
-REAL_SCORES := 'evaluator.perplexity_sets=[$(REAL_TOKENS)/wikitext2.safetensors,$(REAL_TOKENS)/c4.safetensors]' \
+REAL_SCORES := 'evaluator.perplexity_sets=[$(REAL_TOKENS)/wikitext2.safetensors,$(REAL_TOKENS)/c4.safetensors]'
+# 500 questions a task, in bf16, of the dense model and of those that are saved
+REAL_ZERO_SHOT = evaluator=zero_shot evaluator.limit=500 evaluator.data_dir=$(SHARED)/data/zero_shot model.dtype=bfloat16 \
 	'evaluator.tasks=[piqa,boolq,arc_easy,arc_challenge,winogrande,hellaswag]'
+REAL_MEDIUM := sparsity=0.5 calibration.path=$(REAL_TOKENS)/calibration-medium-0.safetensors save.model=true
 REAL_RECOVERY = recovery.path=$(SHARED)/data/wikitext2/wiki.valid.raw recovery.steps=24 recovery.seq_len=512 \
 	recovery.held_out=8 recovery.checks=4
 
@@ -129,15 +133,21 @@ real-study: real-model
 	$(REAL_RUN) pruner=wanda,sparsegpt,besa,best sparsity=0.8
 	$(REAL_RUN) pruner=magnitude,wanda,ria,besa_linear,besa_reconstruct
 	$(REAL_RUN) pruner=besa pruner.scope=model
+	$(REAL_RUN) pruner=besa pruner.scope=sub_block,pair sparsity=0.5
 	$(REAL_RUN) pruner=besa pruner.scope=model pruner.model.steps=28 update=reconstruct sparsity=0.5,0.7
 	$(REAL_RUN) pruner=wanda update=admm
 	$(REAL_RUN) pruner=sparsegpt update=reconstruct
 	$(REAL_RUN) pruner=magnitude,wanda,ria,sparsegpt,best sparsity=0.5 pattern=2:4
 	$(REAL_RUN) pruner=besa sparsity=0.5 pattern=N:4
 	$(REAL_RUN) pruner=wanda sparsity=0.6,0.7 budget=owl,alpha,dlp,atp,learned,evopress
-	$(REAL_RUN) pruner=sparsegpt,besa sparsity=0.7 budget=owl,alpha,dlp,atp
+	$(REAL_RUN) pruner=sparsegpt,besa sparsity=0.6,0.7 budget=owl,alpha,dlp,atp
 	$(REAL_RUN) pruner=best sparsity=0.7 budget=alpha
 	$(REAL_RUN) pruner=best sparsity=0.6 save.model=true recovery=full $(REAL_RECOVERY)
+	$(REAL_RUN) pruner=sparsegpt,besa $(REAL_MEDIUM)
+	$(REAL_RUN) pruner=best pruner.model.steps=28 $(REAL_MEDIUM)
+	for run in outputs/real_model/runs/*-dense-0-s0-* $$(dirname outputs/real_model/runs/*-s0-*/model); do \
+		$(BIN)/besa evaluate checkpoint=$$run $(REAL_ZERO_SHOT) hydra.run.dir=outputs/real_model/zero_shot/$$(basename $$run) \
+			|| exit; done
 	$(BIN)/python experiments/real_model/losses.py
 	$(BIN)/python experiments/real_model/collect.py
 

@@ -33,6 +33,7 @@ SETS = (
     ("calibration", 32, 512),
     ("calibration-large", 128, 1024),
     ("calibration-small", 4, 512),
+    ("calibration-medium", 64, 1024),
 )  # windows, their tokens
 REAL_MODEL = Path("outputs/models/smollm2-135m-instruct")  # make real-model
 

@@ -89,9 +89,9 @@ def _checked(
         if again is not None and again is not config:
             _checked(composer, rest, again, unknown)
         return None, None
-    facts, problems = preflight_evaluation(settings, unknown)
-    composer.problems |= {problem: problem for problem in problems}
     folder = _folder(composer, config)
+    facts, problems = preflight_evaluation(settings, folder, unknown)
+    composer.problems |= {problem: problem for problem in problems}
     composer.problems |= {problem: problem for problem in check_scored_inputs(folder, settings)}
     if composer.problems or not (folder / "results.json").is_file():
         return settings, None

@@ -75,13 +75,14 @@ def preflight(
 
 
 def preflight_evaluation(
-    settings: EvaluationSettings, unknown: Collection[str] = ()
+    settings: EvaluationSettings, folder: Path, unknown: Collection[str] = ()
 ) -> tuple[ModelFolder | None, list[str]]:
-    """The facts of the checkpoint, None where they are not known yet, and the problems of scoring it."""
+    """The facts of the checkpoint, None where they are not known yet, and the problems of scoring it into `folder`."""
     run, model = run_and_model(settings.checkpoint)
     of_run = check_run(run) if run else []
     facts, problems = _check_shared(settings, [*unknown, *(["model"] if of_run else [])], True, "checkpoint")
-    if facts and run and (saved := saved_dtype(Path(model))) and settings.model.dtype not in ("auto", saved):
+    saved = saved_dtype(Path(model)) if facts and run and folder.resolve() == run.resolve() else None
+    if saved and settings.model.dtype not in ("auto", saved):
         problems.append(
             f"model.dtype={settings.model.dtype}: the scores of {run} are those of its model as saved, {saved}; leave "
             "model.dtype out, or name another folder with hydra.run.dir="

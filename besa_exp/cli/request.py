@@ -29,6 +29,7 @@ from besa_exp.run_folder.identity import check_finished
 from besa_exp.run_folder.inputs import check_run_inputs
 from besa_exp.run_folder.status import is_done
 from besa_exp.tensors.pattern import parse_pattern
+from besa_exp.texts.calibration_check import check_asked_windows
 
 CONFIG_NAME = "prune"
 # Groups whose preset may leave the path to the user, and what is unknown while the embedded one stands in for it.
@@ -244,7 +245,11 @@ def _check_settings(composer: Composer, job: Job, unknown: set[str]) -> None:
         return
     here = launcher_of(job.config).endswith(ON_THIS_MACHINE)
     problems |= {problem: problem for problem in preflight(settings, job.folder, unknown, here)}
-    if any(key_of(line) == "sparsity" for line in job.lines):
+    keys = {key_of(line) for line in job.lines}
+    if not {"calibration", "calibration.path"} & unknown:
+        asked = check_asked_windows(settings.calibration, {key.removeprefix("calibration.") for key in keys})
+        problems |= {problem: problem for problem in asked}
+    if "sparsity" in keys:
         problems |= _contradiction(settings.sparsity, settings.pattern)
 
 

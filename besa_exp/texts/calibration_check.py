@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from besa_exp.errors import ConfigurationError
@@ -41,6 +42,22 @@ def check_calibration(settings: CalibrationSettings, context: int | None) -> lis
             f"{key}={source}: a window of {seq_len} tokens exceeds the model's context of {context}; {remedy}"
         )
     return problems
+
+
+def check_asked_windows(settings: CalibrationSettings, asked: Collection[str]) -> list[str]:
+    """What was asked for, by `num_samples` and `seq_len`, that a token file does not have: it is taken as it is."""
+    if not settings.path or not is_token_file(settings.path):
+        return []
+    try:
+        windows, seq_len = token_file_shape(Path(settings.path).expanduser())
+    except (ConfigurationError, ValueError):  # check_calibration says it
+        return []
+    return [
+        f"calibration.{key}={given}: {settings.path} has {windows} windows of {seq_len} tokens, and a token file is "
+        "taken as it is; leave the key out, or write a file of other windows"
+        for key, given, has in (("num_samples", settings.num_samples, windows), ("seq_len", settings.seq_len, seq_len))
+        if key in asked and given != has
+    ]
 
 
 def _more_than_the_text(settings: CalibrationSettings, source: str) -> list[str]:

@@ -17,12 +17,13 @@ from results_figure import figure
 
 from besa_exp.display.markdown import markdown_table
 from besa_exp.display.missed_target import missed_by
-from besa_exp.report.runs import RunRecord, read_run
+from besa_exp.report.runs import RunRecord, ScoreRecord, read_run
 from besa_exp.report.studies import kept_records, over_seeds
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
 FIGURE = HERE.parents[1] / "docs" / "results.svg"
+ZERO_SHOT = Path("outputs/real_model/zero_shot")
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->"
 METHODS = (
     "dense",
@@ -41,6 +42,7 @@ METHODS = (
 """In the order of the tables; others follow by name."""
 UNSTRUCTURED = "unstructured"
 TARGETS = (0.5, 0.6, 0.7, 0.8)
+CALIBRATION = (32, 512)  # windows and their tokens, where a method's name says nothing else
 COLUMNS = (*((f"{100 * target:.0f} %", target, UNSTRUCTURED) for target in TARGETS), ("2:4", 0.5, "2:4"))
 """Title, target and pattern of the tables' columns."""
 
@@ -48,19 +50,39 @@ COLUMNS = (*((f"{100 * target:.0f} %", target, UNSTRUCTURED) for target in TARGE
 def record(run: RunRecord) -> dict[str, Any]:
     """What the study keeps of a run."""
     method = re.sub(r"path=\S*/", "path=", run.method.label.replace(f", {run.pattern}", ""))  # wherever a text lies
+    windows = run.calibration.get("num_samples"), run.calibration.get("seq_len")
+    if None not in windows and windows != CALIBRATION:
+        method += f", {windows[0]} x {windows[1]:,} tokens"
     by_row = run.pattern == "N:4"  # each row keeps an N of its own: beside 2:4, under a name that says so
     return {
+        "folder": run.path.name,
         "method": f"{method}, N:4" if by_row else method,
         "target": run.target,
         "pattern": "2:4" if by_row else run.pattern,
         "seed": run.seed,
         "measured": run.measured,
-        "scores": {score.measure.label: score.value for score in run.scores},
+        "scores": scores(run),
         "prune_processor_seconds": run.seconds.get("prune_processor"),
         "peak_host_bytes": run.memory.get("host"),
         "calibration_sha256": run.calibration.get("tokens_sha256"),
         "commit": run.environment.get("git_commit"),
     }
+
+
+def scores(run: RunRecord) -> dict[str, float]:
+    """{measure: value}; a task's measure says of how many questions."""
+
+    def label(score: ScoreRecord) -> str:
+        questions = score.facets.get("questions")
+        return score.measure.label + (f", {questions} questions" if questions else "")
+
+    return {label(score): score.value for score in run.scores}
+
+
+def with_zero_shot(rows: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The records with the scores that `besa evaluate` gave their saved models, in a folder of the run's name each."""
+    found = {path.parent.name: scores(read_run(path.parent)) for path in sorted(folder.glob("*/results.json"))}
+    return [row | {"scores": row["scores"] | found.get(row["folder"], {})} for row in rows]
 
 
 NOTE = """\
@@ -161,7 +183,8 @@ def main() -> None:
     """Reads the runs, writes the files."""
     folders = [Path(argument) for argument in sys.argv[1:]] or [Path("outputs/real_model/runs")]
     paths = [path.parent for folder in folders for path in sorted(folder.rglob("results.json"))]
-    rows = kept_records(HERE / "results.json", (record(read_run(path)) for path in paths), request)
+    found = with_zero_shot([record(read_run(path)) for path in paths], ZERO_SHOT)
+    rows = kept_records(HERE / "results.json", found, request)
     lines = ["Mean ± sample standard deviation over three seeds, or over as many as stand in brackets.", ""]
     for label in sorted({label for row in rows for label in row["scores"]}):
         lines += table(rows, label, digits=2 if label.endswith(".safetensors") else 3)

@@ -112,6 +112,15 @@ def test_a_sparsity_that_the_pattern_contradicts_is_refused(refused: Refusal) ->
     assert "the pattern makes it 0.5; leave sparsity out" in refused("pattern=2:4", "sparsity=0.7")
 
 
+def test_windows_that_a_token_file_does_not_have_are_refused(refused: Refusal, given: list[str]) -> None:
+    said = refused("calibration.num_samples=2", "calibration.seq_len=8", "sparsity=2")
+    file = given[1].partition("=")[2]
+    assert f"calibration.num_samples=2: {file} has 4 windows of 16 tokens, and a token file is taken as it is" in said
+    assert f"calibration.seq_len=8: {file} has" in said
+    said = refused("calibration.num_samples=4", "calibration.seq_len=16", "sparsity=2")  # as it is
+    assert "1 problem" in said
+
+
 def test_windows_beyond_the_context_are_refused(refused: Refusal, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("words " * 99)
     local = [f"calibration.path={tmp_path / 'text.txt'}", "calibration.seq_len=33"]

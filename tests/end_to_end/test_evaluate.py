@@ -203,6 +203,18 @@ def test_scores_in_another_dtype_are_not_taken_for_those_asked_for(ask: Ask, mod
     assert ask(*given, "model.dtype=bfloat16", "overwrite=true")[0] == 0
 
 
+def test_a_runs_model_is_scored_in_another_dtype_in_a_folder_of_its_own(run: Path, ask: Ask, tmp_path: Path) -> None:
+    given = [f"checkpoint={run}", "device=cpu", "evaluator=none", "model.dtype=bfloat16"]
+    given.append(f"evaluator.perplexity_sets=[{token_file(tmp_path / 'a.safetensors')}]")
+    before = results_in(run)
+    code, said = ask(*given)
+    assert code == 2
+    assert "as saved, float32; leave model.dtype out, or name another folder with hydra.run.dir=" in said
+    assert ask(*given, "hydra.run.dir=scores")[0] == 0
+    assert results_in(run) == before
+    assert results_in(Path("scores"))["measured_sparsity"] == before["measured_sparsity"]
+
+
 def test_scores_that_another_command_adds_while_the_model_loads_are_not_replaced(
     ask: Ask, given: list[str], model_dir: Path, tmp_path: Path
 ) -> None:
