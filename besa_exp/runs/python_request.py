@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -130,6 +131,8 @@ def given_texts(given: Any) -> Given:
     if isinstance(given, str | Path):
         return str(given)
     if isinstance(given, Tensor):
+        if given.dtype == torch.bool:
+            raise ConfigurationError("tokens of torch.bool are no token ids, but a mask; give input_ids")
         return given
     if isinstance(given, Mapping) or not isinstance(given, Iterable):
         raise ConfigurationError(

@@ -113,8 +113,7 @@ def given_calibration(
 
 
 def _exact_tokens(given: Tensor) -> Int[Tensor, "sample seq"]:
-    whole = not given.is_floating_point() and given.dtype != torch.bool  # which an attention mask is
-    if given.ndim != 2 or not whole or given.shape[0] < 1 or given.shape[1] < 2:
+    if given.ndim != 2 or given.is_floating_point() or given.shape[0] < 1 or given.shape[1] < 2:
         raise ConfigurationError(
             f"tokens of shape {list(given.shape)} and {given.dtype}: they must be whole numbers [sample, seq], at "
             "least one sample of two tokens"
