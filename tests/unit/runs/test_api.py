@@ -74,7 +74,7 @@ def test_a_path_that_is_none_is_refused() -> None:
 def test_a_preset_takes_a_seed_and_no_values_that_would_be_dropped() -> None:
     assert preset("pruner", "besa", seed=5).seed == 5
     with pytest.raises(TypeError, match="epochs"):
-        preset("pruner", "besa", epochs=3)
+        preset("pruner", "besa", epochs=3)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
