@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,17 +111,13 @@ def _streamed(
 
 def _whole(settings: ModelSettings, folder: Path, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
     """Each tensor goes from its file to the device by itself: the host never holds the model beside it."""
+    asked = {"use_safetensors": True, "trust_remote_code": settings.trust_remote_code, "device_map": {"": device}}
+    asked |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are refused by name
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype_of(config, settings.dtype, folder),
-            use_safetensors=True,
-            trust_remote_code=settings.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # these are refused by name
-            device_map={"": device},
-        )
+        with _without_report():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype_of(config, settings.dtype, folder), **asked
+            )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -129,6 +125,21 @@ def _whole(settings: ModelSettings, folder: Path, config: PreTrainedConfig, devi
     model, loading = loaded
     _check_all_loaded(settings, model, loading)
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers' table of missing and unexpected tensors is not shown: `_check_all_loaded` says what matters."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    its = logging.getLogger("transformers.modeling_utils")
+    its.addFilter(other)
+    try:
+        yield
+    finally:
+        its.removeFilter(other)
 
 
 def _ties_undone(model: Any) -> list[str]:

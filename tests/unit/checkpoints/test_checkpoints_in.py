@@ -121,12 +121,13 @@ def test_an_adapter_is_refused_with_its_base_and_the_way_to_merge_it(folder):
 @pytest.mark.parametrize(
     "held", [{}, {"model.layers.1.mlp.up_proj.weight": torch.zeros(48, 16)}], ids=["none", "other"]
 )
-def test_files_that_lack_a_weight_are_refused_instead_of_drawing_it_at_random(folder, held):
+def test_files_that_lack_a_weight_are_refused_instead_of_drawing_it_at_random(folder, held, capfd):
     tensors = tiny("llama").state_dict()
     del tensors["model.layers.1.mlp.up_proj.weight"]
     pickled_weights.save_file(tensors | held, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigurationError, match=r"lack model\.layers\.1\.mlp\.up_proj\.weight of LlamaForCausalLM"):
         load_model(settings(folder), CPU, offline=True)
+    assert "newly initialized" not in capfd.readouterr().err  # as transformers says before
 
 
 @pytest.mark.parametrize("shards", [1, 3])
