@@ -102,7 +102,11 @@ def load_model(path: str = "embedded", *, dtype: str = "auto", device: str = "au
     settings = replace(model_settings(path), load="whole")
     settings = settings if dtype == "auto" else replace(settings, dtype=dtype)
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load(settings, torch.device(automatic if device == "auto" else device), offline=False)
+    try:
+        place = torch.device(automatic if device == "auto" else device)
+    except RuntimeError as error:
+        raise ConfigurationError(f"device={device}: must be auto, cpu, cuda or cuda:N") from error
+    loaded = load(settings, place, offline=False)
     return loaded.model, loaded.tokenizer
 
 

@@ -69,6 +69,8 @@ def settings_of(dense: Path, **asked: str) -> RunSettings:
 def test_a_path_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="nowhere/at/all: there is no such folder, and it is no hub id"):
         besa_exp.load_model("nowhere/at/all")
+    with pytest.raises(ConfigurationError, match="device=gpu: must be auto, cpu, cuda or cuda:N"):
+        besa_exp.load_model(device="gpu")
 
 
 def test_a_preset_takes_a_seed_and_no_values_that_would_be_dropped() -> None:
