@@ -13,7 +13,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 # Characters of a value that Hydra reads without quotes, as such or between others.
-UNQUOTED = re.compile(r"[\w/\-\\+.$%*@?|:~, ]", re.ASCII)
+UNQUOTED = re.compile(r"[\w/\-\\+.$%*@?|:, ]", re.ASCII)
 NAMES = {"'": "a quote", '"': "a quote"}
 
 
@@ -48,9 +48,11 @@ class Unavailable(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says, short enough to be part of a message: its type and its first line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    """What another library's error says, short enough to be part of a message: its type and its first line, with the
+    next one where that only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 @contextmanager

@@ -37,15 +37,15 @@ def presets(group: str) -> dict[str, str]:
     return {path.stem: first_comment(path) for path in sorted((CONF_DIR / group).glob("*.yaml"))}
 
 
-def preset(group: str, name: str, **given: Any) -> Any:
+def preset(group: str, name: str, seed: int = 0) -> Any:
     """The object that a preset describes: `preset("pruner", "besa")` is a frozen dataclass, which `dataclasses.replace`
-    copies with other values. `given`: the values that presets refer to as `${key}`, such as `seed` (0 by default).
+    copies with other values. `seed`: what presets refer to as `${seed}`.
 
     ConfigurationError: there is no such group or preset, or a value has to be given."""
-    return _built(preset_values(group, name, **given))
+    return _built(preset_values(group, name, seed))
 
 
-def preset_values(group: str, name: str, **given: Any) -> dict[str, Any]:
+def preset_values(group: str, name: str, seed: int = 0) -> dict[str, Any]:
     """The keys of a preset with their values, `_target_` among them; see `preset`."""
     if not (CONF_DIR / group).is_dir():
         raise ConfigurationError(
@@ -54,7 +54,7 @@ def preset_values(group: str, name: str, **given: Any) -> dict[str, Any]:
     if name not in presets(group):
         near = did_you_mean(name, presets(group))
         raise ConfigurationError(f"{group}={name}: no such preset{near}; presets: {', '.join(presets(group))}")
-    return _resolved(composed(CONF_DIR / group / f"{name}.yaml"), {"seed": 0, **given}, f"{group}={name}")
+    return _resolved(composed(CONF_DIR / group / f"{name}.yaml"), seed, f"{group}={name}")
 
 
 def composed(path: Path) -> dict[str, Any]:
@@ -77,17 +77,14 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
     return {**under, **over, **both}
 
 
-def _resolved(value: Any, given: Mapping[str, Any], where: str) -> Any:
+def _resolved(value: Any, seed: int, where: str) -> Any:
     if isinstance(value, Mapping):
-        return {key: _resolved(item, given, f"{where}, {key}") for key, item in value.items()}
+        return {key: _resolved(item, seed, f"{where}, {key}") for key, item in value.items()}
     if isinstance(value, list):
-        return [_resolved(item, given, where) for item in value]
+        return [_resolved(item, seed, where) for item in value]
     if value == "???":
         raise ConfigurationError(f"{where}: the preset leaves this value to you; build the object yourself and give it")
-    found = re.fullmatch(r"\$\{(\w+)\}", value) if isinstance(value, str) else None
-    if found and found[1] not in given:
-        raise ConfigurationError(f"{where} is {value}: give {found[1]}=")
-    return given[found[1]] if found else value
+    return seed if value == "${seed}" else value
 
 
 def _built(value: Any, hint: Any = None) -> Any:

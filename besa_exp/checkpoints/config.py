@@ -24,7 +24,8 @@ def config_problems(config: Mapping[str, Any], where: str, trust_remote_code: bo
         )
     quantisation = config.get("quantization_config") or text_part(config).get("quantization_config")
     if quantisation:
-        method = quantisation.get("quant_method") or quantisation.get("format") or "an unnamed method"
+        named = quantisation if isinstance(quantisation, Mapping) else {"format": quantisation}
+        method = named.get("quant_method") or named.get("format") or "an unnamed method"
         problems.append(
             f"{where}: its weights are quantised ({method}, by quantization_config in its config.json); {_UNQUANTISED}"
         )
@@ -69,8 +70,8 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def code_of(config: Mapping[str, Any]) -> list[str]:
     """The files and classes that a config's auto_map names, as `modeling_x.py (XForCausalLM)`. A name before `--` is
     another repository that they are fetched from."""
-    named = []
-    for value in (config.get("auto_map") or {}).values():
+    named, places = [], config.get("auto_map")
+    for value in places.values() if isinstance(places, Mapping) else ():
         for reference in value if isinstance(value, list) else [value]:
             repository, _, place = str(reference).rpartition("--")
             module, _, name = place.rpartition(".")

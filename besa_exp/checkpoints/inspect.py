@@ -126,6 +126,9 @@ def read_header(file: Path) -> tuple[dict[str, Any], str | None]:
         try:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
+            whole = [size for tensor in header.values() for size in tensor["shape"]]
+            if not all(isinstance(size, int) for size in whole) or any("dtype" not in t for t in header.values()):
+                raise ValueError("a tensor without dtype or shape")
             expected = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         except (ValueError, AttributeError, TypeError, LookupError):
             return {}, f"{file}: its header is not JSON: it is no safetensors file; copy or download it again"
@@ -175,7 +178,8 @@ def index_without_metadata(folder: Path) -> list[str]:
 
 def _named_weights(folder: Path) -> str | None:
     """The file or index of weights that config.json names, if it names one."""
-    return (atomic.read_json(folder / "config.json") or {}).get("transformers_weights")
+    named = (atomic.read_json(folder / "config.json") or {}).get("transformers_weights")
+    return named if isinstance(named, str) else None
 
 
 def _index(folder: Path, named: str | None) -> Path | None:
@@ -188,7 +192,8 @@ def _index(folder: Path, named: str | None) -> Path | None:
 def _names_in(index: Path) -> tuple[list[str], str | None]:
     """The files that an index names, or that it is none."""
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())), None
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted({Path(name).as_posix() for name in named}), None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         return [], f"{index}: cannot be read as an index ({error!r}); copy the model folder again"
 
@@ -214,7 +219,7 @@ def _only_gguf(folder: Path, where: str) -> str | None:
 def _context(config: dict[str, Any]) -> int | None:
     text = text_part(config)
     context = next((text[key] for key in CONTEXT_KEYS if text.get(key)), None)
-    return context if isinstance(context, int) else None
+    return context if isinstance(context, int) and context > 0 else None
 
 
 def _pickled_facts(config: dict[str, Any], size: int) -> ModelFolder:

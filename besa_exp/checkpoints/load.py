@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from besa_exp.checkpoints.streaming import StreamedWeights, open_streamed
 from besa_exp.checkpoints.tensor_sources import without_ignored
 from besa_exp.checkpoints.transformers_config import dtype_of, read_config
 from besa_exp.errors import ConfigurationError, RunError, Unavailable, first_line
-from besa_exp.hub.client import NoSuchModel
+from besa_exp.hub.client import NoSuchModel, is_hub_id
 from besa_exp.machine import distributed
 from besa_exp.machine.memory import free_memory
 from besa_exp.settings import ModelSettings
@@ -111,16 +111,13 @@ def _streamed(
 
 def _whole(settings: ModelSettings, folder: Path, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
     """Each tensor goes from its file to the device by itself: the host never holds the model beside it."""
+    asked = {"use_safetensors": True, "trust_remote_code": settings.trust_remote_code, "device_map": {"": device}}
+    asked |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are refused by name
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype_of(config, settings.dtype, folder),
-            use_safetensors=True,
-            trust_remote_code=settings.trust_remote_code,
-            output_loading_info=True,
-            device_map={"": device},
-        )
+        with _without_report():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype_of(config, settings.dtype, folder), **asked
+            )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -128,6 +125,21 @@ def _whole(settings: ModelSettings, folder: Path, config: PreTrainedConfig, devi
     model, loading = loaded
     _check_all_loaded(settings, model, loading)
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers' table of missing and unexpected tensors is not shown: `_check_all_loaded` says what matters."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    its = logging.getLogger("transformers.modeling_utils")
+    its.addFilter(other)
+    try:
+        yield
+    finally:
+        its.removeFilter(other)
 
 
 def _ties_undone(model: Any) -> list[str]:
@@ -171,7 +183,7 @@ def unpacked_gguf(settings: ModelSettings) -> Path | None:
 
 def _check_all_loaded(settings: ModelSettings, model: nn.Module, loading: Mapping[str, Any]) -> None:
     """transformers only warns of weights that the files lack, and draws them at random, or hold beyond the model's."""
-    lacking = sorted([*loading["missing_keys"], *(str(found) for found in loading["mismatched_keys"])])
+    lacking = sorted([*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])])
     lacking += [name for name, parameter in model.named_parameters() if parameter.is_meta]
     left = without_ignored(model, loading["unexpected_keys"])
     where, kind = f"model.path={settings.path}: its files", type(model).__name__
@@ -209,8 +221,8 @@ def load_tokenizer(settings: ModelSettings, folder: Path) -> PreTrainedTokenizer
     """The tokenizer; None, and a warning, where there is none that loads."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error)  # a log that keeps the error keeps all that its frames hold: the model
+    except Exception as error:  # noqa: BLE001 - of any type, by what its files hold
+        reason = first_line(error)  # a log that keeps the error keeps all that its frames hold: the model
         logger.warning("%s has no tokenizer that loads (%s): only token files can be read", settings.path, reason)
         return None
 
@@ -230,6 +242,8 @@ def config_folder(settings: ModelSettings, offline: bool) -> Path:
 def _of_hub(fetch: Callable[[ModelSettings, bool], Path], settings: ModelSettings, offline: bool) -> Path:
     """What `fetch` fetches. ConfigurationError: the hub has no such model, or its files cannot be fetched."""
     where = f"model.path={settings.path}"
+    if not is_hub_id(settings.path):
+        raise ConfigurationError(f"{where}: there is no such folder, and it is no hub id (owner/name); check the path")
     try:
         return fetch(settings, offline)
     except NoSuchModel as error:

@@ -19,7 +19,7 @@ from typing import Any
 from besa_exp.checkpoints.structure import Dimensions, Structure
 from besa_exp.errors import ConfigurationError
 
-COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 HEADS = ("num_attention_heads", "n_head")
 GROUPS = ("num_key_value_heads", "num_kv_heads")
 HIDDEN = ("hidden_size", "n_embd")
@@ -34,6 +34,7 @@ BY_LAYER = (
 NUMBERS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "kv_layers")
 FIRST = ("max_window_layers", "first_k_dense_replace")  # so many first blocks are of another kind
 HARMLESS = ("layerdrop",)  # in training alone
+MADE_OF = {"no_rope_layer_interval": "no_rope_layers"}  # a list by layer where none is given
 # Rules by a block's place, with the value that leaves all blocks alike.
 BY_PLACE = {
     "decoder_sparse_step": 1,
@@ -133,7 +134,8 @@ def block_problems(config: Mapping[str, Any]) -> list[str]:
                 f"structure: {key}={value} in the config of {_kind(text)} depends on a block's place, which changes "
                 "when blocks are removed; keep all blocks"
             )
-    known = (*COUNTS, *BY_LAYER, *NUMBERS, *FIRST, *HARMLESS, *BY_PLACE)
+    listed = (key for key, made in MADE_OF.items() if isinstance(text.get(made), list))
+    known = (*COUNTS, *BY_LAYER, *NUMBERS, *FIRST, *HARMLESS, *BY_PLACE, *listed)
     for key, value in text.items():
         if "layer" in key and "norm" not in key and value and key not in known:
             found.append(

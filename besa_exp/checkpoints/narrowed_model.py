@@ -78,10 +78,11 @@ def padded_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _take_buffers(target: PreTrainedModel, buffers: Mapping[str, Tensor]) -> None:
-    """Those that no file holds, such as rotary tables."""
-    for name, buffer in buffers.items():
-        owner, _, own = name.rpartition(".")
-        target.get_submodule(owner)._buffers[own] = buffer
+    """Those that no file holds, such as rotary tables, where `target` has them: its blocks may be of one kind alone."""
+    for name, _ in list(target.named_buffers(remove_duplicate=False)):
+        if name in buffers:
+            owner, _, own = name.rpartition(".")
+            target.get_submodule(owner)._buffers[own] = buffers[name]
 
 
 def narrow_folder(

@@ -34,6 +34,7 @@ from besa_exp.machine.background import ahead
 from besa_exp.machine.memory import give_back_memory
 
 LARGE = 8 * 2**20  # more than the temporaries that inner loops work in, which are used again and again
+KEPT_IN_FP32 = ("_keep_in_fp32_modules_strict", "_keep_in_fp32_modules")  # of transformers; the second in fp16 alone
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
@@ -155,9 +156,11 @@ def open_streamed(
 
 
 def streamed_sources(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, Source]:
-    """As `tensor_sources`. ValueError, too: what of the model is in fp32 is known to `from_pretrained` alone."""
-    if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
-        raise ValueError(f"{type(model).__name__} keeps some modules in fp32")
+    """As `tensor_sources`. ValueError, too: what of a 16-bit model stays in fp32, `from_pretrained` alone knows."""
+    kept = {torch.float16: KEPT_IN_FP32, torch.bfloat16: KEPT_IN_FP32[:1]}.get(model.dtype, ())
+    if any(getattr(model, names, None) for names in kept):
+        told = str(model.dtype).removeprefix("torch.")
+        raise ValueError(f"{type(model).__name__} in {told} keeps some modules in fp32")
     return tensor_sources(model, stored)
 
 

@@ -69,6 +69,9 @@ def preflight(
     if settings.is_dense and settings.save.push_to_hub:
         problems.append("save.push_to_hub: pruner=dense makes no model, it scores the one it is given; leave it out")
     problems += check_run_inputs(folder, settings) if here else []
+    model = Path(settings.model.path).expanduser()
+    if settings.model.path != "embedded" and folder.expanduser().resolve() == model.resolve():
+        problems.append(f"hydra.run.dir={folder}: is where the model lies; name another folder for the pruned one")
     if here and facts:
         problems += check_disk(folder, _needed_bytes(settings, facts))
     return problems

@@ -25,7 +25,7 @@ from besa_exp.display.text_samples import text_table
 from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.score import Scores, metric_name, partly_scored, set_names, skipped_parts
 from besa_exp.settings import CalibrationSettings, RunSettings, SaveSettings
-from besa_exp.texts.sources import is_token_file
+from besa_exp.texts.sources import GIVEN, is_token_file
 from besa_exp.texts.token_files import token_file_shape
 
 
@@ -83,7 +83,9 @@ def _kept(save: SaveSettings) -> str:
 
 
 def _windows(calibration: CalibrationSettings) -> str:
-    """A token file is taken as it is, whatever num_samples and seq_len say."""
+    """Tokens are taken as they are, whatever num_samples and seq_len say."""
+    if calibration.name == GIVEN[1]:
+        return "as they are"
     shape = (calibration.num_samples, calibration.seq_len)
     if calibration.path and is_token_file(calibration.path):
         with suppress(ConfigurationError):  # reported where it is read

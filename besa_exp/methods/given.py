@@ -39,11 +39,15 @@ def check_methods(methods: Mapping[str, Any], sparsity: float, pattern: str) -> 
 
 
 def _is_one(method: Any, kinds: tuple[type, ...]) -> bool:
-    """A run may do without any method but the pruner."""
-    return isinstance(method, kinds) or (method is None and Pruner not in kinds)
+    """A run may do without any method but the pruner. A class has the members of its objects."""
+    return (isinstance(method, kinds) and not isinstance(method, type)) or (method is None and Pruner not in kinds)
 
 
 def _unlike(group: str, method: Any) -> str:
     members = [", ".join(sorted(name for name in vars(kind) if not name.startswith("_"))) for kind in KINDS[group]]
     article, names = "an" if group == "update" else "a", " or ".join(filter(None, members))
+    if isinstance(method, type):
+        return (
+            f"{group}={method.__name__}: is a class; give an object of it, as besa_exp.preset({group!r}, NAME) makes it"
+        )
     return f"{group}={type(method).__name__}: {article} {group} has {names}; see docs/extending.md"

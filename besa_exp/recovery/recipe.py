@@ -116,7 +116,9 @@ def follows_dense(asked: RecoverySettings) -> bool:
 
 
 def objective_of(asked: RecoverySettings, method: Method, model: nn.Module, teacher: nn.Module | None) -> Objective:
-    """What is minimised. ConfigurationError: a dense model is missing, not asked for, or has other blocks."""
+    """What is minimised. ConfigurationError: a dense model is missing, not asked for, or is another one."""
+    if teacher is not None:
+        _check_dense(asked, model, teacher)
     if not isinstance(method, Blocks):
         losses = next_token_losses if asked.task is None else TASK_LOSSES[asked.task_loss]
         return NextToken(model, distillation_of(asked), teacher, asked.windows_together, asked.checkpointing, losses)
@@ -124,6 +126,20 @@ def objective_of(asked: RecoverySettings, method: Method, model: nn.Module, teac
         raise ConfigurationError("recovery=blocks: needs the dense model, whose states it follows; give teacher=")
     assert asked.seq_len is not None
     return Reconstruction.of(model, teacher, method.scope, asked.windows_together, asked.seq_len)
+
+
+def _check_dense(asked: RecoverySettings, model: Any, dense: Any) -> None:
+    """ConfigurationError: its logits, or its hidden states where these are followed, have other shapes."""
+    of_dense, own = (one.get_input_embeddings().weight.shape for one in (dense, model))
+    compared = (
+        ["tokens in its vocabulary"] if asked.distill == "logits" else ["tokens in its vocabulary", "hidden units"]
+    )
+    for axis, what in enumerate(compared):
+        if of_dense[axis] != own[axis]:
+            raise ConfigurationError(
+                f"the dense model has {of_dense[axis]} {what}, the one that follows it {own[axis]}; give "
+                "the one that was pruned"
+            )
 
 
 def check_fit(asked: RecoverySettings, model: nn.Module) -> list[str]:

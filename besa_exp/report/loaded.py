@@ -4,6 +4,7 @@ read; pandas only where a table is asked for."""
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,8 @@ from besa_exp.presets import METHOD_GROUPS, presets
 from besa_exp.report.folders import find_runs
 from besa_exp.run_folder.status import seen_status
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class LoadedRun:
@@ -25,7 +28,7 @@ class LoadedRun:
     is missing; docs/runs.md says what they hold."""
 
     folder: Path
-    status: str  # done, failed, interrupted, interrupted (killed), running
+    status: str  # done, failed, interrupted, interrupted (killed), running; unreadable (of several runs)
     results: Mapping[str, Any]
     config: Mapping[str, Any]
 
@@ -139,19 +142,28 @@ def load_run(folder: str | Path) -> LoadedRun:
     config = path / "config.yaml"
     try:
         asked = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    except yaml.YAMLError as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigurationError(f"{config} cannot be read ({error})") from error
-    return LoadedRun(path, status, found, asked or {})
+    return LoadedRun(path, status, found, asked if isinstance(asked, dict) else {})
 
 
 def load_runs(*places: str | Path | Iterable[str | Path]) -> LoadedRuns:
-    """The runs at and below folders or patterns such as `outputs/*`; `outputs` where none is named.
+    """The runs at and below folders or patterns such as `outputs/*`; `outputs` where none is named. One whose files
+    cannot be read has the status `unreadable`, and hides no other.
 
     ConfigurationError: a place without a run."""
     named: list[str] = []
     for place in places or ("outputs",):
         named += [str(place)] if isinstance(place, (str, Path)) else map(str, place)
-    return LoadedRuns(tuple(load_run(path) for path in find_runs(named)))
+    return LoadedRuns(tuple(map(_readable, find_runs(named))))
+
+
+def _readable(path: Path) -> LoadedRun:
+    try:
+        return load_run(path)
+    except ConfigurationError as error:
+        logger.warning("%s", error)
+        return LoadedRun(path, "unreadable", {}, {})
 
 
 def linear_table(blocks: Iterable[BlockReport]) -> Any:
@@ -213,7 +225,10 @@ def _read_line(text: str) -> dict[str, Any] | None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds {type(content).__name__}")
+        return content
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{file} cannot be read ({error}); run the same command again") from error
 

@@ -7,6 +7,7 @@ hide two hundred others.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from besa_exp.report.methods import Method, method_of
 from besa_exp.run_folder.status import KILLED, read_status, seen_status
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # heads and rows
+COUNTED = ("bytes", "cache_bytes_per_token", "flops_per_token")  # of results.json's cost
 CHECKPOINT = "checkpoint"  # the method of what besa evaluate scored and no run made
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it is there
 UNREADABLE = (
@@ -108,20 +110,55 @@ class RunRecord:
 
 def read_run(path: Path) -> RunRecord:
     """The run in the folder `path`."""
-    status = read_status(path) or {}
+    status, config = read_status(path) or {}, _mapping(path / "config.yaml")
     state, error = _state(path, status)
-    results: dict[str, Any] = {}
     if state == "done":
         try:
-            results = json.loads((path / "results.json").read_text(encoding="utf-8"))
-            return _run(path, status, state, error, results)
+            text = (path / "results.json").read_text(encoding="utf-8")
+            return _checked(_run(path, status, state, error, config, json.loads(text)))
         except UNREADABLE as problem:
             state, error = "unreadable", f"results.json cannot be read ({type(problem).__name__}: {problem})"
-    return _run(path, status, state, error, {})
+    try:
+        return _checked(_run(path, status, state, error, config, {}))
+    except UNREADABLE:
+        return _run(path, status, state, error, {}, {})
 
 
-def _run(path: Path, status: Mapping[str, Any], state: str, error: str | None, results: Mapping[str, Any]) -> RunRecord:
-    config = _mapping(path / "config.yaml")
+def _checked(run: RunRecord) -> RunRecord:
+    """The run, when all that others reckon with is a number, a mapping or hashable; else one of UNREADABLE."""
+    for name, number in _numbers(run):
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            raise ValueError(f"{name} is {number!r}")
+    provenance = run.calibration.get("provenance") or {}
+    hash((run.model, run.finished, run.calibration.get("tokens_sha256"), provenance.get("file")))
+    for mapping in (run.environment, run.unavailable, run.quantisation, run.simulated_speed, run.costs, run.memory):
+        mapping.items()
+    return run
+
+
+def _numbers(run: RunRecord) -> Iterator[tuple[str, Any]]:
+    """What is counted or averaged, by its name in results.json."""
+    facts = {"seed": run.seed, "target_sparsity": run.target, "measured_sparsity": run.measured}
+    yield from ((name, number) for name, number in facts.items() if number is not None)
+    yield from ((f"seconds, {part}", number) for part, number in run.seconds.items())
+    yield from ((f"cost, {key}", run.costs[key]) for key in COUNTED if key in run.costs)
+    yield from ((score.measure.label, score.value) for score in (*run.scores, *run.dense_scores))
+    yield from vars(run.parameters).items() if run.parameters else ()
+    for block in run.blocks:
+        own = {key: getattr(block, key) for key in ("index", "loss_before", "loss_after", "seconds")}
+        yield from ((f"blocks, {key}", number) for key, number in own.items())
+        for linear in block.linears:
+            yield from ((f"blocks, {linear.name}", x) for x in (linear.weights, linear.pruned, linear.allocated))
+
+
+def _run(
+    path: Path,
+    status: Mapping[str, Any],
+    state: str,
+    error: str | None,
+    config: Mapping[str, Any],
+    results: Mapping[str, Any],
+) -> RunRecord:
     name = results.get("pruner") or config.get("method") or ("unknown" if status else CHECKPOINT)
     pattern = str(results.get("pattern") or config.get("pattern") or "unstructured")
     model = config.get("model")

@@ -126,7 +126,8 @@ def markdown(runs: Sequence[RunRecord], found: Sequence[Cell], paper: str) -> st
     compared = [cell for cell in found if not cell.apart]
     for model, measure in dict.fromkeys((cell.model, cell.measure) for cell in compared):
         chosen = [cell for cell in compared if (cell.model, cell.measure) == (model, measure)]
-        lines += ["", f"## {escaped(model)}: {measure.kind.replace('_', '-')} {escaped(measure.label)}", ""]
+        kind = "" if measure.kind == "reconstruction" else f"{measure.kind.replace('_', '-')} "
+        lines += ["", f"## {escaped(model)}: {kind}{escaped(measure.label)}", ""]
         lines += _matrix(chosen)
     lines += ["", "## The paper's table", "", paper, "", "## Not comparable", "", *_apart(found, runs)]
     return "\n".join([*lines, "", "## Not finished", "", *_unfinished(runs), ""])

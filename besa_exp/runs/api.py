@@ -39,7 +39,6 @@ from besa_exp.runs.block_loop import BlockLoop, check_blocks
 from besa_exp.runs.prune import prune as prune_into
 from besa_exp.runs.prune_model import check_refinements
 from besa_exp.runs.python_request import (
-    GIVEN,
     Texts,
     for_paths_alone,
     given_texts,
@@ -51,6 +50,7 @@ from besa_exp.runs.python_request import (
 from besa_exp.settings import EvaluatorSettings, RecoverySettings, RunSettings
 from besa_exp.tensors.masks import Goal
 from besa_exp.texts.calibration import Calibration
+from besa_exp.texts.sources import GIVEN
 
 KeepMasks = Mapping[str, Bool[Tensor, "_out _in"]]
 logger = logging.getLogger(__name__)
@@ -102,7 +102,11 @@ def load_model(path: str = "embedded", *, dtype: str = "auto", device: str = "au
     settings = replace(model_settings(path), load="whole")
     settings = settings if dtype == "auto" else replace(settings, dtype=dtype)
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load(settings, torch.device(automatic if device == "auto" else device), offline=False)
+    try:
+        place = torch.device(automatic if device == "auto" else device)
+    except RuntimeError as error:
+        raise ConfigurationError(f"device={device}: must be auto, cpu, cuda or cuda:N") from error
+    loaded = load(settings, place, offline=False)
     return loaded.model, loaded.tokenizer
 
 
@@ -234,7 +238,7 @@ def _pruned_into(
     on_block: Callable[[BlockReport], None],
 ) -> PruneReport:
     """A run in the folder `out`, as `besa prune` makes it."""
-    if out is None:
+    if out is None or not str(out).strip():
         raise ConfigurationError(
             f"{settings.model.path} is a path: give out=FOLDER, where the run goes, or prune a model object in place: "
             "model, tokenizer = besa_exp.load_model(path)"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,12 +15,13 @@ from besa_exp.machine.device import set_determinism
 
 @contextmanager
 def as_a_run(model: nn.Module, seed: int, deterministic: bool = True) -> Iterator[None]:
-    """As a run has it: evaluation mode, frozen weights, seeds and deterministic algorithms. All of it is put back."""
+    """As a run has it: evaluation mode, frozen weights, nothing compiled (what a block computes is replaced for a
+    while), seeds and deterministic algorithms. All of it is put back."""
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     training = {name: module.training for name, module in model.named_modules()}
     model.eval().requires_grad_(False)
     try:
-        with torch_as_before():
+        with torch_as_before(), _uncompiled():
             set_determinism(seed, deterministic)
             yield
     finally:
@@ -26,6 +29,12 @@ def as_a_run(model: nn.Module, seed: int, deterministic: bool = True) -> Iterato
             module.training = training[name]
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """What torch.compile made of modules and functions is left alone. Where nothing was compiled, its modules, which
+    take a second to import, are not there."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

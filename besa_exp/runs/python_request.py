@@ -7,25 +7,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from besa_exp.checkpoints.load import LoadedModel, model_context, vocabulary_size
 from besa_exp.errors import ConfigurationError
 from besa_exp.methods.given import check_kinds, check_methods
 from besa_exp.presets import METHOD_GROUPS, preset, preset_values, presets
 from besa_exp.rules import broken_rules
+from besa_exp.runs.model_object import check_model
 from besa_exp.runs.recover import check_recovery_of
 from besa_exp.runs.run import calibration_of
 from besa_exp.settings import CalibrationSettings, ModelSettings, RunSettings, TrackerSettings
 from besa_exp.tensors.masks import Goal
 from besa_exp.texts.calibration import Calibration, given_calibration
+from besa_exp.texts.sources import GIVEN
 
 Texts = str | Path | Iterable[str] | Int[Tensor, "sample seq"]
 Given = str | Sequence[str] | Int[Tensor, "sample seq"]  # the same, as `given_texts` reads it
-GIVEN = ("given texts", "given tokens")  # as a calibration set is called that has no other name
 SEQ_LEN = 2048  # tokens of a window of given texts, or the model's context if that is less
 
 
@@ -105,20 +105,6 @@ def _name(method: Any) -> str:
     return method if isinstance(method, str) else getattr(method, "name", type(method).__name__.lower())
 
 
-def check_model(model: Any) -> list[str]:
-    """Why it is not a model that can be changed in place, in a complete sentence."""
-    names = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
-    classes = [cls.__name__ for cls in type(model).__mro__]
-    if isinstance(model, PreTrainedModel) and any(name in names or name.endswith("ForCausalLM") for name in classes):
-        absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-        remedy = "load the model without device_map and low memory options, or give its path and out="
-        return [f"{absent[0]} is not in memory (a meta tensor); {remedy}"] if absent else []
-    return [
-        f"{type(model).__name__} is no causal language model of transformers; give what "
-        "AutoModelForCausalLM.from_pretrained(...) returns, or the path of a model"
-    ]
-
-
 def plain(number: Any) -> Any:
     """A number of numpy's or torch's as Python's; all else as it is."""
     return number.item() if hasattr(number, "item") else number
@@ -145,6 +131,8 @@ def given_texts(given: Any) -> Given:
     if isinstance(given, str | Path):
         return str(given)
     if isinstance(given, Tensor):
+        if given.dtype == torch.bool:
+            raise ConfigurationError("tokens of torch.bool are no token ids, but a mask; give input_ids")
         return given
     if isinstance(given, Mapping) or not isinstance(given, Iterable):
         raise ConfigurationError(
@@ -191,4 +179,7 @@ def read_calibration(given: Given, settings: RunSettings, seq_len: int | None, l
         return calibration_of(calibration, settings.offline, loaded)
     if seq_len is None and calibration.name == GIVEN[0]:
         calibration = replace(calibration, seq_len=min(SEQ_LEN, context))
+    if loaded.tokenizer is not None and not callable(loaded.tokenizer):
+        kind = type(loaded.tokenizer).__name__
+        raise ConfigurationError(f"tokenizer: {kind} is none; give what AutoTokenizer.from_pretrained(...) returns")
     return given_calibration(given, calibration, loaded.tokenizer, context, vocabulary_size(loaded.model))

@@ -20,7 +20,8 @@ from besa_exp.recovery.tuning import Point
 from besa_exp.recovery.tuning import tune as tune_model
 from besa_exp.rules import check_fields
 from besa_exp.runs.as_a_run import as_a_run
-from besa_exp.runs.python_request import SEQ_LEN, Texts, check_model, given_texts, plain
+from besa_exp.runs.model_object import check_model
+from besa_exp.runs.python_request import SEQ_LEN, Texts, given_texts, plain
 from besa_exp.settings import RecoverySettings
 
 
@@ -47,7 +48,10 @@ def tune(
 
     ConfigurationError (a ValueError): the request cannot be carried out; it names all problems."""
     given, seed = given_texts(texts_or_tokens), plain(seed)
-    if problems := check_model(model):
+    problems = check_model(model)
+    if not isinstance(teacher, PreTrainedModel | None):
+        problems.append(f"teacher={type(teacher).__name__}: give the dense model as an object")
+    if problems:
         raise ConfigurationError(*problems)
     asked = preset("recovery", recovery, seed=seed) if isinstance(recovery, str) else recovery
     check_fields(asked, "" if isinstance(recovery, str) else "recovery")  # of a preset only `seed` can be wrong

@@ -26,6 +26,7 @@ Use = Literal["calibration", "perplexity"]
 logger = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
+GIVEN = ("given texts", "given tokens")  # what a set is called that a program gives and that has no other name
 SEPARATOR = "<|endoftext|>"  # between the documents of a plain text file
 TOKENS = ".safetensors"  # the ending of a file of exact token ids
 COLUMN = "text"  # where JSON lines and parquet have their documents, unless another column is chosen
@@ -101,7 +102,8 @@ def check_source(source: str, key: str, use: Use, column: str = COLUMN, chats: b
             f"{key}={source}: there is no such file; give the path of an existing one ({readable_names()}, {TOKENS})"
         ]
     if not path.is_file():
-        return [f"{key}={source}: is a folder and must be a file; name one text or token file in it"]
+        kind, remedy = ("folder", "in it") if path.is_dir() else ("pipe or device, which is read once,", "on the disk")
+        return [f"{key}={source}: is a {kind} and must be a file; name one text or token file {remedy}"]
     if format_of(path.name) is None and not is_token_file(source):
         return [f"{key}={source}: a file of this kind cannot be read; it must end in {readable_names()}, or {TOKENS}"]
     if not os.access(path, os.R_OK):

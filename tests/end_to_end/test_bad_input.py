@@ -178,6 +178,7 @@ def test_too_little_disk_is_refused(refused: Refusal, monkeypatch: pytest.Monkey
 def test_a_run_folder_that_cannot_be_made_is_refused(refused: Refusal, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "name another folder with hydra.run.dir=" in refused(f"hydra.run.dir={tmp_path / 'file' / 'run'}")
+    assert "is where the model lies" in refused("model=local", f"model.path={tmp_path}", f"hydra.run.dir={tmp_path}/.")
 
 
 def test_all_problems_are_told_at_once(refused: Refusal) -> None:

@@ -114,7 +114,7 @@ def test_tensors_that_transformers_renames_or_stacks_are_saved_as_they_were_and_
 
 
 def test_a_model_that_cannot_be_streamed_is_rebuilt_whole(given, tmp_path):
-    tiny("gpt_oss").save_pretrained(tmp_path / "dense")
+    tiny("gpt_oss").half().save_pretrained(tmp_path / "dense")
     run = pruned(given, tmp_path / "dense", "magnitude", "model.load=auto")
     assert apply(run, tmp_path / "dense") == 0
     assert contents(Path("out")) == contents(run / "model")

@@ -13,6 +13,7 @@ block, so that it is as fine for a model of few blocks as for the authors' (0.00
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -21,7 +22,7 @@ from torch import Tensor
 from besa_exp.methods.budgets.budget import Work
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.budgets.trial import Trial
-from besa_exp.rules import Count, Fraction, check_fields
+from besa_exp.rules import Count, check_fields, within
 from besa_exp.tensors.importance import Importance, ImportanceName
 
 NEAR = 1e-9  # of a step, by which 2 (1 - s) = 0.3999999999999999 may fail to be whole steps
@@ -31,7 +32,7 @@ NEAR = 1e-9  # of a step, by which 2 (1 - s) = 0.3999999999999999 may fail to be
 class Atp:
     """`step` of the grid: of the sparsity between the first block and the last. `num_samples` are tried on."""
 
-    step: Fraction = 0.06
+    step: Annotated[float, within(least=0.001, below=1)] = 0.06
     num_samples: Count = 8
     importance: Importance | ImportanceName = "wanda"
 

@@ -51,13 +51,13 @@ class BesaPaper:
     metric: Annotated[str, one_of(*IMPORTANCES, "SparseGPT", "SparseGPT-Git")] = "Wanda"
     sigmoid: bool = True
     dense_targets: bool = False
-    sparsity_step: Annotated[float, within(above=0, most=0.5)] = 0.01
+    sparsity_step: Annotated[float, within(least=0.0001, most=0.5)] = 0.01
     penalty: NotNegative = 5.0
     epochs: Count = 1
     batch_size: Count = 1
     optimizer: Annotated[str, one_of("prodigy", "adamw")] = "prodigy"
     lr: Positive = 1.0
-    d_coef: Positive = 5.0
+    d_coef: Annotated[float, within(above=0, most=1e6)] = 5.0
     damping: Positive = 0.01
 
     def __post_init__(self) -> None:

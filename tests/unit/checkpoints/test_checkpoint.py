@@ -207,3 +207,5 @@ def test_the_hash_of_weights_depends_on_every_weight_and_not_on_their_order() ->
     assert weights_sha256({name: weight.float() for name, weight in weights.items()}) != first
     weights["model.layers.1.mlp.up_proj.weight"].data[3, 7] += 0.5
     assert weights_sha256(weights) != first
+    scalars = [weights_sha256({"alpha": torch.tensor(value)}) for value in (0.5, 0.25)]  # Apertus has such
+    assert scalars[0] != scalars[1]

@@ -67,6 +67,7 @@ def settings(folder: Path, **changes: Any) -> ModelSettings:
         ({"quantization_config": {"quant_method": "awq"}}, "quantised (awq"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantised (bitsandbytes"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised (fp8"),
+        ({"quantization_config": "int8", "auto_map": ["modeling_own.OwnForCausalLM"]}, "quantised (int8"),
         ({"text_config": {"quantization_config": {"quant_method": "mxfp4"}}}, "quantised (mxfp4"),
         ({"is_encoder_decoder": True, "architectures": ["T5Model"]}, "T5Model is an encoder-decoder"),
         (NO_SUCH, "configuration_own.py (OwnConfig), modeling_own.py (OwnForCausalLM) of some/where"),
@@ -81,6 +82,12 @@ def test_what_its_config_speaks_against_is_refused_before_and_while_loading(fold
     with pytest.raises(ConfigurationError) as refused:
         load_model(settings(folder), CPU, offline=True)
     assert refused.value.problems == (problem,)
+
+
+def test_a_value_of_its_config_that_transformers_refuses_is_told_with_its_reason(folder):
+    change_config(folder, hidden_size="32")
+    with pytest.raises(ConfigurationError, match=r"'hidden_size': .*expected int"):
+        load_model(settings(folder), CPU, offline=True)
 
 
 def test_code_of_a_checkpoint_is_allowed_by_its_key_and_not_needed_for_what_transformers_knows(folder, caplog):
@@ -111,12 +118,16 @@ def test_an_adapter_is_refused_with_its_base_and_the_way_to_merge_it(folder):
     assert "merge_and_unload" in problem
 
 
-def test_files_that_lack_a_weight_are_refused_instead_of_drawing_it_at_random(folder):
+@pytest.mark.parametrize(
+    "held", [{}, {"model.layers.1.mlp.up_proj.weight": torch.zeros(48, 16)}], ids=["none", "other"]
+)
+def test_files_that_lack_a_weight_are_refused_instead_of_drawing_it_at_random(folder, held, capfd):
     tensors = tiny("llama").state_dict()
     del tensors["model.layers.1.mlp.up_proj.weight"]
-    pickled_weights.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    pickled_weights.save_file(tensors | held, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigurationError, match=r"lack model\.layers\.1\.mlp\.up_proj\.weight of LlamaForCausalLM"):
         load_model(settings(folder), CPU, offline=True)
+    assert "newly initialized" not in capfd.readouterr().err  # as transformers says before
 
 
 @pytest.mark.parametrize("shards", [1, 3])

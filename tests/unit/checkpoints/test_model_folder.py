@@ -62,6 +62,13 @@ def test_a_text_config_that_is_null_says_nothing(tmp_path: Path) -> None:
     assert facts.context == 96
 
 
+@pytest.mark.parametrize("odd", [{"transformers_weights": 5}, {"max_position_embeddings": -1}], ids=str)
+def test_odd_values_of_a_config_say_nothing(odd: dict, tmp_path: Path) -> None:
+    (written(tmp_path) / "config.json").write_text(json.dumps(odd))
+    facts, problems = inspect_model_folder(tmp_path)
+    assert (problems, facts and facts.context) == ([], None)
+
+
 def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
     written(tmp_path, {})
     (tmp_path / "model.safetensors").unlink()
@@ -91,7 +98,7 @@ def test_a_config_that_is_not_json_of_keys_is_told(tmp_path: Path, name: str, te
     assert f"/{name}: cannot be read as JSON" in problem_of(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {"a": 5}}'])
 def test_an_index_that_is_no_index_is_told(tmp_path: Path, text: str) -> None:
     (written(tmp_path) / "model.safetensors.index.json").write_text(text)
     assert "cannot be read as an index" in problem_of(tmp_path)
@@ -122,7 +129,17 @@ def test_a_file_that_was_cut_off_anywhere_is_found(tmp_path: Path, kept: int) ->
     assert "copy or download it again" in problem_of(tmp_path)
 
 
-@pytest.mark.parametrize("header", [b"x" * 40, b"[]", b'{"a": 1}', b'{"a": {"dtype": "F32"}}'])
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"x" * 40,
+        b"[]",
+        b'{"a": 1}',
+        b'{"a": {"dtype": "F32"}}',
+        b'{"a": {"shape": [50], "data_offsets": [0, 50]}}',
+        b'{"a": {"dtype": "U8", "shape": "50", "data_offsets": [0, 50]}}',
+    ],
+)
 def test_a_file_that_is_no_safetensors_is_told(tmp_path: Path, header: bytes) -> None:
     (written(tmp_path) / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"x" * 50)
     assert "no safetensors file" in problem_of(tmp_path)

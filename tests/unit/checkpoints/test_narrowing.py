@@ -108,6 +108,15 @@ def test_without_a_block_every_family_is_itself_with_that_block_off_to_the_last_
     assert torch.equal(*told)
 
 
+def test_without_its_only_block_of_a_kind_a_model_holds_nothing_of_that_kind(monkeypatch, tmp_path):
+    """The rotary table of global attention was saved, which the smaller model's class has no place for."""
+    model, structure = dense("gemma3_text", monkeypatch), Structure((0, 2))
+    save_model(narrowed_model(model, structure), None, tmp_path / "small", "card")
+    read: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "small", output_loading_info=True)
+    assert not read[1]["unexpected_keys"]
+    assert torch.equal(logits_of(read[0]), switched_off(model, structure))
+
+
 @pytest.mark.parametrize("family", CUT_HEADS)
 def test_without_a_group_of_heads_a_family_is_itself_with_that_group_off(family, monkeypatch, tmp_path):
     model = dense(family, monkeypatch)
@@ -236,6 +245,11 @@ def test_lists_by_layer_and_numbers_of_layers_follow_the_blocks():
     assert told["mlp_only_layers"] == [1]
     assert told["max_window_layers"] == 2
     assert told["eos_token_id"] == [1, 2, 3, 4, 5, 6]
+    assert narrowed_config({"model_type": "mpt", "n_layers": 3, "d_model": 32}, Structure((0, 2)))["n_layers"] == 2
+    smollm = config | {"no_rope_layers": [1, 1, 1, 0, 1, 1], "no_rope_layer_interval": 4}  # the list wins
+    assert narrowed_config(smollm, Structure((1, 3, 5)))["no_rope_layers"] == [1, 0, 1]
+    with pytest.raises(ValueError, match="no_rope_layer_interval=4"):
+        narrowed_config(config | {"no_rope_layer_interval": 4}, Structure((1, 3, 5)))
     assert narrowed_config({"text_config": config, "vision_config": {"num_hidden_layers": 6}}, Structure((1,)))[
         "vision_config"
     ] == {"num_hidden_layers": 6}

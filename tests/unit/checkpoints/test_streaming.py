@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES, MIXTURES, tiny
 from safetensors.torch import load_file, save_file
 from tiny_llama import INPUT_IDS
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssForCausalLM
 
 from besa_exp.blocks.block import capture_blocks, discover_blocks, embed
 from besa_exp.blocks.replay_check import check_replay
@@ -19,8 +19,7 @@ from besa_exp.evaluation.simulated_speed import simulate_model
 from besa_exp.evaluation.streamed import streamed_perplexity
 
 CPU = torch.device("cpu")
-LOADED_WHOLE = {"gpt_oss"}  # some of its modules stay in fp32
-STREAMED = sorted((FAMILIES | MIXTURES).keys() - LOADED_WHOLE)
+STREAMED = sorted(FAMILIES | MIXTURES)
 
 
 def saved(model, folder, **options):
@@ -64,7 +63,7 @@ def test_the_rest_of_a_streamed_model_is_the_saved_one_and_ties_stay(tmp_path):
     assert not any(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "mixtral", "qwen3_moe", "olmoe", "gpt2"])
+@pytest.mark.parametrize("family", ["gpt_neox", "mixtral", "qwen3_moe", "olmoe", "gpt2", "gpt_oss"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_streamed_tensors_are_those_that_from_pretrained_makes_of_the_files(family, dtype, tmp_path):
     saved(tiny(family), tmp_path, max_shard_size="20KB")
@@ -102,9 +101,14 @@ def test_a_checkpoint_without_the_base_models_prefix_and_with_old_buffers_is_str
     assert model.state_dict()["lm_head.weight"].data_ptr() == model.state_dict()["transformer.wte.weight"].data_ptr()
 
 
-def test_a_family_that_keeps_modules_in_fp32_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="keeps some modules in fp32"):
-        open_streamed(saved(tiny("gpt_oss"), tmp_path), "auto", CPU, False)
+def test_a_family_that_keeps_modules_in_fp32_is_refused_in_the_dtypes_where_it_does(tmp_path, monkeypatch):
+    """GPT-OSS its norms in fp16 alone; DeepSeek-V3 and others what they name as strict in bf16 too."""
+    model = saved(tiny("gpt_oss"), tmp_path)
+    with pytest.raises(ValueError, match="GptOssForCausalLM in float16 keeps some modules in fp32"):
+        open_streamed(model, "float16", CPU, False)
+    monkeypatch.setattr(GptOssForCausalLM, "_keep_in_fp32_modules_strict", ["router"], raising=False)
+    with pytest.raises(ValueError, match="GptOssForCausalLM in bfloat16 keeps some modules in fp32"):
+        open_streamed(model, "bfloat16", CPU, False)
 
 
 def test_a_mixture_whose_files_lack_an_expert_is_refused(tmp_path):

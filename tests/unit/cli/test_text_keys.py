@@ -63,7 +63,7 @@ def test_a_number_that_a_preset_gives_for_a_text_is_refused_with_the_quotes_it_n
     assert refusal.value.by_key["model.path"].endswith("write it in quotes: path: '20240501'")
 
 
-@pytest.mark.parametrize("value", ["a=b", "a#b", "größe", "it's", 'the "b"', "a b", "a,b", "[a", "a&b"])
+@pytest.mark.parametrize("value", ["a=b", "a#b", "größe", "it's", 'the "b"', "a b", "a,b", "[a", "a&b", "~/a"])
 def test_the_hint_for_a_value_that_cannot_be_read_is_an_argument_that_can_be(value: str) -> None:
     import shlex
 
@@ -78,6 +78,7 @@ def test_the_hint_for_a_value_that_cannot_be_read_is_an_argument_that_can_be(val
         ("model.path=o [1]", "model.path=o [1]: [ in a value stands in quotes"),
         ("model.path=a#b", "# in a value"),
         ("model.path=größe", "ö in a value"),
+        ("model.path=~/models/mine", "~ in a value stands in quotes"),
         ("model.path=it's", "a quote in a value"),
         ("model.path=a, b=c", "= in a value"),
     ],

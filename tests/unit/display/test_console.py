@@ -28,6 +28,7 @@ from besa_exp.display.progress import PruningProgress, StageLine, duration
 from besa_exp.display.tables import as_text, outline, result_tables, sparsity_tables
 from besa_exp.evaluation.simulated_speed import MODEL
 from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings, RunSettings, TrackerSettings
+from besa_exp.texts.sources import GIVEN
 
 ROOT = Path(__file__).parents[3]
 NAMES = [f"self_attn.{kind}_proj" for kind in "qkvo"] + [f"mlp.{kind}_proj" for kind in ("gate", "up", "down")]
@@ -241,6 +242,8 @@ def test_two_lines_say_what_is_about_to_be_done() -> None:
     assert first.startswith("besa ")
     assert first.endswith("· tiny · 60 % 2:4 · seed 5")
     assert second == "pruner besa · calibration c4 16 x 64 tokens · scores perplexity on ptb, piqa, dense too"
+    given = replace(SETTINGS, calibration=replace(SETTINGS.calibration, name=GIVEN[1]))  # of a size unknown here
+    assert "calibration given tokens as they are ·" in outline(given)[1]
 
 
 def test_a_score_on_some_questions_says_how_many_and_how_certain() -> None:

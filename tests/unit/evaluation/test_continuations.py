@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tiny_llama import byte_tokenizer, tiny_llama
 
+from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.continuations import continuations
 
 
@@ -45,3 +47,12 @@ def test_what_is_said_ends_with_the_context() -> None:
     model, tokenizer = tiny_llama(context=16), byte_tokenizer()
     (told,) = continuations(model, tokenizer, ["Ten bytes."], 100)
     assert len(told) <= 5  # 16 less BOS and ten bytes
+
+
+def test_a_prompt_that_the_model_cannot_take_is_refused() -> None:
+    """GPT-2 has no embedding for positions beyond its context: an IndexError of torch's."""
+    model, tokenizer = tiny_llama(context=16), byte_tokenizer(adds_bos=False)
+    for prompt, count in (("x" * 17, 17), ("", 0)):
+        with pytest.raises(ConfigurationError, match=f"has {count} tokens, and the model takes 1 to 16"):
+            continuations(model, tokenizer, [prompt], 4)
+    assert continuations(model, tokenizer, ["x" * 16], 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from besa_exp.machine.environment import environment, masked, masked_command
+from besa_exp.machine.environment import _git_state, environment, masked, masked_command
 from besa_exp.run_folder.folder import RunFolder
 
 ROOT = Path(__file__).parents[3]
@@ -60,3 +61,16 @@ def test_the_environment_names_the_commit_of_the_project() -> None:
     record = environment(torch.device("cpu"))
     assert record["git_commit"] == (head or None)
     assert isinstance(record["git_modified"], bool) == bool(head)
+
+
+def test_looking_at_the_checkout_takes_no_lock_of_it(tmp_path: Path) -> None:
+    """`git status` writes what it found into the index, under the lock that a commit of the user's needs."""
+    (tmp_path / "__init__.py").write_text("")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    os.utime(tmp_path / "__init__.py", (1, 1))
+    before = (tmp_path / ".git" / "index").read_bytes()
+    commit, modified = _git_state(tmp_path)
+    assert (len(commit or ""), modified) == (40, False)
+    assert (tmp_path / ".git" / "index").read_bytes() == before

@@ -409,3 +409,8 @@ def test_a_budget_is_either_measured_or_searched_for(name: str) -> None:
 def test_a_budget_refuses_n_m(name: str) -> None:
     assert check_budget(BUDGETS[name], "unstructured") == []
     assert f"budget={name} with" in check_budget(BUDGETS[name], "2:4")[0]
+
+
+def test_atp_refuses_a_grid_that_would_never_end() -> None:
+    with pytest.raises(ValueError, match=r"budget.step=1e-30: must be in \[0.001, 1\)"):
+        Atp(step=1e-30)

@@ -272,6 +272,8 @@ def test_besa_paper_cannot_leave_its_published_range():
         (lambda: Besa(epochs=0), "pruner.epochs=0"),
         (lambda: BesaPaper(metric="wanda"), "pruner.metric=wanda"),
         (lambda: BesaPaper(d_coef=0.0), "pruner.d_coef=0: must be above 0"),
+        (lambda: BesaPaper(d_coef=1e30), "be above 0 and at most 1000000.0"),  # beyond what fp32 holds
+        (lambda: BesaPaper(sparsity_step=1e-9), r"pruner.sparsity_step=1e-09: must be in \[0.0001, 0.5\]"),
         (lambda: SparseGPT(damping=0.0), "pruner.damping=0: must be above 0"),
         (lambda: SparseGPT(group_size=0), "pruner.group_size=0"),
     ],

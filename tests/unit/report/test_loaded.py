@@ -71,6 +71,23 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         besa_exp.load_run(broken)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("results.json", "{"),
+        ("results.json", "[]"),
+        ("config.yaml", "model: {"),
+        ("config.yaml", b"\xff".decode("latin1")),
+    ],
+)
+def test_a_run_that_cannot_be_read_hides_no_other(name: str, text: str, tmp_path: Path) -> None:
+    (finished_run(tmp_path / "a") / name).write_text(text, encoding="latin1")
+    finished_run(tmp_path / "b")
+    table = besa_exp.load_runs(tmp_path).to_pandas()
+    assert table.status.tolist() == ["unreadable", "done"]
+    assert table["perplexity wikitext2"].tolist()[1] == 20.0
+
+
 def test_without_pandas_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = besa_exp.load_run(finished_run(tmp_path / "a"))
     monkeypatch.setitem(sys.modules, "pandas", None)

@@ -84,6 +84,28 @@ def test_a_cut_off_file_makes_one_run_unreadable_and_hides_no_other(tmp_path: Pa
     assert runs["whole"].status == "done"
 
 
+@pytest.mark.parametrize(
+    ("changes", "config"),
+    [
+        ({"perplexity.wikitext2": float("inf")}, {}),
+        ({"zero_shot.piqa.acc,none": float("nan")}, {}),
+        ({"seconds": "5 s"}, {}),
+        ({"target_sparsity": {"blocks": 0.5}}, {}),
+        ({"calibration.tokens_sha256": ["c0"]}, {}),
+        ({"blocks": [block(0, loss=float("nan"))]}, {}),
+        ({}, {"ignore": True}),
+    ],
+    ids=str,
+)
+def test_a_number_that_is_none_makes_one_run_unreadable_and_hides_no_other(changes, config, tmp_path: Path) -> None:
+    """By hand or by another version: NaN had the best score's place, and a deviation of it ended every command."""
+    finished_run(tmp_path / "strange", {**changes, "seed": 1}, config)
+    finished_run(tmp_path / "whole")
+    strange, whole = runs_of(tmp_path)
+    assert (strange.status, whole.status) == ("unreadable", "done")
+    assert cell(cells_of(tmp_path), "wikitext2").values == (20.0,)
+
+
 def test_unfinished_runs_keep_their_status_and_error(tmp_path: Path) -> None:
     unfinished_run(tmp_path / "failed", status="failed", error="RunError: block 3, mlp.down_proj")
     unfinished_run(tmp_path / "gone", status="running")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune
 from hydra import compose, initialize_config_dir
 from reloaded_here import reload_here
 from tiny_llama import byte_tokenizer, tiny_llama
@@ -63,6 +64,19 @@ def settings_of(dense: Path, **asked: str) -> RunSettings:
         save=SaveSettings(verify=False),
         **{group: preset(group, name) for group, name in asked.items()},  # type: ignore[arg-type]
     )
+
+
+def test_a_path_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="nowhere/at/all: there is no such folder, and it is no hub id"):
+        besa_exp.load_model("nowhere/at/all")
+    with pytest.raises(ConfigurationError, match="device=gpu: must be auto, cpu, cuda or cuda:N"):
+        besa_exp.load_model(device="gpu")
+
+
+def test_a_preset_takes_a_seed_and_no_values_that_would_be_dropped() -> None:
+    assert preset("pruner", "besa", seed=5).seed == 5
+    with pytest.raises(TypeError, match="epochs"):
+        preset("pruner", "besa", epochs=3)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
@@ -207,6 +221,7 @@ def test_settings_alone_say_what_a_configuration_says() -> None:
         ({"pattern": "four"}, "must be 'unstructured' or 'N:M'"),
         ({"pruner": "magnitude", "update": "obs", "pattern": "N:8"}, "does not choose N"),
         ({"pruner": object()}, "a pruner has .*prune_block"),
+        ({"pruner": type(preset("pruner", "wanda"))}, "is a class; give an object of it"),
         ({"sparsity": float("nan")}, "^sparsity=nan: must be a finite number"),
         ({"num_samples": 0}, "^num_samples=0: must be at least 1"),
         ({"seq_len": 0.5}, "^seq_len=0.5: must be a whole number"),
@@ -225,12 +240,16 @@ def test_settings_alone_say_what_a_configuration_says() -> None:
         ({"model_or_path": torch.nn.Linear(2, 2)}, "no causal language model"),
         ({"model_or_path": BertForMaskedLM(BERT)}, "no causal language model"),
         ({"model_or_path": torch.nn.Module.to(tiny(), "meta")}, r"model\.embed_tokens\.weight is not in memory"),
+        ({"model_or_path": torch.nn.DataParallel(tiny())}, r"give what it wraps, its \.module"),
         ({"model_or_path": "embedded"}, "is a path: give out=FOLDER"),
+        ({"model_or_path": "embedded", "out": ""}, "is a path: give out=FOLDER"),
+        ({"texts_or_tokens": ["a text"], "tokenizer": "gpt2"}, "tokenizer: str is none; give what AutoTokenizer"),
         ({"texts_or_tokens": ["a text"]}, "need a tokenizer"),
         ({"texts_or_tokens": ["a text", None], "tokenizer": byte_tokenizer()}, "number 1 is NoneType, not text"),
         ({"texts_or_tokens": TOKENS.numpy()}, "token ids as a tensor"),
         ({"texts_or_tokens": {"input_ids": TOKENS}}, "dict is no list of texts"),
         ({"texts_or_tokens": torch.rand(2, 4)}, r"must be whole numbers \[sample, seq\]"),
+        ({"texts_or_tokens": TOKENS > 9}, "torch.bool are no token ids, but a mask"),
         ({"texts_or_tokens": TOKENS + 10_000}, "model's vocabulary of"),
         ({"texts_or_tokens": TOKENS.repeat(1, 2)}, "exceed the model's context of 32"),
     ],
@@ -242,6 +261,68 @@ def test_what_cannot_be_done_is_refused_with_the_remedy(asked: dict, answer: str
     with pytest.raises(ValueError, match=answer):
         besa_exp.prune(**asked)
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+
+
+def pruned_by_torch(model: Any) -> Any:
+    torch.nn.utils.prune.l1_unstructured(model.model.layers[1].mlp.up_proj, "weight", 0.3)
+    return model
+
+
+def parametrized(model: Any) -> Any:
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[1].mlp.up_proj)
+    return model
+
+
+def quantised(model: Any) -> Any:
+    up = model.model.layers[1].mlp.up_proj
+    up.weight = torch.nn.Parameter(up.weight.detach().to(torch.int8), requires_grad=False)
+    return model
+
+
+def shared(model: Any) -> Any:
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    return model
+
+
+def adapted(model: Any) -> Any:
+    """As peft wraps a linear."""
+    attention = model.model.layers[1].self_attn
+    inner, attention.q_proj = attention.q_proj, torch.nn.Module()
+    attention.q_proj.base_layer, attention.q_proj.lora_A = inner, torch.nn.Linear(64, 4)
+    return model
+
+
+def made_to_infer(model: Any) -> Any:
+    with torch.inference_mode():
+        return copy.deepcopy(model)
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (pruned_by_torch, "layers.1.mlp.up_proj is computed from other tensors in each pass; make it a parameter"),
+        (parametrized, "layers.1.mlp.up_proj is computed from other tensors"),
+        (quantised, r"layers.1.mlp.up_proj.weight is quantised \(torch.int8\)"),
+        (shared, r"layers.0.mlp.gate_proj.weight is model.layers.1.mlp.gate_proj.weight too"),
+        (adapted, r"layers.1.self_attn.q_proj holds an adapter; merge it first"),
+        (made_to_infer, "embed_tokens.weight was made within torch.inference_mode"),
+    ],
+)
+@pytest.mark.parametrize("call", [besa_exp.prune, besa_exp.tune])
+def test_a_model_whose_weights_cannot_be_written_is_refused(call, made, told) -> None:
+    """What was written was lost, was packed integers, an adapter's, or stood at a second place too."""
+    with pytest.raises(ConfigurationError, match=told):
+        call(made(tiny()), None, TOKENS)
+
+
+def test_a_compiled_model_is_pruned_as_it_is() -> None:
+    models = [tiny(), tiny()]
+    models[0].model.layers[0].compile(backend="eager")
+    for model in models:
+        besa_exp.prune(model, None, TOKENS, pruner="wanda")
+    assert models[0].model.layers[0]._compiled_call_impl is not None
+    first, second = map(weights_of, models)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @contextmanager

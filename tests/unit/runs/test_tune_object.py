@@ -89,6 +89,15 @@ def test_what_cannot_be_tuned_is_refused() -> None:
         besa_exp.tune(pruned(), None, RULE, recovery=replace(ASKED, method=HeadAlone()))
     with pytest.raises(ConfigurationError, match="given exactly where one is followed"):
         besa_exp.tune(pruned(), None, RULE, recovery=replace(ASKED, distill="logits"))
+    with pytest.raises(ConfigurationError, match="teacher=str: give the dense model as an object"):
+        besa_exp.tune(pruned(), None, RULE, recovery=replace(ASKED, distill="logits"), teacher="dense")  # type: ignore[arg-type]
+    for distill, others, told in (
+        ("logits", {"vocab_size": 300}, "dense model has 300 tokens in its vocabulary, the one that follows it 258"),
+        ("squarehead", {"hidden_size": 32}, "dense model has 32 hidden units, the one that follows it 64"),
+    ):
+        other, asked = tiny_llama(context=32, **others), replace(ASKED, distill=distill)
+        with pytest.raises(ConfigurationError, match=told):
+            besa_exp.tune(pruned(), None, RULE, recovery=asked, teacher=other)
 
 
 def test_the_dense_model_can_be_followed() -> None:

@@ -272,6 +272,7 @@ def truncated(path: Path) -> Path:
 UNREADABLE = {  # what is wrong: (how to make the file in a folder, what the message must say)
     "missing": (lambda folder: folder / "nothing.txt", "no such file"),
     "a folder": (lambda folder: folder, "is a folder"),
+    "a device": (lambda folder: Path("/dev/null"), "is a pipe or device"),
     "another kind": (lambda folder: write_bytes(folder / "a.docx", b"x"), ".jsonl, .json, .parquet"),
     "not UTF-8": (lambda folder: write_bytes(folder / "a.txt", "caf\u00e9".encode("latin-1")), "byte 3"),
     "empty": (lambda folder: write_bytes(folder / "a.txt", b"\n \n"), "no text"),
