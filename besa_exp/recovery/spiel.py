@@ -167,7 +167,9 @@ class SpielTuner:
         kept."""
         entries = {f"{name}/{key}": value for name, tuned in self.tuned.items() for key, value in vars(tuned).items()}
         kept = {"keep": self.keep, "always": self.always}
-        return entries | {f"{name}/{key}": bits.bits for key, by_name in kept.items() for name, bits in by_name.items()}
+        return entries | {  # copies: the two are one until the first exchange, and a file holds no tensor twice
+            f"{name}/{key}": bits.bits.clone() for key, by_name in kept.items() for name, bits in by_name.items()
+        }
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
