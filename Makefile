@@ -60,11 +60,10 @@ browser:
 		&& timeout 480 apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null 2>&1; } \
 		|| echo "no chromium: apt-get install chromium chromium-driver"
 
-# Three workers with one thread each, for two cores: many small tensors gain nothing from more threads, and tests that wait
-# for processes leave a core idle. A file's tests share a worker, and what is made for them once; the long files, which
-# come first, begin first.
+# Two workers with one thread each: many small tensors gain nothing from more, and three workers take longer than two on
+# two cores. A file's tests share a worker, and what is made for them once; the long files, which come first, begin first.
 pytest: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The columns are tests/matrix/*.txt: what each pins. An environment is made once; remove it to have it made anew.
 MATRIX := oldest newest
