@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -25,7 +26,7 @@ from besa_exp.tensors.masks import keep_per_row
 from besa_exp.texts.embedded.text import embedded_text
 
 METHODS = ("magnitude", "wanda", "besa")
-CALIBRATION = {"num_samples": 16, "seq_len": 128, "batch_size": 8}
+CALIBRATION: dict[str, Any] = {"num_samples": 16, "seq_len": 128, "batch_size": 8}
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def made(folder: Path) -> Path:
 STUDIES = {"first_results": first_results, "paper": paper, "real_model": real_model}
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--shared", type=Path, default=Path(os.environ.get("BESA_SHARED", "../shared")))
     parser.add_argument("--out", type=Path)

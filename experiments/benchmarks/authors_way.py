@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ class Allocation:
 def statistics(block: Block, inputs: Tensor, add: Callable[[str, Tensor], None]) -> Tensor:
     """One pass over the samples that hands every linear's inputs to `add`; returns the outputs."""
     hooks = [
-        linear.module.register_forward_pre_hook(lambda module, args, name=name: add(name, args[0]))
+        linear.module.register_forward_pre_hook(partial(lambda name, module, args: add(name, args[0]), name))
         for name, linear in block.linears.items()
     ]
     outputs = block.outputs(inputs, 1)

@@ -182,7 +182,7 @@ def cases(device: torch.device, toy: bool) -> Iterator[tuple[str, Callable[[], R
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="tiny shapes on a CPU, to see that everything runs")
     parser.add_argument("--minutes", type=float, default=MINUTES)
     parser.add_argument("--out", type=Path, default=HERE / "gpu.json")

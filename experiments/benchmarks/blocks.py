@@ -22,11 +22,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import authors_way
 import torch
 from machine import describe_machine
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import besa_exp
@@ -123,7 +124,7 @@ class Work:
 def make_work(case: Case, device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> Work:
     """A block with random weights on `device`, and random inputs for it."""
     torch.manual_seed(0)
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": 64,
         "hidden_size": case.hidden,
         "intermediate_size": case.ffn,
@@ -134,14 +135,18 @@ def make_work(case: Case, device: torch.device, dtype: torch.dtype, attention: s
         "max_position_embeddings": case.seq_len,
         "attn_implementation": attention,
     }
-    experts = {"moe_intermediate_size": case.ffn, "num_experts": case.experts, "num_experts_per_tok": case.chosen}
+    experts: dict[str, Any] = {
+        "moe_intermediate_size": case.ffn,
+        "num_experts": case.experts,
+        "num_experts_per_tok": case.chosen,
+    }
     with device:
         model = (
             Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts))
             if case.experts
             else LlamaForCausalLM(LlamaConfig(**sizes))
         )
-    model = model.to(dtype).eval().requires_grad_(False)
+    nn.Module.to(model, dtype).eval().requires_grad_(False)
     block = capture_blocks(model, torch.zeros(case.samples, case.seq_len, dtype=torch.long))[0]
     inputs = torch.randn(case.samples, case.seq_len, case.hidden, device=device, dtype=dtype)
     inputs *= torch.rand(case.hidden, device=device, dtype=dtype)  # channels of unequal size, as in life
@@ -151,7 +156,7 @@ def make_work(case: Case, device: torch.device, dtype: torch.dtype, attention: s
 def embedded_work(device: torch.device, attention: str = "sdpa", samples: int = 64, seq_len: int = 256) -> Work:
     """The model of the package, on random tokens."""
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32, attn_implementation=attention)
-    model.to(device).requires_grad_(False)
+    nn.Module.to(model, device).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (samples, seq_len), generator=generator)
     blocks = capture_blocks(model, tokens)
@@ -378,7 +383,7 @@ def show(cells: list[Cell]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="run only the cases whose name holds this")

@@ -170,7 +170,7 @@ def show(size: str, pruner: str, cells: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1, help="runs of each case")
     parser.add_argument("--wall", action="store_true", help="seconds by the wall clock, not processor time")
     parser.add_argument("--only", default="", help="one size")

@@ -75,7 +75,7 @@ def model_of(case: Case, device: torch.device) -> nn.Module:
     """fp32 on a CPU, bf16 on a GPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if case.hidden is None:
-        return AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=dtype).to(device).eval()
+        return nn.Module.to(AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=dtype), device).eval()
     config = LlamaConfig(
         vocab_size=case.vocabulary,
         hidden_size=case.hidden,
@@ -86,7 +86,7 @@ def model_of(case: Case, device: torch.device) -> nn.Module:
         max_position_embeddings=case.seq_len,
     )
     with torch.device(device):
-        return LlamaForCausalLM(config).to(dtype).eval()
+        return nn.Module.to(LlamaForCausalLM(config), dtype).eval()
 
 
 @torch.no_grad()
@@ -166,7 +166,7 @@ def table(cells: list[Cell]) -> str:
 
 def main() -> None:
     """Prints the table and writes evaluation.json, or evaluation_cuda.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="of a CPU; default: torch's")

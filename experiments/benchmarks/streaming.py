@@ -82,7 +82,7 @@ def run(folder: Path, out: Path, pruner: str, load: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=40)
     parser.add_argument("--folder", type=Path, help="where to write the checkpoint and the runs; default: a temporary")
     parser.add_argument("--whole", action="store_true", help="prune it whole as well, where the memory allows")

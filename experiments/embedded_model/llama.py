@@ -3,13 +3,16 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizer import VOCABULARY, WINDOW
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def model_config(tokenizer: PreTrainedTokenizerFast, arguments: argparse.Namespace) -> LlamaConfig:
+    special: dict[str, Any] = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=arguments.hidden,
@@ -19,16 +22,14 @@ def model_config(tokenizer: PreTrainedTokenizerFast, arguments: argparse.Namespa
         num_key_value_heads=arguments.kv_heads,
         max_position_embeddings=WINDOW,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,
-        attn_implementation="sdpa",
+        **special,
     )
 
 
 def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Writes a plain model folder with bf16 weights."""
-    model.to(torch.bfloat16)
+    nn.Module.to(model, torch.bfloat16)
     model.config.dtype = torch.bfloat16
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

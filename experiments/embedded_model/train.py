@@ -23,6 +23,7 @@ import torch
 from llama import export, model_config
 from loss_curve import LossCurve
 from tokenizer import WINDOW, encode, load_or_train_tokenizer
+from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -43,9 +44,7 @@ def main() -> None:
     rendezvous = arguments.work / "rendezvous"
     rendezvous.unlink(missing_ok=True)
     description = describe(arguments, corpus, held_out)
-    torch.multiprocessing.spawn(
-        train_and_export, (arguments, streams, rendezvous.absolute().as_uri(), description), arguments.workers
-    )
+    spawn(train_and_export, (arguments, streams, rendezvous.absolute().as_uri(), description), arguments.workers)
 
 
 def train_and_export(
@@ -85,7 +84,7 @@ def describe(arguments: argparse.Namespace, corpus: EmbeddedText, held_out: Embe
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=40.0, help="wall-clock budget that the schedule follows")
     parser.add_argument("--max-steps", type=int, default=1_000_000, help="stop earlier (to measure speed)")
     parser.add_argument("--hidden", type=int, default=192)
@@ -175,7 +174,7 @@ def train_step(model: LlamaForCausalLM, optimizers: list, batch: torch.Tensor, s
     """One optimiser step on the gradient averaged over the processes; returns the mean loss in nats per token."""
     loss = token_loss(model, batch)
     loss.backward()
-    gradients = [parameter.grad for parameter in model.parameters()]
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss.detach().view(1)])
     torch.distributed.all_reduce(flat)
     flat /= torch.distributed.get_world_size()

@@ -117,7 +117,7 @@ def plot(by_model: dict[str, list[dict]], path: Path) -> None:
 
 def main() -> None:
     """Reads the runs, writes the three files."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("outputs/first_results"))
     runs = kept_records(HERE / "results.json", read_runs(parser.parse_args().runs), request)
     by_model = {model: [run for run in runs if run["model"] == model] for model in MODELS}

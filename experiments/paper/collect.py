@@ -110,7 +110,7 @@ def found(runs: Path, shared: Path, tokens: Path) -> list[dict]:
 
 def main() -> None:
     """Reads the runs, writes the files."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path(os.environ.get("BESA_SHARED", "../shared")))
     parser.add_argument("--runs", type=Path, default=Path("outputs/paper/runs"))
     parser.add_argument("--tokens", type=Path, default=Path("outputs/paper/tokens"))

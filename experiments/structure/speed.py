@@ -19,7 +19,7 @@ from besa_exp.checkpoints.narrowed_model import costs_of_model, dimensions_of_mo
 from besa_exp.checkpoints.structure import Structure
 from besa_exp.display.markdown import markdown_table
 from besa_exp.evaluation.cost import counts_of
-from besa_exp.methods.structure.widths import chosen, random_importances
+from besa_exp.methods.structure.widths import chosen_units, random_importances, structure_of
 from besa_exp.settings import ModelSettings
 
 
@@ -50,8 +50,8 @@ def main() -> None:
         left = Structure(tuple(block for block in range(dimensions.blocks) if block not in removed))
         models[f"{count} of {dimensions.blocks} blocks"] = narrowed_model(dense, left)
         gone = sum(costs.blocks[block] for block in removed) / costs.total
-        widths = chosen(random_importances(dimensions, 0), costs, dimensions, gone, shape="uniform")
-        models[f"heads and channels, {gone:.1%}"] = narrowed_model(dense, widths)
+        units = chosen_units(random_importances(dimensions, 0), costs, dimensions, gone, shape="uniform")
+        models[f"heads and channels, {gone:.1%}"] = narrowed_model(dense, structure_of(*units))
     taken = {name: [seconds_a_token(model, asked.tokens)] for name, model in models.items()}  # to warm up
     for _ in range(asked.turns):
         for name, model in models.items():
