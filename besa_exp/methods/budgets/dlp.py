@@ -1,10 +1,10 @@
-"""DLP (Chen et al., arXiv 2505.23807): blocks of a low median importance give up more.
+"""DLP (Chen et al., arXiv 2505.23807): blocks whose median score is large give up more.
 
-    u_l = 1 / median of the block's Wanda scores,    s_l = s + alpha' (u_l - mean u),
+    u_l = median of the block's Wanda scores,    i_l = 1 - u_l / sum u,    s_l = s - alpha' (i_l - mean i),
 
-alpha' such that the sparsities span 2 alpha; alpha = 0.15 at 70 % is the authors' choice. Their code takes the mean of
-the scores where the paper says median; here it is the median. A block of median 0, half of whose weights are zero
-already, gives up `width` more than all others, which is the limit of the formula.
+with the unimportance u_l, the relative importance i_l, and alpha' such that the sparsities span 2 alpha; alpha = 0.15 at
+70 % is the authors' choice. So s_l grows in a straight line with u_l, and blocks of small scores, the first ones of most
+models, are spared. The authors' code takes the mean of the scores where the paper says median; here it is the median.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from besa_exp.rules import check_fields, within
 from besa_exp.tensors.importance import Importance, ImportanceName, importance_of
 from besa_exp.tensors.selection import kth_smallest
 
-NEAR_ZERO = 1e-12  # of the largest median: smaller ones count as that
-
 
 @dataclass(frozen=True)
 class Dlp:
@@ -41,11 +39,8 @@ class Dlp:
         self, blocks: Iterable[Block], inputs: Hidden, sparsity: float, batch_size: int
     ) -> Float[Tensor, " block"]:
         """One pass of the dense model."""
-        medians = torch.tensor(
-            survey(blocks, inputs, importance_of(self.importance), batch_size, median_score), dtype=torch.float64
-        )
-        least = max(float(medians.max()) * NEAR_ZERO, torch.finfo(medians.dtype).tiny)
-        return around(1 / medians.clamp(min=least), sparsity, self.width)
+        medians = survey(blocks, inputs, importance_of(self.importance), batch_size, median_score)
+        return around(torch.tensor(medians, dtype=torch.float64), sparsity, self.width)
 
 
 def median_score(block: Block, observed: Observed) -> float:
