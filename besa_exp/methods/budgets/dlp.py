@@ -2,8 +2,8 @@
 
     u_l = median of the block's Wanda scores,    i_l = 1 - u_l / sum u,    s_l = s - alpha' (i_l - mean i),
 
-with the unimportance u_l, the relative importance i_l, and alpha' such that the sparsities span 2 alpha; alpha = 0.15 at
-70 % is the authors' choice. So s_l grows in a straight line with u_l, and blocks of small scores, the first ones of most
+with the unimportance u_l, the relative importance i_l, and alpha' such that the sparsities span 2 alpha; 0.15 is the
+authors' alpha at 70 %. So s_l grows in a straight line with u_l, and blocks of small scores, the first ones of most
 models, are spared. The authors' code takes the mean of the scores where the paper says median; here it is the median.
 """
 
