@@ -7,7 +7,8 @@
 # make best   run the study of experiments/best (an hour to an hour and a half on 2 cores with JOBS=2; done runs are skipped)
 # make budgets  run the study of budgets over depth (some hours on 2 cores; done runs are skipped)
 # make paper  run the study of experiments/paper: the paper's claims on three small models (half an hour on 2 cores with JOBS=2; done runs are skipped)
-# make real-study  run the study of experiments/real_model (about six hours on 2 cores; done runs are skipped; makes the model first)
+# make real-study  run the study of experiments/real_model (about six hours on 2 cores; done runs are skipped; makes the model first; its texts,
+#              data/wikitext2 and data/c4, lie in the folder that BESA_SHARED names)
 # make first-results  run the study of experiments/first_results (about an hour on 2 cores; done runs are skipped)
 
 VENV := .venv

@@ -18,7 +18,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -66,6 +67,8 @@ def paper(shared: Path, out: Path) -> None:
 def real_model(shared: Path, out: Path) -> None:
     """calibration-<seed>.safetensors, a large set beside it, a small one for searches that run the model many times,
     and wikitext2 and c4, held out."""
+    if not REAL_MODEL.is_dir():
+        sys.exit(f"no model in {REAL_MODEL}: make real-model")
     tokenizer, folder = AutoTokenizer.from_pretrained(REAL_MODEL), made(out)
     raw, c4 = shared / "data" / "wikitext2", shared / "data" / "c4" / "c4_docs.jsonl"
     valid, test = (
@@ -129,12 +132,27 @@ def made(folder: Path) -> Path:
     return folder
 
 
+MODELS_AND_STORIES = (*(f"models/{name}" for name in TINYSTORIES_MODELS), "data/tinystories")
+C4 = "data/c4/c4_docs.jsonl"
+NEEDED = {
+    "first_results": MODELS_AND_STORIES,
+    "paper": (*MODELS_AND_STORIES, C4, "data/wikitext2/wiki.train.tokens"),
+    "real_model": (C4, "data/wikitext2/wiki.valid.raw", "data/wikitext2/wiki.test.raw"),
+}  # within `shared`
 STUDIES = {"first_results": first_results, "paper": paper, "real_model": real_model}
 
-if __name__ == "__main__":
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes the tokens of one study. Ends the program where what they are made of is not there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--shared", type=Path, default=Path(os.environ.get("BESA_SHARED", "../shared")))
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
+    if missing := [place for place in NEEDED[given.study] if not (given.shared / place).exists()]:
+        sys.exit(f"{given.shared} has no {', '.join(missing)}; name a folder that has: --shared FOLDER or BESA_SHARED=")
     STUDIES[given.study](given.shared, given.out or Path("outputs") / given.study / "tokens")
+
+
+if __name__ == "__main__":
+    main()

@@ -56,7 +56,7 @@ def record(run: RunRecord) -> dict[str, Any]:
         "accuracy": accuracies[0] if accuracies else None,
         "prune_processor_seconds": run.seconds.get("prune_processor"),
         "peak_host_bytes": run.memory.get("host"),
-        "calibration_sha256": run.calibration["tokens_sha256"],
+        "calibration_sha256": run.calibration.get("tokens_sha256"),
         "commit": run.environment.get("git_commit"),
     }
 

@@ -20,10 +20,12 @@ HERE = Path(__file__).parent
 
 
 def read_runs(folder: Path) -> list[dict]:
-    """What the study keeps of every finished run; `bits` None: the weights were not rounded."""
+    """What the study keeps of every finished run; `bits` None: the weights were not rounded. A dense run is not
+    calibrated, and its blocks have no loss."""
     runs = []
     for path in sorted(folder.glob("*/results.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
+        ((name, perplexity),) = results["perplexity"].items()
         runs.append(
             {
                 "pruner": results["pruner"],
@@ -31,10 +33,12 @@ def read_runs(folder: Path) -> list[dict]:
                 "target_sparsity": results["target_sparsity"],
                 "measured_sparsity": results["measured_sparsity"],
                 "seed": results["seed"],
-                "perplexity": results["perplexity"]["embedded"],
-                "reconstruction_loss": [block["reconstruction_loss"] for block in results["blocks"]],
-                "tokens_sha256": results["provenance"]["perplexity"]["embedded"]["tokens_sha256"],
-                "calibration_sha256": results["calibration"]["tokens_sha256"],
+                "perplexity": perplexity,
+                "reconstruction_loss": [
+                    loss for block in results["blocks"] if (loss := block.get("reconstruction_loss"))
+                ],
+                "tokens_sha256": results["provenance"]["perplexity"][name]["tokens_sha256"],
+                "calibration_sha256": (results["calibration"] or {}).get("tokens_sha256"),
                 "environment": results["environment"],
             }
         )
@@ -43,7 +47,8 @@ def read_runs(folder: Path) -> list[dict]:
 
 def request(run: dict) -> tuple:
     """What two records of the same run have in common, wherever it was made."""
-    return run["pruner"], run["bits"], run["target_sparsity"], run["seed"]
+    target = 0.0 if run["pruner"] == "dense" else run["target_sparsity"]  # 0.5 is what it was once recorded with
+    return run["pruner"], run["bits"], target, run["seed"]
 
 
 def table(runs: list[dict]) -> list[str]:
@@ -55,8 +60,9 @@ def table(runs: list[dict]) -> list[str]:
     for (bits, pruner, target), chosen in sorted(rows.items(), key=lambda row: (row[0][0] or 32, mean(row[1]))):
         perplexity = over_seeds([run["perplexity"] for run in chosen], 3)
         zeros = statistics.mean(run["measured_sparsity"] for run in chosen)
-        loss = statistics.mean(run["reconstruction_loss"][-1]["after"] for run in chosen)
-        lines.append([str(bits or "fp32"), pruner, f"{target:g}", f"{zeros:.4f}", perplexity, f"{loss:.4f}"])
+        losses = [run["reconstruction_loss"][-1]["after"] for run in chosen if run["reconstruction_loss"]]
+        loss = f"{statistics.mean(losses):.4f}" if losses else "n/a"
+        lines.append([str(bits or "fp32"), pruner, f"{target:g}", f"{zeros:.4f}", perplexity, loss])
     return markdown_table(["bits", "method", "target", "zeros", "perplexity", "last block's loss"], lines)
 
 

@@ -48,9 +48,21 @@ def errors(folder: Path, dense: list[torch.Tensor], tokens: torch.Tensor) -> lis
     return [float((own - theirs).double().square().sum() / theirs.double().square().sum()) for own, theirs in pairs]
 
 
+def short(run: RunRecord) -> dict[str, str]:
+    """{kind of linear: its short name}; empty of a dense run, whose blocks are not reported."""
+    return short_names([linear_type(linear.name) for block in run.blocks[:1] for linear in block.linears])
+
+
+def calibration(run: RunRecord) -> list[str | int]:
+    """Source and windows. A dense run has neither: it stands beside the usual ones."""
+    if not run.calibration:
+        return tables.source_and_windows(run.model)
+    return [Path(run.calibration["name"]).stem.split("-")[0], run.calibration["num_samples"]]
+
+
 def sparsities(run: RunRecord) -> list[dict[str, float]]:
     """Of each linear, by block."""
-    names = short_names([linear_type(linear.name) for linear in run.blocks[0].linears])
+    names = short(run)
     return [{names[linear.name]: linear.pruned / linear.weights for linear in block.linears} for block in run.blocks]
 
 
@@ -58,13 +70,13 @@ def record(run: RunRecord) -> dict:
     """What the study keeps of a run; `error` is added where its model is there."""
     (perplexity,) = [score.value for score in run.scores if score.measure.kind == "perplexity"]
     speed = run.simulated_speed.get("linears", {})
-    names = short_names([linear_type(linear.name) for linear in run.blocks[0].linears])
+    names = short(run)
     accuracies = [score.value for score in run.scores if score.measure.metric == "acc_norm"]
     return {
         "model": run.model,
         "method": run.method.label,
         "target": run.target,
-        "calibration": [Path(run.calibration["name"]).stem.split("-")[0], run.calibration["num_samples"]],
+        "calibration": calibration(run),
         "seed": run.seed,
         "measured": run.measured,
         "perplexity": perplexity,
@@ -72,7 +84,7 @@ def record(run: RunRecord) -> dict:
         "loss": [[block.loss_before, block.loss_after] for block in run.blocks],
         "sparsity": sparsities(run),
         "simulated_speed_up": {names.get(kind, kind): row["speed_up"] for kind, row in speed.items()},
-        "calibration_sha256": run.calibration["tokens_sha256"],
+        "calibration_sha256": run.calibration.get("tokens_sha256"),
         "commit": run.environment.get("git_commit"),
     }
 
@@ -102,7 +114,9 @@ def found(runs: Path, shared: Path, tokens: Path) -> list[dict]:
             folder = MODEL_DIR if run.model == "embedded" else shared / "models" / run.model
             held_out = read_token_file(tokens / run.model / "held-out.safetensors")[:WINDOWS]
             dense[run.model] = hidden_states(folder, held_out), held_out
-        if (path / "model").is_dir():
+        if row["method"] == "dense":
+            row["error"] = [0.0] * len(dense[run.model][0])
+        elif (path / "model").is_dir():
             row["error"] = errors(path / "model", *dense[run.model])
         records.append(row)
     return records

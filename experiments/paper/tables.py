@@ -31,10 +31,14 @@ def short(label: str) -> str:
     return f"{PAPER} layer-wise" if label == LAYER_WISE else label
 
 
+def source_and_windows(model: str, source: str | None = USUAL[0], windows: int = USUAL[1]) -> list[str | int]:
+    """As records hold it; without a source, the model's own text."""
+    return [source or ("embedded" if model == "embedded" else "tinystories"), windows]
+
+
 def chosen(rows: Sequence[dict], model: str, method: str, calibration: tuple[str | None, int] = USUAL) -> list[dict]:
     """The records of one cell, its seeds."""
-    source, windows = calibration
-    wanted = [source or ("embedded" if model == "embedded" else "tinystories"), windows]
+    wanted = source_and_windows(model, *calibration)
     return [row for row in rows if (row["model"], row["method"], row["calibration"]) == (model, method, wanted)]
 
 
