@@ -1,10 +1,11 @@
 """Peak memory of runs on a generated checkpoint that is never whole in memory.
 
-    python experiments/benchmarks/streaming.py [--blocks 40] [--keep FOLDER]
+    python experiments/benchmarks/streaming.py [--blocks 40] [--folder FOLDER] [--whole]
 
 Writes a random Llama in bf16 (hidden 2048, ffn 5632: 103 MB a block; 40 blocks are 4.1 GB), shard by shard, and prunes
-it in a process of its own with few samples: first whole, then streamed. The bound is 3 x the largest block as computed
-with (fp32 here: this CPU has no bf16 instructions) + the activations + 1 GB, which holds Python and its libraries.
+it streamed in a process of its own with few samples, with `--whole` whole too. The bound is 3 x the largest block as
+computed with (fp32 here: this CPU has no bf16 instructions) + the activations + 1 GB, which holds Python and its
+libraries.
 """
 
 from __future__ import annotations

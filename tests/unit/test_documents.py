@@ -1,12 +1,15 @@
-"""README, CONTRIBUTING and docs/: their links lead somewhere, their commands compose, and what they name is there."""
+"""README, CONTRIBUTING, docs/ and the studies' pages: their links lead somewhere, their commands and those of the
+Makefile compose, what they name is there, and the studies' tables are what their records say."""
 
 from __future__ import annotations
 
 import ast
-import importlib
-import json
+import inspect
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,18 +21,30 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from studies import EXPERIMENTS, collect_of, records_of
 from tiny_llama import tiny_llama
 
 import besa_exp
 import besa_exp.cli.configuration  # registers the resolvers of conf/
+from besa_exp.cli.compose import Composer
+from besa_exp.cli.configuration import method_name, read_settings
 from besa_exp.cli.show import keys_of
 from besa_exp.errors import ConfigurationError
-from besa_exp.presets import CONF_DIR, groups, presets
+from besa_exp.presets import CONF_DIR, groups, listed, presets
+from besa_exp.run_folder.folder import WRITTEN
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+STUDIES = sorted(EXPERIMENTS.glob("*/README.md"))
 OF_THE_READER = ("--config-dir", "pruner=random")  # presets that the reader is shown how to write
+PLACEHOLDERS = {
+    r"\bMETHOD\b": "full",
+    r"\bLR\b": "1e-3",
+    r"<method>": "wanda_then_quantise",
+    r"\$\([^)]*\)|\$\w+": "RUN",
+}
 COMPOSED = {"prune": "prune", "prefetch": "prune", "evaluate": "evaluate", "tune": "tune"}
 
 
@@ -39,10 +54,17 @@ def fenced(page: Path, language: str) -> list[str]:
 
 def commands() -> Iterator[str]:
     """Each `besa ...` line of a code block, and each that stands in a line of text; under torchrun too."""
-    for page in PAGES:
+    for page in PAGES + STUDIES:
         lines = [line for block in fenced(page, "") for line in block.splitlines()] + spans(page)
         lines = [re.sub(r"^(torchrun .* -m besa_exp|\.venv/bin/besa) ", "besa ", line) for line in lines]
-        yield from (line for line in lines if line.startswith("besa "))
+        yield from (filled(line) for line in lines if line.startswith("besa "))
+
+
+def filled(command: str) -> str:
+    """With a value in place of what a reader fills in."""
+    for placeholder, value in PLACEHOLDERS.items():
+        command = re.sub(placeholder, value, command)
+    return command
 
 
 def spans(page: Path) -> list[str]:
@@ -60,12 +82,7 @@ def anchors(page: Path) -> set[str]:
 @pytest.fixture
 def study(monkeypatch) -> tuple[Any, list[dict[str, Any]]]:
     """`collect.py` of the real model's study, and its records."""
-    folder = ROOT / "experiments" / "real_model"
-    monkeypatch.syspath_prepend(str(folder))
-    collect = importlib.import_module("collect")
-    for name in ("collect", "results_figure"):
-        sys.modules.pop(name)
-    return collect, json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return collect_of("real_model", monkeypatch), records_of("real_model")
 
 
 def test_the_table_of_results_holds_the_records_of_the_study(study) -> None:
@@ -89,9 +106,27 @@ def test_the_figure_of_results_holds_the_records_of_the_study(study) -> None:
     assert read == pytest.approx(written, rel=0.01)
 
 
+def test_the_tables_of_the_studies_hold_their_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    def written(study: str) -> str:
+        return (EXPERIMENTS / study / "tables.md").read_text(encoding="utf-8")
+
+    best, first, paper, joint, structure = (
+        (collect_of(study, monkeypatch), records_of(study))
+        for study in ("best", "first_results", "paper", "joint", "structure")
+    )
+    assert "\n".join(best[0].tables(best[0].Rows(best[1]))) == written("best")
+    by_model = {model: [run for run in first[1] if run["model"] == model] for model in first[0].MODELS}
+    assert first[0].tables(by_model) == written("first_results")
+    assert paper[0].tables.tables(paper[1]) == written("paper")
+    assert "\n".join(joint[0].table(joint[1])) in (EXPERIMENTS / "joint" / "README.md").read_text(encoding="utf-8")
+    for model in structure[0].MODELS:
+        own = structure[0].table([run for run in structure[1] if run["model"] == model])
+        assert "\n".join(own) in written("structure")
+
+
 def test_every_link_leads_somewhere() -> None:
     broken = []
-    for page in PAGES:
+    for page in PAGES + STUDIES:
         for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
             if target.startswith(("http://", "https://")):
                 continue
@@ -125,6 +160,77 @@ def test_a_command_of_the_documents_composes(command: str) -> None:
             compose(COMPOSED[name], lines, return_hydra_config=True)
 
 
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+def test_the_commands_of_the_makefile_are_accepted(tmp_path: Path) -> None:
+    targets = ("paper", "best", "budgets", "first-results", "real-study")
+    asked = subprocess.run(
+        ["make", "--dry-run", "--old-file=.venv/installed", *targets, f"PYTHON={sys.executable}"],
+        cwd=ROOT,
+        env=os.environ | {"BESA_SHARED": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    lines = [filled(line) for line in re.findall(r"/besa ((?:prune|evaluate) .*?)(?=$| &&| \\)", asked, re.MULTILINE)]
+    assert len(lines) > 40
+    refused = []
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        for line in dict.fromkeys(lines):
+            command, *words = shlex.split(line)
+            composer = Composer(command)
+            overrides = composer.parse(words)
+            config = composer.compose(composer.spread(overrides, [])[0])
+            if config is None or composer.problems:
+                refused.append(f"{line}: {composer.problems}")
+            elif command == "prune":
+                read_settings(config, method_name(config.hydra.runtime.choices))
+    assert refused == []
+
+
+def options(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), [("README.md", []), ("docs/runs.md", ["debug=tiny", "evaluator.dense=true"])]
+)
+def test_the_run_folder_that_a_page_shows_is_the_commands_own(page: str, words: list[str]) -> None:
+    shown = set(re.findall(r"outputs/embedded-[\w.-]+", (ROOT / page).read_text(encoding="utf-8")))
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = compose("prune", words, return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+        assert shown == {config.hydra.run.dir}
+
+
+def test_every_option_of_a_script_that_the_documents_show_is_there() -> None:
+    unknown = []
+    for script in EXPERIMENTS.rglob("*.py"):
+        source = script.read_text(encoding="utf-8")
+        there = set(re.findall(r"add_argument\(\s*\"(--[\w-]+)\"", source))
+        shown = options(ast.get_docstring(ast.parse(source)) or "")
+        for page in [*PAGES, *STUDIES, ROOT / "Makefile"]:
+            commands = re.findall(rf"{script.relative_to(EXPERIMENTS)}( [^`\n|;&]*)", page.read_text(encoding="utf-8"))
+            if page.parent == script.parent:
+                commands += re.findall(rf"`{script.name}( [^`]*)", page.read_text(encoding="utf-8"))
+            shown |= options(" ".join(commands))
+        unknown += [f"{script.relative_to(ROOT)} {option}" for option in sorted(shown - there)]
+    assert unknown == []
+
+
+def test_every_file_of_a_run_has_a_line() -> None:
+    text = (ROOT / "docs/runs.md").read_text(encoding="utf-8")
+    passing = {"blocks", "recovery", "scores.json", "spent.json", "narrowed"}  # of an unfinished run, or told elsewhere
+    names = [name if "." in name else f"{name}/" for name in WRITTEN if name not in passing]
+    assert [name for name in (*names, "status.json") if f"`{name}`" not in text] == []
+
+
+def test_a_preset_that_promises_the_dense_models_scores_has_them() -> None:
+    for name, line in listed(["experiment"])["experiment"].items():
+        if "before and after" in line:
+            with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+                assert compose("prune", [f"experiment={name}"]).evaluator.dense is True
+
+
 def keys() -> set[str]:
     """Every key of every command and preset, dotted, and every group of keys."""
     at_the_top = {
@@ -142,14 +248,14 @@ def keys() -> set[str]:
 
 def test_every_key_and_preset_that_the_documents_name_is_there() -> None:
     known, unknown = keys(), []
-    for page in PAGES:
+    for page in PAGES + STUDIES:
         words = [word for text in [*spans(page), *fenced(page, "")] for word in re.split(r"[\s,'\"()]+", text)]
         for word in words:
             name, given, value = word.partition("=")
             group = name.partition(".")[0]
             if group not in (*groups(), "save") or not re.fullmatch(r"\w+(\.[a-z]\w*)*", name):
                 continue
-            dotted = "." in name and not name.endswith((".py", ".yaml", ".json", ".layers"))
+            dotted = "." in name and not name.endswith((".py", ".yaml", ".json", ".layers", ".safetensors"))
             chosen = given and "." not in name and re.fullmatch(r"[a-z]\w+", value)
             if (dotted and name not in known) or (chosen and value not in (*presets(group), "random", "none", "null")):
                 unknown.append(f"{page.relative_to(ROOT)}: {word}")
@@ -169,14 +275,14 @@ def test_every_file_and_target_of_make_that_the_documents_name_is_there() -> Non
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     places = [ROOT, ROOT / "besa_exp", ROOT / "besa_exp/methods", ROOT / "tests", ROOT / "tests/end_to_end"]
     missing = []
-    for page in PAGES:
+    for page in PAGES + STUDIES:
         for span in spans(page):
             made = re.match(r"make ([\w-]+)", span)
             file = re.fullmatch(r"[\w.]+/[\w./]+\.py", span)
-            written_by_the_reader = span.endswith("random.py") or span == "large_models/templates.py"
+            elsewhere = span.endswith("random.py") or span in ("large_models/templates.py", "numpy/ma/core.py")
             if made and made[1] not in targets:
                 missing.append(f"{page.relative_to(ROOT)}: {span}")
-            if file and not written_by_the_reader and not any((place / span).is_file() for place in places):
+            if file and not elsewhere and not any((place / span).is_file() for place in (*places, page.parent)):
                 missing.append(f"{page.relative_to(ROOT)}: {span}")
     assert missing == []
 
@@ -200,6 +306,15 @@ def test_every_key_and_group_has_a_line() -> None:
     top = re.findall(r"^(\w+):", (CONF_DIR / "prune.yaml").read_text(encoding="utf-8"), re.MULTILINE)
     keys = [key for key in top if key not in ("defaults", "model", "save", "hydra")]
     assert [key for key in [*keys, *groups()] if f"`{key}`" not in text] == []
+
+
+def test_every_argument_of_the_python_functions_has_a_word() -> None:
+    text = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\w+", " ".join(spans(ROOT / "docs/python.md"))))
+    for function in (besa_exp.prune, besa_exp.tune):
+        _, *arguments = inspect.signature(function).parameters  # the first is the model
+        assert f"## `besa_exp.{function.__name__}`" in text
+        assert [name for name in arguments if name not in named] == []
 
 
 def test_every_room_has_a_line() -> None:
