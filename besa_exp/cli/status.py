@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from besa_exp.display.progress import duration
 from besa_exp.display.terminal import console_of
 from besa_exp.report.folders import find_runs
 from besa_exp.report.runs import RunRecord, read_run
+from besa_exp.run_folder.metrics import metric_lines
 from besa_exp.run_folder.status import KILLED, read_status
 
 PLAIN_WIDTH = 160
@@ -89,11 +89,8 @@ def _progress(run: RunRecord, blocks: dict[str, int]) -> str:
     if run.status == "done":
         return str(len(run.blocks))
     pruned = set()
-    with suppress(OSError), (run.path / "metrics.jsonl").open(encoding="utf-8") as file:
-        for line in file:
-            if line.startswith('{"kind": "block"'):
-                with suppress(ValueError, KeyError):
-                    pruned.add(json.loads(line)["block"])
+    with suppress(OSError):
+        pruned = {line.get("block") for line in metric_lines(run.path, "block")}
     return f"{len(pruned)} of {blocks[run.model]}" if run.model in blocks else str(len(pruned) or "")
 
 

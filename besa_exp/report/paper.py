@@ -45,6 +45,18 @@ class PaperTable:
     source: str
     cells: tuple[PaperCell, ...]
 
+    @property
+    def models(self) -> list[str]:
+        return list(dict.fromkeys(cell.model for cell in self.cells))
+
+    @property
+    def rows(self) -> dict[tuple[str, str], list[PaperCell]]:
+        """{(row, pruner): a cell for each of `models`}."""
+        rows: dict[tuple[str, str], list[PaperCell]] = {}
+        for cell in self.cells:
+            rows.setdefault((cell.row, cell.pruner), []).append(cell)
+        return rows
+
 
 @cache
 def published() -> Mapping[str, Any]:
@@ -137,15 +149,11 @@ def paper_markdown(tables: Sequence[PaperTable]) -> str:
     """The tables of measures that the paper or a run has a number for, as `paper / ours (difference)`."""
     lines: list[str] = []
     for table in tables:
-        models = list(dict.fromkeys(cell.model for cell in table.cells))
         if not any(isinstance(cell.paper, float) or cell.ours is not None for cell in table.cells):
             continue
         lines += [f"### {escaped(table.title)}", "", f"Paper / ours (difference). {table.source}".rstrip(), ""]
-        rows = []
-        for row, pruner in dict.fromkeys((cell.row, cell.pruner) for cell in table.cells):
-            cells = {cell.model: cell for cell in table.cells if (cell.row, cell.pruner) == (row, pruner)}
-            rows.append([row, pruner, *(_shown(cells[model], table.kind) for model in models)])
-        lines += [*markdown_table(["row", "ours", *map(escaped, models)], rows), ""]
+        rows = [[*of, *(_shown(cell, table.kind) for cell in cells)] for of, cells in table.rows.items()]
+        lines += [*markdown_table(["row", "ours", *map(escaped, table.models)], rows), ""]
     return "\n".join(lines)
 
 

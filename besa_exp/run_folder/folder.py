@@ -30,6 +30,8 @@ from besa_exp.machine.environment import masked
 from besa_exp.run_folder.identity import IDENTITY, check_identity
 from besa_exp.run_folder.lock import locked
 from besa_exp.run_folder.log import logging_to
+from besa_exp.run_folder.metrics import NAME as METRICS
+from besa_exp.run_folder.metrics import metric_lines
 from besa_exp.run_folder.status import is_done, now, read_status, write_status
 
 KEPT = (
@@ -76,7 +78,7 @@ class RunFolder:
         self.masks = path / "masks.safetensors"
         self.tokens = path / "calibration.safetensors"
         self.rows = path / "row_sparsities.safetensors"
-        self.metrics = path / "metrics.jsonl"
+        self.metrics = path / METRICS
         self.sparsity = path / "sparsity.csv"
         self.blocks = path / "blocks"
         self.recovery = path / "recovery"
@@ -146,7 +148,7 @@ class RunFolder:
         the dense model, where it was `scored` before, and on each step of a search over the whole model stays."""
         if not self.writes:
             return
-        lines = self._lines()
+        lines = [*metric_lines(self.path)]
         kept = {_which(line): line for line in lines if scored and line.get("which") == "dense"}
         kept |= {_which(line): line for line in lines if line.get("kind") == "model_step"}
         with atomic.replaced_file(self.metrics) as partial:
@@ -157,15 +159,6 @@ class RunFolder:
         self.sparsity.unlink(missing_ok=True)
         for report in reports:
             self._append_sparsity(report)
-
-    def _lines(self) -> list[dict[str, Any]]:
-        """metrics.jsonl, without a last line that was cut off."""
-        lines = []
-        with suppress(FileNotFoundError), self.metrics.open(encoding="utf-8") as file:
-            for text in file:
-                with suppress(ValueError):
-                    lines.append(json.loads(text))
-        return lines
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """config.yaml: the resolved configuration, with `***` in the place of secrets."""
