@@ -8,11 +8,11 @@ valid name. A line's key is what stands before its `=`.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from hydra import compose
@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from besa_exp.cli.text_keys import list_keys, text_keys
-from besa_exp.errors import did_you_mean, quoted, what_needs_quotes
+from besa_exp.errors import ConfigurationError, did_you_mean, quoted, what_needs_quotes
 from besa_exp.presets import CONF_DIR, METHOD_GROUPS
 
 
@@ -93,6 +93,26 @@ class Composer:
                 return None
         self.problems |= found
         return self.compose(lines)
+
+    def without(
+        self, lines: Sequence[str], keys: Iterable[str], config: DictConfig
+    ) -> tuple[list[str], DictConfig | None]:
+        """The lines that give no value to any of the keys, nor to what is below them, and their configuration: `config`
+        where that are all, None where they do not compose. A line that chooses a preset stays."""
+        rest = [line for line in lines if not any(self._sets(line, key) for key in keys)]
+        return rest, self.compose(rest) if len(rest) < len(lines) else config
+
+    def note(self, problems: Iterable[str]) -> None:
+        """Of no key in particular."""
+        self.problems |= {problem: problem for problem in problems}
+
+    def refuse(self) -> NoReturn:
+        """ConfigurationError: every problem there is, each once."""
+        raise ConfigurationError(*dict.fromkeys(self.problems.values()))
+
+    def _sets(self, line: str, key: str) -> bool:
+        own = key_of(line)
+        return own.startswith(f"{key}.") or (own == key and not self.presets(own))
 
     def presets(self, group: str) -> list[str]:
         """The presets of a group; none where there is no such group."""

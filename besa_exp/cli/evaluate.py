@@ -18,8 +18,7 @@ from besa_exp.cli.configuration import Unreadable, as_values, read_of_checkpoint
 from besa_exp.cli.jobs import summary_line, told
 from besa_exp.cli.preflight import preflight_evaluation
 from besa_exp.cli.prune import composed
-from besa_exp.cli.request import composed_for_one, sets_one_of
-from besa_exp.errors import ConfigurationError
+from besa_exp.cli.request import composed_for_one
 from besa_exp.evaluation.merging import remaining
 from besa_exp.run_folder.folder import read_results
 from besa_exp.run_folder.inputs import check_scored_inputs
@@ -67,7 +66,7 @@ def read_asked(arguments: argparse.Namespace) -> _Asked:
     composer, lines, config, unknown = composed_for_one(arguments, CONFIG_NAME, "scores")
     settings, known = _checked(composer, lines, config, unknown)
     if composer.problems or settings is None:
-        raise ConfigurationError(*dict.fromkeys(composer.problems.values()))
+        composer.refuse()
     return _Asked(settings, as_values(config), _folder(composer, config), known)
 
 
@@ -81,8 +80,7 @@ def _checked(
         of_another = {"checkpoint"} if "model" in unknown else set()  # it would have come with the model's preset
         found = {key: problem for key, problem in error.by_key.items() if key not in of_another}
         composer.problems = found | composer.problems
-        rest = [line for line in lines if not sets_one_of(composer, line, error.by_key)]
-        again = composer.compose(rest) if len(rest) < len(lines) else config
+        rest, again = composer.without(lines, error.by_key, config)
         if again is not None and "checkpoint" in error.by_key:  # any other will do to check the rest
             again, unknown = copy.deepcopy(again), unknown | {"model"}
             again.checkpoint = "embedded"
@@ -91,8 +89,7 @@ def _checked(
         return None, None
     folder = _folder(composer, config)
     facts, problems = preflight_evaluation(settings, folder, unknown)
-    composer.problems |= {problem: problem for problem in problems}
-    composer.problems |= {problem: problem for problem in check_scored_inputs(folder, settings)}
+    composer.note([*problems, *check_scored_inputs(folder, settings)])
     if composer.problems or not (folder / "results.json").is_file():
         return settings, None
     try:
@@ -109,11 +106,9 @@ def _checked(
         )
     context = facts.context if facts else None
     left = remaining(settings.evaluator, settings.seed, context, results, settings.overwrite, settings.skipping)
-    composer.problems |= {conflict: conflict for conflict in left.conflicts}
-    to_score = left.settings
-    nothing = not (
-        to_score.perplexity_sets or to_score.tasks or to_score.simulated_speed or to_score.speed or to_score.prompts
-    )
+    composer.note(left.conflicts)
+    to_score = ("perplexity_sets", "tasks", "simulated_speed", "speed", "prompts")
+    nothing = not any(getattr(left.settings, kind) for kind in to_score)
     return settings, left.known if nothing and left.known else None
 
 

@@ -24,9 +24,9 @@ from besa_exp.cli.configuration import Unreadable, method_name, read_settings
 from besa_exp.cli.hub_needs import Held, Need, bring, described, held, needs_of, prefetch_command
 from besa_exp.cli.preflight import check_model
 from besa_exp.cli.prune import composed
-from besa_exp.cli.request import CONFIG_NAME, composed_by, composer_of, sets_one_of
+from besa_exp.cli.request import CONFIG_NAME, composed_by, composer_of
 from besa_exp.display.terminal import console_of
-from besa_exp.errors import ConfigurationError, Unavailable
+from besa_exp.errors import Unavailable
 from besa_exp.evaluation.checks import check_evaluator
 from besa_exp.hub.client import hub_problem
 from besa_exp.machine import atomic
@@ -93,24 +93,23 @@ def _settings_of_jobs(arguments: argparse.Namespace) -> list[RunSettings]:
         if config is not None:
             jobs += _settings(composer, lines, config)
     if composer.problems:
-        raise ConfigurationError(*dict.fromkeys(composer.problems.values()))
+        composer.refuse()
     return jobs
 
 
 def _settings(composer: Composer, lines: Sequence[str], config: DictConfig) -> list[RunSettings]:
     """The settings of one job, none where something is wrong with them, which is noted."""
-    problems = composer.problems
     try:
         settings = read_settings(config, method_name(config.hydra.runtime.choices), with_pruner=False)
     except Unreadable as error:
-        problems |= error.by_key
-        rest = [line for line in lines if not sets_one_of(composer, line, error.by_key)]
-        if len(rest) < len(lines) and (others := composer.compose(rest)) is not None:
+        composer.problems |= error.by_key
+        rest, others = composer.without(lines, error.by_key, config)
+        if others is not None and others is not config:
             _settings(composer, rest, others)
         return []
     _, found = check_model(settings.model)
     found += check_calibration(settings.calibration, None) + check_evaluator(settings.evaluator, None)
-    problems |= {problem: problem for problem in found}
+    composer.note(found)
     return [] if found else [settings]
 
 
