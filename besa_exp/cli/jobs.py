@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,8 +36,7 @@ from besa_exp.evaluation.score import Scores, main_scores, partly_scored, set_na
 from besa_exp.hub.publish import publish
 from besa_exp.machine.environment_variables import set_before_imports
 from besa_exp.machine.streams import keep_streams
-from besa_exp.machine.torchrun import is_leader
-from besa_exp.run_folder.folder import RunFolder, drop_work, read_results
+from besa_exp.run_folder.folder import RunFolder, absent, drop_work, read_results, remove_refused
 from besa_exp.run_folder.status import is_done, read_status, seen_status
 from besa_exp.runs.interruption import interruptible
 
@@ -166,10 +164,10 @@ def launch(request: Request) -> list[Outcome]:
     (job,) = request.jobs
     if job.finished:
         return [finished_before(job.folder, job.config)]
-    made = [place for place in (job.folder, *job.folder.parents) if not place.exists()]
+    made = absent(job.folder)
     outcome = hydra.run(request.config_name, run_job, [*request.lines, "hydra.mode=RUN"]).return_value
-    if outcome.status == "refused" and made and is_leader():
-        _remove_refused(made)
+    if outcome.status == "refused":
+        remove_refused(made)
     return [outcome]
 
 
@@ -218,17 +216,6 @@ def _outcome_of_lost(job: Job, reason: str) -> Outcome:
     state = seen_status(job.folder) or "not begun"
     text = f"the launcher lost this job ({reason}); its folder says {state}; run the same command again to finish it"
     return Outcome(job.folder, "failed", text)
-
-
-def _remove_refused(made: Sequence[Path]) -> None:
-    """The folders, innermost first, that this command made for a run that could not begin. Another process's run in
-    the first, and other things in the others, are left alone."""
-    status = read_status(made[0])
-    if status is None or (status["status"] == "failed" and status["process"] == os.getpid()):
-        shutil.rmtree(made[0])
-        for parent in made[1:]:
-            with suppress(OSError):  # not empty
-                parent.rmdir()
 
 
 def summary_line(results: Mapping[str, Any]) -> str:

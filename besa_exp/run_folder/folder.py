@@ -12,6 +12,7 @@ import csv
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from besa_exp.errors import ConfigurationError, Interrupted, RunError
 from besa_exp.evaluation.score import Scores
 from besa_exp.machine import atomic
 from besa_exp.machine.environment import masked
+from besa_exp.machine.torchrun import is_leader
 from besa_exp.run_folder.identity import IDENTITY, check_identity
 from besa_exp.run_folder.lock import locked
 from besa_exp.run_folder.log import logging_to
@@ -267,6 +269,22 @@ def drop_work(path: Path) -> None:
     with suppress(OSError):  # the results are there, in somebody else's folder perhaps
         for name in ("blocks", "narrowed", "recovery"):
             atomic.remove(path / name)
+
+
+def absent(path: Path) -> list[Path]:
+    """The folder and those above it that are not there yet, innermost first."""
+    return [place for place in (path, *path.parents) if not place.exists()]
+
+
+def remove_refused(made: Sequence[Path]) -> None:
+    """Of a run that could not begin the folders, innermost first, that were made for it. Another process's run in the
+    first, and other things in the others, are left alone."""
+    status = read_status(made[0]) if made and is_leader() else {"status": "another's"}
+    if status is None or (status["status"] == "failed" and status["process"] == os.getpid()):
+        atomic.remove(made[0])
+        for parent in made[1:]:
+            with suppress(OSError):  # not empty
+                parent.rmdir()
 
 
 def read_results(path: Path) -> dict[str, Any]:

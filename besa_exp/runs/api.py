@@ -31,6 +31,7 @@ from besa_exp.errors import ConfigurationError
 from besa_exp.methods.updates.updated import with_update
 from besa_exp.report.loaded import linear_table, load_run
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
+from besa_exp.run_folder.folder import absent, remove_refused
 from besa_exp.run_folder.identity import check_finished, config_of
 from besa_exp.run_folder.inputs import check_run_inputs
 from besa_exp.run_folder.status import is_done
@@ -249,8 +250,13 @@ def _pruned_into(
         return read(replace(loaded, tokenizer=tokenizer or loaded.tokenizer))
 
     if not _is_answered(settings, folder, tokenizer):
-        with torch_as_before():
-            prune_into(settings, folder, calibrate=calibrate)
+        made = absent(folder)
+        try:
+            with torch_as_before():
+                prune_into(settings, folder, calibrate=calibrate)
+        except ConfigurationError:
+            remove_refused(made)
+            raise
     run = load_run(folder)
     for report in run.blocks:
         on_block(report)
