@@ -16,7 +16,7 @@ from besa_exp.cli.jobs import told
 from besa_exp.cli.preflight import preflight_tuning
 from besa_exp.cli.prune import composed
 from besa_exp.cli.request import composed_for_one
-from besa_exp.display.model_card import score_rows
+from besa_exp.display.rows import score_rows
 from besa_exp.hub.publish import publish
 from besa_exp.run_folder.folder import drop_work, read_results
 from besa_exp.run_folder.status import is_done

@@ -16,16 +16,13 @@ from typing import Any
 import yaml
 
 from besa_exp.blocks.reports import BlockReport, Size
-from besa_exp.display.cost import COST_HEADS, cost_rows
 from besa_exp.display.missed_target import missed_by
-from besa_exp.display.stages import stage_lines
-from besa_exp.display.text_samples import text_table
+from besa_exp.display.rows import Rows, cost_table, stage_lines, text_table
 from besa_exp.evaluation.score import Score, Scores, asked_of
 from besa_exp.report.methods import Method, method_of
 from besa_exp.run_folder.folder import read_results
 from besa_exp.run_folder.status import KILLED, read_status, seen_status
 
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # heads and rows
 COUNTED = ("bytes", "cache_bytes_per_token", "flops_per_token")  # of results.json's cost
 CHECKPOINT = "checkpoint"  # the method of what besa evaluate scored and no run made
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it is there
@@ -87,8 +84,8 @@ class RunRecord:
     simulated_speed: Mapping[str, Any]  # of a cycle model: nothing is measured
     costs: Mapping[str, Any]  # counted, and measured where that was asked for
     stages: Mapping[str, str]  # what was removed and tuned, in a line each
-    texts: Table  # what the model says
-    cost: Table
+    texts: Rows  # what the model says
+    cost: Rows
 
     @property
     def missed(self) -> float:
@@ -182,7 +179,7 @@ def _run(path: Path, status: Mapping[str, Any], config: Mapping[str, Any], resul
         costs=results.get("cost") or {},
         stages=stage_lines(results),
         texts=text_table(results),
-        cost=(COST_HEADS, cost_rows(results)),
+        cost=cost_table(results),
     )
 
 
