@@ -207,8 +207,11 @@ def _unknown_key(config: DictConfig, key: str) -> str | None:
         parents.append(part)
     else:
         return None
-    absent = [] if parents else _groups_without_choice(config)
-    names = [*_dotted_keys(config if key.startswith("hydra.") else _own_nodes(config)), *absent]
+    choices = config.hydra.runtime.choices
+    absent = [] if parents else [str(group) for group in choices if "/" not in group and group not in config]
+    # Unresolved, as what an interpolation stands for may be missing.
+    own = {str(name): config._get_node(name) for name in config if key.startswith("hydra.") or name != "hydra"}
+    names = [*_dotted_keys(own), *absent]
     same_end = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     where = ".".join(parents)
     beside = [str(name) for name in node if name not in ("_target_", "hydra")] if isinstance(node, DictConfig) else []
@@ -216,21 +219,11 @@ def _unknown_key(config: DictConfig, key: str) -> str | None:
     near = did_you_mean(key.rsplit(".", 1)[-1], beside, f"{where}.") if where else did_you_mean(key, names)
     if same_end:
         near = f" (did you mean {' or '.join(same_end)}?)"
-    choice = config.hydra.runtime.choices.get(where)
+    choice = choices.get(where)
     of = (f" of {where}={choice}" if choice else f" of {where}") if where else ""
     apart = choice and config.hydra.mode == RunMode.MULTIRUN
     remedy = f"; sweep the presets of {where} that have it in a command of their own" if apart else ""
     return f"{key}: no such key{near}; keys{of}: {', '.join(beside) or 'none'}{remedy}"
-
-
-def _groups_without_choice(config: DictConfig) -> list[str]:
-    """Groups that are keys although no preset of theirs is chosen."""
-    return [str(group) for group in config.hydra.runtime.choices if "/" not in group and group not in config]
-
-
-def _own_nodes(config: DictConfig) -> dict[str, Any]:
-    """All but Hydra's; unresolved, as what an interpolation stands for may be missing."""
-    return {str(key): config._get_node(key) for key in config if key != "hydra"}
 
 
 def _dotted_keys(node, prefix: str = "") -> Iterator[str]:

@@ -9,18 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from besa_exp.cli.compose import Composer
 from besa_exp.cli.configuration import Unreadable, as_values, read_of_checkpoint
 from besa_exp.cli.jobs import summary_line, told
 from besa_exp.cli.preflight import preflight_evaluation
 from besa_exp.cli.prune import composed
-from besa_exp.cli.request import composed_for_one
+from besa_exp.cli.request import composed_for_one, folder_of
 from besa_exp.evaluation.merging import remaining
-from besa_exp.run_folder.folder import read_results
+from besa_exp.run_folder.folder import earlier_results, read_results
 from besa_exp.run_folder.inputs import check_scored_inputs
 from besa_exp.settings import EvaluationSettings
 
@@ -67,7 +65,7 @@ def read_asked(arguments: argparse.Namespace) -> _Asked:
     settings, known = _checked(composer, lines, config, unknown)
     if composer.problems or settings is None:
         composer.refuse()
-    return _Asked(settings, as_values(config), _folder(composer, config), known)
+    return _Asked(settings, as_values(config), folder_of(composer, config).expanduser(), known)
 
 
 def _checked(
@@ -87,15 +85,10 @@ def _checked(
         if again is not None and again is not config:
             _checked(composer, rest, again, unknown)
         return None, None
-    folder = _folder(composer, config)
+    folder = folder_of(composer, config).expanduser()
     facts, problems = preflight_evaluation(settings, folder, unknown)
     composer.note([*problems, *check_scored_inputs(folder, settings)])
-    if composer.problems or not (folder / "results.json").is_file():
-        return settings, None
-    try:
-        results = read_results(folder)
-    except (OSError, ValueError) as error:
-        composer.problems[str(folder)] = f"{folder / 'results.json'} cannot be read ({error}); remove it"
+    if composer.problems or not (results := earlier_results(folder)):
         return settings, None
     asked = settings.model.dtype
     others = {entry["dtype"] for entry in results.get("evaluations", [])} - {asked}
@@ -110,12 +103,3 @@ def _checked(
     to_score = ("perplexity_sets", "tasks", "simulated_speed", "speed", "prompts")
     nothing = not any(getattr(left.settings, kind) for kind in to_score)
     return settings, left.known if nothing and left.known else None
-
-
-def _folder(composer: Composer, config: DictConfig) -> Path:
-    HydraConfig.instance().set_config(config)  # ${hydra:...} looks there
-    try:
-        return Path(config.hydra.run.dir).expanduser()
-    except OmegaConfBaseException as error:
-        composer.problems["hydra.run.dir"] = f"the folder's name cannot be made: {str(error).splitlines()[0]}"
-        return Path()

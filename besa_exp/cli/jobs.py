@@ -24,10 +24,9 @@ from besa_exp.cli.compose import key_of
 from besa_exp.cli.configuration import as_values, method_name, read_settings
 from besa_exp.cli.job_process import run_apart
 from besa_exp.cli.launchers import lost_jobs_told, visible_gpus
-from besa_exp.cli.outcome import Outcome, Status
 from besa_exp.cli.profiling import profiling
 from besa_exp.cli.request import CONFIG_NAME, Job, Request
-from besa_exp.cli.sweep_display import Course, show_sweep
+from besa_exp.cli.sweep_display import Course, Outcome, Status, show_sweep
 from besa_exp.display.console import next_steps
 from besa_exp.display.missed_target import miss_of, told_miss
 from besa_exp.display.progress import duration

@@ -160,34 +160,36 @@ def _shared_folder(job: Job, other: Job, lines_of_jobs: Sequence[Sequence[str]])
         common = set.intersection(*map(set, lines_of_jobs))
         twice = " ".join(line for line in job.lines if line not in common) or " ".join(job.lines)
         return f"{twice} is named twice in the sweep; name each value once"
-    different = _only(job.lines, other.lines)
+    pairs = ((other.lines, job.lines), (job.lines, other.lines))
+    different = " and ".join(" ".join(sorted(set(one) - set(two))) for one, two in pairs)  # as `seed=1 and seed=2`
     return (
         f"two jobs of the sweep would share the folder {job.folder}, with {different}: what distinguishes them does "
         "not change the result; drop one, or give each its own with hydra.sweep.subdir='${hydra.job.num}'"
     )
 
 
-def _only(lines: Sequence[str], others: Sequence[str]) -> str:
-    """The lines in which two jobs differ, as `seed=1 and seed=2`."""
-    return " and ".join(" ".join(sorted(set(one) - set(two))) for one, two in ((others, lines), (lines, others)))
-
-
 def _job(composer: Composer, lines: Sequence[str], config: DictConfig, unknown: set[str], of_sweep: bool) -> Job:
     """The job, its problems (but its pruner's) noted unless a finished run is there."""
-    HydraConfig.instance().set_config(config)  # ${hydra:...} looks there
-    try:
-        folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir) if of_sweep else Path(config.hydra.run.dir)
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        if not reason.startswith(Unreadable.__name__):  # which is told with the settings
-            composer.problems["hydra.run.dir"] = f"the run folder's name cannot be made: {reason}"
-        folder = Path()
+    folder = folder_of(composer, config, of_sweep)
     job = Job(tuple(lines), config, folder, is_done(folder) and not config.get("overwrite"))
     if not job.finished:
         _check_settings(composer, job, unknown | {"pruner"})
     else:
         _check_finished(composer, job)
     return job
+
+
+def folder_of(composer: Composer, config: DictConfig, of_sweep: bool = False) -> Path:
+    """Where the run is to be; a problem is noted where its name cannot be made. What `${hydra:...}` stands for in
+    `config` is known from here on."""
+    HydraConfig.instance().set_config(config)
+    try:
+        return Path(config.hydra.sweep.dir, config.hydra.sweep.subdir) if of_sweep else Path(config.hydra.run.dir)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        if not reason.startswith(Unreadable.__name__):  # which is told with the settings
+            composer.problems["hydra.run.dir"] = f"the run folder's name cannot be made: {reason}"
+        return Path()
 
 
 def _check_finished(composer: Composer, job: Job) -> None:

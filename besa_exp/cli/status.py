@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from besa_exp.display.progress import duration
-from besa_exp.display.terminal import console_of
+from besa_exp.display.terminal import console_of, counted
 from besa_exp.report.folders import find_runs
 from besa_exp.report.runs import RunRecord, read_run
 from besa_exp.run_folder.metrics import metric_lines
@@ -44,11 +44,8 @@ def status(arguments: Sequence[str]) -> int:
 
 def status_tables(runs: Sequence[RunRecord], everything: bool = False) -> list[RenderableType]:
     """The counts, then a table of the runs that are not done (of all with `everything`), and how to go on."""
-    counts = {state: sum(run.status == state for run in runs) for state in sorted({r.status for r in runs}, key=_order)}
-    head = f"{len(runs)} run{'' if len(runs) == 1 else 's'}: " + ", ".join(
-        f"{n} {state}" for state, n in counts.items()
-    )
-    parts: list[RenderableType] = [Text(head, style="bold")]
+    counts = counted(sorted((run.status for run in runs), key=_order))
+    parts: list[RenderableType] = [Text(f"{len(runs)} run{'' if len(runs) == 1 else 's'}: {counts}", style="bold")]
     listed = sorted((r for r in runs if everything or r.status != "done"), key=lambda r: (_order(r.status), r.folder))
     if listed:
         known: dict[str, int] = {}  # as finished runs say; a structure may have left some of them with fewer

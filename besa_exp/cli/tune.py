@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from besa_exp.cli.compose import Composer
@@ -15,7 +14,7 @@ from besa_exp.cli.configuration import Unreadable, read_of_checkpoint
 from besa_exp.cli.jobs import told
 from besa_exp.cli.preflight import preflight_tuning
 from besa_exp.cli.prune import composed
-from besa_exp.cli.request import composed_for_one
+from besa_exp.cli.request import composed_for_one, folder_of
 from besa_exp.display.rows import score_rows
 from besa_exp.hub.publish import publish
 from besa_exp.run_folder.folder import drop_work, read_results
@@ -67,8 +66,7 @@ def _asked(arguments: argparse.Namespace) -> tuple[TuneSettings, Path]:
     settings = _settings(composer, lines, config)
     if settings is None:
         composer.refuse()
-    HydraConfig.instance().set_config(config)  # ${hydra:...} looks there
-    folder = Path(config.hydra.run.dir).expanduser()
+    folder = folder_of(composer, config).expanduser()
     composer.note(preflight_tuning(settings, folder, unknown, is_done(folder) and not settings.overwrite))
     if composer.problems:
         composer.refuse()

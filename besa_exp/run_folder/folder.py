@@ -36,36 +36,16 @@ from besa_exp.run_folder.metrics import NAME as METRICS
 from besa_exp.run_folder.metrics import metric_lines
 from besa_exp.run_folder.status import is_done, now, read_status, write_status
 
-KEPT = (
-    "metrics.jsonl",
-    "run.log",
-    "blocks",
-    "recovery",
-    "scores.json",
-    "spent.json",
-    "inputs.json",
-    "structure.json",
-    "structure_search.json",
-    "narrowed",
-    "wandb",
-)  # what an unfinished run goes on with
+# What an unfinished run goes on with.
+KEPT = (METRICS, "run.log", "blocks", "recovery", "scores.json", "spent.json", "inputs.json", "structure.json")
+KEPT += ("structure_search.json", "narrowed", "wandb")
 OF_IDENTITY = ("blocks", "recovery", "structure.json", "structure_search.json", "narrowed")  # with no word of their own
-WRITTEN = (
-    "results.json",
-    "sparsity.csv",
-    "config.yaml",
-    "environment.json",
-    "masks.safetensors",
-    "calibration.safetensors",
-    "row_sparsities.safetensors",
-    "model",
-    *KEPT,
-)  # what a run leaves besides .lock and status.json; nothing else in the folder is ever removed
+# What a run leaves besides .lock and status.json; nothing else in the folder is ever removed.
+WRITTEN = ("results.json", "sparsity.csv", "config.yaml", "environment.json", "masks.safetensors")
+WRITTEN += ("calibration.safetensors", "row_sparsities.safetensors", "model", *KEPT)
 LEFTOVERS = tuple(f".{name}.{state}" for name in (*WRITTEN, "status.json") for state in ("partial", "replaced"))
 SPARSITY_COLUMNS = ("block", "linear", "weights", "pruned", "sparsity", "allocated")
 SPARSITY_COLUMNS += ("reconstruction_loss_start", "reconstruction_loss")  # of the block; no start where none searches
-
-
 logger = logging.getLogger(__name__)
 
 
@@ -290,6 +270,17 @@ def remove_refused(made: Sequence[Path]) -> None:
 def read_results(path: Path) -> dict[str, Any]:
     """results.json of a finished run."""
     return json.loads((path / "results.json").read_text(encoding="utf-8"))
+
+
+def earlier_results(path: Path) -> dict[str, Any]:
+    """The results.json that new scores join; {} where there is none. ConfigurationError: it cannot be read."""
+    try:
+        return read_results(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        name = path / "results.json"
+        raise ConfigurationError(f"{name} cannot be read ({error}); remove it, or name another folder") from error
 
 
 def _check_free(path: Path, overwrite: bool) -> None:

@@ -15,7 +15,7 @@ from besa_exp.blocks.head import head_of
 from besa_exp.blocks.ignored import Ignored
 from besa_exp.blocks.reports import Narrowed, Removed, Size, StructureReport
 from besa_exp.checkpoints.load import LoadedModel, load_model, model_context
-from besa_exp.checkpoints.narrowed_facts import NOT_STREAMED, family_problems
+from besa_exp.checkpoints.narrowed_facts import NOT_STREAMED, NarrowedFacts, family_problems
 from besa_exp.checkpoints.narrowed_model import (
     STRUCTURE_FILE,
     costs_of_model,
@@ -42,7 +42,9 @@ def narrow(run: Run, work: Work) -> Work:
         return work
     loaded = work.loaded
     dimensions, costs = dimensions_of_model(loaded.model), costs_of_model(loaded.model)
-    _check(run, loaded, costs, dimensions)
+    facts = NarrowedFacts(loaded.model.config.to_dict(), dimensions, costs)
+    if problems := check_narrowing(run.settings.structure, facts, bool(loaded.weights)):
+        raise ConfigurationError(*problems)
     with run.spent.timed("structure"):
         structure = _structure(run, work, costs, dimensions)
         try:
@@ -109,13 +111,12 @@ def _summary(report: StructureReport) -> str:
     return f"structure: {', '.join(what) or 'nothing goes'}; {left}"
 
 
-def _check(run: Run, loaded: LoadedModel, costs: Costs, dimensions: Dimensions) -> None:
-    method: StructureMethod = run.settings.structure
+def check_narrowing(method: StructureMethod, facts: NarrowedFacts, streamed: bool) -> list[str]:
+    """Why the method cannot take parts out of such a model, in complete sentences."""
     uneven = method.saved_as is not None
-    problems = family_problems(loaded.model.config.to_dict(), method.narrows, uneven)
-    problems += [NOT_STREAMED] if uneven and loaded.weights else []
-    if problems := problems or method.check(costs, dimensions):
-        raise ConfigurationError(*problems)
+    problems = family_problems(facts.config, method.narrows, uneven)
+    problems += [NOT_STREAMED] if uneven and streamed else []
+    return problems or method.check(facts.costs, facts.dimensions)
 
 
 def _check_pattern(run: Run, narrower: LoadedModel, structure: Structure) -> None:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from besa_exp.checkpoints.load import LoadedModel, model_context, vocabulary_size
 from besa_exp.errors import ConfigurationError
-from besa_exp.methods.given import check_kinds, check_methods
+from besa_exp.methods.given import check_kinds
 from besa_exp.presets import METHOD_GROUPS, preset, preset_values, presets
 from besa_exp.rules import broken_rules
 from besa_exp.runs.model_object import check_model
-from besa_exp.runs.recover import check_recovery_of
+from besa_exp.runs.recover import check_method
 from besa_exp.runs.run import calibration_of
 from besa_exp.settings import CalibrationSettings, ModelSettings, RunSettings, TrackerSettings
 from besa_exp.tensors.masks import Goal
@@ -112,17 +112,13 @@ def plain(number: Any) -> Any:
 
 def _check_target(settings: RunSettings) -> list[str]:
     """What speaks against the target, in complete sentences."""
-    sparsity = settings.sparsity
     if problems := broken_rules(settings, "") or broken_rules(settings.evaluator, "evaluator"):
         return problems
     try:
-        Goal.parse(sparsity, settings.pattern)
+        Goal.parse(settings.sparsity, settings.pattern)
     except ValueError as error:
         return [str(error)]
-    if problems := check_kinds(vars(settings)):
-        return problems
-    problems = check_methods(vars(settings), sparsity, settings.pattern)
-    return problems + (check_recovery_of(settings, sparsity, None) if settings.recovery else [])
+    return check_kinds(vars(settings)) or check_method(settings, None)
 
 
 def given_texts(given: Any) -> Given:

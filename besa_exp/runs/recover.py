@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from math import isfinite
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from besa_exp.checkpoints.files import load_masks
 from besa_exp.checkpoints.load import LoadedModel, load_model, vocabulary_size
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
+from besa_exp.methods.given import check_methods
 from besa_exp.recovery.keep_bits import keep_of_masks, sparsity_of
 from besa_exp.recovery.mezo import BlockFiles, Mezo
 from besa_exp.recovery.objective import mean_loss
@@ -126,7 +126,9 @@ def _course(
     with run.console.tuning(plan.schedule.steps) as progress:
 
         def on_point(point: Point) -> None:
-            step = _finite(asdict(point))
+            # A number that is not finite is null: it ended the course, and results.json says so.
+            values = asdict(point).items()
+            step = {name: None if isinstance(one, float) and not isfinite(one) else one for name, one in values}
             run.folder.log_recovery_step(step)
             run.tracker.log_recovery_step(step)
             progress(point.step + 1, point.loss, point.held_out)
@@ -176,6 +178,13 @@ def _with_length(asked: RecoverySettings, calibration: Calibration) -> RecoveryS
     return replace(asked, seq_len=asked.seq_len or calibration.input_ids.shape[1])
 
 
+def check_method(settings: RunSettings, context: int | None) -> list[str]:
+    """What speaks against the target and the recovery with methods of their kinds, in complete sentences."""
+    problems = check_methods(vars(settings), settings.sparsity, settings.pattern)
+    sparsity = 0.0 if settings.keeps_weights else settings.sparsity
+    return problems + (check_recovery_of(settings, sparsity, context) if settings.recovery else [])
+
+
 def check_recovery_of(
     settings: RunSettings, sparsity: float, context: int | None, blocks_removed: bool = False
 ) -> list[str]:
@@ -213,8 +222,3 @@ def _dense(run: Run, pruned: LoadedModel, settings: ModelSettings) -> nn.Module:
             f"{blocks[1]}; use recovery=full with recovery.distill=logits"
         )
     return dense.model
-
-
-def _finite(point: Mapping[str, Any]) -> dict[str, Any]:
-    """A number that is not finite is null: it ended the course, and results.json says so."""
-    return {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in point.items()}
