@@ -233,12 +233,15 @@ def _check_target(
         pruned = {name: size for name, (own, size) in named.items() if not is_ignored(own, settings.ignore)}
         problems += indivisible(pruned, settings.pattern)
     if with_pruner and not problems:
-        from besa_exp.methods.given import check_kinds  # torch is there already: it came with the pruner
-        from besa_exp.runs.recover import check_method
+        from besa_exp.methods.given import check_kinds, check_methods  # torch is there already: it came with the pruner
 
         if problems := check_kinds(vars(settings)):
             return problems
-        problems = check_method(settings, context)
+        problems = check_methods(vars(settings), settings.sparsity, settings.pattern)
+        if settings.recovery:
+            from besa_exp.runs.recover import check_recovery_of
+
+            problems += check_recovery_of(settings, 0.0 if settings.keeps_weights else settings.sparsity, context)
         problems += _check_structure(settings) if settings.structure and facts else []
     return problems
 

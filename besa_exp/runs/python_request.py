@@ -13,11 +13,11 @@ from torch import Tensor
 
 from besa_exp.checkpoints.load import LoadedModel, model_context, vocabulary_size
 from besa_exp.errors import ConfigurationError
-from besa_exp.methods.given import check_kinds
+from besa_exp.methods.given import check_kinds, check_methods
 from besa_exp.presets import METHOD_GROUPS, preset, preset_values, presets
 from besa_exp.rules import broken_rules
 from besa_exp.runs.model_object import check_model
-from besa_exp.runs.recover import check_method
+from besa_exp.runs.recover import check_recovery_of
 from besa_exp.runs.run import calibration_of
 from besa_exp.settings import CalibrationSettings, ModelSettings, RunSettings, TrackerSettings
 from besa_exp.tensors.masks import Goal
@@ -118,7 +118,11 @@ def _check_target(settings: RunSettings) -> list[str]:
         Goal.parse(settings.sparsity, settings.pattern)
     except ValueError as error:
         return [str(error)]
-    return check_kinds(vars(settings)) or check_method(settings, None)
+    if problems := check_kinds(vars(settings)):
+        return problems
+    problems = check_methods(vars(settings), settings.sparsity, settings.pattern)
+    sparsity = 0.0 if settings.keeps_weights else settings.sparsity
+    return problems + (check_recovery_of(settings, sparsity, None) if settings.recovery else [])
 
 
 def given_texts(given: Any) -> Given:

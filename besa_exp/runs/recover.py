@@ -13,7 +13,6 @@ from besa_exp.checkpoints.files import load_masks
 from besa_exp.checkpoints.load import LoadedModel, load_model, vocabulary_size
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
-from besa_exp.methods.given import check_methods
 from besa_exp.recovery.keep_bits import keep_of_masks, sparsity_of
 from besa_exp.recovery.mezo import BlockFiles, Mezo
 from besa_exp.recovery.objective import mean_loss
@@ -176,13 +175,6 @@ def _rounded(loaded: LoadedModel, found: Recovery, parts: Parts, asked: Recovery
 def _with_length(asked: RecoverySettings, calibration: Calibration) -> RecoverySettings:
     """Windows have as many tokens as the calibration's where nothing else is said."""
     return replace(asked, seq_len=asked.seq_len or calibration.input_ids.shape[1])
-
-
-def check_method(settings: RunSettings, context: int | None) -> list[str]:
-    """What speaks against the target and the recovery with methods of their kinds, in complete sentences."""
-    problems = check_methods(vars(settings), settings.sparsity, settings.pattern)
-    sparsity = 0.0 if settings.keeps_weights else settings.sparsity
-    return problems + (check_recovery_of(settings, sparsity, context) if settings.recovery else [])
 
 
 def check_recovery_of(
