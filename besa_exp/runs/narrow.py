@@ -51,7 +51,10 @@ def narrow(run: Run, work: Work) -> Work:
             narrower = _narrowed(run, loaded, structure, dimensions)
         except ValueError as error:
             raise ConfigurationError(str(error)) from error
-    _check_pattern(run, narrower, structure)
+    pattern, ignored = run.settings.pattern, Ignored(run.settings.ignore, structure.blocks)
+    remedy = f"structure={_name(run)} left them so: set structure.multiple={pattern.rpartition(':')[2]}"
+    if problems := indivisible(inputs_of(map(ignored.rest, narrower.blocks())), pattern, remedy):
+        raise ConfigurationError(*problems)
     report = report_of(_name(run), loaded, narrower, structure, costs, dimensions)
     report = replace(report, saved_as=run.settings.structure.saved_as)
     assert report.parameters.left == parameters(narrower), "what is left is counted twice"
@@ -117,14 +120,6 @@ def check_narrowing(method: StructureMethod, facts: NarrowedFacts, streamed: boo
     problems = family_problems(facts.config, method.narrows, uneven)
     problems += [NOT_STREAMED] if uneven and streamed else []
     return problems or method.check(facts.costs, facts.dimensions)
-
-
-def _check_pattern(run: Run, narrower: LoadedModel, structure: Structure) -> None:
-    """ConfigurationError: rows of what is left cannot be divided into the pattern's groups."""
-    pattern, ignored = run.settings.pattern, Ignored(run.settings.ignore, structure.blocks)
-    remedy = f"structure={_name(run)} left them so: set structure.multiple={pattern.rpartition(':')[2]}"
-    if problems := indivisible(inputs_of(map(ignored.rest, narrower.blocks())), pattern, remedy):
-        raise ConfigurationError(*problems)
 
 
 def _structure(run: Run, work: Work, costs: Costs, dimensions: Dimensions) -> Structure:
