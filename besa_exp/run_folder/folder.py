@@ -276,7 +276,7 @@ def earlier_results(path: Path) -> dict[str, Any]:
     """The results.json that new scores join; {} where there is none. ConfigurationError: it cannot be read."""
     try:
         return read_results(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         name = path / "results.json"
