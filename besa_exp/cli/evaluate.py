@@ -49,11 +49,9 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"finished before: {summary_line(read_results(asked.folder))} -> {results_path}")
         return 0
     from besa_exp.runs.evaluate import evaluate_checkpoint  # imports torch
-    from besa_exp.runs.interruption import interruptible
 
     def work() -> str:
-        with interruptible():
-            results = evaluate_checkpoint(asked.settings, asked.folder, asked.config)
+        results = evaluate_checkpoint(asked.settings, asked.folder, asked.config)
         return f"{summary_line(results)} -> {results_path}"
 
     return told(work, asked.folder)

@@ -144,7 +144,8 @@ def full_errors() -> bool:
 def told(work: Callable[[], str], folder: Path) -> int:
     """The exit code of work in a run folder; what it returns, or its failure, is printed."""
     try:
-        said = work()
+        with interruptible():
+            said = work()
     except (RunError, OSError) as error:
         if full_errors():
             traceback.print_exc()

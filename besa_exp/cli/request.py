@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -30,6 +31,7 @@ from besa_exp.run_folder.status import is_done
 from besa_exp.tensors.pattern import parse_pattern
 from besa_exp.texts.calibration_check import check_asked_windows
 
+T = TypeVar("T")
 CONFIG_NAME = "prune"
 # Groups whose preset may leave the path to the user, and what is unknown while the embedded one stands in for it.
 STANDS_IN = {"model": "model", "calibration": "calibration.path"}
@@ -177,6 +179,19 @@ def _job(composer: Composer, lines: Sequence[str], config: DictConfig, unknown: 
     else:
         _check_finished(composer, job)
     return job
+
+
+def readable(composer: Composer, lines: Sequence[str], config: DictConfig, read: Callable[[DictConfig], T]) -> T | None:
+    """What is read of the configuration. None: values that cannot be read; they, and what is wrong with the others, are
+    noted."""
+    try:
+        return read(config)
+    except Unreadable as error:
+        composer.problems |= error.by_key
+        rest, again = composer.without(lines, error.by_key, config)
+        if again is not None and again is not config:
+            readable(composer, rest, again, read)
+        return None
 
 
 def folder_of(composer: Composer, config: DictConfig, of_sweep: bool = False) -> Path:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
-from besa_exp.cli.compose import Composer
-from besa_exp.cli.configuration import Unreadable, read_of_checkpoint
+from besa_exp.cli.configuration import read_of_checkpoint
 from besa_exp.cli.jobs import told
 from besa_exp.cli.preflight import preflight_tuning
 from besa_exp.cli.prune import composed
-from besa_exp.cli.request import composed_for_one, folder_of
+from besa_exp.cli.request import composed_for_one, folder_of, readable
 from besa_exp.display.rows import score_rows
 from besa_exp.hub.publish import publish
 from besa_exp.run_folder.folder import drop_work, read_results
@@ -35,12 +33,10 @@ def _run(arguments: argparse.Namespace) -> int:
         drop_work(folder)
         print(f"finished before: {outcome(read_results(folder))} -> {folder}")
         return 0
-    from besa_exp.runs.interruption import interruptible
     from besa_exp.runs.tune import tune_checkpoint  # imports torch
 
     def work() -> str:
-        with interruptible():
-            results = tune_checkpoint(settings, folder)
+        results = tune_checkpoint(settings, folder)
         publish(folder, settings.save)
         return f"{outcome(results)} -> {folder}"
 
@@ -63,7 +59,7 @@ def outcome(results: Mapping[str, Any]) -> str:
 def _asked(arguments: argparse.Namespace) -> tuple[TuneSettings, Path]:
     """The checked request and its folder; Hydra must be initialized. ConfigurationError: every problem there is."""
     composer, lines, config, unknown = composed_for_one(arguments, CONFIG_NAME, "tunes")
-    settings = _settings(composer, lines, config)
+    settings = readable(composer, lines, config, partial(read_of_checkpoint, cls=TuneSettings))
     if settings is None:
         composer.refuse()
     folder = folder_of(composer, config).expanduser()
@@ -71,15 +67,3 @@ def _asked(arguments: argparse.Namespace) -> tuple[TuneSettings, Path]:
     if composer.problems:
         composer.refuse()
     return settings, folder
-
-
-def _settings(composer: Composer, lines: Sequence[str], config: DictConfig) -> TuneSettings | None:
-    """None: values that cannot be read; they and what is wrong with the others are noted."""
-    try:
-        return read_of_checkpoint(config, TuneSettings)
-    except Unreadable as error:
-        composer.problems |= error.by_key
-        rest, again = composer.without(lines, error.by_key, config)
-        if again is not None and again is not config:
-            _settings(composer, rest, again)
-        return None
