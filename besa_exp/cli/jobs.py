@@ -120,10 +120,10 @@ def _prune(config: DictConfig, pruner_name: str, folder: Path) -> dict[str, Any]
     return results
 
 
-def finished_before(folder: Path, config: DictConfig | None = None) -> Outcome:
+def finished_before(folder: Path, config: DictConfig) -> Outcome:
     """The outcome of a run whose results were there already; its model is pushed where `config` asks for it now."""
     drop_work(folder)
-    if config is not None and config.save.get("push_to_hub"):
+    if config.save.get("push_to_hub"):
         publish(folder, read_settings(config, "", with_pruner=False).save)
     return finished("finished before", folder, read_results(folder))
 
