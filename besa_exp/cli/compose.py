@@ -47,7 +47,6 @@ class Composer:
 
     @cached_property
     def parser(self) -> OverridesParser:
-        """Hydra's own."""
         return OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
 
     @cached_property

@@ -129,7 +129,6 @@ def finished_before(folder: Path, config: DictConfig) -> Outcome:
 
 
 def finished(status: Status, folder: Path, results: Mapping[str, Any]) -> Outcome:
-    """The outcome of a run with its results."""
     seconds = (results.get("seconds") or {}).get("total")
     took = f", {duration(seconds)}" if seconds is not None else ""
     line = summary_line(results)

@@ -55,7 +55,6 @@ class Course:
 
     @classmethod
     def of(cls, jobs: Sequence[Job]) -> Course:
-        """Of a sweep that begins now."""
         common = frozenset.intersection(*(frozenset(job.lines) for job in jobs)) if len(jobs) > 1 else frozenset()
         return cls(len(jobs), common, frozenset(job.number for job in jobs if job.finished), time.time())
 

@@ -44,7 +44,6 @@ def report(arguments: Sequence[str]) -> int:
 
 
 def write_page(report: Report, path: Path) -> None:
-    """report.html."""
     from besa_exp.report.page import page
 
     atomic.write_text(path, page(page_data(report)))

@@ -30,7 +30,6 @@ class Report:
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
-        """A comparison a model."""
         return compare(self.runs)
 
     @cached_property

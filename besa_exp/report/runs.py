@@ -99,7 +99,6 @@ class RunRecord:
 
 
 def read_run(path: Path) -> RunRecord:
-    """The run in the folder `path`."""
     status, config = read_status(path) or {}, _mapping(path / "config.yaml")
     state = seen_status(path) or "done"
     killed = "its process was killed; run the same command again to resume" if state == KILLED else None

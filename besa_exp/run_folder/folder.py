@@ -268,7 +268,6 @@ def remove_refused(made: Sequence[Path]) -> None:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """results.json of a finished run."""
     return json.loads((path / "results.json").read_text(encoding="utf-8"))
 
 

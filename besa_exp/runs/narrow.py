@@ -141,7 +141,6 @@ def _structure(run: Run, work: Work, costs: Costs, dimensions: Dimensions) -> St
 
 
 def _dense(run: Run, work: Work, costs: Costs, dimensions: Dimensions) -> DenseModel:
-    """As a method sees it."""
     loaded, batch_size = work.loaded, run.settings.calibration.batch_size
     input_ids = distributed.own_samples(work.calibration.input_ids)
     dtype = compute_dtype(run.settings)

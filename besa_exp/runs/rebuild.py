@@ -55,7 +55,6 @@ class Masks:
 
     @property
     def model(self) -> str:
-        """The dense model's name."""
         return self.description["model"]
 
     def check(self, part: str, found: str, expected: str) -> None:

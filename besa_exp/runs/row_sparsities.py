@@ -24,7 +24,6 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 def row_sparsities(keep_mask: Bool[Tensor, "out in"]) -> Float[Tensor, " out"]:
-    """The share of each row that is pruned."""
     return 1 - keep_mask.sum(dim=1, dtype=torch.int32).float() / keep_mask.shape[1]
 
 

@@ -76,7 +76,6 @@ def as_run(settings: TuneSettings) -> RunSettings:
 
 
 def config_of_tuning(settings: TuneSettings) -> dict[str, Any]:
-    """What config.yaml says of a tuning."""
     own = {"checkpoint": settings.checkpoint, "dense": settings.dense, "teacher": settings.teacher}
     return config_of(as_run(settings)) | own
 
