@@ -26,7 +26,9 @@ SHOWN_OF_A_RUN += ("quantisation", "stages", "texts", "cost")
 
 def page_data(report: Report) -> dict[str, Any]:
     """Methods, measures and environments are listed once and referred to by their number."""
-    runs, found, errors, tables = report.runs, report.cells, report.errors, report.tables
+    runs, found, errors = report.runs, report.cells, report.errors
+    in_paper = (cell for table in report.tables for cell in table.cells if cell.model in published()["models"])
+    of_the_paper = any(cell.ours is not None for cell in in_paper)  # a run is of one of its models
     done = [run for run in runs if run.status == "done"]
     methods = sorted({run.method for run in done} | {cell.method for cell in found}, key=lambda method: method.order)
     measures = sorted({s.measure for r in done for s in r.scores} | {c.measure for c in found}, key=measure_rank)
@@ -44,18 +46,11 @@ def page_data(report: Report) -> dict[str, Any]:
         "cells": [_cell(cell, runs, methods, measures) for cell in found],
         "depth": [asdict(error) | {"method": methods.index(error.method)} for error in errors],
         "depth_target": usual_target([(error.target, error.method) for error in errors]) if errors else None,
-        "paper": [_paper(table) for table in tables] if _of_the_paper(tables) else [],
+        "paper": [_paper(table) for table in report.tables] if of_the_paper else [],
         "others": published()["others"],
         "runs": [_run(number, run, curve, methods, measures) for number, (run, curve) in numbered],
         "details": [_details(run, curve) for _, (run, curve) in numbered],
     }
-
-
-def _of_the_paper(tables: Sequence[PaperTable]) -> bool:
-    """Whether a run is of one of the paper's models."""
-    return any(
-        cell.ours is not None and cell.model in published()["models"] for table in tables for cell in table.cells
-    )
 
 
 def _target(run: RunRecord) -> float:

@@ -69,16 +69,15 @@ def paper_tables(runs: Sequence[RunRecord], found: Sequence[Cell]) -> list[Paper
     measures = {Measure(m["kind"], m["name"], m.get("metric", "")): m["title"] for m in data["measures"]}
     own = [cell for cell in found if not cell.apart and cell.measure.kind != "reconstruction"]
     others = dict.fromkeys(cell.measure for cell in own if cell.measure not in measures)
-    tables = [_table(measure, title, runs, own) for measure, title in measures.items()]
-    return tables + [_table(measure, f"{measure.label} (ours)", runs, own) for measure in others]
+    tables = [_table(measure, title, runs, own, True) for measure, title in measures.items()]
+    return tables + [_table(measure, f"{measure.label} (ours)", runs, own, False) for measure in others]
 
 
-def _table(measure: Measure, title: str, runs: Sequence[RunRecord], own: Sequence[Cell]) -> PaperTable:
+def _table(measure: Measure, title: str, runs: Sequence[RunRecord], own: Sequence[Cell], in_paper: bool) -> PaperTable:
     data = published()
     sparsities = (0.0, data["sparsity"])
     cells = [cell for cell in own if cell.measure == measure and cell.target in sparsities]
     known = data["cells"].get(measure.name, {"source": "", "columns": [], "values": {}})
-    in_paper = any(measure == Measure(m["kind"], m["name"], m.get("metric", "")) for m in data["measures"])
     ours = [model for model in dict.fromkeys(cell.model for cell in cells) if paper_name(model) is None]
     rows = [
         _cell(row, model, model in data["models"] and in_paper, known, cells, runs)
