@@ -63,7 +63,7 @@ def _check(path: Path, model: ModelSettings, out: Path) -> tuple[dict, list[str]
     problems += [
         f"{path}: the run changed the model by a {stage} too, which masks and dense weights do not give; prune with "
         "save.model=true to keep its model"
-        for stage in ("structure", "recovery")  # in an order: two runs of the command said it in two
+        for stage in ("structure", "recovery")  # in this order
         if stage in description
     ]
     if facts and "dtype" in description:
