@@ -6,12 +6,11 @@ import argparse
 import os
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import RenderableType
 from rich.text import Text
 
-from besa_exp.display.terminal import console_of
+from besa_exp.display.terminal import console_of, counted
 from besa_exp.errors import ConfigurationError
 from besa_exp.report.comparison import BY, Comparison, compare
 from besa_exp.report.comparison_formats import csv_of, latex, terminal_table
@@ -45,15 +44,10 @@ def comparison(arguments: Sequence[str]) -> int:
     if asked.latex or asked.csv:
         print((latex if asked.latex else csv_of)(found), end="")
         return 0
-    show(runs, found)
-    return 0
-
-
-def show(runs: Sequence[RunRecord], found: Sequence[Comparison]) -> None:
-    """The tables on standard output, as wide as the terminal is."""
     console = console_of(PLAIN_WIDTH)
     for part in tables(runs, found, console.width):
         console.print(part, soft_wrap=isinstance(part, Text))
+    return 0
 
 
 def tables(runs: Sequence[RunRecord], found: Sequence[Comparison], width: int) -> list[RenderableType]:
@@ -62,16 +56,10 @@ def tables(runs: Sequence[RunRecord], found: Sequence[Comparison], width: int) -
     for one in found:
         parts += [terminal_table(one, width), Text("")]
     unfinished = [run for run in runs if run.status != "done"]
-    if unfinished:
-        states = {
-            state: sum(run.status == state for run in unfinished) for state in sorted({r.status for r in unfinished})
-        }
-        states_in_words = ", ".join(f"{number} {state}" for state, number in states.items())
-        parts.append(Text(f"not in the table: {states_in_words} (besa status {_common(unfinished)})", style="yellow"))
-    return parts if unfinished else parts[:-1]
-
-
-def _common(runs: Sequence[RunRecord]) -> str:
-    parents = sorted({str(Path(run.folder).parent) for run in runs})
+    if not unfinished:
+        return parts[:-1]
+    parents = sorted({str(run.path.parent) for run in unfinished})
     places = parents if len(parents) <= 3 else [os.path.commonpath(parents) or "."]
-    return " ".join(map(shlex.quote, places))
+    command = f"besa status {shlex.join(places)}"
+    states = counted(sorted(run.status for run in unfinished))
+    return [*parts, Text(f"not in the table: {states} ({command})", style="yellow")]

@@ -23,16 +23,12 @@ def complete(arguments: Sequence[str], commands: Sequence[str]) -> int:
         print(" ".join(command for command in commands if command.startswith(words[-1] if len(words) > 1 else "")))
         return 0
     if words[1] == "show":
-        print(" ".join(name for name in _showable() if name.startswith(words[-1])))
+        from besa_exp.presets import groups, presets
+
+        names = (f"{group}={name}" for group in groups() for name in presets(group))
+        print(" ".join(name for name in names if name.startswith(words[-1])))
         return 0
     if words[1] not in COMPOSED_FROM:
         return 0
     os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])
     return hydra_flags(["-sc", *arguments], COMPOSED_FROM[words[1]])
-
-
-def _showable() -> list[str]:
-    """Every `group=preset`."""
-    from besa_exp.presets import groups, presets
-
-    return [f"{group}={name}" for group in groups() for name in presets(group)]

@@ -8,11 +8,11 @@ valid name. A line's key is what stands before its `=`.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from hydra import compose
@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from besa_exp.cli.text_keys import list_keys, text_keys
-from besa_exp.errors import did_you_mean, quoted, what_needs_quotes
+from besa_exp.errors import ConfigurationError, did_you_mean, quoted, what_needs_quotes
 from besa_exp.presets import CONF_DIR, METHOD_GROUPS
 
 
@@ -47,7 +47,6 @@ class Composer:
 
     @cached_property
     def parser(self) -> OverridesParser:
-        """Hydra's own."""
         return OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
 
     @cached_property
@@ -93,6 +92,26 @@ class Composer:
                 return None
         self.problems |= found
         return self.compose(lines)
+
+    def without(
+        self, lines: Sequence[str], keys: Iterable[str], config: DictConfig
+    ) -> tuple[list[str], DictConfig | None]:
+        """The lines that give no value to any of the keys, nor to what is below them, and their configuration: `config`
+        where that are all, None where they do not compose. A line that chooses a preset stays."""
+        rest = [line for line in lines if not any(self._sets(line, key) for key in keys)]
+        return rest, self.compose(rest) if len(rest) < len(lines) else config
+
+    def note(self, problems: Iterable[str]) -> None:
+        """Of no key in particular."""
+        self.problems |= {problem: problem for problem in problems}
+
+    def refuse(self) -> NoReturn:
+        """ConfigurationError: every problem there is, each once."""
+        raise ConfigurationError(*dict.fromkeys(self.problems.values()))
+
+    def _sets(self, line: str, key: str) -> bool:
+        own = key_of(line)
+        return own.startswith(f"{key}.") or (own == key and not self.presets(own))
 
     def presets(self, group: str) -> list[str]:
         """The presets of a group; none where there is no such group."""
@@ -187,8 +206,11 @@ def _unknown_key(config: DictConfig, key: str) -> str | None:
         parents.append(part)
     else:
         return None
-    absent = [] if parents else _groups_without_choice(config)
-    names = [*_dotted_keys(config if key.startswith("hydra.") else _own_nodes(config)), *absent]
+    choices = config.hydra.runtime.choices
+    absent = [] if parents else [str(group) for group in choices if "/" not in group and group not in config]
+    # Unresolved, as what an interpolation stands for may be missing.
+    own = {str(name): config._get_node(name) for name in config if key.startswith("hydra.") or name != "hydra"}
+    names = [*_dotted_keys(own), *absent]
     same_end = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     where = ".".join(parents)
     beside = [str(name) for name in node if name not in ("_target_", "hydra")] if isinstance(node, DictConfig) else []
@@ -196,21 +218,11 @@ def _unknown_key(config: DictConfig, key: str) -> str | None:
     near = did_you_mean(key.rsplit(".", 1)[-1], beside, f"{where}.") if where else did_you_mean(key, names)
     if same_end:
         near = f" (did you mean {' or '.join(same_end)}?)"
-    choice = config.hydra.runtime.choices.get(where)
+    choice = choices.get(where)
     of = (f" of {where}={choice}" if choice else f" of {where}") if where else ""
     apart = choice and config.hydra.mode == RunMode.MULTIRUN
     remedy = f"; sweep the presets of {where} that have it in a command of their own" if apart else ""
     return f"{key}: no such key{near}; keys{of}: {', '.join(beside) or 'none'}{remedy}"
-
-
-def _groups_without_choice(config: DictConfig) -> list[str]:
-    """Groups that are keys although no preset of theirs is chosen."""
-    return [str(group) for group in config.hydra.runtime.choices if "/" not in group and group not in config]
-
-
-def _own_nodes(config: DictConfig) -> dict[str, Any]:
-    """All but Hydra's; unresolved, as what an interpolation stands for may be missing."""
-    return {str(key): config._get_node(key) for key in config if key != "hydra"}
 
 
 def _dotted_keys(node, prefix: str = "") -> Iterator[str]:

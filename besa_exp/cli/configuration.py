@@ -20,22 +20,13 @@ from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueE
 
 from besa_exp.cli.reading import MISSING_VALUE, UNREAD, Reader
 from besa_exp.errors import ConfigurationError
-from besa_exp.presets import CONF_DIR, METHOD_GROUPS
+from besa_exp.presets import CONF_DIR as CONF_DIR
+from besa_exp.presets import METHOD_GROUPS
 from besa_exp.report.methods import differences, method_of
 from besa_exp.run_folder.identity import NOT_DECIDING, results_identity, without_places
 from besa_exp.run_folder.lookup import run_and_model
 from besa_exp.settings import EvaluationSettings, RunSettings, TuneSettings
 from besa_exp.tensors.pattern import fixes_sparsity
-
-__all__ = [
-    "CONF_DIR",
-    "Unreadable",
-    "as_values",
-    "evaluation_folder",
-    "read_of_checkpoint",
-    "read_settings",
-    "run_name",
-]
 
 Of = TypeVar("Of", EvaluationSettings, TuneSettings)
 # (group, key, default) of keys that came later: at their defaults they change no result, so runs made before them are
@@ -190,18 +181,15 @@ def _skipping_asked(values: Mapping[str, Any]) -> list[Any]:
     skipping = values.get("skipping")
     if not isinstance(skipping, Mapping):
         return []
-    calibration = values.get("calibration")
-    return [
-        without_places({"skipping": skipping, "calibration": calibration})[key] for key in ("skipping", "calibration")
-    ]
+    return [*without_places({key: values.get(key) for key in ("skipping", "calibration")}).values()]
 
 
 def tuning_folder(config: DictConfig) -> str:
     """`outputs/<checkpoint>-<recovery>-s<seed>-<hash>`, the hash over all that determines the result."""
     values = as_values(config)
     run, path = run_and_model(str(values.get("checkpoint")))
-    deciding = {key: values.get(key) for key in ("calibration", "recovery", "evaluator", "seed", "device", "save")}
-    deciding["deterministic"] = values.get("deterministic")
+    keys = ("calibration", "recovery", "evaluator", "seed", "device", "save", "deterministic")
+    deciding = {key: values.get(key) for key in keys}
     deciding |= {"teacher": teacher} if (teacher := values.get("teacher")) else {}
     deciding |= _without_later_keys({"recovery": values.get("recovery")})
     if isinstance(model := values.get("model"), dict):

@@ -9,19 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from besa_exp.cli.compose import Composer
 from besa_exp.cli.configuration import Unreadable, as_values, read_of_checkpoint
 from besa_exp.cli.jobs import summary_line, told
 from besa_exp.cli.preflight import preflight_evaluation
 from besa_exp.cli.prune import composed
-from besa_exp.cli.request import composed_for_one, sets_one_of
-from besa_exp.errors import ConfigurationError
+from besa_exp.cli.request import composed_for_one, folder_of
 from besa_exp.evaluation.merging import remaining
-from besa_exp.run_folder.folder import read_results
+from besa_exp.run_folder.folder import earlier_results, read_results
 from besa_exp.run_folder.inputs import check_scored_inputs
 from besa_exp.settings import EvaluationSettings
 
@@ -52,11 +49,9 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"finished before: {summary_line(read_results(asked.folder))} -> {results_path}")
         return 0
     from besa_exp.runs.evaluate import evaluate_checkpoint  # imports torch
-    from besa_exp.runs.interruption import interruptible
 
     def work() -> str:
-        with interruptible():
-            results = evaluate_checkpoint(asked.settings, asked.folder, asked.config)
+        results = evaluate_checkpoint(asked.settings, asked.folder, asked.config)
         return f"{summary_line(results)} -> {results_path}"
 
     return told(work, asked.folder)
@@ -67,8 +62,8 @@ def read_asked(arguments: argparse.Namespace) -> _Asked:
     composer, lines, config, unknown = composed_for_one(arguments, CONFIG_NAME, "scores")
     settings, known = _checked(composer, lines, config, unknown)
     if composer.problems or settings is None:
-        raise ConfigurationError(*dict.fromkeys(composer.problems.values()))
-    return _Asked(settings, as_values(config), _folder(composer, config), known)
+        composer.refuse()
+    return _Asked(settings, as_values(config), folder_of(composer, config).expanduser(), known)
 
 
 def _checked(
@@ -81,24 +76,17 @@ def _checked(
         of_another = {"checkpoint"} if "model" in unknown else set()  # it would have come with the model's preset
         found = {key: problem for key, problem in error.by_key.items() if key not in of_another}
         composer.problems = found | composer.problems
-        rest = [line for line in lines if not sets_one_of(composer, line, error.by_key)]
-        again = composer.compose(rest) if len(rest) < len(lines) else config
+        rest, again = composer.without(lines, error.by_key, config)
         if again is not None and "checkpoint" in error.by_key:  # any other will do to check the rest
             again, unknown = copy.deepcopy(again), unknown | {"model"}
             again.checkpoint = "embedded"
         if again is not None and again is not config:
             _checked(composer, rest, again, unknown)
         return None, None
-    folder = _folder(composer, config)
+    folder = folder_of(composer, config).expanduser()
     facts, problems = preflight_evaluation(settings, folder, unknown)
-    composer.problems |= {problem: problem for problem in problems}
-    composer.problems |= {problem: problem for problem in check_scored_inputs(folder, settings)}
-    if composer.problems or not (folder / "results.json").is_file():
-        return settings, None
-    try:
-        results = read_results(folder)
-    except (OSError, ValueError) as error:
-        composer.problems[str(folder)] = f"{folder / 'results.json'} cannot be read ({error}); remove it"
+    composer.note([*problems, *check_scored_inputs(folder, settings)])
+    if composer.problems or not (results := earlier_results(folder)):
         return settings, None
     asked = settings.model.dtype
     others = {entry["dtype"] for entry in results.get("evaluations", [])} - {asked}
@@ -109,18 +97,7 @@ def _checked(
         )
     context = facts.context if facts else None
     left = remaining(settings.evaluator, settings.seed, context, results, settings.overwrite, settings.skipping)
-    composer.problems |= {conflict: conflict for conflict in left.conflicts}
-    to_score = left.settings
-    nothing = not (
-        to_score.perplexity_sets or to_score.tasks or to_score.simulated_speed or to_score.speed or to_score.prompts
-    )
+    composer.note(left.conflicts)
+    to_score = ("perplexity_sets", "tasks", "simulated_speed", "speed", "prompts")
+    nothing = not any(getattr(left.settings, kind) for kind in to_score)
     return settings, left.known if nothing and left.known else None
-
-
-def _folder(composer: Composer, config: DictConfig) -> Path:
-    HydraConfig.instance().set_config(config)  # ${hydra:...} looks there
-    try:
-        return Path(config.hydra.run.dir).expanduser()
-    except OmegaConfBaseException as error:
-        composer.problems["hydra.run.dir"] = f"the folder's name cannot be made: {str(error).splitlines()[0]}"
-        return Path()

@@ -124,15 +124,8 @@ def _asked(place: str, keys: Sequence[str], offline: bool) -> EvaluationSettings
     from besa_exp.cli.evaluate import CONFIG_NAME, read_asked
     from besa_exp.cli.prune import composed
 
-    found: list[EvaluationSettings] = []
-
-    def read(arguments: argparse.Namespace) -> int:
-        found.append(read_asked(arguments).settings)
-        return 0
-
     words = [f"checkpoint={place}", "evaluator=none", f"offline={str(offline).lower()}", *keys]
-    composed("besa generate", CONFIG_NAME, words, read)
-    return found[0]
+    return composed("besa generate", CONFIG_NAME, words, lambda arguments: read_asked(arguments).settings)
 
 
 def _print_texts(console: Console, prompts: Sequence[str], said: Mapping[str, Sequence[str]]) -> None:

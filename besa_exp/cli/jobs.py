@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,10 +24,9 @@ from besa_exp.cli.compose import key_of
 from besa_exp.cli.configuration import as_values, method_name, read_settings
 from besa_exp.cli.job_process import run_apart
 from besa_exp.cli.launchers import lost_jobs_told, visible_gpus
-from besa_exp.cli.outcome import Outcome, Status
 from besa_exp.cli.profiling import profiling
 from besa_exp.cli.request import CONFIG_NAME, Job, Request
-from besa_exp.cli.sweep_display import Course, show_sweep
+from besa_exp.cli.sweep_display import Course, Outcome, Status, show_sweep
 from besa_exp.display.console import next_steps
 from besa_exp.display.missed_target import miss_of, told_miss
 from besa_exp.display.progress import duration
@@ -37,8 +35,7 @@ from besa_exp.evaluation.score import Scores, main_scores, partly_scored, set_na
 from besa_exp.hub.publish import publish
 from besa_exp.machine.environment_variables import set_before_imports
 from besa_exp.machine.streams import keep_streams
-from besa_exp.machine.torchrun import is_leader
-from besa_exp.run_folder.folder import RunFolder, drop_work, read_results
+from besa_exp.run_folder.folder import RunFolder, absent, drop_work, read_results, remove_refused
 from besa_exp.run_folder.status import is_done, read_status, seen_status
 from besa_exp.runs.interruption import interruptible
 
@@ -123,16 +120,15 @@ def _prune(config: DictConfig, pruner_name: str, folder: Path) -> dict[str, Any]
     return results
 
 
-def finished_before(folder: Path, config: DictConfig | None = None) -> Outcome:
+def finished_before(folder: Path, config: DictConfig) -> Outcome:
     """The outcome of a run whose results were there already; its model is pushed where `config` asks for it now."""
     drop_work(folder)
-    if config is not None and config.save.get("push_to_hub"):
+    if config.save.get("push_to_hub"):
         publish(folder, read_settings(config, "", with_pruner=False).save)
     return finished("finished before", folder, read_results(folder))
 
 
 def finished(status: Status, folder: Path, results: Mapping[str, Any]) -> Outcome:
-    """The outcome of a run with its results."""
     seconds = (results.get("seconds") or {}).get("total")
     took = f", {duration(seconds)}" if seconds is not None else ""
     line = summary_line(results)
@@ -147,7 +143,8 @@ def full_errors() -> bool:
 def told(work: Callable[[], str], folder: Path) -> int:
     """The exit code of work in a run folder; what it returns, or its failure, is printed."""
     try:
-        said = work()
+        with interruptible():
+            said = work()
     except (RunError, OSError) as error:
         if full_errors():
             traceback.print_exc()
@@ -166,10 +163,10 @@ def launch(request: Request) -> list[Outcome]:
     (job,) = request.jobs
     if job.finished:
         return [finished_before(job.folder, job.config)]
-    made = [place for place in (job.folder, *job.folder.parents) if not place.exists()]
+    made = absent(job.folder)
     outcome = hydra.run(request.config_name, run_job, [*request.lines, "hydra.mode=RUN"]).return_value
-    if outcome.status == "refused" and made and is_leader():
-        _remove_refused(made)
+    if outcome.status == "refused":
+        remove_refused(made)
     return [outcome]
 
 
@@ -218,17 +215,6 @@ def _outcome_of_lost(job: Job, reason: str) -> Outcome:
     state = seen_status(job.folder) or "not begun"
     text = f"the launcher lost this job ({reason}); its folder says {state}; run the same command again to finish it"
     return Outcome(job.folder, "failed", text)
-
-
-def _remove_refused(made: Sequence[Path]) -> None:
-    """The folders, innermost first, that this command made for a run that could not begin. Another process's run in
-    the first, and other things in the others, are left alone."""
-    status = read_status(made[0])
-    if status is None or (status["status"] == "failed" and status["process"] == os.getpid()):
-        shutil.rmtree(made[0])
-        for parent in made[1:]:
-            with suppress(OSError):  # not empty
-                parent.rmdir()
 
 
 def summary_line(results: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -54,13 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check_text(rest)
         with command_line(["besa", *arguments]):
-            code = COMMANDS[command](rest)
+            code = resolve_name(COMMANDS[command])(rest)
         sys.stdout.flush()
         return code if command in WORKING else exit_code_of(sys.stdout, code)
     except ConfigurationError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
-        _tell_refusal(_refusal(command, error.problems))
+        count = "1 problem" if len(error.problems) == 1 else f"{len(error.problems)} problems"
+        lines = [f"besa {command}: {count}, nothing was done", *(f"  - {problem}" for problem in error.problems)]
+        _tell_refusal("\n".join(lines))
         return 2
     except RunError as error:
         print(f"besa {command}: {error}", file=sys.stderr)
@@ -89,11 +91,6 @@ def _tell_refusal(text: str) -> None:
         if not is_first_to_say(text):
             return
     print(text, file=sys.stderr, flush=True)
-
-
-def _refusal(command: str, problems: Sequence[str]) -> str:
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return "\n".join([f"besa {command}: {count}, nothing was done", *(f"  - {problem}" for problem in problems)])
 
 
 def _help(_: Sequence[str]) -> int:
@@ -130,32 +127,24 @@ def _complete(arguments: Sequence[str]) -> int:
     return complete(arguments, [name for name in COMMANDS if name[0] != "-"])
 
 
-def _imported(name: str) -> Callable[[Sequence[str]], int]:
-    """A command that is imported when it is called: torch and Hydra take seconds."""
-
-    def run(arguments: Sequence[str]) -> int:
-        return resolve_name(name)(arguments)
-
-    return run
-
-
-COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
-    "prune": _imported("besa_exp.cli.prune:prune"),
-    "evaluate": _imported("besa_exp.cli.evaluate:evaluate"),
-    "tune": _imported("besa_exp.cli.tune:tune"),
-    "masks": _imported("besa_exp.cli.masks:masks"),
-    "prefetch": _imported("besa_exp.cli.prefetch:prefetch"),
-    "list": _list,
-    "show": _imported("besa_exp.cli.show:show"),
-    "compare": _imported("besa_exp.cli.compare:comparison"),
-    "status": _imported("besa_exp.cli.status:status"),
-    "generate": _imported("besa_exp.cli.generate:generate"),
-    "report": _imported("besa_exp.report.command:report"),
-    "--help": _help,
-    "-h": _help,
-    "help": _help,
-    "--version": _version,
-    "-sc": _complete,
-    "--shell-completion": _complete,
+# Imported when they are called: torch and Hydra take seconds.
+COMMANDS: Mapping[str, str] = {
+    "prune": "besa_exp.cli.prune:prune",
+    "evaluate": "besa_exp.cli.evaluate:evaluate",
+    "tune": "besa_exp.cli.tune:tune",
+    "masks": "besa_exp.cli.masks:masks",
+    "prefetch": "besa_exp.cli.prefetch:prefetch",
+    "list": "besa_exp.cli.main:_list",
+    "show": "besa_exp.cli.show:show",
+    "compare": "besa_exp.cli.compare:comparison",
+    "status": "besa_exp.cli.status:status",
+    "generate": "besa_exp.cli.generate:generate",
+    "report": "besa_exp.report.command:report",
+    "--help": "besa_exp.cli.main:_help",
+    "-h": "besa_exp.cli.main:_help",
+    "help": "besa_exp.cli.main:_help",
+    "--version": "besa_exp.cli.main:_version",
+    "-sc": "besa_exp.cli.main:_complete",
+    "--shell-completion": "besa_exp.cli.main:_complete",
 }
 WORKING = ("prune", "evaluate", "tune", "masks", "prefetch", "report")  # whose output is not all that they are for

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from besa_exp.cli.preflight import BYTES_OF_DTYPE, check_model
+from besa_exp.cli.preflight import bytes_as, check_model
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine.disk import check_disk
 from besa_exp.settings import ModelSettings
@@ -21,15 +21,8 @@ def masks(arguments: Sequence[str]) -> int:
         raise ConfigurationError(*problems)
     from besa_exp.runs.rebuild import Masks, rebuild
 
-    given = Masks(parsed.masks, description)
-    names = [
-        parsed.masks.name,
-        "--model",
-        Path(parsed.model).name,
-        "--out",
-        parsed.out.name,
-    ]
-    weights, zeros = rebuild(given, model, parsed.out, ["besa", "masks", "apply", *names])
+    command = ["besa", "masks", "apply", parsed.masks.name, "--model", model.name, "--out", parsed.out.name]
+    weights, zeros = rebuild(Masks(parsed.masks, description), model, parsed.out, command)
     print(f"done: {zeros / weights:.2%} zeros by {description['method']} -> {parsed.out}")
     return 0
 
@@ -67,12 +60,12 @@ def _check(path: Path, model: ModelSettings, out: Path) -> tuple[dict, list[str]
             f"{path}: {description['method']} updated the weights that it kept, so masks and dense weights do not "
             "give its model; prune with save.model=true to keep it (magnitude, wanda and besa decide masks alone)"
         )
-    for stage in {"structure", "recovery"} & description.keys():
-        problems.append(
-            f"{path}: the run changed the model by a {stage} too, which masks and dense weights do not give; prune "
-            "with save.model=true to keep its model"
-        )
+    problems += [
+        f"{path}: the run changed the model by a {stage} too, which masks and dense weights do not give; prune with "
+        "save.model=true to keep its model"
+        for stage in ("structure", "recovery")  # in this order
+        if stage in description
+    ]
     if facts and "dtype" in description:
-        a_weight = BYTES_OF_DTYPE.get(description["dtype"])
-        problems += check_disk(out, facts.weights * a_weight if a_weight else facts.saved_bytes, "--out", "")
+        problems += check_disk(out, bytes_as(description["dtype"], facts), "--out", "")
     return description, problems

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,13 +21,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from besa_exp.cli.compose import Composer
-from besa_exp.cli.configuration import Unreadable, method_name, read_settings
+from besa_exp.cli.configuration import method_name, read_settings
 from besa_exp.cli.hub_needs import Held, Need, bring, described, held, needs_of, prefetch_command
 from besa_exp.cli.preflight import check_model
 from besa_exp.cli.prune import composed
-from besa_exp.cli.request import CONFIG_NAME, composed_by, composer_of, sets_one_of
+from besa_exp.cli.request import CONFIG_NAME, composed_by, composer_of, readable
 from besa_exp.display.terminal import console_of
-from besa_exp.errors import ConfigurationError, Unavailable
+from besa_exp.errors import Unavailable
 from besa_exp.evaluation.checks import check_evaluator
 from besa_exp.hub.client import hub_problem
 from besa_exp.machine import atomic
@@ -91,27 +92,18 @@ def _settings_of_jobs(arguments: argparse.Namespace) -> list[RunSettings]:
     for lines in spread:
         config = composer.compose(lines) if swept else main
         if config is not None:
-            jobs += _settings(composer, lines, config)
+            jobs.append(readable(composer, lines, config, partial(_settings, composer)))
     if composer.problems:
-        raise ConfigurationError(*dict.fromkeys(composer.problems.values()))
-    return jobs
+        composer.refuse()
+    return [job for job in jobs if job is not None]
 
 
-def _settings(composer: Composer, lines: Sequence[str], config: DictConfig) -> list[RunSettings]:
-    """The settings of one job, none where something is wrong with them, which is noted."""
-    problems = composer.problems
-    try:
-        settings = read_settings(config, method_name(config.hydra.runtime.choices), with_pruner=False)
-    except Unreadable as error:
-        problems |= error.by_key
-        rest = [line for line in lines if not sets_one_of(composer, line, error.by_key)]
-        if len(rest) < len(lines) and (others := composer.compose(rest)) is not None:
-            _settings(composer, rest, others)
-        return []
-    _, found = check_model(settings.model)
-    found += check_calibration(settings.calibration, None) + check_evaluator(settings.evaluator, None)
-    problems |= {problem: problem for problem in found}
-    return [] if found else [settings]
+def _settings(composer: Composer, config: DictConfig) -> RunSettings:
+    """The settings of one job; what is wrong with them is noted. Unreadable: values that are none."""
+    settings = read_settings(config, method_name(config.hydra.runtime.choices), with_pruner=False)
+    composer.note(check_model(settings.model)[1])
+    composer.note(check_calibration(settings.calibration, None) + check_evaluator(settings.evaluator, None))
+    return settings
 
 
 def _silent() -> str | None:

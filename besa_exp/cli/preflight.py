@@ -56,9 +56,8 @@ def preflight(
     `unknown` names the groups whose preset could not be found, about which nothing is said, and may hold
     `calibration.path` where none was given. `here` False: the run will
     be on another machine, whose device and disk are not this one's."""
-    facts, problems = _check_shared(settings, unknown, here, "model.path")
-    context = facts.context if facts else settings.model.context
-    problems += _check_target(settings, facts, "pruner" not in unknown)
+    facts, context, problems = _check_shared(settings, unknown, here, "model.path")
+    problems += _check_target(settings, facts, context, "pruner" not in unknown)
     calibrated = settings.skipping is not None and settings.skipping.is_calibrated
     if "calibration" not in unknown and (calibrated or not settings.is_dense):
         length = None if "calibration.path" in unknown else context
@@ -69,9 +68,8 @@ def preflight(
     if settings.is_dense and settings.save.push_to_hub:
         problems.append("save.push_to_hub: pruner=dense makes no model, it scores the one it is given; leave it out")
     problems += check_run_inputs(folder, settings) if here else []
-    model = Path(settings.model.path).expanduser()
-    if settings.model.path != "embedded" and folder.expanduser().resolve() == model.resolve():
-        problems.append(f"hydra.run.dir={folder}: is where the model lies; name another folder for the pruned one")
+    if settings.model.path != "embedded":
+        problems += _check_apart(folder, "model", "the pruned one", settings.model.path)
     if here and facts:
         problems += check_disk(folder, _needed_bytes(settings, facts))
     return problems
@@ -83,7 +81,7 @@ def preflight_evaluation(
     """The facts of the checkpoint, None where they are not known yet, and the problems of scoring it into `folder`."""
     run, model = run_and_model(settings.checkpoint)
     of_run = check_run(run) if run else []
-    facts, problems = _check_shared(settings, [*unknown, *(["model"] if of_run else [])], True, "checkpoint")
+    facts, context, problems = _check_shared(settings, [*unknown, *(["model"] if of_run else [])], True, "checkpoint")
     saved = saved_dtype(Path(model)) if facts and run and folder.resolve() == run.resolve() else None
     if saved and settings.model.dtype not in ("auto", saved):
         problems.append(
@@ -93,7 +91,7 @@ def preflight_evaluation(
     skipping = settings.skipping
     read = settings.calibration if skipping and skipping.is_calibrated and "calibration" not in unknown else None
     if read:
-        problems += check_calibration(read, facts.context if facts else settings.model.context)
+        problems += check_calibration(read, context)
     return facts, [*of_run, *problems, *_missing(settings, unknown, read)]
 
 
@@ -103,8 +101,7 @@ def preflight_tuning(
     """The problems of a tuning that would write to `folder`; what only the weights show is found when they are
     read. Of a `finished` one that is only shown those of its inputs alone."""
     run, model = run_and_model(settings.checkpoint)
-    of_run = check_run(run) if run else []
-    if of_run:
+    if run and (of_run := check_run(run)):
         return of_run
     from besa_exp.runs.recover import check_recovery_of  # imports torch
     from besa_exp.runs.tune import as_run, config_of_tuning, has_lost_blocks
@@ -113,11 +110,10 @@ def preflight_tuning(
     problems = check_run_inputs(folder, asked)
     if finished:
         return check_finished(folder, config_of_tuning(settings)) or problems
-    if folder.expanduser().resolve() in (Path(model).expanduser().resolve(), *([run.resolve()] if run else [])):
-        return [f"hydra.run.dir={folder}: is where the checkpoint lies; name another folder for the tuned model"]
-    facts, of_shared = _check_shared(asked, unknown, True, "checkpoint")
+    if of_place := _check_apart(folder, "checkpoint", "the tuned model", model, *([run] if run else [])):
+        return of_place
+    facts, context, of_shared = _check_shared(asked, unknown, True, "checkpoint")
     problems += of_shared
-    context = facts.context if facts else settings.model.context
     if "calibration" not in unknown:
         problems += check_calibration(settings.calibration, context)
     if not {"recovery", "calibration"} & {*unknown}:
@@ -126,6 +122,13 @@ def preflight_tuning(
     problems += _missing(asked, unknown, None if "calibration" in unknown else settings.calibration)
     problems += check_push(settings.save, settings.offline)
     return problems + (check_disk(folder, _needed_bytes(asked, facts)) if facts else [])
+
+
+def _check_apart(folder: Path, what: str, made: str, *places: str | Path) -> list[str]:
+    """A run would replace what lies in its folder."""
+    if folder.expanduser().resolve() not in (Path(place).expanduser().resolve() for place in places):
+        return []
+    return [f"hydra.run.dir={folder}: is where the {what} lies; name another folder for {made}"]
 
 
 def _check_teacher(settings: TuneSettings) -> list[str]:
@@ -154,19 +157,24 @@ def _missing(
 
 def _check_shared(
     settings: RunSettings | EvaluationSettings, unknown: Collection[str], here: bool, key: str
-) -> tuple[ModelFolder | None, list[str]]:
-    """What pruning and scoring have in common; `key` is what a person set to name the model."""
-    facts, problems = None, _check_dtype(settings.model.dtype)
+) -> tuple[ModelFolder | None, int | None, list[str]]:
+    """What is known of the model, its context, and the problems that pruning and scoring have in common; `key` is what
+    a person set to name the model."""
+    dtype, dtypes = settings.model.dtype, ("auto", *BYTES_OF_DTYPE)
+    facts, problems = None, list[str]()
+    if dtype not in dtypes:
+        problems = [f"model.dtype={dtype}: must be one of {', '.join(dtypes)}{did_you_mean(dtype, dtypes)}"]
     if "model" not in unknown:
         facts, of_model = check_model(settings.model, key)
         problems += of_model
+    context = facts.context if facts else settings.model.context
     if "evaluator" not in unknown:
-        problems += check_evaluator(settings.evaluator, facts.context if facts else settings.model.context)
+        problems += check_evaluator(settings.evaluator, context)
     if settings.skipping and "skipping" not in unknown:
         problems += check_skipping(settings.skipping, settings.model.load)
     if "tracker" not in unknown:
         problems += _check_tracker(settings.tracker, settings.offline)
-    return facts, problems + (_check_device(settings.device) if here else [])
+    return facts, context, problems + (_check_device(settings.device) if here else [])
 
 
 def model_folder(settings: ModelSettings) -> Path | None:
@@ -175,13 +183,6 @@ def model_folder(settings: ModelSettings) -> Path | None:
         return MODEL_DIR
     folder = Path(settings.path).expanduser()
     return folder if folder.is_dir() else None
-
-
-def _check_dtype(dtype: str) -> list[str]:
-    dtypes = ("auto", *BYTES_OF_DTYPE)
-    if dtype in dtypes:
-        return []
-    return [f"model.dtype={dtype}: must be one of {', '.join(dtypes)}{did_you_mean(dtype, dtypes)}"]
 
 
 def check_model(settings: ModelSettings, key: str = "model.path") -> tuple[ModelFolder | None, list[str]]:
@@ -215,14 +216,19 @@ def _check_hub_id(settings: ModelSettings, key: str) -> tuple[ModelFolder | None
     return inspect_model_folder(folder, key, settings.convert, trusted)[0], problems
 
 
-def _check_target(settings: RunSettings, facts: ModelFolder | None, with_pruner: bool) -> list[str]:
-    sparsity, problems = settings.sparsity, []
+def _check_target(
+    settings: RunSettings, facts: ModelFolder | None, context: int | None, with_pruner: bool
+) -> list[str]:
+    problems: list[str] = []
     try:
         parse_pattern(settings.pattern)
     except ValueError as error:
-        return [*problems, f"{error} (in a YAML file in quotes: pattern: '2:4')"]
+        return [f"{error} (in a YAML file in quotes: pattern: '2:4')"]
     if facts:
-        problems += _check_ignored(settings, facts)
+        # Where the files name the linears as the model does: of others, and of experts, the run says it when it has
+        # the model.
+        if facts.linears and not facts.to_convert and not any(".experts." in name for name in facts.linears):
+            problems += check_ignored(settings.ignore, [_in_a_block(name) for name in facts.linears])
         named = {name.removesuffix(".weight"): (_in_a_block(name), shape[1]) for name, shape in facts.linears.items()}
         pruned = {name: size for name, (own, size) in named.items() if not is_ignored(own, settings.ignore)}
         problems += indivisible(pruned, settings.pattern)
@@ -231,45 +237,30 @@ def _check_target(settings: RunSettings, facts: ModelFolder | None, with_pruner:
 
         if problems := check_kinds(vars(settings)):
             return problems
-        problems += check_methods(vars(settings), sparsity, settings.pattern)
+        problems = check_methods(vars(settings), settings.sparsity, settings.pattern)
         if settings.recovery:
             from besa_exp.runs.recover import check_recovery_of
 
-            context = facts.context if facts else settings.model.context
-            problems += check_recovery_of(settings, 0.0 if settings.keeps_weights else sparsity, context)
+            problems += check_recovery_of(settings, 0.0 if settings.keeps_weights else settings.sparsity, context)
         problems += _check_structure(settings) if settings.structure and facts else []
     return problems
 
 
 def _check_structure(settings: RunSettings) -> list[str]:
     """What of the model cannot go, where its folder is known: of another one the run itself says so."""
-    folder = _known_folder(settings.model)
+    folder = model_folder(settings.model)
+    if folder is None and is_hub_id(settings.model.path):
+        folder = cached_folder(settings.model)
     if folder is None or not (folder / "config.json").is_file():
         return []
-    from besa_exp.checkpoints.narrowed_facts import NOT_STREAMED, facts_of, family_problems  # torch
+    from besa_exp.checkpoints.narrowed_facts import facts_of  # torch
+    from besa_exp.runs.narrow import check_narrowing
 
     try:
         facts = facts_of(folder)
     except ValueError as error:
         return [str(error)]
-    method = settings.structure
-    problems = family_problems(facts.config, method.narrows, method.saved_as is not None)
-    if method.saved_as and settings.model.load == "streamed":
-        problems.append(NOT_STREAMED)
-    return problems or method.check(facts.costs, facts.dimensions)
-
-
-def _known_folder(settings: ModelSettings) -> Path | None:
-    """The local folder, or that of the hub's cache; None: there is none yet."""
-    folder = model_folder(settings)
-    return cached_folder(settings) if folder is None and is_hub_id(settings.path) else folder
-
-
-def _check_ignored(settings: RunSettings, facts: ModelFolder) -> list[str]:
-    """Where the files name the linears as the model does: of others, and of experts, the run says it when it has the
-    model."""
-    renamed = facts.to_convert or not facts.linears or any(".experts." in name for name in facts.linears)
-    return [] if renamed else check_ignored(settings.ignore, [_in_a_block(name) for name in facts.linears])
+    return check_narrowing(settings.structure, facts, settings.model.load == "streamed")
 
 
 def _in_a_block(name: str) -> str:
@@ -306,9 +297,14 @@ def _check_device(device: str) -> list[str]:
     return [f"device={device}: {there}; set device=auto or device=cpu"]
 
 
+def bytes_as(dtype: str, facts: ModelFolder) -> int:
+    """Of the model in a dtype of BYTES_OF_DTYPE; in any other as it is saved."""
+    a_weight = BYTES_OF_DTYPE.get(dtype)
+    return facts.weights * a_weight if a_weight else facts.saved_bytes
+
+
 def _needed_bytes(settings: RunSettings, facts: ModelFolder) -> int:
-    a_weight = BYTES_OF_DTYPE.get(settings.model.dtype)
-    model_bytes = facts.weights * a_weight if a_weight else facts.saved_bytes
+    model_bytes = bytes_as(settings.model.dtype, facts)
     in_linears = sum(rows * columns for rows, columns in facts.linears.values())
     whole = settings.model.load == "whole"
     save = SaveSettings(model=False, masks=False) if settings.is_dense else settings.save

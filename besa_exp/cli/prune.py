@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra import initialize_config_dir
@@ -34,8 +34,8 @@ def prune(arguments: Sequence[str]) -> int:
 
 
 def composed(
-    command: str, config_name: str, arguments: Sequence[str], carry_out: Callable[[argparse.Namespace], int]
-) -> int:
+    command: str, config_name: str, arguments: Sequence[str], carry_out: Callable[[argparse.Namespace], Any]
+) -> Any:
     """What `carry_out` makes of the arguments, Hydra being initialized; flags that only show something are answered by
     Hydra."""
     arguments = [with_text_quoted(argument) for argument in arguments]

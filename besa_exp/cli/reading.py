@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pkgutil import resolve_name
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -80,18 +80,12 @@ class Reader:
                 read = self.value(value, hints[name], path)
                 broken = None if read is UNREAD else broken_rule(known[name], ruled[name], read, path)
                 values[name] = self.refuse(path, broken) if broken else read
-        self._require(known, values, key)
-        if any(value is UNREAD for value in values.values()):
-            return UNREAD
-        return self._build(cls, values, key)
-
-    def _require(self, known: Mapping[str, Field], values: dict[str, Any], key: str) -> None:
         for name, field in known.items():
             if name not in values and field.default is MISSING and field.default_factory is MISSING:
                 path = f"{key}.{name}" if key else name
-                values[name] = self.refuse(path, f"{path}: no value given, and there is no default; add {path}=...")
-
-    def _build(self, cls: type, values: Mapping[str, Any], key: str) -> Any:
+                values[name] = self.value(MISSING_VALUE, str, path)
+        if any(value is UNREAD for value in values.values()):
+            return UNREAD
         try:
             return cls(**values)
         except ValueError as error:
@@ -164,9 +158,5 @@ class Reader:
             example = f"{key.rpartition('.')[2]}: '{value}'"
             return self.refuse(key, f"{key}={value}: must be a text, not a number; write it in quotes: {example}")
         rule = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}[hint]
-        rule = " or ".join([rule, *words])
-        return self.refuse(key, f"{key}={shown(value)}: must be {rule}; write for example {key}={_example(hint)}")
-
-
-def _example(hint: type) -> str:
-    return {bool: "true", int: "8", float: "0.5", str: "name"}[hint]
+        rule, example = " or ".join([rule, *words]), {bool: "true", int: "8", float: "0.5", str: "name"}[hint]
+        return self.refuse(key, f"{key}={shown(value)}: must be {rule}; write for example {key}={example}")

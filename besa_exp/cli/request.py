@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -31,6 +31,7 @@ from besa_exp.run_folder.status import is_done
 from besa_exp.tensors.pattern import parse_pattern
 from besa_exp.texts.calibration_check import check_asked_windows
 
+T = TypeVar("T")
 CONFIG_NAME = "prune"
 # Groups whose preset may leave the path to the user, and what is unknown while the embedded one stands in for it.
 STANDS_IN = {"model": "model", "calibration": "calibration.path"}
@@ -73,14 +74,16 @@ def read_request(arguments: argparse.Namespace) -> Request:
         params = [f"{key}={value}" for key, value in (main.hydra.sweeper.params or {}).items()]
         jobs = _jobs(composer, composer.spread(overrides, params), unknown)
         pushed = [str(OmegaConf.select(job.config, "save.push_to_hub") or "") for job in jobs]
-        composer.problems |= {problem: problem for problem in check_names(pushed)}
+        composer.note(check_names(pushed))
     else:
         swept = [override for override in overrides if override.is_sweep_override()]
         composer.problems |= {o.key_or_group: told_sweep(o, "add -m to run them all") for o in swept}
         jobs = [_job(composer, single, main, unknown, of_sweep=False)]
     _ask_pruners(composer, jobs, unknown)
-    if composer.problems or not jobs:
-        raise ConfigurationError(*dict.fromkeys(composer.problems.values()) or ["the sweep has no jobs"])
+    if not jobs:
+        composer.note([] if composer.problems else ["the sweep has no jobs"])
+    if composer.problems:
+        composer.refuse()
     lines = (*arguments.overrides, *composer.search_path, *(launcher_lines(main) if multirun else ()))
     return Request(composer.config_name, lines, multirun, launcher_of(main), tuple(jobs))
 
@@ -90,7 +93,7 @@ def checked_composition(arguments: argparse.Namespace, config_name: str = CONFIG
     composer = composer_of(arguments, config_name)
     config = composer.compose([str(override.input_line) for override in composer.parse(arguments.overrides)])
     if config is None or composer.problems:
-        raise ConfigurationError(*composer.problems.values())
+        composer.refuse()
     return config
 
 
@@ -130,7 +133,7 @@ def composed_by(composer: Composer, lines: Sequence[str]) -> DictConfig:
     compose."""
     config = composer.compose(lines)
     if config is None:
-        raise ConfigurationError(*composer.problems.values())
+        composer.refuse()
     set_before_imports(offline=config.get("offline") is True)
     return config
 
@@ -159,28 +162,17 @@ def _shared_folder(job: Job, other: Job, lines_of_jobs: Sequence[Sequence[str]])
         common = set.intersection(*map(set, lines_of_jobs))
         twice = " ".join(line for line in job.lines if line not in common) or " ".join(job.lines)
         return f"{twice} is named twice in the sweep; name each value once"
-    different = _only(job.lines, other.lines)
+    pairs = ((other.lines, job.lines), (job.lines, other.lines))
+    different = " and ".join(" ".join(sorted(set(one) - set(two))) for one, two in pairs)  # as `seed=1 and seed=2`
     return (
         f"two jobs of the sweep would share the folder {job.folder}, with {different}: what distinguishes them does "
         "not change the result; drop one, or give each its own with hydra.sweep.subdir='${hydra.job.num}'"
     )
 
 
-def _only(lines: Sequence[str], others: Sequence[str]) -> str:
-    """The lines in which two jobs differ, as `seed=1 and seed=2`."""
-    return " and ".join(" ".join(sorted(set(one) - set(two))) for one, two in ((others, lines), (lines, others)))
-
-
 def _job(composer: Composer, lines: Sequence[str], config: DictConfig, unknown: set[str], of_sweep: bool) -> Job:
     """The job, its problems (but its pruner's) noted unless a finished run is there."""
-    HydraConfig.instance().set_config(config)  # ${hydra:...} looks there
-    try:
-        folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir) if of_sweep else Path(config.hydra.run.dir)
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        if not reason.startswith(Unreadable.__name__):  # which is told with the settings
-            composer.problems["hydra.run.dir"] = f"the run folder's name cannot be made: {reason}"
-        folder = Path()
+    folder = folder_of(composer, config, of_sweep)
     job = Job(tuple(lines), config, folder, is_done(folder) and not config.get("overwrite"))
     if not job.finished:
         _check_settings(composer, job, unknown | {"pruner"})
@@ -189,19 +181,44 @@ def _job(composer: Composer, lines: Sequence[str], config: DictConfig, unknown: 
     return job
 
 
+def readable(composer: Composer, lines: Sequence[str], config: DictConfig, read: Callable[[DictConfig], T]) -> T | None:
+    """What is read of the configuration. None: values that cannot be read; they, and what is wrong with the others, are
+    noted."""
+    try:
+        return read(config)
+    except Unreadable as error:
+        composer.problems |= error.by_key
+        rest, again = composer.without(lines, error.by_key, config)
+        if again is not None and again is not config:
+            readable(composer, rest, again, read)
+        return None
+
+
+def folder_of(composer: Composer, config: DictConfig, of_sweep: bool = False) -> Path:
+    """Where the run is to be; a problem is noted where its name cannot be made. What `${hydra:...}` stands for in
+    `config` is known from here on."""
+    HydraConfig.instance().set_config(config)
+    try:
+        return Path(config.hydra.sweep.dir, config.hydra.sweep.subdir) if of_sweep else Path(config.hydra.run.dir)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        if not reason.startswith(Unreadable.__name__):  # which is told with the settings
+            composer.problems["hydra.run.dir"] = f"the run folder's name cannot be made: {reason}"
+        return Path()
+
+
 def _check_finished(composer: Composer, job: Job) -> None:
     """Notes what speaks against showing a finished run: it answers another request, its inputs are others now, or it
     cannot be pushed."""
     asked = as_values(job.config) | {"method": method_name(job.config.hydra.runtime.choices)}
     if others := check_finished(job.folder, asked):
-        composer.problems |= {problem: problem for problem in others}
+        composer.note(others)
         return
     try:
         settings = read_settings(job.config, "", with_pruner=False)
     except Unreadable:  # what it was asked with then is no key or value any more
         return
-    pushed = check_push(settings.save, settings.offline) if settings.save.push_to_hub else []
-    composer.problems |= {problem: problem for problem in pushed}
+    composer.note(check_push(settings.save, settings.offline) if settings.save.push_to_hub else [])
     for problem in check_run_inputs(job.folder, settings):  # of many jobs with the same input the first is named
         composer.problems.setdefault(problem.partition(" holds ")[2], problem)
 
@@ -227,53 +244,35 @@ def _concerns_the_pruner(composer: Composer, job: Job) -> bool:
 
 def _check_settings(composer: Composer, job: Job, unknown: set[str]) -> None:
     """Notes all that is wrong with the job but with what is unknown."""
-    problems = composer.problems
     try:
         name = method_name(job.config.hydra.runtime.choices)
         settings = read_settings(job.config, name, with_pruner="pruner" not in unknown)
     except Unreadable as error:
-        problems |= {problem: problem for problem in error.problems}  # jobs of a sweep have others of the same key
-        rest = [line for line in job.lines if not sets_one_of(composer, line, error.by_key)]
+        composer.note(error.problems)  # jobs of a sweep have others of the same key
         missing = [group for group in STANDS_IN if OmegaConf.is_missing(job.config[group], "path")]
-        if len(rest) < len(job.lines):
-            config = composer.compose(rest)
-        else:
-            config = _with_paths(job.config, missing) if missing else None
-            unknown = unknown | {STANDS_IN[group] for group in missing}
-        if config is not None:
+        rest, config = composer.without(job.lines, error.by_key, job.config)
+        if config is job.config:  # with the embedded path where one is missing, so that the rest can be checked
+            config, unknown = copy.deepcopy(job.config), unknown | {STANDS_IN[group] for group in missing}
+            for group in missing:
+                config[group].path = "embedded"
+        if config is not None and (missing or len(rest) < len(job.lines)):
             _check_settings(composer, Job(tuple(rest), config, job.folder, False), unknown)
         return
     here = launcher_of(job.config).endswith(ON_THIS_MACHINE)
-    problems |= {problem: problem for problem in preflight(settings, job.folder, unknown, here)}
+    composer.note(preflight(settings, job.folder, unknown, here))
     keys = {key_of(line) for line in job.lines}
     if not {"calibration", "calibration.path"} & unknown:
-        asked = check_asked_windows(settings.calibration, {key.removeprefix("calibration.") for key in keys})
-        problems |= {problem: problem for problem in asked}
+        composer.note(check_asked_windows(settings.calibration, {key.removeprefix("calibration.") for key in keys}))
     if "sparsity" in keys:
-        problems |= _contradiction(settings.sparsity, settings.pattern)
+        composer.note(_contradiction(settings.sparsity, settings.pattern))
 
 
-def _with_paths(config: DictConfig, groups: Sequence[str]) -> DictConfig:
-    """The configuration with the embedded path where one is missing, so that the rest can be checked."""
-    filled = copy.deepcopy(config)
-    for group in groups:
-        filled[group].path = "embedded"
-    return filled
-
-
-def sets_one_of(composer: Composer, line: str, keys: Iterable[str]) -> bool:
-    """Whether the line gives a value (not a preset) to one of the keys or to something below it."""
-    key = key_of(line)
-    return any(key.startswith(f"{bad}.") or (key == bad and not composer.presets(key)) for bad in keys)
-
-
-def _contradiction(sparsity: float, pattern: str) -> dict[str, Any]:
+def _contradiction(sparsity: float, pattern: str) -> list[str]:
     try:
         kept, group = parse_pattern(pattern) or (None, 1)
     except ValueError:
-        return {}  # said already
+        return []  # said already
     fixed = sparsity if kept is None else 1 - kept / group
     if abs(fixed - sparsity) < 1e-9:
-        return {}
-    problem = f"sparsity={sparsity:g} with pattern={pattern}: the pattern makes it {fixed:g}; leave sparsity out"
-    return {problem: problem}
+        return []
+    return [f"sparsity={sparsity:g} with pattern={pattern}: the pattern makes it {fixed:g}; leave sparsity out"]

@@ -11,10 +11,10 @@ import argparse
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from rich import box
@@ -23,9 +23,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from besa_exp.cli.text_keys import typed_keys
 from besa_exp.display.terminal import console_of
 from besa_exp.errors import ConfigurationError, did_you_mean
 from besa_exp.presets import CONF_DIR, default_preset, first_comment, groups, listing, no_such_group, presets
+from besa_exp.settings import RunSettings
 
 PLAIN_WIDTH = 120
 NARROW = 80  # columns, below which keys are no table
@@ -53,7 +55,7 @@ def show(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     console = console_of(PLAIN_WIDTH)
     if not asked.words:
-        _tell(console, "besa prune", CONF_DIR / "prune.yaml", "", _run_settings())
+        _tell(console, "besa prune", CONF_DIR / "prune.yaml", "", _types(RunSettings))
     for number, word in enumerate(asked.words):
         if number:
             console.print()
@@ -69,7 +71,7 @@ def _show_one(console: Console, word: str, beside: Path | None) -> None:
         return
     own = {key.name: key for key in keys_of(CONF_DIR / "prune.yaml")}
     if not name and group in own:
-        _tell(console, "besa prune", CONF_DIR / "prune.yaml", "", _run_settings(), only=group)
+        _tell(console, "besa prune", CONF_DIR / "prune.yaml", "", _types(RunSettings), only=group)
         return
     if group not in known:
         raise ConfigurationError(no_such_group(group, {*known, *own}, "group or key"))
@@ -79,7 +81,7 @@ def _show_one(console: Console, word: str, beside: Path | None) -> None:
     if (path := (own | ours).get(name)) is None:
         raise ConfigurationError(f"{word}: no such preset{did_you_mean(name, [*own, *ours])}; besa list {group}")
     default = ", the default" if name == default_preset(group) and "default" not in first_comment(path) else ""
-    hints = _run_settings() if group in ("experiment", "debug") else None  # whose keys are those of a run
+    hints = _types(RunSettings) if group in ("experiment", "debug") else None  # whose keys are those of a run
     _tell(console, f"{group}={name}{default}", path, "" if hints else group, hints)
 
 
@@ -133,14 +135,11 @@ def keys_of(path: Path) -> list[Key]:
         else:
             for own in _flat(key, value, "", lines):
                 comment = own.comment or (found[own.name].comment if own.name in found else "")
-                found = {name: one for name, one in found.items() if not _replaces(own.name, name)}
+                for base in [*found]:  # a value takes the place of a group, and an object that of a value
+                    if own.name == f"{base}.{TARGET}" or base.startswith(f"{own.name}."):
+                        del found[base]
                 found[own.name] = Key(own.name, own.value, comment)
     return list(found.values())
-
-
-def _replaces(own: str, base: str) -> bool:
-    """Whether a key that is given takes another's place: a value that of a group, or an object that of a value."""
-    return own == f"{base}.{TARGET}" or base.startswith(f"{own}.")
 
 
 def _chosen(defaults: Sequence[Any], path: Path) -> Iterator[Key]:
@@ -150,16 +149,13 @@ def _chosen(defaults: Sequence[Any], path: Path) -> Iterator[Key]:
         if path.name != "prune.yaml" and (base := next(filter(Path.is_file, bases), None)):
             yield from keys_of(base)
         for name, value in item.items() if isinstance(item, dict) else ():
-            if name.startswith("override /"):
-                yield Key(
-                    name.removeprefix("override /"), str(value), f"besa show {name.removeprefix('override /')}={value}"
-                )
+            if (group := name.removeprefix("override /")) != name:
+                yield Key(group, str(value), f"besa show {group}={value}")
 
 
 def _flat(key: yaml.Node, value: yaml.Node, prefix: str, lines: Sequence[str]) -> Iterator[Key]:
     name = f"{prefix}{key.value}"
-    nested = isinstance(value, yaml.MappingNode) and value.value and not value.flow_style
-    if nested:
+    if isinstance(value, yaml.MappingNode) and value.value and not value.flow_style:
         for inner_key, inner in value.value:
             yield from _flat(inner_key, inner, f"{name}.", lines)
         return
@@ -172,28 +168,15 @@ def _flat(key: yaml.Node, value: yaml.Node, prefix: str, lines: Sequence[str]) -
 
 
 def _hints(key: str, target: str) -> dict[str, str]:
-    """{dotted key: type in words} of the dataclass that `_target_` names; {} where it cannot be imported."""
+    """{dotted key: type in words} of the dataclass that `_target_` names; {} where it cannot be imported or is none."""
     try:
-        return _fields_of(resolve_name(target), key.removesuffix(TARGET))
-    except (ImportError, AttributeError, NameError, ValueError):
+        return _types(resolve_name(target), key.removesuffix(TARGET))
+    except (ImportError, AttributeError, NameError, TypeError, ValueError):
         return {}
 
 
-def _fields_of(cls: Any, prefix: str) -> dict[str, str]:
-    if not is_dataclass(cls):
-        return {}
-    hints, found = get_type_hints(cls), {}
-    for field in fields(cls):
-        if field.init:
-            found[f"{prefix}{field.name}"] = in_words(hints[field.name])
-            found |= _fields_of(hints[field.name], f"{prefix}{field.name}.")
-    return found
-
-
-def _run_settings() -> dict[str, str]:
-    from besa_exp.settings import RunSettings
-
-    return _fields_of(RunSettings, "")
+def _types(cls: type, prefix: str = "") -> dict[str, str]:
+    return {key: in_words(hint) for key, hint in typed_keys(cls, prefix)}
 
 
 def in_words(hint: Any) -> str:

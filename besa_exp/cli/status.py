@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,9 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from besa_exp.display.progress import duration
-from besa_exp.display.terminal import console_of
+from besa_exp.display.terminal import console_of, counted
 from besa_exp.report.folders import find_runs
 from besa_exp.report.runs import RunRecord, read_run
+from besa_exp.run_folder.metrics import metric_lines
 from besa_exp.run_folder.status import KILLED, read_status
 
 PLAIN_WIDTH = 160
@@ -44,11 +44,8 @@ def status(arguments: Sequence[str]) -> int:
 
 def status_tables(runs: Sequence[RunRecord], everything: bool = False) -> list[RenderableType]:
     """The counts, then a table of the runs that are not done (of all with `everything`), and how to go on."""
-    counts = {state: sum(run.status == state for run in runs) for state in sorted({r.status for r in runs}, key=_order)}
-    head = f"{len(runs)} run{'' if len(runs) == 1 else 's'}: " + ", ".join(
-        f"{n} {state}" for state, n in counts.items()
-    )
-    parts: list[RenderableType] = [Text(head, style="bold")]
+    counts = counted(sorted((run.status for run in runs), key=_order))
+    parts: list[RenderableType] = [Text(f"{len(runs)} run{'' if len(runs) == 1 else 's'}: {counts}", style="bold")]
     listed = sorted((r for r in runs if everything or r.status != "done"), key=lambda r: (_order(r.status), r.folder))
     if listed:
         known: dict[str, int] = {}  # as finished runs say; a structure may have left some of them with fewer
@@ -89,11 +86,8 @@ def _progress(run: RunRecord, blocks: dict[str, int]) -> str:
     if run.status == "done":
         return str(len(run.blocks))
     pruned = set()
-    with suppress(OSError), (run.path / "metrics.jsonl").open(encoding="utf-8") as file:
-        for line in file:
-            if line.startswith('{"kind": "block"'):
-                with suppress(ValueError, KeyError):
-                    pruned.add(json.loads(line)["block"])
+    with suppress(OSError):
+        pruned = {line.get("block") for line in metric_lines(run.path, "block")}
     return f"{len(pruned)} of {blocks[run.model]}" if run.model in blocks else str(len(pruned) or "")
 
 

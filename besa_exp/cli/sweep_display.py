@@ -1,27 +1,46 @@
-"""What a sweep says: a line a job with what varies and the time left, and in the end the jobs and the comparison."""
+"""What becomes of jobs, and what a sweep says: a line a job with what varies and the time left, and in the end the jobs
+and the comparison."""
 
 from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from besa_exp.cli.compare import tables
-from besa_exp.cli.outcome import Outcome
 from besa_exp.cli.request import Job
 from besa_exp.display.progress import duration
-from besa_exp.display.terminal import console_of
+from besa_exp.display.terminal import console_of, counted
 from besa_exp.report.comparison import compare
 from besa_exp.report.runs import read_run
 
 WIDTH_OF_FILES = 200  # columns of a table that no terminal shows
 MANY = 30  # jobs, above which the finished ones are not listed one by one
+Status = Literal["done", "finished before", "refused", "failed"]
+EXIT_CODES: Mapping[Status, int] = {"done": 0, "finished before": 0, "failed": 1, "refused": 2}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job. `text` is the results in a line, or the error."""
+
+    folder: Path
+    status: Status
+    text: str
+    missed: bool = False  # the target
+    brief: str = ""  # zeros and time alone: beside a table of the scores
+
+    @property
+    def exit_code(self) -> int:
+        """0 where the results are there, 1 for a failure inside the run, 2 for a configuration that is refused."""
+        return EXIT_CODES[self.status]
 
 
 @dataclass(frozen=True)
@@ -36,7 +55,6 @@ class Course:
 
     @classmethod
     def of(cls, jobs: Sequence[Job]) -> Course:
-        """Of a sweep that begins now."""
         common = frozenset.intersection(*(frozenset(job.lines) for job in jobs)) if len(jobs) > 1 else frozenset()
         return cls(len(jobs), common, frozenset(job.number for job in jobs if job.finished), time.time())
 
@@ -52,10 +70,8 @@ class Course:
 def show_sweep(outcomes: Sequence[Outcome], seconds: float | None = None) -> None:
     """The jobs, a line each with its error, then what `besa compare` shows of their folders."""
     console = console_of(WIDTH_OF_FILES)
-    counts = {state: sum(o.status == state for o in outcomes) for state in dict.fromkeys(o.status for o in outcomes)}
     took = f", {duration(seconds)}" if seconds is not None else ""
-    counted = ", ".join(f"{number} {state}" for state, number in counts.items())
-    console.print(Text(f"{len(outcomes)} jobs: {counted}{took}", style="bold"))
+    console.print(Text(f"{len(outcomes)} jobs: {counted(o.status for o in outcomes)}{took}", style="bold"))
     table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
     told = [_told(outcome) for outcome in outcomes]
     for column in ("job", "status", "folder", *(["what happened"] if any(told) else [])):

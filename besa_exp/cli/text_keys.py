@@ -42,20 +42,24 @@ def with_text_quoted(argument: str) -> str:
     return f"{key}={''.join(parts)}"
 
 
-def _all_keys() -> list[tuple[str, bool]]:
-    return [*_text_keys(RunSettings, ""), *_text_keys(EvaluationSettings, ""), *_text_keys(TuneSettings, "")]
-
-
-def _text_keys(cls: type, prefix: str) -> Iterator[tuple[str, bool]]:
-    """Each with whether it takes several."""
+def typed_keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of a dataclass, and of those that are its fields, each with its type."""
     hints = get_type_hints(cls)
     for field in fields(cls):
-        hint = _without_none(hints[field.name])
-        several = get_origin(hint) is tuple and get_args(hint)[0] is str
-        if is_dataclass(hint):
-            yield from _text_keys(hint, f"{prefix}{field.name}.")  # type: ignore[arg-type]
-        elif hint is str or several:
-            yield f"{prefix}{field.name}", several
+        if field.init:
+            key, hint = f"{prefix}{field.name}", hints[field.name]
+            yield key, hint
+            yield from typed_keys(of, f"{key}.") if is_dataclass(of := _without_none(hint)) else ()  # type: ignore[arg-type]
+
+
+def _all_keys() -> Iterator[tuple[str, bool]]:
+    """Those whose value is a text, each with whether it takes several."""
+    for cls in (RunSettings, EvaluationSettings, TuneSettings):
+        for key, hint in typed_keys(cls):
+            text = _without_none(hint)
+            several = get_origin(text) is tuple and get_args(text)[0] is str
+            if text is str or several:
+                yield key, several
 
 
 def _without_none(hint: Any) -> Any:

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
-
-from besa_exp.cli.compose import Composer
-from besa_exp.cli.configuration import Unreadable, read_of_checkpoint
+from besa_exp.cli.configuration import read_of_checkpoint
 from besa_exp.cli.jobs import told
 from besa_exp.cli.preflight import preflight_tuning
 from besa_exp.cli.prune import composed
-from besa_exp.cli.request import composed_for_one, sets_one_of
-from besa_exp.display.model_card import score_rows
-from besa_exp.errors import ConfigurationError
+from besa_exp.cli.request import composed_for_one, folder_of, readable
+from besa_exp.display.rows import score_rows
 from besa_exp.hub.publish import publish
 from besa_exp.run_folder.folder import drop_work, read_results
 from besa_exp.run_folder.status import is_done
@@ -27,36 +22,25 @@ from besa_exp.settings import TuneSettings
 CONFIG_NAME = "tune"
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """A request in which nothing is wrong."""
-
-    settings: TuneSettings
-    folder: Path
-    finished: bool
-
-
 def tune(arguments: Sequence[str]) -> int:
     """The exit code: 0 where the tuned model is there, 1 where tuning failed."""
     return composed("besa tune", CONFIG_NAME, arguments, _run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    asked = read_asked(arguments)
-    if asked.finished:
-        drop_work(asked.folder)
-        print(f"finished before: {outcome(read_results(asked.folder))} -> {asked.folder}")
+    settings, folder = _asked(arguments)
+    if is_done(folder) and not settings.overwrite:
+        drop_work(folder)
+        print(f"finished before: {outcome(read_results(folder))} -> {folder}")
         return 0
-    from besa_exp.runs.interruption import interruptible
     from besa_exp.runs.tune import tune_checkpoint  # imports torch
 
     def work() -> str:
-        with interruptible():
-            results = tune_checkpoint(asked.settings, asked.folder)
-        publish(asked.folder, asked.settings.save)
-        return f"{outcome(results)} -> {asked.folder}"
+        results = tune_checkpoint(settings, folder)
+        publish(folder, settings.save)
+        return f"{outcome(results)} -> {folder}"
 
-    return told(work, asked.folder)
+    return told(work, folder)
 
 
 def outcome(results: Mapping[str, Any]) -> str:
@@ -72,29 +56,14 @@ def outcome(results: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def read_asked(arguments: argparse.Namespace) -> _Asked:
-    """The checked request; Hydra must be initialized. ConfigurationError: every problem there is."""
+def _asked(arguments: argparse.Namespace) -> tuple[TuneSettings, Path]:
+    """The checked request and its folder; Hydra must be initialized. ConfigurationError: every problem there is."""
     composer, lines, config, unknown = composed_for_one(arguments, CONFIG_NAME, "tunes")
-    settings = _settings(composer, lines, config)
+    settings = readable(composer, lines, config, partial(read_of_checkpoint, cls=TuneSettings))
     if settings is None:
-        raise ConfigurationError(*dict.fromkeys(composer.problems.values()))
-    HydraConfig.instance().set_config(config)  # ${hydra:...} looks there
-    folder = Path(config.hydra.run.dir).expanduser()
-    done = is_done(folder) and not settings.overwrite
-    problems = preflight_tuning(settings, folder, unknown, done)
-    if composer.problems or problems:
-        raise ConfigurationError(*dict.fromkeys([*composer.problems.values(), *problems]))
-    return _Asked(settings, folder, done)
-
-
-def _settings(composer: Composer, lines: Sequence[str], config: DictConfig) -> TuneSettings | None:
-    """None: values that cannot be read; they and what is wrong with the others are noted."""
-    try:
-        return read_of_checkpoint(config, TuneSettings)
-    except Unreadable as error:
-        composer.problems |= error.by_key
-        rest = [line for line in lines if not sets_one_of(composer, line, error.by_key)]
-        again = composer.compose(rest) if len(rest) < len(lines) else None
-        if again is not None:
-            _settings(composer, rest, again)
-        return None
+        composer.refuse()
+    folder = folder_of(composer, config).expanduser()
+    composer.note(preflight_tuning(settings, folder, unknown, is_done(folder) and not settings.overwrite))
+    if composer.problems:
+        composer.refuse()
+    return settings, folder

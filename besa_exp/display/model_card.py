@@ -12,18 +12,15 @@ from typing import Any
 import yaml
 
 from besa_exp.blocks.sparsity_table import type_counts
-from besa_exp.display.cost import COST_HEADS, cost_rows
 from besa_exp.display.markdown import escaped, markdown_table
 from besa_exp.display.missed_target import told_miss
-from besa_exp.display.stages import stage_lines
-from besa_exp.display.text_samples import text_table
+from besa_exp.display.rows import cost_table, score_rows, score_text, speed_table, stage_lines, text_table
 from besa_exp.display.usage import savings, use_lines
 from besa_exp.evaluation.score import Scores, partly_scored, skipped_parts
 from besa_exp.machine.environment import masked_command, without_folders
 
 FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---\s*(?:\n|$)", re.DOTALL)
 LICENCE_TAGS = ("license", "license_name", "license_link")
-SPEED_HEADS = ("linear", "sparsity", "dense cycles", "simulated cycles", "simulated speed-up")
 
 
 def model_card(
@@ -58,8 +55,8 @@ def model_card(
         "",
         *_scores(results),
         *_section("What it says (greedy)", *text_table(results), numbers=False),
-        *_section(f"Speed, {(results.get('simulated_speed') or {}).get('model')}", SPEED_HEADS, speed_rows(results)),
-        *_section("Cost", COST_HEADS, cost_rows(results)),
+        *_section(f"Speed, {(results.get('simulated_speed') or {}).get('model')}", *speed_table(results)),
+        *_section("Cost", *cost_table(results)),
         *use_lines(results),
     ]
     if command:
@@ -141,33 +138,6 @@ def _scores(results: Mapping[str, Any]) -> list[str]:
     return [*lines, "", *reasons, *([""] if reasons else [])]
 
 
-def score_rows(results: Mapping[str, Any]) -> dict[str, float | None]:
-    """`perplexity <set>` and `<task> <metric>` to value, None where it is not available."""
-    found = Scores.from_dict(results).scores
-    return {
-        score.label: score.value for score in sorted(found, key=lambda score: (score.kind, score.name, score.metric))
-    }
-
-
 def _section(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> list[str]:
     cells = [[escaped(cell) for cell in row] for row in rows]
     return [f"## {title}", "", *markdown_table(head, cells, numbers=numbers), ""] if rows else []
-
-
-def speed_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The SIMULATED cycles and speed-ups by linear type, as cells under SPEED_HEADS; [] where none were asked for."""
-    linears = (results.get("simulated_speed") or {}).get("linears", {})
-    return [
-        (
-            kind,
-            f"{row['sparsity']:.4f}",
-            f"{row['dense_cycles']:,.1f}",
-            f"{row['sparse_cycles']:,.1f}",
-            "n/a" if row["speed_up"] is None else f"{row['speed_up']:.3f}x",
-        )
-        for kind, row in linears.items()
-    ]
-
-
-def score_text(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.4f}"

@@ -17,11 +17,8 @@ from rich.text import Text
 
 from besa_exp import __version__
 from besa_exp.blocks.sparsity_table import block_counts, short_names, type_counts
-from besa_exp.display.cost import COST_HEADS, cost_rows
-from besa_exp.display.loss_colour import colour_of_loss
-from besa_exp.display.model_card import SPEED_HEADS, score_rows, score_text, speed_rows
-from besa_exp.display.stages import stage_lines
-from besa_exp.display.text_samples import text_table
+from besa_exp.display.rows import cost_table, score_rows, score_text, speed_table, stage_lines, text_table
+from besa_exp.display.terminal import colour_of_loss
 from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.score import Scores, metric_name, partly_scored, set_names, skipped_parts
 from besa_exp.settings import CalibrationSettings, RunSettings, SaveSettings
@@ -131,12 +128,13 @@ def result_tables(results: Mapping[str, Any], style: box.Box) -> list[Renderable
     """Scores beside the dense ones, simulated speed, and what is not available."""
     tables: list[RenderableType] = [Text(f"{what}: {how}") for what, how in stage_lines(results).items()]
     tables += [_score_table(results, style)] if score_rows(results) else []
-    if rows := speed_rows(results):
-        tables.append(_rows_table(f"speed, {results['simulated_speed']['model']}", SPEED_HEADS, rows, style))
-    if costs := cost_rows(results):
+    head, rows = speed_table(results)
+    tables += [_rows_table(f"speed, {results['simulated_speed']['model']}", head, rows, style)] if rows else []
+    head, costs = cost_table(results)
+    if costs:
         beside = any(dense for _, dense, _ in costs)
-        heads, *costs = [row if beside else (row[0], row[-1]) for row in (COST_HEADS, *costs)]
-        tables.append(_rows_table("cost", heads, costs, style))
+        head, *costs = [row if beside else (row[0], row[-1]) for row in (head, *costs)]
+        tables.append(_rows_table("cost", head, costs, style))
     head, samples = text_table(results)
     tables += [_text_table(head, samples, style)] if samples else []
     tables += [Text(f"{name}: {part}") for name, part in skipped_parts(Scores.from_dict(results).scores).items()]

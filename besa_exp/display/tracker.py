@@ -118,7 +118,6 @@ class Tracker:
         self._run.log({"texts": wandb.Table(columns=["prompt", "dense", "pruned"], data=rows)})
 
     def log_summary(self, values: Mapping[str, float | str]) -> None:
-        """Values of the run as a whole."""
         self._attempt(lambda: self._run.summary.update(dict(values)))
 
     def finish(self, failed: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
@@ -61,7 +60,7 @@ def _config(folder: Path, config: Mapping[str, Any], pruner: str) -> dict[str, A
     shown = _without_classes(without_folders(masked(config))) | {"method": pruner}
     if isinstance(model := shown.get("model"), dict) and "path" in model:
         shown["model"] = model | {"name": model.get("name") or str(model["path"]).rstrip("/").rpartition("/")[2]}
-    where, status = (_json(folder / name) for name in ("environment.json", "status.json"))
+    where, status = (atomic.read_json(folder / name) or {} for name in ("environment.json", "status.json"))
     shown |= {"command": without_folders(status["command"])} if status.get("command") else {}
     shown |= {"commit": where["git_commit"], "device_name": where["device_name"]} if where else {}
     versions = {name: where["packages"].get(name) for name in PACKAGES} if where else {}
@@ -73,11 +72,6 @@ def _without_classes(values: Any) -> Any:
     if not isinstance(values, Mapping):
         return values
     return {key: _without_classes(value) for key, value in values.items() if key != "_target_"}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """{} where it is not there."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _wandb_settings(asked: TrackerSettings, folder: Path) -> wandb.Settings:

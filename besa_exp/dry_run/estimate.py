@@ -107,17 +107,13 @@ def estimate(settings: RunSettings, folder: Path) -> Estimate:
     searched = _searching(settings, parameters, texts, costs)
     seconds = _seconds(settings, size, texts, costs, searched, streamed, saved, device.type == "cuda")
     kept = size.total * settings.keeps_model + size.masks * settings.save.masks * (not settings.is_dense) + LOGS
-    notes += [*texts.notes, *filter(None, [costs.note]), *_not_estimated(settings)]
+    notes += [*texts.notes, *filter(None, [costs.note])]
+    if not isinstance(settings.budget, SameForAll | None):
+        notes.append("the memory of a budget over depth is not estimated")
+    if settings.structure:
+        notes.append("later stages are estimated as if the structure took nothing away")
     told = str(device) if named == "here" else named
     return Estimate(settings, folder, told, parts, kept, len(size.blocks), seconds, free, notes)
-
-
-def _not_estimated(settings: RunSettings) -> list[str]:
-    missing = {
-        "the memory of a budget over depth is not estimated": not isinstance(settings.budget, SameForAll | None),
-        "later stages are estimated as if the structure took nothing away": settings.structure,
-    }
-    return [note for note, holds in missing.items() if holds]
 
 
 def _searching(settings: RunSettings, parameters: Parameters | None, texts: Texts, costs: Costs) -> float:

@@ -101,7 +101,6 @@ class BlockProbe:
         return seconds(lambda: block.outputs(hidden, rows)) / len(modules), seconds(head)
 
     def block_of_noise(self, rows: int, length: int) -> tuple[Block, Hidden]:
-        """The block and inputs for it."""
         blocks = capture_blocks(self.model, torch.zeros(rows, length, dtype=torch.int64))
         (block,) = units([replace(block, compute_dtype=self.compute_dtype) for block in blocks], len(blocks))
         block.arguments(min(rows, self.batch_size))

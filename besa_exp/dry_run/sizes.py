@@ -40,12 +40,10 @@ class ModelSize:
 
     @property
     def total(self) -> int:
-        """Bytes of all weights."""
         return sum(self.blocks) + self.outside
 
 
 def model_size(model: PreTrainedModel) -> ModelSize:
-    """Bytes of a model without weights."""
     modules, itemsize = discover_blocks(model)[1], model.dtype.itemsize
     inside = {parameter for module in modules for parameter in module.parameters()}
     linears = [linear.weight.numel() for module in modules for linear in discover_linears(module).values()]

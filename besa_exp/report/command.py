@@ -5,21 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine import atomic
-from besa_exp.report.comparability import entries
-from besa_exp.report.comparison import compare
 from besa_exp.report.comparison_formats import latex
-from besa_exp.report.curves import Curve, read_curve
-from besa_exp.report.depth import ErrorAlongDepth, errors_along_depth
-from besa_exp.report.folders import find_runs
 from besa_exp.report.page_data import page_data
-from besa_exp.report.paper import PaperTable, paper_markdown, paper_tables
-from besa_exp.report.runs import RunRecord, read_run
-from besa_exp.report.summaries import Cell, cells, markdown, runs_csv
+from besa_exp.report.paper import paper_markdown
+from besa_exp.report.read import Report, read_report
+from besa_exp.report.summaries import markdown, runs_csv
 
 NEEDED = ("matplotlib", "plotly")
 DESCRIPTION = """\
@@ -39,38 +33,20 @@ def report(arguments: Sequence[str]) -> int:
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ConfigurationError(f"besa report needs {' and '.join(missing)}: pip install 'besa-exp[report]'")
     found = read_report(asked.places)
-    _write(found, _made(asked.out))
+    try:
+        asked.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"--out={asked.out}: cannot be made ({error.strerror}); name another folder"
+        ) from error
+    _write(found, asked.out)
     return 0
 
 
-@dataclass(frozen=True)
-class Report:
-    """All that is written, as values."""
-
-    places: Sequence[str]
-    runs: Sequence[RunRecord]
-    curves: Sequence[Curve]
-    cells: Sequence[Cell]
-    errors: Sequence[ErrorAlongDepth]
-    tables: Sequence[PaperTable]
-
-
-def read_report(places: Sequence[str]) -> Report:
-    """Reads and judges the runs at `places`. ConfigurationError: there are none."""
-    folders = find_runs(places)
-    runs = [read_run(folder) for folder in folders]
-    judged = entries(runs)
-    found = cells(runs, judged)
-    curves = [read_curve(folder) for folder in folders]
-    return Report(places, runs, curves, found, errors_along_depth(runs, judged), paper_tables(runs, found))
-
-
 def write_page(report: Report, path: Path) -> None:
-    """report.html."""
     from besa_exp.report.page import page
 
-    given = (report.places, report.runs, report.curves, report.cells, report.errors, report.tables)
-    atomic.write_text(path, page(page_data(*given)))
+    atomic.write_text(path, page(page_data(report)))
 
 
 def _write(report: Report, out: Path) -> None:
@@ -78,11 +54,10 @@ def _write(report: Report, out: Path) -> None:
 
     runs = report.runs
     atomic.write_text(out / "summary.csv", runs_csv(runs))
-    comparisons = compare(runs)
-    atomic.write_text(out / "summary.tex", latex(comparisons))
+    atomic.write_text(out / "summary.tex", latex(report.comparisons))
     atomic.write_text(out / "summary.md", markdown(runs, report.cells, paper_markdown(report.tables)))
     write_page(report, out / "report.html")
-    figures = draw(out, runs, report.curves, report.cells, report.errors, comparisons)
+    figures = draw(report, out)
     done = sum(run.status == "done" for run in runs)
     apart = len({number for cell in report.cells if cell.apart for number in cell.runs})
     counts = [f"{done} finished run{'' if done == 1 else 's'}"]
@@ -91,11 +66,3 @@ def _write(report: Report, out: Path) -> None:
     counts += [f"{missed} of them missed their target by 0.5 points or more"] if missed else []
     counts += [f"{len(runs) - done} not finished"] if done < len(runs) else []
     print(f"{', '.join(counts)} -> {out / 'report.html'}, summary.md, summary.csv, summary.tex, {len(figures)} figures")
-
-
-def _made(out: Path) -> Path:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"--out={out}: cannot be made ({error.strerror}); name another folder") from error
-    return out

@@ -12,7 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from besa_exp.display.loss_colour import colour_of_loss
+from besa_exp.display.terminal import colour_of_loss
 from besa_exp.report.comparison import COSTS, Comparison, Row, lost, lower_is_better
 from besa_exp.report.runs import Measure
 from besa_exp.report.summaries import Cell

@@ -1,4 +1,5 @@
-"""Loss curves, thinned: of metrics.jsonl only so many lines are parsed, whatever its length."""
+"""What the page draws of metrics.jsonl: loss curves, thinned so that only so many lines are parsed, whatever its
+length, and quantiles over the sparsities of rows."""
 
 from __future__ import annotations
 
@@ -9,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from besa_exp.run_folder.metrics import NAME, metric_lines
+
+ROWS = ("block", "linears")
 LINES = 512  # parsed of one file; a curve has no more points than that
 
 
@@ -25,7 +29,7 @@ class Curve:
 def read_curve(folder: Path) -> Curve:
     """The steps of one run; none for a method that takes none, or where the file is not there."""
     try:
-        recorded = (folder / "metrics.jsonl").read_bytes().splitlines()
+        recorded = (folder / NAME).read_bytes().splitlines()
     except OSError:
         return Curve(1, ())
     steps = [line for line in recorded if line.startswith(b'{"kind": "step"')]
@@ -34,6 +38,15 @@ def read_curve(folder: Path) -> Curve:
     judged = [line for at, line in enumerate(recovery) if at % every == 0 or b'"held_out": null' not in line]
     points = _values(steps[::stride], "block", "step", "loss", "reconstruction", "expected_sparsity")
     return Curve(stride, tuple(points), tuple(_values(judged, "step", "loss", "held_out")))
+
+
+def row_quantiles(folder: Path) -> list[dict[str, Any]]:
+    """For each block its number and {linear: quantiles over the sparsities of its rows}; [] for a run that kept
+    none."""
+    found = {}
+    with suppress(OSError):
+        found = {line["block"]: {key: line[key] for key in ROWS} for line in metric_lines(folder, "rows")}
+    return [found[block] for block in sorted(found)]
 
 
 def _values(lines: Sequence[bytes], *keys: str) -> Iterator[Any]:

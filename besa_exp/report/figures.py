@@ -10,10 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from besa_exp.report.comparison import Comparison
-from besa_exp.report.curves import Curve
-from besa_exp.report.depth import ErrorAlongDepth
-from besa_exp.report.methods import Method, Style, looks
+from besa_exp.report.methods import Method, Style
 from besa_exp.report.panels import (
     Looks,
     Panel,
@@ -24,8 +21,8 @@ from besa_exp.report.panels import (
     pareto_panels,
     score_panels,
 )
-from besa_exp.report.runs import RunRecord
-from besa_exp.report.summaries import DENSE, Cell
+from besa_exp.report.read import Report
+from besa_exp.report.summaries import DENSE
 
 COLUMNS = 3
 LABEL = 0.16  # inches: half of a last tick's label
@@ -47,47 +44,27 @@ LOOK = {
 }
 
 
-def draw(
-    folder: Path,
-    runs: Sequence[RunRecord],
-    curves: Sequence[Curve],
-    found: Sequence[Cell],
-    errors: Sequence[ErrorAlongDepth],
-    comparisons: Sequence[Comparison] = (),
-) -> list[Path]:
+def draw(report: Report, folder: Path) -> list[Path]:
     """Every figure there is data for, written into `folder`; the files. Needs matplotlib."""
     import matplotlib as mpl
 
     mpl.use("Agg")
-    known = looks_of(runs, found)
     with mpl.rc_context(LOOK):  # pyright: ignore[reportArgumentType] - its keys are a union of literals
-        panels = panels_of(runs, curves, found, errors, comparisons, known)
-        return [path for name, drawn in panels.items() if drawn for path in _save(folder, name, drawn, known)]
+        drawn = ((name, panels) for name, panels in panels_of(report).items() if panels)
+        return [path for name, panels in drawn for path in _save(folder / name, panels, report.looks)]
 
 
-def looks_of(runs: Sequence[RunRecord], found: Sequence[Cell]) -> dict[Method, Style]:
-    """Of every method that a report shows anywhere."""
-    return looks({run.method for run in runs} | {cell.method for cell in found} | {DENSE})
-
-
-def panels_of(
-    runs: Sequence[RunRecord],
-    curves: Sequence[Curve],
-    found: Sequence[Cell],
-    errors: Sequence[ErrorAlongDepth],
-    comparisons: Sequence[Comparison],
-    known: Looks,
-) -> dict[str, list[Panel]]:
+def panels_of(report: Report) -> dict[str, list[Panel]]:
     """The panels of each figure, by its file's name."""
-    compared = [cell for cell in found if not cell.apart]
+    compared, known = [cell for cell in report.cells if not cell.apart], report.looks
     return {
         "perplexity": score_panels(compared, "perplexity", known),
         "zero_shot": score_panels(compared, "zero_shot", known),
-        "delta_to_dense": delta_panels(comparisons, known),
-        "time_against_score": pareto_panels(comparisons, known),
-        "reconstruction": error_panels(errors, known),
-        "allocation": allocation_panels(runs),
-        "loss_curves": curve_panels(runs, curves),
+        "delta_to_dense": delta_panels(report.comparisons, known),
+        "time_against_score": pareto_panels(report.comparisons, known),
+        "reconstruction": error_panels(report.errors, known),
+        "allocation": allocation_panels(report.runs),
+        "loss_curves": curve_panels(report.runs, report.curves),
     }
 
 
@@ -130,11 +107,11 @@ def _handle(look: Style, method: Method) -> Any:
     return Line2D([], [], color=look.light, marker=look.marker, markersize=5, linewidth=1.2)
 
 
-def _save(folder: Path, name: str, panels: Sequence[Panel], known: Looks) -> list[Path]:
+def _save(stem: Path, panels: Sequence[Panel], known: Looks) -> list[Path]:
     from matplotlib import pyplot
 
     figure = figure_of(panels, known)
-    paths = [folder / f"{name}.png", folder / f"{name}.pdf"]
+    paths = [stem.with_suffix(".png"), stem.with_suffix(".pdf")]
     figure.savefig(paths[0], dpi=144)
     figure.savefig(paths[1], metadata={"CreationDate": None})  # equal runs, equal bytes
     pyplot.close(figure)

@@ -17,6 +17,7 @@ from besa_exp.blocks.reports import BlockReport
 from besa_exp.errors import ConfigurationError
 from besa_exp.presets import METHOD_GROUPS, presets
 from besa_exp.report.folders import find_runs
+from besa_exp.run_folder.metrics import metric_lines
 from besa_exp.run_folder.status import seen_status
 
 logger = logging.getLogger(__name__)
@@ -35,9 +36,7 @@ class LoadedRun:
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
         """metrics.jsonl: a line for each step, block and scored model."""
-        file = self.folder / "metrics.jsonl"
-        text = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        return [line for line in map(_read_line, text) if line]
+        return [*metric_lines(self.folder)]
 
     @property
     def blocks(self) -> tuple[BlockReport, ...]:
@@ -213,14 +212,6 @@ def _block(line: Mapping[str, Any]) -> BlockReport:
     """Of a line of metrics.jsonl."""
     losses = {"before": line["reconstruction_loss_before"], "after": line["reconstruction_loss"]}
     return BlockReport.from_dict({**line, "index": line["block"], "reconstruction_loss": losses})
-
-
-def _read_line(text: str) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None: it was cut off."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -140,7 +140,8 @@ def looks(methods: Iterable[Method]) -> dict[Method, Style]:
     others = sorted(set(wanted) - chosen.keys() - set(later), key=lambda method: method.order)
     for method in [*later, *others]:
         chosen[method] = _free_pair(method, set(chosen.values()))
-    return {method: _style(*chosen[method]) for method in wanted}
+    pairs = {method: chosen[method] for method in wanted}
+    return {method: Style(*COLOURS[colour], marker, MARKERS[marker]) for method, (colour, marker) in pairs.items()}
 
 
 def styles(pruners: list[str]) -> dict[str, Style]:
@@ -154,10 +155,6 @@ def _free_pair(method: Method, taken: set[tuple[str, str]]) -> tuple[str, str]:
     colours = [*own, *sorted(COLOURS, key=lambda colour: used[colour])]
     pairs = ((colour, marker) for colour in colours for marker in MARKERS)
     return next((pair for pair in pairs if pair not in taken), (colours[0], "circle"))
-
-
-def _style(colour: str, marker: str) -> Style:
-    return Style(*COLOURS[colour], marker, MARKERS[marker])
 
 
 def differences(settings: Mapping[str, Any], group: str, name: str) -> list[str]:

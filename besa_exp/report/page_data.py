@@ -10,38 +10,35 @@ from typing import Any
 from besa_exp import __version__
 from besa_exp.report.comparability import RECONSTRUCTION
 from besa_exp.report.comparison import lower_is_better, main_measures
-from besa_exp.report.curves import Curve
-from besa_exp.report.depth import ErrorAlongDepth, allocation
-from besa_exp.report.figures import looks_of
+from besa_exp.report.curves import Curve, row_quantiles
+from besa_exp.report.depth import allocation
 from besa_exp.report.methods import Method, Style
 from besa_exp.report.panels import usual_target
 from besa_exp.report.paper import PaperTable, published
-from besa_exp.report.row_sparsities import row_quantiles
+from besa_exp.report.read import Report
 from besa_exp.report.runs import Measure, RunRecord
 from besa_exp.report.summaries import DENSE, Cell, measure_rank
 
 DIGITS = 5  # significant ones of a curve's values
+SHOWN_OF_A_RUN = ("pattern", "command", "config", "environment", "calibration", "unavailable", "seconds", "memory")
+SHOWN_OF_A_RUN += ("quantisation", "stages", "texts", "cost")
 
 
-def page_data(
-    places: Sequence[str],
-    runs: Sequence[RunRecord],
-    curves: Sequence[Curve],
-    found: Sequence[Cell],
-    errors: Sequence[ErrorAlongDepth],
-    tables: Sequence[PaperTable],
-) -> dict[str, Any]:
+def page_data(report: Report) -> dict[str, Any]:
     """Methods, measures and environments are listed once and referred to by their number."""
+    runs, found, errors = report.runs, report.cells, report.errors
+    in_paper = (cell for table in report.tables for cell in table.cells if cell.model in published()["models"])
+    of_the_paper = any(cell.ours is not None for cell in in_paper)  # a run is of one of its models
     done = [run for run in runs if run.status == "done"]
     methods = sorted({run.method for run in done} | {cell.method for cell in found}, key=lambda method: method.order)
     measures = sorted({s.measure for r in done for s in r.scores} | {c.measure for c in found}, key=measure_rank)
     main = main_measures([measure for measure in measures if measure != RECONSTRUCTION])
-    rows = [_run(number, run, curves[number], methods, measures) for number, run in enumerate(runs)]
+    numbered = [*enumerate(zip(runs, report.curves, strict=True))]
     return {
         "version": __version__,
-        "places": list(places),
+        "places": list(report.places),
         "models": sorted({run.model for run in done}),
-        "methods": _methods(methods, looks_of(runs, found)),
+        "methods": _methods(methods, report.looks),
         "measures": [
             {"kind": m.kind, "label": m.label, "lower": lower_is_better(m), "main": m in main} for m in measures
         ],
@@ -49,18 +46,11 @@ def page_data(
         "cells": [_cell(cell, runs, methods, measures) for cell in found],
         "depth": [asdict(error) | {"method": methods.index(error.method)} for error in errors],
         "depth_target": usual_target([(error.target, error.method) for error in errors]) if errors else None,
-        "paper": [_paper(table) for table in tables] if _of_the_paper(tables) else [],
+        "paper": [_paper(table) for table in report.tables] if of_the_paper else [],
         "others": published()["others"],
-        "runs": rows,
-        "details": [_details(run, curves[number]) for number, run in enumerate(runs)],
+        "runs": [_run(number, run, curve, methods, measures) for number, (run, curve) in numbered],
+        "details": [_details(run, curve) for _, (run, curve) in numbered],
     }
-
-
-def _of_the_paper(tables: Sequence[PaperTable]) -> bool:
-    """Whether a run is of one of the paper's models."""
-    return any(
-        cell.ours is not None and cell.model in published()["models"] for table in tables for cell in table.cells
-    )
 
 
 def _target(run: RunRecord) -> float:
@@ -96,12 +86,10 @@ def _cell(
 
 
 def _paper(table: PaperTable) -> dict[str, Any]:
-    models = list(dict.fromkeys(cell.model for cell in table.cells))
-    rows = []
-    for name, pruner in dict.fromkeys((cell.row, cell.pruner) for cell in table.cells):
-        own = {cell.model: asdict(cell) for cell in table.cells if (cell.row, cell.pruner) == (name, pruner)}
-        rows.append({"name": name, "pruner": pruner, "cells": [own[model] for model in models]})
-    return {"title": table.title, "source": table.source, "kind": table.kind, "models": models, "rows": rows}
+    rows = [
+        {"name": name, "pruner": pruner, "cells": [*map(asdict, own)]} for (name, pruner), own in table.rows.items()
+    ]
+    return {"title": table.title, "source": table.source, "kind": table.kind, "models": table.models, "rows": rows}
 
 
 def _run(
@@ -130,18 +118,7 @@ def _details(run: RunRecord, curve: Curve) -> str:
     if run.status != "done":
         return "{}"
     details = {
-        "pattern": run.pattern,
-        "command": run.command,
-        "config": run.config,
-        "environment": run.environment,
-        "calibration": run.calibration,
-        "unavailable": run.unavailable,
-        "seconds": run.seconds,
-        "memory": run.memory,
-        "quantisation": run.quantisation,
-        "stages": run.stages,
-        "texts": run.texts,
-        "cost": run.cost,
+        **{name: getattr(run, name) for name in SHOWN_OF_A_RUN},
         "recovery_curve": _recovery(curve),
         "simulated_speed": run.simulated_speed,
         "blocks": [[b.index, _rounded(b.loss_before), _rounded(b.loss_after), _rounded(b.seconds)] for b in run.blocks],

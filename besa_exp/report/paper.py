@@ -45,6 +45,18 @@ class PaperTable:
     source: str
     cells: tuple[PaperCell, ...]
 
+    @property
+    def models(self) -> list[str]:
+        return list(dict.fromkeys(cell.model for cell in self.cells))
+
+    @property
+    def rows(self) -> dict[tuple[str, str], list[PaperCell]]:
+        """{(row, pruner): a cell for each of `models`}."""
+        rows: dict[tuple[str, str], list[PaperCell]] = {}
+        for cell in self.cells:
+            rows.setdefault((cell.row, cell.pruner), []).append(cell)
+        return rows
+
 
 @cache
 def published() -> Mapping[str, Any]:
@@ -57,16 +69,15 @@ def paper_tables(runs: Sequence[RunRecord], found: Sequence[Cell]) -> list[Paper
     measures = {Measure(m["kind"], m["name"], m.get("metric", "")): m["title"] for m in data["measures"]}
     own = [cell for cell in found if not cell.apart and cell.measure.kind != "reconstruction"]
     others = dict.fromkeys(cell.measure for cell in own if cell.measure not in measures)
-    tables = [_table(measure, title, runs, own) for measure, title in measures.items()]
-    return tables + [_table(measure, f"{measure.label} (ours)", runs, own) for measure in others]
+    tables = [_table(measure, title, runs, own, True) for measure, title in measures.items()]
+    return tables + [_table(measure, f"{measure.label} (ours)", runs, own, False) for measure in others]
 
 
-def _table(measure: Measure, title: str, runs: Sequence[RunRecord], own: Sequence[Cell]) -> PaperTable:
+def _table(measure: Measure, title: str, runs: Sequence[RunRecord], own: Sequence[Cell], in_paper: bool) -> PaperTable:
     data = published()
     sparsities = (0.0, data["sparsity"])
     cells = [cell for cell in own if cell.measure == measure and cell.target in sparsities]
     known = data["cells"].get(measure.name, {"source": "", "columns": [], "values": {}})
-    in_paper = any(measure == Measure(m["kind"], m["name"], m.get("metric", "")) for m in data["measures"])
     ours = [model for model in dict.fromkeys(cell.model for cell in cells) if paper_name(model) is None]
     rows = [
         _cell(row, model, model in data["models"] and in_paper, known, cells, runs)
@@ -137,15 +148,11 @@ def paper_markdown(tables: Sequence[PaperTable]) -> str:
     """The tables of measures that the paper or a run has a number for, as `paper / ours (difference)`."""
     lines: list[str] = []
     for table in tables:
-        models = list(dict.fromkeys(cell.model for cell in table.cells))
         if not any(isinstance(cell.paper, float) or cell.ours is not None for cell in table.cells):
             continue
         lines += [f"### {escaped(table.title)}", "", f"Paper / ours (difference). {table.source}".rstrip(), ""]
-        rows = []
-        for row, pruner in dict.fromkeys((cell.row, cell.pruner) for cell in table.cells):
-            cells = {cell.model: cell for cell in table.cells if (cell.row, cell.pruner) == (row, pruner)}
-            rows.append([row, pruner, *(_shown(cells[model], table.kind) for model in models)])
-        lines += [*markdown_table(["row", "ours", *map(escaped, models)], rows), ""]
+        rows = [[*of, *(_shown(cell, table.kind) for cell in cells)] for of, cells in table.rows.items()]
+        lines += [*markdown_table(["row", "ours", *map(escaped, table.models)], rows), ""]
     return "\n".join(lines)
 
 

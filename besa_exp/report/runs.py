@@ -15,27 +15,19 @@ from typing import Any
 
 import yaml
 
-from besa_exp.blocks.reports import BlockReport, RecoveryReport, Size, StructureReport
-from besa_exp.display.cost import COST_HEADS, cost_rows
+from besa_exp.blocks.reports import BlockReport, Size
 from besa_exp.display.missed_target import missed_by
-from besa_exp.display.stages import stage_lines
-from besa_exp.display.text_samples import text_table
+from besa_exp.display.rows import Rows, cost_table, stage_lines, text_table
 from besa_exp.evaluation.score import Score, Scores, asked_of
 from besa_exp.report.methods import Method, method_of
+from besa_exp.run_folder.folder import read_results
 from besa_exp.run_folder.status import KILLED, read_status, seen_status
 
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # heads and rows
 COUNTED = ("bytes", "cache_bytes_per_token", "flops_per_token")  # of results.json's cost
 CHECKPOINT = "checkpoint"  # the method of what besa evaluate scored and no run made
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it is there
-UNREADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ZeroDivisionError,
-)  # of a file cut off or changed
+# Of a file cut off or changed.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError)
 
 
 @dataclass(frozen=True)
@@ -80,8 +72,6 @@ class RunRecord:
     target: float | None
     measured: float | None
     parameters: Size | None  # None: of a run of an older version
-    structure: StructureReport | None
-    recovery: RecoveryReport | None
     blocks: tuple[BlockReport, ...]
     weights: int  # of the linears in the dense model's blocks, also of those that stay dense
     scores: tuple[ScoreRecord, ...]
@@ -94,8 +84,8 @@ class RunRecord:
     simulated_speed: Mapping[str, Any]  # of a cycle model: nothing is measured
     costs: Mapping[str, Any]  # counted, and measured where that was asked for
     stages: Mapping[str, str]  # what was removed and tuned, in a line each
-    texts: Table  # what the model says
-    cost: Table
+    texts: Rows  # what the model says
+    cost: Rows
 
     @property
     def missed(self) -> float:
@@ -109,19 +99,20 @@ class RunRecord:
 
 
 def read_run(path: Path) -> RunRecord:
-    """The run in the folder `path`."""
     status, config = read_status(path) or {}, _mapping(path / "config.yaml")
-    state, error = _state(path, status)
+    state = seen_status(path) or "done"
+    killed = "its process was killed; run the same command again to resume" if state == KILLED else None
+    status = status | {"status": state, "error": killed or status.get("error")}  # as they are shown to a person
     if state == "done":
         try:
-            text = (path / "results.json").read_text(encoding="utf-8")
-            return _checked(_run(path, status, state, error, config, json.loads(text)))
+            return _checked(_run(path, status, config, read_results(path)))
         except UNREADABLE as problem:
-            state, error = "unreadable", f"results.json cannot be read ({type(problem).__name__}: {problem})"
+            told = f"results.json cannot be read ({type(problem).__name__}: {problem})"
+            status = status | {"status": "unreadable", "error": told}
     try:
-        return _checked(_run(path, status, state, error, config, {}))
+        return _checked(_run(path, status, config, {}))
     except UNREADABLE:
-        return _run(path, status, state, error, {}, {})
+        return _run(path, status, {}, {})
 
 
 def _checked(run: RunRecord) -> RunRecord:
@@ -151,26 +142,18 @@ def _numbers(run: RunRecord) -> Iterator[tuple[str, Any]]:
             yield from ((f"blocks, {linear.name}", x) for x in (linear.weights, linear.pruned, linear.allocated))
 
 
-def _run(
-    path: Path,
-    status: Mapping[str, Any],
-    state: str,
-    error: str | None,
-    config: Mapping[str, Any],
-    results: Mapping[str, Any],
-) -> RunRecord:
-    name = results.get("pruner") or config.get("method") or ("unknown" if status else CHECKPOINT)
+def _run(path: Path, status: Mapping[str, Any], config: Mapping[str, Any], results: Mapping[str, Any]) -> RunRecord:
+    name = results.get("pruner") or config.get("method") or ("unknown" if "process" in status else CHECKPOINT)
     pattern = str(results.get("pattern") or config.get("pattern") or "unstructured")
     model = config.get("model")
     of_config = model if isinstance(model, Mapping) else {}
     given = results.get("model_name") or results.get("model") or of_config.get("name") or of_config.get("path")
-    sizes, structure, recovery = (results.get(key) for key in ("parameters", "structure", "recovery"))
+    sizes = results.get("parameters")
     pruned = [block for block in results.get("blocks") or () if "reconstruction_loss" in block]  # not scored alone
-    blocks = tuple(map(BlockReport.from_dict, pruned))
     return RunRecord(
         folder=str(path),
-        status=state,
-        error=error,
+        status=status["status"],
+        error=status["error"],
         finished=str(status.get("finished") or ""),
         command=status.get("command"),
         config=config,
@@ -182,9 +165,7 @@ def _run(
         target=results.get("target_sparsity", config.get("sparsity")),
         measured=results.get("measured_sparsity"),
         parameters=Size(**sizes) if sizes else None,
-        structure=StructureReport.from_dict(structure, sizes) if structure and sizes else None,
-        recovery=RecoveryReport.from_dict(recovery) if recovery else None,
-        blocks=blocks,
+        blocks=tuple(map(BlockReport.from_dict, pruned)),
         weights=_weights(results),
         scores=tuple(_records(Scores.from_dict(results))),
         dense_scores=tuple(_records(Scores.from_dict(results.get("dense") or {}, results.get("provenance") or {}))),
@@ -197,7 +178,7 @@ def _run(
         costs=results.get("cost") or {},
         stages=stage_lines(results),
         texts=text_table(results),
-        cost=(COST_HEADS, cost_rows(results)),
+        cost=cost_table(results),
     )
 
 
@@ -206,14 +187,6 @@ def _weights(results: Mapping[str, Any]) -> int:
     reported = sum(linear["weights"] for block in blocks for linear in block["linears"].values())
     structure = results.get("structure")
     return structure["weights"]["dense"] if structure else results.get("weights_in_blocks", reported)
-
-
-def _state(path: Path, status: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The status as it is shown to a person, and why."""
-    state = seen_status(path) or "done"
-    return state, "its process was killed; run the same command again to resume" if state == KILLED else status.get(
-        "error"
-    )
 
 
 def _mapping(path: Path) -> Mapping[str, Any]:

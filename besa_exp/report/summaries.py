@@ -41,13 +41,11 @@ class Cell:
     @property
     def text(self) -> str:
         """The mean, the spread where there is one, and over how many runs."""
-        digits = 4 if self.measure.kind == "zero_shot" else 3
-        if self.measure.kind == "reconstruction":
-            return f"{self.mean:.3g}" + (
-                f" ± {self.spread:.1g} ({len(self.values)})" if self.spread is not None else ""
-            )
-        spread = f" ± {self.spread:.{digits}f} ({len(self.values)})" if self.spread is not None else ""
-        return f"{self.mean:.{digits}f}{spread}"
+        mean, spread = {"zero_shot": (".4f", ".4f"), "reconstruction": (".3g", ".1g")}.get(
+            self.measure.kind, (".3f", ".3f")
+        )
+        text = f"{self.mean:{mean}}"
+        return text if self.spread is None else f"{text} ± {self.spread:{spread}} ({len(self.values)})"
 
 
 def cells(runs: Sequence[RunRecord], judged: Sequence[Entry]) -> list[Cell]:

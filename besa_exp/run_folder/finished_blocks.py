@@ -136,15 +136,12 @@ class FinishedBlocks:
         return load_file(weights)
 
     def mask_file(self, index: int) -> Path:
-        """Of a block's keep masks."""
         return self._files(index)[1]
 
     def mask_files(self, num_blocks: int) -> list[Path]:
-        """The file of each block's keep masks."""
         return [self.mask_file(index) for index in range(num_blocks)]
 
     def weight_files(self, num_blocks: int) -> list[Path]:
-        """The file of each block's tensors."""
         return [self._files(index)[0] for index in range(num_blocks)]
 
     def _files(self, index: int) -> tuple[Path, Path, Path]:

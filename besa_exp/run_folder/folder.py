@@ -12,6 +12,7 @@ import csv
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -27,41 +28,24 @@ from besa_exp.errors import ConfigurationError, Interrupted, RunError
 from besa_exp.evaluation.score import Scores
 from besa_exp.machine import atomic
 from besa_exp.machine.environment import masked
+from besa_exp.machine.torchrun import is_leader
 from besa_exp.run_folder.identity import IDENTITY, check_identity
 from besa_exp.run_folder.lock import locked
 from besa_exp.run_folder.log import logging_to
+from besa_exp.run_folder.metrics import NAME as METRICS
+from besa_exp.run_folder.metrics import metric_lines
 from besa_exp.run_folder.status import is_done, now, read_status, write_status
 
-KEPT = (
-    "metrics.jsonl",
-    "run.log",
-    "blocks",
-    "recovery",
-    "scores.json",
-    "spent.json",
-    "inputs.json",
-    "structure.json",
-    "structure_search.json",
-    "narrowed",
-    "wandb",
-)  # what an unfinished run goes on with
+# What an unfinished run goes on with.
+KEPT = (METRICS, "run.log", "blocks", "recovery", "scores.json", "spent.json", "inputs.json", "structure.json")
+KEPT += ("structure_search.json", "narrowed", "wandb")
 OF_IDENTITY = ("blocks", "recovery", "structure.json", "structure_search.json", "narrowed")  # with no word of their own
-WRITTEN = (
-    "results.json",
-    "sparsity.csv",
-    "config.yaml",
-    "environment.json",
-    "masks.safetensors",
-    "calibration.safetensors",
-    "row_sparsities.safetensors",
-    "model",
-    *KEPT,
-)  # what a run leaves besides .lock and status.json; nothing else in the folder is ever removed
+# What a run leaves besides .lock and status.json; nothing else in the folder is ever removed.
+WRITTEN = ("results.json", "sparsity.csv", "config.yaml", "environment.json", "masks.safetensors")
+WRITTEN += ("calibration.safetensors", "row_sparsities.safetensors", "model", *KEPT)
 LEFTOVERS = tuple(f".{name}.{state}" for name in (*WRITTEN, "status.json") for state in ("partial", "replaced"))
 SPARSITY_COLUMNS = ("block", "linear", "weights", "pruned", "sparsity", "allocated")
 SPARSITY_COLUMNS += ("reconstruction_loss_start", "reconstruction_loss")  # of the block; no start where none searches
-
-
 logger = logging.getLogger(__name__)
 
 
@@ -76,7 +60,7 @@ class RunFolder:
         self.masks = path / "masks.safetensors"
         self.tokens = path / "calibration.safetensors"
         self.rows = path / "row_sparsities.safetensors"
-        self.metrics = path / "metrics.jsonl"
+        self.metrics = path / METRICS
         self.sparsity = path / "sparsity.csv"
         self.blocks = path / "blocks"
         self.recovery = path / "recovery"
@@ -146,7 +130,7 @@ class RunFolder:
         the dense model, where it was `scored` before, and on each step of a search over the whole model stays."""
         if not self.writes:
             return
-        lines = self._lines()
+        lines = [*metric_lines(self.path)]
         kept = {_which(line): line for line in lines if scored and line.get("which") == "dense"}
         kept |= {_which(line): line for line in lines if line.get("kind") == "model_step"}
         with atomic.replaced_file(self.metrics) as partial:
@@ -157,15 +141,6 @@ class RunFolder:
         self.sparsity.unlink(missing_ok=True)
         for report in reports:
             self._append_sparsity(report)
-
-    def _lines(self) -> list[dict[str, Any]]:
-        """metrics.jsonl, without a last line that was cut off."""
-        lines = []
-        with suppress(FileNotFoundError), self.metrics.open(encoding="utf-8") as file:
-            for text in file:
-                with suppress(ValueError):
-                    lines.append(json.loads(text))
-        return lines
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """config.yaml: the resolved configuration, with `***` in the place of secrets."""
@@ -276,9 +251,35 @@ def drop_work(path: Path) -> None:
             atomic.remove(path / name)
 
 
+def absent(path: Path) -> list[Path]:
+    """The folder and those above it that are not there yet, innermost first."""
+    return [place for place in (path, *path.parents) if not place.exists()]
+
+
+def remove_refused(made: Sequence[Path]) -> None:
+    """Of a run that could not begin the folders, innermost first, that were made for it. Another process's run in the
+    first, and other things in the others, are left alone."""
+    status = read_status(made[0]) if made and is_leader() else {"status": "another's"}
+    if status is None or (status["status"] == "failed" and status["process"] == os.getpid()):
+        atomic.remove(made[0])
+        for parent in made[1:]:
+            with suppress(OSError):  # not empty
+                parent.rmdir()
+
+
 def read_results(path: Path) -> dict[str, Any]:
-    """results.json of a finished run."""
     return json.loads((path / "results.json").read_text(encoding="utf-8"))
+
+
+def earlier_results(path: Path) -> dict[str, Any]:
+    """The results.json that new scores join; {} where there is none. ConfigurationError: it cannot be read."""
+    try:
+        return read_results(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        name = path / "results.json"
+        raise ConfigurationError(f"{name} cannot be read ({error}); remove it, or name another folder") from error
 
 
 def _check_free(path: Path, overwrite: bool) -> None:

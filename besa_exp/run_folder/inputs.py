@@ -93,31 +93,27 @@ def check_run_inputs(folder: Path, settings: RunSettings) -> list[str]:
     def matters(key: str) -> bool:
         return _matters(folder, key) if done or key.startswith("evaluator.") else blocks or scores
 
-    remedy = "put it back, start again with overwrite=true, or name another folder with hydra.run.dir="
-    state = "a finished run" if done else "an unfinished run"
-    changed = changed_inputs(folder, settings, matters)
-    return [f"{folder} holds {state} of other inputs: {'; '.join(changed)}; {remedy}"] if changed else []
+    return _changed(folder, settings, matters, "a finished run" if done else "an unfinished run", "start again")
 
 
 def check_scored_inputs(folder: Path, settings: EvaluationSettings) -> list[str]:
     """A problem where scores that the folder holds are of other texts, questions or weights than there are now."""
-    if settings.overwrite:
-        return []
-    changed = changed_inputs(folder, settings, partial(_matters, folder))
-    remedy = "put it back, score it again with overwrite=true, or name another folder with hydra.run.dir="
-    return [f"{folder} holds scores of other inputs: {'; '.join(changed)}; {remedy}"] if changed else []
+    matters = partial(_matters, folder)
+    return [] if settings.overwrite else _changed(folder, settings, matters, "scores", "score it again")
 
 
-def changed_inputs(
-    folder: Path, settings: RunSettings | EvaluationSettings, matters: Callable[[str], bool]
+def _changed(
+    folder: Path, settings: RunSettings | EvaluationSettings, matters: Callable[[str], bool], state: str, again: str
 ) -> list[str]:
-    """What of the inputs that matter is no longer what inputs.json says, in words."""
+    """A problem where inputs that matter are no longer what inputs.json says."""
     recorded = _recorded(folder)
-    return [
+    changed = [
         f"{_named(settings, key)} has changed ({_told(changes)})"
         for key, files in inputs_of(settings).items()
         if matters(key) and key in recorded and (changes := _changes(recorded[key], files))
     ]
+    remedy = f"put it back, {again} with overwrite=true, or name another folder with hydra.run.dir="
+    return [f"{folder} holds {state} of other inputs: {'; '.join(changed)}; {remedy}"] if changed else []
 
 
 def _matters(folder: Path, key: str) -> bool:

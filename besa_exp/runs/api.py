@@ -19,25 +19,27 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from besa_exp.blocks.decided import Decided
 from besa_exp.blocks.ignored import Ignored
 from besa_exp.blocks.pruner import Pruner
-from besa_exp.blocks.reports import BlockReport
+from besa_exp.blocks.reports import BlockReport, Size
 from besa_exp.checkpoints.files import load_masks
 from besa_exp.checkpoints.load import LoadedModel, check_finite_weights
 from besa_exp.checkpoints.load import load_model as load
+from besa_exp.display.console import RunConsole
 from besa_exp.display.missed_target import out_of_reach
+from besa_exp.display.tracker import Tracker
 from besa_exp.errors import ConfigurationError
-from besa_exp.methods.updates.updated import with_update
 from besa_exp.report.loaded import linear_table, load_run
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
+from besa_exp.run_folder.folder import RunFolder, absent, remove_refused
 from besa_exp.run_folder.identity import check_finished, config_of
 from besa_exp.run_folder.inputs import check_run_inputs
+from besa_exp.run_folder.spent import Spent
 from besa_exp.run_folder.status import is_done
 from besa_exp.runs.as_a_run import as_a_run, torch_as_before
-from besa_exp.runs.block_loop import BlockLoop, check_blocks
+from besa_exp.runs.block_loop import check_blocks
 from besa_exp.runs.prune import prune as prune_into
-from besa_exp.runs.prune_model import check_refinements
+from besa_exp.runs.prune_model import check_refinements, prune_model
 from besa_exp.runs.python_request import (
     Texts,
     for_paths_alone,
@@ -47,6 +49,7 @@ from besa_exp.runs.python_request import (
     read_calibration,
     settings_of,
 )
+from besa_exp.runs.run import Run, Work, parameters
 from besa_exp.settings import EvaluatorSettings, RecoverySettings, RunSettings
 from besa_exp.tensors.masks import Goal
 from besa_exp.texts.calibration import Calibration
@@ -176,58 +179,37 @@ def _pruned_in_place(
     read: Callable[[LoadedModel], Calibration],
     on_block: Callable[[BlockReport], None],
 ) -> PruneReport:
-    """The block loop and what follows it. The finished blocks lie in a temporary folder until the end."""
+    """The stage that prunes, as in a run. What it keeps on the way lies in a temporary folder until the end."""
     if warning := out_of_reach(settings):
         logger.warning(warning)
     with (
         as_a_run(loaded.model, settings.seed, settings.deterministic),
-        tempfile.TemporaryDirectory(prefix="besa-") as folder,
+        tempfile.TemporaryDirectory(prefix="besa-") as place,
     ):
         check_finite_weights(loaded.model, settings.model.path)
         calibration = read(loaded)
-        input_ids, batch_size = calibration.input_ids, settings.calibration.batch_size
-        check_blocks(loaded, input_ids, batch_size, Ignored(settings.ignore), settings.pattern)
-        check_refinements(settings, loaded, Path(folder))
-        finished = FinishedBlocks(Path(folder) / "blocks")
-        finished.begin()
-        reports: list[BlockReport] = []
-        later = settings.pruner.traits.refinements
-        pruner = settings.pruner if later else with_update(settings.pruner, settings.update)
-        loop = BlockLoop.of(settings, loaded, input_ids, finished, 0)
-        goal = Goal.parse(settings.sparsity, settings.pattern)
-        loop.run(pruner, goal, settings.budget, _ignored, reports.append if later else _both(reports, on_block))
-        if later:
-            decided = loop.refined(later, reports, _ignored)
-            reports, finished = _written(loop, decided, settings, goal, on_block), finished.refined
-        masks = {name: m for file in finished.mask_files(len(reports)) for name, m in load_masks(file).items()}
-    target = 0.0 if settings.keeps_weights else goal.sparsity
-    return PruneReport(tuple(reports), target, masks, calibration.tokens_sha256)
+        batch_size, ignored = settings.calibration.batch_size, Ignored(settings.ignore)
+        check_blocks(loaded, calibration.input_ids, batch_size, ignored, settings.pattern)
+        folder = RunFolder(Path(place))
+        check_refinements(settings, loaded, folder.path)
+        spent, size = Spent(folder.spent, dict), parameters(loaded)
+        run = Run(settings, {}, loaded.model.device, folder, RunConsole(quiet=True), spent, _Told(on_block))
+        work = prune_model(run, Work(loaded, calibration, Size(size, size), FinishedBlocks(folder.blocks)))
+        files = work.finished.mask_files(len(work.reports))
+        masks = {name: mask for file in files for name, mask in load_masks(file).items()}
+    target = 0.0 if settings.keeps_weights else Goal.parse(settings.sparsity, settings.pattern).sparsity
+    return PruneReport(work.reports, target, masks, calibration.tokens_sha256)
 
 
-def _written(
-    loop: BlockLoop,
-    decided: Decided,
-    settings: RunSettings,
-    goal: Goal,
-    on_block: Callable[[BlockReport], None],
-) -> list[BlockReport]:
-    """The second walk through the blocks, which writes what a search over the whole model decided."""
-    reports: list[BlockReport] = []
-    loop.finished.refined.begin()
-    loop.again(0).run(with_update(decided, settings.update), goal, None, _ignored, _both(reports, on_block))
-    return reports
+class _Told(Tracker):
+    """Tells the program that calls of each block, and logs nothing."""
 
+    def __init__(self, on_block: Callable[[BlockReport], None]):
+        super().__init__()
+        self._on_block = on_block
 
-def _both(reports: list[BlockReport], on_block: Callable[[BlockReport], None]) -> Callable[[BlockReport], None]:
-    def keep(report: BlockReport) -> None:
-        reports.append(report)
-        on_block(report)
-
-    return keep
-
-
-def _ignored(step: Any) -> None:
-    """A step of a search, of which only the last state counts here."""
+    def log_block(self, report: BlockReport) -> None:
+        self._on_block(report)
 
 
 def _pruned_into(
@@ -249,8 +231,13 @@ def _pruned_into(
         return read(replace(loaded, tokenizer=tokenizer or loaded.tokenizer))
 
     if not _is_answered(settings, folder, tokenizer):
-        with torch_as_before():
-            prune_into(settings, folder, calibrate=calibrate)
+        made = absent(folder)
+        try:
+            with torch_as_before():
+                prune_into(settings, folder, calibrate=calibrate)
+        except ConfigurationError:
+            remove_refused(made)
+            raise
     run = load_run(folder)
     for report in run.blocks:
         on_block(report)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -21,7 +20,10 @@ def as_a_run(model: nn.Module, seed: int, deterministic: bool = True) -> Iterato
     training = {name: module.training for name, module in model.named_modules()}
     model.eval().requires_grad_(False)
     try:
-        with torch_as_before(), _uncompiled():
+        # What torch.compile made of modules and functions is left alone. Where nothing was compiled, its modules, which
+        # take a second to import, are not there.
+        uncompiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        with torch_as_before(), uncompiled:
             set_determinism(seed, deterministic)
             yield
     finally:
@@ -29,12 +31,6 @@ def as_a_run(model: nn.Module, seed: int, deterministic: bool = True) -> Iterato
             module.training = training[name]
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    """What torch.compile made of modules and functions is left alone. Where nothing was compiled, its modules, which
-    take a second to import, are not there."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

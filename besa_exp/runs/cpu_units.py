@@ -79,15 +79,12 @@ class Rounding:
 
     @property
     def traits(self) -> Traits:
-        """The inner pruner's."""
         return self.pruner.traits
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
-        """What the inner pruner says."""
         return self.pruner.check(sparsity, pattern)
 
     def prune_block(self, task: Task) -> PrunedBlock:
-        """As the inner pruner does, then rounded."""
         pruned = self.pruner.prune_block(task)
         weights, norms = (self._rounded(values or {}) for values in (pruned.weights, pruned.norms))
         return replace(pruned, weights=weights or None, norms=norms)

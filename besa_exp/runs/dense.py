@@ -11,8 +11,7 @@ from besa_exp.blocks.reports import BlockReport, LinearReport, Size
 from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.evaluation.policies import check_skips, skipping_of
 from besa_exp.machine.environment import environment
-from besa_exp.runs.published import published
-from besa_exp.runs.results import counts_of
+from besa_exp.runs.results import counts_of, published
 from besa_exp.runs.run import Run, model_facts, parameters, tokens_of, tracking
 from besa_exp.runs.score import dense_scores, score
 

@@ -35,7 +35,7 @@ from besa_exp.machine import atomic, distributed
 from besa_exp.machine.device import peak_memory, prepared_device
 from besa_exp.machine.environment import environment
 from besa_exp.machine.process import imports_are_done
-from besa_exp.run_folder.folder import RunFolder
+from besa_exp.run_folder.folder import RunFolder, earlier_results
 from besa_exp.run_folder.inputs import fingerprint, write_inputs
 from besa_exp.run_folder.lock import locked
 from besa_exp.run_folder.log import logging_to
@@ -43,7 +43,7 @@ from besa_exp.run_folder.lookup import run_and_model
 from besa_exp.run_folder.spent import Spent
 from besa_exp.run_folder.status import read_status
 from besa_exp.runs.cpu_units import in_a_fast_dtype
-from besa_exp.runs.published import compared_with_published
+from besa_exp.runs.results import compared_with_published
 from besa_exp.runs.run import tokens_of, tracked
 from besa_exp.settings import EvaluationSettings
 
@@ -60,17 +60,6 @@ class _Evaluation:
     console: RunConsole
     device: torch.device
     spent: Spent
-
-
-def earlier_results(folder: Path) -> dict[str, Any]:
-    """The results.json that new scores join; {} where there is none. ConfigurationError: it cannot be read."""
-    path = folder / "results.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path} cannot be read ({error}); remove it, or name another folder") from error
 
 
 def evaluate_checkpoint(settings: EvaluationSettings, path: Path, config: Mapping[str, Any]) -> dict[str, Any]:

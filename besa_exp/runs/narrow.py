@@ -15,7 +15,7 @@ from besa_exp.blocks.head import head_of
 from besa_exp.blocks.ignored import Ignored
 from besa_exp.blocks.reports import Narrowed, Removed, Size, StructureReport
 from besa_exp.checkpoints.load import LoadedModel, load_model, model_context
-from besa_exp.checkpoints.narrowed_facts import NOT_STREAMED, family_problems
+from besa_exp.checkpoints.narrowed_facts import NOT_STREAMED, NarrowedFacts, family_problems
 from besa_exp.checkpoints.narrowed_model import (
     STRUCTURE_FILE,
     costs_of_model,
@@ -42,14 +42,19 @@ def narrow(run: Run, work: Work) -> Work:
         return work
     loaded = work.loaded
     dimensions, costs = dimensions_of_model(loaded.model), costs_of_model(loaded.model)
-    _check(run, loaded, costs, dimensions)
+    facts = NarrowedFacts(loaded.model.config.to_dict(), dimensions, costs)
+    if problems := check_narrowing(run.settings.structure, facts, bool(loaded.weights)):
+        raise ConfigurationError(*problems)
     with run.spent.timed("structure"):
         structure = _structure(run, work, costs, dimensions)
         try:
             narrower = _narrowed(run, loaded, structure, dimensions)
         except ValueError as error:
             raise ConfigurationError(str(error)) from error
-    _check_pattern(run, narrower, structure)
+    pattern, ignored = run.settings.pattern, Ignored(run.settings.ignore, structure.blocks)
+    remedy = f"structure={_name(run)} left them so: set structure.multiple={pattern.rpartition(':')[2]}"
+    if problems := indivisible(inputs_of(map(ignored.rest, narrower.blocks())), pattern, remedy):
+        raise ConfigurationError(*problems)
     report = report_of(_name(run), loaded, narrower, structure, costs, dimensions)
     report = replace(report, saved_as=run.settings.structure.saved_as)
     assert report.parameters.left == parameters(narrower), "what is left is counted twice"
@@ -109,21 +114,12 @@ def _summary(report: StructureReport) -> str:
     return f"structure: {', '.join(what) or 'nothing goes'}; {left}"
 
 
-def _check(run: Run, loaded: LoadedModel, costs: Costs, dimensions: Dimensions) -> None:
-    method: StructureMethod = run.settings.structure
+def check_narrowing(method: StructureMethod, facts: NarrowedFacts, streamed: bool) -> list[str]:
+    """Why the method cannot take parts out of such a model, in complete sentences."""
     uneven = method.saved_as is not None
-    problems = family_problems(loaded.model.config.to_dict(), method.narrows, uneven)
-    problems += [NOT_STREAMED] if uneven and loaded.weights else []
-    if problems := problems or method.check(costs, dimensions):
-        raise ConfigurationError(*problems)
-
-
-def _check_pattern(run: Run, narrower: LoadedModel, structure: Structure) -> None:
-    """ConfigurationError: rows of what is left cannot be divided into the pattern's groups."""
-    pattern, ignored = run.settings.pattern, Ignored(run.settings.ignore, structure.blocks)
-    remedy = f"structure={_name(run)} left them so: set structure.multiple={pattern.rpartition(':')[2]}"
-    if problems := indivisible(inputs_of(map(ignored.rest, narrower.blocks())), pattern, remedy):
-        raise ConfigurationError(*problems)
+    problems = family_problems(facts.config, method.narrows, uneven)
+    problems += [NOT_STREAMED] if uneven and streamed else []
+    return problems or method.check(facts.costs, facts.dimensions)
 
 
 def _structure(run: Run, work: Work, costs: Costs, dimensions: Dimensions) -> Structure:
@@ -145,7 +141,6 @@ def _structure(run: Run, work: Work, costs: Costs, dimensions: Dimensions) -> St
 
 
 def _dense(run: Run, work: Work, costs: Costs, dimensions: Dimensions) -> DenseModel:
-    """As a method sees it."""
     loaded, batch_size = work.loaded, run.settings.calibration.batch_size
     input_ids = distributed.own_samples(work.calibration.input_ids)
     dtype = compute_dtype(run.settings)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from besa_exp.blocks.activations import OF_ALL_BLOCKS, allocator
 from besa_exp.blocks.decided import Decided
+from besa_exp.blocks.probe import num_learned
 from besa_exp.blocks.pruner import Pruner, Refinement
 from besa_exp.blocks.reports import BlockReport, Step
 from besa_exp.blocks.units import unit_ends
@@ -17,10 +20,11 @@ from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
 from besa_exp.machine.disk import existing, size_in_words
+from besa_exp.methods.pruners.besa import Besa
+from besa_exp.methods.pruners.besa_paper import BesaPaper
 from besa_exp.methods.updates.updated import with_update
 from besa_exp.runs.block_loop import BlockLoop
 from besa_exp.runs.cpu_units import Rounding
-from besa_exp.runs.expected_steps import steps_of_block
 from besa_exp.runs.row_sparsities import keep_row_sparsities
 from besa_exp.runs.run import Run, Work, num_blocks, weights_in_linears
 from besa_exp.runs.save import pruned_weights
@@ -140,3 +144,16 @@ def _refine(
     run.folder.rewind(work.numbered(reports))
     pruner = with_update(decided, run.settings.update)
     return _follow(run, work, loop.again(len(reports)), pruner, reports, budget=False)
+
+
+def steps_of_block(pruner: Any, num_samples: int) -> int | None:
+    """How many optimisation steps a block will take, which a progress line needs before the first is done. None: not
+    known before a block has shown it, or none at all."""
+    learn = num_learned(num_samples)
+    if isinstance(pruner, Besa):
+        parts = 2 if pruner.scope == "sub_block" else 1
+        return parts * pruner.epochs * math.ceil(learn / pruner.batch_size)
+    if isinstance(pruner, BesaPaper):
+        return pruner.epochs * math.ceil(num_samples / pruner.batch_size)
+    tuning = getattr(pruner, "tuning", None)
+    return tuning.num_steps(learn) if tuning is not None else None

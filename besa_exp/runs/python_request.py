@@ -112,16 +112,16 @@ def plain(number: Any) -> Any:
 
 def _check_target(settings: RunSettings) -> list[str]:
     """What speaks against the target, in complete sentences."""
-    sparsity = settings.sparsity
     if problems := broken_rules(settings, "") or broken_rules(settings.evaluator, "evaluator"):
         return problems
     try:
-        Goal.parse(sparsity, settings.pattern)
+        Goal.parse(settings.sparsity, settings.pattern)
     except ValueError as error:
         return [str(error)]
     if problems := check_kinds(vars(settings)):
         return problems
-    problems = check_methods(vars(settings), sparsity, settings.pattern)
+    problems = check_methods(vars(settings), settings.sparsity, settings.pattern)
+    sparsity = 0.0 if settings.keeps_weights else settings.sparsity
     return problems + (check_recovery_of(settings, sparsity, None) if settings.recovery else [])
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from besa_exp.blocks.block import Block
 from besa_exp.blocks.loop import write_weights
 from besa_exp.blocks.pruner import PrunedBlock
+from besa_exp.blocks.reports import LinearReport
 from besa_exp.checkpoints.files import SHARD_SIZE, read_masks, save_beside_weights, weights_sha256
 from besa_exp.checkpoints.load import LoadedModel, hub_id, load_model
 from besa_exp.checkpoints.shards import streamed_layout, whole_layout, write_index, write_shards
@@ -55,7 +56,6 @@ class Masks:
 
     @property
     def model(self) -> str:
-        """The dense model's name."""
         return self.description["model"]
 
     def check(self, part: str, found: str, expected: str) -> None:
@@ -82,7 +82,7 @@ def rebuild(
         raise ConfigurationError(
             f"{masks.path}: masks of {expected} blocks, the model has {len(blocks)}; give {masks.model}"
         )
-    counts: dict[str, tuple[int, int]] = {}
+    counts: dict[int, list[LinearReport]] = {}
     pruned = _pruned(loaded, blocks, masks, counts)
     try:
         with atomic.replaced_folder(out) as partial:
@@ -92,11 +92,12 @@ def rebuild(
                 loaded.model.save_pretrained(partial, max_shard_size=shard_size)
             else:
                 _write_streamed(loaded, blocks, pruned, partial, masks.description["layout"], shard_size)
-            card = _card(loaded.folder, hub_id(model), masks, blocks, counts, command)
+            card = _card(loaded.folder, hub_id(model), masks, counts, command)
             save_beside_weights(loaded.model, loaded.tokenizer, partial, card, loaded.folder)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out} could not be written ({error}); free disk space or give another --out") from error
-    return sum(weights for weights, _ in counts.values()), sum(zeros for _, zeros in counts.values())
+    linears = [linear for block in counts.values() for linear in block]
+    return sum(linear.weights for linear in linears), sum(linear.pruned for linear in linears)
 
 
 def _load(model: ModelSettings, layout: str) -> LoadedModel:
@@ -113,9 +114,9 @@ def _load(model: ModelSettings, layout: str) -> LoadedModel:
 
 
 def _pruned(
-    loaded: LoadedModel, blocks: Sequence[Block], masks: Masks, counts: dict[str, tuple[int, int]]
+    loaded: LoadedModel, blocks: Sequence[Block], masks: Masks, counts: dict[int, list[LinearReport]]
 ) -> Iterator[dict[str, Tensor]]:
-    """Each block's tensors under its masks, by full name; `counts` receives (weights, zeros) of each linear."""
+    """Each block's tensors under its masks, by full name; `counts` receives those of its linears."""
     hashes = masks.description["dense_sha256"]
     for block in loaded.resident(blocks):
         masks.check(
@@ -124,8 +125,7 @@ def _pruned(
         keep_masks = masks.of(block)
         masked = replace(block, linears={name: block.linears[name] for name in keep_masks})
         write_weights(masked, PrunedBlock(keep_masks, allocated={}))
-        for name, keep_mask in keep_masks.items():
-            counts[f"{block.name}.{name}"] = keep_mask.numel(), int((~keep_mask).sum())
+        counts[block.index] = [LinearReport.counted(name, keep_mask, 0.0) for name, keep_mask in keep_masks.items()]
         yield block_tensors(block.module, block.name)
 
 
@@ -151,33 +151,20 @@ def _write_streamed(
 
 
 def _card(
-    folder: Path,
-    base: str | None,
-    masks: Masks,
-    blocks: Sequence[Block],
-    counts: Mapping[str, tuple[int, int]],
-    command: Sequence[str],
+    folder: Path, base: str | None, masks: Masks, counts: Mapping[int, Sequence[LinearReport]], command: Sequence[str]
 ) -> str:
     """What a model card can say from the masks alone: without calibration and scores."""
-    said, total, zeros = masks.description, *map(sum, zip(*counts.values(), strict=True))
-    blocks_of_card = [
-        {
-            "index": block.index,
-            "linears": {
-                name: dict(zip(("weights", "pruned"), counts[f"{block.name}.{name}"], strict=True))
-                for name in block.linears
-                if f"{block.name}.{name}" in counts
-            },
-        }
-        for block in blocks
-    ]
+    said, linears = masks.description, [linear for block in counts.values() for linear in block]
     results = {
         "model": masks.model,
         "pruner": said["method"],
         "pattern": said["pattern"],
         "seed": said["seed"],
         "target_sparsity": said["sparsity"],
-        "measured_sparsity": zeros / total,
-        "blocks": blocks_of_card,
+        "measured_sparsity": sum(linear.pruned for linear in linears) / sum(linear.weights for linear in linears),
+        "blocks": [
+            {"index": index, "linears": {linear.name: linear.to_dict() for linear in block}}
+            for index, block in counts.items()
+        ],
     }
     return model_card(results, command, base, licence=base_licence(folder))

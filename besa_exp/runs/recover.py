@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from math import isfinite
-from typing import Any
 
 import torch
 from torch import nn
@@ -126,7 +125,9 @@ def _course(
     with run.console.tuning(plan.schedule.steps) as progress:
 
         def on_point(point: Point) -> None:
-            step = _finite(asdict(point))
+            # A number that is not finite is null: it ended the course, and results.json says so.
+            values = asdict(point).items()
+            step = {name: None if isinstance(one, float) and not isfinite(one) else one for name, one in values}
             run.folder.log_recovery_step(step)
             run.tracker.log_recovery_step(step)
             progress(point.step + 1, point.loss, point.held_out)
@@ -213,8 +214,3 @@ def _dense(run: Run, pruned: LoadedModel, settings: ModelSettings) -> nn.Module:
             f"{blocks[1]}; use recovery=full with recovery.distill=logits"
         )
     return dense.model
-
-
-def _finite(point: Mapping[str, Any]) -> dict[str, Any]:
-    """A number that is not finite is null: it ended the course, and results.json says so."""
-    return {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in point.items()}

@@ -17,13 +17,13 @@ from torch import Tensor
 from besa_exp.blocks.reports import BlockReport
 from besa_exp.checkpoints.files import load_masks
 from besa_exp.machine import atomic
-from besa_exp.report.row_sparsities import QUANTILES
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.runs.run import Run
 
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
 
 def row_sparsities(keep_mask: Bool[Tensor, "out in"]) -> Float[Tensor, " out"]:
-    """The share of each row that is pruned."""
     return 1 - keep_mask.sum(dim=1, dtype=torch.int32).float() / keep_mask.shape[1]
 
 

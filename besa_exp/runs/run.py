@@ -97,7 +97,6 @@ def weights_in_linears(loaded: LoadedModel) -> int:
 
 
 def num_blocks(loaded: LoadedModel) -> int:
-    """Of the model."""
     return len(discover_blocks(loaded.model)[1])
 
 

@@ -175,7 +175,10 @@ def save(run: Run, work: Work) -> Work:
         distributed.barrier()
         if not settings.save.model:
             return replace(work, saved=loaded)
-        work = replace(work, token_loss=_expected(run, work))
+        if settings.save.verify and distributed.is_first():  # what the saved model is to have in a fresh process
+            with loaded.callable():
+                expected = token_loss(loaded.model, work.calibration.input_ids[:1, :TOKENS])
+            work = replace(work, token_loss=expected)
         torch.nn.Module.to(loaded.model, "meta")  # two models may be more than the device holds
         load = "streamed" if loaded.weights else "whole"
         saved = replace(settings.model, path=str(folder.model), revision=None, dtype="auto", load=load)
@@ -183,14 +186,6 @@ def save(run: Run, work: Work) -> Work:
         reloaded = replace(load_model(saved, run.device, offline=True), tokenizer=loaded.tokenizer)
         check_saved(reloaded, work.reports, _saved_as(settings) == "padded")
         return replace(work, saved=in_a_fast_dtype(reloaded, settings.model.dtype))
-
-
-def _expected(run: Run, work: Work) -> float | None:
-    """The loss that the saved model is to have in a fresh process; None: none will load it."""
-    if not run.settings.save.verify or not distributed.is_first():
-        return None
-    with work.loaded.callable():
-        return token_loss(work.loaded.model, work.calibration.input_ids[:1, :TOKENS])
 
 
 def _saved_as(settings: RunSettings) -> str | None:

@@ -76,7 +76,6 @@ def as_run(settings: TuneSettings) -> RunSettings:
 
 
 def config_of_tuning(settings: TuneSettings) -> dict[str, Any]:
-    """What config.yaml says of a tuning."""
     own = {"checkpoint": settings.checkpoint, "dense": settings.dense, "teacher": settings.teacher}
     return config_of(as_run(settings)) | own
 
@@ -90,8 +89,12 @@ def tune_checkpoint(settings: TuneSettings, path: Path) -> dict[str, Any]:
     with started(asked, path, config_of_tuning(settings)) as begun:
         loaded = load(begun, settings.checkpoint)
         run, work = _begun(begun, loaded, settings)
-        results = _tuned(run, work, teacher_of(settings)) | {"checkpoint": settings.checkpoint}
-        made = made_by(settings)
+        with tracking(run) as tracker:
+            run = replace(run, tracker=tracker)
+            before = score(run, "before", work.loaded)
+            work = score_pruned(run, save(run, recover(run, work, teacher_of(settings))))
+        results, made = results_of(run.settings, work, environment(run.device)), made_by(settings)
+        results |= {"before": before.to_dict(), "calibration": None, "checkpoint": settings.checkpoint}
         results["model_name"] = made.get("model_name") or Path(made.get("model", settings.checkpoint)).name
         results |= {key: made[key] for key in ("model", "model_revision", "budget", "update", "ignore") if key in made}
         base = base_licence(loaded.folder, "base_model").get("base_model") if made else None  # as that run knew it
@@ -140,13 +143,3 @@ def _adopted(run: Run, work: Work) -> Work:
     run.folder.rewind(reports)
     distributed.barrier()  # the first rank has written the masks
     return replace(work, reports=tuple(reports))
-
-
-def _tuned(run: Run, work: Work, teacher: ModelSettings | None) -> dict[str, Any]:
-    """results.json but for times and memory."""
-    with tracking(run) as tracker:
-        run = replace(run, tracker=tracker)
-        before = score(run, "before", work.loaded)
-        work = score_pruned(run, save(run, recover(run, work, teacher)))
-    results = results_of(run.settings, work, environment(run.device))
-    return results | {"before": before.to_dict(), "calibration": None}

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from run_folders import RESULTS, block, finished_run, unfinished_run
 
-from besa_exp.report.command import read_report, write_page
+from besa_exp.report.command import write_page
+from besa_exp.report.read import read_report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)

@@ -168,6 +168,7 @@ def test_a_killed_tuning_goes_on_to_the_same_bytes(pruned: Path, words: list[str
         (["checkpoint=run/model", "recovery=blocks", "teacher=gone"], "teacher=gone"),
         (["checkpoint=run", "recovery=full,lora"], "one command tunes one checkpoint"),
         (["checkpoint=run", "hydra.run.dir=run"], "name another folder"),
+        (["checkpoint=run", "hydra.run.dir=${gone}"], "the run folder's name cannot be made"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

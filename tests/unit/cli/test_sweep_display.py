@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from run_folders import finished_run
 
-from besa_exp.cli.outcome import Outcome
-from besa_exp.cli.sweep_display import Course, show_sweep
+from besa_exp.cli.sweep_display import Course, Outcome, show_sweep
 
 
 def test_a_job_is_described_by_what_varies_its_place_and_the_time_left() -> None:

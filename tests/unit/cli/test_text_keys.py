@@ -18,16 +18,12 @@ from besa_exp.settings import RunSettings
 
 
 def read(*lines: str) -> RunSettings:
-    found: list[RunSettings] = []
-
-    def keep(parsed: argparse.Namespace) -> int:
+    def settings(parsed: argparse.Namespace) -> RunSettings:
         config = Composer("prune").compose(parsed.overrides)
         assert config is not None
-        found.append(read_settings(config, "besa", with_pruner=False))
-        return 0
+        return read_settings(config, "besa", with_pruner=False)
 
-    composed("besa prune", "prune", lines, keep)
-    return found[0]
+    return composed("besa prune", "prune", lines, settings)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tiny_llama import tiny_llama
 
 from besa_exp.blocks.block import capture_blocks
 from besa_exp.checkpoints.load import LoadedModel
-from besa_exp.display.cost import cost_rows
+from besa_exp.display.rows import cost_table
 from besa_exp.errors import Unavailable
 from besa_exp.evaluation.cost import counted
 from besa_exp.evaluation.scores import evaluate
@@ -107,7 +107,7 @@ def test_prefill_and_decoding_are_timed_for_one_and_eight_sequences_and_shown():
         speeds = cost[f"{kind}_tokens_per_second"]
         assert set(speeds) == {"1", "8"}
         assert min(speeds.values()) > 0
-    rows = cost_rows({"cost": cost, "dense": {"cost": cost | {"parameters": 7}}})
+    rows = cost_table({"cost": cost, "dense": {"cost": cost | {"parameters": 7}}})[1]
     assert rows[1] == ("parameters", "7", f"{cost['parameters']:,}")
     assert [row[0] for row in rows[-2:]] == ["decode tokens/s, batch 1", "decode tokens/s, batch 8"]
-    assert cost_rows({}) == []
+    assert cost_table({})[1] == []

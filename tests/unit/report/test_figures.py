@@ -9,10 +9,9 @@ import pytest
 from run_folders import block, finished_run
 
 from besa_exp.presets import presets
-from besa_exp.report.command import read_report
-from besa_exp.report.comparison import compare
-from besa_exp.report.figures import figure_of, looks_of, panels_of
+from besa_exp.report.figures import figure_of, panels_of
 from besa_exp.report.panels import pareto
+from besa_exp.report.read import read_report
 
 mpl = pytest.importorskip("matplotlib")
 pyplot = pytest.importorskip("matplotlib.pyplot")
@@ -21,9 +20,7 @@ mpl.use("Agg")
 
 def figures(place: Path) -> dict[str, Any]:
     report = read_report([str(place)])
-    known = looks_of(report.runs, report.cells)
-    given = (report.runs, report.curves, report.cells, report.errors, compare(report.runs), known)
-    return {name: figure_of(panels, known) for name, panels in panels_of(*given).items() if panels}
+    return {name: figure_of(panels, report.looks) for name, panels in panels_of(report).items() if panels}
 
 
 @pytest.fixture(scope="module", params=[1, 3])

@@ -198,6 +198,12 @@ def test_blocks_of_another_request_are_refused_without_a_config(dense: Path, tmp
         besa_exp.prune(dense, None, TOKENS.flip(0), sparsity=0.3, **ask)
 
 
+def test_a_path_that_is_refused_leaves_no_run_folder_behind(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="no/such/folder"):
+        besa_exp.prune("no/such/folder", out=tmp_path / "runs" / "mine")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_settings_alone_say_what_a_configuration_says() -> None:
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         config = compose("prune", ["pruner=best", "budget=owl", "update=dsnot"], return_hydra_config=True)

@@ -15,8 +15,8 @@ from besa_exp.blocks.ignored import check_ignored
 from besa_exp.checkpoints.files import masks_description
 from besa_exp.errors import ConfigurationError
 from besa_exp.presets import preset
-from besa_exp.report.command import read_report
 from besa_exp.report.depth import allocation
+from besa_exp.report.read import read_report
 from besa_exp.runs.prune import prune as prune_into
 from besa_exp.runs.rebuild import Masks, rebuild
 from besa_exp.settings import EvaluatorSettings, ModelSettings, RunSettings, SaveSettings, TrackerSettings

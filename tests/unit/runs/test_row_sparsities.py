@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from besa_exp.report.row_sparsities import row_quantiles
+from besa_exp.report.curves import row_quantiles
 from besa_exp.runs.row_sparsities import row_sparsities
 
 
