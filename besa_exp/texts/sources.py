@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from besa_exp.errors import ConfigurationError, Unavailable, did_you_mean, first_line
-from besa_exp.hub.client import hub_problem
+from besa_exp.hub.client import failures, hub_problem
 from besa_exp.texts.files import Lines, column_texts, format_of, plain_text, readable_names
 
 Use = Literal["calibration", "perplexity"]
@@ -152,7 +152,6 @@ def fetch(source: str, use: Use, offline: bool) -> Path:
 def fetched(wanted: HubFile, name: str, offline: bool) -> Path:
     """The same of a file that a person calls `name`."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
 
     silent = None if offline else hub_problem()
     cached = offline or silent is not None
@@ -160,7 +159,7 @@ def fetched(wanted: HubFile, name: str, offline: bool) -> Path:
         path = hf_hub_download(
             wanted.repository, wanted.filename, repo_type="dataset", revision=wanted.revision, local_files_only=cached
         )
-    except (OSError, HTTPError) as error:
+    except failures() as error:
         why = f"the hub cannot be reached: {silent}," if silent else "offline=true"
         cause = f"{why} and it is not in the local cache" if cached else first_line(error)
         revision = f" --revision {wanted.revision}" if wanted.revision else ""

@@ -118,7 +118,7 @@ def test_one_long_text_gives_windows_from_all_over_it(tmp_path):
 
 def test_a_window_can_start_at_the_first_and_end_at_the_last_token():
     ids = torch.arange(18)
-    drawn, _ = draw_windows(["x"] * 200, lambda _: ids, 200, 16, torch.Generator().manual_seed(0))
+    drawn, _ = draw_windows("x", ["x"] * 200, lambda _: ids, settings(num_samples=200, seq_len=16, seed=0))
     assert {int(row[0]) for row in drawn} == {0, 1, 2}
     assert all(torch.equal(row, ids[int(row[0]) : int(row[0]) + 16]) for row in drawn)
 
