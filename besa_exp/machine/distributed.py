@@ -68,7 +68,6 @@ def rank() -> int:
 
 
 def num_ranks() -> int:
-    """How many processes share the work."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -245,7 +244,7 @@ def is_first_to_say(text: str) -> bool:
         return True
 
 
-def _store() -> dist.Store:
+def _store() -> Any:
     """That of torchrun. RuntimeError: it is gone, with torchrun or its machine."""
     return next(rendezvous("env://", timeout=timedelta(seconds=10)))[0]
 
