@@ -47,32 +47,34 @@ def remaining(
     under = skipping.asked if skipping else {}
     if overwrite:
         return Remaining(settings, (), ())
-    known, conflicts, sets, tasks = [], [], [], []
-    scores = Scores.from_dict(results)
-    for name in settings.perplexity_sets:
-        found = scores.named("perplexity", name)
-        if not found:
-            sets.append(name)
-        elif differs := [
-            *_set_difference(name, settings, context, found[0].conditions),
-            *_skipping_difference(under, found[0].conditions),
-        ]:
-            conflicts.append(_conflict(f"perplexity on {name}", differs))
+    known, conflicts, scores = [], [], Scores.from_dict(results)
+    unscored: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    names = [("perplexity", name) for name in settings.perplexity_sets]
+    for kind, name in (*names, *(("zero_shot", name) for name in scored_names(settings))):
+        if not (found := scores.named(kind, name)):
+            unscored[kind].append(name)
+            continue
+        record = scores.conditions(found[0])
+        if kind == "perplexity":
+            what, state = f"perplexity on {name}", f": already scored, {found[0].value:.4f}"
+            differs = _set_difference(name, settings, context, record)
         else:
-            known.append(f"perplexity on {name}: already scored, {found[0].value:.4f}")
-    for name in scored_names(settings):
-        found = scores.named("zero_shot", name)
-        record = scores.conditions(found[0]) if found else {}
-        if not found:
-            tasks.append(name)
-        elif differs := [*_task_difference(name, settings, seed, record), *_skipping_difference(under, record)]:
-            conflicts.append(_conflict(f"zero-shot {name}", differs))
+            what, state = f"zero-shot {name}", f" is known{_older(record)}"
+            differs = _task_difference(name, settings, seed, record)
+        if (then := asked_of(record.get("skipping"))) != under:  # a score under a policy is another one than without
+            differs.append(f"skipping {then or 'nothing'} then, {under or 'nothing'} now")
+        if differs:
+            conflicts.append(
+                f"{what} was scored under other conditions ({'; '.join(differs)}): overwrite=true replaces the score, "
+                "hydra.run.dir= keeps both"
+            )
         else:
-            known.append(f"zero-shot {name} is known{_older(record)}")
+            known.append(what + state)
     simulate = settings.simulated_speed and not results.get("simulated_speed")
     if settings.simulated_speed and not simulate:
         known.append("simulated speed is known")
-    left = replace(settings, perplexity_sets=tuple(sets), tasks=tuple(tasks), simulated_speed=simulate)
+    sets, tasks = map(tuple, unscored.values())
+    left = replace(settings, perplexity_sets=sets, tasks=tasks, simulated_speed=simulate)
     if settings.prompts and not set(settings.prompts) - scores.texts.keys():
         known.append("text samples are known")
     missing = tuple(prompt for prompt in prompts_of(left) if prompt not in scores.texts)
@@ -131,17 +133,12 @@ def _replaced(before: Scores, old: Sequence[Score], now: Scores) -> tuple[list[s
     kind, name = old[0].kind, old[0].name
     was, is_now = before.conditions(old[0]), now.conditions(now.scores[0])
     differing = sorted(key for key in was.keys() | is_now.keys() if was.get(key) != is_now.get(key))
-    first, second = _value(before, kind, name), _value(now, kind, name)
+    first, second = (getattr(scores, kind)[name] for scores in (before, now))  # as results.json has it
     if first == second and not differing:
         return [], []
     how = "; ".join(f"{key} {was.get(key)} before, {is_now.get(key)} now" for key in differing)
     line = f"{kind} {name}: {first} is replaced by {second} ({how or 'measured alike'}); provenance.replaced keeps it"
     return [line], [{"kind": kind, "name": name, "value": first, "record": was}]
-
-
-def _value(scores: Scores, kind: str, name: str) -> Any:
-    """As results.json has it."""
-    return (scores.perplexity if kind == "perplexity" else scores.zero_shot)[name]
 
 
 def _set_difference(
@@ -161,12 +158,6 @@ def _set_difference(
     if then != most and (then is not None or record.get("num_windows", 0) > (most or 0)):
         differs.append(f"{then or 'all'} windows then, {most or 'all'} now")
     return differs
-
-
-def _skipping_difference(under: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
-    """A score under a policy is another one than without."""
-    then = asked_of(record.get("skipping"))
-    return [] if then == under else [f"skipping {then or 'nothing'} then, {under or 'nothing'} now"]
 
 
 def _has_own_windows(name: str) -> bool:
@@ -191,13 +182,6 @@ def _task_difference(name: str, settings: EvaluatorSettings, seed: int, record: 
         for key, value in asked.items()
         if key in record and record[key] != value
     ]
-
-
-def _conflict(what: str, differs: list[str]) -> str:
-    return (
-        f"{what} was scored under other conditions ({'; '.join(differs)}): overwrite=true replaces the score, "
-        "hydra.run.dir= keeps both"
-    )
 
 
 def _older(record: Mapping[str, Any]) -> str:

@@ -170,24 +170,20 @@ class _Calibrated:
         """The blocks whose FFNs turn decoded tokens least, the cold ones aside, in order."""
         decoded = self._numbers() >= 0
         turning = [-float(similarity[decoded].double().mean()) for _, similarity in self._pass(middle, NEVER)]
-        return sorted(least_influential(torch.tensor(turning), self._wanted(), self._cold()))
+        return self._least(torch.tensor(turning))
 
     def least_influential(self) -> list[int]:
         """The blocks of least influence, the cold ones aside, in order."""
-        influence = passage(self.blocks, self.inputs.clone(), BATCH).influence
-        return sorted(least_influential(influence, self._wanted(), self._cold()))
+        return self._least(passage(self.blocks, self.inputs.clone(), BATCH).influence)
+
+    def _least(self, influence: Float[Tensor, " block"]) -> list[int]:
+        settings, count = self.settings, len(self.blocks)
+        assert settings.fraction is not None
+        cold = [*range(settings.cold_first), *range(count - settings.cold_last, count)]
+        return sorted(least_influential(influence, round(settings.fraction * count), cold))
 
     def _pass(self, middle: str, policy: Policy) -> Iterator[tuple[Tensor, Tensor]]:
         return pass_under(self.blocks, len(self.blocks), middle, self.inputs.clone(), policy, self._numbers(), BATCH)
 
     def _numbers(self) -> Int[Tensor, "sample seq"]:
-        prompt = self.settings.prompt_tokens
-        return decoded_numbers(self.inputs.shape[:2], prompt).to(self.inputs.device)
-
-    def _wanted(self) -> int:
-        assert self.settings.fraction is not None
-        return round(self.settings.fraction * len(self.blocks))
-
-    def _cold(self) -> list[int]:
-        count = len(self.blocks)
-        return [*range(self.settings.cold_first), *range(count - self.settings.cold_last, count)]
+        return decoded_numbers(self.inputs.shape[:2], self.settings.prompt_tokens).to(self.inputs.device)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from neighbours import recorded, recorded_model, recorded_tokens
 from tiny_llama import middle_of_model
+from watched_policy import watched
 
 from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.evaluation.prompt_skipping import prefill_skipping
@@ -46,12 +47,14 @@ def check_course(case, ran, similarities):
 def test_decoding_under_a_policy_is_the_literal_run(run, name):
     told, _, model, _, test_ids = run
     case, prompt = told["cases"][name], test_ids[:1, :16]
-    policy = FfnSkipping(**{key: case[key] for key in KEYS})
-    with skipping(model, policy, middle_of_model(model, prompt), keep=True) as course:
+    policy, decided = watched(FfnSkipping(**{key: case[key] for key in KEYS}))
+    with skipping(model, policy, middle_of_model(model, prompt)) as course:
         found = model.generate(prompt, max_new_tokens=13, do_sample=False, pad_token_id=0, eos_token_id=-1)
     assert found[0, 16:28].tolist() == case["tokens"]
-    ran = [[block[0, 0] for block in call] for call in course.ran[1:]]
-    check_course(case, ran, [[block[0, 0] for block in call] for call in course.similarity[1:]])
+    calls = [decided[place : place + 4] for place in range(0, len(decided), 4)]
+    ran = [[block.ran[0, 0] for block in call] for call in calls]
+    measured = [[None if block.similarity is None else block.similarity[0, 0] for block in call] for call in calls]
+    check_course(case, ran, measured)
     assert course.fraction == pytest.approx(case["skipped_fraction"], abs=1e-12)
 
 
