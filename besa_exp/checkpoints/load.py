@@ -75,9 +75,8 @@ def load_model(settings: ModelSettings, device: torch.device, offline: bool, who
     folder = _checked_folder(settings, offline)
     with _loading(settings):
         config, notes = read_config(folder, settings.trust_remote_code)
-    model, weights = _streamed(settings, folder, device, whole_for) or (None, None)
-    if model is None:
-        model = _whole(settings, folder, config, device)
+    streamed = _streamed(settings, folder, device, whole_for)
+    model, weights = streamed or (_whole(settings, folder, config, device), None)
     notes += _ties_undone(model)
     for note in notes:
         logger.warning("%s: %s", settings.path, note)

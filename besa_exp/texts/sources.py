@@ -124,7 +124,11 @@ def read_text(source: str, use: Use, offline: bool, column: str = COLUMN, chats:
     Raises Unavailable for a set of the hub that cannot be loaded, ConfigurationError for a file that cannot be read.
     """
     if source == EMBEDDED:
-        return _embedded(use)
+        from besa_exp.texts.embedded.text import calibration_documents, perplexity_documents
+
+        text = calibration_documents() if use == "calibration" else perplexity_documents()
+        record = {"set": EMBEDDED, "documents": len(text.documents), "text_sha256": text.sha256}
+        return Text(text.documents, record | {"versions": text.versions})
     if source in HUB_FILES:
         return _from_hub(source, use, offline)
     if problems := check_source(source, "path", use, column, chats):
@@ -169,14 +173,6 @@ def fetched(wanted: HubFile, name: str, offline: bool) -> Path:
             f"hf download --repo-type dataset{revision} {wanted.repository} {wanted.filename}"
         ) from error
     return Path(path)
-
-
-def _embedded(use: Use) -> Text:
-    from besa_exp.texts.embedded.text import calibration_documents, perplexity_documents
-
-    text = calibration_documents() if use == "calibration" else perplexity_documents()
-    record = {"set": EMBEDDED, "documents": len(text.documents), "text_sha256": text.sha256, "versions": text.versions}
-    return Text(text.documents, record)
 
 
 def _from_hub(source: str, use: Use, offline: bool) -> Text:
