@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from besa_exp.blocks.block import Block, capture_blocks
 from besa_exp.blocks.sparsity_table import linear_type
@@ -62,10 +62,12 @@ def speeds_of(loaded: LoadedModel, context: int) -> dict[str, Any]:
     model: Any = loaded.model
     prompt = min(PROMPT, context // 2)
     decoded = min(DECODED, context - prompt)
-    device = model.get_input_embeddings().weight.device
+    embedding = model.get_input_embeddings()
+    device = embedding.weight.device
     prefill, decode = {}, {}
     for batch in BATCHES:
-        ids = _ids(model, batch, prompt)
+        any_text = torch.arange(batch * prompt, device=device) % embedding.num_embeddings  # all take equal time
+        ids = any_text.view(batch, prompt)
         taken = [_timed(model, ids, decoded) for _ in _repeats()][1:]
         first, second = (statistics.median(times) for times in zip(*taken, strict=True))
         prefill[str(batch)], decode[str(batch)] = batch * prompt / first, batch * decoded / second
@@ -145,13 +147,6 @@ def _cached_channels(block: Block, config: Any) -> int:
     if fused:
         return fused - _query_channels(block, config)
     return sum(count for name, count in rows.items() if name.endswith(("k_proj", "v_proj")))
-
-
-def _ids(model: nn.Module, batch: int, tokens: int) -> Tensor:
-    """Of any text: products take equal time for all."""
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    vocabulary, device = embedding.num_embeddings, embedding.weight.device
-    return (torch.arange(batch * tokens, device=device) % vocabulary).view(batch, tokens)
 
 
 def _timed(model: Any, ids: Int[Tensor, "sample seq"], decoded: int) -> tuple[float, float]:

@@ -89,7 +89,14 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
     common = before.common or scores.common
     own = {key: value for key, value in scores.common.items() if common.get(key) != value}
     union = {(score.kind, score.name, score.metric): score for score in before.scores}
-    unavailable, replaced = dict(before.unavailable), []
+    measured = {
+        "cost": "decode_tokens_per_second" in scores.cost,
+        "text samples": scores.texts,
+        "simulated speed": scores.simulated_speed,
+        "speed": scores.speed and "unavailable" not in scores.speed,
+    }
+    unavailable = {name: reason for name, reason in before.unavailable.items() if not measured.get(name)}
+    replaced = []
     for kind, name in dict.fromkeys((score.kind, score.name) for score in scores.scores):
         found = scores.named(kind, name)
         if not found:
@@ -102,9 +109,6 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
         union = {key: score for key, score in union.items() if key[:2] != (kind, name)}
         union |= {(score.kind, score.name, score.metric): score for score in found}
         unavailable.pop(name, None)
-    for name, there in (("cost", "decode_tokens_per_second" in scores.cost), ("text samples", scores.texts)):
-        if there:
-            unavailable.pop(name, None)
     for name, reason in scores.unavailable.items():
         if any(before.named(kind, name) or scores.named(kind, name) for kind in KINDS):
             notes.append(f"{name} could not be scored again ({reason}); its earlier score is kept")
@@ -115,10 +119,6 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
     parts = {name: getattr(scores, name) or getattr(before, name) for name in PARTS}  # another device, it may be
     parts["cost"] = {**before.cost, **scores.cost}
     parts["texts"] = {**before.texts, **scores.texts}
-    if scores.simulated_speed:
-        unavailable.pop("simulated speed", None)
-    if scores.speed and "unavailable" not in scores.speed:
-        unavailable.pop("speed", None)
     joined = Scores(tuple(union.values()), unavailable, common, **parts)
     provenance = {**(results.get("provenance") or {}), **joined.provenance}
     if replaced:

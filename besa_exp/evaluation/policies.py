@@ -97,15 +97,18 @@ def decide(loaded: LoadedModel, wanted: Skipping) -> Decided:
     settings, model = wanted.settings, loaded.model
     device = next(model.parameters()).device
     sample = torch.zeros(1, 2, dtype=torch.long, device=device) if wanted.tokens is None else wanted.tokens
-    calibrated = _Calibrated.of(model, sample[: settings.num_samples].to(device), settings)
-    count = len(calibrated.blocks)
+    sample = sample[: settings.num_samples].to(device)
+    all_blocks = capture_blocks(model, sample)
+    with torch.no_grad():
+        calibrated = _Calibrated(settings, all_blocks, embed(model, all_blocks, sample, BATCH))
+    count = len(all_blocks)
     if beyond := [block for block in settings.blocks if not 0 <= block < count]:
         raise Unavailable(f"skipping.blocks names block {beyond[0]}; the model has {count}, counted from 0")
     if settings.name == "shortgpt_gen":
         blocks = settings.blocks or calibrated.least_influential()
         return Decided(settings, "", None, tuple(blocks), {} if settings.blocks else {"blocks": list(blocks)})
     try:
-        middle = middle_of(calibrated.blocks[0], calibrated.inputs)
+        middle = middle_of(all_blocks[0], calibrated.inputs)
     except RunError as error:
         raise Unavailable(str(error)) from error
     if settings.name == "random":
@@ -152,13 +155,6 @@ class _Calibrated:
     settings: SkippingSettings
     blocks: list[Block]
     inputs: Float[Tensor, "sample seq hidden"]
-
-    @staticmethod
-    def of(model: nn.Module, tokens: Int[Tensor, "sample seq"], settings: SkippingSettings) -> _Calibrated:
-        """Of a whole model."""
-        blocks = capture_blocks(model, tokens)
-        with torch.no_grad():
-            return _Calibrated(settings, blocks, embed(model, blocks, tokens, BATCH))
 
     def skipped(self, middle: str, threshold: float) -> float:
         """The fraction of the FFNs of decoded tokens that is skipped under a threshold."""

@@ -128,8 +128,7 @@ class Scores:
 
     def named(self, kind: str, name: str) -> tuple[Score, ...]:
         """Those of a set or task that have a value."""
-        found = (score for score in self.of(kind) if score.name == name)
-        return tuple(score for score in found if score.value is not None)
+        return tuple(score for score in self.of(kind) if score.name == name and score.value is not None)
 
     def conditions(self, score: Score) -> dict[str, Any]:
         """A score's own with what holds for all tasks."""

@@ -278,13 +278,7 @@ UNREADABLE = {  # what is wrong: (how to make the file in a folder, what the mes
     "empty": (lambda folder: write_bytes(folder / "a.txt", b"\n \n"), "no text"),
     "no bytes": (lambda folder: write_bytes(folder / "a.txt", b""), "the file is empty"),
     "no rows": (lambda folder: write_bytes(folder / "a.jsonl", b"\n"), "the file is empty"),
-    "no JSON": (lambda folder: write_bytes(folder / "a.jsonl", b'{"text": "a"}\n{"text": \n'), "line 2"),
-    "no text field": (
-        lambda folder: write_jsonl(folder / "a.jsonl", ["a"], "body"),
-        "no column 'text' but body; calibration.column",
-    ),
     "a list": (lambda folder: write_bytes(folder / "a.json", b'[{"text": "a"}]'), "jq -c"),
-    "half a pair": (lambda folder: write_bytes(folder / "a.jsonl", b'{"text": "a"}\n{"text": "a\\ud83d"}\n'), "line 2"),
     "a number": (lambda folder: write_bytes(folder / "a.jsonl", b'{"text": 3}\n'), "int, not text"),
     "UTF-16": (lambda folder: write_bytes(folder / "a.txt", "text".encode("utf-16")), "iconv -f utf-16"),
     "broken gzip": (
@@ -292,7 +286,6 @@ UNREADABLE = {  # what is wrong: (how to make the file in a folder, what the mes
         "cannot be",
     ),
     "truncated gzip": (lambda folder: truncated(write_jsonl(folder / "a.jsonl.gz", [words(3000)])), "line 1"),
-    "no text column": (lambda folder: write_parquet(folder / "a.parquet", ["a"], "body"), "no column 'text' but body"),
     "numbers": (lambda folder: write_parquet(folder / "a.parquet", [3], "text"), "int, not text"),  # type: ignore[list-item]
     "truncated parquet": (lambda folder: truncated(write_parquet(folder / "a.parquet", [words(3000)])), "parquet"),
 }
