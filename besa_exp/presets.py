@@ -32,9 +32,9 @@ def groups() -> list[str]:
     return sorted(folder.name for folder in CONF_DIR.iterdir() if folder.is_dir())
 
 
-def presets(group: str) -> dict[str, str]:
+def presets(group: str, folder: Path = CONF_DIR) -> dict[str, str]:
     """{preset: its one-line comment} of a group."""
-    return {path.stem: first_comment(path) for path in sorted((CONF_DIR / group).glob("*.yaml"))}
+    return {path.stem: first_comment(path) for path in sorted((folder / group).glob("*.yaml"))}
 
 
 def preset(group: str, name: str, seed: int = 0) -> Any:
@@ -121,7 +121,12 @@ def default_preset(group: str) -> str | None:
 
 def listing(wanted: Sequence[str] = (), beside: Path | None = None) -> str:
     """The presets of the wanted groups (all of them by default), a line each."""
-    return "\n\n".join(_group_listing(group, lines) for group, lines in listed(wanted, beside).items())
+    parts = []
+    for group, lines in listed(wanted, beside).items():
+        width, default = max(map(len, lines), default=0), default_preset(group)
+        shown = [f"  {name:<{width}}  {line}{' (default)' if name == default else ''}" for name, line in lines.items()]
+        parts.append("\n".join([f"{group}=", *shown]))
+    return "\n\n".join(parts)
 
 
 def listed(wanted: Sequence[str] = (), beside: Path | None = None) -> dict[str, dict[str, str]]:
@@ -131,11 +136,15 @@ def listed(wanted: Sequence[str] = (), beside: Path | None = None) -> dict[str, 
     ConfigurationError: there is no such group or folder."""
     if beside is not None and not beside.is_dir():
         raise ConfigurationError(f"--config-dir={beside}: there is no such folder; give one with GROUP/NAME.yaml files")
-    known = {**{group: group for group in groups()}, **{f"{group}s": group for group in groups()}}
+    known = {name: group for group in groups() for name in (group, f"{group}s")}
     if unknown := [name for name in wanted if name not in known]:
         raise ConfigurationError(*(no_such_group(name, known) for name in unknown))
     chosen = dict.fromkeys(known[name] for name in wanted or groups())
-    return {group: presets(group) | _beside(group, beside) for group in chosen}
+    found = {group: presets(group) for group in chosen}
+    if beside is not None:
+        for group in chosen:
+            found[group] |= {name: f"{line} (of {beside})".strip() for name, line in presets(group, beside).items()}
+    return found
 
 
 def no_such_group(word: str, known: Iterable[str], what: str = "group") -> str:
@@ -143,15 +152,3 @@ def no_such_group(word: str, known: Iterable[str], what: str = "group") -> str:
     holding = [f"besa show {group}={word}" for group in groups() if word in presets(group)]
     near = f"; it is a preset: {' or '.join(holding)}" if holding else did_you_mean(word, known)
     return f"{word}: no such {what}{near}; groups: {', '.join(groups())}"
-
-
-def _beside(group: str, folder: Path | None) -> dict[str, str]:
-    own = sorted((folder / group).glob("*.yaml")) if folder else []
-    return {path.stem: f"{first_comment(path)} (of {folder})".strip() for path in own}
-
-
-def _group_listing(group: str, lines: Mapping[str, str]) -> str:
-    width = max(map(len, lines), default=0)
-    default = default_preset(group)
-    shown = [f"  {name:<{width}}  {line}{' (default)' if name == default else ''}" for name, line in lines.items()]
-    return "\n".join([f"{group}=", *shown])

@@ -58,7 +58,6 @@ def within(
 
 
 def one_of(*names: str) -> Rule:
-    """One of these names."""
     return Rule(lambda value: value in names, f"be one of {', '.join(names)}")
 
 

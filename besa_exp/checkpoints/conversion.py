@@ -1,21 +1,33 @@
 """Models in other formats, converted to safetensors when the user asks for it (`model.convert=true`).
 
 The result lies in `outputs/converted`, appears whole or not at all, and is used again as long as its sources stay. Of
-several runs that ask for it one makes it, and the others wait."""
+several runs that ask for it one makes it, and the others wait. Pickled weights (.bin) are read by
+torch.load(weights_only=True), which builds tensors and plain containers and runs no code; whatever else a file asks for
+is refused. GGUF files: see `gguf_weights`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+import pickle
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from besa_exp.errors import RunError
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from besa_exp.checkpoints.inspect import INDEX, pickled_files
+from besa_exp.checkpoints.shards import METADATA, shard_names
+from besa_exp.errors import ConfigurationError, RunError, first_line
 from besa_exp.machine import atomic
 
 CONVERTED = Path("outputs") / "converted"
 LOCK = Path("outputs") / ".converted.lock"
+NOT_COPIED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 logger = logging.getLogger(__name__)
 
 
@@ -35,3 +47,49 @@ def converted_once(source: Path, files: Sequence[Path], write: Callable[[Path], 
             f"{target} could not be written ({error}); free disk space, or run where outputs/ is writable"
         ) from error
     return target
+
+
+def converted_folder(folder: Path) -> Path:
+    """The folder's model with safetensors in place of its .bin files. ConfigurationError: a file holds more than
+    tensors, or tensors without data; RunError: it cannot be written."""
+    sources, _ = pickled_files(folder)
+    return converted_once(folder, sources, lambda partial: _write(folder, sources, partial))
+
+
+def _write(origin: Path, sources: list[Path], folder: Path) -> None:
+    """One safetensors file for each source, of the same name but for its ending, their index, and what else `origin`
+    holds."""
+    for file in origin.iterdir():
+        if file.is_file() and not file.name.endswith(NOT_COPIED):
+            shutil.copyfile(file, folder / file.name)
+    weight_map: dict[str, str] = {}
+    size = 0
+    names = shard_names(len(sources)) if len(sources) > 1 else ["model.safetensors"]
+    for source, name in zip(sources, names, strict=True):
+        tensors = read_pickled(source)
+        save_file(tensors, folder / name, METADATA)
+        weight_map |= dict.fromkeys(tensors, name)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    if len(sources) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def read_pickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of one file by name, each with memory of its own (tied ones are written twice). ConfigurationError:
+    it holds anything else."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ConfigurationError(
+            f"{file}: is not read, as it holds more than tensors or is damaged ({first_line(error)}); load it where "
+            "you trust it and write it with save_pretrained(folder)"
+        ) from error
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ConfigurationError(f"{file}: holds no plain dictionary of tensors; write it with save_pretrained(folder)")
+    empty = [name for name, tensor in content.items() if tensor.is_meta]
+    if empty:
+        raise ConfigurationError(
+            f"{file}: {empty[0]} has no data (a meta tensor); save the model where its weights are loaded"
+        )
+    return {str(name): tensor.clone().contiguous() for name, tensor in content.items()}

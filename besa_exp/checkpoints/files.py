@@ -89,7 +89,9 @@ def save_beside_weights(
     path.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    _copy_missing(sources, folder)
+    for file in (file for pattern in BESIDE_WEIGHTS if sources for file in sources.glob(pattern)):
+        if file.is_file() and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -188,12 +190,3 @@ def count_zeros(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int]
             weight = file.get_tensor(name)
         counts[name] = (weight.numel(), weight.numel() - int(torch.count_nonzero(weight)))
     return counts
-
-
-def _copy_missing(sources: Path | None, folder: Path) -> None:
-    if sources is None:
-        return
-    for pattern in BESIDE_WEIGHTS:
-        for file in sources.glob(pattern):
-            if file.is_file() and not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)

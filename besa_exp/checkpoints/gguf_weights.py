@@ -51,18 +51,13 @@ def unpack_gguf(file: Path, folder: Path) -> None:
     atomic.write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
-def _plain() -> dict[str, Any]:
-    """Releases that can compute with packed weights are asked to unpack them; older ones know nothing else."""
-    known = hasattr(transformers, "GgufConfig")
-    return {"quantization_config": transformers.GgufConfig(dequantize=True)} if known else {}
-
-
 def _unpacked(file: Path, dtype: torch.dtype) -> Any:
     """The model. ValueError: weights are missing in the file, which transformers would draw at random."""
+    asked: dict[str, Any] = {"gguf_file": file.name, "dtype": dtype, "output_loading_info": True}
+    if hasattr(transformers, "GgufConfig"):  # releases that can compute with packed weights; older ones unpack them
+        asked["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with redirect_stderr(io.StringIO()):  # a progress bar that no switch of transformers' stops
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True, **_plain()
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, **asked)
     model, loading = loaded
     lacking = sorted([*loading["missing_keys"], *(str(found) for found in loading["mismatched_keys"])])
     if lacking:

@@ -61,7 +61,9 @@ def inspect_model_folder(
     tensors: dict[str, Any] = {}
     for file in files:
         header, problem = read_header(file)
-        problems += [problem] if problem else _held_twice(tensors, header, file, where)
+        if both := sorted(tensors.keys() & header.keys()):
+            problem = f"{where}: {both[0]} is held by {file.name} and by another file too; keep the one that is meant"
+        problems += [problem] if problem else []
         tensors |= header
     problems = problems or quantised_tensors(tensors, where)
     return (None, problems) if problems else (_facts(config, tensors), [])
@@ -142,9 +144,7 @@ def weight_files(folder: Path, where: str | None = None) -> tuple[list[Path], li
     """The safetensors files that make up the model, in transformers' order: the file that config.json
     names (`transformers_weights`), model.safetensors, then those of the index; and what is wrong with the set. Where
     the files could mean two different sets, none is used."""
-    where, named = where or str(folder), _named_weights(folder)
-    index = _index(folder, named)
-    whole = None if named and index else folder / (named or "model.safetensors")
+    where, (whole, index) = where or str(folder), _places(folder)
     names, problem = _names_in(index) if index and index.is_file() else ([], None)
     if problem:
         return [], [problem]
@@ -162,13 +162,14 @@ def weight_files(folder: Path, where: str | None = None) -> tuple[list[Path], li
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
         return [], [only_pickled(where, pickles[0])]
-    no_weights = f"{where}: no {named or 'model.safetensors'} in it; give the folder that save_pretrained wrote"
+    wanted = str(whole or index).removeprefix(f"{folder}/")
+    no_weights = f"{where}: no {wanted} in it; give the folder that save_pretrained wrote"
     return [], [_only_gguf(folder, where) or no_weights]
 
 
 def index_without_metadata(folder: Path) -> list[str]:
     """The problem of an index that transformers itself cannot read, though it names all files."""
-    index = _index(folder, _named_weights(folder))
+    _, index = _places(folder)
     if index is None or not index.is_file() or weight_files(folder)[0] == [folder / "model.safetensors"]:
         return []
     if isinstance(json.loads(index.read_text(encoding="utf-8")).get("metadata"), dict):
@@ -176,33 +177,20 @@ def index_without_metadata(folder: Path) -> list[str]:
     return [f'{index}: has no "metadata", without which transformers reads no index; add "metadata": {{}}']
 
 
-def _named_weights(folder: Path) -> str | None:
-    """The file or index of weights that config.json names, if it names one."""
+def _places(folder: Path) -> tuple[Path | None, Path | None]:
+    """Where a single file of weights and where an index of several would lie; one alone where config.json names it."""
     named = (atomic.read_json(folder / "config.json") or {}).get("transformers_weights")
-    return named if isinstance(named, str) else None
-
-
-def _index(folder: Path, named: str | None) -> Path | None:
-    """Where the index would lie; None: the config names a single file."""
-    if named and not named.endswith(".index.json"):
-        return None
-    return folder / (named or INDEX)
+    if not named or not isinstance(named, str):
+        return folder / "model.safetensors", folder / INDEX
+    return (None, folder / named) if named.endswith(".index.json") else (folder / named, None)
 
 
 def _names_in(index: Path) -> tuple[list[str], str | None]:
-    """The files that an index names, or that it is none."""
     try:
         named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return sorted({Path(name).as_posix() for name in named}), None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         return [], f"{index}: cannot be read as an index ({error!r}); copy the model folder again"
-
-
-def _held_twice(tensors: dict[str, Any], header: dict[str, Any], file: Path, where: str) -> list[str]:
-    both = sorted(tensors.keys() & header.keys())
-    if not both:
-        return []
-    return [f"{where}: {both[0]} is held by {file.name} and by another file too; keep the one that is meant"]
 
 
 def _only_gguf(folder: Path, where: str) -> str | None:

@@ -17,10 +17,10 @@ from transformers.utils import logging as transformers_logging
 
 from besa_exp.blocks.block import Block, capture_blocks
 from besa_exp.checkpoints.config import code_of
+from besa_exp.checkpoints.conversion import converted_folder
 from besa_exp.checkpoints.fetch import fetched_config, fetched_model
 from besa_exp.checkpoints.gguf_file import inspect_gguf, is_gguf
 from besa_exp.checkpoints.inspect import CONTEXT_KEYS, index_without_metadata, inspect_model_folder, weight_files
-from besa_exp.checkpoints.pickles import converted_folder
 from besa_exp.checkpoints.streaming import StreamedWeights, open_streamed
 from besa_exp.checkpoints.tensor_sources import without_ignored
 from besa_exp.checkpoints.transformers_config import dtype_of, read_config
@@ -73,13 +73,10 @@ def load_model(settings: ModelSettings, device: torch.device, offline: bool, who
     make up its weights, or it cannot be streamed although that was asked for."""
     transformers_logging.disable_progress_bar()
     folder = _checked_folder(settings, offline)
-    try:
+    with _loading(settings):
         config, notes = read_config(folder, settings.trust_remote_code)
-    except Exception as error:
-        raise _cannot_load(settings, error) from error
-    model, weights = _streamed(settings, folder, device, whole_for) or (None, None)
-    if model is None:
-        model = _whole(settings, folder, config, device)
+    streamed = _streamed(settings, folder, device, whole_for)
+    model, weights = streamed or (_whole(settings, folder, config, device), None)
     notes += _ties_undone(model)
     for note in notes:
         logger.warning("%s: %s", settings.path, note)
@@ -113,18 +110,27 @@ def _whole(settings: ModelSettings, folder: Path, config: PreTrainedConfig, devi
     """Each tensor goes from its file to the device by itself: the host never holds the model beside it."""
     asked = {"use_safetensors": True, "trust_remote_code": settings.trust_remote_code, "device_map": {"": device}}
     asked |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are refused by name
-    try:
-        with _without_report():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=dtype_of(config, settings.dtype, folder), **asked
-            )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise _cannot_load(settings, error) from error
+    with _loading(settings), _without_report():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype_of(config, settings.dtype, folder), **asked
+        )
     model, loading = loaded
     _check_all_loaded(settings, model, loading)
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _loading(settings: ModelSettings) -> Iterator[None]:
+    """Whatever transformers raises, but for too little memory, becomes one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ConfigurationError(
+            f"model.path={settings.path}: cannot be loaded ({first_line(error)}); it must be a folder or hub id of a "
+            "decoder-only model that transformers knows, saved as safetensors"
+        ) from error
 
 
 @contextmanager
@@ -156,7 +162,7 @@ def _checked_folder(settings: ModelSettings, offline: bool) -> Path:
     """The folder of safetensors, converted from pickled weights or a GGUF file where that is asked for."""
     if (unpacked := unpacked_gguf(settings)) is not None:
         return unpacked
-    folder = _folder(settings, offline)
+    folder = _folder(settings, offline, fetched_model)
     facts, problems = inspect_model_folder(folder, "model.path", settings.convert, settings.trust_remote_code)
     problems = problems or index_without_metadata(folder)
     if facts is None or problems:
@@ -227,21 +233,17 @@ def load_tokenizer(settings: ModelSettings, folder: Path) -> PreTrainedTokenizer
         return None
 
 
-def _folder(settings: ModelSettings, offline: bool) -> Path:
-    """The folder of the model's files; those of a hub id are fetched into the local cache."""
-    path = Path(model_path(settings))
-    return path if path.is_dir() else _of_hub(fetched_model, settings, offline)
-
-
 def config_folder(settings: ModelSettings, offline: bool) -> Path:
     """A folder that holds the model's config; of a hub id no weight is fetched, and a GGUF file is unpacked."""
-    path = unpacked_gguf(settings) or Path(model_path(settings))
-    return path if path.is_dir() else _of_hub(fetched_config, settings, offline)
+    return unpacked_gguf(settings) or _folder(settings, offline, fetched_config)
 
 
-def _of_hub(fetch: Callable[[ModelSettings, bool], Path], settings: ModelSettings, offline: bool) -> Path:
-    """What `fetch` fetches. ConfigurationError: the hub has no such model, or its files cannot be fetched."""
-    where = f"model.path={settings.path}"
+def _folder(settings: ModelSettings, offline: bool, fetch: Callable[[ModelSettings, bool], Path]) -> Path:
+    """The folder of the model's files; of a hub id, what `fetch` fetches into the local cache. ConfigurationError: the
+    hub has no such model, or its files cannot be fetched."""
+    path, where = Path(model_path(settings)), f"model.path={settings.path}"
+    if path.is_dir():
+        return path
     if not is_hub_id(settings.path):
         raise ConfigurationError(f"{where}: there is no such folder, and it is no hub id (owner/name); check the path")
     try:
@@ -259,28 +261,18 @@ def _of_hub(fetch: Callable[[ModelSettings, bool], Path], settings: ModelSetting
         ) from error
 
 
-def _cannot_load(settings: ModelSettings, error: Exception) -> ConfigurationError:
-    reason = first_line(error)
-    return ConfigurationError(
-        f"model.path={settings.path}: cannot be loaded ({reason}); it must be a folder or hub id of a decoder-only "
-        "model that transformers knows, saved as safetensors"
-    )
-
-
 def weight_bytes(folder: Path) -> int:
     """The size of the safetensors files that make up the model."""
     return sum(file.stat().st_size for file in weight_files(folder)[0])
 
 
-def is_large(size: int, device: torch.device) -> bool:
-    """Whether files of `size` bytes are more than the free memory easily holds beside what pruning needs."""
+def is_to_stream(settings: ModelSettings, size: int, device: torch.device) -> bool:
+    """Whether files of `size` bytes are streamed, if they can be: by themselves where they are more than the free
+    memory easily holds beside what pruning needs."""
+    if settings.load != "auto":
+        return settings.load == "streamed"
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     return size > SHARE_OF_FREE * min(free, free_memory())
-
-
-def is_to_stream(settings: ModelSettings, size: int, device: torch.device) -> bool:
-    """Whether files of `size` bytes are streamed, if they can be."""
-    return settings.load == "streamed" or (settings.load == "auto" and is_large(size, device))
 
 
 def model_path(settings: ModelSettings) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from besa_exp.checkpoints.config import text_part
 from besa_exp.checkpoints.structure import Dimensions, Structure
 from besa_exp.errors import ConfigurationError
 
@@ -46,6 +47,9 @@ BY_PLACE = {
     "per_layer_config": {},
 }
 SAVED_AS = ("padded", "custom_code")  # blocks of uneven widths: with zeros up to the widest, or with a modelling file
+MODELLING_FILE = "modeling_uneven.py"
+BY_BLOCK = ("groups_by_block", "channels_by_block")
+CUSTOM = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ FAMILIES = {
 
 def dimensions_of(config: Mapping[str, Any]) -> Dimensions:
     """Of the dense model. ConfigurationError: it does not say its number of blocks."""
-    text = _text(config)
+    text = text_part(config)
     hidden, heads = _first(text, HIDDEN) or 0, _first(text, HEADS) or 0
     family = FAMILIES.get(str(text.get("model_type")), Family(None, "unknown", "unknown"))
     channels = text.get(family.channels or "")
@@ -92,7 +96,7 @@ def dimensions_of(config: Mapping[str, Any]) -> Dimensions:
 
 def width_problems(config: Mapping[str, Any], groups: bool, channels: bool) -> list[str]:
     """Why groups of heads, or channels, cannot go, in complete sentences. Known before any weight is read."""
-    text = _text(config)
+    text = text_part(config)
     family = FAMILIES.get(str(text.get("model_type")))
     if not groups and not channels:
         return []
@@ -101,14 +105,12 @@ def width_problems(config: Mapping[str, Any], groups: bool, channels: bool) -> l
             f"structure: which rows of {_kind(text)} belong to a head or a channel is not known here; remove blocks "
             f"(structure=shortgpt or sleb) or give one of {', '.join(FAMILIES)}"
         ]
-    found = []
-    if groups and (text.get("use_qk_norm") or text.get("qk_layernorm")) and not family.no_heads:
-        found.append(f"structure: heads of {_kind(text)} cannot be removed: {_OVER_ALL}; keep all groups")
-    if groups and family.no_heads:
-        found.append(f"structure: heads of {_kind(text)} cannot be removed: {family.no_heads}; keep all groups")
+    normed = text.get("use_qk_norm") or text.get("qk_layernorm")
+    no_heads = family.no_heads or (_OVER_ALL if normed else None)
+    found = [f"heads of {_kind(text)} cannot be removed: {no_heads}; keep all groups"] if groups and no_heads else []
     if channels and family.no_channels:
-        found.append(f"structure: channels of {_kind(text)} cannot be removed: {family.no_channels}; keep all channels")
-    return found
+        found.append(f"channels of {_kind(text)} cannot be removed: {family.no_channels}; keep all channels")
+    return [f"structure: {problem}" for problem in found]
 
 
 def uneven_problems(config: Mapping[str, Any]) -> list[str]:
@@ -123,7 +125,7 @@ def uneven_problems(config: Mapping[str, Any]) -> list[str]:
 
 def block_problems(config: Mapping[str, Any]) -> list[str]:
     """Why blocks of this model cannot go, in complete sentences. Known before any weight is read."""
-    text = _text(config)
+    text = text_part(config)
     found = []
     if text.get("is_encoder_decoder"):
         found.append(f"structure: {_kind(text)} is an encoder-decoder; give a decoder-only model")
@@ -154,7 +156,7 @@ def narrowed_config(config: Mapping[str, Any], structure: Structure, uneven: boo
     modelling file that goes with it.
 
     ValueError: the structure is none of this model's, or this config cannot say it."""
-    text = dict(_text(config))
+    text = dict(text_part(config))
     dimensions = dimensions_of(text)
     problems = structure.problems(dimensions)
     if len(structure.blocks) < dimensions.blocks:
@@ -168,20 +170,15 @@ def narrowed_config(config: Mapping[str, Any], structure: Structure, uneven: boo
         raise ValueError(problems[0])
     text |= _fewer_blocks(text, structure) if len(structure.blocks) < dimensions.blocks else {}
     text |= _fewer_heads(text, structure, dimensions) if structure.groups else {}
-    text |= {_channels_key(text): widest(structure.channels)} if structure.channels else {}
+    if structure.channels:
+        text[str(FAMILIES[str(text["model_type"])].channels)] = widest(structure.channels)
     if uneven:
         text |= _by_block(text, structure, dimensions)
-    return dict(config) | {"text_config": text} if text_is_part(config) else text
+    return text if text_part(config) is config else dict(config) | {"text_config": text}
 
 
 def widest(units: tuple[tuple[int, ...], ...]) -> int:
-    """How many units the widest block keeps."""
     return max(map(len, units))
-
-
-def text_is_part(config: Mapping[str, Any]) -> bool:
-    """Whether the decoder's config is a part of the model's."""
-    return isinstance(config.get("text_config"), Mapping)
 
 
 def _fewer_blocks(text: Mapping[str, Any], structure: Structure) -> dict[str, Any]:
@@ -247,21 +244,6 @@ def _by_block(text: Mapping[str, Any], structure: Structure, dimensions: Dimensi
         "architectures": [architecture],
         "auto_map": {"AutoModelForCausalLM": f"{MODELLING_FILE.removesuffix('.py')}.{architecture}"},
     }
-
-
-MODELLING_FILE = "modeling_uneven.py"
-BY_BLOCK = ("groups_by_block", "channels_by_block")
-CUSTOM = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-
-
-def _channels_key(text: Mapping[str, Any]) -> str:
-    family = FAMILIES[str(text["model_type"])]
-    assert family.channels, "width_problems has refused it"
-    return family.channels
-
-
-def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return config["text_config"] if text_is_part(config) else config
 
 
 def _first(text: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:

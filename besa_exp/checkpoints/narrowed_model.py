@@ -102,14 +102,12 @@ def narrow_folder(
     path = narrowing.path
     wanted = target.state_dict()
     outside = {name: tensor for name, tensor in wanted.items() if name in weights.sources and not _in(name, path)}
-    named: list[dict[str, Tensor]] = [outside]
-    named += [
-        {name: tensor for name, tensor in wanted.items() if _in(name, f"{path}.{place}")}
+    blocks = [
+        as_saved(model, {name: tensor for name, tensor in wanted.items() if _in(name, f"{path}.{place}")})
         for place in range(len(structure.blocks))
     ]
-    saved = [[*as_saved(model, tensors)] for tensors in named]
     with atomic.replaced_folder(out) as partial:
-        layout = streamed_layout(saved[0], saved[1:])
+        layout = streamed_layout(as_saved(model, outside), blocks)
         write_shards(partial, layout, _parts(model, weights, narrowing, {*outside}))
         write_index(partial, layout, target.num_parameters())
         save_beside_weights(target, tokenizer, partial, "", folder)
@@ -174,23 +172,22 @@ def _check_kinds(model: PreTrainedModel, target: PreTrainedModel, structure: Str
     for place, block in enumerate(structure.blocks):
         was, becomes = (dict(modules.named_modules()) for modules in (old[block], new[place]))
         for path in was.keys() | becomes.keys():
-            if path not in was or path not in becomes or (change := _changed(was[path], becomes[path], sized)):
-                changed = change if path in was and path in becomes else "is there in one of them alone"
+            if changed := _changed(was.get(path), becomes.get(path), sized):
                 raise ValueError(
                     f"structure: block {block} would become another kind of block in place {place}: "
                     f"{path or 'it'} {changed}; keep all blocks before it, or state layer_types in its config.json"
                 )
 
 
-def _changed(was: nn.Module, becomes: nn.Module, sized: bool) -> str | None:
+def _changed(was: nn.Module | None, becomes: nn.Module | None, sized: bool) -> str | None:
     """What of a module's settings differs. Numbers follow widths."""
-    configs = [
+    if was is None or becomes is None:
+        return "is there in one of them alone"
+    old, new = (
         {key: value for key, value in vars(one).items() if _is_setting(key, value, sized)} for one in (was, becomes)
-    ]
-    different = [key for key in configs[0].keys() | configs[1].keys() if configs[0].get(key) != configs[1].get(key)]
-    if different:
-        return f"has {different[0]}={configs[1].get(different[0])}, which was {configs[0].get(different[0])}"
-    return None
+    )
+    different = (key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return next((f"has {key}={new.get(key)}, which was {old.get(key)}" for key in different), None)
 
 
 def _is_setting(key: str, value: Any, sized: bool) -> bool:

@@ -58,16 +58,10 @@ class Narrowing:
 
     def new_name(self, name: str) -> str | None:
         """What a tensor is called in the narrowed model; None: it is gone with its block."""
-        block = self.block_of(name)
-        if block is None:
+        if (found := block_and_name(name, self.path)) is None:
             return name
-        place = self.structure.by_block.get(block)
-        return None if place is None else f"{self.path}.{place}.{self.inner_name(name)}"
-
-    def block_of(self, name: str) -> int | None:
-        """The original number of the block that holds a tensor; None: none does."""
-        number = name.removeprefix(f"{self.path}.").split(".", 1)[0] if name.startswith(f"{self.path}.") else ""
-        return int(number) if number.isdecimal() else None
+        place = self.structure.by_block.get(found[0])
+        return None if place is None else f"{self.path}.{place}.{found[1]}"
 
     def narrowed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of the dense model by name, some or all, as they are in the narrowed one: by new name, those that
@@ -75,18 +69,20 @@ class Narrowing:
         made = {}
         for name, tensor in tensors.items():
             if (new := self.new_name(name)) is not None:
-                made[new] = self._cut(name, tensor)
+                cut = self.cut(name)
+                made[new] = tensor.index_select(cut[0], cut[1].to(tensor.device)) if cut else tensor
         return made
 
-    def sources(self, role: Role, name: str) -> Int[Tensor, " row"]:
-        """Along the role's axis, the row of the dense tensor that each row of the narrowed one is."""
-        block = self.block_of(name)
-        assert block is not None
+    def cut(self, name: str) -> tuple[int, Int[Tensor, " row"]] | None:
+        """The axis along which a tensor is cut, and the rows of the dense one that stay; None: it keeps its shape."""
         dimensions, structure = self.dimensions, self.structure
+        block, inner = block_and_name(name, self.path) or (0, "")
+        role = role_of(inner)
+        if role is None or (structure.channels if "channels" in role.parts else structure.groups) is None:
+            return None
         groups = structure.kept_groups(block, dimensions)
         channels = structure.kept_channels(block, dimensions)
-        each = dimensions.heads_of_group if dimensions.groups else 0
-        heads = _units(groups, each)
+        heads = _units(groups, dimensions.heads_of_group if dimensions.groups else 0)
         rows: list[Tensor] = []
         start = 0
         for part in role.parts:
@@ -98,25 +94,13 @@ class Narrowing:
             }[part]
             rows.append(found + start)
             start += size
-        return torch.cat(rows)
+        return role.axis, torch.cat(rows)
 
-    def _cut(self, name: str, tensor: Tensor) -> Tensor:
-        if (role := self._role(name)) is None:
-            return tensor
-        return tensor.index_select(role.axis, self.sources(role, name).to(tensor.device))
 
-    def _role(self, name: str) -> Role | None:
-        """None: the tensor keeps its shape."""
-        if self.block_of(name) is None:
-            return None
-        role = role_of(self.inner_name(name))
-        if role is None or (self.structure.channels if "channels" in role.parts else self.structure.groups) is None:
-            return None
-        return role
-
-    def inner_name(self, name: str) -> str:
-        """Of a tensor of a block, its name inside it."""
-        return name.removeprefix(f"{self.path}.").split(".", 1)[1]
+def block_and_name(name: str, path: str) -> tuple[int, str] | None:
+    """Of a tensor in `path`.N the number N and its name in there; None: it is in no block."""
+    found = re.fullmatch(rf"{re.escape(path)}\.(\d+)\.(.+)", name)
+    return (int(found[1]), found[2]) if found else None
 
 
 def role_of(inner: str) -> Role | None:
@@ -126,16 +110,14 @@ def role_of(inner: str) -> Role | None:
 
 def costs_of(shapes: Mapping[str, Sequence[int]], dimensions: Dimensions, path: str) -> Costs:
     """What each part of a model costs in parameters. `shapes`: of its tensors by name, tied ones once."""
-    unchanged = Narrowing(Structure(tuple(range(dimensions.blocks))), dimensions, path)
     outside, blocks, groups, channels = 0, [0] * dimensions.blocks, [0] * dimensions.blocks, [0] * dimensions.blocks
     for name, shape in shapes.items():
         size = torch.Size(shape).numel()
-        block = unchanged.block_of(name)
-        if block is None:
+        if (found := block_and_name(name, path)) is None:
             outside += size
             continue
+        block, role = found[0], role_of(found[1])
         blocks[block] += size
-        role = role_of(unchanged.inner_name(name))
         if role is None:
             continue
         of_channels = "channels" in role.parts

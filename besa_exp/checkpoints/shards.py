@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from besa_exp.checkpoints.inspect import read_header
+from besa_exp.checkpoints.inspect import INDEX, read_header
 
 METADATA = {"format": "pt"}
 ITEMSIZES = {"U8": 1, "I32": 4}  # of the tensors of masks files
@@ -95,4 +95,4 @@ def write_index(folder: Path, files: Iterable[str], num_parameters: int) -> None
         "weight_map": {name: file for file, header in headers.items() for name in header},
     }
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    (folder / INDEX).write_text(text, encoding="utf-8")

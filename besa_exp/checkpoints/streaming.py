@@ -57,7 +57,6 @@ class StreamedWeights:
         return read_tensors([self.sources[name] for name in self.sources if not name.startswith(prefix)], self.dtype)
 
     def load(self, name: str, module: nn.Module) -> None:
-        """Put the weights into a block."""
         self._put(name, module, self.read(f"{name}."))
 
     def _put(self, name: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

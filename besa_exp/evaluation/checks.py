@@ -31,18 +31,13 @@ def check_evaluator(settings: EvaluatorSettings, context: int | None) -> list[st
     """What is wrong with these settings, in complete sentences. `context` None: the model's is not known yet."""
     prompts = settings.prompts or ()
     problems = [] if all(prompts) else ["evaluator.prompts: one is empty; write at least a character"]
-    problems += [*_repeated(prompts, "evaluator.prompts"), *_number_problems(settings, context)]
-    return [*problems, *_set_problems(settings, context), *_task_problems(settings)]
-
-
-def _number_problems(settings: EvaluatorSettings, context: int | None) -> list[str]:
-    problems = broken_rules(settings, "evaluator")
+    problems += [*_repeated(prompts, "evaluator.prompts"), *broken_rules(settings, "evaluator")]
     if context is not None and settings.seq_len is not None and settings.seq_len > context:
         problems.append(
             f"evaluator.seq_len={settings.seq_len}: a window exceeds the model's context of {context}; set "
             f"evaluator.seq_len={context} or less"
         )
-    return problems
+    return [*problems, *_set_problems(settings, context), *_task_problems(settings)]
 
 
 def _set_problems(settings: EvaluatorSettings, context: int | None) -> list[str]:

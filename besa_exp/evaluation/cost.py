@@ -9,6 +9,11 @@ weights with C values. Zeros count: dense products compute them. Of a mixture's 
 
 Prefill is one pass over a prompt with a cache being filled, decoding one token after the other with it; both greedy,
 for 1 and 8 sequences at a time. Times are medians of few repeats and say something of this machine alone.
+
+The speed of 2:4 weights is that of the dense product against the semi-structured one, for each kind of linear:
+`torch.sparse.to_sparse_semi_structured` packs a weight in which two of every four consecutive inputs are zero; devices
+from compute capability 8.0 on multiply it in hardware, in half precision. Timed is `linear(hidden, weight)` for
+`TOKENS` tokens at once, each way, on the device where the model lies. Everywhere else this is n/a, with the reason.
 """
 
 from __future__ import annotations
@@ -22,9 +27,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from besa_exp.blocks.block import Block, capture_blocks
+from besa_exp.blocks.sparsity_table import linear_type
 from besa_exp.errors import Unavailable
 from besa_exp.machine.device import seconds_of
 
@@ -36,6 +42,8 @@ PROMPT, DECODED = 128, 16  # tokens; of a model with a shorter context what has 
 REPEATS, ENOUGH = 3, 10.0  # repeats of a measurement after one to warm up; seconds after which no further one begins
 PAIRS = 15  # of those that take turns
 FUSED = ("qkv_proj", "query_key_value", "c_attn")  # linears that give queries, keys and values
+TOKENS, PRODUCTS, WARM_UP = 2048, 20, 5  # of a 2:4 product: tokens, those that are timed, those before
+CAPABILITY, HALVES = (8, 0), (torch.float16, torch.bfloat16)
 
 
 def counts_of(model: Any, context: int) -> dict[str, Any]:
@@ -54,10 +62,12 @@ def speeds_of(loaded: LoadedModel, context: int) -> dict[str, Any]:
     model: Any = loaded.model
     prompt = min(PROMPT, context // 2)
     decoded = min(DECODED, context - prompt)
-    device = model.get_input_embeddings().weight.device
+    embedding = model.get_input_embeddings()
+    device = embedding.weight.device
     prefill, decode = {}, {}
     for batch in BATCHES:
-        ids = _ids(model, batch, prompt)
+        any_text = torch.arange(batch * prompt, device=device) % embedding.num_embeddings  # all take equal time
+        ids = any_text.view(batch, prompt)
         taken = [_timed(model, ids, decoded) for _ in _repeats()][1:]
         first, second = (statistics.median(times) for times in zip(*taken, strict=True))
         prefill[str(batch)], decode[str(batch)] = batch * prompt / first, batch * decoded / second
@@ -139,13 +149,6 @@ def _cached_channels(block: Block, config: Any) -> int:
     return sum(count for name, count in rows.items() if name.endswith(("k_proj", "v_proj")))
 
 
-def _ids(model: nn.Module, batch: int, tokens: int) -> Tensor:
-    """Of any text: products take equal time for all."""
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    vocabulary, device = embedding.num_embeddings, embedding.weight.device
-    return (torch.arange(batch * tokens, device=device) % vocabulary).view(batch, tokens)
-
-
 def _timed(model: Any, ids: Int[Tensor, "sample seq"], decoded: int) -> tuple[float, float]:
     """Seconds of prefill and of decoding, all sequences together."""
     held: list[Any] = []
@@ -168,3 +171,58 @@ def _repeats(most: int = REPEATS) -> Iterator[int]:
     for number in range(1 + most):
         if number < 2 or time.perf_counter() - begun < ENOUGH:
             yield number
+
+
+def check_device(device: torch.device, dtype: torch.dtype) -> None:
+    """Unavailable: this device has no semi-structured products, or not for this dtype."""
+    if device.type != "cuda":
+        raise Unavailable(f"the device is {device.type}; 2:4 products need a CUDA device of compute capability 8.0")
+    if (found := torch.cuda.get_device_capability(device)) < CAPABILITY:
+        raise Unavailable(f"compute capability {found[0]}.{found[1]}; 2:4 products need 8.0")
+    if dtype not in HALVES:
+        raise Unavailable(f"the weights are {str(dtype).removeprefix('torch.')}; set model.dtype=bfloat16 or float16")
+
+
+def is_two_of_four(weight: Tensor) -> bool:
+    """Whether at most two of every four consecutive inputs of a row [out in] are not zero."""
+    return weight.shape[1] % 4 == 0 and bool((weight.reshape(-1, 4) != 0).sum(dim=1).le(2).all())
+
+
+@torch.no_grad()
+def measure_model(loaded: LoadedModel) -> dict[str, Any]:
+    """`linears`: by linear type, of the first one, `dense_seconds` and `sparse_seconds` (medians over PRODUCTS) and
+    `speed_up`, their quotient; `device` and `tokens` say where and of what. Unavailable: it cannot be measured here."""
+    device = next(loaded.model.get_input_embeddings().parameters()).device
+    check_device(device, loaded.model.dtype)
+    linears: dict[str, dict[str, float]] = {}
+    for block in loaded.resident(loaded.blocks()[:1]):
+        for name, linear in block.linears.items():
+            weight = linear.weight
+            if not is_two_of_four(weight):
+                raise Unavailable(f"{block.name}.{name} is not 2:4; prune with pattern=2:4, without pruner.permute")
+            if linear_type(name) not in linears:
+                linears[linear_type(name)] = _measured(weight.contiguous(), f"{block.name}.{name}")
+    return {"device": torch.cuda.get_device_name(device), "tokens": TOKENS, "linears": linears}
+
+
+def _measured(weight: Tensor, name: str) -> dict[str, float]:
+    hidden = torch.randn(TOKENS, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    try:
+        packed = torch.sparse.to_sparse_semi_structured(weight)
+        dense, sparse = _seconds(hidden, weight), _seconds(hidden, packed)
+    except RuntimeError as error:  # shapes that the hardware does not take
+        raise Unavailable(f"{name} {list(weight.shape)}: {str(error).splitlines()[0]}") from error
+    return {"dense_seconds": dense, "sparse_seconds": sparse, "speed_up": dense / sparse}
+
+
+def _seconds(hidden: Tensor, weight: Tensor) -> float:
+    """The median time of one product."""
+    times = []
+    for _ in range(WARM_UP + PRODUCTS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        torch.nn.functional.linear(hidden, weight)
+        end.record()
+        torch.cuda.synchronize(hidden.device)
+        times.append(start.elapsed_time(end) / 1000)
+    return statistics.median(times[WARM_UP:])

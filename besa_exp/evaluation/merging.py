@@ -47,32 +47,34 @@ def remaining(
     under = skipping.asked if skipping else {}
     if overwrite:
         return Remaining(settings, (), ())
-    known, conflicts, sets, tasks = [], [], [], []
-    scores = Scores.from_dict(results)
-    for name in settings.perplexity_sets:
-        found = scores.named("perplexity", name)
-        if not found:
-            sets.append(name)
-        elif differs := [
-            *_set_difference(name, settings, context, found[0].conditions),
-            *_skipping_difference(under, found[0].conditions),
-        ]:
-            conflicts.append(_conflict(f"perplexity on {name}", differs))
+    known, conflicts, scores = [], [], Scores.from_dict(results)
+    unscored: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    names = [("perplexity", name) for name in settings.perplexity_sets]
+    for kind, name in (*names, *(("zero_shot", name) for name in scored_names(settings))):
+        if not (found := scores.named(kind, name)):
+            unscored[kind].append(name)
+            continue
+        record = scores.conditions(found[0])
+        if kind == "perplexity":
+            what, state = f"perplexity on {name}", f": already scored, {found[0].value:.4f}"
+            differs = _set_difference(name, settings, context, record)
         else:
-            known.append(f"perplexity on {name}: already scored, {found[0].value:.4f}")
-    for name in scored_names(settings):
-        found = scores.named("zero_shot", name)
-        record = scores.conditions(found[0]) if found else {}
-        if not found:
-            tasks.append(name)
-        elif differs := [*_task_difference(name, settings, seed, record), *_skipping_difference(under, record)]:
-            conflicts.append(_conflict(f"zero-shot {name}", differs))
+            what, state = f"zero-shot {name}", f" is known{_older(record)}"
+            differs = _task_difference(name, settings, seed, record)
+        if (then := asked_of(record.get("skipping"))) != under:  # a score under a policy is another one than without
+            differs.append(f"skipping {then or 'nothing'} then, {under or 'nothing'} now")
+        if differs:
+            conflicts.append(
+                f"{what} was scored under other conditions ({'; '.join(differs)}): overwrite=true replaces the score, "
+                "hydra.run.dir= keeps both"
+            )
         else:
-            known.append(f"zero-shot {name} is known{_older(record)}")
+            known.append(what + state)
     simulate = settings.simulated_speed and not results.get("simulated_speed")
     if settings.simulated_speed and not simulate:
         known.append("simulated speed is known")
-    left = replace(settings, perplexity_sets=tuple(sets), tasks=tuple(tasks), simulated_speed=simulate)
+    sets, tasks = map(tuple, unscored.values())
+    left = replace(settings, perplexity_sets=sets, tasks=tasks, simulated_speed=simulate)
     if settings.prompts and not set(settings.prompts) - scores.texts.keys():
         known.append("text samples are known")
     missing = tuple(prompt for prompt in prompts_of(left) if prompt not in scores.texts)
@@ -87,7 +89,14 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
     common = before.common or scores.common
     own = {key: value for key, value in scores.common.items() if common.get(key) != value}
     union = {(score.kind, score.name, score.metric): score for score in before.scores}
-    unavailable, replaced = dict(before.unavailable), []
+    measured = {
+        "cost": "decode_tokens_per_second" in scores.cost,
+        "text samples": scores.texts,
+        "simulated speed": scores.simulated_speed,
+        "speed": scores.speed and "unavailable" not in scores.speed,
+    }
+    unavailable = {name: reason for name, reason in before.unavailable.items() if not measured.get(name)}
+    replaced = []
     for kind, name in dict.fromkeys((score.kind, score.name) for score in scores.scores):
         found = scores.named(kind, name)
         if not found:
@@ -100,9 +109,6 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
         union = {key: score for key, score in union.items() if key[:2] != (kind, name)}
         union |= {(score.kind, score.name, score.metric): score for score in found}
         unavailable.pop(name, None)
-    for name, there in (("cost", "decode_tokens_per_second" in scores.cost), ("text samples", scores.texts)):
-        if there:
-            unavailable.pop(name, None)
     for name, reason in scores.unavailable.items():
         if any(before.named(kind, name) or scores.named(kind, name) for kind in KINDS):
             notes.append(f"{name} could not be scored again ({reason}); its earlier score is kept")
@@ -113,10 +119,6 @@ def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], 
     parts = {name: getattr(scores, name) or getattr(before, name) for name in PARTS}  # another device, it may be
     parts["cost"] = {**before.cost, **scores.cost}
     parts["texts"] = {**before.texts, **scores.texts}
-    if scores.simulated_speed:
-        unavailable.pop("simulated speed", None)
-    if scores.speed and "unavailable" not in scores.speed:
-        unavailable.pop("speed", None)
     joined = Scores(tuple(union.values()), unavailable, common, **parts)
     provenance = {**(results.get("provenance") or {}), **joined.provenance}
     if replaced:
@@ -131,17 +133,12 @@ def _replaced(before: Scores, old: Sequence[Score], now: Scores) -> tuple[list[s
     kind, name = old[0].kind, old[0].name
     was, is_now = before.conditions(old[0]), now.conditions(now.scores[0])
     differing = sorted(key for key in was.keys() | is_now.keys() if was.get(key) != is_now.get(key))
-    first, second = _value(before, kind, name), _value(now, kind, name)
+    first, second = (getattr(scores, kind)[name] for scores in (before, now))  # as results.json has it
     if first == second and not differing:
         return [], []
     how = "; ".join(f"{key} {was.get(key)} before, {is_now.get(key)} now" for key in differing)
     line = f"{kind} {name}: {first} is replaced by {second} ({how or 'measured alike'}); provenance.replaced keeps it"
     return [line], [{"kind": kind, "name": name, "value": first, "record": was}]
-
-
-def _value(scores: Scores, kind: str, name: str) -> Any:
-    """As results.json has it."""
-    return (scores.perplexity if kind == "perplexity" else scores.zero_shot)[name]
 
 
 def _set_difference(
@@ -161,12 +158,6 @@ def _set_difference(
     if then != most and (then is not None or record.get("num_windows", 0) > (most or 0)):
         differs.append(f"{then or 'all'} windows then, {most or 'all'} now")
     return differs
-
-
-def _skipping_difference(under: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
-    """A score under a policy is another one than without."""
-    then = asked_of(record.get("skipping"))
-    return [] if then == under else [f"skipping {then or 'nothing'} then, {under or 'nothing'} now"]
 
 
 def _has_own_windows(name: str) -> bool:
@@ -191,13 +182,6 @@ def _task_difference(name: str, settings: EvaluatorSettings, seed: int, record: 
         for key, value in asked.items()
         if key in record and record[key] != value
     ]
-
-
-def _conflict(what: str, differs: list[str]) -> str:
-    return (
-        f"{what} was scored under other conditions ({'; '.join(differs)}): overwrite=true replaces the score, "
-        "hydra.run.dir= keeps both"
-    )
 
 
 def _older(record: Mapping[str, Any]) -> str:

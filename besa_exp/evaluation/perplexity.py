@@ -4,22 +4,26 @@ The tokens are cut into consecutive windows; the last, partial one is dropped. E
 the tokens before it, and its first token is not predicted:
 
     perplexity = exp( mean over windows, mean over i = 2 .. seq_len, of -log p(token_i | token_1 .. token_{i-1}) )
+
+Logits that are not finite are refused, by whatever they are scored: NaN and infinities have no ranking, though argmax
+names one, the first choice, so that a broken model would have the accuracy of whoever always says A.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from besa_exp.errors import as_unavailable
+from besa_exp.errors import Unavailable, as_unavailable
 from besa_exp.evaluation.batches import BatchSize, halved_until_it_fits, rows_at_once, tokens_at_once
-from besa_exp.evaluation.finite import check_finite
 from besa_exp.machine import distributed
 
 # Logits that are held in fp32 at a time. On a CPU they stay in its cache: with a vocabulary of 32,000
@@ -122,3 +126,27 @@ def _exp(mean_loss: float) -> float:
         return math.exp(mean_loss)
     except OverflowError:
         return math.inf
+
+
+def check_finite(logits: Tensor) -> None:
+    """Unavailable: a logit is NaN or infinite. One pass over them, without a copy."""
+    if logits.numel() == 0:
+        return
+    lowest, highest = (float(value) for value in torch.aminmax(logits.detach()))
+    if not (-math.inf < lowest <= highest < math.inf):
+        raise Unavailable(
+            f"the model's logits are not finite (from {lowest} to {highest}), so nothing of it can be scored: its "
+            "weights or its states are broken; where the weights are float16, model.dtype=float32 may help"
+        )
+
+
+@contextmanager
+def finite_logits(model: nn.Module) -> Iterator[None]:
+    """Checks the logits of each of the model's forward passes, whoever calls it, as long as this lasts."""
+
+    def check(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+        masked = options.get("attention_mask") is not None  # generating: others than the last may be padding
+        check_finite(output.logits[:, -1] if masked else output.logits)
+
+    with model.register_forward_hook(check, with_kwargs=True):
+        yield

@@ -97,15 +97,18 @@ def decide(loaded: LoadedModel, wanted: Skipping) -> Decided:
     settings, model = wanted.settings, loaded.model
     device = next(model.parameters()).device
     sample = torch.zeros(1, 2, dtype=torch.long, device=device) if wanted.tokens is None else wanted.tokens
-    calibrated = _Calibrated.of(model, sample[: settings.num_samples].to(device), settings)
-    count = len(calibrated.blocks)
+    sample = sample[: settings.num_samples].to(device)
+    all_blocks = capture_blocks(model, sample)
+    with torch.no_grad():
+        calibrated = _Calibrated(settings, all_blocks, embed(model, all_blocks, sample, BATCH))
+    count = len(all_blocks)
     if beyond := [block for block in settings.blocks if not 0 <= block < count]:
         raise Unavailable(f"skipping.blocks names block {beyond[0]}; the model has {count}, counted from 0")
     if settings.name == "shortgpt_gen":
         blocks = settings.blocks or calibrated.least_influential()
         return Decided(settings, "", None, tuple(blocks), {} if settings.blocks else {"blocks": list(blocks)})
     try:
-        middle = middle_of(calibrated.blocks[0], calibrated.inputs)
+        middle = middle_of(all_blocks[0], calibrated.inputs)
     except RunError as error:
         raise Unavailable(str(error)) from error
     if settings.name == "random":
@@ -153,13 +156,6 @@ class _Calibrated:
     blocks: list[Block]
     inputs: Float[Tensor, "sample seq hidden"]
 
-    @staticmethod
-    def of(model: nn.Module, tokens: Int[Tensor, "sample seq"], settings: SkippingSettings) -> _Calibrated:
-        """Of a whole model."""
-        blocks = capture_blocks(model, tokens)
-        with torch.no_grad():
-            return _Calibrated(settings, blocks, embed(model, blocks, tokens, BATCH))
-
     def skipped(self, middle: str, threshold: float) -> float:
         """The fraction of the FFNs of decoded tokens that is skipped under a threshold."""
         decoded = self._numbers() >= 0
@@ -170,24 +166,20 @@ class _Calibrated:
         """The blocks whose FFNs turn decoded tokens least, the cold ones aside, in order."""
         decoded = self._numbers() >= 0
         turning = [-float(similarity[decoded].double().mean()) for _, similarity in self._pass(middle, NEVER)]
-        return sorted(least_influential(torch.tensor(turning), self._wanted(), self._cold()))
+        return self._least(torch.tensor(turning))
 
     def least_influential(self) -> list[int]:
         """The blocks of least influence, the cold ones aside, in order."""
-        influence = passage(self.blocks, self.inputs.clone(), BATCH).influence
-        return sorted(least_influential(influence, self._wanted(), self._cold()))
+        return self._least(passage(self.blocks, self.inputs.clone(), BATCH).influence)
+
+    def _least(self, influence: Float[Tensor, " block"]) -> list[int]:
+        settings, count = self.settings, len(self.blocks)
+        assert settings.fraction is not None
+        cold = [*range(settings.cold_first), *range(count - settings.cold_last, count)]
+        return sorted(least_influential(influence, round(settings.fraction * count), cold))
 
     def _pass(self, middle: str, policy: Policy) -> Iterator[tuple[Tensor, Tensor]]:
         return pass_under(self.blocks, len(self.blocks), middle, self.inputs.clone(), policy, self._numbers(), BATCH)
 
     def _numbers(self) -> Int[Tensor, "sample seq"]:
-        prompt = self.settings.prompt_tokens
-        return decoded_numbers(self.inputs.shape[:2], prompt).to(self.inputs.device)
-
-    def _wanted(self) -> int:
-        assert self.settings.fraction is not None
-        return round(self.settings.fraction * len(self.blocks))
-
-    def _cold(self) -> list[int]:
-        count = len(self.blocks)
-        return [*range(self.settings.cold_first), *range(count - self.settings.cold_last, count)]
+        return decoded_numbers(self.inputs.shape[:2], self.settings.prompt_tokens).to(self.inputs.device)

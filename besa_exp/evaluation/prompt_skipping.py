@@ -1,8 +1,8 @@
 """ShortGPT-gen (Men et al., arXiv 2403.03853): chosen blocks are skipped while a prompt is processed; each token that
 is decoded afterwards runs all of them, with keys and values that these blocks made of the states that passed them by.
 
-The authors cache these keys without rotary rotation, which later queries expect; here they are rotated, and theirs is
-an option. Of a whole sequence that is given, one pass computes what prefill and decoding would.
+The authors cache these keys without rotary rotation, which later queries expect; here they are rotated. Of a whole
+sequence that is given, one pass computes what prefill and decoding would.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def passing_prompts(
 
 
 @contextmanager
-def prefill_skipping(model: nn.Module, blocks: Sequence[int], rotated: bool = True) -> Iterator[Course]:
+def prefill_skipping(model: nn.Module, blocks: Sequence[int]) -> Iterator[Course]:
     """`blocks` pass on their states as they are while more than one token is processed, and run for single ones; the
-    course counts as that of `passing_prompts`. `rotated=False` caches their keys as the authors' code does. RunError:
-    another kind of attention, here or, where it shows in its keys alone, at the first prompt."""
+    course counts as that of `passing_prompts`. RunError: another kind of attention, here or, where it shows in its keys
+    alone, at the first prompt."""
     _, modules = discover_blocks(model)
     chosen, course = [modules[block] for block in blocks], Course()
 
@@ -65,25 +65,25 @@ def prefill_skipping(model: nn.Module, blocks: Sequence[int], rotated: bool = Tr
             course.skipped += ids.numel() * len(blocks)
             course.counted += ids.numel() * len(modules)
 
-    forwards = [_passed_by(module, module.forward, rotated) for module in chosen]
+    forwards = [_passed_by(module, module.forward) for module in chosen]
     with model.register_forward_pre_hook(count, with_kwargs=True), replaced_forwards(chosen, forwards):
         yield course
 
 
-def _passed_by(module: Any, forward: Callable[..., Any], rotated: bool) -> Callable[..., Any]:
+def _passed_by(module: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
     attention: Any = getattr(module, "self_attn", None)
     rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     wanted = ("k_proj", "v_proj", "head_dim", "layer_idx")
     if rotate is None or not all(hasattr(attention, name) for name in wanted) or not hasattr(module, "input_layernorm"):
         raise _unknown(module)
-    checked = not rotated
+    checked = False
 
     def made(normed: Hidden, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         shape = (*normed.shape[:2], -1, attention.head_dim)
         key = attention.k_proj(normed).view(shape)
         key = attention.k_norm(key) if hasattr(attention, "k_norm") else key
         key, value = key.transpose(1, 2), attention.v_proj(normed).view(shape).transpose(1, 2)
-        return rotate(key, key, *kwargs["position_embeddings"])[1] if rotated else key, value
+        return rotate(key, key, *kwargs["position_embeddings"])[1], value
 
     def run(hidden: Hidden, *args: Any, **kwargs: Any) -> Any:
         nonlocal checked

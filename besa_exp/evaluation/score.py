@@ -124,13 +124,11 @@ class Scores:
         return {"perplexity": records, "zero_shot": {**self.common, COMMON: tasks} if self.common or tasks else {}}
 
     def of(self, kind: str) -> list[Score]:
-        """Those of one kind."""
         return [score for score in self.scores if score.kind == kind]
 
     def named(self, kind: str, name: str) -> tuple[Score, ...]:
         """Those of a set or task that have a value."""
-        found = (score for score in self.of(kind) if score.name == name)
-        return tuple(score for score in found if score.value is not None)
+        return tuple(score for score in self.of(kind) if score.name == name and score.value is not None)
 
     def conditions(self, score: Score) -> dict[str, Any]:
         """A score's own with what holds for all tasks."""
@@ -165,9 +163,8 @@ class Scores:
 def _under(records: Mapping[str, Any], skipping: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The records, also of what has none else, with what was skipped."""
     plain = {name: {key: record[key] for key in record if key != "skipping"} for name, record in records.items()}
-    return {name: dict(plain.get(name, {})) for name in [*plain, *skipping]} | {
-        name: plain.get(name, {}) | {"skipping": skipped} for name, skipped in skipping.items()
-    }
+    skipped = {name: {"skipping": what} for name, what in skipping.items()}
+    return {name: plain.get(name, {}) | skipped.get(name, {}) for name in [*plain, *skipping]}
 
 
 def set_names(scores: Iterable[Score]) -> dict[str, str]:

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from besa_exp.errors import Unavailable, as_unavailable
 from besa_exp.evaluation.checks import perplexity_window, prompts_of
-from besa_exp.evaluation.cost import counts_of, speeds_of
+from besa_exp.evaluation.cost import counts_of, measure_model, speeds_of
 from besa_exp.evaluation.kept_scores import FinishedScores
 from besa_exp.evaluation.perplexity import OnCount, cut_windows, perplexity, uncounted
 from besa_exp.evaluation.policies import Decided, Skipping, decide
 from besa_exp.evaluation.score import Score, Scores, perplexity_score, task_scores
 from besa_exp.evaluation.simulated_speed import simulate_model
-from besa_exp.evaluation.speed import measure_model
 from besa_exp.evaluation.task_definitions import scored_names
 from besa_exp.machine import distributed
 from besa_exp.settings import EvaluatorSettings
@@ -153,7 +152,6 @@ def _recorded(
 
 
 def _score_sets(asked: _Asked) -> list[Score]:
-    """The perplexities."""
     settings, scores = asked.settings, []
     request: dict[str, Any] = {"seq_len": settings.seq_len, "column": settings.column}
     request |= {"max_windows": settings.max_windows} if settings.max_windows else {}
@@ -264,7 +262,7 @@ def _score_tasks(asked: _Asked) -> tuple[Mapping[str, Any], list[Score]]:
     asked.on_progress("loading lm-eval")
     tasks, scores, scored, common = list(scored_names(settings)), [], None, {}
     with asked.noting(*tasks):
-        scored, common = _harness(asked), _tasks_record(asked)
+        scored, common = _harness(asked)
     if scored is None:
         return {}, []
     from besa_exp.evaluation.zero_shot import score_task
@@ -283,32 +281,26 @@ def _score_tasks(asked: _Asked) -> tuple[Mapping[str, Any], list[Score]]:
     return common, scores
 
 
-def _harness(asked: _Asked) -> Any:
-    """The model as lm-eval scores it. Unavailable: why no task can be scored."""
-    loaded = asked.loaded
+def _harness(asked: _Asked) -> tuple[Any, dict[str, Any]]:
+    """The model as lm-eval scores it, and what all tasks have in common. Unavailable: why no task can be scored."""
+    loaded, batch_size = asked.loaded, asked.settings.batch_size
     if loaded.tokenizer is None:
         raise Unavailable("the model has no tokenizer; a zero-shot task needs one")
     if loaded.tokenizer.bos_token_id is None and loaded.tokenizer.eos_token_id is None:
         raise Unavailable("the tokenizer has neither BOS nor EOS; lm-eval needs one: name it in tokenizer_config.json")
     try:
+        import lm_eval
+
         from besa_exp.evaluation.zero_shot import harness
     except ImportError as error:
         raise Unavailable(f"lm-eval cannot be imported ({error}); pip install 'lm-eval[hf]>=0.4.13'") from error
-    scored: Any = harness(loaded.model, loaded.tokenizer, asked.settings.batch_size, asked.context, loaded.weights)
+    scored: Any = harness(loaded, batch_size, asked.context)
     scored.on_count = asked.on_count
-    return scored
-
-
-def _tasks_record(asked: _Asked) -> dict[str, Any]:
-    """What all tasks have in common."""
-    import lm_eval
-
-    assert asked.loaded.tokenizer is not None
-    return {
+    return scored, {
         "lm_eval": lm_eval.__version__,
-        "batch_size": asked.settings.batch_size,
+        "batch_size": batch_size,
         "limit": asked.settings.limit,
         "seed": asked.seed,
         "max_length": asked.context,
-        "tokenizer_adds_bos": begins_with_bos(asked.loaded.tokenizer),
+        "tokenizer_adds_bos": begins_with_bos(loaded.tokenizer),
     }

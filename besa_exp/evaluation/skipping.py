@@ -127,17 +127,13 @@ def pass_under(
 @dataclass
 class Course:
     """What happened under a policy: FFNs of decoded tokens (ShortGPT-gen: blocks of prompt tokens) that were skipped,
-    of all; and, call by call and block by block, which ran [sample seq], where that is asked for."""
+    of all."""
 
     skipped: int = 0
     counted: int = 0
-    keep: bool = False
-    ran: list[list[Tensor]] = field(default_factory=list)
-    similarity: list[list[Tensor]] = field(default_factory=list)
 
     @property
     def fraction(self) -> float:
-        """How many were skipped of those that are counted."""
         return self.skipped / max(1, self.counted)
 
 
@@ -147,7 +143,6 @@ def skipping(
     policy: Policy,
     middle: str,
     prompt_tokens: int | None = None,
-    keep: bool = False,
     padding: int | None = None,
 ) -> Iterator[Course]:
     """The model computes under a policy for as long as this lasts, called as it is, with a cache or without, by
@@ -155,7 +150,7 @@ def skipping(
     tokens that a call without a filled cache is given, as in generation. Paddings are nobody's tokens: those that the
     attention mask leaves out, and, where there is no mask, ids at the end that are `padding`."""
     _, modules = discover_blocks(model)
-    course, call = Course(keep=keep), Call(prompt_tokens, padding)
+    course, call = Course(), Call(prompt_tokens, padding)
     forwards = [
         _under(module, module.get_submodule(middle), place, len(modules), policy, call, course)
         for place, module in enumerate(modules)
@@ -217,18 +212,12 @@ def _under(
             returned[:] = [len(output) if isinstance(output, tuple) else 0]
             return output
 
-        if not (call.decoded or course.keep):
+        if not call.decoded:
             return dense()
         passed = through_block(dense, middle, policy, place, num_blocks, call.left, call.numbers, bool(returned))
         call.left = passed.left
         course.skipped += passed.count
         course.counted += call.decoded
-        if course.keep:
-            if place == 0:
-                course.ran.append([])
-                course.similarity.append([])
-            course.ran[-1].append(~passed.skipped)
-            course.similarity[-1].append(passed.similarity)
         return (passed.outputs, *[None] * (returned[0] - 1)) if returned[0] else passed.outputs
 
     return run

@@ -44,7 +44,6 @@ def streamed_perplexity(
 def _sum(
     model: nn.Module, weights: StreamedWeights, windows: Int[Tensor, "window seq"], batch_size: int, on_count: OnCount
 ) -> Float[Tensor, ""]:
-    """The sum of the losses of all windows."""
     batches = windows.to(next(model.parameters()).device).split(batch_size) if len(windows) else ()
     with as_unavailable():
         try:

@@ -69,22 +69,15 @@ def tasks_root() -> Path | None:
 
 def find(name: str, include_path: str | None = None) -> Definition | None:
     """What a name stands for; None: nothing."""
-    own = read_definitions(_folder(include_path)) if include_path else {}
-    if name in own:
-        return own[name]
-    root = tasks_root()
-    if root is None:
-        return None
-    if name in TASK_FOLDERS:  # an absolute path stays as it is
-        return read_definitions(root / TASK_FOLDERS[name]).get(name)
-    return read_definitions(root).get(name)
+    own, root = _own(include_path), tasks_root()
+    if name in own or root is None:
+        return own.get(name)
+    return read_definitions(root / TASK_FOLDERS.get(name, "")).get(name)  # an absolute path stays as it is
 
 
 def all_names(include_path: str | None = None) -> list[str]:
-    """Every name there is."""
     root = tasks_root()
-    own = list(read_definitions(_folder(include_path))) if include_path else []
-    return list(dict.fromkeys([*TASK_FOLDERS, *own, *(read_definitions(root) if root else ())]))
+    return list(dict.fromkeys([*TASK_FOLDERS, *_own(include_path), *(read_definitions(root) if root else ())]))
 
 
 def scored_names(settings: EvaluatorSettings) -> Iterator[str]:
@@ -192,8 +185,8 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _folder(include_path: str) -> Path:
-    return Path(include_path).expanduser()
+def _own(include_path: str | None) -> Mapping[str, Definition]:
+    return read_definitions(Path(include_path).expanduser()) if include_path else {}
 
 
 class _Definitions(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]

@@ -54,7 +54,7 @@ def load_task(name: str, settings: EvaluatorSettings, offline: bool) -> LoadedTa
         if not parts:
             raise Unavailable("the installed lm-eval defines no such task, group or tag")
         leaves = [part for part in parts if part.kind == "task"]
-        mirrors = {leaf.name: _mirror(leaf, settings) for leaf in leaves if _is_mirrored(leaf, settings)}
+        mirrors = {leaf.name: mirror for leaf in leaves if (mirror := _mirror(leaf, settings))}
         manager = _manager(parts, settings.include_path)
         for leaf, mirror in mirrors.items():
             _put_in_place(manager, leaf, mirror)
@@ -122,17 +122,12 @@ def _set_shots(task: Any, asked: int | None) -> None:
         task.set_config("num_fewshot", asked or 0)
 
 
-def _is_mirrored(leaf: Definition, settings: EvaluatorSettings) -> bool:
-    """Whether its questions are to come from evaluator.data_dir. A task that needs no hub has them only where they
-    are there."""
-    if settings.data_dir is None:
-        return False
-    return not leaf.is_local or (Path(settings.data_dir).expanduser() / leaf.name).is_dir()
-
-
-def _mirror(leaf: Definition, settings: EvaluatorSettings) -> _Mirror:
-    """The keys that point a task at `data_dir`/TASK/SPLIT.jsonl. Unavailable: it lacks a file, or cannot stand in."""
+def _mirror(leaf: Definition, settings: EvaluatorSettings) -> _Mirror | None:
+    """The keys that point a task at `data_dir`/TASK/SPLIT.jsonl; None: there is no mirror, or a task that needs no hub
+    is not in it. Unavailable: it lacks a file, or cannot stand in."""
     definition, folder = leaf.content, Path(settings.data_dir or "").expanduser() / leaf.name
+    if settings.data_dir is None or (leaf.is_local and not folder.is_dir()):
+        return None
     if leaf.path is None or "class" in definition:
         raise Unavailable(
             f"{leaf.name} is made by code of lm-eval's, which reads no local mirror; unset evaluator.data_dir"

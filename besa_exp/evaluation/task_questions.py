@@ -84,7 +84,8 @@ def _answer_problem(task: Any, text: Any, choices: Any, target: Any) -> str | No
             return f"its choices are {_shown(choices)}, and each must be a text that is not empty"
         gold = text if task.multiple_input else target
         right = gold if isinstance(gold, list) else [gold]
-        if right and all(_names_one(answer, choices, isinstance(gold, list)) for answer in right):
+        named = () if isinstance(gold, list) else choices  # lm-eval looks up a text alone, and none of a list
+        if right and all(_is_index(answer, choices) or answer in named for answer in right):
             return None
         return (
             f"its answer is {_shown(gold)}, which is none of its choices {_shown(choices)}: a number from 0 to "
@@ -95,11 +96,6 @@ def _answer_problem(task: Any, text: Any, choices: Any, target: Any) -> str | No
     if task.OUTPUT_TYPE == "generate_until" and choices is not None:
         return None if _is_index(target, choices) else f"its answer is {_shown(target)}, no number of a choice"
     return "it has no answer" if target in (None, "", []) else None
-
-
-def _names_one(answer: Any, choices: Sequence[str], among_many: bool) -> bool:
-    """lm-eval looks texts up among the choices, but not those of a list of right answers."""
-    return _is_index(answer, choices) or (isinstance(answer, str) and not among_many and answer in choices)
 
 
 def _is_index(answer: Any, choices: Sequence[str]) -> bool:

@@ -22,14 +22,13 @@ import torch
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa_exp.blocks.call_arguments import NotAlone
+from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.checkpoints.streaming import StreamedWeights
 from besa_exp.errors import Unavailable, as_unavailable
 from besa_exp.evaluation.batches import BatchSize, halved_until_it_fits, rows_at_once, tokens_at_once
-from besa_exp.evaluation.finite import finite_logits
-from besa_exp.evaluation.perplexity import uncounted
+from besa_exp.evaluation.perplexity import finite_logits, uncounted
 from besa_exp.evaluation.streamed import HELD_BYTES, logits_of_batches
 from besa_exp.evaluation.task_loading import LoadedTasks, load_task
 from besa_exp.machine import distributed
@@ -50,11 +49,11 @@ class Harness(_HFLM):
     passes and keeps that number for all. A batch that does not fit the device's memory is halved. Every rank gives
     lm-eval the whole task, computes a part of its requests, and receives the answers of all.
 
-    A model with `weights` is streamed: lm-eval forms its batches once to show them, all of them pass through a block
-    before the next is read, and lm-eval forms them again to be given their logits. Written answers need the whole model
-    for each token: its blocks are read again and again."""
+    For a streamed model lm-eval forms its batches once to show them, all of them pass through a block before the next
+    is read, and lm-eval forms them again to be given their logits. Written answers need the whole model for each token:
+    its blocks are read again and again."""
 
-    weights: StreamedWeights | None = None
+    loaded: LoadedModel
     _answer: Callable[[torch.Tensor], torch.Tensor] | None = None
     cut_requests = 0
     on_count = staticmethod(uncounted)  # how many requests are scored
@@ -73,7 +72,7 @@ class Harness(_HFLM):
         generate, own = super().generate_until, requests[distributed.own_slice(len(requests))]
 
         def attempt(size: int) -> list[str]:
-            with self._batches_of(size), self._whole():
+            with self._batches_of(size), self.loaded.callable():
                 return generate(own, disable_tqdm=True)
 
         def answers() -> list[str]:
@@ -123,9 +122,9 @@ class Harness(_HFLM):
                 self.tokens = size
             else:
                 self.batch_size_per_gpu = size
-            if self.weights is None:
+            if self.loaded.weights is None:
                 return score(own, *args, **options)
-            return self._block_by_block(self.weights, lambda: score(own, *args, **options))
+            return self._block_by_block(self.loaded.weights, lambda: score(own, *args, **options))
 
         def scores() -> list[tuple[float, bool]]:
             size = self.tokens if self.batch_size == "auto" else self.batch_size
@@ -158,12 +157,8 @@ class Harness(_HFLM):
             logger.warning("the streamed model is read again for each batch of questions: %s", error)
         finally:
             self._answer = None
-        with self._whole():
+        with self.loaded.callable():
             return score()
-
-    def _whole(self) -> contextlib.AbstractContextManager[None]:
-        """The model as a whole can be called for as long as this lasts."""
-        return self.weights.on_demand(self.model) if self.weights else contextlib.nullcontext()
 
     def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Any]) -> int:
         """The size of the batch that request number `pos` is in. lm-eval asks for each request in turn and closes a
@@ -177,20 +172,13 @@ class Harness(_HFLM):
         return size
 
 
-def harness(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: BatchSize,
-    context: int,
-    weights: StreamedWeights | None = None,
-) -> Harness:
+def harness(loaded: LoadedModel, batch_size: BatchSize, context: int) -> Harness:
     """The model as lm-eval scores it: requests longer than `context` lose their beginning. The tokenizer is copied,
-    because lm-eval gives one without a padding token a new one. `weights`: of a model that is streamed."""
+    because lm-eval gives one without a padding token a new one."""
+    tokenizer = copy.deepcopy(loaded.tokenizer)
     with quiet():
-        scored = Harness(
-            pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=context
-        )
-    scored.tokens, scored.weights = tokens_at_once(model), weights
+        scored = Harness(pretrained=loaded.model, tokenizer=tokenizer, batch_size=batch_size, max_length=context)
+    scored.tokens, scored.loaded = tokens_at_once(loaded.model), loaded
     return scored
 
 
@@ -244,19 +232,16 @@ def _metrics(found: Mapping[str, Any]) -> dict[str, float]:
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed the global random states of Python, NumPy and PyTorch, and put them back: a task may draw from them."""
-    python, of_numpy, of_torch = random.getstate(), numpy.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    of_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    random.seed(seed)
-    numpy.random.seed(seed)  # noqa: NPY002
-    torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(of_numpy)  # noqa: NPY002
-        torch.set_rng_state(of_torch)
-        if of_cuda:
-            torch.cuda.set_rng_state_all(of_cuda)
+    python, of_numpy = random.getstate(), numpy.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        random.seed(seed)
+        numpy.random.seed(seed)  # noqa: NPY002
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(of_numpy)  # noqa: NPY002
 
 
 @contextlib.contextmanager

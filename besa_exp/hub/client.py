@@ -29,6 +29,13 @@ def is_hub_id(path: str) -> bool:
     return HUB_ID.fullmatch(path) is not None and not path.startswith(".") and not local
 
 
+def failures() -> tuple[type[Exception], ...]:
+    """What the hub's client raises where it cannot do what it is asked."""
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
+
+    return OSError, HTTPError
+
+
 class NoSuchModel(Unavailable):
     """The hub answers, and shows no such model or revision."""
 
@@ -46,11 +53,7 @@ class HubModel:
     def asked(repository: str, revision: str | None, offline: bool) -> HubModel:
         """Asks the hub, unless `offline`. NoSuchModel: it knows none."""
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import (
-            HTTPError,  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
         if offline:
             return HubModel(repository, revision, unreachable=NOT_CACHED)
@@ -60,7 +63,7 @@ class HubModel:
             raise NoSuchModel(
                 f"the hub has no such model or revision, or hides it from you ({first_line(error)})"
             ) from error
-        except (OSError, HTTPError) as error:
+        except failures() as error:
             return HubModel(repository, revision, unreachable=first_line(error))
         return HubModel(repository, revision, tuple(file.rfilename for file in info.siblings or []))
 
@@ -68,10 +71,7 @@ class HubModel:
         """The folder, in the local cache, of its files that match, downloaded unless they are there or the hub is
         unreachable. Unavailable: why they are not there."""
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            HTTPError,  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
-            LocalEntryNotFoundError,
-        )
+        from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:
             folder = snapshot_download(
@@ -85,7 +85,7 @@ class HubModel:
             incomplete = hasattr(error, "snapshot_path")  # some of the files are there
             reason = first_line(error) if incomplete else self.unreachable
             raise Unavailable(reason or first_line(error)) from error
-        except (OSError, ValueError, HTTPError) as error:
+        except (ValueError, *failures()) as error:
             raise Unavailable(first_line(error)) from error
         return Path(folder)
 
@@ -100,11 +100,10 @@ def hub_problem() -> str | None:
 @cache
 def _problem(endpoint: str) -> str | None:
     from huggingface_hub import get_session
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
 
     try:
         get_session().head(endpoint, timeout=HUB_TIMEOUT)
-    except (OSError, HTTPError) as error:
+    except failures() as error:
         return first_line(error)
     return None
 

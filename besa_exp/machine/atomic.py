@@ -56,6 +56,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
     On an exception the new folder is removed and an older `path` stays as it was."""
     partial, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
+    _put_back(replaced, path)
     for leftover in (partial, replaced):  # of a run that was killed
         remove(leftover)
     partial.mkdir(parents=True)
@@ -70,7 +71,14 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         partial.rename(path)
         remove(replaced)
     finally:
+        _put_back(replaced, path)
         remove(partial)
+
+
+def _put_back(replaced: Path, path: Path) -> None:
+    """The older folder, where nothing stands in its place: the process was killed, or failed, between two renames."""
+    if replaced.exists() and not path.exists():
+        replaced.rename(path)
 
 
 @contextmanager

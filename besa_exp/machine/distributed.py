@@ -68,7 +68,6 @@ def rank() -> int:
 
 
 def num_ranks() -> int:
-    """How many processes share the work."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -141,12 +140,7 @@ def from_first(act: Callable[[], T]) -> T:
     """Calls `act` on rank 0 alone; every rank gets what it returns, or the Unavailable that it raises."""
     if num_ranks() == 1:
         return act()
-    answer: list[Any] = [None, None]
-    if is_first():
-        try:
-            answer[0] = act()
-        except Unavailable as error:
-            answer[1] = str(error)
+    answer: list[Any] = [*(_tried(act) if is_first() else (None, None))]
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise Unavailable(answer[1])
@@ -157,15 +151,18 @@ def agreed(act: Callable[[], T]) -> T:
     """What `act` returns on this rank; Unavailable on all ranks if one raises it. `act` must not communicate."""
     if num_ranks() == 1:
         return act()
-    result, reason = None, None
-    try:
-        result = act()
-    except Unavailable as error:
-        reason = str(error)
-    reasons = [found for found in gathered(reason) if found is not None]
-    if reasons:
+    result, reason = _tried(act)
+    if reasons := [found for found in gathered(reason) if found is not None]:
         raise Unavailable(reasons[0])
     return result  # type: ignore[return-value]
+
+
+def _tried(act: Callable[[], T]) -> tuple[T | None, str | None]:
+    """What `act` returns, or the reason why that is unavailable."""
+    try:
+        return act(), None
+    except Unavailable as error:
+        return None, str(error)
 
 
 def own_samples(samples: Tensor) -> Tensor:
@@ -227,7 +224,7 @@ def failing_together(last_words: Callable[[RunError], None] | None = None) -> It
 def _end_when_another_fails(left: threading.Event, last_words: Callable[[RunError], None]) -> None:
     """`left`: this rank has met the failure by itself, or is done."""
     with suppress(RuntimeError):  # the store is gone, with torchrun
-        store = next(rendezvous("env://", timeout=timedelta(seconds=10)))[0]
+        store = _store()
         while not left.wait(1.0):
             if store.check([FAILURE]):
                 failed, text = json.loads(store.get(FAILURE))
@@ -242,10 +239,14 @@ def is_first_to_say(text: str) -> bool:
     joined; where there is no store any more, each is the first."""
     key = f"{SAID}{hashlib.sha256(text.encode()).hexdigest()}"
     try:
-        store = next(rendezvous("env://", timeout=timedelta(seconds=10)))[0]
-        return int(store.add(key, 1)) == 1
+        return int(_store().add(key, 1)) == 1
     except RuntimeError:
         return True
+
+
+def _store() -> Any:
+    """That of torchrun. RuntimeError: it is gone, with torchrun or its machine."""
+    return next(rendezvous("env://", timeout=timedelta(seconds=10)))[0]
 
 
 def _first_failure(error: BaseException) -> tuple[int, str]:
@@ -254,8 +255,7 @@ def _first_failure(error: BaseException) -> tuple[int, str]:
     known = isinstance(error, (RunError, ConfigurationError))
     text = "" if ended else str(error) if known else "".join(traceback.format_exception(error)).strip()
     try:
-        store = next(rendezvous("env://", timeout=timedelta(seconds=10)))[0]
-        failed, text = json.loads(store.compare_set(FAILURE, "", json.dumps([rank(), text])))
-    except RuntimeError:  # the store is gone, with torchrun or its machine
+        failed, text = json.loads(_store().compare_set(FAILURE, "", json.dumps([rank(), text])))
+    except RuntimeError:
         return rank(), text
     return failed, text

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,12 @@ def load_calibration(
             "into the model folder, or set calibration.path to a .safetensors file of input_ids"
         )
     else:
-        input_ids, provenance = _windows_of_text(source, settings, tokenizer, offline)
+        try:
+            text = read_text(source, "calibration", offline, settings.column, settings.chat_template)
+        except Unavailable as error:
+            raise ConfigurationError(f"calibration={error}") from error
+        input_ids, record = _windows(source, text.documents, settings, tokenizer)
+        provenance = text.provenance | record
     if vocabulary is not None and int(input_ids.max()) >= vocabulary:
         raise ConfigurationError(
             f"calibration={source}: token id {int(input_ids.max())} is not in the model's vocabulary of {vocabulary}; "
@@ -122,31 +128,13 @@ def exact_tokens(given: Tensor) -> Int[Tensor, "sample seq"]:
     return given.to("cpu", torch.int64)
 
 
-def _windows_of_text(
-    source: str, settings: CalibrationSettings, tokenizer: Tokenizer, offline: bool
-) -> tuple[Int[Tensor, "sample seq"], dict[str, Any]]:
-    try:
-        text = read_text(source, "calibration", offline, settings.column, settings.chat_template)
-    except Unavailable as error:
-        raise ConfigurationError(f"calibration={error}") from error
-    input_ids, record = _windows(source, text.documents, settings, tokenizer)
-    return input_ids, text.provenance | record
-
-
 def _windows(
     source: str, documents: Sequence[str], settings: CalibrationSettings, tokenizer: Tokenizer
 ) -> tuple[Int[Tensor, "sample seq"], dict[str, Any]]:
     """The windows, and how they were drawn."""
-    alone = len(documents) == 1
-    plain = partial(encode_document, tokenizer, alone=alone)
-    input_ids, packed = draw_windows(
-        documents,
-        partial(encode_chat, tokenizer) if settings.chat_template else plain,
-        settings.num_samples,
-        settings.seq_len,
-        torch.Generator().manual_seed(settings.seed),
-        source,
-    )
+    plain = partial(encode_document, tokenizer, alone=len(documents) == 1)
+    encode = partial(encode_chat, tokenizer) if settings.chat_template else plain
+    input_ids, packed = draw_windows(source, documents, encode, settings)
     if packed:
         logger.warning(
             "calibration: %s has too few documents of %d tokens; all of them are laid end to end and cut into windows.",
@@ -159,48 +147,30 @@ def _windows(
 
 
 def draw_windows(
+    source: str,
     documents: Sequence[str],
     encode: Callable[[str], Int[Tensor, " tokens"]],
-    num_samples: int,
-    seq_len: int,
-    generator: torch.Generator,
-    source: str = "text",
+    settings: CalibrationSettings,
 ) -> tuple[Int[Tensor, "sample seq"], bool]:
-    """`num_samples` windows, and whether they had to be packed. ConfigurationError: `source` is too short."""
+    """The windows, and whether they had to be packed. ConfigurationError: `source` is too short."""
+    num_samples, seq_len = settings.num_samples, settings.seq_len
+    generator = torch.Generator().manual_seed(settings.seed)
     order: list[int] = torch.randperm(len(documents), generator=generator).tolist()
-    long: list[Tensor] = []
-    for index in order:
-        ids = encode(documents[index])
-        if len(ids) >= seq_len:
-            long.append(ids)
-        if len(long) == num_samples:
-            break
+    encoded = (encode(documents[index]) for index in order)
+    long = list(islice((ids for ids in encoded if len(ids) >= seq_len), num_samples))
     turns = [(turn, place) for place, ids in enumerate(long) for turn in range(min(len(ids) // seq_len, num_samples))]
     if len(turns) >= num_samples:
-        chosen = [long[place] for _, place in sorted(turns)[:num_samples]]
-        return torch.stack([_random_window(ids, seq_len, generator) for ids in chosen]), False
-    return _packed([documents[index] for index in order], encode, num_samples, seq_len, source), True
-
-
-def _random_window(ids: Int[Tensor, " tokens"], seq_len: int, generator: torch.Generator) -> Int[Tensor, " seq"]:
-    start = int(torch.randint(len(ids) - seq_len + 1, (), generator=generator))
-    return ids[start : start + seq_len]
-
-
-def _packed(
-    documents: Sequence[str],
-    encode: Callable[[str], Int[Tensor, " tokens"]],
-    num_samples: int,
-    seq_len: int,
-    source: str,
-) -> Int[Tensor, "sample seq"]:
-    """The documents end to end, in the order given, cut into consecutive windows."""
+        windows = []
+        for ids in (long[place] for _, place in sorted(turns)[:num_samples]):
+            start = int(torch.randint(len(ids) - seq_len + 1, (), generator=generator))
+            windows.append(ids[start : start + seq_len])
+        return torch.stack(windows), False
     pieces, total, needed = [], 0, num_samples * seq_len
-    for document in documents:
-        pieces.append(encode(document))
+    for index in order:
+        pieces.append(encode(documents[index]))
         total += len(pieces[-1])
         if total >= needed:
-            return torch.cat(pieces)[:needed].view(num_samples, seq_len)
+            return torch.cat(pieces)[:needed].view(num_samples, seq_len), True
     raise ConfigurationError(
         f"calibration={source}: too little text: {num_samples} windows of {seq_len} tokens need {needed:,} tokens and "
         f"it has {total:,}, enough for {total // seq_len}; lower calibration.num_samples or .seq_len, or give more"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from besa_exp.errors import ConfigurationError, Unavailable, did_you_mean, first_line
-from besa_exp.hub.client import hub_problem
+from besa_exp.hub.client import failures, hub_problem
 from besa_exp.texts.files import Lines, column_texts, format_of, plain_text, readable_names
 
 Use = Literal["calibration", "perplexity"]
@@ -124,7 +124,11 @@ def read_text(source: str, use: Use, offline: bool, column: str = COLUMN, chats:
     Raises Unavailable for a set of the hub that cannot be loaded, ConfigurationError for a file that cannot be read.
     """
     if source == EMBEDDED:
-        return _embedded(use)
+        from besa_exp.texts.embedded.text import calibration_documents, perplexity_documents
+
+        text = calibration_documents() if use == "calibration" else perplexity_documents()
+        record = {"set": EMBEDDED, "documents": len(text.documents), "text_sha256": text.sha256}
+        return Text(text.documents, record | {"versions": text.versions})
     if source in HUB_FILES:
         return _from_hub(source, use, offline)
     if problems := check_source(source, "path", use, column, chats):
@@ -152,7 +156,6 @@ def fetch(source: str, use: Use, offline: bool) -> Path:
 def fetched(wanted: HubFile, name: str, offline: bool) -> Path:
     """The same of a file that a person calls `name`."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] # its client's, by version
 
     silent = None if offline else hub_problem()
     cached = offline or silent is not None
@@ -160,7 +163,7 @@ def fetched(wanted: HubFile, name: str, offline: bool) -> Path:
         path = hf_hub_download(
             wanted.repository, wanted.filename, repo_type="dataset", revision=wanted.revision, local_files_only=cached
         )
-    except (OSError, HTTPError) as error:
+    except failures() as error:
         why = f"the hub cannot be reached: {silent}," if silent else "offline=true"
         cause = f"{why} and it is not in the local cache" if cached else first_line(error)
         revision = f" --revision {wanted.revision}" if wanted.revision else ""
@@ -170,14 +173,6 @@ def fetched(wanted: HubFile, name: str, offline: bool) -> Path:
             f"hf download --repo-type dataset{revision} {wanted.repository} {wanted.filename}"
         ) from error
     return Path(path)
-
-
-def _embedded(use: Use) -> Text:
-    from besa_exp.texts.embedded.text import calibration_documents, perplexity_documents
-
-    text = calibration_documents() if use == "calibration" else perplexity_documents()
-    record = {"set": EMBEDDED, "documents": len(text.documents), "text_sha256": text.sha256, "versions": text.versions}
-    return Text(text.documents, record)
 
 
 def _from_hub(source: str, use: Use, offline: bool) -> Text:

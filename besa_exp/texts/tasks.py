@@ -96,23 +96,22 @@ def read_examples(
     except Unavailable as error:
         raise ConfigurationError(f"recovery on {error}; recovery.path=FILE names a local file of its rows") from error
     found, words = list(_read(name, file)), TASKS[name].words
-    try:
-        parts = _drawn([label for _, label in found], len(words), sizes, seed)
-    except ValueError as error:
-        raise ConfigurationError(f"{file}: {error}") from error
+    parts = _drawn(file, [label for _, label in found], len(words), sizes, seed)
     return Examples(*(_encoded([found[place] for place in part], words, tokenizer, seq_len) for part in parts))
 
 
-def _drawn(labels: Sequence[int], words: int, sizes: tuple[int, int, int], seed: int) -> tuple[list[int], ...]:
-    """Places of the three parts. ValueError: there are too few."""
+def _drawn(
+    file: Path, labels: Sequence[int], words: int, sizes: tuple[int, int, int], seed: int
+) -> tuple[list[int], ...]:
+    """Places of the three parts. ConfigurationError: there are too few."""
     shots, held_out, tested = sizes
     order: list[int] = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
     rest = order[held_out + tested :]
     learned = [[place for place in rest if labels[place] == label][:shots] for label in range(words)]
     if not all(learned):
-        raise ValueError(
-            f"{len(labels)} examples are too few for {held_out} held out, {tested} tested and one of each label to "
-            "learn from; give more, or smaller recovery.held_out and recovery.tested"
+        raise ConfigurationError(
+            f"{file}: {len(labels)} examples are too few for {held_out} held out, {tested} tested and one of each "
+            "label to learn from; give more, or smaller recovery.held_out and recovery.tested"
         )
     return [place for part in learned for place in part], order[:held_out], order[held_out : held_out + tested]
 

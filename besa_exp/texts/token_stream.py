@@ -37,50 +37,43 @@ class TokenStream:
 
     def windows(self, seq_len: int) -> Windows:
         """The tokens as windows of `seq_len`, one after the other; what is left at the end is left out."""
-        return Windows(self.tokens, seq_len, 0, len(self.tokens) // seq_len)
+        count = len(self.tokens) // seq_len
+        return Windows(self.tokens[: count * seq_len].reshape(count, seq_len))
 
 
 @dataclass(frozen=True)
 class Windows:
-    """`count` windows, from the window `first` on."""
+    """Windows of tokens [sample seq] that stay where they lie until they are asked for."""
 
-    tokens: np.memmap
-    seq_len: int
-    first: int
-    count: int
+    rows: np.ndarray
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.rows)
 
     def __getitem__(self, numbers: Int[Tensor, " sample"]) -> Int[Tensor, "sample seq"]:
         """The windows of these numbers, which are at least 0."""
-        assert ((numbers >= 0) & (numbers < self.count)).all(), "a window that is not there"
-        starts = (numbers + self.first) * self.seq_len
-        rows = [self.tokens[start : start + self.seq_len].astype(np.int64) for start in starts.tolist()]
-        return torch.from_numpy(np.stack(rows))
+        assert ((numbers >= 0) & (numbers < len(self))).all(), "a window that is not there"
+        return torch.from_numpy(self.rows[numbers.tolist()].astype(np.int64))
 
     def split(self, held_out: int) -> tuple[Windows, Windows]:
         """All but the last windows, and the last `held_out`. ConfigurationError: there are not more than that."""
-        if not 0 < held_out < self.count:
+        count, seq_len = self.rows.shape
+        if not 0 < held_out < count:
             raise ConfigurationError(
-                f"recovery.held_out={held_out}: must be at least 1 and less than the {self.count} windows of "
-                f"{self.seq_len} tokens that the text has; give more text or a smaller recovery.seq_len"
+                f"recovery.held_out={held_out}: must be at least 1 and less than the {count} windows of {seq_len} "
+                "tokens that the text has; give more text or a smaller recovery.seq_len"
             )
-        learned = self.count - held_out
-        return (
-            Windows(self.tokens, self.seq_len, self.first, learned),
-            Windows(self.tokens, self.seq_len, self.first + learned, held_out),
-        )
+        return Windows(self.rows[:-held_out]), Windows(self.rows[-held_out:])
 
     def all(self) -> Int[Tensor, "sample seq"]:
-        return self[torch.arange(self.count)]
+        return self[torch.arange(len(self))]
 
 
 def write_token_stream(
     documents: Iterable[Int[Tensor, " _tokens"]], path: Path, vocabulary: int, most: int | None = None
 ) -> str:
     """Write the documents end to end, at most `most` tokens; no more documents are asked for than that takes. The hash
-    of what was written. ids of a `vocabulary` of up to 65,536 take two bytes each. ValueError: there is no token."""
+    of what was written. ids of a `vocabulary` of up to 65,536 take two bytes each."""
     name = "U16" if vocabulary <= 1 << 16 else "I32"
     digest, count = hashlib.sha256(), 0
     with atomic.replaced_file(path) as partial, partial.open("wb") as file:
@@ -94,8 +87,7 @@ def write_token_stream(
             count += len(part)
             if count == most:
                 break
-        if count == 0:
-            raise ValueError(f"{path}: the text holds no token; give one with some")
+        assert count, "a text without a token"
         entry = {"dtype": name, "shape": [count], "data_offsets": [0, count * TYPES[name].itemsize]}
         header = {"__metadata__": {HASH_KEY: digest.hexdigest()}, TOKENS_KEY: entry}
         file.seek(0)

@@ -40,13 +40,8 @@ def tuning_tokens(
         return open_token_stream(path, check=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     named = source if isinstance(source, str) else f"the given {'tokens' if isinstance(source, Tensor) else 'texts'}"
-    documents = _checked(_documents(source, tokenizer, seed, offline, column), vocabulary, named)
-    try:
-        write_token_stream(documents, path, vocabulary, most)
-    except ConfigurationError:
-        raise
-    except ValueError as error:
-        raise ConfigurationError(f"recovery: {named} holds no token; give a text with some") from error
+    documents = _documents(source, tokenizer, seed, offline, column)
+    write_token_stream(_checked(documents, vocabulary, named), path, vocabulary, most)
     return open_token_stream(path)
 
 
@@ -86,10 +81,14 @@ def _shards(source: str | Sequence[str], offline: bool, column: str) -> Iterator
 
 
 def _checked(documents: Iterator[Int[Tensor, " tokens"]], vocabulary: int, named: str) -> Iterator[Tensor]:
+    count = 0
     for document in documents:
+        count += len(document)
         if len(wrong := document[(document < 0) | (document >= vocabulary)]):
             raise ConfigurationError(
                 f"recovery on {named}: token id {int(wrong.max())} is not in the model's vocabulary of {vocabulary}; "
                 "give a text, or tokens that this model's tokenizer made"
             )
         yield document
+    if not count:
+        raise ConfigurationError(f"recovery: {named} holds no token; give a text with some")

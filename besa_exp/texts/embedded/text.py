@@ -104,11 +104,11 @@ def _part(text: EmbeddedText, characters: int) -> EmbeddedText:
 
 def _as_text(documents: list[str], packages: tuple[str, ...]) -> EmbeddedText:
     digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
-    return EmbeddedText(tuple(documents), digest, {package: _version(package) for package in packages})
-
-
-def _version(package: str) -> str:
-    return platform.python_version() if package == "stdlib" else importlib.metadata.version(package)
+    versions = {
+        package: platform.python_version() if package == "stdlib" else importlib.metadata.version(package)
+        for package in packages
+    }
+    return EmbeddedText(tuple(documents), digest, versions)
 
 
 @cache

@@ -45,28 +45,22 @@ def test_shapes_sizes_and_context_come_from_the_headers(tmp_path: Path) -> None:
     assert facts.saved_bytes == 4 * (32 * 8 + 64 + 16) + 2 * 96
 
 
-def test_the_context_of_a_nested_text_config_is_found(tmp_path: Path) -> None:
-    written(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"max_position_embeddings": 96}}))
-    facts, _ = inspect_model_folder(tmp_path)
-    assert facts is not None
-    assert facts.context == 96
-
-
-def test_a_text_config_that_is_null_says_nothing(tmp_path: Path) -> None:
-    written(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": None, "max_position_embeddings": 96}))
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        ({"text_config": {"max_position_embeddings": 96}}, 96),
+        ({"text_config": None, "max_position_embeddings": 96}, 96),
+        ({"transformers_weights": 5}, None),
+        ({"max_position_embeddings": -1}, None),
+    ],
+    ids=str,
+)
+def test_the_context_is_found_in_a_nested_config_too_and_odd_values_say_nothing(
+    tmp_path: Path, config: dict, context: int | None
+) -> None:
+    (written(tmp_path) / "config.json").write_text(json.dumps(config))
     facts, problems = inspect_model_folder(tmp_path)
-    assert problems == []
-    assert facts is not None
-    assert facts.context == 96
-
-
-@pytest.mark.parametrize("odd", [{"transformers_weights": 5}, {"max_position_embeddings": -1}], ids=str)
-def test_odd_values_of_a_config_say_nothing(odd: dict, tmp_path: Path) -> None:
-    (written(tmp_path) / "config.json").write_text(json.dumps(odd))
-    facts, problems = inspect_model_folder(tmp_path)
-    assert (problems, facts and facts.context) == ([], None)
+    assert (problems, facts and facts.context) == ([], context)
 
 
 def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
@@ -112,13 +106,6 @@ def test_an_index_that_is_no_index_is_told(tmp_path: Path, text: str) -> None:
 def test_a_folder_without_weights_is_told(tmp_path: Path) -> None:
     (written(tmp_path) / "model.safetensors").unlink()
     assert "no model.safetensors" in problem_of(tmp_path)
-
-
-def test_pickled_weights_are_refused_with_the_way_to_convert_them(tmp_path: Path) -> None:
-    (written(tmp_path) / "model.safetensors").unlink()
-    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    assert "only pickled weights (pytorch_model.bin)" in problem_of(tmp_path)
-    assert "save_pretrained" in problem_of(tmp_path)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, -1])

@@ -51,10 +51,10 @@ def dense(family, monkeypatch=None, **changes):
 
 def with_zeros(narrowing, tensor, name):
     """The tensor with zeros where the structure removes rows and columns, in its own shape."""
-    if (found := narrowing._role(name)) is None:
+    if (found := narrowing.cut(name)) is None:
         return tensor
-    kept = narrowing.sources(found, name)
-    return torch.zeros_like(tensor).index_copy(found.axis, kept, tensor.index_select(found.axis, kept))
+    axis, kept = found
+    return torch.zeros_like(tensor).index_copy(axis, kept, tensor.index_select(axis, kept))
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from families import FAMILIES, MIXTURES, SIZES, tiny
 from tiny_llama import middle_of_model, tiny_llama
 from transformers import AutoModelForCausalLM, SmolLM3Config
+from watched_policy import watched
 
 from besa_exp.errors import RunError
 from besa_exp.evaluation.perplexity import perplexity
@@ -31,8 +32,15 @@ def model_of(blocks=5) -> tuple[Any, str]:
 
 def logits_under(policy, ids=IDS, prompt=4, **arguments):
     model, middle = model_of()
-    with skipping(model, policy, middle, prompt, keep=True) as course:
+    with skipping(model, policy, middle, prompt) as course:
         return model(ids, use_cache=False, **arguments).logits, course
+
+
+def ran_under(policy):
+    """Which tokens ran each block's FFN in one pass, [block sample seq]."""
+    told, decided = watched(policy)
+    logits_under(told)
+    return torch.stack([block.ran for block in decided])
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -40,15 +48,16 @@ def test_one_pass_is_token_by_token(policy):
     model, middle = model_of()
     expected, course = logits_under(policy)
     assert 0 < course.fraction < 1
-    with skipping(model, policy, middle, keep=True) as stepwise:
+    told, decided = watched(policy)
+    with skipping(model, told, middle) as stepwise:
         found = model(IDS[:, :4], use_cache=True)
         logits, held = [found.logits], found.past_key_values
         for place in range(4, IDS.shape[1]):
             found = model(IDS[:, place : place + 1], past_key_values=held, use_cache=True)
             logits.append(found.logits)
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-4, atol=1e-4)
-    ran = [torch.cat([call[block] for call in stepwise.ran], 1) for block in range(5)]
-    assert all(torch.equal(one, other) for one, other in zip(ran, course.ran[0], strict=True))
+    ran = torch.stack([torch.cat([block.ran for block in decided[place::5]], 1) for place in range(5)])
+    assert torch.equal(ran, ran_under(policy)[:, :, 4:])
     assert stepwise.fraction == course.fraction
     assert not torch.allclose(expected, model(IDS).logits, atol=1e-3)
 
@@ -61,14 +70,13 @@ def test_a_policy_that_never_skips_is_the_dense_model_to_the_last_bit():
 
 
 def test_cold_blocks_warm_tokens_and_the_prompt_never_skip():
-    _, course = logits_under(FfnSkipping(-1.0, None, 1, 2, 3))
-    ran = torch.stack(course.ran[0])
+    ran = ran_under(FfnSkipping(-1.0, None, 1, 2, 3))
     assert bool(ran[0].all())
     assert bool(ran[3:].all())
     assert bool(ran[:, :, : 4 + 3].all())
     assert not bool(ran[2, :, 7:].any())
     for policy in (StaticSkipping((0,), warm_tokens=3), RandomSkipping(1.0, warm_tokens=3)):
-        ran = logits_under(policy)[1].ran[0][0]
+        ran = ran_under(policy)[0]
         assert bool(ran[:, :7].all())
         assert not bool(ran[:, 7:].any())
 
@@ -117,10 +125,8 @@ def test_a_skipped_ffn_is_not_computed_where_all_tokens_skip_it():
 
 
 def test_a_higher_threshold_never_skips_more_after_the_first_block_that_may():
-    fractions = []
-    for threshold in (-1.0, 0.0, 0.2, 0.4, 0.8, 1.0):
-        _, course = logits_under(FfnSkipping(threshold, 1, 0, 0))
-        fractions.append(int((~course.ran[0][1]).sum()))
+    policies = [FfnSkipping(threshold, 1, 0, 0) for threshold in (-1.0, 0.0, 0.2, 0.4, 0.8, 1.0)]
+    fractions = [int((~ran_under(policy)[1]).sum()) for policy in policies]
     assert fractions == sorted(fractions, reverse=True)
     assert fractions[0] > fractions[-1]
 

@@ -14,9 +14,8 @@ from besa_exp.blocks.block import capture_blocks
 from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.display.rows import cost_table
 from besa_exp.errors import Unavailable
-from besa_exp.evaluation.cost import counted
+from besa_exp.evaluation.cost import check_device, counted, is_two_of_four, measure_model
 from besa_exp.evaluation.scores import evaluate
-from besa_exp.evaluation.speed import check_device, is_two_of_four, measure_model
 from besa_exp.settings import EvaluatorSettings
 from besa_exp.tensors.masks import keep_n_of_m
 

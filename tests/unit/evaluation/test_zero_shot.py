@@ -206,7 +206,7 @@ def test_the_record_says_what_makes_two_scores_comparable(model, mirror):
 def test_the_batch_size_and_the_context_reach_lm_evals_model(model):
     from besa_exp.evaluation.zero_shot import harness
 
-    scored = harness(model, byte_tokenizer(), 7, 100)
+    scored = harness(LoadedModel(model, byte_tokenizer(), None, Path()), 7, 100)
     assert (scored.batch_size, scored.max_length) == (7, 100)
 
 

@@ -38,6 +38,18 @@ def test_a_killed_run_s_leftovers_do_not_end_in_the_next_folder(tmp_path: Path) 
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "weights"]
 
 
+def test_the_older_folder_is_kept_whenever_the_new_one_does_not_get_its_place(tmp_path: Path) -> None:
+    (tmp_path / ".model.replaced").mkdir()  # what a process leaves that is killed between the two renames
+    (tmp_path / ".model.replaced" / "weights").write_text("old")
+    with pytest.raises(OSError, match="disk full"):
+        fail_to_write(tmp_path / "model")
+    assert (tmp_path / "model" / "weights").read_text() == "old"
+    with pytest.raises(FileNotFoundError), atomic.replaced_folder(tmp_path / "model") as partial:
+        partial.rename(tmp_path / "lost")  # so that it cannot be renamed into its place
+    assert (tmp_path / "model" / "weights").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lost", "model"]
+
+
 def test_a_file_that_fails_to_be_written_leaves_the_older_one(tmp_path: Path) -> None:
     atomic.write_text(tmp_path / "file", "old")
     with pytest.raises(UnicodeEncodeError):

@@ -196,11 +196,6 @@ def test_the_items_are_the_first_in_hash_order_that_are_found_once_and_few_of_a_
     assert [item.context for item in continuation_items()] == [passage.context for passage in chosen]
 
 
-def test_no_right_choice_is_in_the_training_text():
-    training = "\0".join(embedded_text("train").documents)
-    assert not [item for item in continuation_items() if item.choices[item.answer] in training]
-
-
 def test_lm_eval_finds_the_task_and_reads_its_items():
     """Beside all of lm-eval's own tasks, which it takes long to read, its command finds it in test_run.py."""
     from lm_eval.tasks import TaskManager

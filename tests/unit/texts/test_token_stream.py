@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from letters import Letters
+from tiny_llama import byte_tokenizer
 
 from besa_exp.errors import ConfigurationError
 from besa_exp.texts import tuning_text
@@ -56,8 +57,10 @@ def test_no_more_documents_are_asked_for_than_are_needed(tmp_path):
 
 def test_damaged_files_and_empty_texts_are_told(tmp_path):
     path = tmp_path / "t"
-    with pytest.raises(ValueError, match="holds no token"):
-        write_token_stream([], path, 300)
+    with pytest.raises(ConfigurationError, match="recovery: the given texts holds no token"):
+        tuning_text.tuning_tokens(
+            ["", ""], path, tokenizer=byte_tokenizer(specials=False), vocabulary=256, most=9, seed=0, offline=True
+        )
     assert not path.exists()
     write_token_stream(DOCUMENTS, path, 300)
     content = bytearray(path.read_bytes())
