@@ -170,7 +170,7 @@ def embed(
         for start in range(0, len(input_ids), batch_size):
             batch = input_ids[start : start + batch_size]
             with suppress(Reached):
-                model(batch.to(device), use_cache=False)
+                model(batch.to(device, non_blocking=True), use_cache=False)
             check_states(model, state := states.pop(), batch)
             if out is None:
                 shape = torch.Size([len(input_ids), *state.shape[1:]])

@@ -24,7 +24,8 @@ def head_of(model: nn.Module, blocks: Sequence[Block], input_ids: Int[Tensor, "s
     Differentiable in the outputs. NotAlone: logits depend on the tokens too."""
     modules = [block.module for block in blocks]
     device = next(model.parameters()).device
-    one = input_ids[:1, :FEW].to(device)
+    input_ids = input_ids.to(device)
+    one = input_ids[:1, :FEW]
     with torch.no_grad():
         state = embed(model, [*blocks], one, 1)
         logits, others = (head_logits(model, modules, ids, state) for ids in (one, other_tokens(model, one)))
@@ -35,7 +36,7 @@ def head_of(model: nn.Module, blocks: Sequence[Block], input_ids: Int[Tensor, "s
         )
 
     def head(hidden: Hidden) -> Logits:
-        return head_logits(model, modules, input_ids[: len(hidden)].to(device), hidden.to(device))
+        return head_logits(model, modules, input_ids[: len(hidden)], hidden.to(device))
 
     return head
 
@@ -67,12 +68,12 @@ def divergence(expected: Logits, found: Logits) -> Float[Tensor, "sample seq"]:
 
 def summed_divergences(head: Head, dense: Hidden, tried: Sequence[Hidden]) -> Float[Tensor, " model"]:
     """The sum over the own tokens of KL(p || q), p after the dense model's last block, q after each tried one's."""
-    total = torch.zeros(len(tried), dtype=torch.float64)
+    totals = [torch.zeros((), dtype=torch.float64)] * len(tried)
     for rows in few_samples(dense):
         expected = head(dense[rows])
         for number, states in enumerate(tried):
-            total[number] += divergence(expected, head(states[rows])).double().sum().cpu()
-    return total
+            totals[number] = totals[number] + divergence(expected, head(states[rows])).double().sum()
+    return torch.stack(totals).cpu()
 
 
 def few_samples(states: Hidden) -> list[slice]:

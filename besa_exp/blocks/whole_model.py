@@ -70,8 +70,8 @@ class Whole:
         total = torch.zeros((), dtype=torch.float64)
         for place in range(len(own)):
             expected = self.head(self.outputs[own[place : place + 1]])
-            total += divergence(expected, self.head(states[place : place + 1])).double().sum().cpu()
-        return float(distributed.all_sum(total)) / (len(samples) * self.inputs.shape[1])
+            total = total + divergence(expected, self.head(states[place : place + 1])).double().sum()
+        return float(distributed.all_sum(total.cpu())) / (len(samples) * self.inputs.shape[1])
 
     def differentiate(
         self,

@@ -124,6 +124,8 @@ class Rows:
 
     def per_cell(self, values: Float[Tensor, " row"]) -> Float[Tensor, " cell"]:
         """Sums over the rows of each cell."""
+        if len(values) == len(self.capacity):  # every row is a cell; a GPU would sort their numbers for the sum
+            return values
         return values.new_zeros(len(self.capacity)).index_add_(0, self.cell, values)
 
     def by_linear(self, values: Tensor) -> dict[str, Tensor]:

@@ -135,8 +135,8 @@ class Descent:
                 leaf.grad = found.mul_(distributed.num_ranks() / multiple)
             else:
                 leaf.grad = distributed.all_sum(found).div_(multiple)
-            squares += torch.linalg.vector_norm(leaf.grad).double().square().cpu()
-        norm = math.sqrt(float(distributed.all_sum(squares) if self.sharded else squares))
+            squares = squares + torch.linalg.vector_norm(leaf.grad).double().square()
+        norm = math.sqrt(float(distributed.all_sum(squares.cpu()) if self.sharded else squares))
         if self.adam.clip is not None and norm > self.adam.clip:
             for leaf in self.leaves.values():
                 assert leaf.grad is not None

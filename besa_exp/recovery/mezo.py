@@ -4,8 +4,8 @@
 
 The authors add +eps z, -2 eps z and +eps z to the model and hope to be back where they began: in bf16 that drifts by as
 much as eps z. Here nothing is added to the model. Both passes go through the block loop side by side: a block's weights
-W + eps z, then W - eps z, are made beside the model while that block computes, so that memory is that of inference and
-one block, and weights are read once for both.
+W + eps z, then W - eps z, are made beside the model while that block computes, so that memory is that of inference, one
+block and its z, and weights are read once for both.
 
 z is made from (seed, step, name of the tensor) alone, on the CPU: the same in whatever order tensors come, and on
 every device and rank. It has a number for each kept weight, so that zeros stay zeros. All of a run follows from the
@@ -132,11 +132,14 @@ class MezoTuner:
             states = self._embedded(blocks, rows, number)
             for block in self._resident(blocks):
                 inside = dict(block.module.named_parameters(prefix=block.name))
+                noise = self._noise(number, inside)
                 for sign, hidden in zip(SIGNS, states, strict=True):
-                    with self._perturbed(inside, number, sign):
+                    with self._perturbed(inside, noise, sign):
                         block.outputs(hidden, self.settings.together, out=hidden)
+            outside = self._outside(blocks, self._only_at(entry=True))
+            noise = self._noise(number, outside)
             for place, (sign, hidden) in enumerate(zip(SIGNS, states, strict=True)):
-                with self._perturbed(self._outside(blocks, self._only_at(entry=True)), number, sign):
+                with self._perturbed(outside, noise, sign):
                     totals[place] = self._loss(objective, blocks, own, hidden)
         plus, minus = (distributed.all_sum(totals) / len(windows)).tolist()
         return plus, minus
@@ -199,9 +202,10 @@ class MezoTuner:
         return self.captured[windows.shape]
 
     def _embedded(self, blocks: list[Block], windows: Windows, number: int) -> list[Hidden]:
-        states = []
+        outside, states = self._outside(blocks, self._only_at(entry=False)), []
+        noise = self._noise(number, outside)
         for sign in SIGNS:
-            with self._perturbed(self._outside(blocks, self._only_at(entry=False)), number, sign):
+            with self._perturbed(outside, noise, sign):
                 states.append(embed(self.model, blocks, windows, self.settings.together))
         return states
 
@@ -212,13 +216,13 @@ class MezoTuner:
         windows: Windows,
         hidden: Float[Tensor, "sequence _seq hidden"],
     ) -> Tensor:
-        modules = [block.module for block in blocks]
+        modules, ids = [block.module for block in blocks], sequences(windows).to(hidden.device, non_blocking=True)
         total = torch.zeros((), dtype=torch.float64)
         together = self.settings.together
         options = len(hidden) // len(windows)  # of an example; a window has one sequence
         for part, states in zip(windows.split(together), hidden.split(together * options), strict=True):
-            logits = head_logits(self.model, modules, sequences(windows)[: len(states)].to(hidden.device), states)
-            total += objective.of_logits(logits, part.to(logits.device)).double().cpu()
+            logits = head_logits(self.model, modules, ids[: len(states)], states)
+            total = total + objective.of_logits(logits, part).double()
         return total
 
     def _outside(self, blocks: list[Block], but: set[nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -238,12 +242,14 @@ class MezoTuner:
         return first - last if entry else last - first
 
     @contextmanager
-    def _perturbed(self, parameters: Mapping[str, nn.Parameter], number: int, sign: int) -> Iterator[None]:
+    def _perturbed(
+        self, parameters: Mapping[str, nn.Parameter], noise: Mapping[str, Tensor], sign: int
+    ) -> Iterator[None]:
         """The parameters hold W + sign eps z for a while, in memory of their own."""
         before = {name: parameter.data for name, parameter in parameters.items()}
         try:
             for name, parameter in parameters.items():
-                moved = self._kept(name, parameter) + sign * self.settings.eps * self._z(number, name, parameter)
+                moved = self._kept(name, parameter) + sign * self.settings.eps * noise[name]
                 beside = parameter.detach().clone()
                 put_kept(moved, beside, self.keep.get(name))
                 parameter.data = beside
@@ -251,6 +257,10 @@ class MezoTuner:
         finally:
             for name, parameter in parameters.items():
                 parameter.data = before[name]
+
+    def _noise(self, number: int, parameters: Mapping[str, nn.Parameter]) -> dict[str, Float[Tensor, " _kept"]]:
+        """z of each, which both signs take: drawing it on the CPU takes longer than a small block does."""
+        return {name: self._z(number, name, parameter) for name, parameter in parameters.items()}
 
     def _z(self, number: int, name: str, parameter: Tensor) -> Float[Tensor, " kept"]:
         count = self.keep[name].count if name in self.keep else parameter.numel()

@@ -100,7 +100,7 @@ class NextToken:
         return self._of(logits, (), windows)
 
     def _of(self, logits: Logits, states: tuple[Tensor, ...], windows: Windows) -> Float[Tensor, ""]:
-        windows = windows.to(logits.device)
+        windows = windows.to(logits.device, non_blocking=True)
         distillation = self.distillation
         loss = self.losses(logits, windows).sum()
         if distillation.distill == "none" or self.teacher is None:
@@ -129,14 +129,14 @@ def differentiated(
         if len(part):
             for loss, learning in losses_of(part):
                 (loss * multiple).backward(inputs=learning)
-                total += loss.detach().double().cpu()
-    return float(distributed.all_sum(total)), multiple
+                total = total + loss.detach().double()
+    return float(distributed.all_sum(total.cpu())), multiple
 
 
 def called(model: Any, windows: Windows, with_states: bool) -> tuple[Logits, tuple[Tensor, ...]]:
     """Logits, and the hidden state after each block where that is asked for."""
-    device = next(model.parameters()).device
-    output = model(input_ids=sequences(windows).to(device), use_cache=False, output_hidden_states=with_states)
+    ids = sequences(windows).to(next(model.parameters()).device, non_blocking=True)
+    output = model(input_ids=ids, use_cache=False, output_hidden_states=with_states)
     return output.logits, tuple(output.hidden_states[1:]) if with_states else ()  # the first enters block 0
 
 
@@ -214,5 +214,5 @@ def mean_loss(model: nn.Module, windows: Windows, batch_size: int, losses: Losse
     for part in distributed.own_samples(windows).split(batch_size):
         if len(part):
             logits, _ = called(model, part, False)
-            total += losses(logits, part.to(logits.device)).double().sum().cpu()
-    return float(distributed.all_sum(total)) / len(windows)
+            total = total + losses(logits, part.to(logits.device, non_blocking=True)).double().sum()
+    return float(distributed.all_sum(total.cpu())) / len(windows)

@@ -31,6 +31,7 @@ from besa_exp.recovery.keep_bits import parameters_of_linears, sparsity_of
 from besa_exp.recovery.tuner import Objective, Taken, Windows
 from besa_exp.rules import Count, Share, check_fields
 from besa_exp.tensors.keep_bits import KeepBits, put_kept
+from besa_exp.tensors.masks import keep_largest
 from besa_exp.tensors.statistics import is_finite
 
 Matrix = Float[Tensor, "out in"]
@@ -170,6 +171,6 @@ def basis(products: Float[Tensor, "side side"]) -> Float[Tensor, "side side"]:
 
 def largest(gradient: Matrix, count: int) -> Matrix:
     """The same with 0 in the place of all but the `count` entries of the largest size; of equals the first stay."""
-    flat = gradient.reshape(-1)
-    order = flat.abs().argsort(descending=True, stable=True)[:count]
-    return torch.zeros_like(flat).scatter_(0, order, flat[order]).view_as(gradient)
+    backwards = gradient.abs().flatten().flip(0)[None]  # of equals the first go in a row
+    keep_mask = keep_largest(backwards, backwards.numel() - count).flip(1).view_as(gradient)
+    return gradient.masked_fill(~keep_mask, 0)

@@ -149,7 +149,7 @@ class SpielTuner:
         for gathered in (self.gradients, self.at_candidates):
             for gradient in gathered.values():
                 gradient.div_(multiple)
-        squares = sum(float(gradient.double().square().sum()) for gradient in self.gradients.values())
+        squares = float(sum(gradient.double().square().sum() for gradient in self.gradients.values()))
         if math.isfinite(loss) and math.isfinite(squares):
             self._update(self.settings.lr * scale)
             if self.settings.exchanges_after(number + 1):

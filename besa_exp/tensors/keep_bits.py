@@ -52,8 +52,7 @@ class KeepBits:
         """The flat positions of the kept weights, in rising order."""
         if self.bits.device.type == "cpu":
             return torch.from_numpy(np.flatnonzero(self.mask().numpy()))
-        # A plain nonzero waits for the device.
-        return torch.nonzero_static(self.mask().flatten(), size=self.count).squeeze(1)
+        return places_on_device(self.mask().flatten(), self.count)
 
     def gather(self, dense: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, " kept"]:
         """The values at the kept places, in the tensor's dtype."""
@@ -89,8 +88,22 @@ def unpacked(bits: UInt8[Tensor, " bytes"], shape: torch.Size) -> Bool[Tensor, "
     """The inverse."""
     if bits.device.type == "cpu":
         return torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel()).view(np.bool_)).view(shape)
+    return unpacked_on_device(bits, shape)
+
+
+def unpacked_on_device(bits: UInt8[Tensor, " bytes"], shape: torch.Size) -> Bool[Tensor, "*shape"]:
+    """The same by what a GPU does too."""
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
     return (bits[:, None] >> shifts & 1).bool().flatten()[: shape.numel()].view(shape)
+
+
+def places_on_device(mask: Bool[Tensor, " weight"], count: int) -> Int[Tensor, " kept"]:
+    """Where the `count` kept ones are, in rising order, without waiting for the device where it knows `nonzero_static`:
+    CUDA from torch 2.7 on."""
+    try:
+        return torch.nonzero_static(mask, size=count).squeeze(1)
+    except NotImplementedError:
+        return mask.nonzero().squeeze(1)
 
 
 def kept_values(dense: Shaped[Tensor, "*shape"], keep: KeepBits | None) -> Shaped[Tensor, " kept"]:

@@ -123,6 +123,13 @@ def goals_of_linears(sizes: Mapping[str, int], goal: Goal) -> dict[str, Goal]:
     }
 
 
+def floor_of(counts: Float[Tensor, "*any"]) -> Int[Tensor, "*any"]:
+    """floor of fp64 products that are no counts yet but for rounding: 90 * 0.7 is 62.99999999999999 there, and 63 here.
+    fp32 miscounts the millions of a large linear."""
+    assert counts.dtype == torch.float64, f"floor_of takes fp64, not {counts.dtype}"
+    return (counts * (1 + 1e-12)).long()
+
+
 def round_to_total(counts: Float[Tensor, " rows"], total: int | Int[Tensor, ""]) -> Int[Tensor, " rows"]:
     """Integers next to `counts` that sum to exactly `total`: the largest remainders are rounded up, ties by position.
 

@@ -24,8 +24,7 @@ from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.budgets.trial import Trial
 from besa_exp.rules import Count, check_fields, within
 from besa_exp.tensors.importance import Importance, ImportanceName
-
-NEAR = 1e-9  # of a step, by which 2 (1 - s) = 0.3999999999999999 may fail to be whole steps
+from besa_exp.tensors.masks import floor_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,8 @@ class Atp:
     def progressions(self, sparsity: float, num_blocks: int) -> list[Float[Tensor, " block"]]:
         """The progressions that are tried, the uniform one first."""
         place = torch.arange(num_blocks, dtype=torch.float64) / max(1, num_blocks - 1)
-        count = int(min(2 * sparsity, 2 * (1 - sparsity)) / self.step + NEAR) + 1
+        widest = torch.tensor(min(2 * sparsity, 2 * (1 - sparsity)), dtype=torch.float64)
+        count = int(floor_of(widest / self.step)) + 1
         return [sparsity + number * self.step * (place - place.mean()) for number in range(count)]
 
     def search(self, trial: Trial, sparsity: float, progress: Progress) -> Float[Tensor, " block"]:

@@ -95,9 +95,10 @@ class CandidateAllocation(nn.Module):
     def __init__(self, weight: Tensor, importance: Tensor, per_row: bool, sigmoid: bool, step: float) -> None:
         super().__init__()
         self.weight, self.rank, self.sigmoid = weight, kernels.rank_in_row(importance), sigmoid
-        self.candidates = float_candidates(step).to(weight.device)
+        candidates = float_candidates(step)
+        self.candidates = candidates.to(weight.device)
         rows, self.columns = weight.shape
-        self.cuts = torch.tensor([int(self.columns * float(p)) for p in self.candidates], device=weight.device)
+        self.cuts = torch.tensor([int(self.columns * p) for p in candidates.tolist()], device=weight.device)
         shape = (rows, len(self.candidates)) if per_row else (len(self.candidates),)
         self.theta = nn.Parameter(torch.zeros(shape, device=weight.device))
 

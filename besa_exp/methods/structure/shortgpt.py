@@ -74,10 +74,10 @@ def passage(blocks: Iterable[Block], inputs: Hidden, batch_size: int) -> Passage
         for start in range(0, len(inputs), batch_size):
             batch = slice(start, start + batch_size)
             after = block(inputs[batch])
-            total += block_influence(inputs[batch].to(after.device), after).double().sum().cpu()
+            total = total + block_influence(inputs[batch].to(after.device), after).double().sum()
             inputs[batch] = after
         tokens = distributed.total(len(inputs)) * inputs.shape[1]
-        influence.append(distributed.all_sum(total) / tokens)
+        influence.append(distributed.all_sum(total.cpu()) / tokens)
         last.append(inputs[:, -1].float().cpu().clone())
     return Passage(torch.stack(influence), torch.stack(last))
 

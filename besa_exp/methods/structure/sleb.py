@@ -63,14 +63,14 @@ def summed_entropies(
     head: Head, input_ids: Int[Tensor, "sample seq"], tried: Sequence[Hidden]
 ) -> Float[Tensor, " model"]:
     """The sum over samples and i = 2 .. seq of -log p(token_i | the tokens before it), of each tried model."""
-    total = torch.zeros(len(tried), dtype=torch.float64)
+    totals = [torch.zeros((), dtype=torch.float64)] * len(tried)
     for number, states in enumerate(tried):
         for rows in few_samples(states):
             logits = head(states[rows])[:, :-1].float().flatten(0, 1)
-            following = input_ids[rows, 1:].to(logits.device).flatten()
+            following = input_ids[rows, 1:].to(logits.device, non_blocking=True).flatten()
             losses = torch.nn.functional.cross_entropy(logits, following, reduction="none")
-            total[number] += losses.double().sum().cpu()
-    return total
+            totals[number] = totals[number] + losses.double().sum()
+    return torch.stack(totals).cpu()
 
 
 @torch.no_grad()

@@ -222,6 +222,15 @@ def test_descent_begins_again_at_the_best_with_smaller_steps_each_time_that_noth
     assert seen == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("granularity", ["row", "linear"])
+def test_cells_have_the_sums_of_their_rows_and_a_row_that_is_one_its_own_number(granularity):
+    rows = rows_of(drawn()[3], granularity)
+    values = torch.rand(len(rows.columns), dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    expected = torch.stack([values[rows.cell == cell].sum() for cell in range(len(rows.capacity))])
+    torch.testing.assert_close(rows.per_cell(values), expected, rtol=1e-14, atol=0)
+    assert (rows.per_cell(values) is values) == (granularity == "row")
+
+
 def on_meta(values):
     return tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), values)
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from host_waits import HostWaits
 from near_ties import assert_allocations_agree
 from pruner_cases import DENSE, INPUT_IDS, LEARNS, MOVES_WEIGHTS, PRUNERS, QUANTISED, measured, prune_tiny, weight_of
 from transformers import AutoModelForCausalLM
@@ -15,6 +16,7 @@ from besa_exp.blocks.loop import prune_blocks
 from besa_exp.methods.pruners.besa import Besa
 from besa_exp.methods.pruners.besa_joint import BesaJoint
 from besa_exp.methods.pruners.besa_paper import BesaPaper
+from besa_exp.methods.pruners.candidates import CandidateAllocation
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
 from besa_exp.methods.pruners.uniform import Uniform
 from besa_exp.methods.tuning import Tuning
@@ -262,6 +264,13 @@ def test_besa_paper_cannot_leave_its_published_range():
         for allocated in pruned.allocated.values():
             assert float(allocated.min()) > 0.37
             assert float(allocated.max()) < 0.63
+
+
+def test_candidates_are_read_before_they_go_to_the_device():
+    """Each that is read there waits for the GPU: 101 a linear."""
+    with HostWaits() as waits:
+        CandidateAllocation(torch.randn(2, 8), torch.rand(2, 8), True, True, 0.01)
+    assert waits.reads == ["tolist"]
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_steps_below_half_a_unit_of_bf16_add_up():
     assert float(weight.mean()) == pytest.approx(1 + 10 * 2**-7, abs=2**-7)
 
 
-def test_temporaries_are_at_most_one_block_and_a_tensor(monkeypatch):
+def test_perturbed_weights_are_at_most_those_of_one_block(monkeypatch):
     """Counted: what the perturbed weights take at any moment."""
     model, _, tuner = begun(initializer_range=0.02)
     blocks = [sum(p.nbytes for p in layer.parameters()) for layer in model.model.layers]
@@ -192,6 +192,15 @@ def test_temporaries_are_at_most_one_block_and_a_tensor(monkeypatch):
     tuner.losses(NextToken(model), WINDOWS[:2], 0)
     assert max(largest) <= max(*blocks, outside)
     assert len(largest) == 2 * (1 + 2 + 1)
+
+
+def test_z_is_drawn_once_for_both_losses_and_once_for_the_step():
+    """On the CPU, which takes longer over it than a GPU over all else."""
+    _, _, tuner = begun()
+    noise, drawn = tuner.noise, []
+    tuner.noise = lambda step, name, count: drawn.append(name) or noise(step, name, count)
+    tuner.step(NextToken(tuner.model), WINDOWS[:2], 0, 1.0)
+    assert sorted(drawn) == sorted([*tuner.parameters] * 2 + ["model.norm.weight"])  # at the entry and at the end
 
 
 def streamed(folder):

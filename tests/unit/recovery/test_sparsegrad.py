@@ -100,6 +100,16 @@ def test_the_largest_by_size_stay_and_of_equals_the_first():
     assert largest(gradient, 3).tolist() == [[0.0, -3.0, 2.0], [-2.0, 0.0, 0.0]]
 
 
+@pytest.mark.parametrize("count", [1, 7, 23, 24])
+def test_the_largest_are_the_first_of_a_stable_sort(count):
+    draws = torch.Generator().manual_seed(count)
+    for gradient in (torch.randint(-2, 3, (4, 6), generator=draws).float(), torch.randn(6, 4, generator=draws).T):
+        flat = gradient.flatten()
+        order = flat.abs().argsort(descending=True, stable=True)[:count]
+        expected = torch.zeros_like(flat).scatter_(0, order, flat[order]).view_as(gradient)
+        assert torch.equal(largest(gradient, count), expected)
+
+
 def test_pruned_models_are_refused_with_the_reason():
     model, keep = pruned_llama()
     with pytest.raises(ValueError, match=r"none of the 50% zeros of this model would stay; use recovery=full or lora"):
