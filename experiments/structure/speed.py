@@ -50,8 +50,9 @@ def main() -> None:
         left = Structure(tuple(block for block in range(dimensions.blocks) if block not in removed))
         models[f"{count} of {dimensions.blocks} blocks"] = narrowed_model(dense, left)
         gone = sum(costs.blocks[block] for block in removed) / costs.total
-        units = chosen_units(random_importances(dimensions, 0), costs, dimensions, gone, shape="uniform")
-        models[f"heads and channels, {gone:.1%}"] = narrowed_model(dense, structure_of(*units))
+        groups, channels = chosen_units(random_importances(dimensions, 0), costs, dimensions, gone, shape="uniform")
+        what = "channels" if groups.all() else "heads and channels"
+        models[f"{what}, {100 * gone:.1f} %"] = narrowed_model(dense, structure_of(groups, channels))
     taken = {name: [seconds_a_token(model, asked.tokens)] for name, model in models.items()}  # to warm up
     for _ in range(asked.turns):
         for name, model in models.items():
@@ -60,7 +61,11 @@ def main() -> None:
     for name, model in models.items():
         quotients = [one / other for one, other in zip(taken["dense"][1:], taken[name][1:], strict=True)]
         cost = counts_of(model, 256)
-        counts = [f"{cost['parameters']:,}", f"{cost['flops_per_token'] / 1e6:.2f}", str(cost["cache_bytes_per_token"])]
+        counts = [
+            f"{cost['parameters']:,}",
+            f"{cost['flops_per_token'] / 1e6:.2f}",
+            f"{cost['cache_bytes_per_token']:,}",
+        ]
         speed = 1 / statistics.median(taken[name][1:])
         rows.append([name, *counts, f"{speed:.0f}", f"{statistics.median(quotients):.2f}"])
     heads = ["gone", "parameters", "MFLOPs a token", "cache bytes a token", "tokens a processor second", "faster"]
