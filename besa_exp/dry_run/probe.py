@@ -34,6 +34,7 @@ from besa_exp.tensors.masks import Goal
 BUDGET = 6.0  # seconds that a block may take to be measured as it is
 PASSES = 6  # forward passes that a search takes
 SAMPLES = (4, 12)  # where it would take longer: between them lies a whole batch of the usual size
+LONG, FEWEST = 30.0, (1, 3)  # where these would take more seconds, as a block of a 7B model on a CPU: so many
 SLOW = 1.0  # seconds that a batch or a step may take; a smaller one is measured where it takes longer
 SHORTEST = 128  # tokens
 
@@ -68,7 +69,8 @@ class BlockProbe:
             return self.prune(samples, self.seq_len)
         length = int(BUDGET / (sum(SAMPLES) * a_token))
         length = max(min(SHORTEST, self.seq_len), length) if length < 0.75 * self.seq_len else self.seq_len
-        counts = few, many, _ = min(SAMPLES[0], samples), min(SAMPLES[1], samples), samples
+        pair = SAMPLES if sum(SAMPLES) * length * a_token <= LONG else FEWEST
+        counts = few, many, _ = *(min(number, samples) for number in pair), samples
         small, large = self.prune(few, length), self.prune(many, length)
         # Samples that pass the block together at most; a search passes its probe samples at once.
         rows = [max(min(self.batch_size, count), num_probe_samples(count) * bool(large.steps)) for count in counts]

@@ -98,6 +98,20 @@ def test_the_weights_that_were_pruned_come_back_for_the_next_measurement() -> No
     assert all(torch.equal(value, before[name]) for name, value in measured.model.state_dict().items())
 
 
+@pytest.mark.parametrize(("a_token", "pair"), [(1e-3, [4, 12]), (1.0, [1, 3])])
+def test_a_slow_block_is_measured_on_short_samples_and_a_very_slow_one_on_few(a_token: float, pair: list[int]) -> None:
+    asked: list[torch.Size] = []
+
+    def allocate(shape, dtype):
+        asked.append(shape)
+        return torch.empty(shape, dtype=dtype)
+
+    slow = replace(probe(Uniform(), 256), allocate=allocate)
+    slow.__dict__["token_seconds"] = (a_token, 0.0)  # as if it had been measured
+    slow.cost(64)
+    assert {tuple(shape[:2]) for shape in asked} == {(1, 128), *((count, 128) for count in pair)}  # 1: to warm up
+
+
 def test_a_block_at_work_holds_more_where_more_samples_pass_it_together() -> None:
     """By what seven more samples surely hold, their gates and ups at once: what is fixed, the machine decides."""
     length, width = 1024, 96
