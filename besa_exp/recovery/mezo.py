@@ -4,8 +4,8 @@
 
 The authors add +eps z, -2 eps z and +eps z to the model and hope to be back where they began: in bf16 that drifts by as
 much as eps z. Here nothing is added to the model. Both passes go through the block loop side by side: a block's weights
-W + eps z, then W - eps z, are made beside the model while that block computes, so that memory is that of inference, one
-block and its z, and weights are read once for both.
+W + eps z, then W - eps z, are made beside the model while that block computes, so that memory is that of inference and
+one block, and weights are read once for both.
 
 z is made from (seed, step, name of the tensor) alone, on the CPU: the same in whatever order tensors come, and on
 every device and rank. It has a number for each kept weight, so that zeros stay zeros. All of a run follows from the
@@ -24,8 +24,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,6 @@ from besa_exp.recovery.schedule import key_of
 from besa_exp.recovery.tuner import Objective, Taken, Windows
 from besa_exp.rules import Count, NotNegative, Positive, check_fields
 from besa_exp.tensors.keep_bits import KeepBits, kept_values, put_kept
-
-SIGNS = (1, -1)
 
 
 @dataclass(frozen=True)
@@ -132,15 +130,12 @@ class MezoTuner:
             states = self._embedded(blocks, rows, number)
             for block in self._resident(blocks):
                 inside = dict(block.module.named_parameters(prefix=block.name))
-                noise = self._noise(number, inside)
-                for sign, hidden in zip(SIGNS, states, strict=True):
-                    with self._perturbed(inside, noise, sign):
-                        block.outputs(hidden, self.settings.together, out=hidden)
-            outside = self._outside(blocks, self._only_at(entry=True))
-            noise = self._noise(number, outside)
-            for place, (sign, hidden) in enumerate(zip(SIGNS, states, strict=True)):
-                with self._perturbed(outside, noise, sign):
-                    totals[place] = self._loss(objective, blocks, own, hidden)
+                with closing(self._sides(inside, number)) as sides:
+                    for side in sides:
+                        block.outputs(states[side], self.settings.together, out=states[side])
+            with closing(self._sides(self._outside(blocks, self._only_at(entry=True)), number)) as sides:
+                for side in sides:
+                    totals[side] = self._loss(objective, blocks, own, states[side])
         plus, minus = (distributed.all_sum(totals) / len(windows)).tolist()
         return plus, minus
 
@@ -202,12 +197,8 @@ class MezoTuner:
         return self.captured[windows.shape]
 
     def _embedded(self, blocks: list[Block], windows: Windows, number: int) -> list[Hidden]:
-        outside, states = self._outside(blocks, self._only_at(entry=False)), []
-        noise = self._noise(number, outside)
-        for sign in SIGNS:
-            with self._perturbed(outside, noise, sign):
-                states.append(embed(self.model, blocks, windows, self.settings.together))
-        return states
+        with closing(self._sides(self._outside(blocks, self._only_at(entry=False)), number)) as sides:
+            return [embed(self.model, blocks, windows, self.settings.together) for _ in sides]
 
     def _loss(
         self,
@@ -241,26 +232,23 @@ class MezoTuner:
         )
         return first - last if entry else last - first
 
-    @contextmanager
-    def _perturbed(
-        self, parameters: Mapping[str, nn.Parameter], noise: Mapping[str, Tensor], sign: int
-    ) -> Iterator[None]:
-        """The parameters hold W + sign eps z for a while, in memory of their own."""
+    def _sides(self, parameters: Mapping[str, nn.Parameter], number: int) -> Generator[int, None, None]:
+        """0 while the parameters hold W + eps z, in memory of their own, then 1 while they hold W - eps z: what lies as
+        far on the other side of W, so that z is drawn once and not kept."""
         before = {name: parameter.data for name, parameter in parameters.items()}
         try:
             for name, parameter in parameters.items():
-                moved = self._kept(name, parameter) + sign * self.settings.eps * noise[name]
-                beside = parameter.detach().clone()
-                put_kept(moved, beside, self.keep.get(name))
-                parameter.data = beside
-            yield
+                moved = self._kept(name, parameter) + self.settings.eps * self._z(number, name, parameter)
+                parameter.data = parameter.detach().clone()
+                put_kept(moved, parameter.data, self.keep.get(name))
+            yield 0
+            for name, parameter in parameters.items():
+                mirrored = 2 * self._kept(name, before[name]) - self._kept(name, parameter)
+                put_kept(mirrored, parameter.data, self.keep.get(name))
+            yield 1
         finally:
             for name, parameter in parameters.items():
                 parameter.data = before[name]
-
-    def _noise(self, number: int, parameters: Mapping[str, nn.Parameter]) -> dict[str, Float[Tensor, " _kept"]]:
-        """z of each, which both signs take: drawing it on the CPU takes longer than a small block does."""
-        return {name: self._z(number, name, parameter) for name, parameter in parameters.items()}
 
     def _z(self, number: int, name: str, parameter: Tensor) -> Float[Tensor, " kept"]:
         count = self.keep[name].count if name in self.keep else parameter.numel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -176,22 +177,33 @@ def test_steps_below_half_a_unit_of_bf16_add_up():
     assert float(weight.mean()) == pytest.approx(1 + 10 * 2**-7, abs=2**-7)
 
 
-def test_perturbed_weights_are_at_most_those_of_one_block(monkeypatch):
-    """Counted: what the perturbed weights take at any moment."""
+def test_perturbed_weights_are_at_most_those_of_one_block_and_no_z_is_held_beside_them(monkeypatch):
+    """Counted: what the perturbed weights take at any moment, and which z are there while a layer computes."""
     model, _, tuner = begun(initializer_range=0.02)
     blocks = [sum(p.nbytes for p in layer.parameters()) for layer in model.model.layers]
     outside = model.lm_head.weight.nbytes + model.model.norm.weight.nbytes
-    largest = []
-    original = type(tuner)._perturbed
+    largest, drawn, held = [], [], []
+    sides, noise = type(tuner)._sides, tuner.noise
 
     def counted(self, parameters, *args):
         largest.append(sum(parameter.nbytes for parameter in parameters.values()))
-        return original(self, parameters, *args)
+        return sides(self, parameters, *args)
 
-    monkeypatch.setattr(type(tuner), "_perturbed", counted)
+    def remembered(*args):
+        z = noise(*args)
+        drawn.append(weakref.ref(z))
+        return z
+
+    monkeypatch.setattr(type(tuner), "_sides", counted)
+    tuner.noise = remembered  # type: ignore[assignment]
+    for module in (*model.model.layers, model.lm_head):
+        module.register_forward_pre_hook(lambda *_: held.append(sum(z() is not None for z in drawn)))
     tuner.losses(NextToken(model), WINDOWS[:2], 0)
     assert max(largest) <= max(*blocks, outside)
-    assert len(largest) == 2 * (1 + 2 + 1)
+    assert len(largest) == 1 + 2 + 1
+    assert len(held) >= 2 * (2 + 1)
+    assert drawn
+    assert not any(held)
 
 
 def test_z_is_drawn_once_for_both_losses_and_once_for_the_step():
