@@ -136,7 +136,7 @@ def listed(wanted: Sequence[str] = (), beside: Path | None = None) -> dict[str, 
     ConfigurationError: there is no such group or folder."""
     if beside is not None and not beside.is_dir():
         raise ConfigurationError(f"--config-dir={beside}: there is no such folder; give one with GROUP/NAME.yaml files")
-    known = {name: group for group in groups() for name in (group, f"{group}s")}
+    known = {name: group for group in groups() for name in (group, re.sub("ys$", "ies", f"{group}s"))}
     if unknown := [name for name in wanted if name not in known]:
         raise ConfigurationError(*(no_such_group(name, known) for name in unknown))
     chosen = dict.fromkeys(known[name] for name in wanted or groups())

@@ -2,7 +2,7 @@
 into study_<model>.json and study.md.
 
 python experiments/recovery/collect.py FOLDER, which holds dense, PRUNER_SPARSITY and PRUNER_SPARSITY_RECOVERY
-python experiments/recovery/collect.py outputs/recovery
+python experiments/recovery/collect.py [outputs/recovery]
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _tuned(runs: Sequence[dict], method: str) -> str:
 
 
 if __name__ == "__main__":
-    given = Path(sys.argv[1])
+    given = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/recovery")
     recorded = sorted(given.glob("*.json"))
     if recorded:
         study(recorded)

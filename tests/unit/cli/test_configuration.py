@@ -290,6 +290,7 @@ def test_the_listing_has_every_preset_with_its_line() -> None:
         assert f"{name} " in text
         assert presets(group)[name] in text
     assert "(default)" in listing(["pruners"])
+    assert listing(["recoveries"]) == listing(["recovery"])
     assert default_preset("pruner") == "besa"
 
 
