@@ -35,8 +35,9 @@ from besa_exp.blocks.whole_model import KeepMasks, Weights
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
 from besa_exp.rules import Share, check_fields, one_of
+from besa_exp.tensors import kernels
 from besa_exp.tensors.losses import differentiate, gradients
-from besa_exp.tensors.masks import floor_of
+from besa_exp.tensors.masks import floor_of, keep_by_rank, rank_in_group
 
 
 def squared_gradients(
@@ -90,18 +91,16 @@ def _by_rank(
 ) -> Bool[Tensor, "group weight"]:
     """Row by row: the k largest pruned weights come back, and the k least kept ones go."""
     back, gone, count = _pairs(metric, keep_mask, ratio)
-    chosen = torch.arange(metric.shape[1], device=metric.device) < count
-    edited = keep_mask.scatter(1, back, keep_mask.gather(1, back) | chosen)
-    return edited.scatter(1, gone, edited.gather(1, gone) & ~chosen)
+    return (keep_mask | ~keep_by_rank(back, count)) & keep_by_rank(gone, count)
 
 
 def _pairs(metric: Tensor, keep_mask: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row the order in which weights come back, in which they go, and of how many [group 1]."""
-    gain = metric.masked_fill(keep_mask, -torch.inf)
-    cost = metric.masked_fill(~keep_mask, torch.inf)
-    back = gain.argsort(dim=1, descending=True, stable=True)
-    gone = cost.argsort(dim=1, stable=True)
-    worth = (gain.gather(1, back) > cost.gather(1, gone)).sum(dim=1, keepdim=True)
+    """The place of each weight of a row in the order in which weights come back, in that in which they go, and of how
+    many [group]."""
+    gain, cost = metric.masked_fill(keep_mask, -torch.inf), metric.masked_fill(~keep_mask, torch.inf)
+    back, gone = kernels.rank_in_row(-gain), kernels.rank_in_row(cost)
+    falling, rising = (torch.empty_like(of).scatter_(1, at.long(), of) for of, at in ((gain, back), (cost, gone)))
+    worth = (falling > rising).sum(dim=1)
     return back, gone, floor_of(worth.double() * ratio)
 
 
@@ -109,17 +108,13 @@ def _within_groups(metric: Tensor, keep_mask: Tensor, ratio: float, group: int) 
     """The weights that come back are chosen by row, of a group at most as many as it keeps; in each group as many kept
     ones go, those of least metric."""
     back, _, count = _pairs(metric, keep_mask, ratio)
-    chosen = torch.arange(metric.shape[1], device=metric.device) < count
-    grown = torch.zeros_like(keep_mask).scatter(1, back, chosen)
+    grown = ~keep_by_rank(back, count)
     kept = keep_mask.unflatten(1, (-1, group)).sum(dim=2, keepdim=True)
-    rank = metric.masked_fill(~grown, -torch.inf).unflatten(1, (-1, group)).argsort(dim=2, descending=True, stable=True)
-    grown = grown & (rank.argsort(dim=2) < kept).flatten(1)
+    rank = rank_in_group(-metric.masked_fill(~grown, -torch.inf), group).unflatten(1, (-1, group))
+    grown = grown & (rank < kept).flatten(1)
     each = grown.unflatten(1, (-1, group)).sum(dim=2, keepdim=True)
-    cost = metric.masked_fill(~keep_mask, torch.inf).unflatten(1, (-1, group))
-    order = cost.argsort(dim=2, stable=True)
-    leaving = torch.zeros_like(order, dtype=torch.bool)
-    leaving.scatter_(2, order, torch.arange(group, device=metric.device) < each)
-    return (keep_mask & ~leaving.flatten(1)) | grown
+    gone = rank_in_group(metric.masked_fill(~keep_mask, torch.inf), group).unflatten(1, (-1, group))
+    return (keep_mask & (gone >= each).flatten(1)) | grown
 
 
 @dataclass(frozen=True)
