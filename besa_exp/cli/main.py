@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -85,12 +86,13 @@ def _check_text(words: Sequence[str]) -> None:
 
 def _tell_refusal(text: str) -> None:
     """On stderr; of several processes that refuse for the same reasons the first to come here prints them."""
-    if is_launched():
-        from besa_exp.machine.distributed import is_first_to_say  # imports torch
+    say = partial(print, file=sys.stderr, flush=True)
+    if not is_launched():
+        say(text)
+        return
+    from besa_exp.machine.distributed import say_once  # imports torch
 
-        if not is_first_to_say(text):
-            return
-    print(text, file=sys.stderr, flush=True)
+    say_once(text, say)
 
 
 def _help(_: Sequence[str]) -> int:

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -234,14 +235,23 @@ def _end_when_another_fails(left: threading.Event, last_words: Callable[[RunErro
                     os._exit(1)
 
 
-def is_first_to_say(text: str) -> bool:
-    """Whether no other rank has asked this for the same text, by the store that torchrun keeps. Ranks need not be
-    joined; where there is no store any more, each is the first."""
+def say_once(text: str, say: Callable[[str], None]) -> None:
+    """Of the ranks that come with the same text the first says it, and all wait a while for the others: torchrun ends
+    when one has failed, and with it the store that tells who was first. Ranks need not be joined; where there is no
+    store any more, each is the first."""
     key = f"{SAID}{hashlib.sha256(text.encode()).hexdigest()}"
     try:
-        return int(_store().add(key, 1)) == 1
+        store = _store()
+        first = int(store.add(key, 1)) == 1
     except RuntimeError:
-        return True
+        say(text)
+        return
+    if first:
+        say(text)
+    deadline = time.monotonic() + PATIENCE
+    with suppress(RuntimeError):
+        while int(store.add(key, 0)) < int(os.environ["WORLD_SIZE"]) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def _store() -> Any:
