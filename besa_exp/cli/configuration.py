@@ -20,7 +20,6 @@ from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueE
 
 from besa_exp.cli.reading import MISSING_VALUE, UNREAD, Reader
 from besa_exp.errors import ConfigurationError
-from besa_exp.presets import CONF_DIR as CONF_DIR
 from besa_exp.presets import METHOD_GROUPS
 from besa_exp.report.methods import differences, method_of
 from besa_exp.run_folder.identity import NOT_DECIDING, results_identity, without_places

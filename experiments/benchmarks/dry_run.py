@@ -35,9 +35,10 @@ from machine import describe_machine
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from besa_exp.cli.configuration import CONF_DIR, method_name, read_settings
+from besa_exp.cli.configuration import method_name, read_settings
 from besa_exp.cli.main import main as besa
 from besa_exp.dry_run.estimate import Estimate, estimate, peak
+from besa_exp.presets import CONF_DIR
 
 HERE = Path(__file__).parent
 # A fresh process that loads the saved model has processor time of its own, which is not asked for.

@@ -15,9 +15,9 @@ from hydra import compose, initialize_config_dir
 from studies import EXPERIMENTS, collect_of, records_of
 
 from besa_exp.cli.compose import Composer
-from besa_exp.cli.configuration import CONF_DIR, as_values, method_name, read_settings
+from besa_exp.cli.configuration import as_values, method_name, read_settings
 from besa_exp.cli.main import main
-from besa_exp.presets import presets
+from besa_exp.presets import CONF_DIR, presets
 from besa_exp.report.runs import read_run
 from besa_exp.runs.prune import prune
 

@@ -18,9 +18,9 @@ from hypothesis import given, settings, strategies
 from omegaconf import DictConfig, OmegaConf
 
 from besa_exp.cli.compose import Composer
-from besa_exp.cli.configuration import CONF_DIR, Unreadable, as_values, method_name, read_settings, run_name
+from besa_exp.cli.configuration import Unreadable, as_values, method_name, read_settings, run_name
 from besa_exp.errors import ConfigurationError
-from besa_exp.presets import METHOD_GROUPS, default_preset, first_comment, groups, listing, preset, presets
+from besa_exp.presets import CONF_DIR, METHOD_GROUPS, default_preset, first_comment, groups, listing, preset, presets
 from besa_exp.run_folder.identity import request_identity
 from besa_exp.settings import CalibrationSettings, EvaluatorSettings, ModelSettings, RunSettings, TrackerSettings
 

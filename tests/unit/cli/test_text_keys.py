@@ -8,12 +8,13 @@ import pytest
 from hydra import initialize_config_dir
 
 from besa_exp.cli.compose import Composer
-from besa_exp.cli.configuration import CONF_DIR, Unreadable, read_settings
+from besa_exp.cli.configuration import Unreadable, read_settings
 from besa_exp.cli.main import main
 from besa_exp.cli.prune import composed
 from besa_exp.cli.request import read_request
 from besa_exp.cli.text_keys import list_keys, text_keys, with_text_quoted
 from besa_exp.errors import ConfigurationError, quoted
+from besa_exp.presets import CONF_DIR
 from besa_exp.settings import RunSettings
 
 

@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 import besa_exp
 from besa_exp.blocks.pruner import Traits, pruned_by_masks
-from besa_exp.cli.configuration import CONF_DIR, as_values, method_name, read_settings
+from besa_exp.cli.configuration import as_values, method_name, read_settings
 from besa_exp.errors import ConfigurationError, RunError
-from besa_exp.presets import METHOD_GROUPS, preset
+from besa_exp.presets import CONF_DIR, METHOD_GROUPS, preset
 from besa_exp.run_folder.identity import as_plain, config_of, request_identity
 from besa_exp.run_folder.status import read_status
 from besa_exp.runs.prune import prune as prune_into
