@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from besa_exp.display.markdown import markdown_table
 
 HERE = Path(__file__).parent
+METHODS = ("full", "lora", "scale", "norms", "blocks", "spiel", "sketch", "mezo")
+"""In the order of the tables."""
 HEADS = ("sparsity", "method", "perplexity", "held-out loss before", "after", "tokens", "processor seconds")
 
 
@@ -59,27 +62,30 @@ def main(folder: Path) -> None:
 
 
 def study(records: Sequence[Path]) -> None:
-    """A table a model: a row a start, a column a method."""
-    lines = []
+    """Keeps the records, and writes a table a model."""
+    lines: list[str] = []
     for path in records:
         content = path.read_text(encoding="utf-8")
         (HERE / f"study_{path.stem}.json").write_text(content, encoding="utf-8")
-        found = list(json.loads(content).values())
-        methods = list(dict.fromkeys(run["method"] for run in found if run["method"]))
-        rows = []
-        for start in dict.fromkeys(run["start"] for run in found):
-            own = [run for run in found if run["start"] == start]
-            (pruned,) = (run["perplexity"] for run in own if run["method"] is None)
-            rows.append([start, f"{pruned:.2f}", *(_tuned(own, method) for method in methods)])
-        heads = ["start", "not tuned", *methods]
-        lines += [f"## {path.stem}", "", *markdown_table(heads, rows, numbers=True), ""]
+        lines += [f"## {path.stem}", "", *study_table(json.loads(content)), ""]
     (HERE / "study.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def _tuned(runs: Sequence[dict], method: str) -> str:
+def study_table(records: Mapping[str, dict[str, Any]]) -> list[str]:
+    """A row a start, a column a method."""
+    runs = [run for run in records.values() if run["start"] != "dense"]
+    own = {(run["start"], run["method"]): run for run in runs}
+    methods = sorted({run["method"] for run in runs if run["method"]}, key=METHODS.index)
+    rows = [
+        [start, f"{own[start, None]['perplexity']:.2f}", *(_tuned(own.get((start, method))) for method in methods)]
+        for start in dict.fromkeys(run["start"] for run in runs)
+    ]
+    return markdown_table(["start", "not tuned", *methods], rows, numbers=True)
+
+
+def _tuned(run: Mapping[str, Any] | None) -> str:
     """Perplexity, and the step size that was found."""
-    own = [run for run in runs if run["method"] == method]
-    return f"{own[0]['perplexity']:.2f} ({own[0]['lr']:.1g})" if own else ""
+    return f"{run['perplexity']:.2f} ({run['lr']:.1g})" if run else "not run"
 
 
 if __name__ == "__main__":

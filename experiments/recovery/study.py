@@ -29,9 +29,9 @@ from besa_exp.evaluation.perplexity import perplexity
 from besa_exp.texts.embedded.text import MODEL_DIR, calibration_documents, perplexity_documents
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from collect import METHODS
 from tokens import stories, windows
 
-METHODS = ("full", "lora", "scale", "norms", "blocks", "spiel", "sketch", "mezo")
 STARTS: dict[str, tuple[str, float, str]] = {
     "wanda 60%": ("wanda", 0.6, "unstructured"),
     "besa 60%": ("besa", 0.6, "unstructured"),

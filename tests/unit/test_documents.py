@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
 import re
 import shlex
@@ -119,6 +120,13 @@ def test_the_tables_of_the_studies_hold_their_records(monkeypatch: pytest.Monkey
     assert first[0].tables(by_model) == written("first_results")
     assert paper[0].tables.tables(paper[1]) == written("paper")
     assert "\n".join(joint[0].table(joint[1])) in (EXPERIMENTS / "joint" / "README.md").read_text(encoding="utf-8")
+    recovery = collect_of("recovery", monkeypatch)
+    kept = [json.loads(path.read_text(encoding="utf-8")) for path in (EXPERIMENTS / "recovery").glob("study_*.json")]
+    tuned = ["\n".join(recovery.study_table(records)) for records in kept]
+    assert tuned != []
+    for page in ("README.md", "study.md"):
+        text = (EXPERIMENTS / "recovery" / page).read_text(encoding="utf-8")
+        assert [table for table in tuned if table not in text] == []
     for model in structure[0].MODELS:
         own = structure[0].table([run for run in structure[1] if run["model"] == model])
         assert "\n".join(own) in written("structure")
