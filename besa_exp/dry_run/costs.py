@@ -185,7 +185,7 @@ def recovery_cost(probe: BlockProbe, asked: RecoverySettings, num_blocks: int) -
     trained = {name: one.data for name, one in tuner.parameters.items()}
     checkpoint = state + bytes_of(trained)
     fixed *= bytes_of(trained) / sum(one.nbytes for one in trained.values())
-    window = seq_len * (1 if asked.task is None else len(TASKS[asked.task].words))
+    window = seq_len * (1 if asked.task is None else TASKS[asked.task].count)
     a_token *= (num_blocks * in_block + predicted) / (len(modules) * in_block + predicted)
     a_step = asked.batch_size * window * a_token + fixed
     judgements = 1 + sum(plan.judges_after(number) for number in range(1, steps + 1))

@@ -57,8 +57,8 @@ class HubFile:
     max_windows: int | None = None
 
 
-_PTB = "ptb-text-only/ptb_text_only"
-_PTB_REVISION = "refs/convert/parquet"  # the hub's conversion: the data set itself is a script, and those no longer run
+_PTB, _SUPER_GLUE = "ptb-text-only/ptb_text_only", "aps/super_glue"
+_CONVERTED = "refs/convert/parquet"  # the hub's conversion: such a data set itself is a script, and those no longer run
 HUB_FILES: dict[str, dict[Use, HubFile]] = {
     "c4": {
         "calibration": HubFile("allenai/c4", "en/c4-train.00000-of-01024.json.gz"),
@@ -71,8 +71,8 @@ HUB_FILES: dict[str, dict[Use, HubFile]] = {
         "perplexity": HubFile("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet", joiner="\n\n"),
     },
     "ptb": {
-        "calibration": HubFile(_PTB, "penn_treebank/train/0000.parquet", _PTB_REVISION, "sentence", " "),
-        "perplexity": HubFile(_PTB, "penn_treebank/test/0000.parquet", _PTB_REVISION, "sentence", " "),
+        "calibration": HubFile(_PTB, "penn_treebank/train/0000.parquet", _CONVERTED, "sentence", " "),
+        "perplexity": HubFile(_PTB, "penn_treebank/test/0000.parquet", _CONVERTED, "sentence", " "),
     },
 }
 SET_NAMES = (EMBEDDED, *HUB_FILES)
@@ -80,6 +80,11 @@ TASK_FILES = {
     "sst2": HubFile("nyu-mll/glue", "sst2/train-00000-of-00001.parquet"),
     "rte": HubFile("nyu-mll/glue", "rte/train-00000-of-00001.parquet"),
     "boolq": HubFile("google/boolq", "data/train-00000-of-00001.parquet"),
+    "cb": HubFile(_SUPER_GLUE, "cb/train/0000.parquet", _CONVERTED),
+    "wic": HubFile(_SUPER_GLUE, "wic/train/0000.parquet", _CONVERTED),
+    "wsc": HubFile(_SUPER_GLUE, "wsc.fixed/train/0000.parquet", _CONVERTED),
+    "multirc": HubFile(_SUPER_GLUE, "multirc/train/0000.parquet", _CONVERTED),
+    "copa": HubFile(_SUPER_GLUE, "copa/train/0000.parquet", _CONVERTED),
 }  # what recovery.task learns from
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -26,26 +26,81 @@ Options = Int[Tensor, "_example option seq"]
 their complements ~id < 0; zeros fill a row up, and a causal model sees none of them before."""
 
 
+Row = Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Task:
-    """`prompt` of a row, and what may follow: `words` by label, which stands under one of `labels`."""
+    """`prompt` of a row, and what may follow: its `words`, as many as `count`, in the order of the label, which stands
+    under one of `labels`."""
 
-    prompt: Callable[[Mapping[str, Any]], str]
-    words: tuple[str, ...]
+    prompt: Callable[[Row], str]
+    words: Callable[[Row], tuple[str, ...]]
+    count: int = 2
     labels: tuple[str, ...] = ("label",)
 
 
-def _boolq(row: Mapping[str, Any]) -> str:
+class Example(NamedTuple):
+    """A row of a task as text; `words[label]` is right."""
+
+    prompt: str
+    words: tuple[str, ...]
+    label: int
+
+
+def _no_or_yes(row: Row) -> tuple[str, ...]:
+    return "No", "Yes"
+
+
+def _boolq(row: Row) -> str:
     question = row["question"].removesuffix("?")
     return f"{row['passage']} {question[:1].upper()}{question[1:]}?"
 
 
+def _copa(row: Row) -> str:
+    return row["premise"].rstrip().removesuffix(".") + {"effect": " so", "cause": " because"}[row["question"]]
+
+
+def _copa_choices(row: Row) -> tuple[str, ...]:
+    """What follows, as the middle of a sentence."""
+    firsts = [row[key].split(" ") for key in ("choice1", "choice2")]
+    return tuple(" " + " ".join([first if first == "I" else first.lower(), *rest]) for first, *rest in firsts)
+
+
 TASKS = {
-    "sst2": Task(lambda row: f"{row['sentence'].strip()} It was", (" terrible", " great")),
+    "sst2": Task(lambda row: f"{row['sentence'].strip()} It was", lambda row: (" terrible", " great")),
     "rte": Task(
-        lambda row: f'{row["sentence1"]}\nDoes this mean that "{row["sentence2"]}" is true? Yes or No?\n', ("Yes", "No")
+        lambda row: f'{row["sentence1"]}\nDoes this mean that "{row["sentence2"]}" is true? Yes or No?\n',
+        lambda row: ("Yes", "No"),
     ),
-    "boolq": Task(_boolq, (" No", " Yes"), ("label", "answer")),
+    "cb": Task(
+        lambda row: f'Suppose {row["premise"]} Can we infer that "{row["hypothesis"]}"? Yes, No, or Maybe?\n',
+        lambda row: ("Yes", "No", "Maybe"),
+        count=3,
+    ),
+    "boolq": Task(_boolq, lambda row: (" No", " Yes"), labels=("label", "answer")),
+    "wic": Task(
+        lambda row: (
+            f'Does the word "{row["word"]}" have the same meaning in these two sentences? Yes, No?\n'
+            f"{row['sentence1']}\n{row['sentence2']}\n"
+        ),
+        _no_or_yes,
+    ),
+    "wsc": Task(
+        lambda row: (
+            f'{row["text"]}\nIn the previous sentence, does the pronoun "{row["span2_text"].lower()}" refer to '
+            f"{row['span1_text']}? Yes or No?\n"
+        ),
+        _no_or_yes,
+    ),
+    "multirc": Task(
+        lambda row: (
+            f"{row['paragraph']}\nQuestion: {row['question']}\n"
+            f'I found this answer "{row["answer"]}". Is that correct? Yes or No?\n'
+        ),
+        _no_or_yes,
+    ),
+    "copa": Task(_copa, _copa_choices),
 }
 
 
@@ -95,19 +150,19 @@ def read_examples(
         file = Path(path).expanduser() if path else fetched(TASK_FILES[name], name, offline)
     except Unavailable as error:
         raise ConfigurationError(f"recovery on {error}; recovery.path=FILE names a local file of its rows") from error
-    found, words = list(_read(name, file)), TASKS[name].words
-    parts = _drawn(file, [label for _, label in found], len(words), sizes, seed)
-    return Examples(*(_encoded([found[place] for place in part], words, tokenizer, seq_len) for part in parts))
+    found, count = list(_read(name, file)), TASKS[name].count
+    parts = _drawn(file, [example.label for example in found], count, sizes, seed)
+    return Examples(*(_encoded([found[place] for place in part], count, tokenizer, seq_len) for part in parts))
 
 
 def _drawn(
-    file: Path, labels: Sequence[int], words: int, sizes: tuple[int, int, int], seed: int
+    file: Path, labels: Sequence[int], count: int, sizes: tuple[int, int, int], seed: int
 ) -> tuple[list[int], ...]:
     """Places of the three parts. ConfigurationError: there are too few."""
     shots, held_out, tested = sizes
     order: list[int] = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
     rest = order[held_out + tested :]
-    learned = [[place for place in rest if labels[place] == label][:shots] for label in range(words)]
+    learned = [[place for place in rest if labels[place] == label][:shots] for label in range(count)]
     if not all(learned):
         raise ConfigurationError(
             f"{file}: {len(labels)} examples are too few for {held_out} held out, {tested} tested and one of each "
@@ -116,15 +171,15 @@ def _drawn(
     return [place for part in learned for place in part], order[:held_out], order[held_out : held_out + tested]
 
 
-def _read(name: str, file: Path) -> Iterator[tuple[str, int]]:
-    """Prompt and label of each row. ConfigurationError: a row lacks one."""
+def _read(name: str, file: Path) -> Iterator[Example]:
+    """Each row as text. ConfigurationError: a row lacks something."""
     task = TASKS[name]
     for number, row in rows(file):
         try:
             label = int(next(row[key] for key in task.labels if row.get(key) is not None))
-            if not 0 <= label < len(task.words):
+            if not 0 <= label < task.count:
                 raise ValueError(f"its label is {label}")
-            yield task.prompt(row), label
+            yield Example(task.prompt(row), task.words(row), label)
         except (KeyError, StopIteration, TypeError, ValueError, AttributeError) as error:
             wrong = f"has no {error}" if isinstance(error, KeyError) else str(error) or f"has no {task.labels[0]}"
             raise ConfigurationError(
@@ -132,9 +187,9 @@ def _read(name: str, file: Path) -> Iterator[tuple[str, int]]:
             ) from error
 
 
-def _encoded(examples: list[tuple[str, int]], words: tuple[str, ...], tokenizer: Tokenizer, seq_len: int) -> Options:
-    options = torch.zeros(len(examples), len(words), seq_len, dtype=torch.int64)
-    for number, (prompt, label) in enumerate(examples):
+def _encoded(examples: Sequence[Example], count: int, tokenizer: Tokenizer, seq_len: int) -> Options:
+    options = torch.zeros(len(examples), count, seq_len, dtype=torch.int64)
+    for number, (prompt, words, label) in enumerate(examples):
         alone = encode(tokenizer, prompt.rstrip(" ")).tolist()
         for place, word in enumerate((words[label], *words[:label], *words[label + 1 :])):
             ids = encode(tokenizer, prompt + word)

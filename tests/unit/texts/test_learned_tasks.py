@@ -10,17 +10,47 @@ import torch
 from letters import Letters
 
 from besa_exp.errors import ConfigurationError
-from besa_exp.texts.tasks import check_task, read_examples
+from besa_exp.texts.sources import TASK_FILES
+from besa_exp.texts.tasks import TASKS, check_task, read_examples
 
 ROWS = {
     "sst2": {"sentence": "a fine film ", "label": 1},
     "rte": {"sentence1": "It rains.", "sentence2": "It is wet.", "label": 0},
     "boolq": {"passage": "Ice floats.", "question": "does ice sink", "answer": False},
+    "cb": {"premise": "It may rain.", "hypothesis": "It rains.", "label": 2},
+    "wic": {"word": "run", "sentence1": "A long run.", "sentence2": "They run.", "label": 0},
+    "wsc": {"text": "The cat saw the dog; It fled.", "span1_text": "The cat", "span2_text": "It", "label": 0},
+    "multirc": {"paragraph": "Ice floats.", "question": "What does ice do?", "answer": "Float", "label": 1},
+    "copa": {
+        "premise": "The cup broke. ",
+        "choice1": "I dropped it.",
+        "choice2": "It was red.",
+        "question": "cause",
+        "label": 0,
+    },
 }
 SAID = {
     "sst2": ["a fine film It was| great", "a fine film It was| terrible"],
     "rte": [f'It rains.\nDoes this mean that "It is wet." is true? Yes or No?\n|{word}' for word in ("Yes", "No")],
     "boolq": ["Ice floats. Does ice sink?| No", "Ice floats. Does ice sink?| Yes"],
+    "cb": [
+        f'Suppose It may rain. Can we infer that "It rains."? Yes, No, or Maybe?\n|{word}'
+        for word in ("Maybe", "Yes", "No")
+    ],
+    "wic": [
+        'Does the word "run" have the same meaning in these two sentences? Yes, No?\nA long run.\nThey run.\n|' + word
+        for word in ("No", "Yes")
+    ],
+    "wsc": [
+        "The cat saw the dog; It fled.\nIn the previous sentence, does the pronoun "
+        f'"it" refer to The cat? Yes or No?\n|{word}'
+        for word in ("No", "Yes")
+    ],
+    "multirc": [
+        f'Ice floats.\nQuestion: What does ice do?\nI found this answer "Float". Is that correct? Yes or No?\n|{word}'
+        for word in ("Yes", "No")
+    ],
+    "copa": ["The cup broke because| I dropped it.", "The cup broke because| it was red."],
 }
 
 
@@ -40,14 +70,18 @@ def said(options: torch.Tensor) -> list[str]:
     return texts
 
 
+def test_every_task_has_a_file_of_the_hub() -> None:
+    assert {*TASKS} == {*TASK_FILES} == {*ROWS}
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_prompts_and_words_are_those_of_the_paper_and_the_right_one_is_first(tmp_path: Path, name: str) -> None:
     key = "answer" if name == "boolq" else "label"
-    rows = [ROWS[name] | {key: value} for value in (0, 1)] * 4
-    found = read_examples(name, written(tmp_path, rows), Letters(), 99, (1, 1, 1), 1, True)
+    rows = [ROWS[name] | {key: value} for value in range(TASKS[name].count)] * 4
+    found = read_examples(name, written(tmp_path, rows), Letters(), 150, (1, 1, 1), 1, True)
     by_right = {said(example)[0]: said(example) for part in vars(found).values() for example in part}
     assert by_right[SAID[name][0]] == SAID[name]
-    assert set(by_right) <= {*SAID[name]}
+    assert set(by_right) == {*SAID[name]}
     assert (found.learned[:, :, 0] == Letters.bos_token_id).all()
 
 
@@ -79,6 +113,7 @@ def test_what_is_no_row_of_the_task_is_refused_with_its_place(tmp_path: Path) ->
     assert "must be a file" in check_task("rte", str(tmp_path / "none.jsonl"))[0]
     assert "no row of rte (has no label)" in check_task("rte", written(tmp_path, [ROWS["sst2"] | {"label": None}]))[0]
     assert "has no 'sentence1'" in check_task("rte", written(tmp_path, [ROWS["sst2"]]))[0]
+    assert "has no 'reason'" in check_task("copa", written(tmp_path, [ROWS["copa"] | {"question": "reason"}]))[0]
     assert check_task("sst2", written(tmp_path, [ROWS["sst2"]])) == []
     for rows, why in (([ROWS["sst2"] | {"label": 2}], "row 1: .*its label is 2"), ([ROWS["sst2"]] * 3, "too few")):
         path = written(tmp_path, rows)
