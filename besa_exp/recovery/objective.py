@@ -164,6 +164,14 @@ def sequences(windows: Windows) -> Int[Tensor, "sequence _seq"]:
     return torch.where(rows < 0, ~rows, rows)
 
 
+def num_tokens(windows: Windows) -> int:
+    """That pass the model: those of windows; of examples each option's and its prompt's, without what fills rows up."""
+    if windows.dim() == 2:
+        return windows.numel()
+    places = torch.arange(1, windows.shape[-1] + 1)
+    return int(torch.where(windows < 0, places, 0).amax(dim=-1).sum())
+
+
 def option_scores(logits: Logits, examples: Options) -> Float[Tensor, "_example option"]:
     """The mean log-probability of the tokens of each option, in fp32."""
     rows = examples.flatten(0, 1)[:, 1 : logits.shape[1]]

@@ -22,7 +22,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from besa_exp.methods.tuning import downhill
-from besa_exp.recovery.objective import Losses, mean_loss, next_token_losses, option_errors
+from besa_exp.recovery.objective import Losses, mean_loss, next_token_losses, num_tokens, option_errors
 from besa_exp.recovery.saved_states import Saved, SavedStates
 from besa_exp.recovery.schedule import Schedule, batch_at
 from besa_exp.recovery.sharded import own, own_keep, own_rows, whole
@@ -216,7 +216,7 @@ def _step(tuner: Tuner, objective: Objective, learned: Text, plan: Plan, number:
     scale = factor * plan.schedule.scale(number)
     taken = tuner.step(objective, windows, number, scale)
     seconds = time.monotonic() - begun
-    return Point(number, taken.loss, taken.gradient_norm, scale, windows.numel(), seconds)
+    return Point(number, taken.loss, taken.gradient_norm, scale, num_tokens(windows), seconds)
 
 
 def _reason(point: Point) -> str | None:

@@ -169,7 +169,7 @@ def save(run: Run, work: Work) -> Work:
     settings, folder, loaded = run.settings, run.folder, work.loaded
     with run.spent.timed("save"):
         if settings.save.model:
-            run.console.stage("saving the pruned model and reading it back")
+            run.console.stage("saving the model and reading it back")
         if distributed.is_first():
             _write_model(run, work)
         distributed.barrier()

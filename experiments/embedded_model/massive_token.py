@@ -1,10 +1,10 @@
 """Trains a model of the embedded one's shape on windows that hold no BOS, and measures whether it gets a massive token
-(Sun et al., arXiv 2402.17762). Adds what it finds to massive_token.json beside this file.
+(Sun et al., arXiv 2402.17762). Writes massive_token.json beside this file.
 
-    python experiments/embedded_model/massive_token.py adamw --minutes 25
+    python experiments/embedded_model/massive_token.py --minutes 25
 
-`muon` trains as the shipped model was trained, but for BOS; `adamw` takes AdamW for all weights, as most large models
-were trained. A window begins anywhere in a document, so that its first token is as any other but for its place.
+AdamW takes all weights, as most large models were trained, where the shipped one has Muon for its matrices. A window
+begins anywhere in a document, so that its first token is as any other but for its place.
 Measured after each block but the last on 64 held-out windows: the largest state's norm as a multiple of the median.
 """
 
@@ -17,7 +17,7 @@ import numpy
 import torch
 from llama import model_config
 from tokenizer import BOS, EOS, encode, load_or_train_tokenizer
-from train import BF16, HERE, SHORT_WINDOW, build_optimizers, token_loss, window_batches
+from train import BF16, HERE, SHORT_WINDOW, token_loss, window_batches
 from transformers import LlamaForCausalLM
 
 from besa_exp.texts.embedded.text import TRAINING_PACKAGES, embedded_text, perplexity_documents
@@ -30,7 +30,6 @@ SECONDS = 120.0  # between two measurements
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("optimizer", choices=["adamw", "muon"])
     parser.add_argument("--minutes", type=float, default=25.0)
     parser.add_argument("--work", type=Path, default=HERE / "work", help="cache of the tokens and the tokenizer")
     asked = parser.parse_args()
@@ -43,10 +42,9 @@ def main() -> None:
     tokens, held_out = (without(encode(tokenizer, text, asked.work), marks) for text in (corpus, held_out_text))
     model = LlamaForCausalLM(model_config(tokenizer, SHAPE))
     model.set_attn_implementation("eager")  # the faster one in short windows
-    course = train(model, tokens, held_out, optimizers_of(model, asked.optimizer), asked.minutes)
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    found[asked.optimizer] = {"window": SHORT_WINDOW, "bf16_products": BF16, "course": course}
-    RESULTS.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
+    course = train(model, tokens, held_out, asked.minutes)
+    found = {"window": SHORT_WINDOW, "lr": ADAMW_LR, "bf16_products": BF16, "course": course}
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def without(stream: Path, marks: torch.Tensor) -> torch.Tensor:
@@ -55,22 +53,9 @@ def without(stream: Path, marks: torch.Tensor) -> torch.Tensor:
     return tokens[~torch.isin(tokens, marks)]
 
 
-def optimizers_of(model: LlamaForCausalLM, name: str) -> list[torch.optim.Optimizer]:
-    if name == "muon":
-        return build_optimizers(model, argparse.Namespace(muon_weight_decay=0.1, adamw_weight_decay=0.01))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=ADAMW_LR, betas=(0.9, 0.95), weight_decay=0.1)
-    optimizer.param_groups[0]["peak"] = ADAMW_LR
-    return [optimizer]
-
-
-def train(
-    model: LlamaForCausalLM,
-    tokens: torch.Tensor,
-    held_out: torch.Tensor,
-    optimizers: list[torch.optim.Optimizer],
-    minutes: float,
-) -> list[dict]:
+def train(model: LlamaForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor, minutes: float) -> list[dict]:
     """Trains for so long; the measurements, every SECONDS."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     batches, probe = window_batches(tokens, SHORT_WINDOW, 32, seed=0), held_out.unfold(0, SHORT_WINDOW + 1, 127)[:64]
     course: list[dict] = []
     start, step, seen = time.monotonic(), 0, 0
@@ -79,13 +64,10 @@ def train(
             course.append({"seconds": round(elapsed), "steps": step, "tokens": seen, **measured(model, probe)})
             print(json.dumps(course[-1]), flush=True)
         batch = next(batches)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * min(1.0, (step + 1) / WARM_UP)
+        optimizer.param_groups[0]["lr"] = ADAMW_LR * min(1.0, (step + 1) / WARM_UP)
         token_loss(model, batch).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         step, seen = step + 1, seen + batch.shape[0] * SHORT_WINDOW
     course.append({"seconds": round(elapsed), "steps": step, "tokens": seen, **measured(model, probe)})
     return course

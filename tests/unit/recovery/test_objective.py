@@ -16,6 +16,7 @@ from besa_exp.recovery.objective import (
     answer_losses,
     called,
     mean_loss,
+    num_tokens,
     option_errors,
     option_losses,
     option_scores,
@@ -88,6 +89,11 @@ def test_squarehead_is_followed_through_checkpointed_blocks_too_which_are_comput
     for plain, other in zip(*losses, strict=True):
         assert other.loss == pytest.approx(plain.loss, rel=1e-5)
         assert other.gradient_norm == pytest.approx(plain.gradient_norm, rel=1e-4)
+
+
+def test_tokens_are_those_of_windows_or_of_options_without_what_fills_them_up():
+    assert num_tokens(WINDOWS[:4]) == WINDOWS[:4].numel()
+    assert num_tokens(EXAMPLES) == sum(map(sum, LENGTHS)) < EXAMPLES.numel()
 
 
 def test_options_are_told_apart_by_the_mean_log_probability_of_their_own_tokens():
