@@ -117,6 +117,7 @@ def test_a_task_is_learned_and_its_accuracy_on_other_examples_told(tmp_path, nam
     report = besa_exp.tune(pruned(), Letters(), recovery=asked)  # type: ignore[arg-type]
     assert report.task is not None
     assert (report.task["name"], report.task["examples"]) == ("sst2", 20)
+    assert 12 * 8 * 2 * 15 < report.tokens < 12 * 8 * 2 * 32  # of both options, not of what fills rows up
     accuracy = report.task["accuracy"]
     assert accuracy["before"] < 0.8
     if name == "full":
