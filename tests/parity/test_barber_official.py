@@ -134,9 +134,9 @@ def test_weights_that_sparsegpt_moved_count_as_they_stand(runs):
     recorded_weight = tensors[f"{case}.weight_before.block0.self_attn.q_proj"]
     moved = pruned.weights["self_attn.q_proj"] * before["self_attn.q_proj"]
     torch.testing.assert_close(moved, recorded_weight, rtol=1e-5, atol=1e-6)
-    more = [torch.cat([states, states[:2]]) for states in (hidden, targets)]
-    assert num_learned(len(more[0])) == len(ids)
+    inputs, wanted = (torch.cat([states, states[:2]]) for states in (hidden, targets))
+    assert num_learned(len(inputs)) == len(ids)
     barber = Barber((0.1,), granularity="linear", accept=False)
-    found = barber.update_block(Task(block, *more, statistics, Goal(0.5)), pruned)
+    found = barber.update_block(Task(block, inputs, wanted, statistics, Goal(0.5)), pruned)
     for name, mask in found.keep_masks.items():
         assert torch.equal(mask, unpacked(tensors[f"{case}.keep_after.block0.{name}"], mask.shape)), name
