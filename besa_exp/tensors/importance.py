@@ -72,8 +72,8 @@ def ria_importance(
 def obs_importance(
     weight: Float[Tensor, "out in"], factor: Float[Tensor, "in in"], squared: bool = True
 ) -> Float[Tensor, "out in"]:
-    """W_ij^2 / U_jj^2, the rise of the squared error when weight ij goes (SparseGPT, arXiv 2301.00774, Eq. 2). BESA's
-    authors divide by U_jj instead (`squared=False`). `factor` is R of `upper_factor`: 1 / U_jj = R_jj."""
+    """W_ij^2 / U_jj^2, the rise of the squared error when weight ij goes (SparseGPT, arXiv 2301.00774, Algorithm 1).
+    BESA's authors divide by U_jj instead (`squared=False`). `factor` is R of `upper_factor`: 1 / U_jj = R_jj."""
     diagonal = factor.diagonal()
     return weight.float().square() * (diagonal.square() if squared else diagonal)
 
@@ -85,7 +85,8 @@ def wanda_plus_importance(
     scale: float = 100.0,
 ) -> Float[Tensor, "out in"]:
     """(scale G_ij + ||X_j||) |W_ij| (Wanda++, arXiv 2503.04992): G is the root mean square over samples of the gradient
-    of the block's output norm ||f(X)||_2."""
+    of the block's output norm ||f(X)||_2. ||X_j|| is a root mean square over samples too, as in Wanda's code: summed
+    over n samples, as Wanda's paper writes it, it would be sqrt(n) times as large beside G."""
     return weight.float().abs() * (scale * squared_gradient.sqrt() + squared_norm.sqrt())
 
 

@@ -4,7 +4,11 @@
 |---|---|---|
 | magnitude (Han et al., arXiv 1506.02626) | |W| | linear |
 | wanda (Sun et al., arXiv 2306.11695) | |W| ||X|| | row |
-| ria (Zhang et al., ICLR 2024) | a weight's share of its row and of its column, times ||X||^0.5 | row |
+| ria (Zhang et al., ICLR 2024) | a weight's share of its row and of its column, times ||X||^0.5 | linear |
+
+RIA sets a weight beside all others of its linear, which is what its shares of rows and columns are for: rows that
+magnitude pruning would empty keep their largest weights. Its authors' code does so unless told to prune within rows,
+which it calls Wanda's way. N:M is within rows whatever the granularity.
 
 `permute`, of RIA: choose which inputs make up the groups of N:M (`besa_exp.tensors.permutation`). The weights keep
 their own order, so that the model loads as any other; the order in which the masks are N:M is kept beside them, and

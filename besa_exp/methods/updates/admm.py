@@ -7,10 +7,11 @@ The kept weights of a linear shall give the dense outputs again:
 With G = X^T X scaled to a unit diagonal (inputs divided by their norms, weights multiplied by them), damped and
 factored once for all rows and iterations,
 
-    W_hat <- (W G + rho (Z - U)) (G + rho I)^-1,   Z <- keep_mask * (W_hat + U),   U <- U + W_hat - Z,
+    Z <- keep_mask * (W_hat + U),   U <- U + W_hat - Z,   W_hat <- (W G + rho (Z - U)) (G + rho I)^-1,
 
-rho = 1. Then conjugate gradients go on from Z within the kept weights, all rows at once. Boza also chooses the mask as
-the iterations go; here the pruner has chosen it.
+rho = 1, beginning with W_hat = W and U = 0, ending with Z once more. Then conjugate gradients go on from Z within the
+kept weights, all rows at once. Boza also chooses the mask as the iterations go; here the pruner has chosen it. ALPS
+damps by a hundredth of the mean diagonal before the scaling; here both steps work with Boza's damping.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ def admm(
 ) -> Float[Tensor, "out in"]:
     """Z after `iterations`. `lower` is the Cholesky factor of G + rho I."""
     fitted = weight @ gram
-    Z, U = weight * keep_mask, torch.zeros_like(weight)
+    W_hat, U = weight, torch.zeros_like(weight)
     for _ in range(iterations):
-        W_hat = torch.cholesky_solve((fitted + RHO * (Z - U)).T, lower).T
         Z = (W_hat + U) * keep_mask
         U = U + W_hat - Z
-    return Z
+        W_hat = torch.cholesky_solve((fitted + RHO * (Z - U)).T, lower).T
+    return (W_hat + U) * keep_mask
 
 
 def polish(
@@ -71,7 +72,8 @@ def polish(
 
 @dataclass(frozen=True)
 class Admm:
-    """`damping` is relative to the unit diagonal of G; `iterations` of ADMM, then `polishing` ones."""
+    """`damping` is relative to the unit diagonal of G, so to each input's own squared norm; `iterations` of ADMM, then
+    `polishing` ones."""
 
     damping: Positive = 0.1
     iterations: CountOrZero = 20

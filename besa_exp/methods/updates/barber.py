@@ -1,10 +1,10 @@
 """LLM-Barber: pruned weights come back for kept ones that matter less to what attention, or the MLP, puts out (Su et
 al., arXiv 2408.10631); no weight moves.
 
-With f(W; x) what one part of a block makes of its inputs, and t = f(W_sparse; x) the same under the pruner's masks,
+With f(W; x) what one part of a block makes of its inputs, and t = f(W_sparse; x) the same as the pruner left it,
 
     S = mean over samples of (d l / d W)^2 at the dense W,    l = mean over tokens and channels of (f(W; x) - t)^2,
-    M = |W| sqrt(S).
+    M = |W| sqrt(S),    W as it will stand: where kept and `retain` the pruner's, else the dense one.
 
 In each group of weights (a row, a column, a linear, all linears of the part) the pruned weights of largest M face the
 kept ones of least M; c pairs are worth an exchange, and floor(c ratio) of them are made. A sample is one calibration
@@ -165,7 +165,7 @@ class Barber:
                 state, loss = tried[best][1], losses[best]
         masks = state.keep_masks
         allocated = {name: 1 - mask.float().mean(dim=1) for name, mask in masks.items()}
-        weights = None if pruned.weights is None else state.moved
+        weights = None if pruned.weights is None else state.stand
         return replace(pruned, keep_masks=masks, allocated=allocated, weights=weights, loss_before=before)
 
 
@@ -179,10 +179,12 @@ def parts_of(block: Block, inputs: Hidden) -> Sequence[tuple[Block, tuple[str, .
 
 @dataclass(frozen=True)
 class _State:
-    """Masks, and the weights under them before they are masked: dense, or `moved` by the pruner where kept by it."""
+    """Masks, and the weights: `dense`, as the pruner `left` those that it keeps, and as they `stand` before they are
+    masked."""
 
     dense: Weights
-    moved: Weights
+    left: Weights
+    stand: Weights
     keep_masks: KeepMasks
     permutations: Mapping[str, Tensor]
     product_dtype: torch.dtype
@@ -190,28 +192,27 @@ class _State:
     @staticmethod
     def of(block: Block, pruned: PrunedBlock, retain: bool) -> _State:
         dense = {name: linear.weight.detach() for name, linear in block.linears.items()}
-        masks, moved = pruned.keep_masks, dense
-        if pruned.weights is not None and retain:
+        masks, left = pruned.keep_masks, dense
+        if pruned.weights is not None:
             given = pruned.weights
-            moved = {name: torch.where(mask, given[name].to(dense[name]), dense[name]) for name, mask in masks.items()}
-        return _State(dense, moved, masks, pruned.permutations, block.product_dtype)
+            left = {name: torch.where(mask, given[name].to(dense[name]), dense[name]) for name, mask in masks.items()}
+        return _State(dense, left, left if retain else dense, masks, pruned.permutations, block.product_dtype)
 
     def weights(self) -> dict[str, Tensor]:
         """As the block would be written."""
-        return {name: self.moved[name] * mask for name, mask in self.keep_masks.items()}
+        return {name: self.stand[name] * mask for name, mask in self.keep_masks.items()}
 
     def metrics(self, part: Block, names: Sequence[str], inputs: Hidden) -> dict[str, Tensor]:
-        """M of the linears of a part; the block's others are as they are now."""
-        now = self.weights()
-        fixed = {name: weight for name, weight in now.items() if name not in names}
+        """M of the linears of a part that has its first masks; the block's others are as they are now."""
+        fixed = {name: weight for name, weight in self.weights().items() if name not in names}
         found = squared_gradients(
             lambda hidden, weights: part(hidden, {**fixed, **weights}),
             {name: self.dense[name] for name in names},
-            {name: now[name] for name in names},
+            {name: self.left[name] * self.keep_masks[name] for name in names},
             inputs,
             self.product_dtype,
         )
-        return {name: barber_metric(self.dense[name], found[name]) for name in names}
+        return {name: barber_metric(self.stand[name], found[name]) for name in names}
 
     def exchanged(
         self, metrics: Weights, names: Sequence[str], granularity: str, ratio: float, group: int | None

@@ -11,8 +11,10 @@ sign, after `cycles`, or when it has no pair left; each weight moves at most onc
 two sorted lists, and a running sum shows how far it goes: all rows at once, no loop.
 
 The sums and the choice of both weights are those of the authors' code for unstructured masks. That code by default goes
-on after a change of sign, and leaves MLPs as they are; here all linears are edited. For N:M both weights are of one
-group, and a group gives one pair at most.
+on after a change of sign, and leaves MLPs as they are; here all linears are edited. Its Var(x_j) is the mean of the
+samples' own variances; here it is the variance over all tokens, which does not depend on how tokens are cut into
+samples. For N:M both weights are of one group, and a group gives one pair at most; in the authors' code the kept weight
+that goes there is the group's least by the first pruner's score, whatever the sign, which may raise the error.
 """
 
 from __future__ import annotations

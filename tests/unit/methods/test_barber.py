@@ -236,18 +236,19 @@ def test_an_exchange_in_the_mlp_that_undoes_some_of_what_attention_gained_is_not
     assert all(torch.equal(found.keep_masks[name], mask) for name, mask in best.items())
 
 
-def test_scores_are_of_the_dense_weights_also_where_the_pruner_moved_the_kept_ones():
+@pytest.mark.parametrize("retain", [True, False])
+def test_gradients_are_at_the_dense_weights_to_what_the_pruner_left_and_sizes_are_of_what_stands(retain):
     task, pruned = pruned_block(SparseGPT(group_size=32))
     assert pruned.weights is not None
     moved = pruned.weights
     (part, names), _ = parts_of(task.block, task.inputs)
     dense = {name: task.block.linears[name].weight.detach() for name in names}
-    sparse = {name: moved[name] * pruned.keep_masks[name] for name in names}
+    masks = {name: pruned.keep_masks[name] for name in names}
     learned = task.inputs[: len(task.inputs) - 1]
-    scores = squared_gradients(part, dense, sparse, learned)
-    metrics = {name: barber_metric(dense[name], score) for name, score in scores.items()}
-    expected = exchanged(metrics, {name: pruned.keep_masks[name] for name in names}, "row", 0.3)
-    found = Barber((0.3,), accept=False).update_block(task, pruned)
+    scores = squared_gradients(part, dense, {name: moved[name] * masks[name] for name in names}, learned)
+    stand = {name: torch.where(masks[name] & retain, moved[name], dense[name]) for name in names}
+    expected = exchanged({name: stand[name].abs() * scores[name].sqrt() for name in names}, masks, "row", 0.3)
+    found = Barber((0.3,), accept=False, retain=retain).update_block(task, pruned)
     assert all(torch.equal(found.keep_masks[name], mask) for name, mask in expected.items())
 
 

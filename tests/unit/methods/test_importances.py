@@ -16,6 +16,7 @@ from besa_exp.methods.budgets.owl import Owl
 from besa_exp.methods.pruners.besa import Besa
 from besa_exp.methods.pruners.besa_joint import BesaJoint
 from besa_exp.methods.pruners.uniform import Uniform
+from besa_exp.presets import preset
 from besa_exp.tensors.importance import IMPORTANCES, Ria, Wanda, WandaPlus, importance_of
 
 
@@ -62,6 +63,17 @@ def test_a_row_loses_its_least_important_weights_by_any_importance(name):
         lowest_kept = score.masked_fill(~keep_mask, torch.inf).amin(dim=1)
         highest_gone = score.masked_fill(keep_mask, -torch.inf).amax(dim=1)
         assert (highest_gone <= lowest_kept).all()
+
+
+def test_the_preset_of_ria_sets_weights_beside_all_others_of_their_linear_as_its_authors_do():
+    """Literally, in fp64: shares of the column and of the row; the matrix is cut at the middle of its sorted scores."""
+    blocks, inputs = blocks_and_inputs()
+    observed, _ = Observed.of(Ria(), blocks[0], inputs, 4)
+    _, pruned = prune_tiny(preset("pruner", "ria"))[1][0]
+    for name, linear in blocks[0].linears.items():
+        size, norm = linear.weight.detach().double().abs(), observed.statistics[name].squared_norm.double().sqrt()
+        score = (size / size.sum(dim=0) + size / size.sum(dim=1).reshape(-1, 1)) * norm.reshape(1, -1) ** 0.5
+        assert torch.equal(pruned.keep_masks[name], score >= score.flatten().sort().values[score.numel() // 2])
 
 
 def test_an_importance_by_name_is_the_one_given_as_an_object_and_another_one_prunes_other_weights():

@@ -42,6 +42,20 @@ def test_admm_approaches_the_least_squares_solution_on_the_kept_weights() -> Non
     assert squared_error(rough) - best < 0.2 * (zeroed - best)
 
 
+@pytest.mark.parametrize("iterations", [0, 1, 4])
+def test_admm_is_the_authors_iteration_from_the_dense_weights_on(iterations: int) -> None:
+    """Literally, weights in columns: Z and U first, then the weights by the inverse, and Z once more."""
+    kept, inverse = KEEP_MASK.T, torch.linalg.inv(GRAM + torch.eye(12, dtype=torch.float64))
+    fitted, found, scaled = GRAM @ WEIGHT.T, WEIGHT.T.clone(), torch.zeros(12, 6, dtype=torch.float64)
+    for _ in range(iterations):
+        sparse = (found + scaled) * kept
+        scaled = scaled + (found - sparse)
+        found = inverse @ (fitted + (sparse - scaled))
+    expected = ((found + scaled) * kept).T
+    lower = torch.linalg.cholesky(GRAM + RHO * torch.eye(12, dtype=torch.float64))
+    torch.testing.assert_close(admm(WEIGHT, GRAM, lower, KEEP_MASK, iterations), expected, rtol=1e-10, atol=1e-12)
+
+
 def test_conjugate_gradients_end_at_the_least_squares_solution() -> None:
     found = polish(WEIGHT, WEIGHT, GRAM, KEEP_MASK, 12)  # as many iterations as inputs
     torch.testing.assert_close(found, least_squares(), rtol=1e-6, atol=1e-8)
