@@ -192,7 +192,9 @@ def option_errors(logits: Logits, examples: Options) -> Float[Tensor, " _example
 
 
 TASK_LOSSES: Mapping[str, Losses] = {"options": option_losses, "answer": answer_losses, "accuracy": option_errors}
-"""By `recovery.task_loss`: MeZO's two losses (arXiv 2305.17333), and what has no gradient."""
+"""By `recovery.task_loss`: MeZO's two losses (arXiv 2305.17333), and what has no gradient. `answer` is the mean over a
+batch's tokens in MeZO's code, here over the tokens of each example and then over examples: alike where answers are of
+one length."""
 
 
 @contextmanager
