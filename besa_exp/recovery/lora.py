@@ -5,9 +5,9 @@
     dL/dB = dL/d(B A) A^T,   dL/dA = B^T dL/d(B A),   G = dL/dW               (A [r, in], B [out, r])
 
 LoRA (Hu et al., arXiv 2106.09685) as it is fills every zero when it is merged. With the mask inside (SQFT's SparsePEFT,
-arXiv 2410.03750; PERP's MaskLoRA, arXiv 2312.15230) what is merged is what was trained. `scale` is PERP's ScaleLoRA,
-HiRA in other papers: what is 0 stays 0, and places still come from the mask, so that -0.0 is written nowhere. PERP
-begins it with all entries 1 / sqrt(r); the r columns of B, and the r rows of A, then get equal gradients and stay
+arXiv 2410.03750; PERP's MaskLoRA, arXiv 2312.15230) what is merged is what was trained. `scale` is PERP's ScaleLoRA
+(HiRA multiplies by 1 + B A): what is 0 stays 0, and places still come from the mask, so that -0.0 is written nowhere.
+PERP begins it with all entries 1 / sqrt(r); the r columns of B, and the r rows of A, then get equal gradients and stay
 equal, so that B A has rank 1 whatever r says. Here the first column and row are ones, the other columns of B are 0 and
 the other rows of A are drawn. Draws are uniform, of a variance of 1 / in (`lora`; three times PEFT's) or 1 / r
 (`scale`).
