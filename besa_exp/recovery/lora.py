@@ -74,7 +74,7 @@ class Factored:
 @dataclass(frozen=True)
 class Lora:
     """`rank` r and `alpha`, None: the factors multiply the weights (`scale`); `norms`: norms and biases are trained
-    beside the factors, as PERP does."""
+    beside the factors, as PERP does, which gives the head factors too."""
 
     adam: Adam = field(default_factory=lambda: Adam(lr=3e-3))
     rank: Count = 16
