@@ -106,8 +106,8 @@ def importances_of(
         channels.append(columns[1].cpu())
         if norms:
             found = zip((groups, channels), kept, strict=True)
-            masks = (_largest(importance[-1][None], [number])[0] for importance, number in found)
-            with masked(block, *masks, dimensions):
+            own_groups, own_channels = (_largest(one[-1][None], [number])[0] for one, number in found)
+            with masked(block, own_groups, own_channels, dimensions):
                 block.outputs(inputs, batch_size, out=inputs)
     return Importances(torch.stack(groups), torch.stack(channels))
 

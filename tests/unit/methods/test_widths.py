@@ -11,6 +11,7 @@ from neighbours import all_masked
 from tiny_llama import tiny_llama
 
 from besa_exp.blocks.block import capture_blocks, embed
+from besa_exp.blocks.head import head_of
 from besa_exp.checkpoints.narrowed_model import costs_of_model, dimensions_of_model
 from besa_exp.checkpoints.structure import Costs, Dimensions
 from besa_exp.methods.budgets.progress import Progress
@@ -80,7 +81,8 @@ def test_wanda_sp_observes_inputs_from_blocks_that_are_as_narrow_as_they_become(
     ids = torch.randint(0, 256, (4, 10), generator=GENERATOR)
     blocks, dimensions, costs = capture_blocks(model, ids), dimensions_of_model(model), costs_of_model(model)
     inputs = embed(model, blocks, ids, 4)
-    dense = DenseModel(lambda: blocks, inputs.clone, lambda: None, ids, costs, dimensions, 4)
+    head = head_of(model, blocks, ids)
+    dense = DenseModel(lambda: blocks, inputs.clone, lambda: head, ids, costs, dimensions, 4)
     found = Widths(0.3).choose(dense, Progress(), lambda told: None)
     assert found.channels is not None
     kept = torch.tensor([found.kept_channels(block, dimensions) for block in (0, 1)])
@@ -96,7 +98,7 @@ def test_wanda_sp_observes_inputs_from_blocks_that_are_as_narrow_as_they_become(
     with narrow, look, masked(blocks[0], groups[0], torch.ones(96).bool(), dimensions):
         model(ids)
     norms = seen[0].flatten(0, 1).square().sum(0).div(len(ids)).sqrt()
-    importance = down[1].weight.double().abs().mean(0) * norms
+    importance = blocks[1].linears["mlp.down_proj"].weight.double().abs().mean(0) * norms
     assert importance.argsort(descending=True)[: kept.shape[1]].sort().values.tolist() == kept[1].tolist()
 
 
