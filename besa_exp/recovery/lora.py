@@ -5,10 +5,12 @@
     dL/dB = dL/d(B A) A^T,   dL/dA = B^T dL/d(B A),   G = dL/dW               (A [r, in], B [out, r])
 
 LoRA (Hu et al., arXiv 2106.09685) as it is fills every zero when it is merged. With the mask inside (SQFT's SparsePEFT,
-arXiv 2410.03750; PERP's MaskLoRA, arXiv 2312.15230) what is merged is what was trained. `scale` is PERP's ScaleLoRA,
-HiRA in other papers: what is 0 stays 0, and places still come from the mask, so that -0.0 is written nowhere. PERP
-begins it with all entries 1 / sqrt(r); the r columns of B, and the r rows of A, then get equal gradients and stay
-equal, so that B A has rank 1 whatever r says. Here the first column and row are ones, and the others begin as LoRA's.
+arXiv 2410.03750; PERP's MaskLoRA, arXiv 2312.15230) what is merged is what was trained. `scale` is PERP's ScaleLoRA
+(HiRA multiplies by 1 + B A): what is 0 stays 0, and places still come from the mask, so that -0.0 is written nowhere.
+PERP begins it with all entries 1 / sqrt(r); the r columns of B, and the r rows of A, then get equal gradients and stay
+equal, so that B A has rank 1 whatever r says. Here the first column and row are ones, the other columns of B are 0 and
+the other rows of A are drawn. Draws are uniform, of a variance of 1 / in (`lora`; three times PEFT's) or 1 / r
+(`scale`).
 
 Those codes form B A in each forward pass and leave it to autograd to keep; it is as large as W. Here W is written once
 a step and B A dropped, and G comes from the model's own backward pass, one tensor at a time: there is no adapter module
@@ -72,7 +74,7 @@ class Factored:
 @dataclass(frozen=True)
 class Lora:
     """`rank` r and `alpha`, None: the factors multiply the weights (`scale`); `norms`: norms and biases are trained
-    beside the factors, as PERP does."""
+    beside the factors, as PERP does, which gives the head factors too."""
 
     adam: Adam = field(default_factory=lambda: Adam(lr=3e-3))
     rank: Count = 16

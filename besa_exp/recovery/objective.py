@@ -2,12 +2,12 @@
 
     none:        CE = mean over tokens of -log q(next token)
     logits:      task_weight CE + weight T^2 KL(p^(1/T) || q^(1/T)), p the dense model's distribution (arXiv 1503.02531)
-    squarehead:  task_weight CE + weight mean over blocks of  sum (h* - h)^2 / sum h*^2, h* the dense model's hidden
+    squarehead:  task_weight CE + weight sum over blocks of  sum (h* - h)^2 / sum h*^2, h* the dense model's hidden
                  state (Kurtic et al., arXiv 2310.06927)
 
-SquareHead's ratio is one of each window here and one of each batch there; so no loss depends on how a batch is cut into
-parts or dealt out to ranks. The last block's state is the one that the head reads, after the final norm. All sums are
-of fp32 numbers.
+SquareHead's ratio is one of each window here, and one of each micro-batch in the authors' code (`train_sparse.py` of
+IST-DASLab/SparseFinetuning); so no loss depends on how a batch is cut into parts or dealt out to ranks. The last
+block's state is the one that the head reads, after the final norm, as there. All sums are of fp32 numbers.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class NextToken:
         if distillation.distill == "logits":
             apart = soft_divergence(dense_logits, logits, distillation.temperature).sum()
         else:
-            apart = torch.stack([square_head(*pair).sum() for pair in zip(dense_states, states, strict=True)]).mean()
+            apart = torch.stack([square_head(*pair).sum() for pair in zip(dense_states, states, strict=True)]).sum()
         return distillation.task_weight * loss + distillation.distill_weight * apart
 
 
@@ -200,7 +200,9 @@ def option_errors(logits: Logits, examples: Options) -> Float[Tensor, " _example
 
 
 TASK_LOSSES: Mapping[str, Losses] = {"options": option_losses, "answer": answer_losses, "accuracy": option_errors}
-"""By `recovery.task_loss`: MeZO's two losses (arXiv 2305.17333), and what has no gradient."""
+"""By `recovery.task_loss`: MeZO's two losses (arXiv 2305.17333), and what has no gradient. `answer` is the mean over a
+batch's tokens in MeZO's code, here over the tokens of each example and then over examples: alike where answers are of
+one length."""
 
 
 @contextmanager

@@ -3,8 +3,9 @@
     W[i, j] = table[i, code[i, j]];   dL/dtable[i, c] = sum of dL/dW[i, j] over the places with code c
 
 SpaLLM, later SketchTune (Zhang et al., arXiv 2410.06364). A row's table of 2^b values is a weighted k-means of its kept
-weights; here all inputs weigh alike, where LeanQuant (arXiv 2407.10032) takes them by their Hessian. A code is that of
-the nearest entry. Then codes stand still, and the tables are trained in fp32.
+weights; here all inputs weigh alike, where LeanQuant (arXiv 2407.10032), by which the authors sketch, takes them by
+their Hessian. A code is that of the nearest entry; LeanQuant goes column by column and spreads what rounding costs over
+the later ones, as GPTQ. Then codes stand still, and the tables are trained, in fp32 where the authors have bf16.
 
 On a pruned linear entry 0 is 0 and is not trained, and it is the code of each pruned weight and of no other: a joint
 sparse and quantised tuning. What is saved are plain weights, of at most 2^b values a row.

@@ -9,7 +9,9 @@ From time to time some entries give way to others. The d = floor(p k) ones with 
 
 and begins with delta 0; p is 1 at the first time, then p0 (1 - t/T). `ag` steps by an Adam whose bias correction is
 each entry's own, by its age, and seeds the moments of what comes with the gathered means. An age is an integer: the
-authors' is of the optimizer state's dtype, and in bf16 it stays 1 for ever.
+authors' is of the optimizer state's dtype, and in bf16 it stays 1 for ever. What is gathered here are the gradients
+of whole steps; theirs are those of micro-batches, so that with gradient accumulation their seeds are smaller than what
+Adam then takes.
 
 Indices stay inside the mask, so that zeros stay; candidates are of the masked gradient. `exchange=true` lets them
 leave: a pruned place that comes takes the place of an entry that goes, which is pruned then. The number of zeros stays,

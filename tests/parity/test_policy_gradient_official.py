@@ -17,7 +17,7 @@ from besa_exp.methods.structure.estimators import (
     sigmap,
     starting_scores,
 )
-from besa_exp.methods.structure.widths import Importances, importances_of, keep_most_important
+from besa_exp.methods.structure.widths import Importances, importances_of
 
 CASES = ("published_recipe", "large_steps", "random_start_by_layer", "no_baseline")
 AUTHORS = {"halvings": 21, "tolerance": 1e-3}
@@ -65,6 +65,11 @@ def test_updates_and_projections_are_the_authors(run, case):
         assert torch.equal(kept.view(shape), final)
 
 
+def keep_most_important(importance, keep):
+    """The authors' mask."""
+    return importance >= importance.sort().values[int((1 - keep) * len(importance))]
+
+
 def unpacked_or_whole(mask, shape):
     return mask.bool() if tuple(mask.shape) == tuple(shape) else unpacked(mask, shape)
 
@@ -108,15 +113,16 @@ def test_wanda_sps_importances_masks_and_starting_scores_are_the_authors(run, sh
     dimensions = dimensions_of_model(model)
     blocks = capture_blocks(model, ids)
     keep = told["cases"]["published_recipe"]["keep"]
-    found = importances_of(blocks, embed(model, blocks, ids, 16), dimensions, keep, 16)
+    kept = (4 - int((1 - keep) * 4), 172 - int((1 - keep) * 172))
+    found = importances_of(blocks, embed(model, blocks, ids, 16), dimensions, kept, 16)
     torch.testing.assert_close(found.groups, tensors["published_recipe.metric_heads"], rtol=5e-6, atol=0)
     torch.testing.assert_close(found.channels, tensors["published_recipe.metric_channels"], rtol=5e-6, atol=0)
     scores = starting_scores(found, keep)
     torch.testing.assert_close(scores.groups, tensors["published_recipe.initial_scores_heads"], rtol=0, atol=2e-6)
     torch.testing.assert_close(scores.channels, tensors["published_recipe.initial_scores_channels"], rtol=0, atol=2e-6)
     for name, rows in (("heads", found.groups), ("channels", found.channels)):
-        kept = torch.stack([keep_most_important(row, keep) for row in rows])
-        assert torch.equal(kept, unpacked_or_whole(tensors[f"published_recipe.initial_keep_{name}"], kept.shape))
+        masks = torch.stack([keep_most_important(row, keep) for row in rows])
+        assert torch.equal(masks, unpacked_or_whole(tensors[f"published_recipe.initial_keep_{name}"], masks.shape))
 
 
 @pytest.mark.parametrize("case", CASES)

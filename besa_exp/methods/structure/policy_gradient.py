@@ -190,7 +190,8 @@ class PolicyGradient:
             on_progress(f"going on after step {state.step}")
         else:
             on_progress(f"importances of {self.start}")
-            importances = importances_by_name(self.start, dense, 1 - self.ratio, self.seed)
+            kept = even_widths(costs, dimensions, self.ratio, self.multiple)
+            importances = importances_by_name(self.start, dense, kept, self.seed)
             state = self.begin(importances, costs, dimensions)
         model = Searched(losses_on(dense), costs, dimensions, dense.num_samples, dense.batch_size)
         for reached in self.search(model, state):

@@ -4,10 +4,10 @@ A unit's importance is read off the columns that carry it, those of o for a head
 
     I_j = mean over outputs i of |W_ij| ||X_j||,    ||X_j||^2 the mean over samples (Wanda-sp; magnitude: ||X_j|| = 1),
 
-a head's is the sum over its columns, and a group's the mean over its heads. The budget is one number of parameters for
-heads and channels of all blocks together, where published methods give each kind the same share: a group of heads and
-a channel cost differently, and a model's size is what is asked for. Each block keeps at least one group and one
-multiple of channels: a block without heads cannot run.
+a head's is the sum over its columns, and a group's the mean over its heads. X are inputs behind blocks that have lost
+already what they lose. The budget is one number of parameters for heads and channels of all blocks together, where
+published methods give each kind the same share: a group of heads and a channel cost differently, and a model's size is
+what is asked for. Each block keeps at least one group and one multiple of channels: a block without heads cannot run.
 """
 
 from __future__ import annotations
@@ -75,12 +75,6 @@ def carrying_linears(linears: Mapping[str, Linear]) -> tuple[str, str]:
     return names[0], names[1]
 
 
-def keep_most_important(importance: Float[Tensor, " unit"], keep: float) -> Bool[Tensor, " unit"]:
-    """I >= sort(I)[int((1 - keep) n)], the authors' mask: ties keep more, and keep 0 the largest."""
-    place = min(int((1 - keep) * len(importance)), len(importance) - 1)
-    return importance >= importance.sort().values[place]
-
-
 def random_importances(dimensions: Dimensions, seed: int) -> Importances:
     """Normal draws, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
@@ -91,10 +85,15 @@ def random_importances(dimensions: Dimensions, seed: int) -> Importances:
 
 @torch.no_grad()
 def importances_of(
-    blocks: Iterable[Block], inputs: Hidden, dimensions: Dimensions, keep: float, batch_size: int, norms: bool = True
+    blocks: Iterable[Block],
+    inputs: Hidden,
+    dimensions: Dimensions,
+    kept: tuple[int, int],
+    batch_size: int,
+    norms: bool = True,
 ) -> Importances:
-    """Wanda-sp's, block by block on the outputs of the blocks before it under their own masks, of which each keeps the
-    share `keep`; without `norms` magnitude's, which need no inputs. `inputs`, of the first block, are overwritten."""
+    """Wanda-sp's, block by block on the outputs of the blocks before it, each with its `kept` most important groups and
+    channels alone; without `norms` magnitude's, which need no inputs. `inputs`, of the first block, are overwritten."""
     groups, channels = [], []
     for block in blocks:
         attention, ffn = carrying_linears(block.linears)
@@ -106,18 +105,19 @@ def importances_of(
         groups.append(group_importance(columns[0], dimensions).cpu())
         channels.append(columns[1].cpu())
         if norms:
-            kept_groups, kept_channels = (keep_most_important(found[-1], keep) for found in (groups, channels))
-            with masked(block, kept_groups, kept_channels, dimensions):
+            found = zip((groups, channels), kept, strict=True)
+            own_groups, own_channels = (_largest(one[-1][None], [number])[0] for one, number in found)
+            with masked(block, own_groups, own_channels, dimensions):
                 block.outputs(inputs, batch_size, out=inputs)
     return Importances(torch.stack(groups), torch.stack(channels))
 
 
-def importances_by_name(name: str, dense: DenseModel, keep: float, seed: int) -> Importances:
-    """Of one of IMPORTANCES; `keep`: see `importances_of`."""
+def importances_by_name(name: str, dense: DenseModel, kept: tuple[int, int], seed: int) -> Importances:
+    """Of one of IMPORTANCES; `kept`: see `importances_of`."""
     if name == "random":
         return random_importances(dense.dimensions, seed)
     norms = name == "wanda_sp"
-    return importances_of(dense.blocks(), dense.inputs(), dense.dimensions, keep, dense.batch_size, norms)
+    return importances_of(dense.blocks(), dense.inputs(), dense.dimensions, kept, dense.batch_size, norms)
 
 
 def importance_work(name: str, costs: Costs, num_samples: int) -> Work:
@@ -150,7 +150,8 @@ class Widths:
     def choose(self, dense: DenseModel, progress: Progress, on_progress: Callable[[str], None]) -> Structure:
         """In one walk through the blocks; nothing is kept on the way."""
         on_progress(f"importances of {self.importance}")
-        importances = importances_by_name(self.importance, dense, 1 - self.ratio, self.seed)
+        kept = even_widths(dense.costs, dense.dimensions, self.ratio, self.multiple)
+        importances = importances_by_name(self.importance, dense, kept, self.seed)
         return proportional(importances, dense.costs, dense.dimensions, self.ratio, self.multiple)
 
 

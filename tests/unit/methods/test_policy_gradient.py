@@ -33,6 +33,7 @@ from besa_exp.methods.structure.method import DenseModel
 from besa_exp.methods.structure.policy_gradient import PolicyGradient, Searched, State, losses_on, unit_costs
 from besa_exp.methods.structure.widths import (
     Importances,
+    even_widths,
     importances_of,
     kept_parameters,
     proportional,
@@ -137,7 +138,8 @@ def searched(losses_of=losses):
 
 def start_of(method):
     model, blocks, costs, dimensions = parts()
-    found = importances_of(blocks, embed(model, blocks, IDS, 6), dimensions, 1 - method.ratio, 6)
+    kept = even_widths(costs, dimensions, method.ratio)
+    found = importances_of(blocks, embed(model, blocks, IDS, 6), dimensions, kept, 6)
     return method.begin(found, costs, dimensions)
 
 

@@ -11,17 +11,21 @@ from neighbours import all_masked
 from tiny_llama import tiny_llama
 
 from besa_exp.blocks.block import capture_blocks, embed
+from besa_exp.blocks.head import head_of
 from besa_exp.checkpoints.narrowed_model import costs_of_model, dimensions_of_model
 from besa_exp.checkpoints.structure import Costs, Dimensions
+from besa_exp.methods.budgets.progress import Progress
+from besa_exp.methods.structure.method import DenseModel
 from besa_exp.methods.structure.widths import (
     Importances,
+    Widths,
     carrying_linears,
     chosen_units,
     column_importance,
     group_importance,
     importances_of,
-    keep_most_important,
     kept_parameters,
+    masked,
     narrowest,
     proportional,
     random_importances,
@@ -47,23 +51,16 @@ def test_importances_are_literal_sums():
     assert torch.allclose(column_importance(weight), column_importance(weight, torch.ones(12)))
 
 
-def test_the_authors_mask_keeps_ties_and_at_least_one():
-    values = torch.tensor([3.0, 1, 1, 2])
-    assert keep_most_important(values, 0.5).tolist() == [True, False, False, True]
-    assert keep_most_important(values, 0.75).tolist() == [True, True, True, True]
-    assert keep_most_important(values, 0.0).tolist() == [True, False, False, False]
-
-
 def test_wanda_sp_sees_the_blocks_before_it_masked_and_magnitude_sees_no_inputs():
     model = tiny_llama(num_hidden_layers=2, seed=6)
     model.requires_grad_(False)
     ids = torch.randint(0, 256, (4, 10), generator=GENERATOR)
     blocks, dimensions = capture_blocks(model, ids), dimensions_of_model(model)
     inputs = embed(model, blocks, ids, 4)
-    few, all_kept = (importances_of(blocks, inputs.clone(), dimensions, keep, 4) for keep in (0.3, 1.0))
+    few, all_kept = (importances_of(blocks, inputs.clone(), dimensions, kept, 4) for kept in ((1, 29), (2, 96)))
     assert torch.equal(few.channels[0], all_kept.channels[0])
     assert not torch.allclose(few.channels[1], all_kept.channels[1], rtol=1e-2)
-    magnitude = importances_of(blocks, inputs, dimensions, 0.3, 4, norms=False)
+    magnitude = importances_of(blocks, inputs, dimensions, (1, 29), 4, norms=False)
     for block in blocks:
         expected = block.linears["mlp.down_proj"].weight.abs().mean(0)
         torch.testing.assert_close(magnitude.channels[block.index], expected)
@@ -75,6 +72,34 @@ def test_wanda_sp_sees_the_blocks_before_it_masked_and_magnitude_sees_no_inputs(
     with all_masked(blocks, *masks, dimensions):
         assert not torch.allclose(model(ids).logits, before, atol=1e-3)
     assert torch.equal(model(ids).logits, before)
+
+
+def test_wanda_sp_observes_inputs_from_blocks_that_are_as_narrow_as_they_become():
+    """The ratio is of all parameters, embeddings among them, so that a block loses another share of its own units."""
+    model = tiny_llama(num_hidden_layers=2, seed=6)
+    model.requires_grad_(False)
+    ids = torch.randint(0, 256, (4, 10), generator=GENERATOR)
+    blocks, dimensions, costs = capture_blocks(model, ids), dimensions_of_model(model), costs_of_model(model)
+    inputs = embed(model, blocks, ids, 4)
+    head = head_of(model, blocks, ids)
+    dense = DenseModel(lambda: blocks, inputs.clone, lambda: head, ids, costs, dimensions, 4)
+    found = Widths(0.3).choose(dense, Progress(), lambda told: None)
+    assert found.channels is not None
+    kept = torch.tensor([found.kept_channels(block, dimensions) for block in (0, 1)])
+    assert kept.shape[1] < 0.6 * 96  # which 1 - 0.3 is not
+    lost = [channel for channel in range(96) if channel not in kept[0]]
+    down = [block.linears["mlp.down_proj"].module for block in blocks]
+    seen = []
+    narrow = down[0].register_forward_pre_hook(lambda _, args: args[0].index_fill(-1, torch.tensor(lost), 0))
+    look = down[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
+    groups = torch.zeros(2, 2, dtype=torch.bool)
+    for block in (0, 1):
+        groups[block, list(found.kept_groups(block, dimensions))] = True
+    with narrow, look, masked(blocks[0], groups[0], torch.ones(96).bool(), dimensions):
+        model(ids)
+    norms = seen[0].flatten(0, 1).square().sum(0).div(len(ids)).sqrt()
+    importance = blocks[1].linears["mlp.down_proj"].weight.double().abs().mean(0) * norms
+    assert importance.argsort(descending=True)[: kept.shape[1]].sort().values.tolist() == kept[1].tolist()
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])

@@ -57,7 +57,8 @@ def test_distilled_logits_are_a_divergence_at_the_temperature_times_its_square()
         assert found == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_squarehead_is_a_ratio_of_each_window_and_block_of_states_after_blocks():
+def test_squarehead_is_the_sum_over_blocks_of_a_ratio_of_each_window_of_states_after_the_block():
+    """A sum over blocks, not a mean, in the authors' code: a weight of 1 weighs each block as much as the task."""
     (model, _), (teacher, _) = pruned_llama(), pruned_llama(pruned=0)
     with torch.no_grad():
         states, dense = (m(WINDOWS[:4], output_hidden_states=True).hidden_states for m in (model, teacher))
@@ -66,7 +67,7 @@ def test_squarehead_is_a_ratio_of_each_window_and_block_of_states_after_blocks()
         (d.double() - h.double()).square().sum((1, 2)) / d.double().square().sum((1, 2))
         for h, d in zip(states[1:], dense[1:], strict=True)
     ]
-    expected = torch.stack(ratios).mean()
+    expected = torch.stack(ratios).sum(0).mean()
     told = Distillation("squarehead", task_weight=0.0)
     whole, gradient = value(NextToken(model, told, teacher, 4), WINDOWS[:4])
     assert whole == pytest.approx(float(expected), rel=1e-5)
