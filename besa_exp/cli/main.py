@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -14,8 +14,9 @@ from besa_exp import __version__
 from besa_exp.cli.command_line import command_line
 from besa_exp.errors import ConfigurationError, Interrupted, RunError, did_you_mean
 from besa_exp.machine.streams import exit_code_of
-from besa_exp.machine.torchrun import is_launched
+from besa_exp.machine.torchrun import speaks_first
 
+PATIENCE = 20.0  # seconds in which a process that is refused may meet the refusal of the first
 HELP = """\
 besa: prunes language models block by block (BESA, arXiv 2402.16880) and compares methods.
 
@@ -85,14 +86,11 @@ def _check_text(words: Sequence[str]) -> None:
 
 
 def _tell_refusal(text: str) -> None:
-    """On stderr; of several processes that refuse for the same reasons the first to come here prints them."""
-    say = partial(print, file=sys.stderr, flush=True)
-    if not is_launched():
-        say(text)
-        return
-    from besa_exp.machine.distributed import say_once  # imports torch
-
-    say_once(text, say)
+    """On stderr. Of several processes the first of a machine tells it; torchrun ends the others while they wait, where
+    that one is refused too."""
+    if not speaks_first():
+        time.sleep(PATIENCE)
+    print(text, file=sys.stderr, flush=True)
 
 
 def _help(_: Sequence[str]) -> int:

@@ -16,6 +16,11 @@ def is_leader() -> bool:
     return not is_launched() or os.environ.get("RANK", "0") == "0"
 
 
+def speaks_first() -> bool:
+    """Whether this process is alone, or the first on its machine."""
+    return not is_launched() or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def only_the_leader_speaks() -> None:
     """What the other processes print goes nowhere."""
     if not is_leader():
