@@ -245,7 +245,7 @@ def show(outcomes: Sequence[Outcome], seconds: float | None = None) -> None:
         show_sweep(outcomes, seconds)
         return
     (outcome,) = outcomes
-    where = f"; see {outcome.folder / 'run.log'}" if outcome.exit_code else f" -> {outcome.folder}"
+    where = outcome.log if outcome.exit_code else f" -> {outcome.folder}"
     stream = sys.stderr if outcome.exit_code else sys.stdout
     shown = outcome.brief if stream.isatty() and outcome.status == "done" else ""  # its scores are on the screen
     line = f"{outcome.status}: {shown or outcome.text}{where}"

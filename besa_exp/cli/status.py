@@ -82,9 +82,11 @@ def _table(runs: Sequence[RunRecord], blocks: dict[str, int]) -> Table:
 
 
 def _progress(run: RunRecord, blocks: dict[str, int]) -> str:
-    """`3 of 5`; without a finished run of the same model the number alone."""
+    """`3 of 5`; without a finished run of the same model the number alone; nothing of a run that prunes none."""
     if run.status == "done":
         return str(len(run.blocks))
+    if not run.prunes:
+        return ""
     pruned = set()
     with suppress(OSError):
         pruned = {line.get("block") for line in metric_lines(run.path, "block")}

@@ -25,6 +25,7 @@ from besa_exp.run_folder.status import KILLED, read_status, seen_status
 
 COUNTED = ("bytes", "cache_bytes_per_token", "flops_per_token")  # of results.json's cost
 CHECKPOINT = "checkpoint"  # the method of what besa evaluate scored and no run made
+DATA_FREE = ("dense", CHECKPOINT)  # methods whose scores do not depend on the calibration set
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it is there
 # Of a file cut off or changed.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError)
@@ -92,6 +93,12 @@ class RunRecord:
         """Measured less target sparsity where that is half a point or more, else 0."""
         unknown = self.target is None or self.measured is None or self.method.pruner == "dense"
         return 0.0 if unknown else missed_by(self.target, self.measured)  # type: ignore[arg-type]
+
+    @property
+    def prunes(self) -> bool:
+        """Whether its blocks are pruned one by one: not where a dense model is scored, or a checkpoint scored or
+        tuned."""
+        return self.method.pruner not in DATA_FREE and self.config.get("checkpoint") is None
 
     @property
     def path(self) -> Path:
