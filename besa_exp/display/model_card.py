@@ -14,7 +14,7 @@ import yaml
 from besa_exp.blocks.sparsity_table import type_counts
 from besa_exp.display.markdown import escaped, markdown_table
 from besa_exp.display.missed_target import told_miss
-from besa_exp.display.rows import cost_table, score_rows, score_text, speed_table, stage_lines, text_table
+from besa_exp.display.rows import cost_table, scored, speed_table, stage_lines, text_table
 from besa_exp.display.usage import savings, use_lines
 from besa_exp.evaluation.score import Scores, partly_scored, skipped_parts
 from besa_exp.machine.environment import masked_command, without_folders
@@ -116,26 +116,28 @@ def _front_matter(hub_id: str | None, licence: Mapping[str, str]) -> list[str]:
 
 def _scores(results: Mapping[str, Any]) -> list[str]:
     """The scores, beside the dense model's where it was scored too; nothing where nothing was."""
-    pruned, dense = score_rows(results), score_rows(results.get("dense") or {})
+    pruned, dense = (
+        {name: score.value for name, score in scored(of).items()} for of in (results, results.get("dense") or {})
+    )
     if not pruned:
         return []
     beside = any(value is not None for value in dense.values())
     rows = [
-        [escaped(name), *([score_text(dense.get(name))] if beside else []), score_text(value)]
+        [escaped(name), *([_number(dense.get(name))] if beside else []), _number(value)]
         for name, value in pruned.items()
         if value is not None
     ]
     head = ["measure", *(["dense"] if beside else []), "pruned"]
     lines = ["## Scores", "", *(markdown_table(head, rows, numbers=True) if rows else [])]
-    reasons = [
-        f"- n/a, {escaped(name)}: {escaped(reason)}"
-        for name, reason in sorted((results.get("unavailable") or {}).items())
-    ]
-    reasons += [
-        f"- {escaped(task)}: scored on {part}" for task, part in partly_scored(Scores.from_dict(results).scores).items()
-    ]
-    reasons += [f"- {escaped(name)}: {part}" for name, part in skipped_parts(Scores.from_dict(results).scores).items()]
+    unavailable, scores = sorted((results.get("unavailable") or {}).items()), Scores.from_dict(results).scores
+    reasons = [f"- n/a, {escaped(name)}: {escaped(reason)}" for name, reason in unavailable]
+    reasons += [f"- {escaped(task)}: scored on {part}" for task, part in partly_scored(scores).items()]
+    reasons += [f"- {escaped(name)}: {part}" for name, part in skipped_parts(scores).items()]
     return [*lines, "", *reasons, *([""] if reasons else [])]
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4f}"
 
 
 def _section(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> list[str]:
