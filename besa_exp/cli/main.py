@@ -11,8 +11,8 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 from besa_exp import __version__
-from besa_exp.cli.command_line import command_line
 from besa_exp.errors import ConfigurationError, Interrupted, RunError, did_you_mean
+from besa_exp.machine.process import command_line
 from besa_exp.machine.streams import exit_code_of
 from besa_exp.machine.torchrun import speaks_first
 
@@ -122,11 +122,31 @@ def _list(arguments: Sequence[str]) -> int:
 
 
 def _complete(arguments: Sequence[str]) -> int:
-    from besa_exp.cli.completion import complete
+    """Answers the shell: commands here, everything after a command that Hydra composes by Hydra, whose script calls
+    `besa -sc query=bash` with the line so far in COMP_LINE and takes its first word for the program; so the command is
+    taken out before Hydra sees the line."""
+    from besa_exp.cli.prune import hydra_flags
 
-    return complete(arguments, [name for name in COMMANDS if name[0] != "-"])
+    if not any(argument.startswith("query=") for argument in arguments):
+        return hydra_flags(["-sc", *arguments])
+    words = os.environ.get("COMP_LINE", "").split(" ")
+    if len(words) < 3:
+        names, begun = [name for name in COMMANDS if name[0] != "-"], words[-1] if len(words) > 1 else ""
+        print(" ".join(name for name in names if name.startswith(begun)))
+        return 0
+    if words[1] == "show":
+        from besa_exp.presets import groups, presets
+
+        names = (f"{group}={name}" for group in groups() for name in presets(group))
+        print(" ".join(name for name in names if name.startswith(words[-1])))
+        return 0
+    if words[1] not in COMPOSED_FROM:
+        return 0
+    os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])
+    return hydra_flags(["-sc", *arguments], COMPOSED_FROM[words[1]])
 
 
+COMPOSED_FROM = {"prune": "prune", "prefetch": "prune", "evaluate": "evaluate"}  # command to its file in conf/
 # Imported when they are called: torch and Hydra take seconds.
 COMMANDS: Mapping[str, str] = {
     "prune": "besa_exp.cli.prune:prune",

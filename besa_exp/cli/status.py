@@ -18,7 +18,7 @@ from besa_exp.display.progress import duration
 from besa_exp.display.terminal import console_of, counted
 from besa_exp.report.folders import find_runs
 from besa_exp.report.runs import RunRecord, read_run
-from besa_exp.run_folder.metrics import metric_lines
+from besa_exp.run_folder.folder import metric_lines
 from besa_exp.run_folder.status import KILLED, read_status
 
 PLAIN_WIDTH = 160
