@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from besa_exp.checkpoints.config import text_part
+from besa_exp.checkpoints.inspect import text_part
 from besa_exp.checkpoints.structure import Dimensions, Structure
 from besa_exp.errors import ConfigurationError
 

@@ -12,9 +12,8 @@ from pkgutil import resolve_name
 
 from besa_exp import __version__
 from besa_exp.errors import ConfigurationError, Interrupted, RunError, did_you_mean
-from besa_exp.machine.process import command_line
+from besa_exp.machine.process import command_line, speaks_first
 from besa_exp.machine.streams import exit_code_of
-from besa_exp.machine.torchrun import speaks_first
 
 PATIENCE = 20.0  # seconds in which a process that is refused may meet the refusal of the first
 HELP = """\

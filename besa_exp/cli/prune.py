@@ -20,8 +20,7 @@ from besa_exp.cli.request import CONFIG_NAME, Job, Request, checked_composition,
 from besa_exp.cli.show import explained
 from besa_exp.cli.text_keys import with_text_quoted
 from besa_exp.errors import ConfigurationError
-from besa_exp.machine.process import command_line
-from besa_exp.machine.torchrun import is_launched
+from besa_exp.machine.process import command_line, is_launched
 from besa_exp.presets import CONF_DIR
 from besa_exp.settings import RunSettings
 

@@ -1,4 +1,5 @@
-"""A command as a process: what it is called with, what libraries read when they are imported, how it starts and ends.
+"""A command as a process, known before torch is imported: what it is called with, which one of those of torchrun it is,
+what libraries read when they are imported, how it starts and ends.
 
 Importing torch and transformers makes a million objects that live as long as the process. Python's garbage collector
 would walk all of them every few ten thousand objects while they are made, and once more when the process ends: a third
@@ -12,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from besa_exp.machine.streams import keep_streams
@@ -59,3 +61,23 @@ def command_line(words: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv = saved
+
+
+def is_launched() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_leader() -> bool:
+    """Whether this process is alone, or the first of those that torchrun started."""
+    return not is_launched() or os.environ.get("RANK", "0") == "0"
+
+
+def speaks_first() -> bool:
+    """Whether this process is alone, or the first on its machine."""
+    return not is_launched() or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def only_the_leader_speaks() -> None:
+    """What the other processes print goes nowhere."""
+    if not is_leader():
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives

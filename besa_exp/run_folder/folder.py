@@ -28,7 +28,7 @@ from besa_exp.errors import ConfigurationError, Interrupted, RunError
 from besa_exp.evaluation.score import Scores
 from besa_exp.machine import atomic
 from besa_exp.machine.environment import masked
-from besa_exp.machine.torchrun import is_leader
+from besa_exp.machine.process import is_leader
 from besa_exp.run_folder.identity import IDENTITY, check_identity
 from besa_exp.run_folder.lock import locked
 from besa_exp.run_folder.log import logging_to
