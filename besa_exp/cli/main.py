@@ -15,7 +15,7 @@ from besa_exp.errors import ConfigurationError, Interrupted, RunError, did_you_m
 from besa_exp.machine.process import command_line, speaks_first
 from besa_exp.machine.streams import exit_code_of
 
-PATIENCE = 20.0  # seconds in which a process that is refused may meet the refusal of the first
+PATIENCE = 60.0  # seconds in which the first of several processes that are refused may say so, on a busy machine
 HELP = """\
 besa: prunes language models block by block (BESA, arXiv 2402.16880) and compares methods.
 
