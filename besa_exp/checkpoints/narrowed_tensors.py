@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from besa_exp.checkpoints.inspect import read_header, weight_files
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
+from besa_exp.checkpoints.tensor_sources import stored_tensors
 
 IN_A_BLOCK = re.compile(r"^(.+?)\.\d+\.")
 
@@ -134,8 +134,7 @@ def costs_of(shapes: Mapping[str, Sequence[int]], dimensions: Dimensions, path: 
 
 def costs_of_folder(folder: Path, dimensions: Dimensions) -> Costs:
     """The same of a folder of safetensors, by their headers. ValueError: they hold no tensors of blocks."""
-    headers = [read_header(file)[0] for file in weight_files(folder)[0]]
-    shapes = {name: tensor["shape"] for header in headers for name, tensor in header.items()}
+    shapes = {name: tensor.shape for name, tensor in stored_tensors(folder).items()}
     paths = Counter(found[1] for name in shapes if (found := IN_A_BLOCK.match(name)))
     if not paths:
         raise ValueError(f"structure: {folder} holds no tensors of blocks")
