@@ -3,8 +3,7 @@
 from typing import NoReturn
 
 from besa_exp.cli.main import main
-from besa_exp.machine.process import run_as_process
-from besa_exp.machine.torchrun import only_the_leader_speaks
+from besa_exp.machine.process import only_the_leader_speaks, run_as_process
 
 
 def run() -> NoReturn:

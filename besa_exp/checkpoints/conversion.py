@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from besa_exp.checkpoints.inspect import INDEX, pickled_files
-from besa_exp.checkpoints.shards import METADATA, shard_names
+from besa_exp.checkpoints.inspect import pickled_files
+from besa_exp.checkpoints.shards import METADATA, shard_names, write_index
 from besa_exp.errors import ConfigurationError, RunError, first_line
 from besa_exp.machine import atomic
 
@@ -62,17 +62,14 @@ def _write(origin: Path, sources: list[Path], folder: Path) -> None:
     for file in origin.iterdir():
         if file.is_file() and not file.name.endswith(NOT_COPIED):
             shutil.copyfile(file, folder / file.name)
-    weight_map: dict[str, str] = {}
-    size = 0
+    num_parameters = 0
     names = shard_names(len(sources)) if len(sources) > 1 else ["model.safetensors"]
     for source, name in zip(sources, names, strict=True):
         tensors = read_pickled(source)
         save_file(tensors, folder / name, METADATA)
-        weight_map |= dict.fromkeys(tensors, name)
-        size += sum(tensor.nbytes for tensor in tensors.values())
+        num_parameters += sum(tensor.numel() for tensor in tensors.values())
     if len(sources) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_index(folder, names, num_parameters)
 
 
 def read_pickled(file: Path) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from besa_exp.checkpoints.inspect import inspect_config, only_pickled
 from besa_exp.errors import ConfigurationError
-from besa_exp.hub.client import MODEL_FILES, HubModel
+from besa_exp.hub.client import MODEL_FILES, OTHER_FORMATS, HubModel
 from besa_exp.settings import ModelSettings
 
 
@@ -39,9 +39,12 @@ def cached_folder(settings: ModelSettings) -> Path | None:
 def wanted_files(settings: ModelSettings, folder: Path, names: Sequence[str]) -> list[str]:
     """Patterns of the files to fetch; `names` are all that the hub has, or the cache where it was not asked.
     ConfigurationError: as above."""
+    from huggingface_hub.utils import filter_repo_objects
+
     where = f"model.path={settings.path}"
     problems = inspect_config(folder, where, settings.trust_remote_code)[1]
-    safe = any(name.endswith(".safetensors") for name in names)
+    read = filter_repo_objects(names, ignore_patterns=OTHER_FORMATS)
+    safe = any(name.endswith(".safetensors") for name in read)
     pickles = [name for name in names if name.endswith(".bin")]
     if pickles and not safe and not settings.convert:
         problems.append(only_pickled(where, pickles[0]))

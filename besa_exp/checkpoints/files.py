@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from besa_exp.checkpoints.inspect import read_header, weight_files
 from besa_exp.checkpoints.narrowed_config import BY_BLOCK, MODELLING_FILE, modelling_code
 from besa_exp.checkpoints.shards import write_joined
+from besa_exp.checkpoints.tensor_sources import stored_tensors
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.machine import atomic
 from besa_exp.tensors.keep_bits import packed_bits, unpacked
@@ -178,15 +178,10 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> str:
 
 
 def count_zeros(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """(weights, zeros) of each named tensor, counted in the saved files one tensor at a time.
-
-    Raises RunError, naming folder and tensor, for a name that the files do not hold."""
-    shards = {name: file.name for file in weight_files(folder)[0] for name in read_header(file)[0]}
-    counts = {}
+    """(weights, zeros) of each named tensor of a model folder, counted in its files one tensor at a time."""
+    stored, counts = stored_tensors(folder), {}
     for name in names:
-        if name not in shards:
-            raise RunError(f"{folder} holds no weight {name}; the saved model is not the one that was pruned")
-        with safe_open(folder / shards[name], framework="pt") as file:
+        with safe_open(stored[name].file, framework="pt") as file:
             weight = file.get_tensor(name)
         counts[name] = (weight.numel(), weight.numel() - int(torch.count_nonzero(weight)))
     return counts

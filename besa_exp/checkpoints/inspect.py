@@ -2,18 +2,22 @@
 
 A safetensors file is 8 bytes (the header's length, little-endian), the header (JSON: name to dtype, shape and
 data_offsets), then the data. A file that was cut off is shorter than its own header says.
+
+A config speaks against encoder-decoders, quantised weights, adapters, and models that need code of their own as long as
+`model.trust_remote_code` is false. Each problem says what was found, the rule and the remedy.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from besa_exp.checkpoints.config import adapter_problem, config_problems, quantised_tensors, text_part
 from besa_exp.machine import atomic
 
 CACHED = "models--"  # begins the hub cache's folders of models
@@ -21,6 +25,8 @@ LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")  # of a config, first found
 INDEX = "model.safetensors.index.json"
 CONV1D = ("gpt2", "openai-gpt")  # model types that save their linears as [in, out]
+QUANTISED_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8", "I16", "I32")  # of weights, in safetensors
+UNQUANTISED = "pruning needs plain weights: give the unquantised model that it was made from"
 IN_A_BLOCK = re.compile(r"\.\d+\.(?:.+\.)?\w+\.weight$")  # model.layers.3.mlp.down_proj.weight
 BLOCK_AND_LINEAR = re.compile(r"\.(\d+)\.(.+)\.weight$")
 
@@ -226,3 +232,80 @@ def _facts(config: dict[str, Any], tensors: dict[str, Any]) -> ModelFolder:
         weights=sum(math.prod(shape) for shape in shapes.values()),
         saved_bytes=sum(sizes),
     )
+
+
+def config_problems(config: Mapping[str, Any], where: str, trust_remote_code: bool) -> list[str]:
+    """What speaks against the model, in complete sentences that begin with `where`."""
+    problems = []
+    if config.get("is_encoder_decoder"):
+        problems.append(
+            f"{where}: {_kind(config)} is an encoder-decoder (is_encoder_decoder in its config.json); give a "
+            "decoder-only model"
+        )
+    quantisation = config.get("quantization_config") or text_part(config).get("quantization_config")
+    if quantisation:
+        named = quantisation if isinstance(quantisation, Mapping) else {"format": quantisation}
+        method = named.get("quant_method") or named.get("format") or "an unnamed method"
+        problems.append(
+            f"{where}: its weights are quantised ({method}, by quantization_config in its config.json); {UNQUANTISED}"
+        )
+    code = code_of(config)
+    if code and not trust_remote_code and not known_to_transformers(str(config.get("model_type"))):
+        problems.append(
+            f"{where}: transformers has no {_kind(config)}, and model.trust_remote_code=false forbids the code that "
+            f"comes with the model; it would run {', '.join(code)}: read these files, then set "
+            "model.trust_remote_code=true"
+        )
+    return problems
+
+
+def quantised_tensors(tensors: Mapping[str, Any], where: str) -> list[str]:
+    """The problem of matrices in blocks that are saved as integers or in 8 bits. `tensors`: safetensors headers."""
+    odd = [name for name, tensor in tensors.items() if tensor["dtype"] in QUANTISED_DTYPES and len(tensor["shape"]) > 1]
+    if not odd:
+        return []
+    dtype = tensors[odd[0]]["dtype"]
+    return [f"{where}: its weights are quantised ({odd[0]} is saved as {dtype}); {UNQUANTISED}"]
+
+
+def adapter_problem(adapter: Mapping[str, Any], where: str) -> str:
+    """Of a folder that holds an adapter in the place of a model; `adapter` is its adapter_config.json."""
+    kind = adapter.get("peft_type", "of no named type")
+    base = adapter.get("base_model_name_or_path") or "an unnamed model"
+    return (
+        f"{where}: holds an adapter ({kind}, of {base}) and no model; merge it first, with peft's merge_and_unload() "
+        "and save_pretrained(folder), and give that folder"
+    )
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The decoder's part of a multimodal model's config; the whole config where there is no such part."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
+
+
+def code_of(config: Mapping[str, Any]) -> list[str]:
+    """The files and classes that a config's auto_map names, as `modeling_x.py (XForCausalLM)`. A name before `--` is
+    another repository that they are fetched from."""
+    named, places = [], config.get("auto_map")
+    for value in places.values() if isinstance(places, Mapping) else ():
+        for reference in value if isinstance(value, list) else [value]:
+            repository, _, place = str(reference).rpartition("--")
+            module, _, name = place.rpartition(".")
+            if module:
+                named.append(f"{module}.py ({name})" + (f" of {repository}" if repository else ""))
+    return list(dict.fromkeys(named))
+
+
+def known_to_transformers(model_type: str) -> bool:
+    """Whether the installed transformers has classes of its own for a model type. Its lists are read as text: importing
+    them takes seconds."""
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None
+    assert spec.origin is not None
+    lists = Path(spec.origin).parent / "models" / "auto" / "modeling_auto.py"
+    return f'("{model_type}",' in lists.read_text(encoding="utf-8")
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    return ", ".join(config.get("architectures") or []) or str(config.get("model_type") or "such a model")

@@ -16,11 +16,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from transformers.utils import logging as transformers_logging
 
 from besa_exp.blocks.block import Block, capture_blocks
-from besa_exp.checkpoints.config import code_of
 from besa_exp.checkpoints.conversion import converted_folder
 from besa_exp.checkpoints.fetch import fetched_config, fetched_model
 from besa_exp.checkpoints.gguf_file import inspect_gguf, is_gguf
-from besa_exp.checkpoints.inspect import CONTEXT_KEYS, index_without_metadata, inspect_model_folder, weight_files
+from besa_exp.checkpoints.inspect import (
+    CONTEXT_KEYS,
+    code_of,
+    index_without_metadata,
+    inspect_model_folder,
+    weight_files,
+)
 from besa_exp.checkpoints.streaming import StreamedWeights, open_streamed
 from besa_exp.checkpoints.tensor_sources import without_ignored
 from besa_exp.checkpoints.transformers_config import dtype_of, read_config

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from besa_exp.checkpoints.config import text_part
+from besa_exp.checkpoints.inspect import text_part
 from besa_exp.checkpoints.structure import Dimensions, Structure
 from besa_exp.errors import ConfigurationError
 
@@ -47,6 +47,7 @@ BY_PLACE = {
     "per_layer_config": {},
 }
 SAVED_AS = ("padded", "custom_code")  # blocks of uneven widths: with zeros up to the widest, or with a modelling file
+NOT_STREAMED = "structure.shape=uneven: a model that is streamed has blocks of even widths; set model.load=whole"
 MODELLING_FILE = "modeling_uneven.py"
 BY_BLOCK = ("groups_by_block", "channels_by_block")
 CUSTOM = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -149,6 +150,16 @@ def block_problems(config: Mapping[str, Any]) -> list[str]:
         if isinstance(value, list) and len(value) != blocks:
             found.append(f"structure: {key} in the config of {_kind(text)} lists {len(value)} of {blocks} blocks")
     return found
+
+
+def family_problems(
+    config: Mapping[str, Any], narrows: bool, uneven: bool = False, streamed: bool = False
+) -> list[str]:
+    """Why widths (`narrows`; `uneven`: others in each block), or blocks, of this model cannot go, in sentences."""
+    if not narrows:
+        return block_problems(config)
+    problems = width_problems(config, groups=True, channels=True) or (uneven_problems(config) if uneven else [])
+    return problems + ([NOT_STREAMED] if uneven and streamed else [])
 
 
 def narrowed_config(config: Mapping[str, Any], structure: Structure, uneven: bool = False) -> dict[str, Any]:

@@ -10,14 +10,19 @@ model of the new config then refuses.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
+from besa_exp.checkpoints.tensor_sources import stored_tensors
+
+IN_A_BLOCK = re.compile(r"^(.+?)\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,15 @@ def costs_of(shapes: Mapping[str, Sequence[int]], dimensions: Dimensions, path: 
         if count and size % count == 0:
             (channels if of_channels else groups)[block] += size // count
     return Costs(outside, tuple(blocks), tuple(groups), tuple(channels))
+
+
+def costs_of_folder(folder: Path, dimensions: Dimensions) -> Costs:
+    """The same of a folder of safetensors, by their headers. ValueError: they hold no tensors of blocks."""
+    shapes = {name: tensor.shape for name, tensor in stored_tensors(folder).items()}
+    paths = Counter(found[1] for name in shapes if (found := IN_A_BLOCK.match(name)))
+    if not paths:
+        raise ValueError(f"structure: {folder} holds no tensors of blocks")
+    return costs_of(shapes, dimensions, paths.most_common(1)[0][0])
 
 
 def _units(numbers: Sequence[int], size: int) -> Int[Tensor, " row"]:

@@ -12,22 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from besa_exp.checkpoints.inspect import INDEX, read_header
 
 METADATA = {"format": "pt"}
 ITEMSIZES = {"U8": 1, "I32": 4}  # of the tensors of masks files
-
-
-def whole_layout(model: PreTrainedModel, shard_size: str) -> dict[str, list[str]]:
-    """File name to tensors as `save_pretrained` deals them out; the model's weights may be absent (meta)."""
-    state = revert_weight_conversion(model, saved_state(model))
-    return split_torch_state_dict_into_shards(state, max_shard_size=shard_size).filename_to_tensors
 
 
 def saved_state(model: PreTrainedModel) -> dict[str, Tensor]:

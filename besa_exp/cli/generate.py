@@ -6,9 +6,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -18,8 +17,8 @@ from besa_exp.cli.preflight import check_model
 from besa_exp.display.terminal import console_of
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.evaluation.checks import PROMPTS
-from besa_exp.machine.environment_variables import set_before_imports
-from besa_exp.run_folder.lookup import check_run, run_and_model
+from besa_exp.machine.process import set_before_imports
+from besa_exp.run_folder.lookup import check_run, read_group, run_and_model
 from besa_exp.settings import EvaluationSettings, ModelSettings
 
 if TYPE_CHECKING:
@@ -152,7 +151,7 @@ def _models(place: str, no_dense: bool) -> dict[str, ModelSettings]:
         return {"model": alone}
     if problems := check_run(run):
         raise ConfigurationError(*(problem.replace("checkpoint=", "") for problem in problems))
-    given, structure = _group(run, "model"), _group(run, "structure")
+    given, structure = read_group(run, "model"), read_group(run, "structure")
     own_code = (structure.get("shape"), structure.get("save")) == ("uneven", "custom_code")  # that the run wrote itself
     pruned = ModelSettings(run.name, path, trust_remote_code=own_code or bool(given.get("trust_remote_code")))
     if no_dense or "path" not in given or given["path"] == path:
@@ -160,15 +159,6 @@ def _models(place: str, no_dense: bool) -> dict[str, ModelSettings]:
     keys = ("path", "revision", "dtype", "trust_remote_code", "convert")
     dense = ModelSettings(Path(str(given["path"])).name, **{key: given[key] for key in keys if key in given})
     return {"dense": dense, "pruned": pruned}
-
-
-def _group(run: Path, name: str) -> dict[str, Any]:
-    """The keys of a group as the run was asked; {} where it says nothing of it."""
-    try:
-        group = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))[name]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return {}
-    return group if isinstance(group, dict) else {}
 
 
 def _texts(settings: ModelSettings, prompts: Sequence[str], asked: argparse.Namespace) -> tuple[list[str], bool]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import cProfile
 import errno
+import io
 import os
+import pstats
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +27,6 @@ from besa_exp.cli.compose import key_of
 from besa_exp.cli.configuration import as_values, method_name, read_settings
 from besa_exp.cli.job_process import run_apart
 from besa_exp.cli.launchers import lost_jobs_told, visible_gpus
-from besa_exp.cli.profiling import profiling
 from besa_exp.cli.request import CONFIG_NAME, Job, Request
 from besa_exp.cli.sweep_display import Course, Outcome, Status, show_sweep
 from besa_exp.display.console import next_steps
@@ -33,13 +35,14 @@ from besa_exp.display.progress import duration
 from besa_exp.errors import ConfigurationError, RunError, first_line
 from besa_exp.evaluation.score import Scores, main_scores, partly_scored, set_names
 from besa_exp.hub.publish import publish
-from besa_exp.machine.environment_variables import set_before_imports
+from besa_exp.machine.process import set_before_imports
 from besa_exp.machine.streams import keep_streams
 from besa_exp.run_folder.folder import RunFolder, absent, drop_work, read_results, remove_refused
 from besa_exp.run_folder.status import is_done, read_status, seen_status
 from besa_exp.runs.interruption import interruptible
 
 GROUP = "WANDB_RUN_GROUP"  # read when a job's configuration is composed
+PROFILE_LINES = 40
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -114,10 +117,27 @@ def _prune(config: DictConfig, pruner_name: str, folder: Path) -> dict[str, Any]
     settings = read_settings(config, pruner_name)
     if problems := preflight(settings, folder):  # again: this may be another machine than the one that asked
         raise ConfigurationError(*problems)
-    with interruptible(), profiling(folder) if settings.profile else nullcontext():
+    with interruptible(), _profiling(folder) if settings.profile else nullcontext():
         results = prune(settings, folder, as_values(config))
     publish(folder, settings.save)
     return results
+
+
+@contextmanager
+def _profiling(folder: Path) -> Iterator[None]:
+    """Writes profile.txt (the functions with most time of their own, then those with most time in all) and
+    profile.pstats (for viewers) into `folder`, whether the block ends well or not."""
+    profile = cProfile.Profile()
+    try:
+        with profile:
+            yield
+    finally:
+        text = io.StringIO()
+        stats = pstats.Stats(profile, stream=text)
+        for order in ("tottime", "cumulative"):
+            stats.sort_stats(order).print_stats(PROFILE_LINES)
+        (folder / "profile.txt").write_text(text.getvalue(), encoding="utf-8")
+        stats.dump_stats(folder / "profile.pstats")
 
 
 def finished_before(folder: Path, config: DictConfig) -> Outcome:
@@ -245,7 +265,7 @@ def show(outcomes: Sequence[Outcome], seconds: float | None = None) -> None:
         show_sweep(outcomes, seconds)
         return
     (outcome,) = outcomes
-    where = f"; see {outcome.folder / 'run.log'}" if outcome.exit_code else f" -> {outcome.folder}"
+    where = outcome.log if outcome.exit_code else f" -> {outcome.folder}"
     stream = sys.stderr if outcome.exit_code else sys.stdout
     shown = outcome.brief if stream.isatty() and outcome.status == "done" else ""  # its scores are on the screen
     line = f"{outcome.status}: {shown or outcome.text}{where}"

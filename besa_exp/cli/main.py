@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 
 from besa_exp import __version__
-from besa_exp.cli.command_line import command_line
 from besa_exp.errors import ConfigurationError, Interrupted, RunError, did_you_mean
+from besa_exp.machine.process import command_line, speaks_first
 from besa_exp.machine.streams import exit_code_of
-from besa_exp.machine.torchrun import is_launched
 
+PATIENCE = 60.0  # seconds in which the first of several processes that are refused may say so, on a busy machine
 HELP = """\
 besa: prunes language models block by block (BESA, arXiv 2402.16880) and compares methods.
 
@@ -85,14 +85,11 @@ def _check_text(words: Sequence[str]) -> None:
 
 
 def _tell_refusal(text: str) -> None:
-    """On stderr; of several processes that refuse for the same reasons the first to come here prints them."""
-    say = partial(print, file=sys.stderr, flush=True)
-    if not is_launched():
-        say(text)
-        return
-    from besa_exp.machine.distributed import say_once  # imports torch
-
-    say_once(text, say)
+    """On stderr. Of several processes the first of a machine tells it; torchrun ends the others while they wait, where
+    that one is refused too."""
+    if not speaks_first():
+        time.sleep(PATIENCE)
+    print(text, file=sys.stderr, flush=True)
 
 
 def _help(_: Sequence[str]) -> int:
@@ -124,11 +121,31 @@ def _list(arguments: Sequence[str]) -> int:
 
 
 def _complete(arguments: Sequence[str]) -> int:
-    from besa_exp.cli.completion import complete
+    """Answers the shell: commands here, everything after a command that Hydra composes by Hydra, whose script calls
+    `besa -sc query=bash` with the line so far in COMP_LINE and takes its first word for the program; so the command is
+    taken out before Hydra sees the line."""
+    from besa_exp.cli.prune import hydra_flags
 
-    return complete(arguments, [name for name in COMMANDS if name[0] != "-"])
+    if not any(argument.startswith("query=") for argument in arguments):
+        return hydra_flags(["-sc", *arguments])
+    words = os.environ.get("COMP_LINE", "").split(" ")
+    if len(words) < 3:
+        names, begun = [name for name in COMMANDS if name[0] != "-"], words[-1] if len(words) > 1 else ""
+        print(" ".join(name for name in names if name.startswith(begun)))
+        return 0
+    if words[1] == "show":
+        from besa_exp.presets import groups, presets
+
+        names = (f"{group}={name}" for group in groups() for name in presets(group))
+        print(" ".join(name for name in names if name.startswith(words[-1])))
+        return 0
+    if words[1] not in COMPOSED_FROM:
+        return 0
+    os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])
+    return hydra_flags(["-sc", *arguments], COMPOSED_FROM[words[1]])
 
 
+COMPOSED_FROM = {"prune": "prune", "prefetch": "prune", "evaluate": "evaluate"}  # command to its file in conf/
 # Imported when they are called: torch and Hydra take seconds.
 COMMANDS: Mapping[str, str] = {
     "prune": "besa_exp.cli.prune:prune",

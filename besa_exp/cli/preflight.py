@@ -6,6 +6,7 @@ but where the pruner is to be asked or a CUDA device is named.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Collection
@@ -21,6 +22,7 @@ from besa_exp.checkpoints.inspect import (
     inspect_model_folder,
     saved_dtype,
 )
+from besa_exp.checkpoints.narrowed_config import dimensions_of
 from besa_exp.cli.hub_needs import missing_offline, needs_of
 from besa_exp.errors import did_you_mean
 from besa_exp.evaluation.checks import check_evaluator, check_skipping
@@ -253,14 +255,16 @@ def _check_structure(settings: RunSettings) -> list[str]:
         folder = cached_folder(settings.model)
     if folder is None or not (folder / "config.json").is_file():
         return []
-    from besa_exp.checkpoints.narrowed_facts import facts_of  # torch
+    from besa_exp.checkpoints.narrowed_tensors import costs_of_folder  # torch
     from besa_exp.runs.narrow import check_narrowing
 
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     try:
-        facts = facts_of(folder)
+        dimensions = dimensions_of(config)
+        costs = costs_of_folder(folder, dimensions)
     except ValueError as error:
         return [str(error)]
-    return check_narrowing(settings.structure, facts, settings.model.load == "streamed")
+    return check_narrowing(settings.structure, config, dimensions, costs, settings.model.load == "streamed")
 
 
 def _in_a_block(name: str) -> str:

@@ -14,14 +14,13 @@ from hydra import initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
-from besa_exp.cli.command_line import command_line
 from besa_exp.cli.configuration import method_name, read_settings
-from besa_exp.cli.explained import explained
 from besa_exp.cli.jobs import launch, run_job, show
 from besa_exp.cli.request import CONFIG_NAME, Job, Request, checked_composition, read_request
+from besa_exp.cli.show import explained
 from besa_exp.cli.text_keys import with_text_quoted
 from besa_exp.errors import ConfigurationError
-from besa_exp.machine.torchrun import is_launched
+from besa_exp.machine.process import command_line, is_launched
 from besa_exp.presets import CONF_DIR
 from besa_exp.settings import RunSettings
 

@@ -23,7 +23,7 @@ from besa_exp.cli.launchers import launcher_lines, launcher_of
 from besa_exp.cli.preflight import preflight
 from besa_exp.errors import ConfigurationError
 from besa_exp.hub.publish import check_names, check_push
-from besa_exp.machine.environment_variables import set_before_imports
+from besa_exp.machine.process import set_before_imports
 from besa_exp.presets import CONF_DIR, METHOD_GROUPS
 from besa_exp.run_folder.identity import check_finished
 from besa_exp.run_folder.inputs import check_run_inputs

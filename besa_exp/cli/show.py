@@ -8,9 +8,11 @@ be out of date.
 from __future__ import annotations
 
 import argparse
+import io
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from pkgutil import resolve_name
@@ -33,6 +35,7 @@ PLAIN_WIDTH = 120
 NARROW = 80  # columns, below which keys are no table
 WORDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
 TARGET = "_target_"
+KEYS, FLAGS = "\nKeys, changed as ", "\nFlags:\n"  # what the help's template has around the keys
 
 
 @dataclass(frozen=True)
@@ -191,3 +194,41 @@ def in_words(hint: Any) -> str:
     if origin is dict:
         return "group of keys"
     return WORDS.get(hint, "group of keys" if is_dataclass(hint) else "")
+
+
+@contextmanager
+def explained(config_name: str, choices: Mapping[str, Any], beside: Path | None) -> Iterator[None]:
+    """What is printed meanwhile is a help text: it is printed with the comments of the `choices`' presets, those of the
+    folder `beside` among them."""
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said):
+            yield
+    finally:
+        print(with_meanings(said.getvalue(), meanings(config_name, choices, beside)), end="", flush=True)
+
+
+def meanings(config_name: str, choices: Mapping[str, Any], beside: Path | None) -> dict[str, str]:
+    """{dotted key: its comment} of a command's own keys and of the presets that are chosen, {group: preset}."""
+    own = [CONF_DIR / "command.yaml", CONF_DIR / f"{config_name}.yaml"]
+    found = {key.name: key.comment for file in own for key in keys_of(file)}
+    for group, name in choices.items():
+        for folder in filter(None, (CONF_DIR, beside)):
+            if (file := folder / group / f"{name}.yaml").is_file():
+                found |= {f"{group}.{key.name}": key.comment for key in keys_of(file)}
+    return found
+
+
+def with_meanings(text: str, meaning: Mapping[str, str]) -> str:
+    """The help text with the comments; where a class lies is left out."""
+    before, keys, rest = text.partition(KEYS)
+    body, flags, after = rest.partition(FLAGS)
+    lines: list[str] = []
+    path: list[str] = []
+    for line in body.splitlines():
+        if found := re.match(r"( *)(\w+):", line):
+            path[len(found[1]) // 2 :] = [found[2]]
+        comment = meaning.get(".".join(path), "") if found else ""
+        if not (found and found[2] == TARGET):
+            lines.append(f"{line}  # {comment}" if comment else line)
+    return "".join([before, keys, "\n".join([*lines, ""]), flags, after])

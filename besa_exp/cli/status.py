@@ -18,7 +18,7 @@ from besa_exp.display.progress import duration
 from besa_exp.display.terminal import console_of, counted
 from besa_exp.report.folders import find_runs
 from besa_exp.report.runs import RunRecord, read_run
-from besa_exp.run_folder.metrics import metric_lines
+from besa_exp.run_folder.folder import metric_lines
 from besa_exp.run_folder.status import KILLED, read_status
 
 PLAIN_WIDTH = 160
@@ -82,9 +82,11 @@ def _table(runs: Sequence[RunRecord], blocks: dict[str, int]) -> Table:
 
 
 def _progress(run: RunRecord, blocks: dict[str, int]) -> str:
-    """`3 of 5`; without a finished run of the same model the number alone."""
+    """`3 of 5`; without a finished run of the same model the number alone; nothing of a run that prunes none."""
     if run.status == "done":
         return str(len(run.blocks))
+    if not run.prunes:
+        return ""
     pruned = set()
     with suppress(OSError):
         pruned = {line.get("block") for line in metric_lines(run.path, "block")}

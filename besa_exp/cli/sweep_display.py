@@ -42,6 +42,12 @@ class Outcome:
         """0 where the results are there, 1 for a failure inside the run, 2 for a configuration that is refused."""
         return EXIT_CODES[self.status]
 
+    @property
+    def log(self) -> str:
+        """`; see outputs/.../run.log`, where a run has begun one."""
+        file = self.folder / "run.log"
+        return f"; see {file}" if file.is_file() else ""
+
 
 @dataclass(frozen=True)
 class Course:
@@ -92,5 +98,5 @@ def show_sweep(outcomes: Sequence[Outcome], seconds: float | None = None) -> Non
 
 def _told(outcome: Outcome) -> str:
     if outcome.exit_code:
-        return f"{outcome.text}; see {outcome.folder / 'run.log'}"
+        return f"{outcome.text}{outcome.log}"
     return outcome.text.partition(", ")[0] if outcome.missed else ""

@@ -13,7 +13,7 @@ from besa_exp.cli.jobs import told
 from besa_exp.cli.preflight import preflight_tuning
 from besa_exp.cli.prune import composed
 from besa_exp.cli.request import composed_for_one, folder_of, readable
-from besa_exp.display.rows import score_rows
+from besa_exp.display.rows import scored
 from besa_exp.hub.publish import publish
 from besa_exp.run_folder.folder import drop_work, read_results
 from besa_exp.run_folder.status import is_done
@@ -49,10 +49,11 @@ def outcome(results: Mapping[str, Any]) -> str:
     parts = [f"{results['measured_sparsity']:.2%} zeros", f"held-out loss {loss['before']:.4f} -> {loss['after']:.4f}"]
     if task := results["recovery"].get("task"):
         parts.append(f"{task['name']} {task['accuracy']['before']:.4f} -> {task['accuracy']['after']:.4f}")
-    before = score_rows(results["before"])
-    for name, value in score_rows(results).items():
-        if value is not None and (earlier := before.get(name)) is not None:
-            parts.append(f"{name} {earlier:.4f} -> {value:.4f}")
+    before = scored(results["before"])
+    for name, score in scored(results).items():
+        earlier = before[name].value if name in before else None
+        if score.value is not None and earlier is not None:
+            parts.append(f"{name} {earlier:.4f} -> {score.value:.4f}")
     return ", ".join(parts)
 
 

@@ -14,13 +14,50 @@ import yaml
 from besa_exp.blocks.sparsity_table import type_counts
 from besa_exp.display.markdown import escaped, markdown_table
 from besa_exp.display.missed_target import told_miss
-from besa_exp.display.rows import cost_table, score_rows, score_text, speed_table, stage_lines, text_table
-from besa_exp.display.usage import savings, use_lines
+from besa_exp.display.rows import cost_table, scored, speed_table, stage_lines, text_table
 from besa_exp.evaluation.score import Scores, partly_scored, skipped_parts
 from besa_exp.machine.environment import masked_command, without_folders
 
 FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---\s*(?:\n|$)", re.DOTALL)
 LICENCE_TAGS = ("license", "license_name", "license_link")
+SAVES_NOTHING = (
+    "The zeros are stored as ordinary dense numbers. This checkpoint takes the same disk space, memory and time as the "
+    "dense one: unstructured zeros save neither memory nor time on today's hardware."
+)
+SAVES_WHEN_CONVERTED = (
+    "The zeros are stored as ordinary dense numbers: as it is, this checkpoint takes the same disk space, memory and "
+    "time as the dense one. Hardware and software that know an N:M pattern (2:4 today) can use it after a conversion."
+)
+SAVES_WHAT_IS_GONE = "What was removed whole is not stored: that part does save disk space, memory and time."
+USES = """\
+It is a plain Hugging Face folder, called `FOLDER` here:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
+```
+
+```
+lm_eval run --model hf --model_args pretrained=FOLDER --tasks piqa
+vllm serve FOLDER                                                     # as a dense model
+python llama.cpp/convert_hf_to_gguf.py FOLDER --outfile model.gguf    # as a dense model
+```
+
+besa-exp's tests load such folders with transformers and lm-eval; vLLM and llama.cpp were not tried."""
+SEMI_STRUCTURED = """\
+Its 2:4 zeros save time and memory where the linears are converted, on a CUDA device of compute capability 8.0 or more
+and in 16 bits (besa-exp's tests do not cover this):
+
+```python
+import torch
+from torch.sparse import to_sparse_semi_structured
+
+model = model.to("cuda", torch.float16)
+for linear in model.model.layers.modules():
+    if isinstance(linear, torch.nn.Linear):
+        linear.weight = torch.nn.Parameter(to_sparse_semi_structured(linear.weight))
+```"""
 
 
 def model_card(
@@ -50,14 +87,14 @@ def model_card(
         f"- Sparsity of the pruned linears: target {target:.4f}, measured {measured:.4f}"
         + (f"; **{missed}**" if (missed := told_miss(results)) else ""),
     ]
-    lines += [*_facts(results), "", savings(results), "", *_linear_types(results)]
+    lines += [*_facts(results), "", _savings(results), "", *_linear_types(results)]
     lines += [
         "",
         *_scores(results),
         *_section("What it says (greedy)", *text_table(results), numbers=False),
         *_section(f"Speed, {(results.get('simulated_speed') or {}).get('model')}", *speed_table(results)),
         *_section("Cost", *cost_table(results)),
-        *use_lines(results),
+        *_use(results),
     ]
     if command:
         lines += ["## Command", "", "```", shlex.join(["besa", *masked_command(command[1:])]), "```", ""]
@@ -116,28 +153,41 @@ def _front_matter(hub_id: str | None, licence: Mapping[str, str]) -> list[str]:
 
 def _scores(results: Mapping[str, Any]) -> list[str]:
     """The scores, beside the dense model's where it was scored too; nothing where nothing was."""
-    pruned, dense = score_rows(results), score_rows(results.get("dense") or {})
+    pruned, dense = (
+        {name: score.value for name, score in scored(of).items()} for of in (results, results.get("dense") or {})
+    )
     if not pruned:
         return []
     beside = any(value is not None for value in dense.values())
     rows = [
-        [escaped(name), *([score_text(dense.get(name))] if beside else []), score_text(value)]
+        [escaped(name), *([_number(dense.get(name))] if beside else []), _number(value)]
         for name, value in pruned.items()
         if value is not None
     ]
     head = ["measure", *(["dense"] if beside else []), "pruned"]
     lines = ["## Scores", "", *(markdown_table(head, rows, numbers=True) if rows else [])]
-    reasons = [
-        f"- n/a, {escaped(name)}: {escaped(reason)}"
-        for name, reason in sorted((results.get("unavailable") or {}).items())
-    ]
-    reasons += [
-        f"- {escaped(task)}: scored on {part}" for task, part in partly_scored(Scores.from_dict(results).scores).items()
-    ]
-    reasons += [f"- {escaped(name)}: {part}" for name, part in skipped_parts(Scores.from_dict(results).scores).items()]
+    unavailable, scores = sorted((results.get("unavailable") or {}).items()), Scores.from_dict(results).scores
+    reasons = [f"- n/a, {escaped(name)}: {escaped(reason)}" for name, reason in unavailable]
+    reasons += [f"- {escaped(task)}: scored on {part}" for task, part in partly_scored(scores).items()]
+    reasons += [f"- {escaped(name)}: {part}" for name, part in skipped_parts(scores).items()]
     return [*lines, "", *reasons, *([""] if reasons else [])]
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4f}"
 
 
 def _section(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> list[str]:
     cells = [[escaped(cell) for cell in row] for row in rows]
     return [f"## {title}", "", *markdown_table(head, cells, numbers=numbers), ""] if rows else []
+
+
+def _savings(results: Mapping[str, Any]) -> str:
+    words = SAVES_NOTHING if results["pattern"] == "unstructured" else SAVES_WHEN_CONVERTED
+    return words + (f" {SAVES_WHAT_IS_GONE}" if results.get("structure") else "")
+
+
+def _use(results: Mapping[str, Any]) -> list[str]:
+    """What it can be used with; 2:4 products where every linear of every block has them."""
+    converts = results["pattern"] == "2:4" and not results.get("ignore")
+    return ["## Use", "", USES, "", *([SEMI_STRUCTURED, ""] if converts else [])]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from besa_exp.blocks.reports import Narrowed, RecoveryReport, Removed, StructureReport
-from besa_exp.evaluation.score import Scores
+from besa_exp.evaluation.score import Score, Scores
 
 Rows = tuple[tuple[str, ...], list[tuple[str, ...]]]  # heads, and cells under them
 SAVED_AS = {
@@ -17,16 +17,10 @@ SAVED_AS = {
 }
 
 
-def score_rows(results: Mapping[str, Any]) -> dict[str, float | None]:
-    """`perplexity <set>` and `<task> <metric>` to value, None where it is not available."""
+def scored(results: Mapping[str, Any]) -> dict[str, Score]:
+    """Each score under its label, `perplexity <set>` or `<task> <metric>`, in their order."""
     found = Scores.from_dict(results).scores
-    return {
-        score.label: score.value for score in sorted(found, key=lambda score: (score.kind, score.name, score.metric))
-    }
-
-
-def score_text(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.4f}"
+    return {score.label: score for score in sorted(found, key=lambda score: (score.kind, score.name, score.metric))}
 
 
 def stage_lines(results: Mapping[str, Any]) -> dict[str, str]:

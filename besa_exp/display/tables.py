@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from io import StringIO
@@ -17,10 +17,10 @@ from rich.text import Text
 
 from besa_exp import __version__
 from besa_exp.blocks.sparsity_table import block_counts, short_names, type_counts
-from besa_exp.display.rows import cost_table, score_rows, score_text, speed_table, stage_lines, text_table
+from besa_exp.display.rows import cost_table, scored, speed_table, stage_lines, text_table
 from besa_exp.display.terminal import colour_of_loss
 from besa_exp.errors import ConfigurationError
-from besa_exp.evaluation.score import Scores, metric_name, partly_scored, set_names, skipped_parts
+from besa_exp.evaluation.score import Score, Scores, partly_scored, set_names, skipped_parts
 from besa_exp.settings import CalibrationSettings, RunSettings, SaveSettings
 from besa_exp.texts.sources import GIVEN, is_token_file
 from besa_exp.texts.token_files import token_file_shape
@@ -127,7 +127,7 @@ def sparsity_tables(results: Mapping[str, Any], width: int, style: box.Box) -> l
 def result_tables(results: Mapping[str, Any], style: box.Box) -> list[RenderableType]:
     """Scores beside the dense ones, simulated speed, and what is not available."""
     tables: list[RenderableType] = [Text(f"{what}: {how}") for what, how in stage_lines(results).items()]
-    tables += [_score_table(results, style)] if score_rows(results) else []
+    tables += [_score_table(results, style)] if scored(results) else []
     head, rows = speed_table(results)
     tables += [_rows_table(f"speed, {results['simulated_speed']['model']}", head, rows, style)] if rows else []
     head, costs = cost_table(results)
@@ -181,50 +181,34 @@ def _loss_heads(blocks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def _score_table(results: Mapping[str, Any], style: box.Box) -> Table:
     """Perplexities (difference in percent) and tasks (plain difference) with standard error, questions and direction;
     the colour of the difference says how much was lost."""
-    dense = results.get("dense") or {}
-    after, before, tasks = score_rows(results), score_rows(dense), dict(_tasks(results))
-    counted = {name: questions for name, (_, _, questions) in tasks.items() if questions}
-    for name, part in partly_scored(Scores.from_dict(results).scores).items():
-        counted |= {f"perplexity {name}": part} if f"perplexity {name}" in after else {}
+    after, before = scored(results), scored(results.get("dense") or {})
+    counted = _counted(after)
     table = _table("", style)
     table.add_column("measure", overflow="fold")
     named = "pruned" if "pruner" in results else "score"
     for head in (*(("dense", named, "change") if before else (named,)), *(("scored on",) if counted else ())):
         table.add_column(head, justify="right", no_wrap=True)
-    errors, dense_errors = (
-        {name: error for name, (error, _, _) in dict(_tasks(one)).items()} for one in (results, dense)
-    )
-    both = [*Scores.from_dict(results).scores, *Scores.from_dict(dense).scores]
-    short = set_names(both)
-    labels = {score.label: f"perplexity {short[score.name]}{score.under}" for score in both if score.name in short}
-    for name in dict.fromkeys([*after, *before]):
-        rises = tasks.get(name, ("", not name.startswith("perplexity "), ""))[1]
-        pruned = f"{score_text(after.get(name))}{errors.get(name, '')}"
-        cells: list[str | Text] = [pruned]
+    short = set_names([*after.values(), *before.values()])
+    for label in dict.fromkeys([*after, *before]):
+        pruned, dense = after.get(label), before.get(label)
+        score = pruned or before[label]
+        name = f"perplexity {short[score.name]}{score.under}" if score.kind == "perplexity" else label
+        cells: list[str | Text] = [pruned.shown if pruned else "n/a"]
         if before:
-            cells = [f"{score_text(before.get(name))}{dense_errors.get(name, '')}", pruned]
-            cells.append(_difference(name, before.get(name), after.get(name), rises))
-        table.add_row(
-            Text(f"{labels.get(name, name)} {'↑' if rises else '↓'}"),
-            *cells,
-            *([counted.get(name, "")] if counted else []),
-        )
+            cells = [dense.shown if dense else "n/a", *cells, _difference(dense, pruned)]
+        cells += [counted.get(label, "")] if counted else []
+        table.add_row(Text(f"{name} {'↑' if score.rises else '↓'}"), *cells)
     return table
 
 
-def _tasks(results: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, bool, str]]]:
-    """(row, (` ± error`, whether it should rise, `8 of 1,838 questions`)) of each task's metrics."""
-    records = ((results.get("provenance") or {}).get("zero_shot") or {}).get("tasks") or {}
-    partly = partly_scored(Scores.from_dict(results).scores)
-    for task, metrics in (results.get("zero_shot") or {}).items():
-        record = records.get(task) or {}
-        whole = record.get("documents")
-        questions = partly.get(task, f"{whole:,} questions" if whole else "")
-        for key in metrics:
-            metric, _, which = key.partition(",")
-            error = metrics.get(f"{metric}_stderr,{which}")
-            rises = (record.get("higher_is_better") or {}).get(metric, True) is not False
-            yield f"{task} {metric_name(key)}", (f" ± {error:.4f}" if error is not None else "", rises, questions)
+def _counted(scores: Mapping[str, Score]) -> dict[str, str]:
+    """{label: `8 of 1,838 questions`}: of each task, and of the sets of which windows were left out."""
+    partly, found = partly_scored(scores.values()), {}
+    for label, score in scores.items():
+        whole = f"{score.n:,} questions" if score.n and score.kind == "zero_shot" else ""
+        if told := partly.get(score.name, whole):
+            found[label] = told
+    return found
 
 
 def _rows_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], style: box.Box) -> Table:
@@ -251,14 +235,13 @@ def _table(title: str, style: box.Box) -> Table:
     return Table(box=style, title=title or None, title_justify="left", padding=padding)
 
 
-def _difference(name: str, before: float | None, after: float | None, rises: bool) -> Text:
-    if before is None or after is None:
+def _difference(dense: Score | None, pruned: Score | None) -> Text:
+    if dense is None or pruned is None or dense.value is None or pruned.value is None:
         return Text("")
-    if name.startswith("perplexity "):
-        loss = (after - before) / before
-        return Text(f"{loss:+.2%}", style=colour_of_loss(loss))
-    loss = before - after if rises else after - before
-    return Text(f"{after - before:+.4f}", style=colour_of_loss(loss, accuracy=True))
+    change = pruned.value - dense.value
+    if pruned.kind == "perplexity":
+        return Text(f"{change / dense.value:+.2%}", style=colour_of_loss(change / dense.value))
+    return Text(f"{change:+.4f}", style=colour_of_loss(-change if pruned.rises else change, accuracy=True))
 
 
 def _percent(weights: int, pruned: int) -> str:

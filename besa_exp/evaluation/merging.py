@@ -44,7 +44,6 @@ def remaining(
     skipping: SkippingSettings | None = None,
 ) -> Remaining:
     """What `results` (a results.json, or {}) leaves to be scored. `context` None: the model's is not known."""
-    under = skipping.asked if skipping else {}
     if overwrite:
         return Remaining(settings, (), ())
     known, conflicts, scores = [], [], Scores.from_dict(results)
@@ -61,8 +60,7 @@ def remaining(
         else:
             what, state = f"zero-shot {name}", f" is known{_older(record)}"
             differs = _task_difference(name, settings, seed, record)
-        if (then := asked_of(record.get("skipping"))) != under:  # a score under a policy is another one than without
-            differs.append(f"skipping {then or 'nothing'} then, {under or 'nothing'} now")
+        differs += _skipping_difference(skipping, record)
         if differs:
             conflicts.append(
                 f"{what} was scored under other conditions ({'; '.join(differs)}): overwrite=true replaces the score, "
@@ -77,10 +75,20 @@ def remaining(
     left = replace(settings, perplexity_sets=sets, tasks=tasks, simulated_speed=simulate)
     if settings.prompts and not set(settings.prompts) - scores.texts.keys():
         known.append("text samples are known")
-    missing = tuple(prompt for prompt in prompts_of(left) if prompt not in scores.texts)
-    if settings.prompts is not None or missing != prompts_of(left):  # else they come by themselves, where they can
-        left = replace(left, prompts=missing)
-    return Remaining(left, tuple(known), tuple(conflicts))
+    return Remaining(_without_known_texts(left, scores.texts), tuple(known), tuple(conflicts))
+
+
+def _without_known_texts(left: EvaluatorSettings, texts: Mapping[str, str]) -> EvaluatorSettings:
+    asked = prompts_of(left)
+    missing = tuple(prompt for prompt in asked if prompt not in texts)
+    # Where nothing is said of prompts they come by themselves, where they can.
+    return left if left.prompts is None and missing == asked else replace(left, prompts=missing)
+
+
+def _skipping_difference(skipping: SkippingSettings | None, record: Mapping[str, Any]) -> list[str]:
+    """A score under a policy is another one than without."""
+    then, now = asked_of(record.get("skipping")), skipping.asked if skipping else {}
+    return [f"skipping {then or 'nothing'} then, {now or 'nothing'} now"] if then != now else []
 
 
 def merged(results: Mapping[str, Any], scores: Scores) -> tuple[dict[str, Any], list[str]]:

@@ -56,6 +56,12 @@ class Score:
         return "/".join(part for part in (self.kind, self.name, self.metric) if part)
 
     @property
+    def rises(self) -> bool:
+        """Whether more is better: never of a perplexity, of a task's metric as lm-eval has it."""
+        known = self.conditions.get("higher_is_better") or {}
+        return self.kind != "perplexity" and known.get(self.metric.partition(",")[0], True) is not False
+
+    @property
     def shown(self) -> str:
         """`0.3750 ± 0.1830`, the standard error where there is one."""
         if self.value is None:

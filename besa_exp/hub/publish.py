@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from besa_exp.hub.client import HUB_TIMEOUT
-from besa_exp.machine.torchrun import is_leader
+from besa_exp.machine.process import is_leader
 from besa_exp.settings import SaveSettings
 
 MESSAGE = "Model pruned with besa-exp"

@@ -8,13 +8,11 @@ every function here gives back what it is given.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -35,7 +33,6 @@ T = TypeVar("T")
 TIMEOUT = timedelta(hours=6)
 FAILURE = "besa_failure"  # the key under which the first rank to fail leaves its error
 PATIENCE = 20.0  # seconds after a failure in which a rank may meet it by itself
-SAID = "besa_said_"  # begins the keys that count who wants to say a text
 
 
 @contextmanager
@@ -233,25 +230,6 @@ def _end_when_another_fails(left: threading.Event, last_words: Callable[[RunErro
                     if is_first():
                         last_words(RunError(f"rank {failed} failed: {text or 'it was interrupted'}"))
                     os._exit(1)
-
-
-def say_once(text: str, say: Callable[[str], None]) -> None:
-    """Of the ranks that come with the same text the first says it, and all wait a while for the others: torchrun ends
-    when one has failed, and with it the store that tells who was first. Ranks need not be joined; where there is no
-    store any more, each is the first."""
-    key = f"{SAID}{hashlib.sha256(text.encode()).hexdigest()}"
-    try:
-        store = _store()
-        first = int(store.add(key, 1)) == 1
-    except RuntimeError:
-        say(text)
-        return
-    if first:
-        say(text)
-    deadline = time.monotonic() + PATIENCE
-    with suppress(RuntimeError):
-        while int(store.add(key, 0)) < int(os.environ["WORLD_SIZE"]) and time.monotonic() < deadline:
-            time.sleep(0.05)
 
 
 def _store() -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from besa_exp.errors import ConfigurationError
 from besa_exp.machine import atomic
 from besa_exp.report.comparison_formats import latex
-from besa_exp.report.page_data import page_data
+from besa_exp.report.page import page, page_data
 from besa_exp.report.paper import paper_markdown
 from besa_exp.report.read import Report, read_report
 from besa_exp.report.summaries import markdown, runs_csv
@@ -44,8 +44,6 @@ def report(arguments: Sequence[str]) -> int:
 
 
 def write_page(report: Report, path: Path) -> None:
-    from besa_exp.report.page import page
-
     atomic.write_text(path, page(page_data(report)))
 
 

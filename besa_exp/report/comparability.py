@@ -15,11 +15,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from besa_exp.report.runs import CHECKPOINT, Measure, RunRecord, ScoreRecord
+from besa_exp.report.runs import DATA_FREE, Measure, RunRecord, ScoreRecord
 
 RECONSTRUCTION = Measure("reconstruction", "reconstruction loss")
 REASONS = 4  # differences that are spelled out
-DATA_FREE = ("dense", CHECKPOINT)  # what it scores does not depend on the calibration set
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,7 @@ def entries(runs: Sequence[RunRecord]) -> list[Entry]:
 
 def _with_losses(run: RunRecord) -> list[ScoreRecord]:
     losses = [block.loss_after for block in run.blocks]
-    only_tuned = run.config.get("checkpoint") is not None  # its zeros were there before: no loss was measured
-    if not losses or only_tuned or run.method.pruner in DATA_FREE:
+    if not losses or not run.prunes:  # no loss was measured
         return list(run.scores)
     return [*run.scores, ScoreRecord(RECONSTRUCTION, sum(losses) / len(losses), _loss_facets(run))]
 

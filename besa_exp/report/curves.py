@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from besa_exp.run_folder.metrics import NAME, metric_lines
+from besa_exp.run_folder.folder import METRICS, metric_lines
 
 ROWS = ("block", "linears")
 LINES = 512  # parsed of one file; a curve has no more points than that
@@ -29,7 +29,7 @@ class Curve:
 def read_curve(folder: Path) -> Curve:
     """The steps of one run; none for a method that takes none, or where the file is not there."""
     try:
-        recorded = (folder / NAME).read_bytes().splitlines()
+        recorded = (folder / METRICS).read_bytes().splitlines()
     except OSError:
         return Curve(1, ())
     steps = [line for line in recorded if line.startswith(b'{"kind": "step"')]

@@ -17,7 +17,7 @@ from besa_exp.blocks.reports import BlockReport
 from besa_exp.errors import ConfigurationError
 from besa_exp.presets import METHOD_GROUPS, presets
 from besa_exp.report.folders import find_runs
-from besa_exp.run_folder.metrics import metric_lines
+from besa_exp.run_folder.folder import metric_lines
 from besa_exp.run_folder.status import seen_status
 
 logger = logging.getLogger(__name__)

@@ -6,26 +6,27 @@ hide two hundred others.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from besa_exp.blocks.reports import BlockReport, Size
 from besa_exp.display.missed_target import missed_by
 from besa_exp.display.rows import Rows, cost_table, stage_lines, text_table
+from besa_exp.errors import RunError
 from besa_exp.evaluation.score import Score, Scores, asked_of
+from besa_exp.machine import atomic
 from besa_exp.report.methods import Method, method_of
 from besa_exp.run_folder.folder import read_results
+from besa_exp.run_folder.lookup import read_config
 from besa_exp.run_folder.status import KILLED, read_status, seen_status
 
 COUNTED = ("bytes", "cache_bytes_per_token", "flops_per_token")  # of results.json's cost
 CHECKPOINT = "checkpoint"  # the method of what besa evaluate scored and no run made
-YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it is there
+DATA_FREE = ("dense", CHECKPOINT)  # methods whose scores do not depend on the calibration set
 # Of a file cut off or changed.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError)
 
@@ -94,12 +95,18 @@ class RunRecord:
         return 0.0 if unknown else missed_by(self.target, self.measured)  # type: ignore[arg-type]
 
     @property
+    def prunes(self) -> bool:
+        """Whether its blocks are pruned one by one: not where a dense model is scored, or a checkpoint scored or
+        tuned."""
+        return self.method.pruner not in DATA_FREE and self.config.get("checkpoint") is None
+
+    @property
     def path(self) -> Path:
         return Path(self.folder)
 
 
 def read_run(path: Path) -> RunRecord:
-    status, config = read_status(path) or {}, _mapping(path / "config.yaml")
+    status, config = read_status(path) or {}, read_config(path)
     state = seen_status(path) or "done"
     killed = "its process was killed; run the same command again to resume" if state == KILLED else None
     status = status | {"status": state, "error": killed or status.get("error")}  # as they are shown to a person
@@ -157,7 +164,7 @@ def _run(path: Path, status: Mapping[str, Any], config: Mapping[str, Any], resul
         finished=str(status.get("finished") or ""),
         command=status.get("command"),
         config=config,
-        environment=results.get("environment") or _mapping(path / "environment.json"),
+        environment=results.get("environment") or _environment(path),
         model=str(given or "unknown").rstrip("/").rpartition("/")[2],
         method=method_of(str(name), config, pattern, str(status.get("command") or "")),
         pattern=pattern,
@@ -189,14 +196,10 @@ def _weights(results: Mapping[str, Any]) -> int:
     return structure["weights"]["dense"] if structure else results.get("weights_in_blocks", reported)
 
 
-def _mapping(path: Path) -> Mapping[str, Any]:
-    """A YAML or JSON file that holds a mapping; {} where it is not there or broken."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, YAML_LOADER)  # noqa: S506 - the safe one
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def _environment(path: Path) -> Mapping[str, Any]:
+    with suppress(RunError):  # one that may not be read
+        return atomic.read_json(path / "environment.json") or {}
+    return {}
 
 
 def _records(scores: Scores) -> Iterator[ScoreRecord]:

@@ -28,14 +28,13 @@ from besa_exp.errors import ConfigurationError, Interrupted, RunError
 from besa_exp.evaluation.score import Scores
 from besa_exp.machine import atomic
 from besa_exp.machine.environment import masked
-from besa_exp.machine.torchrun import is_leader
+from besa_exp.machine.process import is_leader
 from besa_exp.run_folder.identity import IDENTITY, check_identity
 from besa_exp.run_folder.lock import locked
 from besa_exp.run_folder.log import logging_to
-from besa_exp.run_folder.metrics import NAME as METRICS
-from besa_exp.run_folder.metrics import metric_lines
 from besa_exp.run_folder.status import is_done, now, read_status, write_status
 
+METRICS = "metrics.jsonl"
 # What an unfinished run goes on with.
 KEPT = (METRICS, "run.log", "blocks", "recovery", "scores.json", "spent.json", "inputs.json", "structure.json")
 KEPT += ("structure_search.json", "narrowed", "wandb")
@@ -265,6 +264,17 @@ def remove_refused(made: Sequence[Path]) -> None:
         for parent in made[1:]:
             with suppress(OSError):  # not empty
                 parent.rmdir()
+
+
+def metric_lines(path: Path, kind: str = "") -> Iterator[dict[str, Any]]:
+    """The objects of metrics.jsonl, of one kind or of all, in order; none where there is no file. A line that was cut
+    off is left out."""
+    begins = f'{{"kind": "{kind}"'.encode() if kind else b""
+    with suppress(FileNotFoundError), (path / METRICS).open("rb") as file:
+        for line in file:
+            if line.startswith(begins):
+                with suppress(ValueError):
+                    yield json.loads(line)
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from besa_exp.evaluation.task_definitions import needed
 from besa_exp.machine import atomic
@@ -34,17 +34,32 @@ OF_A_MODEL = (".safetensors", ".bin", ".json", ".model", ".txt", ".py", ".tiktok
 WEIGHTS = (".safetensors", ".bin", ".index.json")  # a further one of these changes a model, any other file does not
 
 
-def inputs_of(settings: RunSettings | EvaluationSettings) -> dict[str, dict[str, Path]]:
-    """Key to the files by name that it means on this machine; a key that means none here is left out."""
-    places = {"model.path" if isinstance(settings, RunSettings) else "checkpoint": _model_files(settings.model)}
-    read = isinstance(settings, RunSettings) or (settings.skipping and settings.skipping.is_calibrated)
-    if read and settings.calibration and (given := settings.calibration.path):
-        places["calibration.path"] = _one(given)
-    if isinstance(settings, RunSettings) and (given := _tuned_on(settings.recovery)):
-        places["recovery.path"] = _one(given)
+class Input(NamedTuple):
+    """Files of this machine that a run reads, by name. `key` is theirs in inputs.json, `said` what a person gave."""
+
+    key: str
+    said: str
+    files: dict[str, Path]
+
+
+def inputs_of(settings: RunSettings | EvaluationSettings) -> list[Input]:
+    """What the keys mean on this machine; one that means nothing here is left out."""
     if isinstance(settings, RunSettings):
-        places |= {group: _own_code(getattr(settings, group)) for group in METHOD_GROUPS}
-    return {key: files for key, files in (places | _scored_files(settings.evaluator)).items() if files}
+        path, reads = settings.model.path, True
+        found = [Input("model.path", f"model.path={path}", _model_files(settings.model))]
+        found += [Input(group, f"the code of {group}", _own_code(getattr(settings, group))) for group in METHOD_GROUPS]
+        found += _given("recovery.path", _tuned_on(settings.recovery))
+    else:
+        reads = settings.skipping is not None and settings.skipping.is_calibrated
+        found = [Input("checkpoint", f"checkpoint={settings.checkpoint}", _model_files(settings.model))]
+    if reads and settings.calibration:
+        found += _given("calibration.path", settings.calibration.path)
+    found += {one.key: one for one in _scored(settings.evaluator)}.values()  # tasks may share a part
+    return [one for one in found if one.files]
+
+
+def _given(key: str, path: str | None) -> list[Input]:
+    return [Input(key, f"{key}={path}", _one(path))] if path else []
 
 
 def _own_code(method: Any) -> dict[str, Path]:
@@ -72,8 +87,8 @@ def _tuned_on(recovery: Any) -> str | None:
 def fingerprint(settings: RunSettings | EvaluationSettings) -> dict[str, Any]:
     """{key: {name: {size, modified, sha256}}} of the inputs as they are now."""
     return {
-        key: {name: _stamp(file) | {"sha256": _sha256(file)} for name, file in files.items()}
-        for key, files in inputs_of(settings).items()
+        one.key: {name: _stamp(file) | {"sha256": _sha256(file)} for name, file in one.files.items()}
+        for one in inputs_of(settings)
     }
 
 
@@ -108,9 +123,9 @@ def _changed(
     """A problem where inputs that matter are no longer what inputs.json says."""
     recorded = _recorded(folder)
     changed = [
-        f"{_named(settings, key)} has changed ({_told(changes)})"
-        for key, files in inputs_of(settings).items()
-        if matters(key) and key in recorded and (changes := _changes(recorded[key], files))
+        f"{one.said} has changed ({_told(changes)})"
+        for one in inputs_of(settings)
+        if matters(one.key) and one.key in recorded and (changes := _changes(recorded[one.key], one.files))
     ]
     remedy = f"put it back, {again} with overwrite=true, or name another folder with hydra.run.dir="
     return [f"{folder} holds {state} of other inputs: {'; '.join(changed)}; {remedy}"] if changed else []
@@ -161,17 +176,18 @@ def _model_files(settings: ModelSettings) -> dict[str, Path]:
     return {file.name: file for file in found if file.name.endswith(OF_A_MODEL) and file.is_file()}
 
 
-def _scored_files(settings: EvaluatorSettings) -> dict[str, dict[str, Path]]:
-    files = {f"evaluator.perplexity_sets: {name}": _one(name) for name in settings.perplexity_sets}
+def _scored(settings: EvaluatorSettings) -> Iterator[Input]:
+    for name in settings.perplexity_sets:
+        yield Input(f"evaluator.perplexity_sets: {name}", f"evaluator.perplexity_sets={name}", _one(name))
     if settings.data_dir is not None:
-        mirror = Path(settings.data_dir).expanduser()
+        mirror, said = Path(settings.data_dir).expanduser(), f"evaluator.data_dir={settings.data_dir}"
         for task in settings.tasks:
             parts = [task] if (mirror / task).is_dir() else [part.name for part in needed(task, settings.include_path)]
-            files |= {f"evaluator.data_dir: {part}": _below(mirror / part, mirror) for part in parts}
+            for part in parts:
+                yield Input(f"evaluator.data_dir: {part}", said, _below(mirror / part, mirror))
     if settings.include_path is not None and settings.tasks:
         own = Path(settings.include_path).expanduser()
-        files["evaluator.include_path"] = _below(own, own)
-    return files
+        yield Input("evaluator.include_path", f"evaluator.include_path={settings.include_path}", _below(own, own))
 
 
 def _below(folder: Path, root: Path) -> dict[str, Path]:
@@ -184,22 +200,6 @@ def _one(given: str) -> dict[str, Path]:
     """The file, by its name; nothing where the name is that of a preset or of the hub."""
     file = Path(given).expanduser()
     return {file.name: file} if file.is_file() else {}
-
-
-def _named(settings: RunSettings | EvaluationSettings, key: str) -> str:
-    """The key with what a person gave for it."""
-    if isinstance(settings, EvaluationSettings) and key == "checkpoint":
-        return f"checkpoint={settings.checkpoint}"
-    if settings.calibration and key == "calibration.path":
-        return f"{key}={settings.calibration.path}"
-    if isinstance(settings, RunSettings) and key == "recovery.path":
-        return f"{key}={_tuned_on(settings.recovery)}"
-    if key in METHOD_GROUPS:
-        return f"the code of {key}"
-    group, _, name = key.partition(": ")
-    if group in ("evaluator.data_dir", "evaluator.include_path"):
-        return f"{group}={getattr(settings.evaluator, group.partition('.')[2])}"
-    return f"{group}={name or settings.model.path}"
 
 
 def _stamp(file: Path) -> dict[str, int]:

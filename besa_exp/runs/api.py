@@ -10,7 +10,6 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +39,7 @@ from besa_exp.runs.as_a_run import as_a_run, torch_as_before
 from besa_exp.runs.block_loop import check_blocks
 from besa_exp.runs.prune import prune as prune_into
 from besa_exp.runs.prune_model import check_refinements, prune_model
-from besa_exp.runs.python_request import (
-    Texts,
-    for_paths_alone,
-    given_texts,
-    model_settings,
-    plain,
-    read_calibration,
-    settings_of,
-)
+from besa_exp.runs.python_request import Texts, asked_in_python, for_paths_alone, model_settings
 from besa_exp.runs.run import Run, Work, parameters
 from besa_exp.settings import EvaluatorSettings, RecoverySettings, RunSettings
 from besa_exp.tensors.masks import Goal
@@ -139,33 +130,20 @@ def prune(
     """Prune a model object in place, or the model at a path (a folder, a hub id, a preset) into the run folder `out`.
 
     `texts_or_tokens` calibrate: the name of a set (`c4`, `embedded`), a path of a text or token file, a list of texts,
-    or token ids [sample seq], which are used as they are. `num_samples` windows of `seq_len` tokens are drawn from
-    texts, and `batch_size` of them pass through a block together; None: as the set's preset says; for given texts 128
-    windows of 2,048 tokens, or of the model's context if that is shorter. `tokenizer` is needed for texts only.
+    or token ids [sample seq], used as they are. From texts `num_samples` windows of `seq_len` tokens are drawn (None:
+    as the set's preset says; of given texts 128 of 2,048, or of the model's context if that is shorter).
 
-    `sparsity`: the fraction of the blocks' linear weights that become zero, in [0, 1). `pattern`: `unstructured`, or
-    N:M (N kept of every M consecutive inputs, `2:4`), which fixes the sparsity. `ignore`: patterns of BLOCK.linear
-    (`0.*`, `*.mlp.down_proj`) that stay dense; the sparsity is met over the rest.
+    `sparsity`: the fraction of zeros, in [0, 1). `pattern`: `unstructured`, or N:M, which fixes it. `ignore`: patterns
+    of BLOCK.linear that stay dense. `pruner`, `update`, `budget`: a preset's name or an object. With a path only:
+    `structure`, `recovery`, `evaluator`, and `out`, where the same call resumes. docs/python.md describes each.
 
-    `pruner`, `update`, `budget`: the name of a preset (`besa list pruners`) or an object; `besa_exp.preset(group,
-    name)` makes a preset's object. `seed` seeds the draws of calibration windows and the presets given by name.
-    `compute_dtype`: of the products, `auto` (the weights') or `bfloat16`. `on_block` is called with each block's
-    report: when it is finished, or, with `out`, at the end.
-
-    With a path only: `out`, where the same call resumes an unfinished run; `structure` and `recovery`, names or
-    objects; `evaluator`, which scores the pruned model; `overwrite`, which replaces a finished run.
-
-    ConfigurationError (a ValueError): the request cannot be carried out as written; it names all problems, before any
-    weight changes. RunError: pruning failed in a block, which it names; a model object then has the blocks before it
-    pruned."""
-    given = given_texts(texts_or_tokens)
-    settings = settings_of(
-        model_or_path, given, plain(seed), {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size},
-        pruner=pruner, update=update, budget=budget, structure=structure, recovery=recovery,
-        ignore=tuple(ignore) if isinstance(ignore, list | tuple) else (ignore,), sparsity=plain(sparsity),
-        pattern=pattern, compute_dtype=compute_dtype, evaluator=evaluator, overwrite=overwrite,
+    ConfigurationError (a ValueError): the request cannot be carried out; it names all problems, before any weight
+    changes. RunError: pruning failed in a block, which it names; the blocks before it are pruned then."""
+    settings, read = asked_in_python(
+        model_or_path, texts_or_tokens, {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size},
+        pruner=pruner, update=update, budget=budget, structure=structure, recovery=recovery, ignore=ignore, seed=seed,
+        sparsity=sparsity, pattern=pattern, compute_dtype=compute_dtype, evaluator=evaluator, overwrite=overwrite,
     )  # fmt: skip
-    read = partial(read_calibration, given, settings, seq_len)
     if isinstance(model_or_path, (str, Path)):
         return _pruned_into(settings, out, tokenizer, read, on_block)
     if problems := for_paths_alone(settings, out):

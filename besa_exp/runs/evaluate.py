@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from besa_exp.checkpoints.files import count_zeros, write_card
 from besa_exp.checkpoints.gguf_file import dequantised
@@ -39,7 +38,7 @@ from besa_exp.run_folder.folder import RunFolder, earlier_results
 from besa_exp.run_folder.inputs import fingerprint, write_inputs
 from besa_exp.run_folder.lock import locked
 from besa_exp.run_folder.log import logging_to
-from besa_exp.run_folder.lookup import run_and_model
+from besa_exp.run_folder.lookup import read_group, run_and_model
 from besa_exp.run_folder.spent import Spent
 from besa_exp.run_folder.status import read_status
 from besa_exp.runs.cpu_units import in_a_fast_dtype
@@ -131,8 +130,7 @@ def _renew_card(folder: RunFolder, results: Mapping[str, Any]) -> None:
     command = results.get("command") or (read_status(folder.path) or {}).get("command")
     if "pruner" not in results or not (folder.model / "README.md").is_file():
         return
-    asked = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8")) or {}
-    revision = (asked.get("model") or {}).get("revision")
+    revision = read_group(folder.path, "model").get("revision")
     write_card(folder.model, renewed_card(folder.model, results, command or "", revision))
 
 

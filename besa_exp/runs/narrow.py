@@ -7,15 +7,17 @@ streamed from there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from besa_exp.blocks.block import capture_blocks, embed
 from besa_exp.blocks.head import head_of
 from besa_exp.blocks.ignored import Ignored
 from besa_exp.blocks.reports import Narrowed, Removed, Size, StructureReport
 from besa_exp.checkpoints.load import LoadedModel, load_model, model_context
-from besa_exp.checkpoints.narrowed_facts import NOT_STREAMED, NarrowedFacts, family_problems
+from besa_exp.checkpoints.narrowed_config import family_problems
 from besa_exp.checkpoints.narrowed_model import (
     STRUCTURE_FILE,
     costs_of_model,
@@ -42,8 +44,8 @@ def narrow(run: Run, work: Work) -> Work:
         return work
     loaded = work.loaded
     dimensions, costs = dimensions_of_model(loaded.model), costs_of_model(loaded.model)
-    facts = NarrowedFacts(loaded.model.config.to_dict(), dimensions, costs)
-    if problems := check_narrowing(run.settings.structure, facts, bool(loaded.weights)):
+    config, streamed = loaded.model.config.to_dict(), bool(loaded.weights)
+    if problems := check_narrowing(run.settings.structure, config, dimensions, costs, streamed):
         raise ConfigurationError(*problems)
     with run.spent.timed("structure"):
         structure = _structure(run, work, costs, dimensions)
@@ -114,12 +116,12 @@ def _summary(report: StructureReport) -> str:
     return f"structure: {', '.join(what) or 'nothing goes'}; {left}"
 
 
-def check_narrowing(method: StructureMethod, facts: NarrowedFacts, streamed: bool) -> list[str]:
+def check_narrowing(
+    method: StructureMethod, config: Mapping[str, Any], dimensions: Dimensions, costs: Costs, streamed: bool
+) -> list[str]:
     """Why the method cannot take parts out of such a model, in complete sentences."""
-    uneven = method.saved_as is not None
-    problems = family_problems(facts.config, method.narrows, uneven)
-    problems += [NOT_STREAMED] if uneven and streamed else []
-    return problems or method.check(facts.costs, facts.dimensions)
+    problems = family_problems(config, method.narrows, method.saved_as is not None, streamed)
+    return problems or method.check(costs, dimensions)
 
 
 def _structure(run: Run, work: Work, costs: Costs, dimensions: Dimensions) -> Structure:

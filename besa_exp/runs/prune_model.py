@@ -10,27 +10,34 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Bool, Float
+from safetensors.torch import save_file
+from torch import Tensor
+
 from besa_exp.blocks.activations import OF_ALL_BLOCKS, allocator
 from besa_exp.blocks.decided import Decided
 from besa_exp.blocks.probe import num_learned
 from besa_exp.blocks.pruner import Pruner, Refinement
 from besa_exp.blocks.reports import BlockReport, Step
 from besa_exp.blocks.units import unit_ends
+from besa_exp.checkpoints.files import load_masks
 from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.errors import ConfigurationError
-from besa_exp.machine import distributed
+from besa_exp.machine import atomic, distributed
 from besa_exp.machine.disk import existing, size_in_words
 from besa_exp.methods.pruners.besa import Besa
 from besa_exp.methods.pruners.besa_paper import BesaPaper
 from besa_exp.methods.updates.updated import with_update
+from besa_exp.run_folder.finished_blocks import FinishedBlocks
 from besa_exp.runs.block_loop import BlockLoop
 from besa_exp.runs.cpu_units import Rounding
-from besa_exp.runs.row_sparsities import keep_row_sparsities
 from besa_exp.runs.run import Run, Work, num_blocks, weights_in_linears
 from besa_exp.runs.save import pruned_weights
 from besa_exp.settings import RunSettings
 from besa_exp.tensors.masks import Goal
 
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # of the rows' sparsities
 logger = logging.getLogger(__name__)
 
 
@@ -71,7 +78,7 @@ def prune_model(run: Run, work: Work) -> Work:
             reports = _refine(run, work, loop, later, reports) if later else reports
     finished = finished.refined if later else finished
     if distributed.is_first():
-        keep_row_sparsities(run, finished, work.numbered(reports))
+        _keep_row_sparsities(run, finished, work.numbered(reports))
     distributed.barrier()  # the first rank has written the blocks
     loaded = pruned_weights(loaded, finished) if loaded.weights else loaded
     return replace(work, loaded=loaded, finished=finished, reports=tuple(reports))
@@ -157,3 +164,24 @@ def steps_of_block(pruner: Any, num_samples: int) -> int | None:
         return pruner.epochs * math.ceil(num_samples / pruner.batch_size)
     tuning = getattr(pruner, "tuning", None)
     return tuning.num_steps(learn) if tuning is not None else None
+
+
+def row_sparsities(keep_mask: Bool[Tensor, "out in"]) -> Float[Tensor, " out"]:
+    """How sparse each row of a linear is: its pruned weights / its weights."""
+    return 1 - keep_mask.sum(dim=1, dtype=torch.int32).float() / keep_mask.shape[1]
+
+
+def _keep_row_sparsities(run: Run, finished: FinishedBlocks, reports: Sequence[BlockReport]) -> None:
+    """BESA's own output, as the masks of the finished blocks say: all rows in one file, float32 by the linear's name in
+    the model, and quantiles of each block in metrics.jsonl and the tracker. For the first of several ranks."""
+    found: dict[str, Tensor] = {}
+    for report, file in zip(reports, finished.mask_files(len(reports)), strict=True):
+        rows = {name.removesuffix(".weight"): row_sparsities(mask) for name, mask in load_masks(file).items()}
+        found |= rows
+        paths = [linear.name for linear in report.linears]
+        by_path = {path: own for path in paths for name, own in rows.items() if name.endswith(f".{path}")}
+        at = torch.tensor(QUANTILES)  # linear between two rows
+        run.folder.log_rows(report.index, {path: torch.quantile(own, at).tolist() for path, own in by_path.items()})
+        run.tracker.log_rows(report.index, {path: own.tolist() for path, own in by_path.items()})
+    with atomic.replaced_file(run.folder.rows) as partial:
+        save_file(found, partial)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,23 @@ def for_paths_alone(settings: RunSettings, out: str | Path | None) -> list[str]:
         "recovery=...)": settings.recovery is not None,
     }
     return [problem for problem, holds in problems.items() if holds]
+
+
+def asked_in_python(
+    model_or_path: Any,
+    texts: Any,
+    sizes: Mapping[str, int | None],
+    *,
+    seed: Any,
+    sparsity: Any,
+    ignore: Any,
+    **more: Any,
+) -> tuple[RunSettings, Callable[[LoadedModel], Calibration]]:
+    """What a call asks for, and what reads its calibration tokens; see `settings_of`."""
+    given, patterns = given_texts(texts), tuple(ignore) if isinstance(ignore, list | tuple) else (ignore,)
+    more |= {"sparsity": plain(sparsity), "ignore": patterns}
+    settings = settings_of(model_or_path, given, plain(seed), sizes, **more)
+    return settings, partial(read_calibration, given, settings, sizes["seq_len"])
 
 
 def settings_of(

@@ -3,7 +3,7 @@
 W * keep_mask is what a method that decides masks alone has written, so that the result is the run's own model, bytes
 included: the same loading, the same helper that writes a block, the same layout of files. A method that also updates
 the kept weights cannot be rebuilt and is refused. Every block's dense weights are compared by hash with those that
-were pruned. One block and one file are in memory at a time where the model can be streamed.
+were pruned. What is saved block by block is rebuilt so, one block and one file in memory at a time.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from besa_exp.blocks.pruner import PrunedBlock
 from besa_exp.blocks.reports import LinearReport
 from besa_exp.checkpoints.files import SHARD_SIZE, read_masks, save_beside_weights, weights_sha256
 from besa_exp.checkpoints.load import LoadedModel, hub_id, load_model
-from besa_exp.checkpoints.shards import streamed_layout, whole_layout, write_index, write_shards
-from besa_exp.checkpoints.streaming import saves_blocks_anew
+from besa_exp.checkpoints.shards import streamed_layout, write_index, write_shards
 from besa_exp.checkpoints.tensor_sources import as_saved
 from besa_exp.display.model_card import base_licence, model_card
 from besa_exp.errors import ConfigurationError, RunError
@@ -73,12 +72,11 @@ def rebuild(
     """Writes the pruned model to `out`, whole or not at all; the weights under masks and the zeros among them.
 
     ConfigurationError: the model cannot be loaded or is not the one that was pruned; RunError: it cannot be written."""
-    loaded = _load(replace(model, dtype=masks.description["dtype"]), masks.description["layout"])
-    masks.check(
-        "what is outside the blocks", weights_sha256(outside_blocks(loaded)), masks.description["outside_sha256"]
-    )
+    said = masks.description
+    loaded = load_model(replace(model, dtype=said["dtype"], load=said["layout"]), torch.device("cpu"), offline=False)
+    masks.check("what is outside the blocks", weights_sha256(outside_blocks(loaded)), said["outside_sha256"])
     blocks = loaded.blocks()
-    if len(blocks) != (expected := len(masks.description["dense_sha256"])):
+    if len(blocks) != (expected := len(said["dense_sha256"])):
         raise ConfigurationError(
             f"{masks.path}: masks of {expected} blocks, the model has {len(blocks)}; give {masks.model}"
         )
@@ -91,26 +89,13 @@ def rebuild(
                     continue
                 loaded.model.save_pretrained(partial, max_shard_size=shard_size)
             else:
-                _write_streamed(loaded, blocks, pruned, partial, masks.description["layout"], shard_size)
+                _write_streamed(loaded, blocks, pruned, partial)
             card = _card(loaded.folder, hub_id(model), masks, counts, command)
             save_beside_weights(loaded.model, loaded.tokenizer, partial, card, loaded.folder)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out} could not be written ({error}); free disk space or give another --out") from error
     linears = [linear for block in counts.values() for linear in block]
     return sum(linear.weights for linear in linears), sum(linear.pruned for linear in linears)
-
-
-def _load(model: ModelSettings, layout: str) -> LoadedModel:
-    """Streamed if it can be. Not where a run that held the whole model saved experts which it had stacked: transformers
-    keeps those in one file, as they share their memory."""
-    cpu = torch.device("cpu")
-    try:
-        loaded = load_model(replace(model, load="streamed"), cpu, offline=False)
-        if layout == "streamed" or not saves_blocks_anew(loaded.model):
-            return loaded
-    except ConfigurationError:
-        pass  # of the whole loading it says why
-    return load_model(replace(model, load="whole"), cpu, offline=False)
 
 
 def _pruned(
@@ -130,24 +115,16 @@ def _pruned(
 
 
 def _write_streamed(
-    loaded: LoadedModel,
-    blocks: Sequence[Block],
-    pruned: Iterator[dict[str, Tensor]],
-    folder: Path,
-    layout: str,
-    size: str,
+    loaded: LoadedModel, blocks: Sequence[Block], pruned: Iterator[dict[str, Tensor]], folder: Path
 ) -> None:
+    """One file for what is outside the blocks, and one for each block."""
     assert loaded.weights is not None
     model = loaded.model
-    if layout == "streamed":
-        outside = as_saved(model, loaded.weights.read_outside(f"{blocks[0].name.rpartition('.')[0]}."))
-        bare = [block_tensors(block.module, block.name) for block in blocks]
-        files = streamed_layout(outside, [list(as_saved(model, tensors)) for tensors in bare])
-    else:
-        outside, files = as_saved(model, outside_blocks(loaded)), whole_layout(model, size)
+    outside = as_saved(model, loaded.weights.read_outside(f"{blocks[0].name.rpartition('.')[0]}."))
+    bare = [block_tensors(block.module, block.name) for block in blocks]
+    files = streamed_layout(outside, [list(as_saved(model, tensors)) for tensors in bare])
     write_shards(folder, files, chain([outside], (as_saved(model, tensors) for tensors in pruned)))
-    if layout == "streamed" or len(files) > 1:
-        write_index(folder, list(files), model.num_parameters())
+    write_index(folder, list(files), model.num_parameters())
 
 
 def _card(

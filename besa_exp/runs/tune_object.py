@@ -47,13 +47,9 @@ def tune(
     The report has `loss_before` and `loss_after` of the held-out windows: mean cross-entropy a token, in nats.
 
     ConfigurationError (a ValueError): the request cannot be carried out; it names all problems."""
-    given, seed = given_texts(texts_or_tokens), plain(seed)
-    problems = check_model(model)
-    if not isinstance(teacher, PreTrainedModel | None):
-        problems.append(f"teacher={type(teacher).__name__}: give the dense model as an object")
-    if problems:
-        raise ConfigurationError(*problems)
-    asked = preset("recovery", recovery, seed=seed) if isinstance(recovery, str) else recovery
+    given = given_texts(texts_or_tokens)
+    _check_objects(model, teacher)
+    asked = preset("recovery", recovery, seed=plain(seed)) if isinstance(recovery, str) else recovery
     check_fields(asked, "" if isinstance(recovery, str) else "recovery")  # of a preset only `seed` can be wrong
     context = model_context(model)
     asked = replace(asked, seq_len=asked.seq_len or min(SEQ_LEN, context))
@@ -72,3 +68,11 @@ def tune(
         before = parts.accuracy(model, asked.windows_together)
         found, _ = tune_model(model, keep, method, objective, parts, plan_of(asked), on_point=on_step)
         return report_of(asked, found, parts, before, parts.accuracy(model, asked.windows_together))
+
+
+def _check_objects(model: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+    problems = check_model(model)
+    if not isinstance(teacher, PreTrainedModel | None):
+        problems.append(f"teacher={type(teacher).__name__}: give the dense model as an object")
+    if problems:
+        raise ConfigurationError(*problems)

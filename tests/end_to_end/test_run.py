@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from besa_exp.checkpoints.files import load_masks
 from besa_exp.cli.main import main
 from besa_exp.report.curves import row_quantiles
-from besa_exp.runs.row_sparsities import QUANTILES
+from besa_exp.runs.prune_model import QUANTILES
 from besa_exp.texts.embedded.text import MODEL_DIR, TASKS_DIR, calibration_documents
 
 FILES = (

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
 
-from besa_exp.machine.torchrun import only_the_leader_speaks
+from besa_exp.machine.process import only_the_leader_speaks
 
 
 def rank(*arguments: str) -> None:

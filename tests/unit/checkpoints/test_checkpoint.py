@@ -155,8 +155,6 @@ def test_zeros_are_counted_from_the_saved_shards(tmp_path: Path, shard_size: str
     expected = {name: (weight.numel(), int((weight == 0).sum())) for name, weight in linears(model).items()}
     assert count_zeros(tmp_path / "model", expected) == expected
     assert len(list((tmp_path / "model").glob("*.safetensors"))) == (1 if shard_size == "5GB" else 2)
-    with pytest.raises(RunError, match=r"model holds no weight model\.layers\.9\.mlp\.up_proj\.weight"):
-        count_zeros(tmp_path / "model", ["model.layers.9.mlp.up_proj.weight"])
 
 
 def test_a_model_that_cannot_be_written_names_place_and_remedy(tmp_path: Path) -> None:

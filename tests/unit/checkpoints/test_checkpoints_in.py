@@ -182,6 +182,7 @@ def test_a_pickle_of_anything_but_tensors_with_data_is_refused_and_runs_no_code(
     [
         (["model.safetensors", "pytorch_model.bin"], True, False),
         (["pytorch_model.bin"], True, True),
+        (["consolidated.safetensors", "pytorch_model.bin"], True, True),  # which is not fetched
         ([], True, True),
         (["model.safetensors", "pytorch_model.bin"], False, False),
         ([], False, False),

@@ -170,6 +170,19 @@ def test_status_names_runs_apart_counts_no_block_of_none_and_shows_commands_to_c
     assert all(str(tmp_path / place / "run") in "".join(shown.split()) for place in ("one", "two"))
 
 
+@pytest.mark.parametrize("asked", ["method: dense", "checkpoint: outputs/run"])
+def test_status_counts_no_block_of_a_run_that_prunes_none(
+    asked: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its blocks are written before it is scored or tuned."""
+    finished_run(tmp_path / "whole")
+    cut_off = unfinished_run(tmp_path / "cut_off", status="interrupted")
+    (cut_off / "config.yaml").write_text(f"model: {{path: models/tiny}}\n{asked}\n")
+    lines = [{"kind": "block", "block": index} for index in range(2)]
+    (cut_off / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "of 2" not in said(capsys, "status", str(tmp_path))
+
+
 def test_status_of_finished_runs_is_one_line_and_all_lists_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

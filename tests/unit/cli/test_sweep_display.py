@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from run_folders import finished_run
+from run_folders import finished_run, unfinished_run
 
 from besa_exp.cli.sweep_display import Course, Outcome, show_sweep
 
@@ -26,12 +26,15 @@ def test_jobs_that_were_finished_before_do_not_make_the_others_look_fast() -> No
 def test_a_sweep_ends_with_its_jobs_and_the_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for pruner, value in (("wanda", 20.0), ("besa", 12.0)):
         finished_run(tmp_path / pruner, {"pruner": pruner, "perplexity": {"wikitext2": value}})
+    (unfinished_run(tmp_path / "bad", status="failed") / "run.log").touch()
     outcomes = [Outcome(tmp_path / name, "done", "50.00 % zeros") for name in ("wanda", "besa")]
-    show_sweep([*outcomes, Outcome(tmp_path / "bad", "failed", "block 3: no")], 125.0)
+    failed = [Outcome(tmp_path / name, "failed", text) for name, text in (("bad", "block 3: no"), ("lost", "gone"))]
+    show_sweep([*outcomes, *failed], 125.0)
     shown = capsys.readouterr().out
-    assert shown.splitlines()[0] == "3 jobs: 2 done, 1 failed, 2 min 05 s"
-    (failed,) = [line for line in shown.splitlines() if "failed" in line and "block 3: no" in line]
-    assert "run.log" in failed
+    assert shown.splitlines()[0] == "4 jobs: 2 done, 2 failed, 2 min 05 s"
+    bad, lost = [line for line in shown.splitlines() if "block 3: no" in line or "gone" in line]
+    assert "run.log" in bad
+    assert "run.log" not in lost  # it has not begun
     assert shown.index("12.000") < shown.index("20.000")  # the best first
     assert shown.splitlines()[-1] == f"charts and LaTeX: besa report {tmp_path}"
     show_sweep(outcomes)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from besa_exp.report.curves import row_quantiles
-from besa_exp.runs.row_sparsities import row_sparsities
+from besa_exp.runs.prune_model import row_sparsities
 
 
 def test_a_rows_sparsity_is_the_share_of_it_that_is_pruned() -> None:
