@@ -15,6 +15,8 @@ from torch import Tensor
 
 from besa_exp.machine import distributed
 
+AT_ONCE = 2**24  # numbers that are squared together
+
 
 @runtime_checkable
 class Statistic(Protocol):
@@ -54,6 +56,13 @@ def sums_in_fp32(values: Tensor) -> bool:
     return half and values.device.type in ("cuda", "meta") and hasattr(torch.ops.aten.mm, "dtype")
 
 
+def _in_fp32(inputs: Float[Tensor, "*token in"]) -> Iterator[Float[Tensor, "_token in"]]:
+    """The tokens, few at a time: fp32 copies, squares and, as torch sums up fp32 numbers in fp64, copies in fp64 of all
+    would be eight times a batch in 16 bits."""
+    for part in inputs.flatten(0, -2).split(max(AT_ONCE // inputs.shape[-1], 1)):
+        yield part.float()
+
+
 class InputNorm:
     """Mean over samples of ||X_j||^2, the squared norm of input feature j over the tokens of a sample [in].
 
@@ -66,7 +75,8 @@ class InputNorm:
 
     def add(self, inputs: Float[Tensor, "*token in"]) -> None:
         """Accumulate more tokens (some models flatten samples and tokens into one axis)."""
-        self.total += inputs.float().flatten(0, -2).square().sum(dim=0, dtype=torch.float64)
+        for tokens in _in_fp32(inputs):
+            self.total += tokens.square().sum(dim=0, dtype=torch.float64)
 
     @property
     def squared_norm(self) -> Float[Tensor, " in"]:
@@ -90,10 +100,10 @@ class InputMoments:
         self.samples = self.tokens = 0
 
     def add(self, inputs: Float[Tensor, "*token in"]) -> None:
-        tokens = inputs.float().flatten(0, -2)
-        self.squares += tokens.square().sum(dim=0, dtype=torch.float64)
-        self.sums += tokens.sum(dim=0, dtype=torch.float64)
-        self.tokens += len(tokens)
+        for tokens in _in_fp32(inputs):
+            self.squares += tokens.square().sum(dim=0, dtype=torch.float64)
+            self.sums += tokens.sum(dim=0, dtype=torch.float64)
+            self.tokens += len(tokens)
 
     @property
     def squared_norm(self) -> Float[Tensor, " in"]:

@@ -4,14 +4,15 @@
     python experiments/benchmarks/bench_gpu.py --toy --out toy.json   # on a CPU: does it run?
 
 1. host syncs of BESA's steps, as CUDA's own sync debugging counts them (wanted: none);
-2. every kernel against its reference: the largest difference, both times, the floor of the memory (`kernels.py`);
+2. every kernel against its reference: the largest difference, both times, the floor of the memory (`kernels.py`); and
+   the selection from a long row against a sort;
 3. a 7B and a 70B block and one of Qwen3-30B-A3B, 128 x 2048 tokens: Wanda, BESA, SparseGPT and best against their
    floors and the authors' way, with peak memory (`blocks.py`);
 4. a streamed model of 32 random 7B blocks: the prune stage as a run has it, with its reading, hashing and writing.
 
-A case begins only while there is time for it, and the file is written after each. Random weights and inputs. Needs
-torch, transformers, safetensors, jaxtyping, psutil, and Triton for the kernels; without prodigyopt the authors' way
-takes its steps with AdamW.
+A case begins only while there is time and is cut off when that is over; the file is written after each. Random weights
+and inputs. Needs torch, transformers, safetensors, jaxtyping, psutil, and Triton for the kernels; without prodigyopt
+the authors' way takes its steps with AdamW.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import signal
 import tempfile
 import time
 import traceback
@@ -42,9 +44,10 @@ from besa_exp.methods.pruners.sparsegpt import SparseGPT
 from besa_exp.methods.pruners.uniform import Uniform
 from besa_exp.tensors.kernels import HAS_TRITON
 from besa_exp.tensors.masks import Goal
+from besa_exp.tensors.selection import kth_smallest
 
 HERE = Path(__file__).parent
-MINUTES = 7.5  # after which no case begins; the last one may take half a minute
+MINUTES = 7.5  # for all cases; imports come before them
 LLAMA = (
     blocks.Case("Llama-2-7B block", 4096, 11008, 32, 32, 128, 2048),
     blocks.Case("Llama-2-70B block", 8192, 28672, 64, 8, 128, 2048),
@@ -136,6 +139,23 @@ def kernel(case: kernels.Case, shape: tuple[int, int], device: torch.device, ban
     return found
 
 
+def selection(device: torch.device, toy: bool) -> Result:
+    """The k-th smallest by counting and by a sort, of as many numbers as a group of SparseGPT has in a 7B block, and as
+    such a block and one of 70B have, from which best selects: milliseconds."""
+    found: Result = {}
+    for numbers in (256, 1024) if toy else (4096 * 128, 202_375_168, 855_638_016):
+        values = torch.rand(numbers, device=device)
+        ways = partial(kth_smallest, values, numbers // 2), partial(by_sorting, values, numbers // 2)
+        equal = bool(ways[0]() == ways[1]())
+        seen = (kernels.timed(way, device) for way in ways)
+        found[str(numbers)] = {"equal": equal} | dict(zip(("counted", "sorted"), seen, strict=True))
+    return found
+
+
+def by_sorting(values: torch.Tensor, k: int) -> torch.Tensor:
+    return values.sort().values[k - 1]
+
+
 def whole(device: torch.device, toy: bool) -> Result:
     """The prune stage of a streamed model in a folder of its own."""
     import streaming
@@ -171,6 +191,7 @@ def cases(device: torch.device, toy: bool) -> Iterator[tuple[str, Callable[[], R
     for shape in kernels.SMALL if toy else (kernels.LLAMA[1], kernels.LLAMA[5]):
         for case in kernels.cases(*shape, device):
             yield f"{case.kernel}, {shape[0]} x {shape[1]}", partial(kernel, case, shape, device, bandwidth, 5)
+    yield "selection from a long row", partial(selection, device, toy)
     for shape in shapes:
         make = partial(blocks.make_work, shape, device, torch.float32 if toy else torch.bfloat16)
         work, theirs = make(), None if shape.experts else blocks.stock(make())  # whose code knows no mixture
@@ -179,6 +200,25 @@ def cases(device: torch.device, toy: bool) -> Iterator[tuple[str, Callable[[], R
         del work, theirs
         if shape is shapes[0]:
             yield "streamed model", partial(whole, device, toy)
+
+
+def within(seconds: float, measure: Callable[[], Result]) -> Result:
+    """What is measured, or why it was not: no time, or a failure, that of a case that takes longer among them."""
+    if seconds <= 0:
+        return {"not run": "no time was left"}
+
+    def cut_off(number: int, frame: object) -> None:
+        raise TimeoutError("the time was over")
+
+    before = signal.signal(signal.SIGALRM, cut_off)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return measure()
+    except Exception:  # noqa: BLE001 - one case that fails must not cost the others
+        return {"failed": traceback.format_exc(limit=-3)}
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def main() -> None:
@@ -191,14 +231,7 @@ def main() -> None:
     triton = importlib.import_module("triton").__version__ if HAS_TRITON else None
     record: Result = {"machine": describe_machine(device) | {"cuda": torch.version.cuda, "triton": triton}, "cases": {}}
     for name, measure in cases(device, arguments.toy):
-        left = 60 * arguments.minutes - (time.perf_counter() - began)
-        if left < 0:
-            found: Result = {"not run": "no time was left"}
-        else:
-            try:
-                found = measure()
-            except Exception:  # noqa: BLE001 - one case that fails must not cost the others
-                found = {"failed": traceback.format_exc(limit=-3)}
+        found = within(60 * arguments.minutes - (time.perf_counter() - began), measure)
         record["cases"][name] = found
         record["seconds"] = time.perf_counter() - began
         print(f"{record['seconds']:.0f} s: {name}: {found}", flush=True)

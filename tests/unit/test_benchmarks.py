@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -104,6 +105,7 @@ def test_all_that_is_asked_of_a_gpu_runs_in_small_and_is_written(bench_gpu, monk
     assert cases["toy block, besa"].keys() == {"this seconds", "floor seconds", "authors seconds"}
     assert cases["toy mixture, besa"].keys() == {"this seconds", "floor seconds"}
     assert cases["streamed model"]["blocks"] == 3
+    assert all(found["equal"] for found in cases["selection from a long row"].values())
 
 
 def test_no_case_begins_without_time(bench_gpu, monkeypatch, tmp_path) -> None:
@@ -112,6 +114,14 @@ def test_no_case_begins_without_time(bench_gpu, monkeypatch, tmp_path) -> None:
     assert {*map(str, json.loads((tmp_path / "gpu.json").read_text())["cases"].values())} == {
         "{'not run': 'no time was left'}"
     }
+
+
+def test_a_case_is_cut_off_when_the_time_is_over_and_those_before_stay_as_they_are(bench_gpu) -> None:
+    began = time.monotonic()
+    found = bench_gpu.within(0.2, lambda: time.sleep(60))
+    assert time.monotonic() - began < 30
+    assert "the time was over" in found["failed"]
+    assert bench_gpu.within(60.0, lambda: {"seconds": 1.0}) == {"seconds": 1.0}
 
 
 def test_a_step_of_recovery_is_timed_beside_a_plain_one_that_keeps_the_same_zeros(recovery) -> None:

@@ -32,10 +32,10 @@ def _kernel(
         column = (start + tl.arange(0, BLOCK_COLUMNS)).to(tl.int64)[None, :]
         inside = (line < rows) & (column < columns)
         position = tl.load(rank + line * rank_row + column * rank_column, mask=inside, other=-1).to(tl.int32)
-        near = (position >= first) & (position < end)  # a narrow window leaves most sectors of W and dL/dW unread
-        w = tl.load(weight + line * weight_row + column * weight_column, mask=near, other=0).to(tl.float32)
-        g = tl.load(gradient + line * gradient_row + column * gradient_column, mask=near, other=0).to(tl.float32)
-        total += w * g
+        near = (position >= first) & (position < end)
+        w = tl.load(weight + line * weight_row + column * weight_column, mask=inside, other=0).to(tl.float32)
+        g = tl.load(gradient + line * gradient_row + column * gradient_column, mask=inside, other=0).to(tl.float32)
+        total += tl.where(near, w * g, 0.0)
     width = tl.minimum(cut + half, columns * 1.0) - tl.maximum(cut - half, 0.0)
     tl.store(out + row, -tl.div_rn(tl.sum(total, axis=1), width), mask=row < rows)
 

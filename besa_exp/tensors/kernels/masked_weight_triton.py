@@ -21,11 +21,11 @@ def _kernel(
     weight_row, weight_column, rank_row, rank_column, pruned_row, out_row, out_column,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
-    column = (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(tl.int64)[None, :]
+    line = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+    cut = tl.load(pruned + line * pruned_row, mask=line < rows, other=0).to(tl.int32)[:, None]  # not once a weight
+    row, column = line[:, None], (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(tl.int64)[None, :]
     inside = (row < rows) & (column < columns)
     position = tl.load(rank + row * rank_row + column * rank_column, mask=inside, other=0).to(tl.int32)
-    cut = tl.load(pruned + row * pruned_row, mask=row < rows, other=0).to(tl.int32)
     values = tl.load(weight + row * weight_row + column * weight_column, mask=inside, other=0).to(tl.float32)
     kept = tl.where(position >= cut, values, 0.0)
     tl.store(out + row * out_row + column * out_column, kept.to(out.dtype.element_ty), mask=inside)

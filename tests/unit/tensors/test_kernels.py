@@ -10,8 +10,10 @@ import importlib.metadata
 import importlib.util
 import itertools
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -242,13 +244,14 @@ def compile_only(self, *arguments, grid, warmup, num_warps=4, **constants):
             constants[name] = 1
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, int) and value % 16 == 0:
+        if (value.data_ptr() if isinstance(value, torch.Tensor) else value) % 16 == 0:
             aligned[(i,)] = [["tt.divisibility", 16]]
     signature = {name: signature.get(name, "constexpr") for name in self.arg_names}
     fixed = {(self.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(self, signature, fixed, aligned)
     compiled = compile_kernel(source, GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
     assert len(compiled.asm["cubin"]) > 0
+    return compiled.asm["ptx"]
 
 
 @pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="needs Triton's compiler")
@@ -267,6 +270,20 @@ def test_kernels_compile_to_machine_code_without_a_device(rows, columns, dtype, 
     group = min(columns, 128)
     square = torch.eye(group, columns)[:, :group]
     in_triton("obs_columns", "cpu", weight.float()[:, :group], square, weight[:, :group] > 0)
+
+
+@pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="needs Triton's compiler")
+def test_all_but_a_row_s_cut_is_loaded_sixteen_bytes_at_a_time(monkeypatch, tmp_path):
+    """By a thread: 32 weights and their ranks, and 16 weights, gradients and ranks; 40 and 35 loads they once were."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    ptx = []
+    monkeypatch.setattr("triton.runtime.jit.JITFunction.run", lambda *a, **named: ptx.append(compile_only(*a, **named)))
+    weight, gradient, rank, pruned = draw((48, 4096), torch.bfloat16)
+    in_triton("masked_weight", "cpu", weight, rank, pruned)
+    in_triton("count_gradient", "cpu", weight, gradient.contiguous(), rank, pruned, 400.0)
+    loads = [Counter(re.findall(r"ld\.global\.(\S+)", code)) for code in ptx]
+    assert [found.pop("v4.b32") for found in loads] == [8, 6]
+    assert [sum(found.values()) for found in loads] == [2, 1]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="about a process without Triton")

@@ -28,10 +28,17 @@ def test_nan_of_either_sign_is_larger_than_all() -> None:
     assert kth_smallest(values, 4).isnan()
 
 
-def test_parts_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("short", [0, 1000])
+def test_parts_are_counted_together_bit_by_bit_in_a_long_row(monkeypatch: pytest.MonkeyPatch, short: int) -> None:
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(selection, "AT_ONCE", 7)
+    monkeypatch.setattr(selection, "AT_ONCE", 300)
+    monkeypatch.setattr(selection, "SHORT", short)
     assert float(kth_smallest(values, 600)) == float(values.kthvalue(600).values)
+
+
+def test_nothing_is_read_on_the_way_and_a_row_may_be_longer_than_32_bits_count() -> None:
+    """On the meta device every host read of a value fails, and every size that depends on one."""
+    assert kth_smallest(torch.empty(2**31 + 1, device="meta"), 2**30).shape == ()
 
 
 def test_only_fp32_is_ordered_by_its_bits() -> None:
