@@ -140,9 +140,9 @@ real-study: real-model
 	$(REAL_RUN) pruner=sparsegpt update=reconstruct
 	$(REAL_RUN) pruner=magnitude,wanda,ria,sparsegpt,best sparsity=0.5 pattern=2:4
 	$(REAL_RUN) pruner=besa sparsity=0.5 pattern=N:4
-	$(REAL_RUN) pruner=wanda sparsity=0.6,0.7 budget=owl,alpha,dlp,atp,learned,evopress
-	$(REAL_RUN) pruner=sparsegpt,besa sparsity=0.6,0.7 budget=owl,alpha,dlp,atp
-	$(REAL_RUN) pruner=best sparsity=0.7 budget=alpha
+	$(REAL_RUN) pruner=wanda,sparsegpt,besa sparsity=0.6,0.7 budget=owl,alpha,dlp,atp,learned
+	$(REAL_RUN) pruner=wanda sparsity=0.7 budget=evopress
+	$(REAL_RUN) pruner=best sparsity=0.7 budget=dlp,learned
 	$(REAL_RUN) pruner=best sparsity=0.6 save.model=true recovery=full $(REAL_RECOVERY)
 	$(REAL_RUN) pruner=sparsegpt,besa $(REAL_MEDIUM)
 	$(REAL_RUN) pruner=best pruner.model.steps=28 $(REAL_MEDIUM)
