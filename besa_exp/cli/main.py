@@ -15,6 +15,7 @@ from besa_exp.errors import ConfigurationError, Interrupted, RunError, did_you_m
 from besa_exp.machine.process import command_line, speaks_first
 from besa_exp.machine.streams import exit_code_of
 
+COMPOSED_FROM = {"prune": "prune", "prefetch": "prune", "evaluate": "evaluate"}  # command to its file in conf/
 PATIENCE = 60.0  # seconds in which the first of several processes that are refused may say so, on a busy machine
 HELP = """\
 besa: prunes language models block by block (BESA, arXiv 2402.16880) and compares methods.
@@ -145,7 +146,6 @@ def _complete(arguments: Sequence[str]) -> int:
     return hydra_flags(["-sc", *arguments], COMPOSED_FROM[words[1]])
 
 
-COMPOSED_FROM = {"prune": "prune", "prefetch": "prune", "evaluate": "evaluate"}  # command to its file in conf/
 # Imported when they are called: torch and Hydra take seconds.
 COMMANDS: Mapping[str, str] = {
     "prune": "besa_exp.cli.prune:prune",

@@ -130,15 +130,25 @@ def prune(
     """Prune a model object in place, or the model at a path (a folder, a hub id, a preset) into the run folder `out`.
 
     `texts_or_tokens` calibrate: the name of a set (`c4`, `embedded`), a path of a text or token file, a list of texts,
-    or token ids [sample seq], used as they are. From texts `num_samples` windows of `seq_len` tokens are drawn (None:
-    as the set's preset says; of given texts 128 of 2,048, or of the model's context if that is shorter).
+    or token ids [sample seq], which are used as they are. `num_samples` windows of `seq_len` tokens are drawn from
+    texts, and `batch_size` of them pass through a block together; None: as the set's preset says; for given texts 128
+    windows of 2,048 tokens, or of the model's context if that is shorter. `tokenizer` is needed for texts only.
 
-    `sparsity`: the fraction of zeros, in [0, 1). `pattern`: `unstructured`, or N:M, which fixes it. `ignore`: patterns
-    of BLOCK.linear that stay dense. `pruner`, `update`, `budget`: a preset's name or an object. With a path only:
-    `structure`, `recovery`, `evaluator`, and `out`, where the same call resumes. docs/python.md describes each.
+    `sparsity`: the fraction of the blocks' linear weights that become zero, in [0, 1). `pattern`: `unstructured`, or
+    N:M (N kept of every M consecutive inputs, `2:4`), which fixes the sparsity. `ignore`: patterns of BLOCK.linear
+    (`0.*`, `*.mlp.down_proj`) that stay dense; the sparsity is met over the rest.
 
-    ConfigurationError (a ValueError): the request cannot be carried out; it names all problems, before any weight
-    changes. RunError: pruning failed in a block, which it names; the blocks before it are pruned then."""
+    `pruner`, `update`, `budget`: the name of a preset (`besa list pruners`) or an object; `besa_exp.preset(group,
+    name)` makes a preset's object. `seed` seeds the draws of calibration windows and the presets given by name.
+    `compute_dtype`: of the products, `auto` (the weights') or `bfloat16`. `on_block` is called with each block's
+    report: when it is finished, or, with `out`, at the end.
+
+    With a path only: `out`, where the same call resumes an unfinished run; `structure` and `recovery`, names or
+    objects; `evaluator`, which scores the pruned model; `overwrite`, which replaces a finished run.
+
+    ConfigurationError (a ValueError): the request cannot be carried out as written; it names all problems, before any
+    weight changes. RunError: pruning failed in a block, which it names; a model object then has the blocks before it
+    pruned."""
     settings, read = asked_in_python(
         model_or_path, texts_or_tokens, {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size},
         pruner=pruner, update=update, budget=budget, structure=structure, recovery=recovery, ignore=ignore, seed=seed,
