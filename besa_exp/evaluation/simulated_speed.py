@@ -11,8 +11,9 @@ The threshold starts at 0.5 and moves by 0.1, four times at most, until dense co
 fewest cycles count. A matrix with more inputs than outputs is cut into square patches, one after the other.
 
 The authors' code differs where it is wrong for other shapes: it takes inputs * dense columns for the dense
-part's work, right in square matrices only (gate and up come out too fast), cuts down_proj by its name, and lets dense
-columns pass for nothing where their share of the width rounds to zero (here they have a width of one).
+part's work, right in square matrices only, cuts down_proj by its name, and lets dense columns pass for nothing where
+their share of the width rounds to zero (here they have a width of one). So it counts too few cycles elsewhere, most of
+all with nothing pruned: of LLaMA 7B 4,096 for gate and up and 10,128 for down, where each has 11,008 here.
 """
 
 from __future__ import annotations

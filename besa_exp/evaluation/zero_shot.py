@@ -1,7 +1,9 @@
 """Scores of tasks through lm-eval (https://github.com/EleutherAI/lm-evaluation-harness), one task or group at a time.
 
 Choices, texts and written answers are scored as lm-eval scores them; what is ours is how requests become batches and
-what is refused. Import this module inside functions: it loads lm-eval and datasets.
+what is refused. A prompt begins with BOS where the tokenizer puts it there by itself, lm-eval's default of today. The
+code of BESA and of Wanda calls an lm-eval of 2023 without special tokens, so the papers' accuracies of LLaMA are those
+of prompts without BOS. Import this module inside functions: it loads lm-eval and datasets.
 """
 
 from __future__ import annotations

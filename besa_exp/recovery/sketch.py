@@ -4,8 +4,9 @@
 
 SpaLLM, later SketchTune (Zhang et al., arXiv 2410.06364). A row's table of 2^b values is a weighted k-means of its kept
 weights; here all inputs weigh alike, where LeanQuant (arXiv 2407.10032), by which the authors sketch, takes them by
-their Hessian. A code is that of the nearest entry; LeanQuant goes column by column and spreads what rounding costs over
-the later ones, as GPTQ. Then codes stand still, and the tables are trained, in fp32 where the authors have bf16.
+their Hessian. It is one table a row, the authors' GPR 1; they also cut rows into 2, 4 or 8 groups with a table each.
+A code is that of the nearest entry; LeanQuant goes column by column and spreads what rounding costs over the later
+ones, as GPTQ. Then codes stand still, and the tables are trained, in fp32 where the authors have bf16.
 
 On a pruned linear entry 0 is 0 and is not trained, and it is the code of each pruned weight and of no other: a joint
 sparse and quantised tuning. What is saved are plain weights, of at most 2^b values a row.

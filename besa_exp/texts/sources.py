@@ -2,8 +2,9 @@
 
 The named sets follow the paper's protocol (arXiv 2402.16880, Section 4, as its authors' code carries it out): C4
 calibrates with single documents of the first training shard and scores the first 1,100 validation documents joined by
-spaces; WikiText-2 and PTB are one text each, joined by blank lines and by spaces. They are fetched as single files, so
-nothing but one shard of C4 is downloaded, no data set script runs, and offline means that no connection is tried.
+spaces; WikiText-2 and PTB are one text each, joined by spaces, but for the WikiText-2 that is scored: by blank lines.
+They are fetched as single files, so nothing but one shard of C4 is downloaded, no data set script runs, and offline
+means that no connection is tried.
 
 Nothing here imports torch, so that names and paths are checked before any long work.
 """
@@ -67,7 +68,7 @@ HUB_FILES: dict[str, dict[Use, HubFile]] = {
         ),
     },
     "wikitext2": {
-        "calibration": HubFile("Salesforce/wikitext", "wikitext-2-raw-v1/train-00000-of-00001.parquet", joiner="\n\n"),
+        "calibration": HubFile("Salesforce/wikitext", "wikitext-2-raw-v1/train-00000-of-00001.parquet", joiner=" "),
         "perplexity": HubFile("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet", joiner="\n\n"),
     },
     "ptb": {

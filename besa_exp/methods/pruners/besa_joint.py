@@ -22,7 +22,8 @@ from besa_exp.methods.pruners.sub_blocks import prune_parts
 from besa_exp.tensors.importance import Wanda, importance_of, rounded_importance
 from besa_exp.tensors.quantisation import Quantiser, quantise, rounded
 
-CLIPPING_START = 0.99  # strength of all clipping at first: 1, where the sigmoid never gets, would clip nothing
+# Strength of all clipping at first: 1, where the sigmoid never gets, would clip nothing. OmniQuant: sigmoid(4) = 0.982.
+CLIPPING_START = 0.99
 CLIPPING_LR = 0.1  # first step size of the strengths' logits
 
 

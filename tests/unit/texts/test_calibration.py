@@ -196,8 +196,8 @@ def test_c4_is_single_documents_of_the_first_training_shard(hub_cache):
     assert calibration.provenance["file"] == "en/c4-train.00000-of-01024.json.gz"
 
 
-@pytest.mark.parametrize(("name", "joiner"), [("wikitext2", "\n\n"), ("ptb", " ")])
-def test_wikitext2_and_ptb_are_one_joined_text(hub_cache, name, joiner):
+@pytest.mark.parametrize(("name", "joiner"), [("wikitext2", " "), ("ptb", " ")])
+def test_wikitext2_and_ptb_calibrate_with_one_text_joined_by_spaces(hub_cache, name, joiner):
     lines = [words(9, seed) for seed in range(40)]
     cached(hub_cache, name, "calibration", lines)
     calibration = load_calibration(settings(None, name=name), byte_tokenizer(adds_bos=False), CONTEXT, True)
