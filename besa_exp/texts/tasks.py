@@ -19,7 +19,7 @@ from torch import Tensor
 from besa_exp.errors import ConfigurationError, Unavailable, did_you_mean
 from besa_exp.texts.files import format_of, rows
 from besa_exp.texts.sources import TASK_FILES, fetched
-from besa_exp.texts.tokens import Tokenizer, encode
+from besa_exp.texts.tokens import Tokenizer, begins_with_bos, encode
 
 Options = Int[Tensor, "_example option seq"]
 """Each option after its prompt, the right one first. The tokens of the option itself, on which it is judged, stand as
@@ -141,7 +141,7 @@ def read_examples(
 ) -> Examples:
     """The parts of a task: `sizes` are the examples of each label to learn from (fewer where there are no more), and
     those of the other two parts. Rows come from the hub's training file where `path` is None. A prompt that is too long
-    for `seq_len` loses its beginning.
+    for `seq_len` loses its beginning, but for BOS where the tokenizer puts it there.
 
     ConfigurationError: rows cannot be read, or are too few."""
     if tokenizer is None:
@@ -189,6 +189,7 @@ def _read(name: str, file: Path) -> Iterator[Example]:
 
 def _encoded(examples: Sequence[Example], count: int, tokenizer: Tokenizer, seq_len: int) -> Options:
     options = torch.zeros(len(examples), count, seq_len, dtype=torch.int64)
+    bos = int(begins_with_bos(tokenizer))
     for number, (prompt, words, label) in enumerate(examples):
         alone = encode(tokenizer, prompt.rstrip(" ")).tolist()
         for place, word in enumerate((words[label], *words[:label], *words[label + 1 :])):
@@ -196,6 +197,6 @@ def _encoded(examples: Sequence[Example], count: int, tokenizer: Tokenizer, seq_
             same = [one == other for one, other in zip(alone, ids.tolist(), strict=False)]
             begun = [*same, False].index(False)
             ids[begun:] = ~ids[begun:]
-            kept = torch.cat([ids[:1], ids[1:][-(seq_len - 1) :]])  # the first may be BOS
+            kept = torch.cat([ids[:bos], ids[bos:][-(seq_len - bos) :]])
             options[number, place, : len(kept)] = kept
     return options

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +107,17 @@ def test_a_long_prompt_loses_its_beginning_and_keeps_bos_and_the_option(tmp_path
     texts = {text for example in found.learned for text in said(example)}
     assert texts == {"end It was| terrible"[-20:], "xxxend It was| great"}
     assert (found.learned[:, :, 0] == Letters.bos_token_id).all()
+
+
+def test_a_long_prompt_keeps_no_first_token_where_the_tokenizer_puts_no_bos_before_it(tmp_path: Path) -> None:
+    class Plain(Letters):
+        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+            return {"input_ids": [*map(ord, text)]}
+
+    rows = [{"sentence": "A" + "x" * 50, "label": number % 2} for number in range(9)]
+    found = read_examples("sst2", written(tmp_path, rows), Plain(), 20, (1, 1, 1), 0, True)
+    first = {chr(int(token)) for token in found.learned[:, :, 0].flatten()}
+    assert first == {"x"}
 
 
 def test_what_is_no_row_of_the_task_is_refused_with_its_place(tmp_path: Path) -> None:
