@@ -1,4 +1,4 @@
-"""BESA on quantised weights: sparsities and clipping learned together (Xu et al., arXiv 2402.16880, Section 3.4).
+"""BESA on quantised weights: sparsities and clipping learned together (Xu et al., arXiv 2402.16880, Section 3.3).
 
     W_hat = Q(W; clipping) where rank >= k, else 0
 
