@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny
 from tiny_llama import INPUT_IDS, tiny_llama
 
 from besa_exp.blocks.block import capture_blocks, embed
@@ -19,7 +20,9 @@ from besa_exp.blocks.reports import Step
 from besa_exp.errors import RunError
 from besa_exp.methods.pruners.dense import Dense
 from besa_exp.methods.pruners.uniform import Uniform
+from besa_exp.methods.updates.updated import with_update
 from besa_exp.tensors.masks import Goal
+from besa_exp.tensors.statistics import InputMoments
 
 MODEL = tiny_llama(context=32).requires_grad_(False)
 BLOCK = capture_blocks(MODEL, INPUT_IDS)[0]
@@ -138,3 +141,41 @@ def test_a_method_that_changes_the_block_itself_is_stopped() -> None:
         blocks = capture_blocks(model, INPUT_IDS)
         with pytest.raises(RunError, match=told):
             list(prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 5), Doubling(change), HALF, 5))
+
+
+@dataclass(frozen=True)
+class MeansIntoBiases:
+    """What the pruned weights gave of the mean input goes into the bias (FLAP, An et al., arXiv 2312.11983)."""
+
+    traits = Traits(InputMoments)
+
+    def check(self, pattern: str) -> list[str]:
+        return []
+
+    def update_block(self, task: Task, pruned: PrunedBlock) -> PrunedBlock:
+        biases = {}
+        for name, weight in task.weights.items():
+            mean = task.statistics[name].total / task.inputs.shape[1]
+            bias = task.block.module.get_parameter(f"{name}.bias").detach()
+            biases[f"{name}.bias"] = bias + (weight * ~pruned.keep_masks[name]) @ mean
+        return replace(pruned, norms=biases)
+
+
+def test_an_update_may_move_the_biases_that_a_block_has() -> None:
+    found = {}
+    for update in (None, MeansIntoBiases()):
+        model = tiny("opt").requires_grad_(False)
+        with torch.no_grad():
+            for name, bias in model.named_parameters():
+                bias.fill_(0.5) if name.endswith("layer_norm.bias") else None  # inputs have means then
+        blocks = capture_blocks(model, INPUT_IDS % 64)
+        pruner = with_update(Uniform("wanda"), update)
+        pruned = list(prune_blocks(blocks, embed(model, blocks, INPUT_IDS % 64, 5), pruner, HALF, 5))
+        found[update] = [report.loss_after for report, _ in pruned]
+        moved = [
+            name
+            for name, value in pruned[0][1].norms.items()
+            if value.equal(model.get_parameter(f"{blocks[0].name}.{name}"))
+        ]
+        assert len(moved) == (len(blocks[0].linears) if update else 0)
+    assert found[MeansIntoBiases()][0] < found[None][0]
