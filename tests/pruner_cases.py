@@ -60,8 +60,14 @@ INPUT_IDS = torch.randint(0, 258, (10, 32), generator=torch.Generator().manual_s
 DENSE = tiny_llama(context=32).requires_grad_(False)
 
 
+def pattern_of(pruner, sparsity=0.5):
+    """The first of unstructured and 2:4 that the pruner takes."""
+    return next(pattern for pattern in ("unstructured", "2:4") if not pruner.check(sparsity, pattern))
+
+
 @cache
-def prune_tiny(pruner, sparsity=0.5, pattern="unstructured", dtype=torch.float32, batch_size=4):
+def prune_tiny(pruner, sparsity=0.5, pattern=None, dtype=torch.float32, batch_size=4):
+    pattern = pattern or pattern_of(pruner, sparsity)
     model = torch.nn.Module.to(copy.deepcopy(DENSE), dtype)
     blocks = capture_blocks(model, INPUT_IDS)
     inputs = embed(model, blocks, INPUT_IDS, batch_size)

@@ -12,6 +12,7 @@ import torch
 
 from besa_exp.blocks.activations import Allocate
 from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.contract import check_decided, untouched
 from besa_exp.blocks.observation import observe, squared_gradients
 from besa_exp.blocks.probe import finite_loss, own_probe
 from besa_exp.blocks.pruner import PrunedBlock, Pruner, Task
@@ -20,27 +21,6 @@ from besa_exp.errors import RunError
 from besa_exp.machine import distributed
 from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.statistics import is_finite
-
-
-def check_decided(block: Block, pruned: object) -> None:
-    """RunError: the method gave something else than a boolean keep mask, an allocation and, where it changes weights, a
-    weight of each linear, in their shapes."""
-    if not isinstance(pruned, PrunedBlock):
-        raise RunError(f"{block.name}: the method gave {type(pruned).__name__}, not a PrunedBlock (docs/extending.md)")
-    parts = {"keep_masks": pruned.keep_masks, "allocated": pruned.allocated, "weights": pruned.weights}
-    for part, found in parts.items():
-        if found is None:
-            continue
-        if odd := sorted(found.keys() ^ block.linears.keys()):
-            raise RunError(f"{block.name}: the method's {part} are not those of the block's linears: {', '.join(odd)}")
-        for name, linear in block.linears.items():
-            shape = linear.weight.shape[: 1 if part == "allocated" else 2]
-            masks, given = part == "keep_masks", found[name]
-            if given.shape != shape or (masks and given.dtype != torch.bool):
-                wanted = f"torch.bool {[*shape]}" if masks else f"{[*shape]}"
-                raise RunError(
-                    f"{block.name}.{name}: the method's {part} must be {wanted}, not {given.dtype} {[*given.shape]}"
-                )
 
 
 @torch.no_grad()
@@ -96,7 +76,7 @@ def prune_blocks(
         if not restore(block):
             goal = goals if isinstance(goals, Goal) else goals[block.index]
             pruned = _pruned(block, inputs, targets, observed, pruner, goal, batch_size, on_step)
-            check_decided(block, pruned)
+            check_decided(block, pruned, goal)
             write_weights(block, pruned)
         block.outputs(inputs, batch_size, out=inputs)
         if pruned:
@@ -118,7 +98,8 @@ def _pruned(
         return PrunedBlock({}, {})
     statistics, _ = observe(block, inputs, pruner.traits.observed(goal), batch_size, observed)
     gradients = squared_gradients(block, inputs) if pruner.traits.gradients else {}
-    return pruner.prune_block(Task(block, inputs, targets, statistics, goal, on_step, gradients))
+    with untouched(block):
+        return pruner.prune_block(Task(block, inputs, targets, statistics, goal, on_step, gradients))
 
 
 def _report(block: Block, pruned: PrunedBlock, after: float, seconds: float) -> BlockReport:

@@ -118,9 +118,21 @@ class Observed:
         return Observed(importance, statistics, gradients), outputs
 
     def score(self, block: Block, name: str) -> Float[Tensor, "out in"]:
-        """The importance of one linear's weights; the block has them now."""
+        """The importance of one linear's weights; the block has them now. RunError: it is no number for each."""
         weight = block.linears[name].weight.detach()
-        return self.importance(weight, self.statistics.get(name), self.squared_gradients.get(name))
+        scores = self.importance(weight, self.statistics.get(name), self.squared_gradients.get(name))
+        _check_scores(f"{block.name}.{name}: the importance {type(self.importance).__name__}", scores, weight)
+        return scores
+
+
+def _check_scores(what: str, scores: object, weight: Tensor) -> None:
+    """Infinite ones are a choice: such weights stay. NaN of weights that are NaN is told where these are written."""
+    if not isinstance(scores, Tensor):
+        raise RunError(f"{what} gave {type(scores).__name__}; it gives a score for each weight, fp32 {[*weight.shape]}")
+    if scores.shape != weight.shape or not scores.is_floating_point():
+        raise RunError(f"{what} must give fp32 {[*weight.shape]}, not {scores.dtype} {[*scores.shape]}")
+    if torch.stack(scores.aminmax()).isnan().any() and is_finite(weight):
+        raise RunError(f"{what} gave NaN, which has no rank; look for 0/0, and for roots of negative numbers")
 
 
 def _few_tokens(few: Mapping[str, Linear], tokens: Mapping[str, int]) -> str:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
+from besa_exp.blocks.observation import Observed
 from besa_exp.blocks.reports import ModelStep, Step
 from besa_exp.blocks.whole_model import Found, Whole
 from besa_exp.tensors.importance import Importance
@@ -35,7 +36,8 @@ class Task:
     gradients: dict[str, Float[Tensor, "_out _in"]] = field(default_factory=dict)
 
     def score(self, importance: Importance, name: str) -> Float[Tensor, "out in"]:
-        return importance(self.block.linears[name].weight.detach(), self.statistics.get(name), self.gradients.get(name))
+        """The importance of one linear's weights. RunError: it is no number for each of them."""
+        return Observed(importance, self.statistics, self.gradients).score(self.block, name)
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -56,7 +58,8 @@ class Task:
 class PrunedBlock:
     """What a pruner decided: the keep mask of every linear [out in], new weights where the kept ones moved, the
     sparsity allocated to every row [out], and a search's course; `loss_before` is the probe samples' loss where the
-    search or update began (None: nothing was searched or updated). `norms`: new values of norms' parameters, by path.
+    search or update began (None: nothing was searched or updated). `norms`: new values of norms and biases that the
+    block has, by path.
     `permutations`: the order of a linear's inputs in which its mask is N:M, where that is not their own.
 
     `_out` and `_in` are of each linear its own, in whatever order the linears come."""

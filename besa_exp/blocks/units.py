@@ -114,6 +114,7 @@ def by_block(unit: Block, report: BlockReport, pruned: PrunedBlock) -> list[tupl
             allocated=_own(pruned.allocated, place),
             weights=None if pruned.weights is None else _own(pruned.weights, place),
             norms=_own(pruned.norms, place),
+            permutations=_own(pruned.permutations, place),
         )
         steps, seconds = () if place else report.steps, report.seconds / len(unit.parts)
         result.append((block, replace(report, index=block.index, linears=linears, seconds=seconds, steps=steps), own))

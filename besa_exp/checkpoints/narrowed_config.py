@@ -175,7 +175,8 @@ def narrowed_config(config: Mapping[str, Any], structure: Structure, uneven: boo
     problems += width_problems(text, structure.groups is not None, structure.channels is not None)
     if not uneven and not structure.is_uniform:
         problems.append(
-            "structure: the blocks have uneven widths, which no config can express; set structure.shape=uniform"
+            "structure: the blocks have uneven widths, which no config can express; set structure.shape=uniform, or "
+            "give a method of your own saved_as='padded'"
         )
     if problems:
         raise ValueError(problems[0])

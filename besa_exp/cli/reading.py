@@ -100,7 +100,8 @@ class Reader:
             cls = resolve_name(target)
         except Exception as error:  # noqa: BLE001 - importing a module runs it
             return self.refuse(
-                key, f"{key}._target_={target}: cannot be imported ({error}); name an importable dataclass"
+                key,
+                f"{key}._target_={target}: cannot be imported ({error}); name a dataclass of a module on PYTHONPATH",
             )
         wanted: type = hint if isinstance(hint, type) and is_dataclass(hint) else object
         if is_dataclass(cls) and isinstance(cls, type) and issubclass(cls, wanted):

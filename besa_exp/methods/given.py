@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from besa_exp.blocks.pruner import Pruner
+from besa_exp.blocks.pruner import Pruner, Traits
 from besa_exp.methods.budgets.budget import Budget
 from besa_exp.methods.budgets.trial import DepthSearch, check_budget
 from besa_exp.methods.budgets.uniform import SameForAll
 from besa_exp.methods.structure.method import StructureMethod
 from besa_exp.methods.updates.updated import Update, with_update
+from besa_exp.tensors.statistics import Statistic
 
 KINDS: Mapping[str, tuple[type, ...]] = {
     "pruner": (Pruner,),
@@ -33,9 +34,30 @@ def check_methods(methods: Mapping[str, Any], sparsity: float, pattern: str) -> 
         f"{group}={type(methods[group]).__name__}: its check gives {answer!r}; it gives a list of sentences, [] where "
         "nothing is wrong"
         for group, answer in answers.items()
-        if not isinstance(answer, list)
+        if not isinstance(answer, list) or not all(isinstance(sentence, str) for sentence in answer)
     ]
+    problems += [problem for group in answers if methods[group] for problem in _odd_members(group, methods[group])]
     return problems or [*with_update(pruner, update).check(sparsity, pattern), *check_budget(budget, pattern)]
+
+
+def _odd_members(group: str, method: Any) -> list[str]:
+    """What would show too late to be told: the block loop asks the traits, and a run that goes on begins at any
+    block."""
+    parameters = getattr(method, "__dataclass_params__", None)
+    if parameters is not None and not parameters.frozen:
+        return [
+            f"{group}={type(method).__name__}: is a dataclass that can change; write @dataclass(frozen=True): what it "
+            "keeps from block to block is lost where a run goes on"
+        ]
+    traits, of = method.traits, f"{group}={type(method).__name__}: its traits"
+    if not isinstance(traits, Traits):
+        return [f"{of} are {traits!r}; give traits = Traits(...) of besa_exp.blocks.pruner"]
+    observed = [one for one in (traits.statistic, traits.under_pattern) if one is not None]
+    return [
+        f"{of} ask for {one!r}; a statistic is a class, such as besa_exp.tensors.statistics.InputNorm"
+        for one in observed
+        if not (isinstance(one, type) and issubclass(one, Statistic))
+    ]
 
 
 def _is_one(method: Any, kinds: tuple[type, ...]) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from besa_exp.errors import RunError
 from besa_exp.machine import distributed
 from besa_exp.recovery.gradients import taking_gradients
 from besa_exp.recovery.sharded import is_dealt_out, own
@@ -60,6 +61,8 @@ class Descent:
     """A tuner (`tuner.Tuner`) of the parameters named in `forms`."""
 
     def __init__(self, model: nn.Module, forms: Mapping[str, Form], adam: Adam, keep: Mapping[str, KeepBits]) -> None:
+        if not forms:
+            raise RunError("this recovery finds nothing to tune in the model; use another, such as recovery=lora")
         self.forms, self.adam, self.keep = forms, adam, keep
         self.parameters = {name: model.get_parameter(name) for name in forms}
         self.sharded: Any = model if any(map(is_dealt_out, self.parameters.values())) else None
@@ -73,16 +76,27 @@ class Descent:
 
     def step(self, objective: Objective, windows: Windows, number: int, scale: float) -> Taken:
         """One step of AdamW."""
-        with taking_gradients(self.parameters, self._take):
-            loss, multiple = objective.differentiate(windows)
-        norm = self._finish_gradients(multiple)
+        loss, norm = self.differentiate(objective, windows)
         if math.isfinite(loss) and math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.adam.lr * scale
             self.optimizer.step()
-            self._write()
+            self.write()
         self.optimizer.zero_grad()
         return Taken(loss, norm)
+
+    def differentiate(self, objective: Objective, windows: Windows) -> tuple[float, float]:
+        """The loss, and the gradient's norm before it is clipped; each leaf has its clipped gradient then, of all
+        ranks. A method whose gradient is taken elsewhere than at the weights overrides this."""
+        with taking_gradients(self.parameters, self._take):
+            loss, multiple = objective.differentiate(windows)
+        return loss, self._finish_gradients(multiple)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Make the model's tensors what the leaves say."""
+        for name, form in self.forms.items():
+            form.write(own(self.parameters[name]))
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -114,7 +128,7 @@ class Descent:
             moments = {key.removeprefix(f"{name}/"): value for key, value in held.items()}
             # the fused kernel takes its count of steps, too, from the leaf's device
             self.optimizer.state[leaf] = {key: value.to(leaf.device, copy=True) for key, value in moments.items()}
-        self._write()
+        self.write()
 
     def _owner(self, leaf_name: str) -> nn.Parameter:
         return self.parameters[leaf_name.rpartition("/")[0]]
@@ -142,8 +156,3 @@ class Descent:
                 assert leaf.grad is not None
                 leaf.grad.mul_(self.adam.clip / norm)
         return norm
-
-    @torch.no_grad()
-    def _write(self) -> None:
-        for name, form in self.forms.items():
-            form.write(own(self.parameters[name]))

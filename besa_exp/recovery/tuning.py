@@ -21,12 +21,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from besa_exp.errors import RunError
 from besa_exp.methods.tuning import downhill
 from besa_exp.recovery.objective import Losses, mean_loss, next_token_losses, num_tokens, option_errors
 from besa_exp.recovery.saved_states import Saved, SavedStates
 from besa_exp.recovery.schedule import Schedule, batch_at
 from besa_exp.recovery.sharded import own, own_keep, own_rows, whole
-from besa_exp.recovery.tuner import Method, Objective, Tuner, Windows
+from besa_exp.recovery.tuner import Method, Objective, Taken, Tuner, Windows
 from besa_exp.tensors.keep_bits import KeepBits
 from besa_exp.texts.tasks import Options
 
@@ -127,7 +128,7 @@ def tune(
     judge = partial(_held_out_loss, model, parts, plan)
     saved = states.read() if states else None
     factor = 1.0 if saved else _found_factor(model, keep, method, objective, parts.learned, judge, plan)
-    tuner = method.begin(model, keep, plan.seed)
+    tuner = _begun(model, keep, method, plan.seed)
     keeper = _Best(tuner, states)
     if saved:
         course = _go_on(tuner, keeper, saved, on_point)
@@ -150,6 +151,17 @@ def tune(
         if plan.judges_after(course.steps) or course.stopped:
             keeper.save(course)
     return course, keeper.put_back()
+
+
+def _begun(model: nn.Module, keep: Mapping[str, KeepBits], method: Method, seed: int) -> Tuner:
+    """RunError: what the method begins is no tuner."""
+    tuner: object = method.begin(model, keep, seed)
+    if isinstance(tuner, Tuner):
+        return tuner
+    raise RunError(
+        f"recovery.method={type(method).__name__}: begin gave {type(tuner).__name__}, no tuner; give a Descent, "
+        "or what besa_exp/recovery/tuner.py asks of one (docs/extending.md)"
+    )
 
 
 def _held_out_loss(model: nn.Module, parts: Parts, plan: Plan, tuner: Tuner) -> float:
@@ -180,7 +192,7 @@ def _found_factor(
             own(model.get_parameter(name)).copy_(value)
 
     def loss_after(factor: float) -> float:
-        tuner = method.begin(model, keep, plan.seed)
+        tuner = _begun(model, keep, method, plan.seed)
         taken = (_step(tuner, objective, learned, short, number, factor) for number in range(plan.trial))
         stopped = any(_reason(point) for point in taken)
         loss = math.inf if stopped else judge(tuner)
@@ -214,7 +226,9 @@ def _step(tuner: Tuner, objective: Objective, learned: Text, plan: Plan, number:
     begun = time.monotonic()
     windows = learned[batch_at(number, len(learned), plan.batch_size, plan.seed)]
     scale = factor * plan.schedule.scale(number)
-    taken = tuner.step(objective, windows, number, scale)
+    taken: object = tuner.step(objective, windows, number, scale)
+    if not isinstance(taken, Taken):
+        raise RunError(f"the tuner's step gave {type(taken).__name__}, not a Taken of besa_exp.recovery.tuner")
     seconds = time.monotonic() - begun
     return Point(number, taken.loss, taken.gradient_norm, scale, num_tokens(windows), seconds)
 
@@ -253,7 +267,10 @@ class _Best:
         """How far it is, where there are states."""
         if self.states is not None:
             assert self.name is not None
-            self.states.write(asdict(course), self.tuner.state(), self.name)
+            state = self.tuner.state()
+            if odd := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+                raise RunError(f"the tuner's state holds {odd[0]}, which is no tensor; it goes into a file of tensors")
+            self.states.write(asdict(course), state, self.name)
 
     @torch.no_grad()
     def put_back(self) -> dict[str, KeepBits]:

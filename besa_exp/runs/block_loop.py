@@ -270,6 +270,6 @@ class BlockLoop:
             self._stored_tensors(block),
             keep_masks,
             self.dense_sha256.pop(block.index),
-            pruned.weights is not None,
+            pruned.weights is not None or bool(pruned.norms),
             permutations,
         )

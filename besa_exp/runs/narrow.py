@@ -31,7 +31,7 @@ from besa_exp.evaluation.cost import counts_of as cost_counts
 from besa_exp.machine import atomic, distributed
 from besa_exp.machine.device import compute_dtype
 from besa_exp.methods.budgets.progress import Progress
-from besa_exp.methods.structure.method import DenseModel, StructureMethod
+from besa_exp.methods.structure.method import DenseModel, StructureMethod, check_chosen
 from besa_exp.runs.block_loop import inputs_of
 from besa_exp.runs.run import Run, Work, parameters, weights_in_linears
 from besa_exp.tensors.pattern import indivisible
@@ -136,6 +136,7 @@ def _structure(run: Run, work: Work, costs: Costs, dimensions: Dimensions) -> St
     progress = Progress(run.folder.structure_search, run.spent.keep)
     dense = _dense(run, work, costs, dimensions)
     chosen = run.settings.structure.choose(dense, progress, lambda text: run.console.stage(f"{name}: {text}"))
+    check_chosen(run.settings.structure, chosen, dimensions)
     if distributed.is_first():
         run.spent.keep()
         atomic.write_text(file, to_json(chosen, dimensions))

@@ -83,4 +83,7 @@ def _check_zeros(block: Block, masks: Mapping[str, Tensor]) -> None:
     for name, linear in block.linears.items():
         keep_mask = masks.get(f"{block.name}.{name}.weight", torch.ones((), dtype=torch.bool)).to(linear.weight.device)
         if filled := int((linear.weight.detach().bool() & ~keep_mask).sum()):
-            raise RunError(f"{block.name}.{name}: {filled} pruned weights are not zero after the recovery")
+            raise RunError(
+                f"{block.name}.{name}: {filled} pruned weights are not zero after the recovery; a "
+                "method tunes Kept.of(value, keep.get(name)), which leaves them"
+            )

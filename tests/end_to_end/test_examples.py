@@ -12,6 +12,8 @@ from types import ModuleType
 import pytest
 from reloaded_here import reload_here
 
+from besa_exp.cli.main import main
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -36,6 +38,23 @@ def test_the_script_compares_its_methods_and_draws_them(
     assert all(report.sparsity == 0.5 for report, _ in found.values())
     example.plot(found, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_methods_of_ones_own_run_from_a_folder_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user has them: modules on PYTHONPATH, presets beside them."""
+    monkeypatch.syspath_prepend(EXAMPLES / "own_methods")
+    monkeypatch.chdir(tmp_path)
+    methods = ["pruner=chosen_masks", "pruner.steps=4", "pattern=2:4", "recovery=sam", "recovery.steps=3"]
+    sizes = ["calibration.num_samples=8", "calibration.seq_len=32", "recovery.held_out=2", "recovery.lr=1e-3"]
+    others = ["evaluator=none", "tracker=none", "device=cpu", "save.verify=false", f"hydra.run.dir={tmp_path / 'run'}"]
+    presets = ["--config-dir", str(EXAMPLES / "own_methods/presets")]
+    assert main(["prune", *presets, *methods, *sizes, *others]) == 0
+    results = json.loads((tmp_path / "run/results.json").read_text(encoding="utf-8"))
+    assert (results["pruner"], results["pattern"], results["measured_sparsity"]) == ("chosen_masks+sam", "2:4", 0.5)
+    losses = [block["reconstruction_loss"] for block in results["blocks"]]
+    assert all(loss["after"] <= loss["before"] for loss in losses)
+    assert any(loss["after"] < loss["before"] for loss in losses)
+    assert results["recovery"]["loss"]["after"] < results["recovery"]["loss"]["before"]
 
 
 SMALLER = {"num_samples=16, seq_len=128": "num_samples=8, seq_len=64", "[:4096]": "[:1024]"}  # of the notebook

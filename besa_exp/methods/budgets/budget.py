@@ -94,12 +94,19 @@ def around(shares: Float[Tensor, " block"], center: float, width: float) -> Floa
     return center + scaled - scaled.mean()
 
 
-def exact_goals(sparsities: Float[Tensor, " block"], weights: Sequence[int], sparsity: float) -> list[Goal]:
-    """A goal for each block such that round(sparsity * sum(weights)) weights go in all: the sparsities, clipped to
-    [0, 1], are moved by one shift and rounded by largest remainder. `weights`: of the linears of each block. RunError:
-    a sparsity is no finite number."""
+def exact_goals(sparsities: object, weights: Sequence[int], sparsity: float) -> list[Goal]:
+    """A goal for each block such that round(sparsity * sum(weights)) weights go in all: the sparsities [block] that a
+    budget gave, clipped to [0, 1], are moved by one shift and rounded by largest remainder. `weights`: of the linears
+    of each block. RunError: they are not a sparsity for each block."""
+    told = f"the budget gives a tensor of {len(weights)} sparsities, one a block"
+    if not isinstance(sparsities, Tensor):
+        raise RunError(f"{told}, not {type(sparsities).__name__}")
+    if sparsities.shape != (len(weights),):
+        raise RunError(f"{told}, not one of the shape {[*sparsities.shape]}")
     if wrong := [number for number, one in enumerate(sparsities.isfinite().tolist()) if not one]:
         raise RunError(f"block {wrong[0]} of the budget is {float(sparsities[wrong[0]])}; choose another budget")
+    if not 0 <= (mean := float(sparsities.double().mean())) <= 1:
+        raise RunError(f"{told}, in [0, 1] and {sparsity:g} in the mean or near it, not {mean:g}")
     capacity = torch.tensor(weights, dtype=torch.float64)
     total = round(sparsity * sum(weights))
     wanted = project_to_budget(sparsities.double().cpu(), capacity, total)

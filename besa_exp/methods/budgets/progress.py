@@ -28,12 +28,16 @@ class Progress:
         return distributed.from_first(self._read)
 
     def write(self, found: Mapping[str, Any]) -> None:
-        """Keep `found` instead of what there is. RunError: the disk is full or cannot be written to."""
+        """Keep `found` instead of what there is. RunError: it is no JSON; the disk is full or cannot be written to."""
         if self.file is None or not distributed.is_first():
             return
         try:
+            text = json.dumps(found) + "\n"
+        except (TypeError, ValueError) as error:
+            raise RunError(f"a search keeps plain values ({error}); give tensors as .tolist() makes them") from error
+        try:
             self.keep_spent()
-            atomic.write_text(self.file, json.dumps(found) + "\n")
+            atomic.write_text(self.file, text)
         except OSError as error:
             raise RunError(
                 f"the search could not be written to {self.file} ({error}); free disk space, then run the same command "

@@ -12,6 +12,7 @@ from torch import Tensor
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.head import Head
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
+from besa_exp.errors import RunError
 from besa_exp.machine import distributed
 from besa_exp.methods.budgets.budget import Work
 from besa_exp.methods.budgets.progress import Progress
@@ -42,6 +43,18 @@ class DenseModel:
         for block in self.blocks():
             block.outputs(states, self.batch_size, out=states)
         return states
+
+
+def check_chosen(method: object, chosen: object, dimensions: Dimensions) -> None:
+    """RunError: what a method chose is no part of a model of these dimensions."""
+    what = f"structure={type(method).__name__}: choose"
+    if not isinstance(chosen, Structure):
+        raise RunError(f"{what} gave {type(chosen).__name__}, not a Structure (docs/extending.md)")
+    units = [kept for units in (chosen.groups, chosen.channels) for kept in units or ()]
+    if odd := [number for kept in (chosen.blocks, *units) for number in kept if not isinstance(number, int)]:
+        raise RunError(f"{what} gave the number {odd[0]!r}; numbers are Python's own, as .tolist() makes them")
+    if problems := chosen.problems(dimensions):
+        raise RunError(f"{what} gave no part of this model: {problems[0].removeprefix('structure: ')}")
 
 
 @runtime_checkable

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from besa_exp.blocks.pruner import PrunedBlock, Pruner, Task, Traits
+from besa_exp.errors import RunError
 from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.statistics import InputNorm
 
@@ -55,13 +56,16 @@ class Updated:
         observed, update = own.observed(goal), f"update={type(self.update).__name__.lower()}"
         if own.quantiser:
             problems = [*problems, f"{update}: moves the weights that the pruner rounds; leave the update out"]
-        if observed in (None, InputNorm, self.traits.observed(goal)):
+        given = self.traits.observed(goal)
+        if observed in (None, given) or (observed is InputNorm and hasattr(given, "squared_norm")):
             return problems
+        remedy = "choose another pruner, such as wanda, or another update"
+        if observed is InputNorm and given:
+            remedy = f"give {given.__name__} a squared_norm as InputNorm has it, or take pruner=magnitude"
         return [
             *problems,
             f"{update}: cannot follow pruner {type(self.pruner).__name__.lower()}, which needs the "
-            f"{observed.__name__} of the inputs and not what the update observes; choose another pruner, such as "
-            "wanda, or another update",
+            f"{observed.__name__} of the inputs and not what the update observes; {remedy}",
         ]
 
     def prune_block(self, task: Task) -> PrunedBlock:
@@ -70,7 +74,18 @@ class Updated:
         pruned = self.pruner.prune_block(replace(task, statistics={**task.statistics}, gradients={**task.gradients}))
         done = len(pruned.steps)
         updated = self.update.update_block(task.after(done), replace(pruned, steps=()))
+        _check_updated(f"{task.block.name}: update={type(self.update).__name__.lower()}", updated, pruned)
         return replace(updated, steps=(*pruned.steps, *updated.after(done).steps))
+
+
+def _check_updated(what: str, updated: object, pruned: PrunedBlock) -> None:
+    """RunError: what an update gave is no decision, or other numbers of weights go than the pruner chose."""
+    if not isinstance(updated, PrunedBlock):
+        raise RunError(f"{what} gave {type(updated).__name__}, not a PrunedBlock (docs/extending.md)")
+    if updated.keep_masks is not pruned.keep_masks:
+        before, after = (sum(int(mask.sum()) for mask in one.keep_masks.values()) for one in (pruned, updated))
+        if before != after:
+            raise RunError(f"{what} keeps {after} weights where the pruner kept {before}; it exchanges them at most")
 
 
 def with_update(pruner: Pruner, update: Update | None) -> Pruner:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -14,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from besa_exp.blocks.block import capture_blocks, discover_blocks, embed
 from besa_exp.blocks.linears import find_linears
-from besa_exp.blocks.loop import check_decided, prune_blocks
+from besa_exp.blocks.loop import prune_blocks
 from besa_exp.blocks.observation import observe
-from besa_exp.blocks.pruner import Traits, pruned_by_masks
+from besa_exp.blocks.pruner import Traits
 from besa_exp.blocks.replay_check import check_replay
 from besa_exp.errors import RunError
 from besa_exp.methods.pruners.besa import Besa
@@ -193,37 +192,6 @@ def test_a_statistic_that_overflows_stops_the_run_naming_block_and_linear():
     blocks = capture_blocks(model, INPUT_IDS)
     with pytest.raises(RunError, match=r"model\.layers\.1\.mlp\.down_proj.*not finite"):
         list(prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 5), Uniform(), Goal(0.5), 5))
-
-
-def odd_blocks(masks: dict[str, torch.Tensor]) -> dict[str, object]:
-    """What a method may wrongly give for a block, by how that is told."""
-    sound, some = pruned_by_masks(masks), masks["mlp.up_proj"]
-
-    def with_(part, values):  # past the types, which users have not checked
-        odd = copy(sound)
-        object.__setattr__(odd, part, values)
-        return odd
-
-    return {
-        r"layers\.0: the method gave NoneType, not a PrunedBlock": None,
-        r"layers\.0: the method's keep_masks are not .*mlp\.down_proj": with_("keep_masks", {"mlp.up_proj": some}),
-        r"the method's weights are not .*: mlp\.up$": with_("weights", {**masks, "mlp.up": some}),
-        r"layers\.0\.mlp\.up_proj: the method's keep_masks must be torch\.bool \[": with_(
-            "keep_masks", {**masks, "mlp.up_proj": some[:1]}
-        ),
-        r"mlp\.up_proj: .* not torch\.float32": with_("keep_masks", {**masks, "mlp.up_proj": some.float()}),
-        r"mlp\.up_proj: the method's allocated must be \[\d+\], not torch\.float32 \[\]": with_(
-            "allocated", {**sound.allocated, "mlp.up_proj": torch.tensor(0.5)}
-        ),
-    }
-
-
-def test_what_a_method_gives_is_checked_before_a_weight_is_written():
-    model = tiny_llama(context=32).requires_grad_(False)
-    block = capture_blocks(model, INPUT_IDS)[0]
-    for told, pruned in odd_blocks({name: linear.weight > 0 for name, linear in block.linears.items()}).items():
-        with pytest.raises(RunError, match=told):
-            check_decided(block, pruned)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -12,7 +12,7 @@ import torch
 import transformers
 from families import FAMILIES, MIXTURES, tiny
 from packaging.version import Version
-from pruner_cases import PRUNERS
+from pruner_cases import PRUNERS, pattern_of
 from transformers import AutoModelForCausalLM
 
 from besa_exp.blocks.block import capture_blocks, embed
@@ -57,7 +57,8 @@ def pruned(family, method):
     """A copy of the model, pruned by half; its blocks, and the sparsity that is reported."""
     model = copy.deepcopy(dense(family)[0])
     blocks = capture_blocks(model, INPUT_IDS)
-    reports = list(prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 2), method, Goal(0.5), 2))
+    goal = Goal.parse(0.5, pattern_of(method))
+    reports = list(prune_blocks(blocks, embed(model, blocks, INPUT_IDS, 2), method, goal, 2))
     linears = [linear for report, _ in reports for linear in report.linears]
     return model, blocks, sum(linear.pruned for linear in linears) / sum(linear.weights for linear in linears)
 

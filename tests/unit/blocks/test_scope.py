@@ -123,7 +123,9 @@ def test_a_uniform_method_prunes_a_pair_as_it_prunes_the_blocks_given_their_inpu
     fresh, _ = blocks_and_inputs(copy.deepcopy(DENSE), IDS)
     statistics, _ = observe(fresh[1], fresh[0].outputs(inputs, 4), InputNorm, 4)
     alone = Uniform().prune_block(Task(fresh[1], inputs, inputs, statistics, Goal(0.5)))
+    pruned = replace(pruned, permutations={name: mask[0].long() for name, mask in pruned.keep_masks.items()})
     (_, _, first), (_, told, second) = by_block(pair, report, pruned)
+    assert first.permutations.keys() == second.permutations.keys() == alone.keep_masks.keys()
     assert first.keep_masks.keys() == second.keep_masks.keys() == alone.keep_masks.keys()
     for name, mask in second.keep_masks.items():
         assert torch.equal(mask, alone.keep_masks[name])

@@ -30,6 +30,26 @@ class Odd:
     def __post_init__(self): raise TypeError("an odd seed")
 
 @dataclass(frozen=True)
+class Numbered(Mine):
+    def check(self, sparsity, pattern): return [3]
+
+@dataclass(frozen=True)
+class Traitless(Numbered):
+    traits = None
+    def check(self, sparsity, pattern): return []
+
+@dataclass(frozen=True)
+class Named(Traitless):
+    traits = Traits("InputNorm")
+
+@dataclass
+class Counting:
+    seed: int = 0
+    traits = Traits()
+    def check(self, sparsity, pattern): return []
+    def prune_block(self, task): ...
+
+@dataclass(frozen=True)
 class Untyped:
     seed: "Nowhere" = 0
 """
@@ -38,6 +58,10 @@ WRONG = {
     "seed: 0": "pruner: its preset lacks _target_",
     f"{OF_MINE}Half": "pruner=Half: a pruner has check, prune_block, traits; see docs/extending.md",
     f"{OF_MINE}Mine": "pruner=Mine: its check gives None; it gives a list of sentences",
+    f"{OF_MINE}Numbered": "pruner=Numbered: its check gives [3]; it gives a list of sentences",
+    f"{OF_MINE}Traitless": "pruner=Traitless: its traits are None; give traits = Traits(...) of besa_exp.blocks.pruner",
+    f"{OF_MINE}Named": "pruner=Named: its traits ask for 'InputNorm'; a statistic is a class, such as besa_exp",
+    f"{OF_MINE}Counting": "pruner=Counting: is a dataclass that can change; write @dataclass(frozen=True)",
     f"{OF_MINE}Odd": "pruner: Odd cannot be made (TypeError: an odd seed)",
     f"{OF_MINE}Untyped": "pruner._target_=a_method_of_mine.Untyped: its fields' types cannot be read (name 'Nowhere'",
     f"{OF_MINE}Mine\nseed: ${{sed}}": "pruner.seed: Interpolation key 'sed' not found",

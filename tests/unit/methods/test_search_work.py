@@ -51,4 +51,5 @@ def test_it_is_counted_in_the_model_itself(method: Any, tmp_path: Path) -> None:
     assert isinstance(method, CountedSearch)
     work = method.work(costs, SAMPLES, BATCH)
     assert (work.passes, work.predictions) == (sum(passed), sum(predicted))
-    assert work.passes > 0 or method == Widths(0.2, "magnitude")
+    blocks[0](inputs[:BATCH])
+    assert sum(passed) == work.passes + BATCH, "what passes is not counted"

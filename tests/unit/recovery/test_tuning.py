@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
@@ -13,9 +13,10 @@ import torch
 from pruned_llama import WINDOWS, assert_same_bits, assert_zeros_exact, pruned_llama, weights_of
 
 from besa_exp.errors import ConfigurationError, RunError
-from besa_exp.recovery.descent import Adam
+from besa_exp.recovery.descent import Adam, Descent
 from besa_exp.recovery.full import Full
 from besa_exp.recovery.lora import Lora
+from besa_exp.recovery.norms import Norms
 from besa_exp.recovery.objective import NextToken, mean_loss
 from besa_exp.recovery.saved_states import SavedStates
 from besa_exp.recovery.schedule import Schedule, batch_at, key_of
@@ -243,6 +244,36 @@ def test_the_state_of_another_run_is_refused_with_what_differs(tmp_path):
     tuned(FULL, folder=tmp_path)
     with pytest.raises(ConfigurationError, match=r"lr 0\.01, now 0\.02"):
         tuned(FULL, folder=tmp_path, identity={"lr": 0.02})
+
+
+@dataclass(frozen=True)
+class Odd:
+    """A method whose tuner is odd."""
+
+    what: str
+    lr: float = 1e-3
+
+    def begin(self, model, keep, seed):
+        if self.what in ("none", "empty"):
+            return None if self.what == "none" else Descent(model, {}, Adam(lr=1e-3), keep)
+        tuner = Norms().begin(model, keep, seed)
+        odd = {"step": lambda *given: None} if self.what == "step" else {"state": lambda: {"count": 3}}
+        vars(tuner).update(odd)
+        return tuner
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("none", r"recovery\.method=Odd: begin gave NoneType, no tuner; give a Descent"),
+        ("empty", "this recovery finds nothing to tune in the model"),
+        ("step", r"the tuner's step gave NoneType, not a Taken"),
+        ("state", "the tuner's state holds count, which is no tensor"),
+    ],
+)
+def test_what_a_method_of_ones_own_wrongly_gives_is_told(tmp_path, what, told):
+    with pytest.raises(RunError, match=told):
+        tuned(Odd(what), folder=tmp_path)
 
 
 def test_a_full_disk_is_told_and_the_state_before_is_kept(tmp_path, monkeypatch):

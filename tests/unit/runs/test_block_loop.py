@@ -17,14 +17,17 @@ from tiny_llama import INPUT_IDS, tiny_llama
 
 from besa_exp.blocks.activations import allocator
 from besa_exp.blocks.block import discover_blocks
+from besa_exp.blocks.pruner import Pruner, Traits
 from besa_exp.blocks.whole_model import Found
-from besa_exp.checkpoints.files import weights_sha256
+from besa_exp.checkpoints.files import masks_description, weights_sha256
 from besa_exp.checkpoints.load import LoadedModel, load_model
 from besa_exp.dry_run.sizes import model_without_weights
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.methods.pruners.besa_reconstruct import BesaReconstruct
 from besa_exp.methods.pruners.model_tuning import ModelTuning
 from besa_exp.methods.pruners.sparsegpt import SparseGPT
+from besa_exp.methods.pruners.uniform import Uniform
+from besa_exp.methods.updates.updated import with_update
 from besa_exp.run_folder.finished_blocks import FinishedBlocks, block_tensors
 from besa_exp.runs.block_loop import BlockLoop
 from besa_exp.runs.prune_model import check_refinements
@@ -53,8 +56,9 @@ def test_hidden_states_for_which_the_disk_has_no_room_are_refused_at_once(tmp_pa
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def looped(folder, load, blocks, told, num_blocks=4, keeps_dense=False):
-    """A loop with SparseGPT over a model in `folder` that keeps its blocks in `blocks`; the hashes of dense blocks."""
+def looped(folder, load, blocks, told, num_blocks=4, keeps_dense=False, pruner: Pruner | None = None):
+    """A loop with the pruner, SparseGPT by default, over a model in `folder`, which keeps its blocks in `blocks`; the
+    hashes of dense blocks."""
     model = tiny_llama(num_hidden_layers=num_blocks)
     path, modules = discover_blocks(model)
     dense = [weights_sha256(block_tensors(module, f"{path}.{number}")) for number, module in enumerate(modules)]
@@ -65,7 +69,7 @@ def looped(folder, load, blocks, told, num_blocks=4, keeps_dense=False):
     loop = BlockLoop(loaded, INPUT_IDS, 5, finished, 0, allocator("device", CPU, folder, 0)[1], keeps_dense=keeps_dense)
 
     def run():
-        loop.run(SparseGPT(group_size=32), Goal(0.5), None, lambda step: None, told.append)
+        loop.run(pruner or SparseGPT(group_size=32), Goal(0.5), None, lambda step: None, told.append)
         return loop
 
     return run, dense
@@ -77,6 +81,29 @@ def test_each_blocks_record_holds_the_hash_of_its_dense_weights(load, tmp_path):
     run()
     records = [json.loads(file.read_text()) for file in sorted((tmp_path / "blocks").glob("00000?.json"))]
     assert [record["dense_sha256"] for record in records] == dense
+
+
+@dataclass(frozen=True)
+class NormsAlone:
+    """An update that moves no weight of a linear."""
+
+    traits = Traits()
+
+    def check(self, pattern):
+        return []
+
+    def update_block(self, task, pruned):
+        path = "input_layernorm.weight"
+        return replace(pruned, norms={path: 2 * task.block.module.get_parameter(path)})
+
+
+@pytest.mark.parametrize("update", [None, NormsAlone()])
+def test_masks_say_whether_the_model_can_be_made_of_them_alone(update, tmp_path):
+    """One whose norms moved cannot: `besa masks apply` would make another model without a word."""
+    run, _ = looped(tmp_path / "model", "whole", tmp_path / "blocks", [], pruner=with_update(Uniform("wanda"), update))
+    loop = run()
+    moved = [masks_description(file)["weights_updated"] for file in loop.finished.mask_files(4)]
+    assert moved == 4 * [update is not None]
 
 
 def test_a_block_that_cannot_be_written_ends_the_loop_with_the_reason_and_keeps_those_before(tmp_path):
