@@ -112,7 +112,7 @@ budgets: $(STAMP)
 	$(BIN)/python experiments/best/collect.py
 	$(BIN)/besa report outputs/budgets --out outputs/budgets/report
 
-# Every method once at all targets and at 2:4; C4 and three seeds for the main ones at 50 %; zero-shot accuracy for a larger
+# Every method once at all targets and at 2:4; three seeds for the main ones, C4 at 50 %; zero-shot accuracy for a larger
 # calibration set.
 REAL_RUN = $(BIN)/besa prune experiment=real_model
 REAL_MAIN := sparsegpt,besa_paper,besa,best
@@ -130,7 +130,7 @@ real-study: real-model
 	$(REAL_RUN) pruner=dense sparsity=0 $(REAL_SCORES)
 	$(REAL_RUN) pruner=$(REAL_MAIN) sparsity=0.5 $(REAL_SCORES)
 	$(REAL_RUN) pruner=$(REAL_MAIN) sparsity=0.6,0.7
-	$(REAL_RUN) pruner=$(REAL_MAIN) sparsity=0.5 seed=1,2
+	$(REAL_RUN) pruner=wanda,$(REAL_MAIN) seed=1,2
 	$(REAL_RUN) pruner=wanda,sparsegpt,besa,best sparsity=0.8
 	$(REAL_RUN) pruner=magnitude,wanda,ria,besa_linear,besa_reconstruct
 	$(REAL_RUN) pruner=besa pruner.scope=model
