@@ -317,6 +317,17 @@ def test_the_papers_table_shows_paper_ours_and_difference(tmp_path: Path) -> Non
     assert (small.paper, small.ours, small.difference) == ("not in the paper", 20.0, None)
 
 
+def test_the_papers_layer_wise_row_is_of_runs_with_targets_from_dense_inputs(tmp_path: Path) -> None:
+    changes = {"model": "huggyllama/llama-7b", "pruner": "besa_paper", "perplexity": {"wikitext2": 7.5}}
+    for dense_targets, expected in ((False, None), (True, 7.5)):
+        pruner = {"granularity": "linear", "dense_targets": dense_targets}
+        finished_run(tmp_path / str(dense_targets) / "run", changes, {"pruner": pruner})
+        found = paper_cell(
+            tmp_path / str(dense_targets), "WikiText-2 perplexity", "BESA layer-wise", "LLaMA-7B", "besa_paper"
+        )
+        assert found.ours == expected
+
+
 def test_a_run_under_other_conditions_than_the_papers_says_which(tmp_path: Path) -> None:
     calibration = RESULTS["calibration"] | {"num_samples": 8}
     changes = {"model": "Llama-2-7b-hf", "calibration": calibration, "provenance.perplexity.wikitext2.seq_len": 512}
