@@ -32,13 +32,12 @@ class Sharpness(Descent):
         loss, norm = super().differentiate(objective, windows)
         if not (math.isfinite(loss) and math.isfinite(norm) and norm > 0):
             return loss, norm
+        length = norm if self.adam.clip is None else min(norm, self.adam.clip)  # of what is left in the leaves
         with torch.no_grad():
-            gradients = [leaf.grad for leaf in self.leaves.values() if leaf.grad is not None]
-            length = torch.sqrt(torch.stack([gradient.square().sum() for gradient in gradients]).sum())
-            uphill = [self.rho * gradient / length for gradient in gradients]
             before = [leaf.detach().clone() for leaf in self.leaves.values()]
-            for leaf, step in zip(self.leaves.values(), uphill, strict=True):
-                leaf.add_(step)
+            for leaf in self.leaves.values():
+                assert leaf.grad is not None
+                leaf.add_(leaf.grad, alpha=self.rho / length)
         self.optimizer.zero_grad()
         self.write()
         super().differentiate(objective, windows)

@@ -83,7 +83,7 @@ def _check_updated(what: str, updated: object, pruned: PrunedBlock) -> None:
     if not isinstance(updated, PrunedBlock):
         raise RunError(f"{what} gave {type(updated).__name__}, not a PrunedBlock (docs/extending.md)")
     if updated.keep_masks is not pruned.keep_masks:
-        before, after = (sum(int(mask.sum()) for mask in one.keep_masks.values()) for one in (pruned, updated))
+        before, after = (int(sum(mask.sum() for mask in one.keep_masks.values())) for one in (pruned, updated))
         if before != after:
             raise RunError(f"{what} keeps {after} weights where the pruner kept {before}; it exchanges them at most")
 
