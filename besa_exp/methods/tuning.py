@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 
 import torch
 from jaxtyping import Int
@@ -138,12 +139,16 @@ def tune(
     num_steps = tuning.num_steps(learn)
     judged = tuning.judged(num_steps, ramp)
     begin = partial(_State.of, block, inputs, targets, weights, keep_masks, tuning.norms)
-    lr = tuning.lr or _first_step_size(begin, tuning, learn)
+    order = [*islice(batches(learn, tuning.batch_size, tuning.seed), num_steps)]
+    course = Course(block, on_step)
+    first = begin(0.0).gradients(order[0], course)  # of the weights as they come: step sizes are tried with it too
+    lr = tuning.lr or _first_step_size(begin, first, order[1:TRIED])
     state, shrunk = begin(lr), 1.0
-    before, course = state.probe_loss(), Course(block, on_step)
+    before = state.probe_loss()
     best = Best([state.optimizer], before)
-    for number, samples in zip(range(num_steps), batches(learn, tuning.batch_size, tuning.seed), strict=False):
-        state.step(samples, shrunk * tuning.scale(number, num_steps), course)
+    for number, samples in enumerate(order):
+        found = state.gradients(samples, course) if number else first
+        state.step(found, shrunk * tuning.scale(number, num_steps))
         sparsity = ramp.sparsity_after(number, num_steps) if ramp else None
         if sparsity is None and number not in judged:
             continue
@@ -153,20 +158,24 @@ def tune(
             state.prune_to(sparsity)
             best.now(state.probe_loss())
     logger.info("%s: a first step size of %g, %.2g at the end", block.name, lr, lr * shrunk)
-    found = state.found()
-    weights, norms = ({name: found[name] for name in names} for names in (state.latent, state.norms))
+    tuned = state.tuned()
+    weights, norms = ({name: tuned[name] for name in names} for names in (state.latent, state.norms))
     course.wait()
     masked = pruned_by_masks(state.keep_masks)
     return replace(masked, weights=weights, norms=norms, loss_before=before, steps=tuple(course.steps))
 
 
-def _first_step_size(begin: Callable[[float], _State], tuning: Tuning, learn: int) -> float:
+def _first_step_size(
+    begin: Callable[[float], _State], first: Mapping[str, Tensor], later: Sequence[Int[Tensor, " sample"]]
+) -> float:
+    """`first`: the gradients of the first step; `later`: the samples of further ones."""
+
     def loss_after(lr: float) -> float:
         state = begin(lr)
         course = Course(state.block)
-        tried = min(TRIED, tuning.num_steps(learn))
-        for _, samples in zip(range(tried), batches(learn, tuning.batch_size, tuning.seed), strict=False):
-            state.step(samples, 1.0, course)
+        state.step(first, 1.0)
+        for samples in later:
+            state.step(state.gradients(samples, course), 1.0)
         course.wait()
         return state.probe_loss()
 
@@ -230,8 +239,9 @@ class _State:
         masks, sparsity = dict(keep_masks), _sparsity_of(keep_masks)
         return _State(block, inputs, targets, latent, norms, masks, masked, optimizer, sparsity)
 
-    def step(self, samples: Int[Tensor, " sample"], scale: float, course: Course) -> None:
-        """One step of Adam on the samples of these numbers, of which this rank may have none."""
+    def gradients(self, samples: Int[Tensor, " sample"], course: Course) -> dict[str, Tensor]:
+        """To the weights, where they are kept, and the norms, of the samples of these numbers, of which this rank may
+        have none."""
         own = distributed.own_places(samples)
         inputs, targets = samples_at(self.inputs, own), samples_at(self.targets, own)
         self._fill()
@@ -239,15 +249,19 @@ class _State:
         loss, upstream, multiple = differentiate(
             lambda reached: token_loss(reached, targets), outputs, self.block.product_dtype
         )
-        found = gradients(outputs, [*self.masked.values()], upstream)
-        for name, gradient in zip(self.masked, found, strict=True):
-            summed = distributed.all_sum(gradient.float() / multiple)
-            if name in self.norms:
-                self.norms[name].grad = summed
-            else:
-                self.latent[name].grad = summed * self.keep_masks[name]
-        take_step(self.optimizer, scale)
         course.add(loss, self.sparsity)
+        summed = {}
+        for name, found in zip(self.masked, gradients(outputs, [*self.masked.values()], upstream), strict=True):
+            summed[name] = distributed.all_sum(found.float() / multiple)
+            if name in self.latent:
+                summed[name].mul_(self.keep_masks[name])
+        return summed
+
+    def step(self, found: Mapping[str, Tensor], scale: float) -> None:
+        """One step of Adam with these gradients."""
+        for name, value in (self.latent | self.norms).items():
+            value.grad = found[name]
+        take_step(self.optimizer, scale)
 
     @torch.no_grad()
     def prune_to(self, sparsity: float) -> None:
@@ -263,7 +277,7 @@ class _State:
         self._fill()
         return probe_loss(self.block, self.inputs, self.targets, self.masked)
 
-    def found(self) -> dict[str, Tensor]:
+    def tuned(self) -> dict[str, Tensor]:
         """A copy of the kept weights and the norms in the block's dtype."""
         self._fill()
         return {name: masked.detach().clone() for name, masked in self.masked.items()}
