@@ -1,10 +1,15 @@
 """Reconstruction: the kept weights of a block are tuned until the sparse block gives the targets again.
 
-    minimise over W:  L(block(X; W * keep_mask), Y),   L the reconstruction loss (BESA, arXiv 2402.16880, Eq. 1),
+    minimise over W:  sum_t ||Y_t - Yhat_t||^2 / ||Y_t||  /  sum_t ||Y_t||,   Yhat = block(X; W * keep_mask),
 
-with X what the pruned prefix gives and Y the targets. Block-wise tuning of the kept weights is known from EBFT (Guo et
-al., arXiv 2402.12419). Here Adam works on fp32 copies, its step is a fraction of the weights' own size, and samples
-that are not learned from (the probe) choose that fraction, by trying, and between the states.
+with X what the pruned prefix gives, Y the targets, t the tokens of a window: the reconstruction loss (BESA, arXiv
+2402.16880, Eq. 1), each token's part times its size. A massive activation (Sun et al., arXiv 2402.17762) is one token
+of hundreds, which nearly all others attend to. Where all tokens count alike, steps that are large enough for the others
+can make it vanish, and no later block can mend that (`experiments/real_model`).
+
+Block-wise tuning of the kept weights is known from EBFT (Guo et al., arXiv 2402.12419). Here Adam works on fp32 copies,
+its step is a fraction of the weights' own size, and samples that are not learned from (the probe) choose that fraction,
+by trying, and between the states.
 
 On request the block's norms are tuned along with the weights, under the same loss, and chosen together with them.
 
@@ -38,7 +43,7 @@ from besa_exp.blocks.whole_model import KeepMasks, Weights, batches
 from besa_exp.machine import distributed
 from besa_exp.methods.descent import Best, adam_on_weights, falling, kept_size, take_step
 from besa_exp.rules import Count, Seed, Share, check_fields
-from besa_exp.tensors.losses import differentiate, gradients, token_loss
+from besa_exp.tensors.losses import differentiate, gradients, weighted_loss
 from besa_exp.tensors.masks import keep_largest
 
 logger = logging.getLogger(__name__)
@@ -144,8 +149,8 @@ def tune(
     first = begin(0.0).gradients(order[0], course)  # of the weights as they come: step sizes are tried with it too
     lr = tuning.lr or _first_step_size(begin, first, order[1:TRIED])
     state, shrunk = begin(lr), 1.0
-    before = state.probe_loss()
-    best = Best([state.optimizer], before)
+    best = Best([state.optimizer], state.probe_loss())
+    before = probe_loss(block, inputs, targets, state.masked)
     for number, samples in enumerate(order):
         found = state.gradients(samples, course) if number else first
         state.step(found, shrunk * tuning.scale(number, num_steps))
@@ -247,7 +252,7 @@ class _State:
         self._fill()
         outputs = self.block(inputs, self.masked)
         loss, upstream, multiple = differentiate(
-            lambda reached: token_loss(reached, targets), outputs, self.block.product_dtype
+            lambda reached: weighted_loss(reached, targets), outputs, self.block.product_dtype
         )
         course.add(loss, self.sparsity)
         summed = {}
@@ -275,7 +280,7 @@ class _State:
     def probe_loss(self) -> float:
         """The loss of the samples that are not learned from."""
         self._fill()
-        return probe_loss(self.block, self.inputs, self.targets, self.masked)
+        return probe_loss(self.block, self.inputs, self.targets, self.masked, weighted_loss)
 
     def tuned(self) -> dict[str, Tensor]:
         """A copy of the kept weights and the norms in the block's dtype."""

@@ -1,6 +1,6 @@
 """Block reconstruction of the whole pruned model: each window of blocks is to give the dense model's states again.
 
-    minimise  mean over windows u of  mean over tokens ||H_u - f_u(X_u)||^2 / ||H_u||^2,    X_u = f_{u-1}(X_{u-1})
+    minimise  mean over windows u of  sum_t ||H_ut - f_u(X_u)_t||^2 / ||H_ut||  /  sum_t ||H_ut||
 
 f_u is a window of the pruned model (one block, two, four, or a block's attention or MLP), X_u what the windows before
 make of the text, from which no gradient comes, and H_u the state of the dense model at the same place. So a window also
@@ -30,7 +30,7 @@ from besa_exp.recovery.objective import differentiated
 from besa_exp.recovery.tuner import Logits, Windows
 from besa_exp.rules import check_fields, one_of
 from besa_exp.tensors.keep_bits import KeepBits
-from besa_exp.tensors.losses import token_errors
+from besa_exp.tensors.losses import weighted_errors
 
 BLOCKS_OF = {"sub_block": 1, "block": 1, "pair": 2, "four": 4}
 
@@ -116,7 +116,7 @@ class Reconstruction:
                 reached = window.tuned(states)
                 with torch.no_grad():
                     targets = window.dense(expected)
-                yield token_errors(reached, targets), window.learning
+                yield weighted_errors(reached, targets), window.learning
             states, expected = reached.detach(), targets
 
 

@@ -45,6 +45,18 @@ def token_loss(outputs: Hidden, targets: Hidden) -> Float[Tensor, ""]:
     return distributed.all_sum(errors.sum()) / distributed.total(errors.numel())
 
 
+def weighted_errors(outputs: Hidden, targets: Hidden) -> Float[Tensor, "sample seq"]:
+    """token_errors, each times the token's size relative to the mean size of its window's tokens."""
+    size = targets.to(outputs.device).float().norm(dim=-1)
+    return token_errors(outputs, targets) * size / size.mean(dim=-1, keepdim=True).clamp(min=SMALLEST**0.5)
+
+
+def weighted_loss(outputs: Hidden, targets: Hidden) -> Float[Tensor, ""]:
+    """mean over samples of  sum_t ||Y_t - Yhat_t||^2 / ||Y_t|| / sum_t ||Y_t||."""
+    errors = weighted_errors(outputs, targets)
+    return distributed.all_sum(errors.sum()) / distributed.total(errors.numel())
+
+
 def channel_loss(outputs: Hidden, targets: Hidden) -> Float[Tensor, ""]:
     """sum(((Y - Yhat) / ||Y||_channel)^2) / hidden, the norm per channel over the tokens of all ranks: the mean
     relative squared error of the channels (BESA, Eq. 1, as the authors' code scales it)."""
