@@ -170,9 +170,9 @@ class Besa:
         effective: Callable[[], Rows],
         also: Sequence[tuple[Tensor, float]] = (),
     ) -> tuple[Float[Tensor, " cell"], float, tuple[Step, ...]]:
-        """The sparsities with the lowest probe loss that was seen, that loss where it began, and the course.
-        `effective` gives the rows with the weights that are masked, which may depend on `also`: tensors learned along
-        with the sparsities, each with its first step size. They are left at their best."""
+        """The sparsities with the lowest probe loss that was seen, the reconstruction loss where the search began, and
+        its course. `effective` gives the rows with the weights that are masked, which may depend on `also`: tensors
+        learned along with the sparsities, each with its first step size. They are left at their best."""
         block, inputs, targets, loss_of = task.block, task.inputs, task.targets, LOSSES[self.loss]
         sparsity, total = uniform(task, rows)
         room = Buffers.like(rows.weights)
@@ -191,15 +191,17 @@ class Besa:
             sparsity.copy_(project_to_budget(sparsity, rows.capacity, total))
 
         @torch.no_grad()
-        def judge() -> float:
+        def probed(loss: Loss) -> float:
             course.wait()
             now = effective()
-            return probe_loss(block, inputs, targets, room.fill(now, now.counts(sparsity, total)), loss_of)
+            return probe_loss(block, inputs, targets, room.fill(now, now.counts(sparsity, total)), loss)
 
         num_steps = self.epochs * math.ceil(learn / self.batch_size)
         order = batches(learn, self.batch_size, self.seed)
+        before = probed(token_loss) if loss_of is not token_loss else None  # what is reported
+        judge = partial(probed, loss_of)
         started = descend([(sparsity, self.lr), *also], order, num_steps, self.checks, gradient, project, judge)
-        return sparsity, started, tuple(course.steps)
+        return sparsity, started if before is None else before, tuple(course.steps)
 
 
 def total_of(task: Task, rows: Rows) -> int:

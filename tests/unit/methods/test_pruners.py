@@ -221,6 +221,12 @@ def test_with_n_of_8_besa_begins_at_uniform_wanda_and_never_ends_above_it_on_the
     assert all(report.loss_after <= report.loss_before for report, _ in results)
 
 
+def test_a_block_is_reported_in_the_reconstruction_loss_whichever_loss_besa_learns_from():
+    (first, _), *_ = prune_tiny(Besa(loss="channel"))[1]
+    (uniform, _), *_ = prune_tiny(Uniform())[1]
+    assert first.loss_before == uniform.loss_after
+
+
 def test_on_the_embedded_model_rows_that_choose_n_of_8_lose_less_than_4_of_8_everywhere():
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR).requires_grad_(False)
     input_ids = torch.randint(0, 1000, (17, 32), generator=torch.Generator().manual_seed(2))

@@ -26,6 +26,7 @@ from besa_exp.methods.updates.dsnot import Dsnot
 from besa_exp.methods.updates.obs import Obs
 from besa_exp.methods.updates.reconstruct import Reconstruct
 from besa_exp.methods.updates.updated import Updated
+from besa_exp.tensors.losses import token_errors
 from besa_exp.tensors.masks import Goal, keep_per_row
 from besa_exp.tensors.statistics import Hessian, InputMoments, InputNorm
 
@@ -76,6 +77,21 @@ def test_tuning_lowers_the_probe_loss_and_keeps_the_mask() -> None:
         assert torch.equal(tuned.keep_masks[name], mask)
         assert not weights[name][~mask].any()
         assert weights[name][mask].all()
+
+
+def test_a_massive_token_counts_as_its_size_in_what_is_learned_and_not_in_what_is_reported() -> None:
+    block, inputs, targets = first_block()
+    targets = targets.clone()
+    targets[:, 0] *= 100
+    masks = uniform_masks(block)
+    tuned, _weights, before = after_tuning(
+        block, inputs, targets, weights_of(block), masks, Tuning(1, batch_size=14, lr=0.01), lambda step: None
+    )
+    masked = {name: weight * masks[name] for name, weight in weights_of(block).items()}
+    errors, sizes = token_errors(block.outputs(inputs, 4, masked), targets).double(), targets.double().norm(dim=-1)
+    learned = (errors * sizes).sum(dim=-1) / sizes.sum(dim=-1)
+    assert tuned.steps[0].loss == pytest.approx(float(learned[:14].mean()), rel=1e-5)
+    assert before == pytest.approx(float(errors[14:].mean()), rel=1e-5)
 
 
 def test_a_step_size_that_ruins_the_block_leaves_it_as_it_began() -> None:

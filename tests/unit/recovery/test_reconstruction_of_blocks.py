@@ -66,7 +66,9 @@ def expected(model, dense, scope):
         for parameter in named.values():
             parameter.requires_grad_()
         found, target = states_of(model, TEXT)[number, end], targets[number, end]
-        error = ((found - target).square().sum(-1) / target.square().sum(-1)).mean() / len(ends)
+        sizes = target.norm(dim=-1)
+        of_windows = ((found - target).square().sum(-1) / sizes).sum(-1) / sizes.sum(-1)
+        error = of_windows.mean() / len(ends)
         gradients |= dict(zip(named, torch.autograd.grad(error, [*named.values()]), strict=True))
         losses.append(error.detach())
     return float(sum(losses)), gradients

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from besa_exp.tensors.losses import channel_loss, differentiate, token_loss
+from besa_exp.tensors.losses import channel_loss, differentiate, token_loss, weighted_loss
 
 
 def states(*shape, seed=0):
@@ -24,6 +24,29 @@ def test_the_channel_loss_is_the_papers_formula():
     assert float(channel_loss(outputs, targets)) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_the_weighted_loss_is_each_tokens_relative_error_times_its_size_window_by_window():
+    targets, outputs = states(3, 7, 5), states(3, 7, 5, seed=1)
+    targets[:, 2] *= 50
+    y, yhat = targets.double(), outputs.double()
+    windows = []
+    for n in range(3):
+        sizes = [y[n, t].norm() for t in range(7)]
+        windows.append(sum(((y[n, t] - yhat[n, t]) ** 2).sum() / sizes[t] for t in range(7)) / sum(sizes))
+    assert float(weighted_loss(outputs, targets)) == pytest.approx(float(sum(windows) / 3), rel=1e-5)
+
+
+def test_a_massive_token_that_vanishes_is_seen_by_the_weighted_loss_alone():
+    targets = states(2, 512, 8)
+    targets[:, 0] *= 100
+    outputs = targets.clone()
+    outputs[:, 0] = 0
+    assert float(token_loss(outputs, targets)) == pytest.approx(1 / 512)
+    assert 0.1 < float(weighted_loss(outputs, targets)) < 0.3
+    outputs[:, 1:] = 0  # and the others are not hidden by it
+    outputs[:, 0] = targets[:, 0]
+    assert 0.7 < float(weighted_loss(outputs, targets)) < 0.9
+
+
 def test_a_massive_token_hides_the_others_from_the_channel_loss_alone():
     targets = states(2, 16, 8)
     targets[:, 0] *= 1e3
@@ -39,7 +62,7 @@ def test_a_tokens_own_size_does_not_change_its_part_of_the_token_loss():
     assert float(token_loss(outputs * sizes, targets * sizes)) == pytest.approx(float(token_loss(outputs, targets)))
 
 
-@pytest.mark.parametrize("loss", [token_loss, channel_loss])
+@pytest.mark.parametrize("loss", [token_loss, weighted_loss, channel_loss])
 def test_a_token_or_channel_of_zeros_leaves_the_loss_finite(loss):
     targets = states(2, 6, 8)
     targets[0, 0], targets[..., 3] = 0, 0
