@@ -5,6 +5,7 @@ Every block is pruned on the outputs of the pruned blocks before it (the pruned 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -14,13 +15,15 @@ from besa_exp.blocks.activations import Allocate
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.blocks.contract import check_decided, untouched
 from besa_exp.blocks.observation import observe, squared_gradients
-from besa_exp.blocks.probe import finite_loss, own_probe
+from besa_exp.blocks.probe import MASSIVE, finite_loss, massive_tokens, own_probe
 from besa_exp.blocks.pruner import PrunedBlock, Pruner, Task
 from besa_exp.blocks.reports import BlockReport, LinearReport, Step
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
 from besa_exp.tensors.masks import Goal
 from besa_exp.tensors.statistics import is_finite
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -68,6 +71,7 @@ def prune_blocks(
     targets = room()
     dense_inputs = room().copy_(inputs) if traits.dense_targets else inputs
     observed = room() if traits.dense_targets else targets  # the block as it is, on the pruned prefix
+    warned = False
     for block in blocks:
         started = time.perf_counter()
         if traits.dense_targets:
@@ -82,6 +86,7 @@ def prune_blocks(
         if pruned:
             probe = (inputs, targets) if traits.blind else (own_probe(inputs), own_probe(targets))
             after = finite_loss(block, *probe)
+            warned = warned or _warned_of_lost_tokens(block, *probe)
             yield _report(block, pruned, after, time.perf_counter() - started), pruned
             del pruned  # before the next block is read
         if traits.dense_targets:
@@ -100,6 +105,18 @@ def _pruned(
     gradients = squared_gradients(block, inputs) if pruner.traits.gradients else {}
     with untouched(block):
         return pruner.prune_block(Task(block, inputs, targets, statistics, goal, on_step, gradients))
+
+
+def _warned_of_lost_tokens(block: Block, outputs: Hidden, targets: Hidden) -> bool:
+    massive, lost = massive_tokens(outputs, targets)
+    if lost:
+        logger.warning(
+            "%s: %d of %d massive tokens of the probe windows are lost. Their states are more than %d times as large "
+            "as the others', and most tokens attend to them: the model may be far worse than the reconstruction losses "
+            "say. Lower the sparsity, or keep this block dense with ignore",
+            block.name, lost, massive, MASSIVE,
+        )  # fmt: skip
+    return lost > 0
 
 
 def _report(block: Block, pruned: PrunedBlock, after: float, seconds: float) -> BlockReport:

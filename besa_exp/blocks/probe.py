@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
-from besa_exp.tensors.losses import Loss, token_loss
+from besa_exp.tensors.losses import Loss, token_errors, token_loss
+
+MASSIVE = 30  # the massive token of a real model (arXiv 2402.17762) is about a hundred times as large as the others
 
 
 def num_probe_samples(num_samples: int) -> int:
@@ -37,6 +40,16 @@ def probe_loss(
     """The loss of the probe samples with `weights` in place of the block's own. RunError: not finite."""
     probe = own_probe(inputs)
     return finite_loss(block, block.outputs(probe, max(1, len(probe)), weights), own_probe(targets), loss)
+
+
+def massive_tokens(outputs: Hidden, targets: Hidden) -> tuple[int, int]:
+    """How many of the targets are massive (MASSIVE times as large as the median of their window), and how many of these
+    the outputs have lost: less than half of their squared size is right. Over all ranks."""
+    sizes = targets.float().norm(dim=-1)
+    massive = sizes > MASSIVE * sizes.median(dim=-1, keepdim=True).values
+    lost = massive & (token_errors(outputs, targets) > 0.5)
+    counts = distributed.all_sum(torch.stack([massive.sum(), lost.sum()]).float()).tolist()
+    return int(counts[0]), int(counts[1])
 
 
 def finite_loss(block: Block, outputs: Hidden, targets: Hidden, loss: Loss = token_loss) -> float:

@@ -6,6 +6,7 @@ it. Every window begins with that token, so its state is massive in all blocks, 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -62,3 +63,24 @@ def test_the_token_is_massive_in_every_block():
 def test_a_search_on_the_channels_loss_harms_ordinary_tokens_and_the_default_does_not():
     assert harm(Besa(loss="channel")) > 1.1 * harm(Uniform())
     assert harm(Besa()) < 0.8 * harm(Uniform())
+
+
+def test_a_block_that_loses_the_token_is_named_once(caplog):
+    class Overwriting(Uniform):
+        """Uniform but for block 2, whose weights are replaced by large ones."""
+
+        def prune_block(self, task):
+            found = super().prune_block(task)
+            if task.block.index != 2:
+                return found
+            return replace(found, weights={name: weight * 300 for name, weight in task.weights.items()})
+
+    calibration, _ = windows()
+    for pruner, named in ((Uniform(), []), (Overwriting(), ["model.layers.2: 2 of 2 massive tokens"])):
+        model = model_with_a_massive_token()
+        blocks = capture_blocks(model, calibration)
+        caplog.clear()
+        list(prune_blocks(blocks, embed(model, blocks, calibration, 8), pruner, Goal(0.5), 8))
+        said = [record.getMessage() for record in caplog.records if "massive" in record.getMessage()]
+        assert len(said) == len(named)
+        assert all(start in message for start, message in zip(named, said, strict=True))
