@@ -12,6 +12,7 @@ E = Y - Yhat is the error, Y the dense block's output (token t, channel c), rms(
     later_channel:  channel, the authors', without the first token of each window
     huber:          mean_tc of h(E_tc / rms(Y_t)) / delta^2,  h quadratic up to delta = 0.1, then linear
     huber_wide:     the same with delta = 1
+    weighted:       sum_t ||E_t||^2 / ||Y_t||  /  sum_t ||Y_t||, what weights are tuned under
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch.nn.functional import huber_loss
 import besa_exp
 from besa_exp.evaluation.perplexity import perplexity
 from besa_exp.methods.pruners.besa import Besa
-from besa_exp.tensors.losses import LOSSES, SMALLEST, Hidden, Loss, channel_loss, token_loss
+from besa_exp.tensors.losses import LOSSES, SMALLEST, Hidden, Loss, channel_loss, token_loss, weighted_loss
 
 RESULTS = Path(__file__).with_name("losses.json")
 MODEL, TOKENS = "outputs/models/smollm2-135m-instruct", Path("outputs/real_model/tokens")
@@ -71,6 +72,7 @@ TRIED: dict[str, Loss] = {
     "later_channel": later(channel_loss),
     "huber": huber(0.1),
     "huber_wide": huber(1.0),
+    "weighted": weighted_loss,
 }
 
 
