@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from besa_exp.cli.text_keys import list_keys, text_keys
 from besa_exp.errors import ConfigurationError, did_you_mean, quoted, what_needs_quotes
-from besa_exp.presets import CONF_DIR, METHOD_GROUPS
+from besa_exp.presets import CONF_DIR, METHOD_GROUPS, groups
 
 
 @dataclass
@@ -65,6 +65,7 @@ class Composer:
                 self.problems[line] = self._unparsed(line, error)
         self.problems.update(filter(None, map(self._unknown_preset, overrides)))
         self.problems.update(filter(None, map(_another_class, overrides)))
+        self.problems.update(filter(None, map(_chosen_again, overrides)))
         return [override for override in overrides if override.key_or_group.split(".")[0] not in self.problems]
 
     def spread(self, overrides: Sequence[Override], params: Sequence[str]) -> list[list[str]]:
@@ -134,8 +135,8 @@ class Composer:
             )
         if equals:
             return f"{line}: cannot be read ({str(error).splitlines()[0].rstrip('.')}); arguments are written key=value"
-        groups = GlobalHydra.instance().config_loader().list_groups("")
-        meant = [f"{group}={line}" for group in groups if group != "hydra" and line in self.presets(group)]
+        there = GlobalHydra.instance().config_loader().list_groups("")
+        meant = [f"{group}={line}" for group in there if group != "hydra" and line in self.presets(group)]
         return f"{line}: arguments are written key=value" + (f" (did you mean {' or '.join(meant)}?)" if meant else "")
 
     def _unknown_preset(self, override: Override) -> tuple[str, str] | None:
@@ -168,6 +169,14 @@ def _another_class(override: Override) -> tuple[str, str] | None:
         return None
     rule = "a preset names its class; write a preset of your own with this _target_, see docs/extending.md"
     return override.key_or_group, f"{override.input_line}: {rule}"
+
+
+def _chosen_again(override: Override) -> tuple[str, str] | None:
+    """The problem of a + before one of our groups: each has its place already, though it may be empty."""
+    line, group = str(override.input_line), override.key_or_group
+    if not line.startswith("+") or group not in groups():
+        return None
+    return group, f"{line}: a preset is chosen without +: {line.lstrip('+')}"
 
 
 def told_sweep(override: Override, rule: str) -> str:

@@ -68,12 +68,15 @@ class Reader:
         except (NameError, TypeError) as error:
             return self.refuse(key, f"{key}._target_={node['_target_']}: its fields' types cannot be read ({error})")
         values: dict[str, Any] = dict(given or {})
+        named = [
+            field.name for field in fields(cls) if field.name in (*known, *METHOD_GROUPS)
+        ]  # read, or left out here
         for name, value in node.items():
             if name == "_target_":
                 continue
             path = f"{key}.{name}" if key else str(name)
             if name not in known:
-                self.refuse(path, f"{path}: no such key{did_you_mean(str(name), known)}; keys: {', '.join(known)}")
+                self.refuse(path, f"{path}: no such key{did_you_mean(str(name), named)}; keys: {', '.join(named)}")
             elif isinstance(value, str) and not value.strip() and path not in MAY_BE_EMPTY:
                 values[name] = self.refuse(path, f"{path}={value}: is empty; give a text, or leave the key out")
             else:

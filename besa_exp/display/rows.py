@@ -23,6 +23,11 @@ def scored(results: Mapping[str, Any]) -> dict[str, Score]:
     return {score.label: score for score in sorted(found, key=lambda score: (score.kind, score.name, score.metric))}
 
 
+def short_label(score: Score, short: Mapping[str, str]) -> str:
+    """The label with a set's name as `set_names` has it."""
+    return f"perplexity {short[score.name]}{score.under}" if score.kind == "perplexity" else score.label
+
+
 def stage_lines(results: Mapping[str, Any]) -> dict[str, str]:
     """{what: how} of the stages beside the block loop that the run had; {} where it had none."""
     lines = {}

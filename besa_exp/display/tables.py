@@ -17,7 +17,7 @@ from rich.text import Text
 
 from besa_exp import __version__
 from besa_exp.blocks.sparsity_table import block_counts, short_names, type_counts
-from besa_exp.display.rows import cost_table, scored, speed_table, stage_lines, text_table
+from besa_exp.display.rows import cost_table, scored, short_label, speed_table, stage_lines, text_table
 from besa_exp.display.terminal import colour_of_loss
 from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.score import Score, Scores, partly_scored, set_names, skipped_parts
@@ -192,12 +192,11 @@ def _score_table(results: Mapping[str, Any], style: box.Box) -> Table:
     for label in dict.fromkeys([*after, *before]):
         pruned, dense = after.get(label), before.get(label)
         score = pruned or before[label]
-        name = f"perplexity {short[score.name]}{score.under}" if score.kind == "perplexity" else label
         cells: list[str | Text] = [pruned.shown if pruned else "n/a"]
         if before:
             cells = [dense.shown if dense else "n/a", *cells, _difference(dense, pruned)]
         cells += [counted.get(label, "")] if counted else []
-        table.add_row(Text(f"{name} {'↑' if score.rises else '↓'}"), *cells)
+        table.add_row(Text(f"{short_label(score, short)} {'↑' if score.rises else '↓'}"), *cells)
     return table
 
 

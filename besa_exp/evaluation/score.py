@@ -13,6 +13,13 @@ from typing import Any, Literal
 
 COMMON = "tasks"  # in the record of zero-shot scores; fields next to this key are defaults for all tasks
 PARTS = ("simulated_speed", "speed", "cost", "texts")  # what stands as it is in results.json, where it is there
+FALLING = (
+    "perplexity",
+    "word_perplexity",
+    "byte_perplexity",
+    "bits_per_byte",
+    "mse",
+)  # metrics, where no record says so
 Kind = Literal["perplexity", "zero_shot"]
 
 
@@ -58,8 +65,8 @@ class Score:
     @property
     def rises(self) -> bool:
         """Whether more is better: never of a perplexity, of a task's metric as lm-eval has it."""
-        known = self.conditions.get("higher_is_better") or {}
-        return self.kind != "perplexity" and known.get(self.metric.partition(",")[0], True) is not False
+        known, name = self.conditions.get("higher_is_better") or {}, self.metric.partition(",")[0]
+        return self.kind != "perplexity" and known.get(name, name not in FALLING) is not False
 
     @property
     def shown(self) -> str:

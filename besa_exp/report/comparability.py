@@ -1,8 +1,9 @@
 """Which scores may stand side by side: those measured on the same tokens or tasks, after the same calibration.
 
-A score's facets are {what: which}: weights and dtype of the model, source and size of the calibration set, evaluation
-tokens and window, or task version, shots, questions, context and data. Scores of one model and measure with equal
-facets are comparable. The most frequent facets are the reference; every other group stands apart with what differs.
+A score's facets are {what: which}: weights, their files and dtype of the model, source and size of the calibration set,
+evaluation tokens and window, or task version, shots, questions, context and data. Scores of one model and measure with
+equal facets are comparable. The most frequent facets are the reference; every other group stands apart with what
+differs.
 
 Calibration tokens are drawn by the seed, so runs of different seeds have different tokens and are compared
 nevertheless (that is the spread over seeds); two runs of one seed whose tokens differ are not.
@@ -45,7 +46,7 @@ class _Candidate:
 
 def entries(runs: Sequence[RunRecord]) -> list[Entry]:
     """Every score of every finished run, and the mean reconstruction loss of its blocks, judged."""
-    calibrations = _calibrations(runs)
+    calibrations, models = _calibrations(runs), _model_facets(runs)
     groups: dict[tuple[str, Measure], list[_Candidate]] = {}
     for number, run in enumerate(runs):
         if run.status != "done":
@@ -56,7 +57,7 @@ def entries(runs: Sequence[RunRecord]) -> list[Entry]:
             *((s, True) for s in run.dense_scores),
         ]:
             free = data_free or of_dense
-            facets = _model_facets(run) | dict(score.facets) | ({} if free else calibrations[number])
+            facets = models[number] | dict(score.facets) | ({} if free else calibrations[number])
             candidate = _Candidate(Entry(number, score.measure, score.value, of_dense), tuple(facets.items()), free)
             groups.setdefault((run.model, score.measure), []).append(candidate)
     return [entry for group in groups.values() for entry in _judged(_once_a_seed(group, runs))]
@@ -128,14 +129,25 @@ def _once_a_seed(group: Sequence[_Candidate], runs: Sequence[RunRecord]) -> list
     return kept
 
 
-def _model_facets(run: RunRecord) -> dict[str, str]:
-    model = run.config.get("model")
-    chosen = model if isinstance(model, Mapping) else {}
-    return {
-        "weights in the blocks": f"{run.weights:,}",
-        "model revision": str(chosen.get("revision") or "the newest"),
-        "dtype": str(chosen.get("dtype", "unknown")),
-    }
+def _model_facets(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
+    """For each run which model it is of; the files of its weights are named where runs of one name do not agree about
+    them, as checkpoint-1000 of two trainings does not."""
+    files: dict[str, Counter] = {}
+    for run in runs:
+        files.setdefault(run.model, Counter()).update([run.weights_read] if run.weights_read else [])
+    found = []
+    for run in runs:
+        model = run.config.get("model")
+        chosen = model if isinstance(model, Mapping) else {}
+        facets = {
+            "weights in the blocks": f"{run.weights:,}",
+            "model revision": str(chosen.get("revision") or "the newest"),
+            "dtype": str(chosen.get("dtype", "unknown")),
+        }
+        if len(counts := files[run.model]) > 1:
+            facets["weights' files"] = run.weights_read or counts.most_common(1)[0][0]
+        found.append(facets)
+    return found
 
 
 def _calibrations(runs: Sequence[RunRecord]) -> list[dict[str, str]]:

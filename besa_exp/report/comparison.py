@@ -16,7 +16,6 @@ from besa_exp.report.methods import Method
 from besa_exp.report.runs import Measure, RunRecord
 from besa_exp.report.summaries import DENSE, Cell, cells, measure_rank
 
-LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "mse")  # of lm-eval's metrics
 COSTS = ("parameters_left", "flops_per_token", "cache_bytes_per_token", "decode_tokens_per_second")  # at batch 1
 BY = ("score", "method", "target", "measured", "time")  # what rows can be sorted by, besides a measure's label
 
@@ -47,24 +46,21 @@ class Comparison:
     rows: tuple[Row, ...]
 
     def place(self, row: Row, measure: Measure) -> int:
-        """0 for the best score at the row's target, 1 for the second, ...; -1 where there is nothing to rank."""
-        rivals = [r for r in self.rows if r.target == row.target and measure in r.scores and not r.apart]
-        if row.apart or measure not in row.scores or len(rivals) < 2:
+        """0 for the best score at the row's target, 1 for the second, ...; -1 where there is nothing to rank, as where
+        the target was missed: fewer zeros are no better method."""
+        fair = [r for r in self.rows if measure in r.scores and not (r.apart or r.missed)]
+        rivals = [r for r in fair if r.target == row.target]
+        if row not in rivals or len(rivals) < 2:
             return -1
-        sign = 1 if lower_is_better(measure) else -1
+        sign = 1 if measure.lower else -1
         own = sign * row.scores[measure].mean
         return sum(sign * rival.scores[measure].mean < own for rival in rivals)
-
-
-def lower_is_better(measure: Measure) -> bool:
-    """Of losses and perplexities; accuracies rise."""
-    return measure.kind != "zero_shot" or measure.metric.partition(",")[0] in LOWER_IS_BETTER
 
 
 def lost(measure: Measure, value: float, dense: float) -> float:
     """What was lost against the dense model: relative (0.24 is 24 % more perplexity), of an accuracy in itself."""
     if measure.kind == "zero_shot":
-        return value - dense if lower_is_better(measure) else dense - value
+        return value - dense if measure.lower else dense - value
     return value / dense - 1 if dense else 0.0
 
 
@@ -115,7 +111,7 @@ def _sorted(rows: Sequence[Row], measures: Sequence[Measure], by: str) -> list[R
         cell = row.scores.get(measure) if measure else None
         if cell is None or measure is None:
             return True, 0.0
-        return False, cell.mean if lower_is_better(measure) else -cell.mean
+        return False, cell.mean if measure.lower else -cell.mean
 
     keys = {
         "method": lambda row: (row.method.order, row.target),

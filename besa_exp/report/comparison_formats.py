@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from besa_exp.display.terminal import colour_of_loss
-from besa_exp.report.comparison import COSTS, Comparison, Row, lost, lower_is_better
+from besa_exp.report.comparison import COSTS, Comparison, Row, lost
 from besa_exp.report.runs import Measure
 from besa_exp.report.summaries import Cell
 
@@ -64,7 +64,7 @@ def _table(comparison: Comparison, measures: Sequence[Measure], timed: bool, cos
     for head in costs.values():
         table.add_column(head, justify="right", no_wrap=True)
     for measure in measures:
-        head = Text(f"{measure.label} {'↓' if lower_is_better(measure) else '↑'}")  # text: a name may hold brackets
+        head = Text(f"{measure.label} {'↓' if measure.lower else '↑'}")  # text: a name may hold brackets
         table.add_column(head, justify="right", no_wrap=True)
         if measure in comparison.dense:
             table.add_column("vs dense", justify="right", no_wrap=True)
@@ -169,7 +169,7 @@ def latex(comparisons: Sequence[Comparison]) -> str:
 
 def _tabular(comparison: Comparison) -> list[str]:
     measures, rows = comparison.measures, [row for row in comparison.rows if not row.apart]
-    arrows = ["$\\downarrow$" if lower_is_better(m) else "$\\uparrow$" for m in measures]
+    arrows = ["$\\downarrow$" if m.lower else "$\\uparrow$" for m in measures]
     heads = [f"{_escaped(m.label)} {arrow}" for m, arrow in zip(measures, arrows, strict=True)]
     lines = [f"% {comparison.model}".replace("\n", " "), f"\\begin{{tabular}}{{lrr{'r' * len(measures)}}}", "\\toprule"]
     lines += [" & ".join(["Method", "Target", "Zeros", *heads]) + r" \\", "\\midrule"]

@@ -15,8 +15,10 @@ import yaml
 
 from besa_exp.blocks.reports import BlockReport
 from besa_exp.errors import ConfigurationError
+from besa_exp.evaluation.score import Score, Scores, set_names
 from besa_exp.presets import METHOD_GROUPS, presets
 from besa_exp.report.folders import find_runs
+from besa_exp.report.methods import method_of
 from besa_exp.run_folder.folder import metric_lines
 from besa_exp.run_folder.status import seen_status
 
@@ -73,11 +75,13 @@ class LoadedRun:
 
         return load_masks(file)
 
-    def row(self) -> dict[str, Any]:
-        """The run as one row: what was asked, what came out, each score, and what it took."""
+    def row(self, names: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """The run as one row: what was asked, what came out, each score, and what it took. `names`: what each
+        perplexity set is called; by default without folders, as far as that tells it from the run's others."""
         results, config = self.results, self.config
+        names = set_names(_all_scores(self)) if names is None else names
         method = str(results.get("pruner") or config.get("method") or "unknown")
-        parts = method.split("+")
+        parts, pattern = method.split("+"), results.get("pattern") or config.get("pattern")
         by_group = {group: next((part for part in parts if part in presets(group)), None) for group in METHOD_GROUPS}
         by_group |= {group: results[group] for group in ("budget", "update") if group in results}
         by_group["pruner"] = by_group["pruner"] or method
@@ -86,16 +90,19 @@ class LoadedRun:
             "model_name": results.get("model_name"),
             "model": results.get("model") or (model.get("path") if isinstance(model, Mapping) else None),
             "method": method,
+            "variant": method_of(
+                method, config, str(pattern or "unstructured"), str(results.get("command") or "")
+            ).variant,
             **{group: by_group[group] for group in ("pruner", "update", "budget", "structure", "recovery")},
             "ignore": ", ".join(results.get("ignore") or config.get("ignore") or ()),
-            "pattern": results.get("pattern") or config.get("pattern"),
+            "pattern": pattern,
             "target_sparsity": results.get("target_sparsity", config.get("sparsity")),
             "measured_sparsity": results.get("measured_sparsity"),
             "seed": results.get("seed", config.get("seed")),
             **_cost(results.get("cost") or {}),
             **_stages(results),
-            **_scores(results, ""),
-            **_scores(results.get("dense") or {}, "dense "),
+            **_scores(results, "", names),
+            **_scores(results.get("dense") or {}, "dense ", names),
             **{f"{stage}_seconds": value for stage, value in (results.get("seconds") or {}).items()},
             **{f"peak_{place}_bytes": value for place, value in (results.get("peak_memory_bytes") or {}).items()},
             "started": results.get("started"),
@@ -125,8 +132,10 @@ class LoadedRuns(Sequence[LoadedRun]):
         return iter(self.runs)
 
     def to_pandas(self) -> Any:
-        """A DataFrame with a row for each run and a column for each key of `LoadedRun.row`; what a run lacks is NaN."""
-        return _pandas().DataFrame([run.row() for run in self.runs])
+        """A DataFrame with a row for each run and a column for each key of `LoadedRun.row`; what a run lacks is NaN.
+        Files of one name in two folders are two sets, also of different runs."""
+        names = set_names(score for run in self.runs for score in _all_scores(run))
+        return _pandas().DataFrame([run.row(names) for run in self.runs])
 
 
 def load_run(folder: str | Path) -> LoadedRun:
@@ -200,9 +209,13 @@ def _stages(results: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _scores(results: Mapping[str, Any], prefix: str) -> dict[str, float]:
+def _all_scores(run: LoadedRun) -> list[Score]:
+    return [score for of in (run.results, run.results.get("dense") or {}) for score in Scores.from_dict(of).scores]
+
+
+def _scores(results: Mapping[str, Any], prefix: str, names: Mapping[str, str]) -> dict[str, float]:
     perplexities = (results.get("perplexity") or {}).items()
-    found = {f"{prefix}perplexity {Path(name).name}": value for name, value in perplexities}
+    found = {f"{prefix}perplexity {names[name]}": value for name, value in perplexities}
     for task, metrics in (results.get("zero_shot") or {}).items():
         found |= {f"{prefix}{task} {key.removesuffix(',none')}": value for key, value in metrics.items()}
     return found

@@ -17,7 +17,7 @@ from typing import Any
 
 from besa_exp import __version__
 from besa_exp.report.comparability import RECONSTRUCTION
-from besa_exp.report.comparison import lower_is_better, main_measures
+from besa_exp.report.comparison import main_measures
 from besa_exp.report.curves import Curve, row_quantiles
 from besa_exp.report.depth import allocation
 from besa_exp.report.methods import Method, Style
@@ -77,9 +77,7 @@ def page_data(report: Report) -> dict[str, Any]:
         "places": list(report.places),
         "models": sorted({run.model for run in done}),
         "methods": _methods(methods, report.looks),
-        "measures": [
-            {"kind": m.kind, "label": m.label, "lower": lower_is_better(m), "main": m in main} for m in measures
-        ],
+        "measures": [{"kind": m.kind, "label": m.label, "lower": m.lower, "main": m in main} for m in measures],
         "targets": sorted({_target(run) for run in done if run.method != DENSE}),
         "cells": [_cell(cell, runs, methods, measures) for cell in found],
         "depth": [asdict(error) | {"method": methods.index(error.method)} for error in errors],

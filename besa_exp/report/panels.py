@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from besa_exp.report.comparison import Comparison, lost, lower_is_better
+from besa_exp.report.comparison import Comparison, lost
 from besa_exp.report.curves import Curve
 from besa_exp.report.depth import Allocation, ErrorAlongDepth, allocation
 from besa_exp.report.methods import Method, Style
@@ -94,7 +94,7 @@ def _line_panel(own: Sequence[Cell], known: Looks) -> Panel:
 def _dot_panel(own: Sequence[Cell], known: Looks) -> Panel:
     """Methods down, the best on top; each run a faint dot, the mean with its deviation; dense a line."""
     measure = own[0].measure
-    sign = 1 if lower_is_better(measure) else -1
+    sign = 1 if measure.lower else -1
     cells = sorted((cell for cell in own if cell.method != DENSE), key=lambda cell: sign * cell.mean)
     dense = next((cell for cell in own if cell.method == DENSE), None)
 
@@ -166,7 +166,7 @@ def pareto_panels(comparisons: Sequence[Comparison], known: Looks) -> list[Panel
     """Pruning time against the first score; a line joins the methods that none is both faster and better than."""
 
     def panel(model: str, measure: Measure, target: float, found: Sequence[tuple]) -> Panel:
-        sign = 1 if lower_is_better(measure) else -1
+        sign = 1 if measure.lower else -1
 
         def on(axes: Any, _: Any) -> None:
             for method, _lost, score, seconds in found:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from besa_exp.evaluation.score import Score, Scores, asked_of
 from besa_exp.machine import atomic
 from besa_exp.report.methods import Method, method_of
 from besa_exp.run_folder.folder import read_results
+from besa_exp.run_folder.inputs import weights_read
 from besa_exp.run_folder.lookup import read_config
 from besa_exp.run_folder.status import KILLED, read_status, seen_status
 
@@ -33,11 +34,13 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivi
 
 @dataclass(frozen=True)
 class Measure:
-    """What a score is of: `kind` is perplexity or zero_shot, `name` the set or task, `metric` lm-eval's own."""
+    """What a score is of: `kind` is perplexity or zero_shot, `name` the set or task, `metric` lm-eval's own; `lower`:
+    less is better."""
 
     kind: str
     name: str
     metric: str = ""
+    lower: bool = field(default=True, compare=False)
 
     @property
     def label(self) -> str:
@@ -67,6 +70,7 @@ class RunRecord:
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
     model: str
+    weights_read: str  # see run_folder.inputs; "" where it is not known
     method: Method
     pattern: str
     seed: int | None
@@ -156,6 +160,7 @@ def _run(path: Path, status: Mapping[str, Any], config: Mapping[str, Any], resul
     of_config = model if isinstance(model, Mapping) else {}
     given = results.get("model_name") or results.get("model") or of_config.get("name") or of_config.get("path")
     sizes = results.get("parameters")
+    tuned = config.get("checkpoint") is not None and "pruner" in results  # its model is the one that was pruned
     pruned = [block for block in results.get("blocks") or () if "reconstruction_loss" in block]  # not scored alone
     return RunRecord(
         folder=str(path),
@@ -166,6 +171,7 @@ def _run(path: Path, status: Mapping[str, Any], config: Mapping[str, Any], resul
         config=config,
         environment=results.get("environment") or _environment(path),
         model=str(given or "unknown").rstrip("/").rpartition("/")[2],
+        weights_read="" if tuned else weights_read(path, "model.path" if "pruner" in results else CHECKPOINT),
         method=method_of(str(name), config, pattern, str(status.get("command") or "")),
         pattern=pattern,
         seed=results.get("seed", config.get("seed")),
@@ -209,7 +215,9 @@ def _records(scores: Scores) -> Iterator[ScoreRecord]:
         if score.value is None:
             continue
         metric = score.metric.removesuffix(",none")
-        record = ScoreRecord(Measure(score.kind, score.name, metric), score.value, _facets(scores, score))
+        record = ScoreRecord(
+            Measure(score.kind, score.name, metric, not score.rises), score.value, _facets(scores, score)
+        )
         yield record
         there = score.conditions.get("questions")
         whole = scores.common.get("limit") is None if there is None else score.n == there
@@ -243,5 +251,5 @@ def _mean(scores: Sequence[ScoreRecord], metric: str) -> ScoreRecord:
     """The mean over tasks; comparable only with the mean over the same tasks, measured alike."""
     facets = {f"{score.measure.name}, {what}": which for score in scores for what, which in score.facets.items()}
     facets["tasks"] = ", ".join(sorted(score.measure.name for score in scores))
-    measure = Measure("zero_shot", f"mean of {len(scores)} tasks", metric)
+    measure = Measure("zero_shot", f"mean of {len(scores)} tasks", metric, scores[0].measure.lower)
     return ScoreRecord(measure, sum(score.value for score in scores) / len(scores), facets)

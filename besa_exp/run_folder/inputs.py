@@ -2,15 +2,16 @@
 
 `inputs.json` of the run folder holds for each key that names a place (`model.path`, `calibration.path`, a perplexity
 set, a task of the mirror, a method that is not the package's own) size, time of change and a hash of its files, as they
-were when the run began. Sizes and times are compared first; a file that is small, or whose time alone has changed, by
-its hash. Folders from before this file was written have none, and are taken as they are. No torch here.
+were when the run began; and for `checkpoint` those of the model that the run's scores are of. Sizes and times are
+compared first; a file that is small, or whose time alone has changed, by its hash. Folders from before this file was
+written have none, and are taken as they are. No torch here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache, partial
@@ -22,6 +23,7 @@ from besa_exp.evaluation.task_definitions import needed
 from besa_exp.machine import atomic
 from besa_exp.presets import METHOD_GROUPS
 from besa_exp.run_folder.identity import method_described
+from besa_exp.run_folder.lookup import run_and_model
 from besa_exp.run_folder.status import is_done
 from besa_exp.settings import EvaluationSettings, EvaluatorSettings, ModelSettings, RunSettings
 from besa_exp.texts.embedded.text import MODEL_DIR
@@ -51,11 +53,15 @@ def inputs_of(settings: RunSettings | EvaluationSettings) -> list[Input]:
         found += _given("recovery.path", _tuned_on(settings.recovery))
     else:
         reads = settings.skipping is not None and settings.skipping.is_calibrated
-        found = [Input("checkpoint", f"checkpoint={settings.checkpoint}", _model_files(settings.model))]
+        found = [_checkpoint(settings.checkpoint, settings.model)]
     if reads and settings.calibration:
         found += _given("calibration.path", settings.calibration.path)
     found += {one.key: one for one in _scored(settings.evaluator)}.values()  # tasks may share a part
     return [one for one in found if one.files]
+
+
+def _checkpoint(said: str, model: ModelSettings) -> Input:
+    return Input("checkpoint", f"checkpoint={said}", _model_files(model))
 
 
 def _given(key: str, path: str | None) -> list[Input]:
@@ -86,15 +92,33 @@ def _tuned_on(recovery: Any) -> str | None:
 
 def fingerprint(settings: RunSettings | EvaluationSettings) -> dict[str, Any]:
     """{key: {name: {size, modified, sha256}}} of the inputs as they are now."""
+    return _fingerprints(inputs_of(settings))
+
+
+def fingerprint_of_run(folder: Path) -> dict[str, Any]:
+    """The same of the model that `checkpoint=FOLDER` means, so that a run's scores are never taken for those of a model
+    that was tuned, or put, in its place; {} where the run kept none."""
+    model = ModelSettings(folder.name, run_and_model(str(folder))[1])
+    return _fingerprints([found] if (found := _checkpoint(str(folder), model)).files else [])
+
+
+def _fingerprints(found: Iterable[Input]) -> dict[str, Any]:
     return {
-        one.key: {name: _stamp(file) | {"sha256": _sha256(file)} for name, file in one.files.items()}
-        for one in inputs_of(settings)
+        one.key: {name: _stamp(file) | {"sha256": _sha256(file)} for name, file in one.files.items()} for one in found
     }
 
 
 def write_inputs(folder: Path, found: Mapping[str, Any]) -> None:
     """Sets these keys of inputs.json; others stay."""
     atomic.write_text(folder / NAME, json.dumps(_recorded(folder) | dict(found), indent=1, sort_keys=True) + "\n")
+
+
+def weights_read(folder: Path, key: str) -> str:
+    """The first letters of a hash of the weights that `key`, model.path or checkpoint, meant: two models of one name
+    are told apart wherever they lie. "" where that is not known, as of the hub's."""
+    files = _recorded(folder).get(key) or {}
+    hashes = sorted(stamp["sha256"] for name, stamp in files.items() if name.endswith(WEIGHTS[:2]))
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:12] if hashes else ""
 
 
 def check_run_inputs(folder: Path, settings: RunSettings) -> list[str]:
@@ -112,7 +136,13 @@ def check_run_inputs(folder: Path, settings: RunSettings) -> list[str]:
 
 
 def check_scored_inputs(folder: Path, settings: EvaluationSettings) -> list[str]:
-    """A problem where scores that the folder holds are of other texts, questions or weights than there are now."""
+    """A problem where scores that the folder holds are of other texts, questions or weights than there are now. A
+    run's are of its own model and no other, whatever may be overwritten."""
+    run, one = run_and_model(settings.checkpoint)[0], _checkpoint(settings.checkpoint, settings.model)
+    before = _recorded(folder).get(one.key) if run and run.resolve() == folder.resolve() else None
+    if before and (changes := _changes(before, one.files)):
+        rule = "put it back, or name another folder with hydra.run.dir=; overwrite=true does not mix two models"
+        return [f"{folder} holds scores of another model: {one.said} has changed ({_told(changes)}); {rule}"]
     matters = partial(_matters, folder)
     return [] if settings.overwrite else _changed(folder, settings, matters, "scores", "score it again")
 

@@ -32,6 +32,7 @@ from besa_exp.machine import atomic, distributed
 from besa_exp.machine.disk import ONE_FILE
 from besa_exp.machine.environment import environment
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
+from besa_exp.run_folder.inputs import fingerprint_of_run, write_inputs
 from besa_exp.run_folder.status import own_command
 from besa_exp.runs.cpu_units import as_stored, in_a_fast_dtype
 from besa_exp.runs.results import attempt_of, results_of
@@ -243,10 +244,13 @@ def card(run: Run, source: Path, results: Mapping[str, Any], base: str | None = 
 
 
 def written(run: Run, source: Path, results: Mapping[str, Any], base: str | None = None) -> dict[str, Any]:
-    """results.json with times and memory, the model card (see `card`) with the scores, and the tables."""
+    """results.json with times and memory, which model its scores are of, the model card (see `card`) with the scores,
+    and the tables."""
     spent = {"seconds": run.spent.seconds(), "peak_memory_bytes": run.spent.peak_memory()}
     complete = {**results, **spent, **attempt_of(run.folder.path)}
     run.folder.write_results(complete)
+    if distributed.is_first():
+        write_inputs(run.folder.path, fingerprint_of_run(run.folder.path))
     if run.settings.keeps_model and distributed.is_first():
         write_card(run.folder.model, card(run, source, complete, base))
     run.console.summary(complete, run.folder.path)

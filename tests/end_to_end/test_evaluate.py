@@ -137,7 +137,27 @@ def test_scores_do_not_join_the_results_of_another_model(run: Path, ask: Ask, mo
     sets = f"evaluator.perplexity_sets=[{token_file(tmp_path / 'second.safetensors')}]"
     code, said = ask("checkpoint=run", sets)
     assert code == 2
+    assert "run holds scores of another model: checkpoint=run has changed (model.safetensors: " in said
+    assert "name another folder with hydra.run.dir=" in said
+    (run / "inputs.json").unlink()  # as where it was written by an earlier version
+    code, said = ask("checkpoint=run", sets)
+    assert code == 2
     assert "it is not the model that the run made" in said
+
+
+@pytest.mark.parametrize("asked", [[], ["overwrite=true"]])
+def test_a_runs_scores_are_not_shown_for_a_model_tuned_in_its_place(
+    run: Path, ask: Ask, tmp_path: Path, asked: list[str]
+) -> None:
+    saved = run / "model" / "model.safetensors"
+    save_file({name: 1.5 * weight for name, weight in load_file(saved).items()}, saved, {"format": "pt"})
+    given = ["checkpoint=run", f"evaluator.perplexity_sets=[{tmp_path / 'first.safetensors'}]", *asked]
+    code, said = ask(*given)
+    assert code == 2  # the zeros are the same, the weights are not
+    assert "run holds scores of another model: checkpoint=run has changed (model.safetensors: " in said
+    assert ask(*given, "hydra.run.dir=tuned")[0] == 0
+    (then,), (now,) = (results_in(folder)["perplexity"].values() for folder in (run, Path("tuned")))
+    assert then != now
 
 
 def test_any_folder_is_scored_into_results_of_its_own_that_later_scores_join(

@@ -39,7 +39,7 @@ function showResults() {
     const across = several ? unique(pruned.map((cell) => cell.target)).sort((a, b) => a - b) : unique(own.map((cell) => cell.measure)).sort((a, b) => a - b);
     const at = (method, column) => own.find((cell) => cell.method === method && (several ? isDense(method) || cell.target === column : cell.measure === column));
     const best = across.map((column) => {
-      const rivals = pruned.filter((cell) => (several ? cell.target : cell.measure) === column);
+      const rivals = pruned.filter((cell) => !cell.missed && (several ? cell.target : cell.measure) === column);
       const { lower } = data.measures[several ? Number(byId("score").value) : column];
       return rivals.length > 1 ? (lower ? Math.min : Math.max)(...rivals.map((cell) => cell.mean)) : null;
     });
@@ -48,7 +48,7 @@ function showResults() {
       of: (method) => {
         const cell = at(method, column);
         if (!cell) return "";
-        const value = cell.mean === best[number] ? element("strong", {}, cell.text) : cell.text;
+        const value = cell.mean === best[number] && !cell.missed ? element("strong", {}, cell.text) : cell.text;
         return stacked(value, [cell.missed ? `at ${percent(cell.measured, 1)}` : "", lossText(cell)].filter(Boolean).join(", "));
       },
     }))];

@@ -107,6 +107,8 @@ CASES = {
     ("calibration.num_samples=1e30",): "calibration.num_samples=1e+30: must be at most 2^63 - 1",
     ("model.revision=v2",): "model.revision=v2: model.path=embedded is local; only a model of the hub has revisions",
     ("recovery=null",): "no such preset; none is chosen where recovery is left out, or taken back with ~recovery",
+    ("+experiment=laptop",): "+experiment=laptop: a preset is chosen without +: experiment=laptop",
+    ("++pruner=wanda",): "++pruner=wanda: a preset is chosen without +: pruner=wanda",
     ("tracker.name=wandbb",): "tracker.name=wandbb: must be wandb or none (did you mean wandb?)",
 }
 
@@ -114,6 +116,11 @@ CASES = {
 @pytest.mark.parametrize("lines", CASES)
 def test_what_was_meant_is_told(lines: tuple[str, ...]) -> None:
     assert any(CASES[lines] in problem for problem in refused(*lines)), refused(*lines)
+
+
+def test_an_added_key_that_there_is_not_is_told_once_with_all_that_there_are() -> None:
+    (problem,) = refused("+sparsty=0.5")
+    assert problem.startswith("sparsty: no such key (did you mean sparsity?); keys: model, calibration, pruner, ")
 
 
 @pytest.fixture

@@ -87,6 +87,16 @@ def test_no_absolute_path_is_told(tmp_path: Path) -> None:
     assert "'evaluator.perplexity_sets=[ev.txt,c4]'" in card
 
 
+def test_sets_of_one_file_name_are_told_apart() -> None:
+    scores = {"/home/me/wiki/test.txt": 3.0, "/home/me/c4/test.txt": 7.0}
+    record = {"max_windows": 2, "num_windows": 2, "windows": 9}
+    known = {"perplexity": {"/home/me/c4/test.txt": record}}
+    card = model_card({**RESULTS, "perplexity": scores, "dense": {}, "provenance": known}, COMMAND)
+    for line in ("| perplexity wiki/test.txt | 3.0000 |", "| perplexity c4/test.txt | 7.0000 |"):
+        assert line in card
+    assert "- c4/test.txt: scored on 2 of 9 windows" in card
+
+
 @pytest.mark.parametrize("place", ["/home/somebody/tiny", "models/of/somebody/tiny/"])
 def test_the_card_of_a_local_model_does_not_tell_where_it_lies(place: str) -> None:
     card = model_card(RESULTS | {"model": place}, COMMAND)

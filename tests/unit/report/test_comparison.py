@@ -32,7 +32,7 @@ def text(comparison: Comparison, width: int) -> str:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """Two methods at two targets, three seeds of one; the worse method misses its higher target."""
+    """Two methods at two targets, three seeds of one; the other method misses its higher target."""
     for target in (0.5, 0.7):
         for pruner, base in (("besa", 12.0), ("wanda", 14.0)):
             for seed in range(3 if pruner == "besa" else 1):
@@ -69,7 +69,36 @@ def test_rows_are_sorted_as_asked(runs: Path, by: str, first: list[tuple[str, fl
 def test_the_best_of_each_target_is_told_apart_from_the_second(runs: Path) -> None:
     found = compared(runs)
     measure = Measure("perplexity", "wikitext2")
-    assert [found.place(row, measure) for row in found.rows] == [0, 1, 0, 1]
+    assert [found.place(row, measure) for row in found.rows] == [0, 1, -1, -1]
+
+
+def test_fewer_zeros_than_were_asked_for_are_never_the_best(runs: Path) -> None:
+    changes = {"pruner": "magnitude", "target_sparsity": 0.7, "measured_sparsity": 0.7, "dense": DENSE}
+    finished_run(runs / "third", changes | {"perplexity": {"wikitext2": 30.0}, "calibration.tokens_sha256": "c0"})
+    finished_run(
+        runs / "fourth",
+        changes | {"pruner": "besa_paper", "measured_sparsity": 0.62, "perplexity": {"wikitext2": 11.0}},
+    )
+    found = compared(runs)
+    places = {row.method.label: found.place(row, Measure("perplexity", "wikitext2")) for row in found.rows[2:]}
+    assert places == {"besa_paper": -1, "besa": 0, "wanda": -1, "magnitude": 1}
+
+
+def test_of_a_tasks_metric_that_falls_the_lowest_is_best(tmp_path: Path) -> None:
+    for pruner, value in (("besa", 0.2), ("wanda", 0.4)):
+        task = {"version": 1.0, "higher_is_better": {"brier_score": False}}
+        changes = {"pruner": pruner, "perplexity": {}, "zero_shot": {"arc": {"brier_score,none": value}}}
+        changes |= {
+            "provenance.zero_shot.tasks": {"arc": task},
+            "dense": {"zero_shot": {"arc": {"brier_score,none": 0.1}}},
+        }
+        finished_run(tmp_path / pruner, changes)
+    found = compared(tmp_path)
+    assert [(row.method.label, found.place(row, found.measures[0])) for row in found.rows] == [
+        ("besa", 0),
+        ("wanda", 1),
+    ]
+    assert "arc brier_score ↓" in text(found, 160)
 
 
 def test_the_table_tells_spread_loss_and_a_missed_target(runs: Path) -> None:

@@ -27,6 +27,28 @@ def test_each_run_is_a_row(tmp_path: Path) -> None:
     assert table.loc[2].isna()["perplexity wikitext2"]
 
 
+def test_sets_of_one_file_name_have_columns_of_their_own(tmp_path: Path) -> None:
+    finished_run(tmp_path / "both", {"perplexity": {"wiki/test.txt": 3.0, "c4/test.txt": 7.0}})
+    finished_run(
+        tmp_path / "one", {"perplexity": {"ptb/test.txt": 5.0}, "dense": {"perplexity": {"ptb/test.txt": 4.0}}}
+    )
+    table = besa_exp.load_runs(tmp_path).to_pandas().set_index("folder")
+    assert table.filter(like="perplexity").loc[str(tmp_path / "both")].dropna().to_dict() == {
+        "perplexity wiki/test.txt": 3.0, "perplexity c4/test.txt": 7.0
+    }  # fmt: skip
+    assert table.loc[str(tmp_path / "one"), ["perplexity ptb/test.txt", "dense perplexity ptb/test.txt"]].tolist() == [
+        5.0, 4.0
+    ]  # fmt: skip
+    row = besa_exp.load_run(tmp_path / "one").row()
+    assert (row["perplexity test.txt"], row["dense perplexity test.txt"]) == (5.0, 4.0)
+
+
+def test_a_row_tells_settings_that_are_not_the_presets_own(tmp_path: Path) -> None:
+    for epochs in (1, 3):
+        finished_run(tmp_path / str(epochs), {"pruner": "besa"}, {"pruner": {"epochs": epochs}})
+    assert besa_exp.load_runs(tmp_path).to_pandas().variant.tolist() == ["", "epochs=3"]
+
+
 def test_a_row_has_the_stages_beside_the_block_loop(tmp_path: Path) -> None:
     stages = {"parameters": {"dense": 100, "left": 75}, "recovery": {"loss": {"before": 3.0, "after": 2.5}}}
     finished_run(tmp_path / "a", {"pruner": "shortgpt+mine+full", "ignore": ["0.*"], **stages})

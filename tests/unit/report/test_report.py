@@ -201,6 +201,22 @@ def test_runs_of_one_seed_with_other_calibration_tokens_are_not_averaged(tmp_pat
     assert [c.method.pruner for c in cells_of(tmp_path) if c.apart and c.measure.label == "wikitext2"] == ["pruner_odd"]
 
 
+def test_two_models_of_one_name_are_not_averaged(tmp_path: Path) -> None:
+    """As checkpoint-1000 of two trainings: each the name of a model in a folder of its own."""
+    for number, weights in enumerate(["a", "a", "b", None]):
+        folder = finished_run(tmp_path / str(number), {"seed": number, "calibration.tokens_sha256": f"c{number}"})
+        tuned = {"model.safetensors": {"size": 1, "modified": number, "sha256": f"pruned {number}"}}
+        dense = {"model.safetensors": tuned["model.safetensors"] | {"sha256": weights}}
+        recorded = {"checkpoint": tuned} | (
+            {"model.path": dense} if weights else {}
+        )  # of the hub's nothing is recorded
+        (folder / "inputs.json").write_text(json.dumps(recorded))
+    runs = [read_run(folder) for folder in find_runs([str(tmp_path)])]
+    apart = {entry.run: entry.apart for entry in entries(runs) if entry.measure.name == "wikitext2"}
+    assert [bool(apart[number]) for number in range(4)] == [False, False, True, False]
+    assert apart[2].startswith("weights' files: ")
+
+
 def test_token_files_of_several_seeds_are_one_calibration_set(tmp_path: Path) -> None:
     for seed in (0, 1):
         file = f"tokens/model-7b/calibration-{seed}.safetensors"
