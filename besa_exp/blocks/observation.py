@@ -73,8 +73,7 @@ def squared_gradients(block: Block, inputs: Hidden) -> dict[str, Float[Tensor, "
             norm = block(sample, leaves).float().norm()
         return torch.autograd.grad(norm, [*leaves.values()], materialize_grads=True)
 
-    weights = {name: linear.weight for name, linear in block.linears.items()}
-    found = mean_squares(weights, inputs, gradients_of)
+    found = mean_squares(block.weights, inputs, gradients_of)
     for name, own in found.items():
         if not is_finite(own):
             raise RunError(

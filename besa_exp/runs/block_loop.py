@@ -214,7 +214,7 @@ class BlockLoop:
 
         def measured() -> Iterable[Block]:
             for block in self.loaded.resident(with_linears(blocks)):
-                sizes.append(sum(linear.weight.numel() for linear in block.linears.values()))
+                sizes.append(block.num_weights)
                 yield block
 
         return budget.sparsities(measured(), self._embed(blocks), sparsity, self.batch_size), sizes
