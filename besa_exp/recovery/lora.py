@@ -30,8 +30,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from besa_exp.recovery.descent import Adam, Descent, Form
+from besa_exp.recovery.full import norms_and_biases
 from besa_exp.recovery.keep_bits import parameters_of_linears
-from besa_exp.recovery.norms import norms_and_biases
 from besa_exp.recovery.schedule import key_of
 from besa_exp.rules import Count, Positive, check_fields
 from besa_exp.tensors.keep_bits import KeepBits, kept_values, put_kept

@@ -27,8 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from besa_exp.recovery.descent import Adam, Descent
-from besa_exp.recovery.gradients import taking_gradients
+from besa_exp.recovery.descent import Adam, Descent, taking_gradients
 from besa_exp.recovery.keep_bits import parameters_of_linears, sparsity_of
 from besa_exp.recovery.tuner import Objective, Taken, Windows
 from besa_exp.rules import Count, Share, check_fields

@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from besa_exp.recovery.gradients import taking_gradients
+from besa_exp.recovery.descent import taking_gradients
 from besa_exp.recovery.keep_bits import parameters_of_linears
 from besa_exp.recovery.schedule import key_of
 from besa_exp.recovery.tuner import Objective, Taken, Windows
