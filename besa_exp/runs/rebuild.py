@@ -21,7 +21,7 @@ from torch import Tensor
 from besa_exp.blocks.block import Block
 from besa_exp.blocks.loop import write_weights
 from besa_exp.blocks.pruner import PrunedBlock
-from besa_exp.blocks.reports import LinearReport
+from besa_exp.blocks.reports import LinearReport, share_of_zeros
 from besa_exp.checkpoints.files import SHARD_SIZE, read_masks, save_beside_weights, weights_sha256
 from besa_exp.checkpoints.load import LoadedModel, hub_id, load_model
 from besa_exp.checkpoints.shards import streamed_layout, write_index, write_shards
@@ -138,7 +138,7 @@ def _card(
         "pattern": said["pattern"],
         "seed": said["seed"],
         "target_sparsity": said["sparsity"],
-        "measured_sparsity": sum(linear.pruned for linear in linears) / sum(linear.weights for linear in linears),
+        "measured_sparsity": share_of_zeros(linears),
         "blocks": [
             {"index": index, "linears": {linear.name: linear.to_dict() for linear in block}}
             for index, block in counts.items()
