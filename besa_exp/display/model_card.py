@@ -15,7 +15,7 @@ from besa_exp.blocks.sparsity_table import type_counts
 from besa_exp.display.markdown import escaped, markdown_table
 from besa_exp.display.missed_target import told_miss
 from besa_exp.display.rows import cost_table, scored, speed_table, stage_lines, text_table
-from besa_exp.evaluation.score import Scores, partly_scored, skipped_parts
+from besa_exp.evaluation.score import Score, partly_scored, skipped_parts
 from besa_exp.machine.environment import masked_command, without_folders
 
 FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---\s*(?:\n|$)", re.DOTALL)
@@ -153,28 +153,26 @@ def _front_matter(hub_id: str | None, licence: Mapping[str, str]) -> list[str]:
 
 def _scores(results: Mapping[str, Any]) -> list[str]:
     """The scores, beside the dense model's where it was scored too; nothing where nothing was."""
-    pruned, dense = (
-        {name: score.value for name, score in scored(of).items()} for of in (results, results.get("dense") or {})
-    )
+    pruned, dense = scored(results), scored(results.get("dense") or {})
     if not pruned:
         return []
-    beside = any(value is not None for value in dense.values())
+    beside = any(score.value is not None for score in dense.values())
     rows = [
-        [escaped(name), *([_number(dense.get(name))] if beside else []), _number(value)]
-        for name, value in pruned.items()
-        if value is not None
+        [escaped(name), *([_number(dense.get(name))] if beside else []), _number(score)]
+        for name, score in pruned.items()
+        if score.value is not None
     ]
     head = ["measure", *(["dense"] if beside else []), "pruned"]
     lines = ["## Scores", "", *(markdown_table(head, rows, numbers=True) if rows else [])]
-    unavailable, scores = sorted((results.get("unavailable") or {}).items()), Scores.from_dict(results).scores
+    unavailable = sorted((results.get("unavailable") or {}).items())
     reasons = [f"- n/a, {escaped(name)}: {escaped(reason)}" for name, reason in unavailable]
-    reasons += [f"- {escaped(task)}: scored on {part}" for task, part in partly_scored(scores).items()]
-    reasons += [f"- {escaped(name)}: {part}" for name, part in skipped_parts(scores).items()]
+    reasons += [f"- {escaped(task)}: scored on {part}" for task, part in partly_scored(pruned.values()).items()]
+    reasons += [f"- {escaped(name)}: {part}" for name, part in skipped_parts(pruned.values()).items()]
     return [*lines, "", *reasons, *([""] if reasons else [])]
 
 
-def _number(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.4f}"
+def _number(score: Score | None) -> str:
+    return "n/a" if score is None or score.value is None else f"{score.value:.4f}"
 
 
 def _section(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> list[str]:
