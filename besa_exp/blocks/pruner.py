@@ -135,7 +135,6 @@ class Traits:
     under_pattern: type[Statistic] | None = None
 
     def observed(self, goal: Goal) -> type[Statistic] | None:
-        """What to observe for this goal."""
         return self.under_pattern if goal.pattern and self.under_pattern else self.statistic
 
 

@@ -60,7 +60,6 @@ class Tracker:
             self._attempt(partial(self._run.log, line))
 
     def log_block(self, report: BlockReport) -> None:
-        """One pruned block with its steps."""
         if self._run is None:
             return
         self._reports.append(report)

@@ -216,7 +216,6 @@ def _measured(weight: Tensor, name: str) -> dict[str, float]:
 
 
 def _seconds(hidden: Tensor, weight: Tensor) -> float:
-    """The median time of one product."""
     times = []
     for _ in range(WARM_UP + PRODUCTS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

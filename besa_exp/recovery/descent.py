@@ -100,7 +100,6 @@ class Descent:
         )
 
     def step(self, objective: Objective, windows: Windows, number: int, scale: float) -> Taken:
-        """One step of AdamW."""
         loss, norm = self.differentiate(objective, windows)
         if math.isfinite(loss) and math.isfinite(norm):
             for group in self.optimizer.param_groups:
@@ -144,7 +143,6 @@ class Descent:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state`."""
         for name, leaf in self.leaves.items():
             held = {key: value for key, value in state.items() if key == name or key.startswith(f"{name}/")}
             if self.sharded:

@@ -34,12 +34,10 @@ class Kept:
 
     @staticmethod
     def of(parameter: Tensor, keep: KeepBits | None) -> Kept:
-        """The tensor as it stands."""
         return Kept(kept_values(parameter.detach(), keep).to(torch.float32, copy=True), keep)
 
     @property
     def trained(self) -> Mapping[str, Tensor]:
-        """The values."""
         return {"values": self.values}
 
     def write(self, parameter: Tensor) -> None:

@@ -50,7 +50,6 @@ class Factored:
 
     @property
     def trained(self) -> Mapping[str, Tensor]:
-        """The factors."""
         return {"A": self.A, "B": self.B}
 
     def write(self, parameter: Tensor) -> None:
@@ -60,7 +59,6 @@ class Factored:
         put_kept(merged, parameter, self.keep)
 
     def gradients(self, gradient: Tensor) -> Mapping[str, Tensor]:
-        """To the factors."""
         found, scaling = gradient.float(), 1.0
         if self.scaling is None:
             dense = torch.zeros_like(found)

@@ -45,7 +45,6 @@ class Looked:
 
     @property
     def trained(self) -> Mapping[str, Tensor]:
-        """The tables."""
         return {"table": self.table}
 
     def write(self, parameter: Tensor) -> None:

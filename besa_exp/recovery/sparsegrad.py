@@ -79,11 +79,9 @@ class Rotated:
 
     @property
     def trained(self) -> Mapping[str, Tensor]:
-        """W~."""
         return {"rotated": self.rotated}
 
     def write(self, parameter: Tensor) -> None:
-        """P W~ Q^T."""
         put_kept(self.P @ self.rotated @ self.Q.T, parameter, None)
 
     def gradients(self, gradient: Tensor) -> Mapping[str, Tensor]:
@@ -117,7 +115,6 @@ class SparseGradTuner:
         return self.descent.step(objective, windows, number, scale)
 
     def ready(self) -> AbstractContextManager[None]:
-        """All is in memory."""
         return nullcontext()
 
     def state(self) -> dict[str, Tensor]:
@@ -128,7 +125,6 @@ class SparseGradTuner:
         return sums | (self.descent.state() if self.descent else {})
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state`."""
         device = next(iter(self.parameters.values())).device
         kinds = [name.removesuffix(".P") for name in state if name.endswith(".P")]
         for kind in kinds:

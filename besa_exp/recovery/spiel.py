@@ -161,7 +161,6 @@ class SpielTuner:
         return Taken(loss, math.sqrt(squares))
 
     def ready(self) -> AbstractContextManager[None]:
-        """All is in memory."""
         return nullcontext()
 
     def state(self) -> dict[str, Tensor]:
@@ -175,7 +174,6 @@ class SpielTuner:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state`."""
         for name, parameter in self.parameters.items():
             device, own = parameter.device, f"{name}/"
             found = {key.removeprefix(own): value for key, value in state.items() if key.startswith(own)}

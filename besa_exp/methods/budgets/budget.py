@@ -56,9 +56,7 @@ class Counted(Protocol):
         """What blocks are pruned by."""
         ...
 
-    def work(self, num_blocks: int, num_samples: int, seq_len: int, sparsity: float) -> Work:
-        """What it will ask for."""
-        ...
+    def work(self, num_blocks: int, num_samples: int, seq_len: int, sparsity: float) -> Work: ...
 
 
 def survey(
