@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from besa_exp.blocks.block import Block
@@ -27,7 +26,7 @@ from besa_exp.checkpoints.load import LoadedModel, hub_id, load_model
 from besa_exp.checkpoints.shards import streamed_layout, write_index, write_shards
 from besa_exp.checkpoints.tensor_sources import as_saved
 from besa_exp.display.model_card import base_licence, model_card
-from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.errors import ConfigurationError
 from besa_exp.machine import atomic
 from besa_exp.run_folder.finished_blocks import block_tensors
 from besa_exp.runs.save import outside_blocks
@@ -82,18 +81,16 @@ def rebuild(
         )
     counts: dict[int, list[LinearReport]] = {}
     pruned = _pruned(loaded, blocks, masks, counts)
-    try:
-        with atomic.replaced_folder(out) as partial:
-            if loaded.weights is None:
-                for _ in pruned:  # each is in its place then
-                    continue
-                loaded.model.save_pretrained(partial, max_shard_size=shard_size)
-            else:
-                _write_streamed(loaded, blocks, pruned, partial)
-            card = _card(loaded.folder, hub_id(model), masks, counts, command)
-            save_beside_weights(loaded.model, loaded.tokenizer, partial, card, loaded.folder)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{out} could not be written ({error}); free disk space or give another --out") from error
+    told = atomic.writing(f"{out} could not be written", "free disk space or give another --out")
+    with told, atomic.replaced_folder(out) as partial:
+        if loaded.weights is None:
+            for _ in pruned:  # each is in its place then
+                continue
+            loaded.model.save_pretrained(partial, max_shard_size=shard_size)
+        else:
+            _write_streamed(loaded, blocks, pruned, partial)
+        card = _card(loaded.folder, hub_id(model), masks, counts, command)
+        save_beside_weights(loaded.model, loaded.tokenizer, partial, card, loaded.folder)
     linears = [linear for block in counts.values() for linear in block]
     return sum(linear.weights for linear in linears), sum(linear.pruned for linear in linears)
 
