@@ -49,6 +49,15 @@ class Block:
         return self.parts or (self,)
 
     @property
+    def weights(self) -> dict[str, Tensor]:
+        """Of the linears, as the model has them. They must not be changed."""
+        return {name: linear.weight.detach() for name, linear in self.linears.items()}
+
+    @property
+    def num_weights(self) -> int:
+        return sum(linear.weight.numel() for linear in self.linears.values())
+
+    @property
     def device(self) -> torch.device:
         """Where the block computes; hidden states that lie elsewhere are brought there batch by batch."""
         return next(self.module.parameters()).device

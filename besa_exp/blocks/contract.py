@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from besa_exp.blocks.block import Block
+from besa_exp.blocks.observation import check_tensor
 from besa_exp.blocks.pruner import PrunedBlock
 from besa_exp.blocks.reports import Step
 from besa_exp.errors import RunError
@@ -45,7 +46,7 @@ def check_decided(block: Block, pruned: object, goal: Goal) -> None:
             raise RunError(f"{block.name}: the method's {part} are not those of the block's linears: {', '.join(odd)}")
         for name, linear in block.linears.items():
             shape = linear.weight.shape[: 1 if part == "allocated" else 2]
-            _check_tensor(f"{block.name}.{name}: the method's {part}", found[name], shape, part == "keep_masks")
+            check_tensor(f"{block.name}.{name}: the method's {part}", found[name], shape, part == "keep_masks")
     for name in block.linears:
         where = f"{block.name}.{name}: the method's"
         least, most = map(float, pruned.allocated[name].aminmax())
@@ -57,15 +58,6 @@ def check_decided(block: Block, pruned: object, goal: Goal) -> None:
         _check_pattern(where, mask, pruned.allocated[name], order, goal)
     _check_norms(block, pruned.norms)
     _check_course(block, pruned)
-
-
-def _check_tensor(what: str, found: object, shape: torch.Size, is_mask: bool = False) -> None:
-    """Values in the place of weights are numbers with a point: integers would be rounded ones."""
-    kind = "torch.bool" if is_mask else "floating point"
-    if not isinstance(found, Tensor):
-        raise RunError(f"{what} must be {kind} {[*shape]}, not {type(found).__name__}")
-    if found.shape != shape or not (found.dtype == torch.bool if is_mask else found.is_floating_point()):
-        raise RunError(f"{what} must be {kind} {[*shape]}, not {found.dtype} {[*found.shape]}")
 
 
 def _check_pattern(where: str, keep_mask: Tensor, allocated: Tensor, order: Tensor | None, goal: Goal) -> None:
@@ -104,7 +96,7 @@ def _check_norms(block: Block, norms: Mapping[str, Tensor]) -> None:
                 f"{block.name}: the method's norms hold {path}, which is no norm or bias of the block; it has "
                 f"{', '.join(others) or 'none'}"
             )
-        _check_tensor(f"{block.name}.{path}: the method's norms", found, others[path].shape)
+        check_tensor(f"{block.name}.{path}: the method's norms", found, others[path].shape)
 
 
 def _check_course(block: Block, pruned: PrunedBlock) -> None:

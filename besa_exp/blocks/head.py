@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,15 +69,32 @@ def divergence(expected: Logits, found: Logits) -> Float[Tensor, "sample seq"]:
 
 def summed_divergences(head: Head, dense: Hidden, tried: Sequence[Hidden]) -> Float[Tensor, " model"]:
     """The sum over the own tokens of KL(p || q), p after the dense model's last block, q after each tried one's."""
+    return _summed(head, tried, lambda rows: partial(divergence, head(dense[rows])))
+
+
+def summed_entropies(
+    head: Head, input_ids: Int[Tensor, "sample seq"], tried: Sequence[Hidden]
+) -> Float[Tensor, " model"]:
+    """The sum over samples and i = 2 .. seq of -log p(token_i | the tokens before it), of each tried model."""
+
+    def losses_on(rows: slice) -> Callable[[Logits], Tensor]:
+        following = input_ids[rows, 1:].flatten()
+        return lambda logits: nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), following.to(logits.device, non_blocking=True), reduction="none"
+        )
+
+    return _summed(head, tried, losses_on)
+
+
+def _summed(
+    head: Head, tried: Sequence[Hidden], losses_on: Callable[[slice], Callable[[Logits], Tensor]]
+) -> Float[Tensor, " model"]:
+    """Of each tried model the sum of what `losses_on` makes of its logits on TOKENS tokens, or a sample, at a time."""
+    count = max(1, TOKENS // tried[0].shape[1])
     totals = [torch.zeros((), dtype=torch.float64)] * len(tried)
-    for rows in few_samples(dense):
-        expected = head(dense[rows])
+    for start in range(0, len(tried[0]), count):
+        rows = slice(start, start + count)
+        losses_of = losses_on(rows)
         for number, states in enumerate(tried):
-            totals[number] = totals[number] + divergence(expected, head(states[rows])).double().sum()
+            totals[number] = totals[number] + losses_of(head(states[rows])).double().sum()
     return torch.stack(totals).cpu()
-
-
-def few_samples(states: Hidden) -> list[slice]:
-    """The samples in parts of TOKENS tokens or a sample."""
-    rows = max(1, TOKENS // states.shape[1])
-    return [slice(start, start + rows) for start in range(0, len(states), rows)]

@@ -73,8 +73,7 @@ def squared_gradients(block: Block, inputs: Hidden) -> dict[str, Float[Tensor, "
             norm = block(sample, leaves).float().norm()
         return torch.autograd.grad(norm, [*leaves.values()], materialize_grads=True)
 
-    weights = {name: linear.weight for name, linear in block.linears.items()}
-    found = mean_squares(weights, inputs, gradients_of)
+    found = mean_squares(block.weights, inputs, gradients_of)
     for name, own in found.items():
         if not is_finite(own):
             raise RunError(
@@ -121,18 +120,22 @@ class Observed:
         """The importance of one linear's weights; the block has them now. RunError: it is no number for each."""
         weight = block.linears[name].weight.detach()
         scores = self.importance(weight, self.statistics.get(name), self.squared_gradients.get(name))
-        _check_scores(f"{block.name}.{name}: the importance {type(self.importance).__name__}", scores, weight)
+        what = f"{block.name}.{name}: the importance {type(self.importance).__name__}"
+        check_tensor(f"{what}: a score for each weight", scores, weight.shape)
+        # Infinite ones are a choice: such weights stay. NaN of weights that are NaN is told where these are written.
+        if torch.stack(scores.aminmax()).isnan().any() and is_finite(weight):
+            raise RunError(f"{what} gave NaN, which has no rank; look for 0/0, and for roots of negative numbers")
         return scores
 
 
-def _check_scores(what: str, scores: object, weight: Tensor) -> None:
-    """Infinite ones are a choice: such weights stay. NaN of weights that are NaN is told where these are written."""
-    if not isinstance(scores, Tensor):
-        raise RunError(f"{what} gave {type(scores).__name__}; it gives a score for each weight, fp32 {[*weight.shape]}")
-    if scores.shape != weight.shape or not scores.is_floating_point():
-        raise RunError(f"{what} must give fp32 {[*weight.shape]}, not {scores.dtype} {[*scores.shape]}")
-    if torch.stack(scores.aminmax()).isnan().any() and is_finite(weight):
-        raise RunError(f"{what} gave NaN, which has no rank; look for 0/0, and for roots of negative numbers")
+def check_tensor(what: str, found: object, shape: torch.Size, is_mask: bool = False) -> None:
+    """RunError: it is no tensor of this shape, or of another kind. Values in the place of weights are numbers with a
+    point: integers would be rounded ones."""
+    kind = "torch.bool" if is_mask else "floating point"
+    if not isinstance(found, Tensor):
+        raise RunError(f"{what} must be {kind} {[*shape]}, not {type(found).__name__}")
+    if found.shape != shape or not (found.dtype == torch.bool if is_mask else found.is_floating_point()):
+        raise RunError(f"{what} must be {kind} {[*shape]}, not {found.dtype} {[*found.shape]}")
 
 
 def _few_tokens(few: Mapping[str, Linear], tokens: Mapping[str, int]) -> str:

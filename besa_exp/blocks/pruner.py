@@ -42,7 +42,7 @@ class Task:
     @property
     def weights(self) -> dict[str, Tensor]:
         """The dense weights by linear. They must not be changed."""
-        return {name: linear.weight.detach() for name, linear in self.block.linears.items()}
+        return self.block.weights
 
     def forget(self) -> None:
         """Free what was observed, as much as the weights or more: whoever holds this task reads it no more."""
@@ -135,7 +135,6 @@ class Traits:
     under_pattern: type[Statistic] | None = None
 
     def observed(self, goal: Goal) -> type[Statistic] | None:
-        """What to observe for this goal."""
         return self.under_pattern if goal.pattern and self.under_pattern else self.statistic
 
 

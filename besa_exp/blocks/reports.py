@@ -7,7 +7,7 @@ What became of a block of the dense model is one of three: masked (`BlockReport`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -59,6 +59,12 @@ class LinearReport:
         return counts | {"sparsity": self.sparsity, "allocated": self.allocated}
 
 
+def share_of_zeros(linears: Iterable[LinearReport]) -> float:
+    """Of all their weights; 0 where there are none."""
+    counts = [(linear.pruned, linear.weights) for linear in linears]
+    return sum(pruned for pruned, _ in counts) / max(1, sum(weights for _, weights in counts))
+
+
 @dataclass(frozen=True)
 class BlockReport:
     """One pruned block. The losses are the reconstruction loss (each token's squared error relative to its own size;
@@ -75,7 +81,7 @@ class BlockReport:
     @property
     def sparsity(self) -> float:
         """Fraction of zeros over the block's linears, weighted by weights; 0 where all of them stay dense."""
-        return sum(linear.pruned for linear in self.linears) / max(1, sum(linear.weights for linear in self.linears))
+        return share_of_zeros(self.linears)
 
     def numbered(self, index: int) -> BlockReport:
         return replace(self, index=index, steps=tuple(replace(step, block=index) for step in self.steps))

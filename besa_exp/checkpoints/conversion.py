@@ -22,7 +22,7 @@ from torch import Tensor
 
 from besa_exp.checkpoints.inspect import pickled_files
 from besa_exp.checkpoints.shards import METADATA, shard_names, write_index
-from besa_exp.errors import ConfigurationError, RunError, first_line
+from besa_exp.errors import ConfigurationError, first_line
 from besa_exp.machine import atomic
 
 CONVERTED = Path("outputs") / "converted"
@@ -37,15 +37,11 @@ def converted_once(source: Path, files: Sequence[Path], write: Callable[[Path], 
     stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     digest = hashlib.sha256(json.dumps([str(source.resolve()), stamps]).encode()).hexdigest()
     target = CONVERTED / f"{source.resolve().name.removesuffix('.gguf')}-{digest[:12]}"
-    try:
-        with atomic.alone(LOCK, lambda: logger.info("%s: another run converts a model; waiting for it", source)):
-            if not target.is_dir():
-                with atomic.replaced_folder(target) as partial:
-                    write(partial)
-    except OSError as error:
-        raise RunError(
-            f"{target} could not be written ({error}); free disk space, or run where outputs/ is writable"
-        ) from error
+    told = atomic.writing(f"{target} could not be written", "free disk space, or run where outputs/ is writable")
+    with told, atomic.alone(LOCK, lambda: logger.info("%s: another run converts a model; waiting for it", source)):
+        if not target.is_dir():
+            with atomic.replaced_folder(target) as partial:
+                write(partial)
     return target
 
 

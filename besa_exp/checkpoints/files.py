@@ -49,12 +49,10 @@ def save_model(
     tokenizer and licence files that the libraries did not write. Raises RunError, and leaves an older `folder` then."""
     if getattr(model, "hf_quantizer", None) is not None:
         raise RunError(f"{folder}: a quantised model cannot be saved as plain weights; prune the unquantised one")
-    try:
-        with atomic.replaced_folder(folder) as partial:
-            model.save_pretrained(partial, max_shard_size=shard_size)
-            save_beside_weights(model, tokenizer, partial, card, sources)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{folder} could not be written ({error}); free disk space or set save.model=false") from error
+    told = atomic.writing(f"{folder} could not be written", "free disk space or set save.model=false")
+    with told, atomic.replaced_folder(folder) as partial:
+        model.save_pretrained(partial, max_shard_size=shard_size)
+        save_beside_weights(model, tokenizer, partial, card, sources)
 
 
 def check_savable(model: PreTrainedModel, path: str) -> None:
@@ -122,11 +120,9 @@ def save_masks(
 
 def _write_masks(path: Path, description: Mapping[str, Any], write: Callable[[Path, dict[str, str]], None]) -> None:
     text = json.dumps({"format_version": MASKS_VERSION, **description}, sort_keys=True)
-    try:
-        with atomic.replaced_file(path) as partial:
-            write(partial, {MASKS_KEY: text})
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} could not be written ({error}); free disk space or set save.masks=false") from error
+    told = atomic.writing(f"{path} could not be written", "free disk space or set save.masks=false")
+    with told, atomic.replaced_file(path) as partial:
+        write(partial, {MASKS_KEY: text})
 
 
 def merge_masks(files: Sequence[Path], path: Path, origin: Mapping[str, Any]) -> None:

@@ -53,7 +53,6 @@ class StreamedWeights:
         return read_tensors([self.sources[name] for name in self.sources if name.startswith(prefix)], self.dtype)
 
     def read_outside(self, prefix: str) -> dict[str, Tensor]:
-        """All other tensors, read like those."""
         return read_tensors([self.sources[name] for name in self.sources if not name.startswith(prefix)], self.dtype)
 
     def load(self, name: str, module: nn.Module) -> None:

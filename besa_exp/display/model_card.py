@@ -15,7 +15,7 @@ from besa_exp.blocks.sparsity_table import type_counts
 from besa_exp.display.markdown import escaped, markdown_table
 from besa_exp.display.missed_target import told_miss
 from besa_exp.display.rows import cost_table, scored, short_label, speed_table, stage_lines, text_table
-from besa_exp.evaluation.score import Scores, partly_scored, set_names, skipped_parts
+from besa_exp.evaluation.score import Score, partly_scored, set_names, skipped_parts
 from besa_exp.machine.environment import masked_command, without_folders
 
 FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---\s*(?:\n|$)", re.DOTALL)
@@ -157,24 +157,27 @@ def _scores(results: Mapping[str, Any]) -> list[str]:
     if not pruned:
         return []
     short = set_names([*pruned.values(), *dense.values()])  # the folders' names go, as they are private
-    before = {label: score.value for label, score in dense.items()}
-    beside = any(value is not None for value in before.values())
+    beside = any(score.value is not None for score in dense.values())
     rows = [
-        [escaped(short_label(score, short)), *([_number(before.get(label))] if beside else []), _number(score.value)]
+        [escaped(short_label(score, short)), *([_number(dense.get(label))] if beside else []), _number(score)]
         for label, score in pruned.items()
         if score.value is not None
     ]
     head = ["measure", *(["dense"] if beside else []), "pruned"]
     lines = ["## Scores", "", *(markdown_table(head, rows, numbers=True) if rows else [])]
-    unavailable, scores = sorted((results.get("unavailable") or {}).items()), Scores.from_dict(results).scores
-    reasons = [f"- n/a, {escaped(short.get(name, name))}: {escaped(reason)}" for name, reason in unavailable]
-    reasons += [f"- {escaped(short.get(name, name))}: scored on {part}" for name, part in partly_scored(scores).items()]
-    reasons += [f"- {escaped(short.get(name, name))}: {part}" for name, part in skipped_parts(scores).items()]
+    found, unavailable = pruned.values(), sorted((results.get("unavailable") or {}).items())
+
+    def called(name: str) -> str:
+        return escaped(short.get(name, name))
+
+    reasons = [f"- n/a, {called(name)}: {escaped(reason)}" for name, reason in unavailable]
+    reasons += [f"- {called(name)}: scored on {part}" for name, part in partly_scored(found).items()]
+    reasons += [f"- {called(name)}: {part}" for name, part in skipped_parts(found).items()]
     return [*lines, "", *reasons, *([""] if reasons else [])]
 
 
-def _number(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.4f}"
+def _number(score: Score | None) -> str:
+    return "n/a" if score is None or score.value is None else f"{score.value:.4f}"
 
 
 def _section(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> list[str]:

@@ -20,7 +20,7 @@ from besa_exp.blocks.sparsity_table import block_counts, short_names, type_count
 from besa_exp.display.rows import cost_table, scored, short_label, speed_table, stage_lines, text_table
 from besa_exp.display.terminal import colour_of_loss
 from besa_exp.errors import ConfigurationError
-from besa_exp.evaluation.score import Score, Scores, partly_scored, set_names, skipped_parts
+from besa_exp.evaluation.score import Score, partly_scored, set_names, skipped_parts
 from besa_exp.settings import CalibrationSettings, RunSettings, SaveSettings
 from besa_exp.texts.sources import GIVEN, is_token_file
 from besa_exp.texts.token_files import token_file_shape
@@ -137,7 +137,7 @@ def result_tables(results: Mapping[str, Any], style: box.Box) -> list[Renderable
         tables.append(_rows_table("cost", head, costs, style))
     head, samples = text_table(results)
     tables += [_text_table(head, samples, style)] if samples else []
-    tables += [Text(f"{name}: {part}") for name, part in skipped_parts(Scores.from_dict(results).scores).items()]
+    tables += [Text(f"{name}: {part}") for name, part in skipped_parts(scored(results).values()).items()]
     tables += [Text(f"n/a {name}: {reason}") for name, reason in sorted((results.get("unavailable") or {}).items())]
     return tables
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from besa_exp.blocks.reports import BlockReport, LinearReport, Step
+from besa_exp.blocks.reports import BlockReport, LinearReport, Step, share_of_zeros
 from besa_exp.blocks.sparsity_table import linear_type
 from besa_exp.display.wandb_run import forget_run, start_run
 from besa_exp.evaluation.score import Scores, set_names, stderr_key
@@ -60,7 +60,6 @@ class Tracker:
             self._attempt(partial(self._run.log, line))
 
     def log_block(self, report: BlockReport) -> None:
-        """One pruned block with its steps."""
         if self._run is None:
             return
         self._reports.append(report)
@@ -143,8 +142,8 @@ class Tracker:
         self._run.log(values)
         for line in _varying(reports):
             self._run.log(line)
-        weights, pruned = sum(row[2] for row in rows), sum(row[3] for row in rows)
-        self._run.summary["measured_sparsity"] = pruned / max(1, weights)
+        linears = (linear for report in reports for linear in report.linears)
+        self._run.summary["measured_sparsity"] = share_of_zeros(linears)
 
     def _attempt(self, act: Callable[[], object]) -> None:
         if not self._works:

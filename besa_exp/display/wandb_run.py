@@ -119,5 +119,4 @@ def _run_id(folder: Path) -> str:
 
 
 def forget_run(folder: Path) -> None:
-    """The next start is another run."""
     (folder / "wandb" / "run_id").unlink(missing_ok=True)

@@ -48,9 +48,21 @@ CAPABILITY, HALVES = (8, 0), (torch.float16, torch.bfloat16)
 
 def counts_of(model: Any, context: int) -> dict[str, Any]:
     """`parameters`, `bytes`, `dtype`, `flops_per_token` at `prompt_tokens`, `cache_bytes_per_token`: of the model as it
-    is, from shapes alone. `context`: the longest that it takes."""
-    prompt = min(PROMPT, context // 2)
-    return counted(model, prompt) | {"dtype": str(model.dtype).removeprefix("torch."), "prompt_tokens": prompt}
+    is, from shapes alone. `context`: the longest that it takes. Tied weights count once, and the head's products
+    whether they are tied or not."""
+    prompt, held = min(PROMPT, context // 2), [*model.parameters()]
+    blocks = capture_blocks(model, torch.empty(0, 0, dtype=torch.long))  # none is called
+    head = model.get_output_embeddings()
+    linears = sum(_passed_weights(block, model.config) for block in blocks) + (head.weight.numel() if head else 0)
+    attention = sum(_query_channels(block, model.config) for block in blocks)
+    return {
+        "parameters": sum(parameter.numel() for parameter in held),
+        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in held),
+        "flops_per_token": 2 * round(linears) + 4 * prompt * attention,
+        "cache_bytes_per_token": model.dtype.itemsize * sum(_cached_channels(block, model.config) for block in blocks),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "prompt_tokens": prompt,
+    }
 
 
 @torch.no_grad()
@@ -107,21 +119,6 @@ def paired_speeds(
 def _paired(plain: Sequence[float], under: Sequence[float], tokens: int) -> Paired:
     quotients = [one / other for one, other in zip(plain, under, strict=True)]
     return Paired(tokens / statistics.median(plain), tokens / statistics.median(under), statistics.median(quotients))
-
-
-def counted(model: Any, context: int) -> dict[str, int]:
-    """Tied weights count once, and the head's products whether they are tied or not."""
-    held = [*model.parameters()]
-    blocks = capture_blocks(model, torch.empty(0, 0, dtype=torch.long))  # none is called
-    head = model.get_output_embeddings()
-    linears = sum(_passed_weights(block, model.config) for block in blocks) + (head.weight.numel() if head else 0)
-    attention = sum(_query_channels(block, model.config) for block in blocks)
-    return {
-        "parameters": sum(parameter.numel() for parameter in held),
-        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in held),
-        "flops_per_token": 2 * round(linears) + 4 * context * attention,
-        "cache_bytes_per_token": model.dtype.itemsize * sum(_cached_channels(block, model.config) for block in blocks),
-    }
 
 
 def _passed_weights(block: Block, config: Any) -> float:
@@ -216,7 +213,6 @@ def _measured(weight: Tensor, name: str) -> dict[str, float]:
 
 
 def _seconds(hidden: Tensor, weight: Tensor) -> float:
-    """The median time of one product."""
     times = []
     for _ in range(WARM_UP + PRODUCTS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

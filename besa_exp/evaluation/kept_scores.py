@@ -50,7 +50,6 @@ class FinishedScores:
         return found["result"] if found and found["request"] == asked else None
 
     def keep(self, kind: str, name: str, request: dict[str, Any], result: Any) -> None:
-        """Remember one set's or task's result."""
         if not distributed.is_first():
             return
         content = self._read()

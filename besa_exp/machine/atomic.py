@@ -15,7 +15,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from besa_exp.errors import RunError
+
+
+@contextmanager
+def writing(what: str, remedy: str) -> Iterator[None]:
+    """RunError: the disk is full or cannot be written to. `what` could not be written, and where, begins the sentence
+    that `remedy` ends."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{what} ({error}); {remedy}") from error
 
 
 def write_text(path: Path, text: str) -> None:

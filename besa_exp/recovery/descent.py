@@ -9,9 +9,10 @@ fp32 by PyTorch's fused kernel, and the new W written into the model in its dtyp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
-from besa_exp.recovery.gradients import taking_gradients
 from besa_exp.recovery.sharded import is_dealt_out, own
 from besa_exp.recovery.tuner import Objective, Taken, Windows
 from besa_exp.rules import NotNegative, Positive, check_fields
@@ -57,6 +57,31 @@ class Adam:
         check_fields(self, "recovery")
 
 
+@contextmanager
+def taking_gradients(parameters: Mapping[str, nn.Parameter], take: Callable[[str, Tensor], object]) -> Iterator[None]:
+    """Backward passes inside give each parameter's gradient, with its name, to `take` as soon as it is whole, and drop
+    it; no other is computed. Kept for all tensors until the step they would take as much memory as the model."""
+
+    @torch.no_grad()
+    def taken(name: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        take(name, parameter.grad)
+        parameter.grad = None
+
+    hooks = [
+        parameter.requires_grad_().register_post_accumulate_grad_hook(partial(taken, name))
+        for name, parameter in parameters.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
 class Descent:
     """A tuner (`tuner.Tuner`) of the parameters named in `forms`."""
 
@@ -75,7 +100,6 @@ class Descent:
         )
 
     def step(self, objective: Objective, windows: Windows, number: int, scale: float) -> Taken:
-        """One step of AdamW."""
         loss, norm = self.differentiate(objective, windows)
         if math.isfinite(loss) and math.isfinite(norm):
             for group in self.optimizer.param_groups:
@@ -119,7 +143,6 @@ class Descent:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state`."""
         for name, leaf in self.leaves.items():
             held = {key: value for key, value in state.items() if key == name or key.startswith(f"{name}/")}
             if self.sharded:

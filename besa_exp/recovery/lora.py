@@ -30,8 +30,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from besa_exp.recovery.descent import Adam, Descent, Form
+from besa_exp.recovery.full import norms_and_biases
 from besa_exp.recovery.keep_bits import parameters_of_linears
-from besa_exp.recovery.norms import norms_and_biases
 from besa_exp.recovery.schedule import key_of
 from besa_exp.rules import Count, Positive, check_fields
 from besa_exp.tensors.keep_bits import KeepBits, kept_values, put_kept
@@ -50,7 +50,6 @@ class Factored:
 
     @property
     def trained(self) -> Mapping[str, Tensor]:
-        """The factors."""
         return {"A": self.A, "B": self.B}
 
     def write(self, parameter: Tensor) -> None:
@@ -60,7 +59,6 @@ class Factored:
         put_kept(merged, parameter, self.keep)
 
     def gradients(self, gradient: Tensor) -> Mapping[str, Tensor]:
-        """To the factors."""
         found, scaling = gradient.float(), 1.0
         if self.scaling is None:
             dense = torch.zeros_like(found)

@@ -112,7 +112,6 @@ class MezoTuner:
             self.update(number, projected, rate)
 
     def ready(self) -> AbstractContextManager[None]:
-        """See `tuner.Tuner`."""
         if self.files is None:
             return nullcontext()
         path, modules = discover_blocks(self.model)

@@ -82,7 +82,6 @@ class NextToken:
             )
 
     def differentiate(self, windows: Windows) -> tuple[float, float]:
-        """See `tuner.Objective`."""
 
         def losses_of(part: Windows) -> Iterator[tuple[Tensor, None]]:
             logits, states = called(self.model, part, self.distillation.distill == "squarehead")

@@ -15,10 +15,9 @@ from besa_exp.blocks.units import sub_blocks
 from besa_exp.errors import ConfigurationError, RunError, did_you_mean
 from besa_exp.machine import distributed
 from besa_exp.recovery.descent import Adam
-from besa_exp.recovery.full import Full
+from besa_exp.recovery.full import Full, Norms, norms_and_biases
 from besa_exp.recovery.lora import Lora
 from besa_exp.recovery.mezo import Mezo
-from besa_exp.recovery.norms import Norms, norms_and_biases
 from besa_exp.recovery.objective import TASK_LOSSES, Distillation, NextToken, next_token_losses
 from besa_exp.recovery.reconstruction import Blocks, Reconstruction
 from besa_exp.recovery.schedule import Schedule

@@ -47,7 +47,6 @@ class Blocks:
         check_fields(self, "recovery")
 
     def begin(self, model: nn.Module, keep: Mapping[str, KeepBits], seed: int) -> Descent:
-        """Each parameter inside a block."""
         inside = f"{discover_blocks(model)[0]}."
         named = {name: parameter for name, parameter in model.named_parameters() if name.startswith(inside)}
         forms = {name: Kept.of(parameter, keep.get(name)) for name, parameter in named.items()}
@@ -94,7 +93,6 @@ class Reconstruction:
         return Reconstruction(model, teacher, first, groups, micro_batch)
 
     def differentiate(self, windows: Windows) -> tuple[float, float]:
-        """See `tuner.Objective`."""
         share = 1 / (windows.numel() * sum(map(len, self.groups)))
 
         def losses_of(part: Windows) -> Iterator[tuple[Tensor, list[nn.Parameter]]]:

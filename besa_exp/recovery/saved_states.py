@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.errors import ConfigurationError
 from besa_exp.machine import atomic, distributed
 from besa_exp.texts.sources import file_sha256
 
@@ -116,15 +115,9 @@ class SavedStates:
             if file.name not in named:
                 file.unlink()
 
-    @contextmanager
-    def _telling(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            raise RunError(
-                f"the state of the tuning could not be written to {self.folder} ({error}); the one before is kept: "
-                "free disk space, then run the same command again"
-            ) from error
+    def _telling(self) -> AbstractContextManager[None]:
+        remedy = "the one before is kept: free disk space, then run the same command again"
+        return atomic.writing(f"the state of the tuning could not be written to {self.folder}", remedy)
 
 
 def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

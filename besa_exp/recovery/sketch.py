@@ -22,8 +22,8 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from besa_exp.recovery.descent import Adam, Descent, Form
+from besa_exp.recovery.full import norms_and_biases
 from besa_exp.recovery.keep_bits import parameters_of_linears
-from besa_exp.recovery.norms import norms_and_biases
 from besa_exp.rules import check_fields
 from besa_exp.settings import TableBits
 from besa_exp.tensors.keep_bits import KeepBits, put_kept
@@ -45,7 +45,6 @@ class Looked:
 
     @property
     def trained(self) -> Mapping[str, Tensor]:
-        """The tables."""
         return {"table": self.table}
 
     def write(self, parameter: Tensor) -> None:

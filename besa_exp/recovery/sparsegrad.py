@@ -27,8 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from besa_exp.recovery.descent import Adam, Descent
-from besa_exp.recovery.gradients import taking_gradients
+from besa_exp.recovery.descent import Adam, Descent, taking_gradients
 from besa_exp.recovery.keep_bits import parameters_of_linears, sparsity_of
 from besa_exp.recovery.tuner import Objective, Taken, Windows
 from besa_exp.rules import Count, Share, check_fields
@@ -80,11 +79,9 @@ class Rotated:
 
     @property
     def trained(self) -> Mapping[str, Tensor]:
-        """W~."""
         return {"rotated": self.rotated}
 
     def write(self, parameter: Tensor) -> None:
-        """P W~ Q^T."""
         put_kept(self.P @ self.rotated @ self.Q.T, parameter, None)
 
     def gradients(self, gradient: Tensor) -> Mapping[str, Tensor]:
@@ -118,7 +115,6 @@ class SparseGradTuner:
         return self.descent.step(objective, windows, number, scale)
 
     def ready(self) -> AbstractContextManager[None]:
-        """All is in memory."""
         return nullcontext()
 
     def state(self) -> dict[str, Tensor]:
@@ -129,7 +125,6 @@ class SparseGradTuner:
         return sums | (self.descent.state() if self.descent else {})
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state`."""
         device = next(iter(self.parameters.values())).device
         kinds = [name.removesuffix(".P") for name in state if name.endswith(".P")]
         for kind in kinds:

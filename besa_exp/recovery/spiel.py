@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from besa_exp.recovery.gradients import taking_gradients
+from besa_exp.recovery.descent import taking_gradients
 from besa_exp.recovery.keep_bits import parameters_of_linears
 from besa_exp.recovery.schedule import key_of
 from besa_exp.recovery.tuner import Objective, Taken, Windows
@@ -161,7 +161,6 @@ class SpielTuner:
         return Taken(loss, math.sqrt(squares))
 
     def ready(self) -> AbstractContextManager[None]:
-        """All is in memory."""
         return nullcontext()
 
     def state(self) -> dict[str, Tensor]:
@@ -175,7 +174,6 @@ class SpielTuner:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state`."""
         for name, parameter in self.parameters.items():
             device, own = parameter.device, f"{name}/"
             found = {key.removeprefix(own): value for key, value in state.items() if key.startswith(own)}

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from besa_exp.blocks.reports import BlockReport
 from besa_exp.checkpoints.files import save_masks
-from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.errors import ConfigurationError
 from besa_exp.machine import atomic
 from besa_exp.machine.device import on_host
 from besa_exp.methods.budgets.progress import Progress
@@ -92,7 +91,8 @@ class FinishedBlocks:
     ) -> None:
         """Keep one block for good. RunError: the disk is full or cannot be written to."""
         weights, masks, record = self._files(report.index)
-        try:
+        remedy = "the blocks before it are kept: free disk space, then run the same command again"
+        with atomic.writing(f"block index {report.index} could not be written to {self.folder}", remedy):
             with atomic.replaced_file(weights) as partial:
                 save_file(on_host(tensors), partial, {"format": "pt"})
             save_masks(keep_masks, masks, dense_sha256, weights_updated, permutations)
@@ -103,11 +103,6 @@ class FinishedBlocks:
             }
             self.keep_spent()
             atomic.write_text(record, json.dumps(content) + "\n")
-        except (OSError, SafetensorError) as error:
-            raise RunError(
-                f"block index {report.index} could not be written to {self.folder} ({error}); the blocks before it are "
-                "kept: free disk space, then run the same command again"
-            ) from error
 
     @property
     def outside(self) -> Path:
@@ -116,13 +111,9 @@ class FinishedBlocks:
 
     def write_outside(self, tensors: Mapping[str, Tensor]) -> None:
         """Keep them by their names in the model. RunError: the disk is full or cannot be written to."""
-        try:
-            with atomic.replaced_file(self.outside) as partial:
-                save_file(on_host(tensors), partial)
-        except (OSError, SafetensorError) as error:
-            raise RunError(
-                f"{self.outside} could not be written ({error}); free disk space, then start again"
-            ) from error
+        told = atomic.writing(f"{self.outside} could not be written", "free disk space, then start again")
+        with told, atomic.replaced_file(self.outside) as partial:
+            save_file(on_host(tensors), partial)
 
     def tensors(self, index: int, dense_sha256: str | None = None) -> dict[str, Tensor]:
         """A finished block's tensors by full name. ConfigurationError: they were pruned from dense weights of another

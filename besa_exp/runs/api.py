@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa_exp.blocks.ignored import Ignored
 from besa_exp.blocks.pruner import Pruner
-from besa_exp.blocks.reports import BlockReport, Size
+from besa_exp.blocks.reports import BlockReport, Size, share_of_zeros
 from besa_exp.checkpoints.files import load_masks
 from besa_exp.checkpoints.load import LoadedModel, check_finite_weights
 from besa_exp.checkpoints.load import load_model as load
@@ -67,8 +67,7 @@ class PruneReport:
     @property
     def sparsity(self) -> float:
         """The fraction of zeros among the weights of all pruned linears, in [0, 1], counted after pruning."""
-        linears = [linear for block in self.blocks for linear in block.linears]
-        return sum(linear.pruned for linear in linears) / sum(linear.weights for linear in linears)
+        return share_of_zeros(linear for block in self.blocks for linear in block.linears)
 
     @property
     def losses(self) -> list[float]:

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from besa_exp.blocks.activations import OF_ALL_BLOCKS, Allocate, activation_bytes, allocator
 from besa_exp.blocks.block import Block, Hidden, capture_blocks, embed
-from besa_exp.blocks.decided import Decided
 from besa_exp.blocks.head import head_of
 from besa_exp.blocks.ignored import Ignored
 from besa_exp.blocks.loop import prune_blocks
-from besa_exp.blocks.pruner import PrunedBlock, Pruner, Refinement
+from besa_exp.blocks.pruner import PrunedBlock, Pruner, Refinement, Task, Traits, pruned_by_masks
 from besa_exp.blocks.replay_check import check_replay
 from besa_exp.blocks.reports import BlockReport, ModelStep, Step
 from besa_exp.blocks.units import by_block, found_of_blocks, of_unit, units, with_linears
@@ -214,7 +213,7 @@ class BlockLoop:
 
         def measured() -> Iterable[Block]:
             for block in self.loaded.resident(with_linears(blocks)):
-                sizes.append(sum(linear.weight.numel() for linear in block.linears.values()))
+                sizes.append(block.num_weights)
                 yield block
 
         return budget.sparsities(measured(), self._embed(blocks), sparsity, self.batch_size), sizes
@@ -273,3 +272,26 @@ class BlockLoop:
             pruned.weights is not None or bool(pruned.norms),
             permutations,
         )
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A pruner whose masks, and weights where they moved, were decided before, for all blocks together. `before`: the
+    report of each block by the search that came first, whose course is reported again."""
+
+    found: Sequence[Found]
+    before: Sequence[BlockReport]
+
+    traits = Traits(blind=True)
+
+    def check(self, sparsity: float, pattern: str) -> list[str]:
+        return []
+
+    def prune_block(self, task: Task) -> PrunedBlock:
+        block = task.block
+        before, found = self.before[block.index], self.found[block.index]
+        for step in before.steps:
+            task.on_step(step)
+        pruned = pruned_by_masks({name: mask.to(block.device) for name, mask in found.keep_masks().items()})
+        weights = found.weights() if found.weights else None
+        return replace(pruned, weights=weights, loss_before=before.loss_before, steps=before.steps)

@@ -5,6 +5,7 @@ The model that was given is the model of the run; its zeros are counted as those
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from besa_exp.blocks.reports import BlockReport, LinearReport, Size
@@ -12,13 +13,14 @@ from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.evaluation.policies import check_skips, skipping_of
 from besa_exp.machine.environment import environment
 from besa_exp.runs.results import counts_of, published
-from besa_exp.runs.run import Run, model_facts, parameters, tokens_of, tracking
+from besa_exp.runs.run import Run, load, model_facts, parameters, tokens_of, tracking
 from besa_exp.runs.score import dense_scores, score
 
 
-def dense_results(run: Run, loaded: LoadedModel) -> dict[str, Any]:
-    """results.json but for times and memory; with `evaluator.dense` the scores are shared with the runs beside it."""
-    settings = run.settings
+def dense_results(run: Run) -> tuple[dict[str, Any], Path]:
+    """results.json but for times and memory, and the model's folder; with `evaluator.dense` the scores are shared with
+    the runs beside it."""
+    settings, loaded = run.settings, load(run, run.settings.model.path)
     reports, size = counted(loaded), parameters(loaded)
     run.folder.rewind(reports, scored=False)
     run.console.plan(settings, model_facts(loaded))
@@ -35,7 +37,7 @@ def dense_results(run: Run, loaded: LoadedModel) -> dict[str, Any]:
         tracker.log_scores(scores, scores if settings.evaluator.dense else None)
     results |= scores.to_dict() | {"provenance": scores.provenance}
     results |= {"dense": scores.to_dict()} if settings.evaluator.dense else {}
-    return results | published(settings, scores)
+    return results | published(settings, scores), loaded.folder
 
 
 def counted(loaded: LoadedModel) -> list[BlockReport]:

@@ -73,14 +73,8 @@ def prune(
         if warning := out_of_reach(settings):
             logger.warning(warning)
         run.console.outline(settings)
-        results, source = _dense(run) if settings.is_dense else _pruned(run, calibrate)
+        results, source = dense_results(run) if settings.is_dense else _pruned(run, calibrate)
         return written(run, source, results | dequantised(source))
-
-
-def _dense(run: Run) -> tuple[dict[str, Any], Path]:
-    """As `_pruned`."""
-    loaded = load(run, run.settings.model.path)
-    return dense_results(run, loaded), loaded.folder
 
 
 def _pruned(run: Run, calibrate: Callable[[LoadedModel], Calibration] | None) -> tuple[dict[str, Any], Path]:

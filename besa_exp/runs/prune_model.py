@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from besa_exp.blocks.activations import OF_ALL_BLOCKS, allocator
-from besa_exp.blocks.decided import Decided
 from besa_exp.blocks.probe import num_learned
 from besa_exp.blocks.pruner import Pruner, Refinement
 from besa_exp.blocks.reports import BlockReport, Step
@@ -30,7 +29,7 @@ from besa_exp.methods.pruners.besa import Besa
 from besa_exp.methods.pruners.besa_paper import BesaPaper
 from besa_exp.methods.updates.updated import with_update
 from besa_exp.run_folder.finished_blocks import FinishedBlocks
-from besa_exp.runs.block_loop import BlockLoop
+from besa_exp.runs.block_loop import BlockLoop, Decided
 from besa_exp.runs.cpu_units import Rounding
 from besa_exp.runs.run import Run, Work, num_blocks, weights_in_linears
 from besa_exp.runs.save import pruned_weights

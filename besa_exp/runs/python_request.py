@@ -47,35 +47,14 @@ def for_paths_alone(settings: RunSettings, out: str | Path | None) -> list[str]:
 
 
 def asked_in_python(
-    model_or_path: Any,
-    texts: Any,
-    sizes: Mapping[str, int | None],
-    *,
-    seed: Any,
-    sparsity: Any,
-    ignore: Any,
-    **more: Any,
+    model_or_path: Any, texts: Any, sizes: Mapping[str, int | None], *, seed: Any, evaluator: Any, **more: Any
 ) -> tuple[RunSettings, Callable[[LoadedModel], Calibration]]:
-    """What a call asks for, and what reads its calibration tokens; see `settings_of`."""
-    given, patterns = given_texts(texts), tuple(ignore) if isinstance(ignore, list | tuple) else (ignore,)
-    more |= {"sparsity": plain(sparsity), "ignore": patterns}
-    settings = settings_of(model_or_path, given, plain(seed), sizes, **more)
-    return settings, partial(read_calibration, given, settings, sizes["seq_len"])
-
-
-def settings_of(
-    model_or_path: Any,
-    given: Given,
-    seed: int,
-    sizes: Mapping[str, int | None],
-    *,
-    pruner: Any,
-    evaluator: Any,
-    **more: Any,
-) -> RunSettings:
-    """`sizes`: of the calibration, None where nothing was said. ConfigurationError: a preset that there is not, or a
-    target that this method cannot meet."""
-    chosen = {"pruner": pruner} | {group: more.pop(group) for group in METHOD_GROUPS if group != "pruner"}
+    """What a call asks for, and what reads its calibration tokens. `sizes`: of the calibration, None where nothing was
+    said. ConfigurationError: a preset that there is not, or a target that this method cannot meet."""
+    given, seed, ignore = given_texts(texts), plain(seed), more["ignore"]
+    patterns = tuple(ignore) if isinstance(ignore, list | tuple) else (ignore,)
+    more |= {"sparsity": plain(more["sparsity"]), "ignore": patterns}
+    chosen = {group: more.pop(group) for group in METHOD_GROUPS}
     is_path = isinstance(model_or_path, (str, Path))
     problems = [] if is_path else check_model(model_or_path)
     try:
@@ -85,9 +64,8 @@ def settings_of(
     methods = {}
     for group in METHOD_GROUPS:
         try:
-            methods[group] = (
-                preset(group, chosen[group], seed=seed) if isinstance(chosen[group], str) else chosen[group]
-            )
+            named = isinstance(chosen[group], str)
+            methods[group] = preset(group, chosen[group], seed=seed) if named else chosen[group]
         except ConfigurationError as error:
             problems += error.problems
     if problems:
@@ -105,7 +83,7 @@ def settings_of(
     )
     if problems := _check_target(settings):
         raise ConfigurationError(*problems)
-    return settings
+    return settings, partial(read_calibration, given, settings, sizes["seq_len"])
 
 
 def model_settings(path: str) -> ModelSettings:

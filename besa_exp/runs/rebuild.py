@@ -15,19 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from besa_exp.blocks.block import Block
 from besa_exp.blocks.loop import write_weights
 from besa_exp.blocks.pruner import PrunedBlock
-from besa_exp.blocks.reports import LinearReport
+from besa_exp.blocks.reports import LinearReport, share_of_zeros
 from besa_exp.checkpoints.files import SHARD_SIZE, read_masks, save_beside_weights, weights_sha256
 from besa_exp.checkpoints.load import LoadedModel, hub_id, load_model
 from besa_exp.checkpoints.shards import streamed_layout, write_index, write_shards
 from besa_exp.checkpoints.tensor_sources import as_saved
 from besa_exp.display.model_card import base_licence, model_card
-from besa_exp.errors import ConfigurationError, RunError
+from besa_exp.errors import ConfigurationError
 from besa_exp.machine import atomic
 from besa_exp.run_folder.finished_blocks import block_tensors
 from besa_exp.runs.save import outside_blocks
@@ -82,18 +81,16 @@ def rebuild(
         )
     counts: dict[int, list[LinearReport]] = {}
     pruned = _pruned(loaded, blocks, masks, counts)
-    try:
-        with atomic.replaced_folder(out) as partial:
-            if loaded.weights is None:
-                for _ in pruned:  # each is in its place then
-                    continue
-                loaded.model.save_pretrained(partial, max_shard_size=shard_size)
-            else:
-                _write_streamed(loaded, blocks, pruned, partial)
-            card = _card(loaded.folder, hub_id(model), masks, counts, command)
-            save_beside_weights(loaded.model, loaded.tokenizer, partial, card, loaded.folder)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{out} could not be written ({error}); free disk space or give another --out") from error
+    told = atomic.writing(f"{out} could not be written", "free disk space or give another --out")
+    with told, atomic.replaced_folder(out) as partial:
+        if loaded.weights is None:
+            for _ in pruned:  # each is in its place then
+                continue
+            loaded.model.save_pretrained(partial, max_shard_size=shard_size)
+        else:
+            _write_streamed(loaded, blocks, pruned, partial)
+        card = _card(loaded.folder, hub_id(model), masks, counts, command)
+        save_beside_weights(loaded.model, loaded.tokenizer, partial, card, loaded.folder)
     linears = [linear for block in counts.values() for linear in block]
     return sum(linear.weights for linear in linears), sum(linear.pruned for linear in linears)
 
@@ -138,7 +135,7 @@ def _card(
         "pattern": said["pattern"],
         "seed": said["seed"],
         "target_sparsity": said["sparsity"],
-        "measured_sparsity": sum(linear.pruned for linear in linears) / sum(linear.weights for linear in linears),
+        "measured_sparsity": share_of_zeros(linears),
         "blocks": [
             {"index": index, "linears": {linear.name: linear.to_dict() for linear in block}}
             for index, block in counts.items()

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from besa_exp.blocks.reports import BlockReport, Size
+from besa_exp.blocks.reports import BlockReport, Size, share_of_zeros
 from besa_exp.evaluation.score import Scores
 from besa_exp.presets import METHOD_GROUPS
 from besa_exp.run_folder.status import now, read_status
@@ -50,7 +50,6 @@ def counts_of(
 ) -> dict[str, Any]:
     """What was asked, and what the blocks' linears hold; of a dense model there is no target."""
     linears = [linear for report in reports for linear in report.linears]
-    weights, pruned = sum(linear.weights for linear in linears), sum(linear.pruned for linear in linears)
     return {
         "schema": SCHEMA,
         "model": settings.model.path,
@@ -62,7 +61,7 @@ def counts_of(
         **({"ignore": [*settings.ignore]} if settings.ignore else {}),
         "seed": settings.seed,
         "target_sparsity": 0.0,
-        "measured_sparsity": pruned / max(1, weights),
+        "measured_sparsity": share_of_zeros(linears),
         "parameters": asdict(parameters),
         "linears": len(linears),
         "quantisation": asdict(quantiser) if (quantiser := settings.pruner.traits.quantiser) else None,

@@ -73,8 +73,7 @@ def _masks(block: Block, before: Mapping[str, Tensor], keep: Mapping[str, KeepBi
 
 def _recounted(block: Block, report: BlockReport) -> BlockReport:
     """A kept weight may have become zero."""
-    weights = {name: linear.weight for name, linear in block.linears.items()}
-    linears = (LinearReport.counted(own.name, weights[own.name], own.allocated) for own in report.linears)
+    linears = (LinearReport.counted(own.name, block.linears[own.name].weight, own.allocated) for own in report.linears)
     return replace(report, linears=tuple(linears))
 
 

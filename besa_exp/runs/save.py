@@ -63,15 +63,11 @@ def save_pruned(loaded: LoadedModel, finished: FinishedBlocks, folder: Path, car
     if loaded.weights is None and not linked:
         save_model(loaded.model, loaded.tokenizer, folder, card, loaded.folder)
         return
-    try:
-        with atomic.replaced_folder(folder) as partial:
-            _write_shards(loaded, finished, partial)
-            save_beside_weights(loaded.model, loaded.tokenizer, partial, card, loaded.folder)
-    except OSError as error:
-        raise RunError(
-            f"{folder} could not be written ({error}); the pruned blocks are kept: free disk space, then run the same "
-            "command again, or set save.model=false"
-        ) from error
+    again = "free disk space, then run the same command again, or set save.model=false"
+    told = atomic.writing(f"{folder} could not be written", f"the pruned blocks are kept: {again}")
+    with told, atomic.replaced_folder(folder) as partial:
+        _write_shards(loaded, finished, partial)
+        save_beside_weights(loaded.model, loaded.tokenizer, partial, card, loaded.folder)
 
 
 def check_saved(saved: LoadedModel, reports: Sequence[BlockReport], padded: bool = False) -> None:

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from besa_exp.blocks.reports import BlockReport, LinearReport, Size
+from besa_exp.blocks.reports import BlockReport, LinearReport, Size, share_of_zeros
 from besa_exp.checkpoints.files import check_savable, weights_sha256
 from besa_exp.checkpoints.load import LoadedModel, check_finite_weights, model_context
 from besa_exp.display.model_card import base_licence
@@ -110,8 +110,7 @@ def _begun(run: Run, loaded: LoadedModel, asked: TuneSettings) -> tuple[Run, Wor
         calibration = distributed.from_first(lambda: calibration_of(settings.calibration, settings.offline, loaded))
     size = parameters(loaded)
     work = _adopted(run, Work(loaded, calibration, Size(size, size), begin_blocks(run, calibration)))
-    linears = [linear for report in work.reports for linear in report.linears]
-    sparsity = sum(linear.pruned for linear in linears) / sum(linear.weights for linear in linears)
+    sparsity = share_of_zeros(linear for report in work.reports for linear in report.linears)
     if sparsity < DENSE and not asked.dense:
         raise ConfigurationError(
             f"checkpoint={run.config['checkpoint']}: has no zeros ({sparsity:.2%}), so that nothing would be kept; "

@@ -48,7 +48,11 @@ def tune(
 
     ConfigurationError (a ValueError): the request cannot be carried out; it names all problems."""
     given = given_texts(texts_or_tokens)
-    _check_objects(model, teacher)
+    problems = check_model(model)
+    if not isinstance(teacher, PreTrainedModel | None):
+        problems.append(f"teacher={type(teacher).__name__}: give the dense model as an object")
+    if problems:
+        raise ConfigurationError(*problems)
     asked = preset("recovery", recovery, seed=plain(seed)) if isinstance(recovery, str) else recovery
     check_fields(asked, "" if isinstance(recovery, str) else "recovery")  # of a preset only `seed` can be wrong
     context = model_context(model)
@@ -68,11 +72,3 @@ def tune(
         before = parts.accuracy(model, asked.windows_together)
         found, _ = tune_model(model, keep, method, objective, parts, plan_of(asked), on_point=on_step)
         return report_of(asked, found, parts, before, parts.accuracy(model, asked.windows_together))
-
-
-def _check_objects(model: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
-    problems = check_model(model)
-    if not isinstance(teacher, PreTrainedModel | None):
-        problems.append(f"teacher={type(teacher).__name__}: give the dense model as an object")
-    if problems:
-        raise ConfigurationError(*problems)

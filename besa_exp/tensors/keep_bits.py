@@ -36,16 +36,13 @@ class KeepBits:
         return KeepBits(bits, shape, int(np.unpackbits(bits.cpu().numpy()).sum(dtype=np.int64)))
 
     def to(self, device: torch.device) -> KeepBits:
-        """The same, there."""
         return replace(self, bits=self.bits.to(device))
 
     @property
     def numel(self) -> int:
-        """How many weights the tensor has."""
         return self.shape.numel()
 
     def mask(self) -> Bool[Tensor, "*shape"]:
-        """The keep mask as booleans."""
         return unpacked(self.bits, self.shape)
 
     def places(self) -> Int[Tensor, " kept"]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from besa_exp.recovery.descent import Adam, Descent
-from besa_exp.recovery.norms import norms_and_biases
+from besa_exp.recovery.full import norms_and_biases
 from besa_exp.recovery.tuner import Objective, Windows
 from besa_exp.rules import Positive, check_fields
 from besa_exp.tensors.keep_bits import KeepBits

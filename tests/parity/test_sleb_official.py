@@ -9,10 +9,10 @@ import torch
 from neighbours import recorded, recorded_model, recorded_tokens, test_nll
 
 from besa_exp.blocks.block import capture_blocks, embed
-from besa_exp.blocks.head import head_of
+from besa_exp.blocks.head import head_of, summed_entropies
 from besa_exp.checkpoints.narrowed_model import costs_of_model, narrowed_model
 from besa_exp.methods.structure.shortgpt import without
-from besa_exp.methods.structure.sleb import Sleb, summed_entropies
+from besa_exp.methods.structure.sleb import Sleb
 
 
 @pytest.mark.parametrize("barriers", [(1, 1, 2), (0, 0, 3), (0, 1, 2)])

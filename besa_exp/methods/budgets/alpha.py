@@ -63,13 +63,12 @@ class Alpha:
         """The eigenvalues of each linear; `inputs` are not used. RunError: a weight is not finite."""
         exponents, sizes = [], []
         for block in blocks:
-            for name, linear in block.linears.items():
-                if not is_finite(linear.weight):
+            for name, weight in block.weights.items():
+                if not is_finite(weight):
                     raise RunError(f"{block.name}.{name}: its weights are not finite; check the checkpoint")
-            linears = [linear.weight.detach() for linear in block.linears.values()]
-            found = [alpha for alpha in map(hill_exponent, linears) if not math.isnan(alpha)]
+            found = [alpha for alpha in map(hill_exponent, block.weights.values()) if not math.isnan(alpha)]
             exponents.append(sum(found) / len(found) if found else math.nan)
-            sizes.append(sum(weight.numel() for weight in linears))
+            sizes.append(block.num_weights)
         alpha, weights = torch.tensor(exponents, dtype=torch.float64), torch.tensor(sizes, dtype=torch.float64)
         alpha = alpha.where(~alpha.isnan(), alpha.nanmean())
         spread = alpha.max() - alpha.min()

@@ -56,9 +56,7 @@ class Counted(Protocol):
         """What blocks are pruned by."""
         ...
 
-    def work(self, num_blocks: int, num_samples: int, seq_len: int, sparsity: float) -> Work:
-        """What it will ask for."""
-        ...
+    def work(self, num_blocks: int, num_samples: int, seq_len: int, sparsity: float) -> Work: ...
 
 
 def survey(
@@ -80,7 +78,7 @@ def survey(
 @torch.no_grad()
 def pruned_to(block: Block, observed: Observed, sparsities: Iterable[float]) -> Iterator[dict[str, Tensor]]:
     """The block's weights, pruned to each of the sparsities, the same in every row."""
-    weights = {name: linear.weight.detach() for name, linear in block.linears.items()}
+    weights = block.weights
     ranks = {name: kernels.rank_in_row(observed.score(block, name)) for name in weights}
     for sparsity in sparsities:
         counts = {name: torch.full_like(rank[:, 0], int(rank.shape[1] * sparsity)) for name, rank in ranks.items()}

@@ -77,7 +77,7 @@ class Learned:
             before = dense
             observed, dense = Observed.of(importance, block, before, batch_size)
             perturbed += [block.outputs(before, batch_size, weights) for weights in pruned_to(block, observed, levels)]
-            sizes.append(sum(linear.weight.numel() for linear in block.linears.values()))
+            sizes.append(block.num_weights)
         scale = distributed.all_sum(dense.double().square().sum())
         squared = [distributed.all_sum((states.double() - dense.double()).square().sum()) for states in perturbed]
         errors = torch.stack(squared).view(len(sizes), len(levels)) / scale

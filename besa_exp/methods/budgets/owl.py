@@ -47,6 +47,5 @@ class Owl:
         def scores() -> Iterable[Tensor]:
             return (observed.score(block, name) for name in block.linears)
 
-        num_weights = sum(linear.weight.numel() for linear in block.linears.values())
-        mean = sum(float(score.double().sum()) for score in scores()) / num_weights
-        return sum(int((score > self.outlier * mean).sum()) for score in scores()) / num_weights
+        mean = sum(float(score.double().sum()) for score in scores()) / block.num_weights
+        return sum(int((score > self.outlier * mean).sum()) for score in scores()) / block.num_weights

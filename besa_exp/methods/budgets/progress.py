@@ -35,14 +35,10 @@ class Progress:
             text = json.dumps(found) + "\n"
         except (TypeError, ValueError) as error:
             raise RunError(f"a search keeps plain values ({error}); give tensors as .tolist() makes them") from error
-        try:
+        remedy = "free disk space, then run the same command again"
+        with atomic.writing(f"the search could not be written to {self.file}", remedy):
             self.keep_spent()
             atomic.write_text(self.file, text)
-        except OSError as error:
-            raise RunError(
-                f"the search could not be written to {self.file} ({error}); free disk space, then run the same command "
-                "again"
-            ) from error
 
     def _read(self) -> dict[str, Any]:
         if self.file is None or not self.file.is_file():

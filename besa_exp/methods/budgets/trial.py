@@ -77,11 +77,9 @@ class Trial:
         importance: Importance | ImportanceName = "wanda",
     ) -> Trial:
         """One pass of the dense model. `outputs`, to begin with the same as `inputs`, are overwritten."""
-
-        def measure(block: Block, observed: Observed) -> tuple[Observed, int]:
-            return observed, sum(linear.weight.numel() for linear in block.linears.values())
-
-        observed, sizes = zip(*survey(blocks(), outputs, importance_of(importance), batch_size, measure), strict=True)
+        by = importance_of(importance)
+        seen = survey(blocks(), outputs, by, batch_size, lambda block, observed: (observed, block.num_weights))
+        observed, sizes = zip(*seen, strict=True)
         return Trial(blocks, inputs, outputs, head, batch_size, observed, sizes)
 
     @property

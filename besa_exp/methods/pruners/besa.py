@@ -158,7 +158,6 @@ class Besa:
         return Buffers.like(rows.weights).fill(rows, rows.counts(*uniform(task, rows)))
 
     def rows(self, task: Task, score: Callable[[str], Tensor]) -> Rows:
-        """The block's rows, ranked by `score`."""
         group = task.goal.group
         make = Rows.of if group is None else partial(rows_of_groups, group=group)
         return make(task.weights, score, self.granularity)

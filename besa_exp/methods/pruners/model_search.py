@@ -114,7 +114,7 @@ class ModelRows:
         all_rows, room, shared, counted = [], [], {}, []
         for block, keep_masks in zip(whole.blocks(False), start, strict=True):
             observed, _ = Observed.of(importance, block, states, whole.batch_size)
-            weights = {name: linear.weight.detach() for name, linear in block.linears.items()}
+            weights = block.weights
             rows = Rows.of(weights, partial(observed.score, block), "row")
             counts = {name: (~keep_masks[name]).sum(dim=1).to(block.device) for name in rows.weights}
             room.append(_room(rows.weights, shared))

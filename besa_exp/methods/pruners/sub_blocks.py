@@ -52,7 +52,7 @@ def _parts(task: Task) -> list[Task]:
     tasks, done = [], 0
     for part, names in sub_blocks(task.block, task.inputs):
         block = replace(part, linears={name: part.linears[name] for name in names})
-        size = sum(linear.weight.numel() for linear in block.linears.values())
+        size = block.num_weights
         total = round(task.goal.sparsity * (done + size)) - round(task.goal.sparsity * done)
         statistics = {name: task.statistics[name] for name in names if name in task.statistics}
         gradients = {name: task.gradients[name] for name in names if name in task.gradients}

@@ -43,6 +43,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from besa_exp.blocks.head import summed_entropies
 from besa_exp.checkpoints.narrowed_config import SAVED_AS
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
 from besa_exp.errors import RunError
@@ -59,7 +60,6 @@ from besa_exp.methods.structure.estimators import (
     with_one_border,
 )
 from besa_exp.methods.structure.method import DenseModel
-from besa_exp.methods.structure.sleb import summed_entropies
 from besa_exp.methods.structure.widths import (
     IMPORTANCES,
     Importances,

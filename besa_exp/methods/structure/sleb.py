@@ -21,11 +21,11 @@ from functools import partial
 from typing import Annotated, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from besa_exp.blocks.block import Block, Hidden
-from besa_exp.blocks.head import Head, few_samples, summed_divergences
+from besa_exp.blocks.head import summed_divergences, summed_entropies
 from besa_exp.checkpoints.structure import Costs, Dimensions, Structure
 from besa_exp.errors import RunError
 from besa_exp.machine import distributed
@@ -57,20 +57,6 @@ class Removal:
     def from_dict(values: Mapping[str, Any]) -> Removal:
         losses = {int(block): math.nan if loss is None else loss for block, loss in values["losses"].items()}
         return Removal(values["block"], losses, values["passes"])
-
-
-def summed_entropies(
-    head: Head, input_ids: Int[Tensor, "sample seq"], tried: Sequence[Hidden]
-) -> Float[Tensor, " model"]:
-    """The sum over samples and i = 2 .. seq of -log p(token_i | the tokens before it), of each tried model."""
-    totals = [torch.zeros((), dtype=torch.float64)] * len(tried)
-    for number, states in enumerate(tried):
-        for rows in few_samples(states):
-            logits = head(states[rows])[:, :-1].float().flatten(0, 1)
-            following = input_ids[rows, 1:].to(logits.device, non_blocking=True).flatten()
-            losses = torch.nn.functional.cross_entropy(logits, following, reduction="none")
-            totals[number] = totals[number] + losses.double().sum()
-    return torch.stack(totals).cpu()
 
 
 @torch.no_grad()

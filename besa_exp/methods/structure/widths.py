@@ -152,7 +152,7 @@ class Widths:
         on_progress(f"importances of {self.importance}")
         kept = even_widths(dense.costs, dense.dimensions, self.ratio, self.multiple)
         importances = importances_by_name(self.importance, dense, kept, self.seed)
-        return proportional(importances, dense.costs, dense.dimensions, self.ratio, self.multiple)
+        return proportional(importances, kept)
 
 
 @contextmanager
@@ -216,17 +216,15 @@ def chosen_units(
     return _largest(scores.groups, groups), _largest(scores.channels, channels)
 
 
-def proportional(
-    importances: Importances, costs: Costs, dimensions: Dimensions, ratio: float, multiple: int = 1
-) -> Structure:
-    """Of every block as many groups and as many channels, in shares as equal as the budget and whole numbers allow: for
-    importances of which those of heads and of channels cannot be compared."""
-    groups, channels = ([number] * dimensions.blocks for number in even_widths(costs, dimensions, ratio, multiple))
+def proportional(importances: Importances, kept: tuple[int, int]) -> Structure:
+    """Of every block the most important groups and channels, as many as `even_widths` gives: for importances of which
+    those of heads and of channels cannot be compared."""
+    groups, channels = ([number] * len(importances.groups) for number in kept)
     return structure_of(_largest(importances.groups, groups), _largest(importances.channels, channels))
 
 
 def even_widths(costs: Costs, dimensions: Dimensions, ratio: float, multiple: int = 1) -> tuple[int, int]:
-    """How many groups and how many channels every block keeps by `proportional`."""
+    """How many groups and channels every block keeps, in shares as equal as the budget and whole numbers allow."""
     assert not width_amount_problems(costs, dimensions, ratio, multiple), "no width meets the budget"
     pairs = _frontier(costs, dimensions, kept_parameters(costs, ratio), multiple)
     return min(pairs, key=lambda pair: abs(pair[0] / dimensions.groups - pair[1] / dimensions.channels))

@@ -191,8 +191,8 @@ class _State:
 
     @staticmethod
     def of(block: Block, pruned: PrunedBlock, retain: bool) -> _State:
-        dense = {name: linear.weight.detach() for name, linear in block.linears.items()}
-        masks, left = pruned.keep_masks, dense
+        dense, masks = block.weights, pruned.keep_masks
+        left = dense
         if pruned.weights is not None:
             given = pruned.weights
             left = {name: torch.where(mask, given[name].to(dense[name]), dense[name]) for name, mask in masks.items()}

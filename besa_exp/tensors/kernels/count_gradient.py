@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from besa_exp.tensors.kernels.at_or_above import CHUNK, at_or_above
+from besa_exp.tensors.kernels.masked_weight import CHUNK, at_or_above
 
 
 def count_gradient(

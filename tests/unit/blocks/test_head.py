@@ -10,10 +10,9 @@ from host_waits import HostWaits
 from tiny_llama import tiny_llama
 
 from besa_exp.blocks.block import capture_blocks
-from besa_exp.blocks.head import TOKENS, head_of, summed_divergences
+from besa_exp.blocks.head import TOKENS, head_of, summed_divergences, summed_entropies
 from besa_exp.blocks.whole_model import Whole
 from besa_exp.methods.structure.shortgpt import passage
-from besa_exp.methods.structure.sleb import summed_entropies
 
 DRAWS = torch.Generator().manual_seed(0)
 STATES = [torch.randn(3, TOKENS, 4, generator=DRAWS) for _ in range(3)]  # each sample passes the head by itself

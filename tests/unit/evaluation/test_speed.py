@@ -14,7 +14,7 @@ from besa_exp.blocks.block import capture_blocks
 from besa_exp.checkpoints.load import LoadedModel
 from besa_exp.display.rows import cost_table
 from besa_exp.errors import Unavailable
-from besa_exp.evaluation.cost import check_device, counted, is_two_of_four, measure_model
+from besa_exp.evaluation.cost import check_device, counts_of, is_two_of_four, measure_model
 from besa_exp.evaluation.scores import evaluate
 from besa_exp.settings import EvaluatorSettings
 from besa_exp.tensors.masks import keep_n_of_m
@@ -66,14 +66,16 @@ def test_what_a_model_costs_is_counted_in_the_literal_numbers_of_its_shapes():
     norms = 3 * 2 * 32 + 32
     tied = model.config.tie_word_embeddings
     parameters = linears + norms + 64 * 32 * (1 if tied else 2)
-    counts = counted(model, 10)
+    counts = counts_of(model, 20)
     assert counts == {
         "parameters": parameters,
         "bytes": 4 * parameters,
         "flops_per_token": 2 * (linears + 64 * 32) + 4 * 10 * 3 * 32,
         "cache_bytes_per_token": 3 * 2 * 16 * 4,
+        "dtype": "float32",
+        "prompt_tokens": 10,
     }
-    assert counted(model.half(), 10)["bytes"] == 2 * parameters
+    assert counts_of(model.half(), 20)["bytes"] == 2 * parameters
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -81,7 +83,7 @@ def test_the_cache_of_a_token_is_that_of_the_familys_real_cache(family):
     model = tiny(family)
     layers = model(torch.arange(6)[None] + 3, use_cache=True).past_key_values.layers
     held = sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in (layer.keys, layer.values))
-    assert counted(model, 10)["cache_bytes_per_token"] == held / 6
+    assert counts_of(model, 20)["cache_bytes_per_token"] == held / 6
 
 
 def test_of_a_mixtures_experts_those_that_run_are_counted():
@@ -94,8 +96,8 @@ def test_of_a_mixtures_experts_those_that_run_are_counted():
     head = config.vocab_size * config.hidden_size
     width = config.hidden_size  # heads times the size of a head
     assert 0 < passed < sum(kept.values())
-    assert counted(model, 0)["flops_per_token"] == 2 * (len(blocks) * passed + head)
-    assert counted(model, 1)["flops_per_token"] - counted(model, 0)["flops_per_token"] == 4 * len(blocks) * width
+    assert counts_of(model, 0)["flops_per_token"] == 2 * (len(blocks) * passed + head)
+    assert counts_of(model, 2)["flops_per_token"] - counts_of(model, 0)["flops_per_token"] == 4 * len(blocks) * width
 
 
 def test_prefill_and_decoding_are_timed_for_one_and_eight_sequences_and_shown():

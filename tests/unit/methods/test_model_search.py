@@ -10,7 +10,6 @@ from tiny_llama import tiny_llama
 
 from besa_exp.blocks.activations import allocator
 from besa_exp.blocks.block import capture_blocks, embed
-from besa_exp.blocks.decided import Decided
 from besa_exp.blocks.head import divergence, head_of
 from besa_exp.blocks.loop import prune_blocks
 from besa_exp.blocks.whole_model import Found, Weights, Whole
@@ -20,6 +19,7 @@ from besa_exp.methods.pruners.besa import Besa
 from besa_exp.methods.pruners.model_search import ModelRows, ModelSearch
 from besa_exp.methods.pruners.model_tuning import ModelTuning, _Tuned
 from besa_exp.methods.pruners.uniform import Uniform
+from besa_exp.runs.block_loop import Decided
 from besa_exp.tensors.importance import Wanda
 from besa_exp.tensors.masks import Goal
 

@@ -409,7 +409,7 @@ def test_antithetic_draws_begin_with_equal_widths_in_the_order_of_the_importance
     scaled = Importances(*(rows * torch.tensor([[1.0], [1e3], [1e-3]]) for rows in (found.groups, channels)))
     method = PolicyGradient(0.2, shape=shape)
     begun = method.decide(method.begin(scaled, costs, dimensions), costs, dimensions)
-    even = proportional(scaled, costs, dimensions, 0.2)
+    even = proportional(scaled, even_widths(costs, dimensions, 0.2))
     assert begun == even or shape == "uneven"
     for one, other in ((begun.groups, even.groups), (begun.channels, even.channels)):
         assert one is not None

@@ -12,7 +12,7 @@ import torch
 from tiny_llama import tiny_llama
 
 from besa_exp.blocks.block import capture_blocks, embed
-from besa_exp.blocks.head import divergence, head_of, summed_divergences
+from besa_exp.blocks.head import divergence, head_of, summed_divergences, summed_entropies
 from besa_exp.checkpoints.narrowed_model import costs_of_model, dimensions_of_model, narrowed_model
 from besa_exp.checkpoints.structure import Structure
 from besa_exp.errors import RunError
@@ -20,7 +20,7 @@ from besa_exp.evaluation.perplexity import sum_of_losses
 from besa_exp.methods.budgets.progress import Progress
 from besa_exp.methods.structure.method import DenseModel
 from besa_exp.methods.structure.shortgpt import without
-from besa_exp.methods.structure.sleb import Removal, Sleb, losses_without, summed_entropies
+from besa_exp.methods.structure.sleb import Removal, Sleb, losses_without
 
 IDS = torch.randint(0, 256, (5, 12), generator=torch.Generator().manual_seed(8))
 

@@ -22,6 +22,7 @@ from besa_exp.methods.structure.widths import (
     carrying_linears,
     chosen_units,
     column_importance,
+    even_widths,
     group_importance,
     importances_of,
     kept_parameters,
@@ -140,7 +141,7 @@ def test_uneven_widths_go_by_score_and_leave_at_least_one_of_each():
 def test_proportional_widths_keep_like_shares_of_heads_and_channels():
     dimensions = Dimensions(blocks=2, hidden=8, groups=8, heads=8, head_dim=2, channels=64)
     costs = Costs(0, (8 * 64 + 64 * 24,) * 2, (64, 64), (24, 24))
-    found = proportional(random_importances(dimensions, 1), costs, dimensions, 0.25, 4)
+    found = proportional(random_importances(dimensions, 1), even_widths(costs, dimensions, 0.25, 4))
     assert found.groups is not None
     assert found.channels is not None
     assert len(found.groups[0]) == 6

@@ -20,10 +20,9 @@ from pruned_llama import (
 )
 
 from besa_exp.recovery.descent import Adam
-from besa_exp.recovery.full import Full, Kept, embeddings_of
+from besa_exp.recovery.full import Full, Kept, Norms, embeddings_of, norms_and_biases
 from besa_exp.recovery.keep_bits import keep_of_zeros, parameters_of_linears
 from besa_exp.recovery.lora import Factored, Lora
-from besa_exp.recovery.norms import Norms, norms_and_biases
 from besa_exp.recovery.objective import NextToken, mean_loss
 from besa_exp.recovery.sketch import Sketch
 from besa_exp.tensors.keep_bits import KeepBits

@@ -7,10 +7,9 @@ import pytest
 from host_waits import HostWaits
 from pruned_llama import WINDOWS, pruned_llama
 
-from besa_exp.recovery.full import Full
+from besa_exp.recovery.full import Full, Norms
 from besa_exp.recovery.lora import Lora
 from besa_exp.recovery.mezo import Mezo
-from besa_exp.recovery.norms import Norms
 from besa_exp.recovery.objective import NextToken, mean_loss
 from besa_exp.recovery.reconstruction import Blocks, Reconstruction
 from besa_exp.recovery.sketch import Sketch

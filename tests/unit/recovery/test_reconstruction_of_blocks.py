@@ -9,8 +9,7 @@ import torch
 from pruned_llama import WINDOWS, assert_zeros_exact, pruned_llama, weights_of
 from tiny_llama import tiny_llama
 
-from besa_exp.recovery.descent import Adam
-from besa_exp.recovery.gradients import taking_gradients
+from besa_exp.recovery.descent import Adam, taking_gradients
 from besa_exp.recovery.reconstruction import BLOCKS_OF, Blocks, Reconstruction
 
 TEXT = WINDOWS[:3]

@@ -14,9 +14,8 @@ from pruned_llama import WINDOWS, assert_same_bits, assert_zeros_exact, pruned_l
 
 from besa_exp.errors import ConfigurationError, RunError
 from besa_exp.recovery.descent import Adam, Descent
-from besa_exp.recovery.full import Full
+from besa_exp.recovery.full import Full, Norms
 from besa_exp.recovery.lora import Lora
-from besa_exp.recovery.norms import Norms
 from besa_exp.recovery.objective import NextToken, mean_loss
 from besa_exp.recovery.saved_states import SavedStates
 from besa_exp.recovery.schedule import Schedule, batch_at, key_of
