@@ -62,7 +62,8 @@ browser:
 		|| echo "no chromium: apt-get install chromium chromium-driver"
 
 # Two workers with one thread each: many small tensors gain nothing from more, and three workers take longer than two on
-# two cores. A file's tests share a worker, and what is made for them once; the long files, which come first, begin first.
+# two cores. A file's tests share a worker, and what is made for them once; so do all that fork from one process, which
+# come first (tests/conftest.py).
 pytest: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 

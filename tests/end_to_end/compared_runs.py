@@ -37,7 +37,7 @@ def weights_and_inputs(folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
     for index, (block, written) in enumerate(zip(model.model.layers, pruned.model.layers, strict=True)):
         linears = {name: module for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)}
         hooks = [module.register_forward_pre_hook(note) for module in linears.values()]
-        model(input_ids, use_cache=False)
+        model.model(input_ids, use_cache=False)
         for hook in hooks:
             hook.remove()
         for name, module in linears.items():

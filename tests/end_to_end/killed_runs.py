@@ -31,35 +31,31 @@ def start(arguments: list[str]) -> int:
 
 
 def kill(child: int, folder: Path, moment: dict) -> dict | None:
-    """What was there when the run was killed; None: it had ended before."""
+    """What was there when the run was killed; None: it had ended before. A look costs the run time where cores are few:
+    no more is looked at than is asked for."""
     began = time.monotonic()
-    while True:
-        seen = {
-            "writing": being_written(folder),
-            "blocks": [path.name for path in folder.glob("blocks/??????.json")],
-            "scores": finished_scores(folder),
-            "generations": finished_generations(folder),
-            "recovery": kept_states(folder),
-            "structure": steps_of_structure(folder),
-            "refined": len(list(folder.glob("blocks/model/00000?.json"))),
-        }
-        if (
-            time.monotonic() - began >= moment.get("after", 0)
-            and len(seen["blocks"]) >= moment.get("blocks", 0)
-            and len(seen["scores"]) >= moment.get("scores", 0)
-            and seen["generations"] >= moment.get("generations", 0)
-            and seen["recovery"] >= moment.get("recovery", 0)
-            and seen["structure"] >= moment.get("structure", 0)
-            and seen["refined"] >= moment.get("refined", 0)
-            and (seen["writing"] or not moment.get("in_a_write"))
-        ):
-            break
+    asked = {name: count for name, count in moment.items() if name in LOOKS}
+    writing = []
+    while not (
+        time.monotonic() - began >= moment.get("after", 0)
+        and all(number(LOOKS[name](folder)) >= count for name, count in asked.items())
+        and (not moment.get("in_a_write") or (writing := being_written(folder)))
+    ):
         if os.waitpid(child, os.WNOHANG)[0]:
             return None
-        time.sleep(0.0005)
+        time.sleep(0.0002 if moment.get("in_a_write") else 0.001)
     os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return seen
+    if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+        return None
+    return {name: look(folder) for name, look in LOOKS.items()} | {"writing": writing}
+
+
+def number(found: list | int) -> int:
+    return found if isinstance(found, int) else len(found)
+
+
+def finished_blocks(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("blocks/??????.json")]
 
 
 def being_written(folder: Path) -> list[str]:
@@ -102,6 +98,20 @@ def steps_of_structure(folder: Path) -> int:
     except FileNotFoundError:
         return 0
     return len(found["removals"]) if "removals" in found else found.get("step", 0)
+
+
+def refined_blocks(folder: Path) -> int:
+    return len(list(folder.glob("blocks/model/00000?.json")))
+
+
+LOOKS = {
+    "blocks": finished_blocks,
+    "scores": finished_scores,
+    "generations": finished_generations,
+    "recovery": kept_states,
+    "structure": steps_of_structure,
+    "refined": refined_blocks,
+}
 
 
 def all_kills(folder: Path, moments: list[dict], arguments: list[str]) -> list[dict]:

@@ -62,7 +62,7 @@ def said_by_server() -> IO[bytes]:
 
 def start_ready(program: str, *arguments: str, output: str | None = None) -> Ready:
     """`python PROGRAM ARGUMENTS...` in this working folder and a session of its own, its two streams together; PROGRAM
-    is `BESA` or a script of this folder. `output`: the file that is its standard output instead."""
+    is `BESA` or a script of this folder. `output`: the file that is its standard output instead, or `closed`."""
     ready, said = server(), tempfile.NamedTemporaryFile("w+", suffix=".txt")  # noqa: SIM115 - `wait` closes it
     assert ready.stdin is not None
     words = [str(Path(__file__).parent / program), *arguments]
@@ -107,9 +107,12 @@ def become(request: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     os.chdir(request["folder"])
     said = os.open(request["said"], os.O_WRONLY | os.O_APPEND)
-    output = os.open(request["output"], os.O_WRONLY) if request["output"] else said
     os.dup2(said, 2)
-    os.dup2(output, 1)
+    if request["output"] == "closed":
+        os.close(1)
+        sys.stdout = None  # type: ignore[assignment] # as an interpreter that starts has it
+    else:
+        os.dup2(os.open(request["output"], os.O_WRONLY) if request["output"] else said, 1)
     sys.argv = request["words"]
     runpy.run_path(sys.argv[0], run_name="__main__")
     raise AssertionError("the program ends by itself")

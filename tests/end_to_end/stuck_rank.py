@@ -17,7 +17,7 @@ def rank(folder: str, which: str) -> None:
     from besa_exp.machine import distributed
     from besa_exp.runs import evaluate, run
 
-    distributed.PATIENCE = 1.0
+    distributed.PATIENCE = 0.2
     path = Path(folder)
     opened = run.opened(path, False, None) if which == "run" else evaluate.opened(path)
     with distributed.joined(torch.device("cpu")), opened:

@@ -43,6 +43,7 @@ def test_a_run_killed_ten_times_ends_with_the_bytes_of_an_unbroken_one(request_a
     moments = [{"after": chance.uniform(0, seconds / 2), "in_a_write": number % 3 == 2} for number in range(KILLS)]
     for number in range(1, BLOCKS):  # so that a slow machine gets somewhere too
         moments[number * KILLS // BLOCKS]["blocks"] = number
+    moments[0] = {"blocks": 1}  # and one that has become faster meanwhile is killed early once
     seen = killed(request_arguments, folder, moments)
     assert len(seen) == KILLS
     assert any(kill["writing"] for kill in seen)

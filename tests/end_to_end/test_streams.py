@@ -40,16 +40,12 @@ def test_a_run_whose_reader_has_gone_is_finished_without_a_word(given: list[str]
 def test_a_run_whose_output_cannot_be_written_is_finished(place: str, given: list[str]) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
-    if place == "closed":  # what an interpreter makes of it when it starts
-        done = subprocess.run(
-            ["sh", "-c", 'exec "$@" >&-', "sh", *BESA, "prune", *given], stderr=subprocess.PIPE, text=True
-        )
-        code, errors = done.returncode, done.stderr
-    else:
-        done = run_ready(ready_process.BESA, "prune", *given, output=place)
-        code, errors = done.returncode, done.stdout
-    assert (code, status_of_the_run()) == (0, "done")
-    assert not [word for word in TRACES if word in errors]
+    if place == "closed":  # an interpreter that starts so has none
+        told = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *BESA, "--version"], stderr=subprocess.PIPE)
+        assert (told.returncode, told.stderr) == (0, b"")
+    done = run_ready(ready_process.BESA, "prune", *given, output=place)
+    assert (done.returncode, status_of_the_run()) == (0, "done")
+    assert not [word for word in TRACES if word in done.stdout]
     (log,) = Path("outputs").glob("*/run.log")
     assert "loading" in log.read_text()
 

@@ -114,7 +114,10 @@ def test_a_path_is_pruned_into_a_run_folder(dense: Path, tmp_path: Path, monkeyp
         besa_exp.prune(dense, None, TOKENS, pruner="besa", sparsity=0.3, out=tmp_path / "run")
 
 
-def test_the_same_call_reports_the_finished_run_and_leaves_the_program_as_it_was(dense: Path, tmp_path: Path) -> None:
+def test_the_same_call_reports_the_finished_run_and_leaves_the_program_as_it_was(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reload_here(monkeypatch)
     write_token_file(TOKENS, tmp_path / "tokens.safetensors")
     asked = partial(besa_exp.prune, dense, None, str(tmp_path / "tokens.safetensors"), pruner="magnitude")
     torch.use_deterministic_algorithms(False)

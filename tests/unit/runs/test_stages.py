@@ -131,8 +131,7 @@ def test_blocks_that_are_left_are_pruned_and_told_under_their_numbers_in_the_den
 
 @pytest.mark.parametrize("load", LOADS)
 def test_no_second_model_is_held_while_the_saved_one_is_read_and_scored(load, request_of, tmp_path, monkeypatch):
-    if load == "streamed":  # the process loads the saved model in the same way
-        reload_here(monkeypatch)
+    reload_here(monkeypatch)
     held: list[weakref.ref[torch.Tensor]] = []
 
     def noting(run: Run, work: Work) -> Work:

@@ -49,10 +49,10 @@ GROUPS = [(1, 1), (600, 4), (33, 63), (17, 128), (5, 256)]
 @pytest.fixture(autouse=True)
 def _poisoned_and_deterministic():
     """In this mode PyTorch fills what `torch.empty` gives: NaN, or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("error")  # `use_deterministic_algorithms` would import all of torch._inductor
     yield
-    torch.use_deterministic_algorithms(before)
+    torch.set_deterministic_debug_mode(before)
 
 
 def in_triton(name, device, *arguments) -> Any:
