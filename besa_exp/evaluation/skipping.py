@@ -132,6 +132,10 @@ class Course:
     skipped: int = 0
     counted: int = 0
 
+    @property
+    def fraction(self) -> float:
+        return self.skipped / max(1, self.counted)
+
 
 @contextmanager
 def skipping(

@@ -47,9 +47,9 @@ def test_a_quarter_of_the_ffns_is_skipped_where_a_quarter_is_asked_for(name: str
     with decided.on(one.model) as course:
         perplexity(one.model, IDS, 24, 2)
     assert course.counted == 8 * (IDS.numel() - 4 * prompt)
-    assert course.skipped / course.counted == pytest.approx(0.25, abs=near)
-    assert name != "ffn" or course.skipped / course.counted == decided.found["skipped"]
-    assert decided.record(course)["skipped"] == course.skipped / course.counted
+    assert course.fraction == pytest.approx(0.25, abs=near)
+    assert name != "ffn" or course.fraction == decided.found["skipped"]
+    assert decided.record(course)["skipped"] == course.fraction
 
 
 def test_static_blocks_are_those_whose_ffn_turns_states_least_and_not_cold() -> None:
