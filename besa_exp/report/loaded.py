@@ -18,7 +18,7 @@ from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.score import Score, Scores, set_names
 from besa_exp.presets import METHOD_GROUPS, presets
 from besa_exp.report.folders import find_runs
-from besa_exp.report.methods import method_of
+from besa_exp.report.methods import full_config, method_of
 from besa_exp.run_folder.folder import metric_lines
 from besa_exp.run_folder.status import seen_status
 
@@ -91,7 +91,10 @@ class LoadedRun:
             "model": results.get("model") or (model.get("path") if isinstance(model, Mapping) else None),
             "method": method,
             "variant": method_of(
-                method, config, str(pattern or "unstructured"), str(results.get("command") or "")
+                method,
+                full_config(config, results),
+                str(pattern or "unstructured"),
+                str(results.get("command") or ""),
             ).variant,
             **{group: by_group[group] for group in ("pruner", "update", "budget", "structure", "recovery")},
             "ignore": ", ".join(results.get("ignore") or config.get("ignore") or ()),

@@ -115,6 +115,11 @@ def method_of(name: str, config: Mapping[str, Any], pattern: str, command: str =
     return Method(name, ", ".join([*([pattern] if pattern != "unstructured" else []), *differing]))
 
 
+def full_config(config: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's configuration, with what the run that made its checkpoint was asked."""
+    return {**config, **(results.get("made_with") or {})}
+
+
 def _differences(settings: Any, preset: Mapping[str, Any], prefix: str = "") -> list[str]:
     """The settings that are not the preset's own; what follows another key (`${seed}`) and new keys are left out."""
     found = []

@@ -19,7 +19,7 @@ from besa_exp.display.rows import Rows, cost_table, stage_lines, text_table
 from besa_exp.errors import RunError
 from besa_exp.evaluation.score import Score, Scores, asked_of
 from besa_exp.machine import atomic
-from besa_exp.report.methods import Method, method_of
+from besa_exp.report.methods import Method, full_config, method_of
 from besa_exp.run_folder.folder import read_results
 from besa_exp.run_folder.inputs import weights_read
 from besa_exp.run_folder.lookup import read_config
@@ -172,7 +172,7 @@ def _run(path: Path, status: Mapping[str, Any], config: Mapping[str, Any], resul
         environment=results.get("environment") or _environment(path),
         model=str(given or "unknown").rstrip("/").rpartition("/")[2],
         weights_read="" if tuned else weights_read(path, "model.path" if "pruner" in results else CHECKPOINT),
-        method=method_of(str(name), config, pattern, str(status.get("command") or "")),
+        method=method_of(str(name), full_config(config, results), pattern, str(status.get("command") or "")),
         pattern=pattern,
         seed=results.get("seed", config.get("seed")),
         target=results.get("target_sparsity", config.get("sparsity")),

@@ -18,10 +18,11 @@ from besa_exp.errors import ConfigurationError
 from besa_exp.machine import distributed
 from besa_exp.machine.environment import environment
 from besa_exp.methods.pruners.dense import Dense
+from besa_exp.presets import METHOD_GROUPS
 from besa_exp.run_folder.finished_blocks import block_tensors
 from besa_exp.run_folder.folder import read_results
 from besa_exp.run_folder.identity import config_of
-from besa_exp.run_folder.lookup import run_and_model
+from besa_exp.run_folder.lookup import read_config, run_and_model
 from besa_exp.runs.evaluate import DENSE
 from besa_exp.runs.recover import check_recoverable, check_recovery_of, recover
 from besa_exp.runs.results import results_of
@@ -45,6 +46,13 @@ def made_by(settings: TuneSettings) -> Mapping[str, Any]:
     """The results of the run that made the checkpoint; {} where none did."""
     run = run_and_model(settings.checkpoint)[0]
     return read_results(run) if run is not None and (run / "results.json").is_file() else {}
+
+
+def made_with(settings: TuneSettings) -> dict[str, Any]:
+    """How that run's methods were set, by group; reports tell two checkpoints of one method apart by it."""
+    run = run_and_model(settings.checkpoint)[0]
+    config = (read_config(run) if run else {}) | (made_by(settings).get("made_with") or {})
+    return {group: config[group] for group in METHOD_GROUPS if config.get(group) and group != "recovery"}
 
 
 def teacher_of(settings: TuneSettings) -> ModelSettings | None:
@@ -95,6 +103,7 @@ def tune_checkpoint(settings: TuneSettings, path: Path) -> dict[str, Any]:
             work = score_pruned(run, save(run, recover(run, work, teacher_of(settings))))
         results, made = results_of(run.settings, work, environment(run.device)), made_by(settings)
         results |= {"before": before.to_dict(), "calibration": None, "checkpoint": settings.checkpoint}
+        results["made_with"] = made_with(settings)
         results["model_name"] = made.get("model_name") or Path(made.get("model", settings.checkpoint)).name
         results |= {key: made[key] for key in ("model", "model_revision", "budget", "update", "ignore") if key in made}
         base = base_licence(loaded.folder, "base_model").get("base_model") if made else None  # as that run knew it

@@ -15,19 +15,24 @@ from resumed_runs import killed
 from safetensors.torch import load_file, save_file
 
 from besa_exp.cli.main import main
+from besa_exp.report.runs import read_run
 
 Ask = Callable[..., tuple[int, str]]
 
 
-@pytest.fixture(scope="module")
-def finished(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run by magnitude, half of the weights zero; to be copied, not changed."""
-    folder = tmp_path_factory.mktemp("finished")
+def prune(model_dir: Path, folder: Path, *more: str) -> Path:
+    """A finished run by magnitude, half of the weights zero."""
     save_file({"input_ids": torch.randint(0, 64, (4, 16))}, folder / "tokens.safetensors")
-    asked = [f"model.path={model_dir}", f"calibration.path={folder / 'tokens.safetensors'}", "pruner=magnitude"]
+    asked = [f"model.path={model_dir}", f"calibration.path={folder / 'tokens.safetensors'}", "pruner=magnitude", *more]
     asked += ["evaluator=none", "tracker=none", "device=cpu", "model.dtype=float32", "save.verify=false"]
     assert main(["prune", *asked, f"hydra.run.dir={folder / 'run'}"]) == 0
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def finished(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To be copied, not changed."""
+    return prune(model_dir, tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture
@@ -99,6 +104,16 @@ def test_the_pattern_of_the_run_stays(given: list[str], ask: Ask) -> None:
     assert results_in("tuned")["pattern"] == "2:4"
     for name, weight in load_file("tuned/model/model.safetensors").items():
         assert "proj" not in name or ((weight.view(-1, 4) == 0).sum(dim=1) == 2).all()
+
+
+def test_reports_tell_tunings_of_one_method_with_other_settings_apart(
+    model_dir: Path, pruned: Path, tmp_path: Path, ask: Ask
+) -> None:
+    other = prune(model_dir, tmp_path, "pruner.granularity=row")
+    for checkpoint, folder in ((pruned, "tuned"), (other, "tuned_other"), (Path("tuned_other"), "tuned_again")):
+        assert ask(f"checkpoint={checkpoint}", f"hydra.run.dir={folder}")[0] == 0
+    labels = [read_run(Path(folder)).method.label for folder in ("tuned", "tuned_other", "tuned_again")]
+    assert ["granularity=row" in label for label in labels] == [False, True, True]
 
 
 def test_a_plain_folder_and_a_tuned_one_are_tuned_too(pruned: Path, ask: Ask) -> None:
