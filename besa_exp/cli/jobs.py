@@ -16,12 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from hydra._internal.callbacks import Callbacks
 from hydra._internal.hydra import Hydra
 from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.utils import run_job as run_as_hydra_does
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from besa_exp.cli.compose import key_of
 from besa_exp.cli.configuration import as_values, method_name, read_settings
@@ -184,10 +186,22 @@ def launch(request: Request) -> list[Outcome]:
     if job.finished:
         return [finished_before(job.folder, job.config)]
     made = absent(job.folder)
-    outcome = hydra.run(request.config_name, run_job, [*request.lines, "hydra.mode=RUN"]).return_value
+    outcome = _alone_by_hydra(hydra, request.config_name, job.config)
     if outcome.status == "refused":
         remove_refused(made)
     return [outcome]
+
+
+def _alone_by_hydra(hydra: Hydra, config_name: str, config: DictConfig) -> Outcome:
+    """What Hydra's `run` does, with the configuration that was checked in the place of one composed again."""
+    with read_write(config.hydra):
+        config.hydra.mode = RunMode.RUN
+    callbacks = Callbacks(config)
+    callbacks.on_run_start(config=config, config_name=config_name)
+    context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
+    done = run_as_hydra_does(run_job, config, "hydra.run.dir", None, context)
+    callbacks.on_run_end(config=config, config_name=config_name, job_return=done)
+    return done.return_value
 
 
 def _sweep(hydra: Hydra, request: Request) -> list[Outcome]:
