@@ -7,9 +7,13 @@ import logging
 import pstats
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
 
 from besa_exp.cli.main import main
 
@@ -109,3 +113,41 @@ def test_the_profile_preset_tells_where_the_time_went(given: list[str]) -> None:
     assert "Ordered by: cumulative time" in (folder / "profile.txt").read_text()
     timed = pstats.Stats(str(folder / "profile.pstats")).get_stats_profile().func_profiles
     assert "prune_blocks" in timed
+
+
+class Noted(Callback):
+    """A user's callback of Hydra: the events, and the sparsity that each was told."""
+
+    seen: ClassVar[list[tuple[str, float]]] = []
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        self.seen.append(("run starts", config.sparsity))
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        self.seen.append(("job starts", config.sparsity))
+
+    def on_job_end(self, config: DictConfig, **_: Any) -> None:
+        self.seen.append(("job ends", config.sparsity))
+
+    def on_run_end(self, config: DictConfig, **_: Any) -> None:
+        self.seen.append(("run ends", config.sparsity))
+
+
+def test_callbacks_of_hydra_hear_of_a_run_whose_configuration_is_composed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composed = []
+    load = ConfigLoaderImpl.load_configuration
+
+    def noted(self: ConfigLoaderImpl, *given: Any, **named: Any) -> DictConfig:
+        composed.append(given)
+        return load(self, *given, **named)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", noted)
+    monkeypatch.setattr(Noted, "seen", [])
+    own = f"+hydra.callbacks.noted._target_={Noted.__module__}.Noted"
+    words = ["pruner=magnitude", "sparsity=0.25", "evaluator=none", "tracker=none", "save.model=false", own]
+    words += ["calibration.num_samples=2", "calibration.seq_len=16"]
+    assert main(["prune", *words, f"hydra.run.dir={tmp_path / 'run'}"]) == 0
+    assert Noted.seen == [(event, 0.25) for event in ("run starts", "job starts", "job ends", "run ends")]
+    assert len(composed) == 1
