@@ -46,6 +46,7 @@ PHASES = ("load", "prune", "refine", "recover", "save", "evaluate")
 LIBRARIES = "Python and libraries"  # held by this process too: they do not lessen what is free
 AT_WORK = "statistics, pruner and forward pass at work"
 LOGS = 300_000  # bytes: config, environment, results, status, run.log, a line of metrics for each step
+LARGER_DISK = "hydra.run.dir=DIR on a larger disk"
 NO_SEARCH = "pruner=besa_reconstruct in the place of best, pruner.scope=block"
 WANDB_TIMES = 4  # what W&B writes for each byte of them, its copy of the console included
 REPLAYED = 4  # passes of a sample through each block when a run begins: two samples, twice
@@ -153,7 +154,7 @@ def _parts(
     at: Place = "disk" if costs.activations == "disk" else memory if costs.activations == "device" else "host"
     elsewhere = {"device": "activations=host or ", "host": "activations=disk or ", "disk": ""}[at]
     fewer = f"{elsewhere}a smaller calibration.num_samples or .seq_len"
-    links = "save.model=false or model.load=streamed (which saves no block twice)"
+    links = "save.model=false or model.load=streamed (which saves no block twice)" if saved == size.total else ""
     traits, pruned = with_update(settings.pruner, settings.update).traits, not settings.is_dense
     states = activation_bytes(texts.samples, texts.seq_len, size.state, 1, traits.dense_targets) * pruned
     scored = max((count * length for count, length in texts.windows), default=0) * size.state * streamed
@@ -178,7 +179,7 @@ def _parts(
         Part("recovery: the dense model", memory, size.total * follows, ("recover",), "recovery.distill=none"),
         Part("evaluation: a batch's logits", memory, batch, ("evaluate",), "evaluator.batch_size=1"),
         Part("evaluation: hidden states", memory, scored, ("evaluate",)),
-        Part("finished blocks and masks, until the run is done", "disk", finished, PHASES[1:]),
+        Part("finished blocks and masks, until the run is done", "disk", finished, PHASES[1:], LARGER_DISK),
         Part("saved shards", "disk", saved, ("save", "evaluate"), links),
         Part("masks.safetensors", "disk", size.masks * settings.save.masks * pruned, ("save", "evaluate")),
         Part("recovery: two checkpoints and their best weights", "disk", 2 * checkpoint, ("recover",)),

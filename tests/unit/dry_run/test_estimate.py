@@ -20,8 +20,19 @@ from besa_exp.blocks.activations import allocator
 from besa_exp.checkpoints.narrowed_model import costs_of_model
 from besa_exp.display.tables import as_text
 from besa_exp.dry_run.chips import CHIPS, counted, passes_of
-from besa_exp.dry_run.costs import Costs, disk_speed, recovery_cost
-from besa_exp.dry_run.estimate import LIBRARIES, Estimate, Part, _refining, _searching, estimate, peak, remedies
+from besa_exp.dry_run.costs import Costs, Disk, disk_speed, recovery_cost
+from besa_exp.dry_run.estimate import (
+    LARGER_DISK,
+    LIBRARIES,
+    Estimate,
+    Part,
+    _parts,
+    _refining,
+    _searching,
+    estimate,
+    peak,
+    remedies,
+)
 from besa_exp.dry_run.probe import BlockProbe, cut_down, kept_for_the_way_back
 from besa_exp.dry_run.sizes import model_size, model_without_weights
 from besa_exp.dry_run.tables import estimate_tables, sweep_table, verdicts
@@ -131,6 +142,15 @@ def test_the_largest_part_of_the_peak_is_the_first_to_be_made_smaller() -> None:
     assert remedies(PARTS, "host") == ["model.load=streamed"]
     many = [*PARTS, Part("targets", "host", 9000, ("prune",), "a smaller calibration.num_samples")]
     assert remedies(many, "host") == ["a smaller calibration.num_samples", "model.load=streamed", "activations=disk"]
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_streaming_is_advised_for_a_full_disk_only_where_blocks_would_be_saved_twice(linked: bool) -> None:
+    size = model_size(empty_llama())
+    saved = size.outside if linked else size.total
+    parts = _parts(SETTINGS, size, Texts(8, 32), Costs("device", Disk(1, 1, 1)), linked, saved, False)
+    streaming = "save.model=false or model.load=streamed (which saves no block twice)"
+    assert set(remedies(parts, "disk")) == {LARGER_DISK} | ({streaming} if not linked else set())
 
 
 @pytest.mark.parametrize(("free", "place"), [(10**12, "host"), (10**5, "disk")])
