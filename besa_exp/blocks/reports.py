@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from math import isnan, nan
 from typing import Any
 
 
@@ -69,7 +70,7 @@ def share_of_zeros(linears: Iterable[LinearReport]) -> float:
 class BlockReport:
     """One pruned block. The losses are the reconstruction loss (each token's squared error relative to its own size;
     `besa_exp.tensors.losses`) on the probe samples: `loss_before` with the starting mask, nothing learned or updated,
-    `loss_after` with the weights as written."""
+    `loss_after` with the weights as written. NaN: not measured, as of a checkpoint that is tuned."""
 
     index: int
     linears: tuple[LinearReport, ...]
@@ -90,7 +91,7 @@ class BlockReport:
         """As `blocks` in results.json holds it; the course only with `steps`."""
         values = {
             "index": self.index,
-            "reconstruction_loss": {"before": self.loss_before, "after": self.loss_after},
+            "reconstruction_loss": {"before": measured(self.loss_before), "after": measured(self.loss_after)},
             "seconds": self.seconds,
             "linears": {linear.name: linear.to_dict() for linear in self.linears},
         }
@@ -99,7 +100,7 @@ class BlockReport:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> BlockReport:
         """The inverse, of old results.json too, which do not say what was allocated: that is what was measured then."""
-        loss = values["reconstruction_loss"]
+        loss = {when: nan if value is None else value for when, value in values["reconstruction_loss"].items()}
         linears = tuple(
             LinearReport(
                 name,
@@ -111,6 +112,11 @@ class BlockReport:
         )
         steps = tuple(Step(**step) for step in values.get("steps", ()))
         return BlockReport(values["index"], linears, loss["before"], loss["after"], values["seconds"], steps)
+
+
+def measured(loss: float) -> float | None:
+    """For JSON, which has no NaN."""
+    return None if isnan(loss) else loss
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,9 @@ class Reader:
             if name not in known:
                 self.refuse(path, f"{path}: no such key{did_you_mean(str(name), named)}; keys: {', '.join(named)}")
             elif isinstance(value, str) and not value.strip() and path not in MAY_BE_EMPTY:
-                values[name] = self.refuse(path, f"{path}={value}: is empty; give a text, or leave the key out")
+                needed = known[name].default is MISSING and known[name].default_factory is MISSING
+                rule = "is empty; give a text" + ("" if needed else ", or leave the key out")
+                values[name] = self.refuse(path, f"{path}={value}: {rule}")
             else:
                 read = self.value(value, hints[name], path)
                 broken = None if read is UNREAD else broken_rule(known[name], ruled[name], read, path)

@@ -14,7 +14,7 @@ import yaml
 from besa_exp.blocks.sparsity_table import type_counts
 from besa_exp.display.markdown import escaped, markdown_table
 from besa_exp.display.missed_target import told_miss
-from besa_exp.display.rows import cost_table, scored, short_label, speed_table, stage_lines, text_table
+from besa_exp.display.rows import compared, cost_table, scored, short_label, speed_table, stage_lines, text_table
 from besa_exp.evaluation.score import Score, partly_scored, set_names, skipped_parts
 from besa_exp.machine.environment import masked_command, without_folders
 
@@ -152,8 +152,9 @@ def _front_matter(hub_id: str | None, licence: Mapping[str, str]) -> list[str]:
 
 
 def _scores(results: Mapping[str, Any]) -> list[str]:
-    """The scores, beside the dense model's where it was scored too; nothing where nothing was."""
-    pruned, dense = scored(results), scored(results.get("dense") or {})
+    """The scores, beside those of what the model is compared with where there are some; nothing where nothing was."""
+    other, values, own = compared(results)
+    pruned, dense = scored(results), scored(values)
     if not pruned:
         return []
     short = set_names([*pruned.values(), *dense.values()])  # the folders' names go, as they are private
@@ -163,7 +164,7 @@ def _scores(results: Mapping[str, Any]) -> list[str]:
         for label, score in pruned.items()
         if score.value is not None
     ]
-    head = ["measure", *(["dense"] if beside else []), "pruned"]
+    head = ["measure", *([other] if beside else []), own]
     lines = ["## Scores", "", *(markdown_table(head, rows, numbers=True) if rows else [])]
     found, unavailable = pruned.values(), sorted((results.get("unavailable") or {}).items())
 

@@ -23,6 +23,14 @@ def scored(results: Mapping[str, Any]) -> dict[str, Score]:
     return {score.label: score for score in sorted(found, key=lambda score: (score.kind, score.name, score.metric))}
 
 
+def compared(results: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], str]:
+    """What a model is shown beside, its name and its part of results.json (empty where there is none), and the model's
+    own name: the model before it was tuned, else the dense one."""
+    if before := results.get("before"):
+        return "before", before, "tuned"
+    return "dense", results.get("dense") or {}, "pruned" if "pruner" in results else "model"
+
+
 def short_label(score: Score, short: Mapping[str, str]) -> str:
     """The label with a set's name as `set_names` has it."""
     return f"perplexity {short[score.name]}{score.under}" if score.kind == "perplexity" else score.label
@@ -58,7 +66,8 @@ def _recovery(report: RecoveryReport) -> str:
     """`full, 100 steps of size 0.003 on 4,096 tokens, the weights after step 50 kept; held-out loss 3.5000 before,
     3.2500 after`."""
     size = "" if report.lr is None else f" of size {report.lr:.2g}"
-    course = f"{report.steps} steps{size} on {report.tokens:,} tokens, the weights after step {report.best_step} kept"
+    steps = "1 step" if report.steps == 1 else f"{report.steps:,} steps"
+    course = f"{steps}{size} on {report.tokens:,} tokens, the weights after step {report.best_step} kept"
     loss = f"held-out loss {report.loss_before:.4f} before, {report.loss_after:.4f} after{report.task_said}"
     return f"{report.method}, {course}; {loss}" + (f"; stopped early: {report.stopped}" if report.stopped else "")
 
@@ -106,10 +115,10 @@ def _cells(cost: Mapping[str, Any]) -> dict[str, str]:
 
 
 def text_table(results: Mapping[str, Any]) -> Rows:
-    """What the model goes on with after each prompt, beside the dense one where that was asked too; no rows where there
-    are no samples."""
-    own, dense = results.get("texts") or {}, (results.get("dense") or {}).get("texts") or {}
-    name = "pruned" if "pruner" in results else "model"
-    beside = bool(dense) and dense != own
-    rows = [(prompt, *((dense.get(prompt, ""),) if beside else ()), text) for prompt, text in own.items()]
-    return ("prompt", *(("dense",) if beside else ()), name), rows
+    """What the model goes on with after each prompt, beside what it is compared with where that was asked too; no rows
+    where there are no samples."""
+    other, values, name = compared(results)
+    own, others = results.get("texts") or {}, values.get("texts") or {}
+    beside = bool(others) and others != own
+    rows = [(prompt, *((others.get(prompt, ""),) if beside else ()), text) for prompt, text in own.items()]
+    return ("prompt", *((other,) if beside else ()), name), rows

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from besa_exp import __version__
 from besa_exp.blocks.sparsity_table import block_counts, short_names, type_counts
-from besa_exp.display.rows import cost_table, scored, short_label, speed_table, stage_lines, text_table
+from besa_exp.display.rows import compared, cost_table, scored, short_label, speed_table, stage_lines, text_table
 from besa_exp.display.terminal import colour_of_loss
 from besa_exp.errors import ConfigurationError
 from besa_exp.evaluation.score import Score, partly_scored, set_names, skipped_parts
@@ -172,7 +172,7 @@ def _sparsity_table(blocks: Sequence[Mapping[str, Any]], types: Sequence[str], s
 def _loss_heads(blocks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Column to its key in results.json."""
     losses = [block.get("reconstruction_loss") for block in blocks]
-    if not all(losses):
+    if not all(loss and loss["after"] is not None for loss in losses):
         return {}
     betters = any(loss["before"] != loss["after"] for loss in losses if loss)
     return ({"start": "before"} if betters else {}) | {"loss": "after"}
@@ -181,12 +181,12 @@ def _loss_heads(blocks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def _score_table(results: Mapping[str, Any], style: box.Box) -> Table:
     """Perplexities (difference in percent) and tasks (plain difference) with standard error, questions and direction;
     the colour of the difference says how much was lost."""
-    after, before = scored(results), scored(results.get("dense") or {})
+    other, values, named = compared(results)
+    after, before = scored(results), scored(values)
     counted = _counted(after)
     table = _table("", style)
     table.add_column("measure", overflow="fold")
-    named = "pruned" if "pruner" in results else "score"
-    for head in (*(("dense", named, "change") if before else (named,)), *(("scored on",) if counted else ())):
+    for head in (*((other, named, "change") if before else (named,)), *(("scored on",) if counted else ())):
         table.add_column(head, justify="right", no_wrap=True)
     short = set_names([*after.values(), *before.values()])
     for label in dict.fromkeys([*after, *before]):

@@ -145,7 +145,9 @@ def _details(run: RunRecord, curve: Curve) -> str:
         **{name: getattr(run, name) for name in SHOWN_OF_A_RUN},
         "recovery_curve": _recovery(curve),
         "simulated_speed": run.simulated_speed,
-        "blocks": [[b.index, _rounded(b.loss_before), _rounded(b.loss_after), _rounded(b.seconds)] for b in run.blocks],
+        "blocks": [
+            [b.index, *map(_rounded, (b.loss_before, b.loss_after, b.seconds))] for b in run.blocks if run.prunes
+        ],
         "allocation": asdict(allocation(run)),
         "rows": row_quantiles(run.path),
         "curve": {"stride": curve.stride, "blocks": _curve(curve)},

@@ -147,8 +147,8 @@ def _numbers(run: RunRecord) -> Iterator[tuple[str, Any]]:
     yield from ((score.measure.label, score.value) for score in (*run.scores, *run.dense_scores))
     yield from vars(run.parameters).items() if run.parameters else ()
     for block in run.blocks:
-        own = {key: getattr(block, key) for key in ("index", "loss_before", "loss_after", "seconds")}
-        yield from ((f"blocks, {key}", number) for key, number in own.items())
+        losses = ("loss_before", "loss_after") if run.prunes else ()
+        yield from ((f"blocks, {key}", getattr(block, key)) for key in ("index", "seconds", *losses))
         for linear in block.linears:
             yield from ((f"blocks, {linear.name}", x) for x in (linear.weights, linear.pruned, linear.allocated))
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from besa_exp.blocks.reports import BlockReport, ModelStep, Step
+from besa_exp.blocks.reports import BlockReport, ModelStep, Step, measured
 from besa_exp.errors import ConfigurationError, Interrupted, RunError
 from besa_exp.evaluation.score import Scores
 from besa_exp.machine import atomic
@@ -188,8 +188,9 @@ class RunFolder:
                 rows.writerow(SPARSITY_COLUMNS)
             for linear in report.linears:
                 own = (linear.name, linear.weights, linear.pruned, linear.sparsity, linear.allocated)
-                start = report.loss_before if report.loss_before != report.loss_after else ""
-                rows.writerow((report.index, *own, start, report.loss_after))
+                start = report.loss_before if report.loss_before != report.loss_after else None
+                losses = (loss if loss is None else measured(loss) for loss in (start, report.loss_after))
+                rows.writerow((report.index, *own, *losses))
 
     def log_scores(self, which: str, scores: Scores) -> None:
         """One line of metrics.jsonl; `which` is `pruned` or `dense`."""
@@ -231,8 +232,8 @@ def _block_line(report: BlockReport) -> dict[str, Any]:
         "kind": "block",
         "block": report.index,
         "sparsity": report.sparsity,
-        "reconstruction_loss": report.loss_after,
-        "reconstruction_loss_before": report.loss_before,
+        "reconstruction_loss": measured(report.loss_after),
+        "reconstruction_loss_before": measured(report.loss_before),
         "seconds": report.seconds,
         "linears": {linear.name: linear.to_dict() for linear in report.linears},
     }

@@ -61,8 +61,10 @@ def score(run: Run, which: str, loaded: LoadedModel, skipping: Skipping | None =
     asked = {"model": [settings.model.path, settings.model.revision], "dtype": str(loaded.model.dtype)}
     earlier = FinishedScores(run.folder.scores, which, run.spent.keep, asked)
 
+    name = "model before tuning" if which == "before" else f"{which} model"
+
     def on_progress(text: str) -> None:
-        console.stage(f"{which} model: {text}")
+        console.stage(f"{name}: {text}")
 
     with run.spent.timed("evaluate"):
         scores = evaluate(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def _adopted(run: Run, work: Work) -> Work:
         masks = {name: linear.weight.detach() != 0 for name, linear in block.linears.items()}
         counted = [LinearReport.counted(name, mask, 0.0) for name, mask in masks.items()]
         linears = tuple(replace(linear, allocated=linear.sparsity) for linear in counted)
-        report = BlockReport(block.index, linears, 0.0, 0.0, 0.0)
+        report = BlockReport(block.index, linears, nan, nan, 0.0)
         if distributed.is_first():
             sha256 = weights_sha256(block_tensors(block.module, block.name))
             named = {f"{block.name}.{name}.weight": mask for name, mask in masks.items()}

@@ -318,3 +318,10 @@ def test_a_run_that_scores_the_dense_model_compares_it_with_what_is_published(
 def test_the_configuration_of_an_evaluation_is_shown_like_that_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--cfg", "job", "model=llama2_7b"]) == 0
     assert "checkpoint: ${model.path}" in capsys.readouterr().out
+
+
+def test_an_empty_checkpoint_is_not_to_be_left_out(ask: Ask) -> None:
+    assert ask("checkpoint=") == (
+        2,
+        "besa evaluate: 1 problem, nothing was done\n  - checkpoint=: is empty; give a text\n",
+    )

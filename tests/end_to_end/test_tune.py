@@ -80,6 +80,13 @@ def test_a_run_is_tuned_under_its_zeros_and_scored_before_and_after(pruned: Path
     (earlier,), (later,) = results["before"]["perplexity"].values(), results["perplexity"].values()
     assert later < earlier / 2
     assert f"{earlier:.4f} -> {later:.4f}" in said
+    assert "model before tuning: perplexity on" in said
+    heads, _, shown = (line.split("|")[2:-1] for line in said[said.index("| measure") :].splitlines()[:3])
+    assert [head.strip() for head in heads] == ["before", "tuned", "change"]
+    assert [cell.strip() for cell in shown] == [f"{earlier:.4f}", f"{later:.4f}", f"{later / earlier - 1:+.2%}"]
+    assert "reconstruction loss" not in said  # none was measured
+    assert {tuple(block["reconstruction_loss"].values()) for block in results["blocks"]} == {(None, None)}
+    assert "| measure | before | tuned |" in " ".join(Path("tuned/model/README.md").read_text().split())
     assert results["pruner"] == "magnitude+full"
     assert results["model"] == results_in("run")["model"]
     assert results["measured_sparsity"] == results["target_sparsity"] == results_in("run")["measured_sparsity"]

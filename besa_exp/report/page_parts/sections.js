@@ -183,7 +183,7 @@ function chartsOfRun(run, beside, place) {
   if (rows.length) cards.push([card("Sparsity of rows", rows.length <= FEW_BLOCKS ? "Median and 5th to 95th percentile over the rows of each linear." : "Median over the rows of each linear; each point tells how far they differ."), rowsChart(run)]);
   if (curve.blocks.length) cards.push([card("Loss of the search", thinned), curveChart(run)]);
   if (detailsOf(run).recovery_curve.steps.length) cards.push([card("Recovery", "The whole model tuned, zeros kept."), recoveryChart(run)]);
-  cards.push([card("Reconstruction loss", "On held-out calibration samples."), lossChart(run)]);
+  if (detailsOf(run).blocks.length) cards.push([card("Reconstruction loss", "On held-out calibration samples."), lossChart(run)]);
   showCharts(place, allocation.blocks.length ? cards.map(([made, chart]) => ({ ...made, ...chart })) : [], "This run pruned no block.");
   if (!curve.blocks.length) place.append(element("div", { class: "card" }, element("h3", {}, "Loss of the search"), empty("This method takes no optimisation steps.")));
 }
