@@ -153,18 +153,19 @@ def _front_matter(hub_id: str | None, licence: Mapping[str, str]) -> list[str]:
 
 def _scores(results: Mapping[str, Any]) -> list[str]:
     """The scores, beside those of what the model is compared with where there are some; nothing where nothing was."""
-    other, values, own = compared(results)
-    pruned, dense = scored(results), scored(values)
+    pruned, (others, own) = scored(results), compared(results)
     if not pruned:
         return []
-    short = set_names([*pruned.values(), *dense.values()])  # the folders' names go, as they are private
-    beside = any(score.value is not None for score in dense.values())
+    every = {head: scored(values) for head, values in others.items()}
+    beside = {head: found for head, found in every.items() if any(score.value is not None for score in found.values())}
+    known = [score for found in (pruned, *beside.values()) for score in found.values()]
+    short = set_names(known)  # the folders' names go, as they are private
     rows = [
-        [escaped(short_label(score, short)), *([_number(dense.get(label))] if beside else []), _number(score)]
+        [escaped(short_label(score, short)), *(_number(found.get(label)) for found in beside.values()), _number(score)]
         for label, score in pruned.items()
         if score.value is not None
     ]
-    head = ["measure", *([other] if beside else []), own]
+    head = ["measure", *beside, own]
     lines = ["## Scores", "", *(markdown_table(head, rows, numbers=True) if rows else [])]
     found, unavailable = pruned.values(), sorted((results.get("unavailable") or {}).items())
 

@@ -23,12 +23,11 @@ def scored(results: Mapping[str, Any]) -> dict[str, Score]:
     return {score.label: score for score in sorted(found, key=lambda score: (score.kind, score.name, score.metric))}
 
 
-def compared(results: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], str]:
-    """What a model is shown beside, its name and its part of results.json (empty where there is none), and the model's
-    own name: the model before it was tuned, else the dense one."""
-    if before := results.get("before"):
-        return "before", before, "tuned"
-    return "dense", results.get("dense") or {}, "pruned" if "pruner" in results else "model"
+def compared(results: Mapping[str, Any]) -> tuple[dict[str, Mapping[str, Any]], str]:
+    """The models that a model is shown beside with their parts of results.json, as far as there are some: the dense one
+    and, last, the one before it was tuned. And what the model itself is called."""
+    others = {name: values for name in ("dense", "before") if (values := results.get(name))}
+    return others, "tuned" if "before" in others else "pruned" if "pruner" in results else "model"
 
 
 def short_label(score: Score, short: Mapping[str, str]) -> str:
@@ -117,8 +116,7 @@ def _cells(cost: Mapping[str, Any]) -> dict[str, str]:
 def text_table(results: Mapping[str, Any]) -> Rows:
     """What the model goes on with after each prompt, beside what it is compared with where that was asked too; no rows
     where there are no samples."""
-    other, values, name = compared(results)
-    own, others = results.get("texts") or {}, values.get("texts") or {}
-    beside = bool(others) and others != own
-    rows = [(prompt, *((others.get(prompt, ""),) if beside else ()), text) for prompt, text in own.items()]
-    return ("prompt", *((other,) if beside else ()), name), rows
+    own, (others, name) = results.get("texts") or {}, compared(results)
+    beside = {head: texts for head, values in others.items() if (texts := values.get("texts")) and texts != own}
+    rows = [(prompt, *(texts.get(prompt, "") for texts in beside.values()), text) for prompt, text in own.items()]
+    return ("prompt", *beside, name), rows

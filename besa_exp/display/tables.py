@@ -179,25 +179,29 @@ def _loss_heads(blocks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _score_table(results: Mapping[str, Any], style: box.Box) -> Table:
-    """Perplexities (difference in percent) and tasks (plain difference) with standard error, questions and direction;
-    the colour of the difference says how much was lost."""
-    other, values, named = compared(results)
-    after, before = scored(results), scored(values)
+    """Scores beside those of what the model is compared with, with standard error, questions and direction. The change
+    is to the nearest of these, of perplexities in percent, of tasks plain; its colour says how much was lost."""
+    after, (others, named) = scored(results), compared(results)
+    beside = {head: found for head, values in others.items() if (found := scored(values))}
     counted = _counted(after)
     table = _table("", style)
     table.add_column("measure", overflow="fold")
-    for head in (*((other, named, "change") if before else (named,)), *(("scored on",) if counted else ())):
+    for head in (*beside, named, *(["change"] if beside else []), *(["scored on"] if counted else [])):
         table.add_column(head, justify="right", no_wrap=True)
-    short = set_names([*after.values(), *before.values()])
-    for label in dict.fromkeys([*after, *before]):
-        pruned, dense = after.get(label), before.get(label)
-        score = pruned or before[label]
-        cells: list[str | Text] = [pruned.shown if pruned else "n/a"]
-        if before:
-            cells = [dense.shown if dense else "n/a", *cells, _difference(dense, pruned)]
+    scores = {label: score for found in (*beside.values(), after) for label, score in found.items()}
+    short = set_names([score for found in (after, *beside.values()) for score in found.values()])
+    for label in dict.fromkeys([*after, *scores]):
+        score, own = scores[label], after.get(label)
+        cells: list[str | Text] = [_shown(found.get(label)) for found in (*beside.values(), after)]
+        if beside:
+            cells.append(_difference([*beside.values()][-1].get(label), own))
         cells += [counted.get(label, "")] if counted else []
         table.add_row(Text(f"{short_label(score, short)} {'↑' if score.rises else '↓'}"), *cells)
     return table
+
+
+def _shown(score: Score | None) -> str:
+    return score.shown if score else "n/a"
 
 
 def _counted(scores: Mapping[str, Score]) -> dict[str, str]:
@@ -234,13 +238,13 @@ def _table(title: str, style: box.Box) -> Table:
     return Table(box=style, title=title or None, title_justify="left", padding=padding)
 
 
-def _difference(dense: Score | None, pruned: Score | None) -> Text:
-    if dense is None or pruned is None or dense.value is None or pruned.value is None:
+def _difference(before: Score | None, after: Score | None) -> Text:
+    if before is None or after is None or before.value is None or after.value is None:
         return Text("")
-    change = pruned.value - dense.value
-    if pruned.kind == "perplexity":
-        return Text(f"{change / dense.value:+.2%}", style=colour_of_loss(change / dense.value))
-    return Text(f"{change:+.4f}", style=colour_of_loss(-change if pruned.rises else change, accuracy=True))
+    change = after.value - before.value
+    if after.kind == "perplexity":
+        return Text(f"{change / before.value:+.2%}", style=colour_of_loss(change / before.value))
+    return Text(f"{change:+.4f}", style=colour_of_loss(-change if after.rises else change, accuracy=True))
 
 
 def _percent(weights: int, pruned: int) -> str:

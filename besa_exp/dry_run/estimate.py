@@ -250,7 +250,8 @@ def _seconds(
         seconds["refine"] = _refining_seconds(settings, size, texts, costs)
     if settings.recovery:
         seconds["recover"] = costs.recovery.seconds + costs.recovery.written * disk.keep
-    seconds |= {"save": save, "evaluate": evaluated * (2 if settings.evaluator.dense else 1)}
+    models = 1 + settings.evaluator.dense + (settings.recovery is not None)  # the dense one, and the one before tuning
+    seconds |= {"save": save, "evaluate": evaluated * models}
     return seconds | {"total": sum(seconds.values())}
 
 

@@ -46,12 +46,20 @@ from besa_exp.runs.run import (
     tracking,
 )
 from besa_exp.runs.save import save, written
-from besa_exp.runs.score import score_dense, score_pruned
+from besa_exp.runs.score import score_dense, score_pruned, score_untuned
 from besa_exp.settings import RunSettings
 from besa_exp.texts.calibration import Calibration
 from besa_exp.texts.tokens import write_token_file
 
-STAGES: tuple[Callable[[Run, Work], Work], ...] = (score_dense, narrow, prune_model, recover, save, score_pruned)
+STAGES: tuple[Callable[[Run, Work], Work], ...] = (
+    score_dense,
+    narrow,
+    prune_model,
+    score_untuned,
+    recover,
+    save,
+    score_pruned,
+)
 logger = logging.getLogger(__name__)
 
 

@@ -37,6 +37,7 @@ def results_of(settings: RunSettings, work: Work, environment: Mapping[str, Any]
     values |= {"recovery": work.recovery.to_dict()} if work.recovery else {}
     dense, scores = work.dense_scores, work.scores
     values |= {"dense": dense.to_dict()} if dense else {}
+    values |= {"before": work.scores_before.to_dict()} if work.scores_before else {}
     if scores:
         values |= {**scores.to_dict(), "provenance": scores.provenance, **work.reloaded}
         values |= {"cost": {**values["cost"], "dense": work.dense_cost}} if work.dense_cost and scores.cost else {}

@@ -57,8 +57,8 @@ class Run:
 class Work:
     """What the stages hand on. `loaded`: the model as it is now (streamed: it reads the newest files). `parameters`: of
     the dense model, and what is left of them; zeros are left. `finished` holds the pruned blocks and `reports`
-    describes them, both by their numbers in the pruned model. `dense_cost`: of the dense
-    model where parts of it went whole. `saved`: what is scored, read again where it was saved.
+    describes them, both by their numbers in the pruned model. `dense_cost`: of the dense model where parts of it went
+    whole. `scores_before`: of the model that a recovery tunes. `saved`: what is scored, read again where it was saved.
     From then on `loaded` holds no weights, and `token_loss` is what it had on a few tokens. `reloaded`: what a fresh
     process saw of `saved`, as in results.json."""
 
@@ -70,6 +70,7 @@ class Work:
     structure: StructureReport | None = None
     dense_cost: Mapping[str, Any] = field(default_factory=dict)
     reports: tuple[BlockReport, ...] = ()
+    scores_before: Scores | None = None
     recovery: RecoveryReport | None = None
     saved: LoadedModel | None = None
     token_loss: float | None = None

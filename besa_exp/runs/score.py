@@ -1,4 +1,5 @@
-"""The stages that score: the dense model, shared with the runs beside it, and the pruned one."""
+"""The stages that score: the dense model, shared with the runs beside it, the one that a recovery is about to tune, and
+the one that is left."""
 
 from __future__ import annotations
 
@@ -20,6 +21,13 @@ def score_dense(run: Run, work: Work) -> Work:
     if not run.settings.evaluator.dense:
         return work
     return replace(work, dense_scores=dense_scores(run, work.loaded, _skipping(run, work)))
+
+
+def score_untuned(run: Run, work: Work) -> Work:
+    """The stage: the scores of the model that a recovery is about to tune."""
+    if run.settings.recovery is None:
+        return work
+    return replace(work, scores_before=score(run, "before", work.loaded, _skipping(run, work)))
 
 
 def score_pruned(run: Run, work: Work) -> Work:

@@ -39,7 +39,7 @@ from besa_exp.runs.run import (
     tracking,
 )
 from besa_exp.runs.save import save, written
-from besa_exp.runs.score import score, score_pruned
+from besa_exp.runs.score import score_pruned, score_untuned
 from besa_exp.settings import ModelSettings, RunSettings, TuneSettings
 
 
@@ -100,10 +100,10 @@ def tune_checkpoint(settings: TuneSettings, path: Path) -> dict[str, Any]:
         run, work = _begun(begun, loaded, settings)
         with tracking(run) as tracker:
             run = replace(run, tracker=tracker)
-            before = score(run, "before", work.loaded)
-            work = score_pruned(run, save(run, recover(run, work, teacher_of(settings))))
+            work = recover(run, score_untuned(run, work), teacher_of(settings))
+            work = score_pruned(run, save(run, work))
         results, made = results_of(run.settings, work, environment(run.device)), made_by(settings)
-        results |= {"before": before.to_dict(), "calibration": None, "checkpoint": settings.checkpoint}
+        results |= {"calibration": None, "checkpoint": settings.checkpoint}
         results["made_with"] = made_with(settings)
         results["model_name"] = made.get("model_name") or Path(made.get("model", settings.checkpoint)).name
         results |= {key: made[key] for key in ("model", "model_revision", "budget", "update", "ignore") if key in made}

@@ -65,6 +65,31 @@ def test_a_recovery_keeps_every_zero_and_is_not_worse_on_held_out_text(method: s
     assert f"Recovery: {method}, 8 steps" in card.replace("\\", "")
 
 
+@pytest.mark.parametrize("load", ["whole", "streamed"])
+def test_a_run_shows_the_scores_of_the_model_before_it_was_tuned(
+    load: str, tuned: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (text,) = (word.partition("=")[2] for word in tuned if word.startswith("recovery.path="))
+    scored = [
+        f"model.load={load}",
+        "evaluator=perplexity",
+        f"evaluator.perplexity_sets=[{text}]",
+        "evaluator.dense=true",
+    ]
+    untuned = [word for word in tuned if not word.startswith("recovery.")]
+    assert main([*untuned, *scored, "hydra.run.dir=pruned"]) == 0
+    capsys.readouterr()
+    assert main([*tuned, *scored, "recovery=mezo", "recovery.lr=1e-3", "hydra.run.dir=tuned"]) == 0
+    pruned, found = results_in(Path("pruned")), results_in(Path("tuned"))
+    assert found["before"]["perplexity"] == pruned["perplexity"]
+    assert found["dense"]["perplexity"] == pruned["dense"]["perplexity"]
+    before, after = (values["perplexity"][text] for values in (found["before"], found))
+    assert after != before
+    heads, _, cells = (line.split("|")[1:-1] for line in capsys.readouterr().out.split("| measure")[1].splitlines()[:3])
+    assert [head.strip() for head in heads] == ["dense", "before", "tuned", "change"]
+    assert cells[-1].strip() == f"{after / before - 1:+.2%}"
+
+
 def test_the_weights_move_as_the_method_says(tuned: list[str]) -> None:
     for method in ("null", "full", "norms"):
         chosen = [] if method == "null" else [f"recovery={method}"]
