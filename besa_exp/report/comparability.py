@@ -142,7 +142,7 @@ def _model_facets(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
         facets = {
             "weights in the blocks": f"{run.weights:,}",
             "model revision": str(chosen.get("revision") or "the newest"),
-            "dtype": str(chosen.get("dtype", "unknown")),
+            "dtype": str(run.costs.get("dtype") or chosen.get("dtype", "unknown")),  # auto is one of the others
         }
         if len(counts := files[run.model]) > 1:
             facets["weights' files"] = run.weights_read or counts.most_common(1)[0][0]

@@ -103,7 +103,7 @@ def tune_checkpoint(settings: TuneSettings, path: Path) -> dict[str, Any]:
             work = recover(run, score_untuned(run, work), teacher_of(settings))
             work = score_pruned(run, save(run, work))
         results, made = results_of(run.settings, work, environment(run.device)), made_by(settings)
-        results |= {"calibration": None, "checkpoint": settings.checkpoint}
+        results |= {"calibration": made.get("calibration"), "checkpoint": settings.checkpoint}
         results["made_with"] = made_with(settings)
         results["model_name"] = made.get("model_name") or Path(made.get("model", settings.checkpoint)).name
         results |= {key: made[key] for key in ("model", "model_revision", "budget", "update", "ignore") if key in made}

@@ -89,6 +89,7 @@ def test_a_run_is_tuned_under_its_zeros_and_scored_before_and_after(pruned: Path
     assert "| measure | before | tuned |" in " ".join(Path("tuned/model/README.md").read_text().split())
     assert results["pruner"] == "magnitude+full"
     assert results["model"] == results_in("run")["model"]
+    assert results["calibration"] == results_in("run")["calibration"]  # by it the two are comparable
     assert results["measured_sparsity"] == results["target_sparsity"] == results_in("run")["measured_sparsity"]
     after = load_file("tuned/model/model.safetensors")
     zeros = {name: weight == 0 for name, weight in before.items() if "proj" in name}

@@ -438,6 +438,13 @@ def test_the_command_writes_page_tables_and_figures(
     assert [(row["status"], row["perplexity wikitext2"]) for row in rows] == [("done", "20.0"), ("failed", "")]
 
 
+def test_a_dtype_that_was_left_to_the_checkpoint_is_the_one_it_had(tmp_path: Path) -> None:
+    for seed, (asked, had) in enumerate([("float32", "float32"), ("auto", "float32"), ("auto", "bfloat16")]):
+        changes = {"seed": seed, "cost": {"dtype": had}, "perplexity": {"wikitext2": 20.0 + seed}}
+        finished_run(tmp_path / str(seed), changes, {"model": {"dtype": asked}})
+    assert cell(cells_of(tmp_path), "wikitext2").values == (20.0, 21.0)
+
+
 def test_a_tuned_folder_has_no_loss_of_its_blocks_and_losses_of_nothing_are_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
