@@ -7,6 +7,7 @@ beside the others of their model have rows of their own below, with the reason, 
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -73,7 +74,9 @@ def compare(runs: Sequence[RunRecord], by: str = "score") -> list[Comparison]:
 
 def _of_model(model: str, found: Sequence[Cell], runs: Sequence[RunRecord], by: str) -> Comparison:
     scored = [cell for cell in found if cell.measure != RECONSTRUCTION] or list(found)
-    measures = main_measures([cell.measure for cell in scored])
+    covered = Counter(cell.measure for cell in scored if cell.method != DENSE)
+    chosen = main_measures([cell.measure for cell in scored])  # of a kind the one that most rows have stands first
+    measures = tuple(sorted(chosen, key=lambda measure: (*measure_rank(measure)[:2], -covered[measure])))
     dense = {cell.measure: cell for cell in scored if cell.method == DENSE and not cell.apart}
     groups: dict[tuple[Method, float, str], list[Cell]] = {}
     for cell in scored:

@@ -18,6 +18,7 @@ from besa_exp.report.runs import Measure
 from besa_exp.report.summaries import Cell
 
 MISSED = "!"  # behind a measured sparsity that is half a point or more off its target
+LONGEST_NAME = 60  # columns; a longer name goes on in the next line
 SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 SPECIAL |= {mark: f"\\{mark}" for mark in "&%$#_{}"}
 
@@ -58,7 +59,7 @@ def _reasons(comparison: Comparison) -> dict[str, int]:
 
 def _table(comparison: Comparison, measures: Sequence[Measure], timed: bool, costs: Mapping[str, str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("method", overflow="fold")
+    table.add_column("method", overflow="fold", max_width=LONGEST_NAME)
     for head in ("target", "zeros"):
         table.add_column(head, justify="right", no_wrap=True)
     for head in costs.values():

@@ -210,3 +210,16 @@ def test_nothing_finished_is_said_and_where_to_look(tmp_path: Path, capsys: pyte
     unfinished_run(tmp_path / "failed", status="failed", error="RunError: block 3")
     assert main(["compare", str(tmp_path)]) == 2
     assert "no finished run with scores (failed); see besa status" in capsys.readouterr().err
+
+
+def test_the_score_that_most_rows_have_is_the_first_and_a_long_name_hides_none(tmp_path: Path) -> None:
+    for number, pruner in enumerate(("wanda", "besa", "ria")):
+        scores = {"wikitext2": 10.0 + number} | ({"c4": 30.0} if pruner == "besa" else {})
+        long = {"recovery": {"path": "a/folder/of/many/words/" * 4}} if pruner == "ria" else {}
+        finished_run(tmp_path / pruner, {"pruner": pruner, "perplexity": scores, "zero_shot": {}}, long)
+    found = compared(tmp_path)
+    assert [measure.name for measure in found.measures] == ["wikitext2", "c4"]
+    assert [row.method.pruner for row in found.rows] == ["wanda", "besa", "ria"]
+    head = text(found, 140).splitlines()[1]
+    assert "wikitext2" in head
+    assert "c4" in head
