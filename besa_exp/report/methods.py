@@ -6,6 +6,7 @@ lighter where a background asks for it; no two methods have the same colour and 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ MARKERS = {  # as plotly and as matplotlib call them
     "hexagon2": "H",
     "hourglass": "8",
 }
+FOLDERS = re.compile(r"=[^=,]*/(?=[^/,]+/[^/,]+)")
 CHOSEN: Mapping[str, tuple[str, str]] = {  # what a preset of conf/pruner always looks like
     "dense": ("grey", "circle"),
     "magnitude": ("rose", "triangle-down"),
@@ -87,8 +89,8 @@ class Method:
 
     @property
     def label(self) -> str:
-        """As a legend says it."""
-        return f"{self.pruner}, {self.variant}" if self.variant else self.pruner
+        """As a legend says it: of a path the last two parts."""
+        return f"{self.pruner}, {FOLDERS.sub('=.../', self.variant)}" if self.variant else self.pruner
 
     @property
     def order(self) -> tuple[int, str]:

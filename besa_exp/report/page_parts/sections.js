@@ -1,6 +1,10 @@
 // The sections: each reads the filters and draws itself again.
 
-const methodName = (method) => element("span", { class: "method" }, glyph(method), data.methods[method].label);
+const LONG = 40; // letters of a name that may take more lines than one
+const methodName = (method) => {
+  const { label } = data.methods[method];
+  return element("span", { class: label.length > LONG ? "method long" : "method" }, glyph(method), label);
+};
 const comparable = (kind) => data.cells.filter((cell) => !cell.apart && data.measures[cell.measure].kind === kind && passes(cell));
 
 const plotted = (cells) => cells.filter((cell) => !hidden.has(cell.method));

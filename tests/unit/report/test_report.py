@@ -438,6 +438,14 @@ def test_the_command_writes_page_tables_and_figures(
     assert [(row["status"], row["perplexity wikitext2"]) for row in rows] == [("done", "20.0"), ("failed", "")]
 
 
+def test_of_a_path_a_methods_name_has_the_last_two_parts() -> None:
+    assert (
+        Method("wanda+full", "path=/home/me/text/wiki/a.txt, steps=2").label
+        == "wanda+full, path=.../wiki/a.txt, steps=2"
+    )
+    assert Method("wanda+full", "path=wiki/a.txt").label == "wanda+full, path=wiki/a.txt"
+
+
 def test_a_dtype_that_was_left_to_the_checkpoint_is_the_one_it_had(tmp_path: Path) -> None:
     for seed, (asked, had) in enumerate([("float32", "float32"), ("auto", "float32"), ("auto", "bfloat16")]):
         changes = {"seed": seed, "cost": {"dtype": had}, "perplexity": {"wikitext2": 20.0 + seed}}
