@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from besa_exp.report.methods import Method, Style
@@ -27,6 +28,7 @@ from besa_exp.report.summaries import DENSE
 COLUMNS = 3
 LABEL = 0.16  # inches: half of a last tick's label
 LETTERS = 12  # of a legend's, an inch
+TITLES, TITLE_LETTERS = "left", 12  # where they stand, and how many letters an inch
 LOOK = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -37,7 +39,7 @@ LOOK = {
     "grid.linewidth": 0.6,
     "axes.edgecolor": "#6b7280",
     "axes.titlesize": 10,
-    "axes.titlelocation": "left",
+    "axes.titlelocation": TITLES,
     "legend.frameon": False,
     "legend.fontsize": 8,
     "pdf.fonttype": 42,
@@ -96,6 +98,12 @@ def figure_of(panels: Sequence[Panel], known: Looks) -> Any:
             loc="outside lower center",
             ncols=min(in_a_row, len(methods)),
         )
+    figure.draw_without_rendering()  # from here on the panels' widths are known
+    for place in figure.axes:
+        letters = int(TITLE_LETTERS * place.get_window_extent().width / figure.dpi)
+        place.set_title(fill(place.get_title(loc=TITLES), max(1, letters)), loc=TITLES)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # it is laid out: once for all files
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from run_folders import block, finished_run
 
 from besa_exp.presets import presets
-from besa_exp.report.figures import figure_of, panels_of
+from besa_exp.report.figures import LOOK, figure_of, panels_of
 from besa_exp.report.panels import pareto
 from besa_exp.report.read import read_report
 
@@ -18,9 +19,13 @@ pyplot = pytest.importorskip("matplotlib.pyplot")
 mpl.use("Agg")
 
 
+LONG_NAME = "a-model-of-thirteen-billion-weights-instruct-v0.3"
+
+
 def figures(place: Path) -> dict[str, Any]:
     report = read_report([str(place)])
-    return {name: figure_of(panels, report.looks) for name, panels in panels_of(report).items() if panels}
+    with mpl.rc_context(LOOK):  # as they are saved
+        return {name: figure_of(panels, report.looks) for name, panels in panels_of(report).items() if panels}
 
 
 @pytest.fixture(scope="module", params=[1, 3])
@@ -30,7 +35,7 @@ def drawn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     for number, pruner in enumerate([*presets("pruner"), "owl+wanda+a_method_with_a_rather_long_name"]):
         for target in (0.5, 0.6, 0.7)[: request.param]:
             value = 5000.0 if pruner == "magnitude" else 12.0 + number * target
-            changes = {"pruner": pruner, "target_sparsity": target, "measured_sparsity": target}
+            changes = {"pruner": pruner, "target_sparsity": target, "measured_sparsity": target, "model": LONG_NAME}
             changes |= {"perplexity": {"wikitext2": value}, "seconds.prune": 1.0 + number}
             changes |= {"dense": {"perplexity": {"wikitext2": 10.0}, "zero_shot": {"piqa": {"acc_norm,none": 0.8}}}}
             if pruner == "dense":
@@ -74,6 +79,14 @@ def test_nothing_is_cut_off_at_the_edge(drawn: dict[str, Any]) -> None:
         assert tight.y0 >= -0.02, name
         assert tight.x1 <= width + 0.02, name
         assert tight.y1 <= height + 0.02, name
+
+
+def test_no_title_runs_into_another(drawn: dict[str, Any]) -> None:
+    for name, figure in drawn.items():
+        titles = [axes.title if axes.title.get_text() else axes._left_title for axes in figure.axes]
+        boxes = [title.get_window_extent() for title in titles if title.get_text()]
+        assert boxes, name
+        assert not any(box.overlaps(other) for box, other in combinations(boxes, 2)), name
 
 
 def test_the_front_is_what_nothing_beats_in_time_and_score() -> None:
