@@ -99,12 +99,13 @@ class Tracker:
         values = {f"recovery/{name}": step[name] for name in shown if step[name] is not None}
         self._attempt(lambda: self._run.log({"recovery_step": step["step"], **values}))
 
-    def log_scores(self, scores: Scores, dense: Scores | None = None) -> None:
-        """Scores of the pruned model, and of the dense one where it was scored."""
+    def log_scores(self, scores: Scores, dense: Scores | None = None, before: Scores | None = None) -> None:
+        """Scores of the pruned model, of the dense one where it was scored, and of the one before a recovery."""
         logged, values = _values(scores), _summary(scores)
-        if dense is not None:
-            logged |= {f"dense/{name}": value for name, value in _values(dense).items()}
-            values |= {f"dense/{name}": value for name, value in _summary(dense).items()}
+        for model, others in (("dense", dense), ("before", before)):
+            if others is not None:
+                logged |= {f"{model}/{name}": value for name, value in _values(others).items()}
+                values |= {f"{model}/{name}": value for name, value in _summary(others).items()}
         self.log_summary(values | logged)
         self._attempt(lambda: self._run.log(logged) if logged else None)
         if scores.texts:

@@ -36,7 +36,7 @@ def score_pruned(run: Run, work: Work) -> Work:
     with reread(run, work) as reloaded:
         scores = score(run, "pruned", work.saved, _skipping(run, work))
         seen = reloaded()
-    run.tracker.log_scores(scores, work.dense_scores)
+    run.tracker.log_scores(scores, work.dense_scores, work.scores_before)
     return replace(work, scores=scores, reloaded=seen)
 
 

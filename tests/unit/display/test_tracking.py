@@ -37,6 +37,7 @@ DENSE = Scores.from_dict(
         "texts": {"Once": "upon"},
     }
 )
+UNTUNED = Scores.from_dict({"perplexity": {"embedded": 14.5}})
 STEPS_PER_BLOCK = 3
 
 
@@ -76,7 +77,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             tracker.log_block(block)
         folder.log_scores("dense", DENSE)
         folder.log_scores("pruned", PRUNED)
-        tracker.log_scores(PRUNED, DENSE)
+        tracker.log_scores(PRUNED, DENSE, UNTUNED)
         tracker.finish()
         yield path
 
@@ -152,6 +153,7 @@ def test_scores_are_logged_once_and_summary_values_with_reasons_for_what_is_miss
     assert logged == {
         "perplexity/embedded": 12.5, "zero_shot/piqa/acc": 0.625,
         "dense/perplexity/embedded": 11.25, "dense/zero_shot/piqa/acc": 0.75,
+        "before/perplexity/embedded": 14.5,
     }  # fmt: skip
     assert found["zero_shot/piqa/acc_stderr"] == 0.25
     for line in metrics(tracked, "scores"):
