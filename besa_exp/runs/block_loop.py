@@ -277,12 +277,16 @@ class BlockLoop:
 @dataclass(frozen=True)
 class Decided:
     """A pruner whose masks, and weights where they moved, were decided before, for all blocks together. `before`: the
-    report of each block by the search that came first, whose course is reported again."""
+    report of each block by the search that came first, whose course is reported again; `dense_targets` as that search
+    had them, so that a block's two losses are against the same."""
 
     found: Sequence[Found]
     before: Sequence[BlockReport]
+    dense_targets: bool = False
 
-    traits = Traits(blind=True)
+    @property
+    def traits(self) -> Traits:
+        return Traits(blind=True, dense_targets=self.dense_targets)
 
     def check(self, sparsity: float, pattern: str) -> list[str]:
         return []

@@ -146,7 +146,8 @@ def _refine(
     """What follows the block loop over the whole model, and a second walk through the blocks that writes it."""
     reports = distributed.from_first(loop.finished.refined.begin)
     run.console.stage("the search over the whole model")
-    decided = loop.refined(later, before, run.folder.log_model_step)
+    dense_targets = run.settings.pruner.traits.dense_targets
+    decided = replace(loop.refined(later, before, run.folder.log_model_step), dense_targets=dense_targets)
     run.folder.rewind(work.numbered(reports))
     pruner = with_update(decided, run.settings.update)
     return _follow(run, work, loop.again(len(reports)), pruner, reports, budget=False)

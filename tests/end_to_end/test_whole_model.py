@@ -10,6 +10,7 @@ import pytest
 import torch
 from resumed_runs import BLOCKS, assert_equal_runs, killed
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from besa_exp.cli.main import main
 
@@ -91,6 +92,25 @@ def test_best_moves_kept_weights_and_no_zero(pattern, request_arguments, tmp_pat
     if pattern == "2:4":
         assert all((weight.view(len(weight), -1, 4) != 0).sum(-1).eq(2).all() for weight in weights.values())
     assert len(lines_of(folder, "model_step")) == 4
+
+
+def test_the_losses_of_best_are_of_the_weights_as_saved_against_the_dense_model(request_arguments, tmp_path):
+    """That of each block after the search was against the dense block on pruned inputs, six times lower at 60 % of a
+    real model, beside one before it against the dense model."""
+    folder = run([*request_arguments, *BEST], tmp_path / "run")
+    tokens = load_file(Path(request_arguments[2].partition("=")[2]))["input_ids"][-2:]  # an eighth judges
+    states = []
+    for model in (Path(request_arguments[1].partition("=")[2]), folder / "model"):
+        llama = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).requires_grad_(False)
+        found: list[torch.Tensor] = []
+        for block in llama.model.layers:
+            block.register_forward_hook(lambda _, __, output, found=found: found.append(output))
+        llama(tokens)
+        states.append(found)
+    blocks = json.loads((folder / "results.json").read_text())["blocks"]
+    for block, target, output in zip(blocks, *states, strict=True):
+        expected = float(((target - output).square().sum(-1) / target.square().sum(-1)).mean())
+        assert block["reconstruction_loss"]["after"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_an_update_follows_the_search(request_arguments, tmp_path):
