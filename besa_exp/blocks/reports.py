@@ -70,7 +70,7 @@ def share_of_zeros(linears: Iterable[LinearReport]) -> float:
 class BlockReport:
     """One pruned block. The losses are the reconstruction loss (each token's squared error relative to its own size;
     `besa_exp.tensors.losses`) on the probe samples: `loss_before` with the starting mask, nothing learned or updated,
-    `loss_after` with the weights as written. NaN: not measured, as of a checkpoint that is tuned."""
+    `loss_after` with the weights as the block loop wrote them. NaN: not measured, as of a checkpoint that is tuned."""
 
     index: int
     linears: tuple[LinearReport, ...]

@@ -65,7 +65,7 @@ def entries(runs: Sequence[RunRecord]) -> list[Entry]:
 
 def _with_losses(run: RunRecord) -> list[ScoreRecord]:
     losses = [block.loss_after for block in run.blocks]
-    if not losses or not run.prunes:  # no loss was measured
+    if not losses or not run.prunes or run.config.get("recovery"):  # none was measured of the weights as they are
         return list(run.scores)
     return [*run.scores, ScoreRecord(RECONSTRUCTION, sum(losses) / len(losses), _loss_facets(run))]
 

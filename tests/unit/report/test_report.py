@@ -468,6 +468,12 @@ def test_a_tuned_folder_has_no_loss_of_its_blocks_and_losses_of_nothing_are_draw
     assert main(["report", "runs", "--out", "out"]) == 0
 
 
+def test_the_losses_of_blocks_are_not_those_of_a_model_that_was_tuned_afterwards(tmp_path: Path) -> None:
+    """They stood beside its name as if the tuning had left them."""
+    finished_run(tmp_path / "tuned", {"pruner": "wanda+full"}, {"recovery": {"name": "full", "steps": 8}})
+    assert {entry.measure.kind for entry in entries(runs_of(tmp_path))} == {"perplexity", "zero_shot"}
+
+
 def test_a_report_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
     assert "no such folder" in capsys.readouterr().err
