@@ -129,11 +129,17 @@ REAL_RECOVERY = recovery.path=$(SHARED)/data/wikitext2/wiki.valid.raw recovery.s
 real-study: real-model
 	$(BIN)/python experiments/tokens.py real_model --shared $(SHARED)
 	$(REAL_RUN) pruner=dense sparsity=0 $(REAL_SCORES)
-	$(REAL_RUN) pruner=$(REAL_MAIN) sparsity=0.5 $(REAL_SCORES)
+	$(REAL_RUN) pruner=wanda,sparsegpt,besa sparsity=0.5 save.model=true $(REAL_SCORES)
+	$(REAL_RUN) pruner=besa_paper,best sparsity=0.5 $(REAL_SCORES)
 	$(REAL_RUN) pruner=$(REAL_MAIN) sparsity=0.6,0.7
 	$(REAL_RUN) pruner=wanda,$(REAL_MAIN) seed=1,2
 	$(REAL_RUN) pruner=wanda,sparsegpt,besa,best sparsity=0.8
-	$(REAL_RUN) pruner=magnitude,wanda,ria,besa_linear,besa_reconstruct
+	$(REAL_RUN) pruner=magnitude,ria,besa_linear,besa_reconstruct
+	$(REAL_RUN) pruner=wanda sparsity=0.6,0.7
+	$(REAL_RUN) pruner=besa sparsity=0.5 pruner.epochs=2
+	$(REAL_RUN) pruner=besa sparsity=0.5 pruner.lr=0.02,0.1
+	$(REAL_RUN) pruner=besa_paper sparsity=0.5 pruner.sparsity_step=0.1,0.001
+	$(REAL_RUN) pruner=besa_paper sparsity=0.5 pruner.metric=Weight,SparseGPT
 	$(REAL_RUN) pruner=besa pruner.scope=model
 	$(REAL_RUN) pruner=besa pruner.scope=sub_block,pair sparsity=0.5
 	$(REAL_RUN) pruner=besa pruner.scope=model pruner.model.steps=28 update=reconstruct sparsity=0.5,0.7
@@ -150,6 +156,8 @@ real-study: real-model
 	for run in outputs/real_model/runs/*-dense-0-s0-* $$(dirname outputs/real_model/runs/*-s0-*/model); do \
 		$(BIN)/besa evaluate checkpoint=$$run $(REAL_ZERO_SHOT) hydra.run.dir=outputs/real_model/zero_shot/$$(basename $$run) \
 			|| exit; done
+	$(BIN)/python experiments/real_model/depth.py \
+		$$(for pruner in wanda sparsegpt besa; do ls -d outputs/real_model/runs/*-instruct-$$pruner-0.5-s0-*; done)
 	$(BIN)/python experiments/real_model/losses.py
 	$(BIN)/python experiments/real_model/collect.py
 

@@ -6,6 +6,7 @@ figure of results. What results.json holds already stays, unless the same run wa
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 import sys
@@ -184,7 +185,13 @@ def main() -> None:
     folders = [Path(argument) for argument in sys.argv[1:]] or [Path("outputs/real_model/runs")]
     paths = [path.parent for folder in folders for path in sorted(folder.rglob("results.json"))]
     found = with_zero_shot([record(read_run(path)) for path in paths], ZERO_SHOT)
-    rows = kept_records(HERE / "results.json", found, request)
+    records = HERE / "results.json"
+    recorded = json.loads(records.read_text(encoding="utf-8")) if records.is_file() else []
+    before = {request(row): row for row in recorded}
+    rows = kept_records(records, found, request)
+    for row in rows:  # a run made again may have been asked for less
+        if lost := before.get(request(row), row)["scores"].keys() - row["scores"].keys():
+            print(f"{row['folder']} replaces a run that had {', '.join(sorted(lost))}, too", file=sys.stderr)
     lines = ["Mean ± sample standard deviation over three seeds, or over as many as stand in brackets.", ""]
     for label in sorted({label for row in rows for label in row["scores"]}):
         lines += table(rows, label, digits=2 if label.endswith(".safetensors") else 3)

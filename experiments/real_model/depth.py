@@ -58,7 +58,8 @@ def main(folders: list[Path]) -> None:
     for folder in folders:
         run, states = read_run(folder), hidden_states(folder / "model", tokens)
         errors = [float(token_errors(own, target).mean()) for own, target in zip(states, dense, strict=True)]
-        name = f"{run.method.label}, {run.target:.0%}, seed {run.seed}"
+        calibration = f"{run.calibration['num_samples']} x {run.calibration['seq_len']} tokens"
+        name = f"{run.method.label}, {run.target:.0%}, {calibration}, seed {run.seed}"
         rows[name] = {"error": [float(f"{error:.4g}") for error in errors], "sparsity": sparsities(run)}
         print(name, rows[name], flush=True)
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
