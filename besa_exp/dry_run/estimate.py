@@ -234,9 +234,10 @@ def _seconds(
     evaluated = read + (tokens and tokens * (costs.token[0] * count + costs.token[1]))
     if settings.is_dense:
         return {"load": load, "evaluate": evaluated, "total": load + evaluated}
-    # A block lasts when it is hashed twice and written, beside a GPU's work; a streamed one is read first.
-    kept = ((blocks + size.masks) * disk.keep + blocks * disk.read * streamed) / count
-    a_block = max(costs.block, kept) if on_cuda else costs.block + kept
+    # Each in a thread of its own: the next block, streamed, is read and hashed; the finished one is written and hashed.
+    ahead = blocks * (disk.read * streamed + disk.hash) / count
+    behind = (size.masks * disk.keep + blocks * (disk.write + disk.hash)) / count
+    a_block = max(costs.block, ahead, behind) if on_cuda else costs.block + ahead + behind
     save = masks * (disk.write + disk.read)
     if settings.keeps_model:  # written, its zeros counted, loaded again, and by a fresh process beside scoring
         apart = max(0.0, FRESH_PROCESS + size.total * disk.read - evaluated) * settings.save.verify
