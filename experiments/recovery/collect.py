@@ -53,8 +53,10 @@ def cells(run: dict) -> list[str]:
 
 
 def main(folder: Path) -> None:
-    """Writes both files."""
+    """Writes both files; nothing where there is no run, so that what is recorded stays."""
     runs = [record(path) for path in sorted(folder.glob("*/results.json"))]
+    if not runs:
+        sys.exit(f"{folder}: no finished run, and no record of study.py; what is recorded stays as it is")
     runs.sort(key=lambda run: (round(run["measured_sparsity"], 2), run["recovery"] is not None, run["method"]))
     (HERE / "results.json").write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
     table = markdown_table(HEADS, [cells(run) for run in runs], numbers=True)

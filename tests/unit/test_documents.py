@@ -132,6 +132,15 @@ def test_the_tables_of_the_studies_hold_their_records(monkeypatch: pytest.Monkey
         assert "\n".join(own) in written("structure")
 
 
+def test_a_folder_without_runs_takes_no_record_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collect = collect_of("recovery", monkeypatch)
+    monkeypatch.setattr(collect, "HERE", tmp_path)
+    (tmp_path / "results.json").write_text('[{"name": "wanda_0.6"}]')
+    with pytest.raises(SystemExit, match="no finished run"):
+        collect.main(tmp_path / "runs")
+    assert "wanda_0.6" in (tmp_path / "results.json").read_text()
+
+
 def test_every_link_leads_somewhere() -> None:
     broken = []
     for page in PAGES + STUDIES:
