@@ -136,7 +136,7 @@ real-study: real-model
 	$(REAL_RUN) pruner=wanda,sparsegpt,besa,best sparsity=0.8
 	$(REAL_RUN) pruner=magnitude,ria,besa_linear,besa_reconstruct
 	$(REAL_RUN) pruner=wanda sparsity=0.6,0.7
-	$(REAL_RUN) pruner=besa sparsity=0.5 pruner.epochs=2
+	$(REAL_RUN) pruner=besa sparsity=0.5,0.7 pruner.epochs=2
 	$(REAL_RUN) pruner=besa sparsity=0.5 pruner.lr=0.02,0.1
 	$(REAL_RUN) pruner=besa sparsity=0.5 pruner.window=0.2
 	$(REAL_RUN) pruner=besa_paper sparsity=0.5 pruner.sparsity_step=0.1,0.001
@@ -145,7 +145,7 @@ real-study: real-model
 	$(REAL_RUN) pruner=besa pruner.scope=sub_block,pair sparsity=0.5
 	$(REAL_RUN) pruner=besa pruner.scope=model pruner.model.steps=28 update=reconstruct sparsity=0.5,0.7
 	$(REAL_RUN) pruner=wanda update=admm
-	$(REAL_RUN) pruner=besa update=admm sparsity=0.5
+	$(REAL_RUN) pruner=besa update=admm sparsity=0.5,0.7
 	$(REAL_RUN) pruner=sparsegpt update=reconstruct
 	$(REAL_RUN) pruner=magnitude,wanda,ria,sparsegpt,best sparsity=0.5 pattern=2:4
 	$(REAL_RUN) pruner=besa sparsity=0.5 pattern=N:4
